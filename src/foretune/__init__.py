@@ -1,0 +1,51 @@
+"""foretune: retrain foundation models on many tasks so that they adapt better to the next one."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Adapted": "foretune.training.outcome",
+    "AdapterBank": "foretune.adapters.bank",
+    "CausalLM": "foretune.tasks.objectives",
+    "Choice": "foretune.tasks.objectives",
+    "Classification": "foretune.tasks.objectives",
+    "Comparison": "foretune.evaluation.adaptability",
+    "FOMAML": "foretune.methods.fomaml",
+    "ForetuneError": "foretune.errors",
+    "Full": "foretune.methods.full",
+    "Head": "foretune.methods.head",
+    "LoRA": "foretune.methods.lora",
+    "NoRetraining": "foretune.methods.none",
+    "Outcome": "foretune.training.outcome",
+    "PEFTML": "foretune.methods.peft_ml",
+    "Regression": "foretune.tasks.objectives",
+    "Reptile": "foretune.methods.reptile",
+    "Run": "foretune.run",
+    "Source": "foretune.tasks.sources",
+    "Standard": "foretune.methods.standard",
+    "Task": "foretune.tasks.task",
+    "TaskCollection": "foretune.tasks.task",
+    "UserError": "foretune.errors",
+    "adapt": "foretune.training.verbs",
+    "compare": "foretune.evaluation.adaptability",
+    "load_model": "foretune.models.loading",
+    "load_tasks": "foretune.tasks.sources",
+    "retrain": "foretune.training.verbs",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    """Fetches a public name from its room on first use, so that importing foretune does nothing."""
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'foretune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,280 @@
+"""`AdapterBank`: one adapter for each of many tasks on one model, stacked.
+
+The bank leaves the model's module tree and parameter names alone: while it is attached, the
+`forward` of each adapted module asks `foretune.models.routing` which slot owns each row and adds
+that slot's adapter. So one forward and one backward serve a batch that mixes tasks, and saving
+the base needs no unwrapping.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foretune.adapters.config import lora_scale, matching_modules
+from foretune.adapters.lora import by_rows, lora_conv1d, lora_linear
+from foretune.errors import UserError
+from foretune.models.routing import Rows, current_rows
+
+
+class AdapterBank(nn.Module):
+    """One LoRA adapter and one copy of the head modules for each slot.
+
+    Args:
+        model: The base. Its own parameters are neither copied nor owned by the bank.
+        keys: One name a slot; a slot's fresh values depend on the seed and on its key alone, not
+            on which other slots there are.
+        lora: Fields of a `peft.LoraConfig`; None for a bank of heads only.
+            `target_modules=None` adapts every linear layer that the model lets train.
+        heads: Names of modules of which each slot has a full copy (PEFT's `modules_to_save`).
+        fresh_heads: Draw the copies anew; False copies the base's own weights.
+        seed: Seeds the fresh values.
+
+    Raises:
+        UserError: `target_modules` or `heads` match nothing; the message lists what there is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        keys: Sequence[str],
+        *,
+        lora: Mapping[str, Any] | None = None,
+        heads: Sequence[str] = (),
+        fresh_heads: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.keys = tuple(keys)
+        self.lora = None if lora is None else dict(lora)
+        self.head_names = tuple(heads) + tuple((lora or {}).get("modules_to_save") or ())
+        self.fresh_heads = fresh_heads
+        self._seed = seed
+        modules = dict(model.named_modules())
+        missing = [name for name in self.head_names if name not in modules]
+        if missing:
+            raise UserError(f"no module {missing[0]!r} to give each task a copy of; the model has: "
+                            f"{', '.join(n for n in modules if n)[:400]}")
+        self.layers = nn.ModuleDict()
+        if self.lora is not None:
+            for name in matching_modules(model, self.lora, self.head_names):
+                layer = _LoRALayer(modules[name], len(self.keys), self.lora)
+                self.layers[_escaped(name)] = layer
+        self.heads = nn.ModuleDict(
+            {_escaped(name): _HeadCopies(modules[name], len(self.keys)) for name in self.head_names}
+        )
+        self._modules_of = {n: modules[n] for n in [*self.layer_names, *self.head_names]}
+        self.reset(range(len(self.keys)), seed)
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Full names of the modules that carry a LoRA adapter."""
+        return [_plain(name) for name in self.layers]
+
+    @property
+    def adapted_names(self) -> list[str]:
+        """Full names of all modules that the bank changes."""
+        return [*self.layer_names, *self.head_names]
+
+    @property
+    def parameters_per_slot(self) -> int:
+        """Trainable parameters of one task's adapter and head."""
+        return sum(p[0].numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def reset(self, slots: Sequence[int] | range, seed: int | None = None) -> None:
+        """Fresh adapters (A uniform as in PEFT, B zero) and heads for these slots."""
+        seed = self._seed if seed is None else seed
+        for slot in slots:
+            generator = torch.Generator().manual_seed(_seed_of(seed, self.keys[slot]))
+            for layer in self.layers.values():
+                bound = layer.a[slot][0].numel() ** -0.5  # kaiming_uniform(a=√5) of (r, fan_in)
+                fresh = torch.empty(layer.a[slot].shape).uniform_(-bound, bound, generator=generator)
+                layer.a[slot].copy_(fresh)
+                layer.b[slot].zero_()
+            for name, copies in self.heads.items():
+                copies.reset(slot, self._modules_of[_plain(name)], self.fresh_heads, generator)
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[AdapterBank]:
+        """Inside the block, the model's forward passes under `route` go through the bank."""
+        patched: list[nn.Module] = []
+        try:
+            for name, module in self._modules_of.items():
+                if "forward" in vars(module):
+                    raise RuntimeError(f"another bank is attached to {name}")
+                owner = self.layers if _escaped(name) in self.layers else self.heads
+                module.forward = owner[_escaped(name)].forward_of(module)  # type: ignore[method-assign]
+                patched.append(module)
+            yield self
+        finally:
+            for module in patched:
+                del module.forward
+
+    def mean_delta(self, name: str, slots: Sequence[int]) -> Tensor:
+        """The mean over slots of what their adapters add to the weight of module `name`."""
+        layer: Any = self.layers[_escaped(name)]
+        return layer.mean_delta(list(slots))
+
+    def factors(self, name: str, slot: int) -> tuple[Tensor, Tensor]:
+        """Slot's (A, B) of module `name` in PEFT's shapes: (r, in) and (out, r), or a convolution's."""
+        layer: Any = self.layers[_escaped(name)]
+        if layer.is_conv:
+            return layer.a[slot], layer.b[slot][..., None]
+        return layer.a[slot], layer.b[slot].T
+
+    @torch.no_grad()
+    def set_factors(self, name: str, slot: int, a: Tensor, b: Tensor) -> None:
+        """Sets what `factors` gives."""
+        for target, value in zip(self.factors(name, slot), (a, b), strict=True):
+            target.copy_(value)
+
+    def head_state(self, name: str, slot: int) -> dict[str, Tensor]:
+        """Slot's copy of the parameters of head module `name`."""
+        copies: Any = self.heads[_escaped(name)]
+        return {_plain(k): v[slot] for k, v in copies.stacked.items()}
+
+    def slot_state(self, slot: int) -> dict[str, Tensor]:
+        """One slot's values by parameter name of the bank; `load_slot` takes them back."""
+        return {name: p.detach()[slot].clone() for name, p in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_slot(self, slot: int, state: Mapping[str, Tensor]) -> None:
+        """Sets one slot to what `slot_state` gave."""
+        for name, p in self.named_parameters():
+            p[slot].copy_(state[name])
+
+
+class _LoRALayer(nn.Module):
+    """The stacked factors of one adapted module: nn.Linear, transformers' Conv1D or nn.Conv1d."""
+
+    def __init__(self, module: nn.Module, num_slots: int, lora: Mapping[str, Any]) -> None:
+        super().__init__()
+        weight: Any = module.weight
+        r = int(lora.get("r", 8))
+        self.is_conv = isinstance(module, nn.Conv1d)
+        self.transposed = not self.is_conv and not isinstance(module, nn.Linear)  # HF's Conv1D
+        self.scale = lora_scale(lora)
+        self.dropout = float(lora.get("lora_dropout", 0.0))
+        if self.is_conv:
+            out_features, in_features, kernel = weight.shape
+            a, b = (num_slots, r, in_features, kernel), (num_slots, out_features, r)
+        else:
+            out_features, in_features = weight.T.shape if self.transposed else weight.shape
+            a, b = (num_slots, r, in_features), (num_slots, r, out_features)
+        self.a = nn.Parameter(torch.zeros(a, device=weight.device))
+        self.b = nn.Parameter(torch.zeros(b, device=weight.device))
+
+    def forward_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The forward that takes the place of the module's own."""
+        plain = type(module).forward
+
+        def forward(x: Tensor) -> Tensor:
+            rows = current_rows()
+            if rows is None:
+                return plain(module, x)
+            if self.is_conv:
+                return plain(module, x) + lora_conv1d(x, module, self.a, self.b, self.scale, rows)  # type: ignore[arg-type]
+            weight: Any = module.weight.T if self.transposed else module.weight
+            dropout = self.dropout if module.training else 0.0
+            return lora_linear(x, weight, module.bias, self.a, self.b, self.scale, rows, dropout)  # type: ignore[arg-type]
+
+        return forward
+
+    def mean_delta(self, slots: list[int]) -> Tensor:
+        a, b = self.a[slots], self.b[slots]
+        if self.is_conv:
+            return torch.einsum("tor,trik->oik", b, a) * (self.scale / len(slots))
+        product = b.flatten(0, 1).T @ a.flatten(0, 1) * (self.scale / len(slots))
+        return product.T if self.transposed else product
+
+
+class _HeadCopies(nn.Module):
+    """One copy of a whole module for each slot, called for the rows of its slot."""
+
+    def __init__(self, module: nn.Module, num_slots: int) -> None:
+        super().__init__()
+        self.stacked = nn.ParameterDict(
+            {
+                _escaped(name): nn.Parameter(p.detach().expand(num_slots, *p.shape).clone())
+                for name, p in module.named_parameters()
+            }
+        )
+        self._running = False
+
+    def reset(
+        self, slot: int, module: nn.Module, fresh: bool, generator: torch.Generator
+    ) -> None:
+        for name, p in module.named_parameters():
+            target = self.stacked[_escaped(name)][slot]
+            if not fresh:
+                target.copy_(p)
+            elif p.dim() > 1:
+                target.copy_(torch.empty(p.shape).normal_(0, 0.02, generator=generator))
+            else:  # biases, and the weights of norms, which start at one
+                target.fill_(1.0 if name.endswith("weight") else 0.0)
+
+    def forward_of(self, module: nn.Module) -> Callable[..., Tensor]:
+        plain = type(module).forward
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            rows = current_rows()
+            if rows is None or self._running:
+                return plain(module, *args, **kwargs)
+            self._running = True
+            try:
+                return self._per_slot(module, rows, args, kwargs)
+            finally:
+                self._running = False
+
+        return forward
+
+    def _per_slot(self, module: nn.Module, rows: Rows, args: Any, kwargs: Any) -> Tensor:
+        num_rows = len(rows.slots)
+        if rows.order is not None:
+            args = tuple(_map(a, lambda t: by_rows(t, rows.order, num_rows)) for a in args)  # type: ignore[arg-type]
+            kwargs = {
+                k: _map(v, lambda t: by_rows(t, rows.order, num_rows))  # type: ignore[arg-type]
+                for k, v in kwargs.items()
+            }
+        outputs = []
+        for slot, start, end in rows.segments:
+            params = {_plain(name): p[slot] for name, p in self.stacked.items()}
+
+            def part(t: Tensor, start: int = start, end: int = end) -> Tensor:
+                block = t.shape[0] // num_rows
+                return t[start * block : end * block]
+
+            outputs.append(
+                torch.func.functional_call(
+                    module,
+                    params,
+                    tuple(_map(a, part) for a in args),
+                    {k: _map(v, part) for k, v in kwargs.items()},
+                )
+            )
+        y = torch.cat(outputs)
+        return y if rows.inverse is None else by_rows(y, rows.inverse, num_rows)
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return change(value) if isinstance(value, Tensor) else value
+
+
+def _seed_of(seed: int, key: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _escaped(name: str) -> str:
+    """A module name as a key of nn.ModuleDict, which allows no dots."""
+    return name.replace(".", "/")
+
+
+def _plain(key: str) -> str:
+    return key.replace("/", ".")

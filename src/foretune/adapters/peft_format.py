@@ -1,0 +1,132 @@
+"""One slot of a bank as a folder that stock PEFT loads, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from foretune.adapters.bank import AdapterBank
+from foretune.adapters.fingerprint import fingerprint
+from foretune.errors import UserError
+
+PREFIX = "base_model.model."
+FINGERPRINT_FILE = "base_fingerprint.json"
+
+
+def peft_config(bank: AdapterBank, model: nn.Module, base: str | None) -> dict[str, Any]:
+    """The `adapter_config.json` of every slot of this bank.
+
+    The adapted modules are listed by their full names, so that what PEFT adapts on loading cannot
+    differ from what was trained.
+    """
+    from peft import LoraConfig
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    lora = dict(bank.lora or {})
+    modules = dict(model.named_modules())
+    config = LoraConfig(
+        r=lora.get("r", 8),
+        lora_alpha=lora.get("lora_alpha", 8),
+        lora_dropout=lora.get("lora_dropout", 0.0),
+        use_rslora=lora.get("use_rslora", False),
+        target_modules=bank.layer_names or DUMMY_TARGET_MODULES,
+        modules_to_save=list(bank.head_names) or None,
+        fan_in_fan_out=any(type(modules[n]).__name__ == "Conv1D" for n in bank.layer_names),
+        inference_mode=True,
+        base_model_name_or_path=base,
+    )
+    fields = config.to_dict()
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
+
+
+def peft_tensors(bank: AdapterBank, slot: int) -> dict[str, Tensor]:
+    """One slot under PEFT's parameter names."""
+    found: dict[str, Tensor] = {}
+    for name in bank.layer_names:
+        a, b = bank.factors(name, slot)
+        found[f"{PREFIX}{name}.lora_A.weight"] = a
+        found[f"{PREFIX}{name}.lora_B.weight"] = b
+    for name in bank.head_names:
+        for key, value in bank.head_state(name, slot).items():
+            found[f"{PREFIX}{name}.{key}"] = value
+    return {k: v.detach().cpu().contiguous().clone() for k, v in found.items()}
+
+
+def write_adapter(
+    folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], base_fingerprint: str
+) -> None:
+    """A PEFT folder, with the fingerprint of the base that it belongs to beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str))
+    (folder / FINGERPRINT_FILE).write_text(json.dumps({"base": base_fingerprint}, indent=1))
+
+
+def load_adapter(bank: AdapterBank, slot: int, folder: Path, model: nn.Module) -> None:
+    """Loads a PEFT folder into one slot.
+
+    Args:
+        bank: Its modules and ranks must be those of the folder.
+        slot: Where to.
+        folder: Written by foretune or by PEFT.
+        model: The base, whose fingerprint must be the recorded one where one is recorded.
+
+    Raises:
+        UserError: No adapter there, another base, other modules or another rank.
+    """
+    folder = Path(folder)
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(f"{folder} is no adapter: it has no adapter_model.safetensors")
+    check_base(folder, model, bank.head_names)
+    tensors = load_file(file)
+    own = peft_tensors(bank, slot)
+    if set(own) != set(tensors):
+        odd = sorted(set(own) ^ set(tensors))[0]
+        where = "the folder" if odd in tensors else "the bank"
+        raise UserError(
+            f"{folder} does not fit this bank: only {where} has {odd.removeprefix(PREFIX)}; "
+            "target_modules and heads must be those of the adapter"
+        )
+    for key, value in tensors.items():
+        if value.shape != own[key].shape:
+            raise UserError(
+                f"{folder} does not fit this bank: {key.removeprefix(PREFIX)} has shape "
+                f"{tuple(value.shape)}, the bank's has {tuple(own[key].shape)}"
+            )
+    with torch.no_grad():
+        for name in bank.layer_names:
+            bank.set_factors(
+                name,
+                slot,
+                tensors[f"{PREFIX}{name}.lora_A.weight"],
+                tensors[f"{PREFIX}{name}.lora_B.weight"],
+            )
+        for name in bank.head_names:
+            for key, value in bank.head_state(name, slot).items():
+                value.copy_(tensors[f"{PREFIX}{name}.{key}"])
+
+
+def check_base(folder: Path, model: nn.Module, heads: tuple[str, ...] = ()) -> None:
+    """Refuses an adapter that was trained on another base.
+
+    Every retrained base of one model has the same architecture, so nothing else would notice.
+
+    Raises:
+        UserError: The recorded fingerprint is not that of `model`.
+    """
+    record = Path(folder) / FINGERPRINT_FILE
+    if not record.is_file():
+        return
+    expected, got = json.loads(record.read_text())["base"], fingerprint(model, heads)
+    if expected != got:
+        raise UserError(
+            f"{folder} was trained on another base (fingerprint {expected[:12]}, this base has "
+            f"{got[:12]}); load the base that it was adapted from"
+        )

@@ -1,0 +1,60 @@
+"""The command line. Thin: each command parses, calls one function, prints what it returned.
+
+Nothing here imports torch, transformers or peft before a command really needs it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import foretune
+from foretune.cli import catalogue, compare_report, doctor, init, plan, retrain_adapt, run
+from foretune.cli.group import Group
+
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes longer to import than all the rest of --help
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"foretune {foretune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error came from; anywhere on the line.")
+    ] = False,
+) -> None:
+    """Retrain foundation models on many tasks so that they adapt better to the next one."""
+
+
+app.command("run")(run.run)
+app.command("init")(init.init)
+app.command("plan")(plan.plan)
+app.command("retrain")(retrain_adapt.retrain)
+app.command("adapt")(retrain_adapt.adapt)
+app.command("compare")(compare_report.compare)
+app.command("report")(compare_report.report)
+app.command("ls")(catalogue.ls)
+app.command("show")(catalogue.show)
+app.command("cite")(catalogue.cite)
+app.command("doctor")(doctor.doctor)
+
+
+def main() -> None:
+    """The `foretune` program."""
+    app()
+
+

@@ -1,0 +1,152 @@
+"""`foretune ls`, `show`, `cite`: what there is, what its settings are, whose work it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Annotated, Any
+
+import typer
+
+from foretune.cli.output import Json, emit, emit_json, table
+from foretune.errors import UserError, did_you_mean
+
+
+def ls(
+    what: Annotated[str | None, typer.Argument(help="methods or recipes; both by default.")] = None,
+    json: Json = False,
+) -> None:
+    """List methods and packaged recipes."""
+    kinds = {"methods": _methods, "recipes": _recipes}
+    if what is not None and what not in kinds:
+        hint = did_you_mean(what, kinds)
+        raise UserError(f'there is nothing to list called "{what}"; methods or recipes.{hint}')
+    found = {name: lister() for name, lister in kinds.items() if what in (None, name)}
+    if json:
+        emit_json(found)
+        return
+    parts = []
+    for rows in found.values():
+        header = list(rows[0])
+        parts.append(table(header, [list(row.values()) for row in rows]))
+    emit("\n\n".join(parts))
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="A method, or a packaged recipe.")],
+    json: Json = False,
+) -> None:
+    """Show a method's settings and paper, or a packaged recipe's text."""
+    from foretune.methods import METHODS
+    from foretune.recipes.schema import packaged_recipes
+
+    recipes = packaged_recipes()
+    if name in recipes:
+        emit_json({"name": name, "yaml": recipes[name]}) if json else emit(recipes[name].rstrip())
+        return
+    if name not in METHODS:
+        hint = did_you_mean(name, [*METHODS, *recipes])
+        raise UserError(f'no method or recipe "{name}": see foretune ls.{hint}')
+    described = _describe(name)
+    if json:
+        emit_json(described)
+        return
+    rows = [[key, repr(value), described["help"].get(key, "")]
+            for key, value in described["fields"].items()]
+    emit(f"{name} ({described['verb']}): {described['summary']}")
+    emit("\n" + table(["field", "default", "meaning"], rows) if rows else "\nIt has no fields.")
+    if described["paper"]:
+        paper = described["paper"]
+        emit(f"\n{_authors(paper)}, {paper['title']}, {paper['year']}, arXiv:{paper['arxiv']}")
+
+
+def cite(
+    method: Annotated[str, typer.Argument(help="A method.")],
+    json: Json = False,
+) -> None:
+    """Print the BibTeX entry of a method's paper."""
+    from foretune.methods import method_class
+
+    paper = method_class(method).paper
+    if paper is None:
+        raise UserError(f'"{method}" has no paper of its own to cite')
+    entry = bibtex(paper)
+    emit_json({"method": method, "paper": paper, "bibtex": entry}) if json else emit(entry)
+
+
+def bibtex(paper: dict[str, Any]) -> str:
+    """The BibTeX entry of a paper: a dict with title, authors, year, arxiv."""
+    first = re.split(r",| and ", _authors(paper))[0].split()
+    word = next((w for w in re.findall(r"\w+", paper["title"].lower()) if len(w) > 3), "paper")
+    key = re.sub(r"\W", "", first[-1].lower() if first else "") + f"{paper['year']}{word}"
+    fields = {"title": f"{{{paper['title']}}}", "author": _authors(paper, " and "),
+              "year": paper["year"]}
+    if paper.get("arxiv"):
+        fields |= {"eprint": paper["arxiv"], "archivePrefix": "arXiv"}
+    lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
+    return f"@article{{{key},\n{lines}\n}}"
+
+
+def _methods() -> list[dict[str, str]]:
+    from foretune.methods import METHODS, method_class
+
+    classes = {name: method_class(name) for name in METHODS}
+    return [{"method": n, "verb": c.verb, "summary": _summary(c)} for n, c in classes.items()]
+
+
+def _recipes() -> list[dict[str, str]]:
+    from foretune.recipes.schema import packaged_recipes
+
+    return [
+        {"recipe": name, "summary": text.partition("\n")[0].lstrip("# ")}
+        for name, text in packaged_recipes().items()
+    ]
+
+
+def _describe(name: str) -> dict[str, Any]:
+    from foretune.methods import method_class
+
+    cls = method_class(name)
+    fields = {f.name: _default(f) for f in dataclasses.fields(cls)}
+    return {
+        "name": name,
+        "verb": cls.verb,
+        "summary": _summary(cls),
+        "fields": fields,
+        "help": _args(cls.__doc__ or ""),
+        "paper": cls.paper,
+    }
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _summary(cls: type) -> str:
+    return (cls.__doc__ or "").strip().partition("\n")[0]
+
+
+def _args(docstring: str) -> dict[str, str]:
+    """The `Args:` of a Google docstring: name → meaning, on one line."""
+    _, _, section = docstring.partition("Args:\n")
+    found: dict[str, list[str]] = {}
+    indent, name = None, ""
+    for line in section.splitlines():
+        if not line.strip():
+            break
+        depth = len(line) - len(line.lstrip())
+        indent = depth if indent is None else indent
+        if depth < indent:
+            break
+        if depth == indent:
+            name, _, line = line.strip().partition(":")
+            found[name] = []
+        found[name].append(line.strip())
+    return {name: " ".join(lines) for name, lines in found.items()}
+
+
+def _authors(paper: dict[str, Any], joint: str = ", ") -> str:
+    authors = paper["authors"]
+    return authors if isinstance(authors, str) else joint.join(authors)

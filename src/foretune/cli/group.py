@@ -1,0 +1,90 @@
+"""Errors become one line on stderr and an exit code, whatever command they come from."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from typer.core import TyperGroup
+
+from foretune.errors import ForetuneError
+
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+
+
+class Group(TyperGroup):
+    """The `foretune` command. `--debug` may stand anywhere, and shows where an error came from."""
+
+    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
+        """Runs a command line and exits: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
+        args = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in args
+        args = [arg for arg in args if arg != "--debug"]
+        extra.update(standalone_mode=False)
+        extra.setdefault("prog_name", "foretune")
+        try:
+            code = super().main(args, **extra)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader went away (`foretune ls | head`); what is left must not be flushed at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            code = FAILED
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            line, code = explain(error)
+            if line:
+                print(line, file=sys.stderr)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command, so that Ctrl-C becomes an error like the others."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+
+class Interrupted(Exception):
+    """Ctrl-C."""
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """(the line for stderr, the exit code) of an error.
+
+    >>> explain(ForetuneError("the disk is full"))
+    ('error: the disk is full', 1)
+    """
+    if isinstance(error, Interrupted):
+        return "interrupted; --resume continues where checkpoints were written", INTERRUPTED
+    if isinstance(error, ForetuneError):
+        return f"error: {_one_line(error)}", error.exit_code
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # of the command line
+        return _usage(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            "error: out of memory; lower retrain.batch_size, retrain.tasks_per_step or "
+            "adapt.tasks_per_wave"
+        ), FAILED
+    if isinstance(error, OSError) or "No space left on device" in str(error):
+        return f"error: {_one_line(error)}", FAILED
+    return (
+        f"error: {type(error).__name__}: {_one_line(error)} (this is a bug; run again with --debug)"
+    ), FAILED
+
+
+def _usage(error: Any) -> tuple[str, int]:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return str(error), MISTAKE
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "foretune"
+    message = _one_line(error.format_message()).rstrip(".?")
+    ending = "?" if "Did you mean" in message else "."
+    return f"error: {message}{ending} See {path} --help", int(error.exit_code)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

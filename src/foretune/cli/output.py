@@ -1,0 +1,99 @@
+"""Results on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue what was begun in the folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty the folder first.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as retrain.steps=100."),
+]
+
+
+def say(line: str) -> None:
+    """A line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def emit(value: Any) -> None:
+    """A result as text: a line, or lines."""
+    print(value)
+
+
+def emit_json(value: Any) -> None:
+    """A result for machines."""
+    print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=_plain))
+
+
+@contextlib.contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Sends what libraries and the user's model file print to stderr: stdout is for results."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns of text: the first to the left, numbers to the right.
+
+    >>> print(table(["base", "score"], [["none", 0.5]]))
+    base  score
+    none    0.5
+    """
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    numeric = [
+        bool(rows) and all(isinstance(row[i], int | float) or _numeral(row[i]) for row in rows)
+        for i in range(len(header))
+    ]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in cells
+    )
+    return "\n".join(lines)
+
+
+def comparison_text(comparison: Mapping[str, Any]) -> str:
+    """The verdict and the table of a comparison, for a terminal."""
+    means = {(m["base"], m["shots"]): m for m in comparison["means"]}
+    shots = list(dict.fromkeys(m["shots"] for m in comparison["means"]))
+    rows = [
+        [base["label"], *(_mean(means.get((base["name"], k))) for k in shots)]
+        for base in comparison["bases"]
+    ]
+    names = {0: "before adapting", None: "all rows"}
+    unit = comparison["adapt"].get("shots_unit", "rows")
+    header = [comparison["metric"]["name"], *(names.get(k, f"{k} {unit}") for k in shots)]
+    return f"{table(header, rows)}\n\n{comparison['verdict']['sentence']}"
+
+
+def _mean(mean: Mapping[str, Any] | None) -> str:
+    if mean is None or mean["mean"] is None:
+        return "-"
+    if mean.get("low") is None or mean.get("high") is None:
+        return f"{mean['mean']:.3f}"
+    return f"{mean['mean']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]"
+
+
+def _numeral(cell: object) -> bool:
+    return str(cell)[:1].isdigit() or str(cell) == "-"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"no JSON for {type(value).__name__}")

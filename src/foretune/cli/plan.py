@@ -1,0 +1,80 @@
+"""`foretune plan`: what a recipe would do and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from foretune.cli.output import Json, Overrides, emit, emit_json, quiet_stdout, say, table
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A packaged recipe (foretune ls) or a YAML file.")],
+    changes: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Show tasks, splits, leaks, parameters, memory and time, without training."""
+    from foretune.recipes.schema import load_recipe
+
+    loaded = load_recipe(recipe, changes or [])
+    with quiet_stdout():
+        from foretune.recipes.plan import plan_recipe
+
+        planned = plan_recipe(loaded, say).to_dict()
+    emit_json(planned) if json else emit(plan_text(planned))
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """A plan for a terminal."""
+    parts = [_tasks("seen", plan["seen"])]
+    if plan["unseen"]:
+        parts.append(_tasks("unseen", plan["unseen"]))
+    parts.append(_leaks(plan["leaks"]))
+    rows = [_cost(cost) for cost in [*plan["retrain"], *([plan["adapt"]] if plan["adapt"] else [])]]
+    header = ["method", "base", "adapter a task", "head a task", "s a step", "in all"]
+    parts.append("trainable parameters and time\n" + table(header, rows))
+    memory = plan["peak_memory_mb"]
+    peak = f", memory up to {memory:.0f} MB" if memory else ""
+    parts.append(f"In all about {duration(plan['seconds'])}{peak} (measured on two steps).")
+    return "\n\n".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them.
+
+    >>> duration(42), duration(600), duration(9000)
+    ('42 s', '10 min', '2.5 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _tasks(side: str, tasks: Mapping[str, Mapping[str, int]], most: int = 12) -> str:
+    rows = [[name, *splits.values()] for name, splits in list(tasks.items())[:most]]
+    splits = list(next(iter(tasks.values())))
+    if len(tasks) > most:
+        rest = list(tasks.values())[most:]
+        rows.append([f"and {len(rest)} more", *(sum(task[s] for task in rest) for s in splits)])
+    return f"{len(tasks)} {side} tasks\n" + table([f"{side} task", *splits], rows)
+
+
+def _leaks(leaks: list[Mapping[str, Any]], most: int = 8) -> str:
+    if not leaks:
+        return "leaks: none found (no example stands in both train and test, or seen and unseen)"
+    lines = [
+        f"  {leak['kind']}: {leak['count']} rows of {leak['other_task']} stand in the train rows of "
+        f"{leak['task']}, such as {leak['sample']!r}"
+        for leak in leaks[:most]
+    ]
+    more = [f"  and {len(leaks) - most} more"] if len(leaks) > most else []
+    return "\n".join(["leaks: scores will be too high", *lines, *more])
+
+
+def _cost(cost: Mapping[str, Any]) -> list[str]:
+    roles = cost["parameters"]
+    numbers = [f"{roles[r]:,}" if r in roles else "-" for r in ("base", "adapter", "head")]
+    step = "-" if cost["step_seconds"] is None else f"{cost['step_seconds']:.2f}"
+    return [cost["name"], *numbers, step, duration(cost["seconds"])]

@@ -1,0 +1,162 @@
+"""Pictures of paired differences: against the controls, and task by task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from foretune.evaluation.report import svg
+from foretune.evaluation.report.figure import NARROW, Figure, Style, styles
+from foretune.evaluation.report.svg import Ink
+from foretune.evaluation.report.view import View
+from foretune.evaluation.verdict import Contrast
+
+NAMED_TASKS = 40  # With more, tasks are drawn as a strip without names.
+
+
+def forest(view: View, shots: int | None, width: int, ink: Ink) -> Figure:
+    """The paired differences against each control with their intervals, at one number of shots."""
+    groups = view.against_controls(shots)
+    everywhere = [one for k in view.shots for _, members in view.against_controls(k) for one in members]
+    domain = svg.padded([0.0, *(v for one in everywhere for v in (one.low, one.high))])
+    narrow = width < NARROW
+    labels = [view.labels[one.a] for _, members in groups for one in members]
+    left = 8.0 if narrow else min(280.0, max(svg.text_width(label) for label in labels) + 16)
+    right = width - (8.0 if narrow else 176.0)
+    x = svg.linear(domain, (left + 6, right - 6))
+    row_height = 38 if narrow else 26
+    look = styles(view, ink)
+    parts: list[str] = []
+    y = 6.0
+    for b, members in groups:
+        y += 18
+        parts.append(svg.text(f"over {view.rival(b)}", 0, y, ink.text, weight=650))
+        y += 6
+        for one in members:
+            middle = y + (row_height - 10 if narrow else row_height / 2)
+            parts.append(_forest_row(view, one, look[one.a], x, middle, (left, right, width), ink))
+            y += row_height
+        y += 10
+    axis = _bottom_axis(view, x, domain, (left, right), 10.0, y, ink)
+    return Figure(
+        f"Paired differences in {view.scale.metric}, {view.shots_label(shots)}",
+        "Each row is a base's mean difference with its 95 % interval; filled markers are clear.",
+        width,
+        y + 44,
+        axis + "".join(parts),
+    )
+
+
+def _forest_row(
+    view: View,
+    one: Contrast,
+    style: Style,
+    x: Callable[[float], float],
+    y: float,
+    frame: tuple[float, float, float],
+    ink: Ink,
+) -> str:
+    left, right, width = frame
+    numbers = view.difference_text(one)
+    weight = 650 if one.better or one.worse else 400
+    label = view.labels[one.a]
+    if width < NARROW:
+        room = width - svg.text_width(numbers, 12) - 16
+        written = svg.text(svg.shorten(label, room), left, y - 10, ink.text)
+        written += svg.text(numbers, width, y - 10, ink.text, anchor="end", size=12, weight=weight)
+    else:
+        written = svg.text(svg.shorten(label, left - 12), 8, y + 4.5, ink.text)
+        written += svg.text(numbers, right + 10, y + 4.5, ink.text, weight=weight)
+    clear = one.better or one.worse
+    return (
+        written
+        + svg.line(x(one.low), y, x(one.high), y, style.color, width=2)
+        + svg.marker(
+            style.marker, x(one.difference), y, style.color, style.color if clear else ink.paper
+        )
+    )
+
+
+def task_differences(view: View, focus: Contrast, width: int, ink: Ink) -> Figure:
+    """Each task's difference between two bases, sorted; bars with names while they fit."""
+    found = view.task_differences(focus.a, focus.b, view.judged)
+    title = f"{view.labels[focus.a]} minus {view.rival(focus.b)}, task by task"
+    described = f"{focus.wins} tasks above zero, {focus.losses} below, {focus.ties} equal."
+    draw = _named_bars if len(found) <= NAMED_TASKS else _strip
+    body, height = draw(view, found, styles(view, ink)[focus.a].color, width, ink)
+    return Figure(title, described, width, height, body)
+
+
+def _named_bars(
+    view: View, found: Sequence[tuple[str, float]], color: str, width: int, ink: Ink
+) -> tuple[str, float]:
+    domain = svg.padded([0.0, *(value for _, value in found)])
+    widest = max(svg.text_width(task, 12) for task, _ in found) + 14
+    left, right = min(widest, width * 0.36), width - 52.0
+    x = svg.linear(domain, (left, right))
+    parts = []
+    for index, (task, value) in enumerate(found):
+        y = 14.0 + 18 * index
+        fill = color if value > 0 else ink.paper
+        label = svg.tag("title", svg.escape(svg.clean(task))) + svg.text(
+            svg.shorten(task, left - 10, 12), left - 10, y + 4, ink.text, anchor="end", size=12
+        )
+        bar = svg.line(x(0), y, x(value), y, color, width=2) if value else ""
+        dot = svg.marker("circle", x(value), y, color, fill, size=3.5)
+        number = svg.text(view.scale.signed(value), width, y + 4, ink.muted, anchor="end", size=12)
+        parts.append(svg.tag("g", label, bar, dot, number))
+    bottom = 14.0 + 18 * len(found)
+    axis = _bottom_axis(view, x, domain, (left, right), 2.0, bottom, ink)
+    return axis + "".join(parts), bottom + 44
+
+
+def _strip(
+    view: View, found: Sequence[tuple[str, float]], color: str, width: int, ink: Ink
+) -> tuple[str, float]:
+    height, left, top = 260.0, 46.0, 26.0
+    domain = svg.padded([0.0, *(value for _, value in found)])
+    y = svg.linear(domain, (height - 34, top))
+    step = (width - left - 4) / len(found)
+    parts = [svg.text(view.scale.difference_axis, 0, 13, ink.muted, size=12)]
+    for tick in svg.ticks(*domain):
+        parts.append(svg.line(left, y(tick), width, y(tick), ink.line))
+        label = svg.tick_text(tick, view.scale.factor)
+        parts.append(svg.text(label, left - 8, y(tick) + 4, ink.muted, anchor="end", size=12))
+    for index, (task, value) in enumerate(found):
+        top_edge, bottom_edge = sorted((y(value), y(0)))
+        opacity = 1 if value > 0 else 0.45
+        bar = svg.tag(
+            "rect",
+            svg.tag("title", svg.escape(svg.clean(f"{task}: {view.scale.signed(value)}"))),
+            x=left + step * index,
+            y=top_edge,
+            width=max(step * 0.82, 0.4),
+            height=max(bottom_edge - top_edge, 0.5),
+            style=f"fill:{color};fill-opacity:{opacity}",
+        )
+        parts.append(bar)
+    parts.append(svg.line(left, y(0), width, y(0), ink.muted))
+    note = f"{len(found)} tasks, sorted"
+    parts.append(svg.text(note, width, height - 10, ink.muted, anchor="end", size=12))
+    return "".join(parts), height
+
+
+def _bottom_axis(
+    view: View,
+    x: Callable[[float], float],
+    domain: tuple[float, float],
+    span: tuple[float, float],
+    top: float,
+    bottom: float,
+    ink: Ink,
+) -> str:
+    """Vertical grid lines, a stronger one at zero, numbers and a title below."""
+    parts = []
+    for tick in svg.ticks(*domain, about=max(2, int((span[1] - span[0]) / 60))):
+        color = ink.muted if tick == 0 else ink.line
+        parts.append(svg.line(x(tick), top, x(tick), bottom, color))
+        label = svg.tick_text(tick, view.scale.factor)
+        parts.append(svg.text(label, x(tick), bottom + 16, ink.muted, anchor="middle", size=12))
+    title = f"difference, {view.scale.difference_axis}"
+    middle = (span[0] + span[1]) / 2
+    parts.append(svg.text(title, middle, bottom + 36, ink.muted, anchor="middle", size=12))
+    return "".join(parts)

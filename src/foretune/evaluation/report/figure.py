@@ -1,0 +1,82 @@
+"""A drawn picture, and how the bases are told apart in all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from foretune.evaluation.report import svg
+from foretune.evaluation.report.svg import Ink
+from foretune.evaluation.report.view import View
+
+NARROW = 480  # Below this width, labels move above their rows.
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A drawn picture.
+
+    Args:
+        title: What it shows, for those who cannot see it.
+        description: What is to be seen in it.
+        width: In pixels.
+        height: In pixels.
+        body: The markup inside the svg element.
+    """
+
+    title: str
+    description: str
+    width: float
+    height: float
+    body: str
+
+    def inline(self, key: str) -> str:
+        """The svg element for the page; `key` makes its ids unique there."""
+        return self._element(key, self.body)
+
+    def standalone(self, paper: str) -> str:
+        """The same as a file of its own, on `paper`."""
+        ground = svg.tag("rect", width="100%", height="100%", style=f"fill:{paper}")
+        element = self._element("figure", ground + self.body, xmlns="http://www.w3.org/2000/svg")
+        return f'<?xml version="1.0" encoding="UTF-8"?>\n{element}\n'
+
+    def _element(self, key: str, body: str, xmlns: str | None = None) -> str:
+        return svg.tag(
+            "svg",
+            svg.tag("title", svg.escape(svg.clean(self.title)), id=f"{key}-title"),
+            svg.tag("desc", svg.escape(svg.clean(self.description)), id=f"{key}-desc"),
+            body,
+            xmlns=xmlns,
+            viewBox=f"0 0 {self.width:g} {self.height:g}",
+            width=f"{self.width:g}",
+            height=f"{self.height:g}",
+            role="img",
+            aria_labelledby=f"{key}-title {key}-desc",
+            style=f"font-family:{svg.FONT}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How one base is told from the others, with and without colour."""
+
+    color: str
+    dash: str
+    marker: str
+    fill: str
+
+
+def styles(view: View, ink: Ink) -> dict[str, Style]:
+    """One style a base; the model as it is is always the grey dotted one."""
+    found: dict[str, Style] = {}
+    others = 0
+    for name in view.names:
+        if view.methods[name] == "none":
+            found[name] = Style(ink.series[0], svg.DASHES[0], svg.MARKERS[0], ink.paper)
+            continue
+        index = 1 + others % (len(ink.series) - 1)
+        hollow = others >= len(ink.series) - 1
+        others += 1
+        color = ink.series[index]
+        fill = ink.paper if hollow else color
+        found[name] = Style(color, svg.DASHES[index], svg.MARKERS[index], fill)
+    return found

@@ -1,0 +1,239 @@
+"""Writes report.html and figures/*.svg from a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from foretune.evaluation.report.figure import NARROW, Figure
+from foretune.evaluation.report.figures import all_figures, forest_name
+from foretune.evaluation.report.svg import DARK, LIGHT, PAGE, Ink
+from foretune.evaluation.report.view import View
+from foretune.evaluation.verdict import Contrast
+from foretune.evaluation.wording import counted, p_text, shots_phrase
+
+WIDE_PX, NARROW_PX = 720, 340  # The page shows one or the other, so that text stays readable.
+
+
+def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
+    """Writes `folder`/report.html, one self-contained file, and `folder`/figures/*.svg.
+
+    Args:
+        comparison: The content of `comparison.json`.
+        folder: Made if it is missing; an earlier report in it is replaced.
+
+    Returns:
+        The path of report.html.
+    """
+    view = View(comparison)
+    folder = Path(folder)
+    figures = folder / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    for name, figure in all_figures(view, WIDE_PX, LIGHT).items():
+        (figures / f"{name}.svg").write_text(figure.standalone(LIGHT.paper), encoding="utf-8")
+    page = folder / "report.html"
+    page.write_text(_page(view), encoding="utf-8")
+    return page
+
+
+def _page(view: View) -> str:
+    here = resources.files("foretune.evaluation.report")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string((here / "template.html.j2").read_text(encoding="utf-8"))
+    style = (here / "style.css").read_text(encoding="utf-8")
+    comparison = view.comparison
+    headline, _, rest = str(comparison["verdict"]["sentence"]).partition(". ")
+    return template.render(
+        title=comparison["title"],
+        style=Markup(_variables("light", LIGHT) + _variables("dark", DARK) + style),
+        headline=headline if not rest else f"{headline}.",
+        rest=rest,
+        facts=_facts(view),
+        figures=_inline_figures(view),
+        means=_means_table(view),
+        differences=_differences(view),
+        tasks=_tasks(view),
+        costs=[_costs(base) for base in view.bases],
+        searches=_searches(view),
+        load=_load(view),
+        recipe=comparison.get("recipe") or "",
+        view=view,
+        created=comparison.get("created", ""),
+        version=comparison.get("foretune", ""),
+        format=comparison.get("format", ""),
+    )
+
+
+def _variables(scheme: str, ink: Ink) -> str:
+    """The colours of one scheme as CSS variables, so that page and pictures share them."""
+    names = {"text": ink.text, "muted": ink.muted, "line": ink.line, "paper": ink.paper}
+    names |= {f"series-{index}": color for index, color in enumerate(ink.series)}
+    rule = ":root{" + "".join(f"--{name}:{color};" for name, color in names.items()) + "}\n"
+    return rule if scheme == "light" else f"@media (prefers-color-scheme: dark){{{rule}}}\n"
+
+
+def _inline_figures(view: View) -> dict[str, Markup]:
+    wide, narrow = all_figures(view, WIDE_PX, PAGE), all_figures(view, NARROW_PX, PAGE)
+    assert NARROW_PX < NARROW <= WIDE_PX
+    return {
+        name: Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(
+            _markup(wide[name], f"{name}-wide"), _markup(narrow[name], f"{name}-narrow")
+        )
+        for name in wide
+    }
+
+
+def _markup(figure: Figure, key: str) -> Markup:
+    return Markup(figure.inline(key))  # The figures escape what they write.
+
+
+def _facts(view: View) -> str:
+    """One line on what was measured."""
+    comparison = view.comparison
+    adapt, collection = comparison["adapt"], comparison.get("collection") or {}
+    parts = []
+    if "num_seen" in collection:
+        seen = counted(collection["num_seen"], "seen task")
+        parts.append(f"retrained on {seen}, {collection.get('rows_seen', 0):,} rows")
+    if "num_unseen" in collection:
+        parts.append(f"measured on {counted(collection['num_unseen'], 'unseen task')}")
+    seeds = {row["seed"] for row in comparison["scores"]}
+    steps = f" for {counted(adapt['steps'], 'step')}" if adapt.get("steps") else ""
+    parts.append(f"each adapted with {adapt['method']}{steps}, {counted(len(seeds), 'seed')}")
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _means_table(view: View) -> dict[str, Any]:
+    leaders = {shots: view.leader(shots) for shots in view.shots}
+    rows = []
+    for name in view.names:
+        cells = []
+        for shots in view.shots:
+            mean = view.means.get((name, shots))
+            if mean is None:
+                cells.append(None)
+                continue
+            level = view.scale.level
+            interval = f"{level(mean.low)} to {level(mean.high)}"
+            cells.append((level(mean.mean), interval, leaders[shots] == name))
+        rows.append((view.labels[name], cells))
+    return {"columns": [view.shots_label(shots) for shots in view.shots], "rows": rows}
+
+
+def _differences(view: View) -> list[dict[str, Any]]:
+    """One block a number of shots; the one where the verdict was made comes first."""
+    blocks = []
+    for shots in sorted(view.shots, key=lambda k: k != view.judged):
+        groups = view.against_controls(shots)
+        if groups:
+            label = view.shots_label(shots)
+            rows = [_difference_row(view, one) for _, members in groups for one in members]
+            block = {"label": label, "figure": forest_name(shots), "rows": rows}
+            blocks.append({**block, "judged": shots == view.judged})
+    return blocks
+
+
+def _difference_row(view: View, one: Contrast) -> dict[str, Any]:
+    return {
+        "a": view.labels[one.a],
+        "b": view.rival(one.b),
+        "difference": view.scale.signed(one.difference),
+        "interval": view.scale.interval(one.low, one.high),
+        "p": p_text(one.p_holm),
+        "record": f"{one.wins} / {one.ties} / {one.losses}",
+        "is_clear": one.better or one.worse,
+    }
+
+
+def _tasks(view: View) -> dict[str, Any] | None:
+    focus = view.focus()
+    if focus is None:
+        return None
+    found = view.task_differences(focus.a, focus.b, view.judged)
+    return {
+        "a": view.labels[focus.a],
+        "b": view.rival(focus.b),
+        "at": shots_phrase(view.judged, view.shots_unit),
+        "wins": focus.wins,
+        "losses": focus.losses,
+        "ties": focus.ties,
+        "rows": [(task, view.scale.signed(value)) for task, value in found],
+    }
+
+
+def _costs(base: Mapping[str, Any]) -> dict[str, Any]:
+    return {"label": base["label"], "retrain": _cost(base, "retrain"), "adapt": _cost(base, "adapt")}
+
+
+def _cost(base: Mapping[str, Any], stage: str) -> list[str]:
+    cost = base.get(stage) or {}
+    writers = {
+        "learning_rate": lambda value: f"{value:g}",
+        "seconds": _duration,
+        "tokens": _large,
+        "peak_memory_mb": lambda mb: f"{mb / 1024:.1f} GB" if mb >= 1024 else f"{mb:.0f} MB",
+        "trainable_parameters": _large,
+    }
+    return ["–" if cost.get(k) is None else write(cost[k]) for k, write in writers.items()]
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _large(number: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:g}"
+
+
+def _searches(view: View) -> list[dict[str, Any]]:
+    """Each search that tried something: the base, the stage, the rates and what they scored."""
+    found = []
+    for base in view.bases:
+        for stage, verb in (("retrain", "retraining"), ("adapt", "adapting")):
+            record = base.get(stage) or {}
+            tried = record.get("searched") or []
+            if tried:
+                chosen = record.get("learning_rate")
+                rows = [_tried(view, trial, chosen) for trial in tried]
+                found.append({"label": base["label"], "stage": verb, "rows": rows})
+    return found
+
+
+def _tried(view: View, trial: Mapping[str, Any], chosen: float | None) -> tuple[str, str, bool]:
+    score = trial.get("score")
+    written = "failed" if score is None else view.scale.level(score)
+    return f"{trial['learning_rate']:g}", written, trial["learning_rate"] == chosen
+
+
+def _load(view: View) -> list[tuple[str, str, Sequence[str]]]:
+    """Label, path and code of every base that was kept on disk, the recommended one first."""
+    kept = [base for base in view.bases if base.get("path")]
+    kept.sort(key=lambda base: base["name"] != view.best)
+    return [(base["label"], base["path"], _code(str(base["path"]))) for base in kept]
+
+
+def _code(path: str) -> list[str]:
+    # json's quoting is Python's here, and survives quotes and backslashes in a path.
+    import json
+
+    return [
+        "from transformers import AutoModel",
+        "from peft import PeftModel",
+        "",
+        f"base = AutoModel.from_pretrained({json.dumps(path, ensure_ascii=False)})",
+        'model = PeftModel.from_pretrained(base, "adapters/TASK")',
+    ]

@@ -1,0 +1,35 @@
+"""The comparison as one small table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from foretune.evaluation.report.view import View
+
+
+def summary_rows(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """One row a base: its means, and its differences from the controls where it was judged.
+
+    Args:
+        comparison: The content of `comparison.json`.
+
+    Returns:
+        The header, and rows of as many cells. Plain text: a label may hold any character, so
+        escape it for a terminal that reads markup. An empty cell was not measured.
+    """
+    view = View(comparison)
+    at = view.shots_label(view.judged)
+    header = [f"mean {view.scale.axis}", *(view.shots_label(shots) for shots in view.shots)]
+    header += [f"over {view.rival(control)}, {at}" for control in view.controls]
+    rows = []
+    for name in view.names:
+        row = [view.labels[name]]
+        for shots in view.shots:
+            mean = view.means.get((name, shots))
+            row.append("" if mean is None else view.scale.level(mean.mean))
+        for control in view.controls:
+            one = None if control == name else view.contrast(name, control, view.judged)
+            row.append("" if one is None else view.difference_text(one))
+        rows.append(row)
+    return header, rows

@@ -1,0 +1,171 @@
+"""The few SVG pieces that the figures are made of: tags, colours, markers, scales and axes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from xml.sax.saxutils import escape, quoteattr
+
+# Characters that XML forbids whatever the escaping; a task may be named by a user's stray bytes.
+FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ink:
+    """Colours of a figure.
+
+    Args:
+        text: Of labels.
+        muted: Of axes' numbers and notes.
+        line: Of grid lines.
+        paper: Of the ground, which hollow markers are filled with.
+        series: Of the bases, first the model as it is.
+    """
+
+    text: str
+    muted: str
+    line: str
+    paper: str
+    series: tuple[str, ...]
+
+
+LIGHT = Ink(
+    text="#1f2328",
+    muted="#5b626b",
+    line="#dfdcd5",
+    paper="#ffffff",
+    series=("#6b7079", "#1f5fa8", "#c2410c", "#237a4b", "#7c3fa8", "#0e7490", "#a3246b", "#846400"),
+)
+DARK = Ink(
+    text="#e8e6e1",
+    muted="#a3a8b0",
+    line="#363a41",
+    paper="#17191c",
+    series=("#a0a5ae", "#7db3f0", "#ff9a62", "#6fcf97", "#c79bf0", "#5cc8dc", "#f28bc0", "#d9b84a"),
+)
+PAGE = Ink(
+    text="var(--text)",
+    muted="var(--muted)",
+    line="var(--line)",
+    paper="var(--paper)",
+    series=tuple(f"var(--series-{index})" for index in range(len(LIGHT.series))),
+)
+DASHES = ("2 3", "7 4", "", "7 3 2 3", "12 4", "1 4", "4 2", "9 2 2 2 2 2")
+MARKERS = ("circle", "square", "diamond", "up", "down", "plus", "cross", "bar")
+FONT = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+
+
+def clean(text: object) -> str:
+    """Text without the characters that no XML file may hold."""
+    return FORBIDDEN.sub("�", str(text))
+
+
+def tag(name: str, *children: str, **attributes: object) -> str:
+    """One element; children are markup, attributes are escaped and written with hyphens."""
+    written = "".join(
+        f" {key.strip('_').replace('_', '-')}={quoteattr(_value(value))}"
+        for key, value in attributes.items()
+        if value is not None
+    )
+    return f"<{name}{written}>{''.join(children)}</{name}>" if children else f"<{name}{written}/>"
+
+
+def _value(value: object) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else clean(value)
+
+
+def text(
+    content: object,
+    x: float,
+    y: float,
+    ink: str,
+    *,
+    anchor: str = "start",
+    size: int = 13,
+    weight: int = 400,
+) -> str:
+    """A line of text with its baseline at y."""
+    style = f"fill:{ink};font-size:{size}px;font-weight:{weight}"
+    return tag("text", escape(clean(content)), x=x, y=y, text_anchor=anchor, style=style)
+
+
+def line(
+    x1: float, y1: float, x2: float, y2: float, ink: str, *, width: float = 1, dash: str = ""
+) -> str:
+    """A straight line."""
+    style = f"stroke:{ink};stroke-width:{width:g}" + (f";stroke-dasharray:{dash}" if dash else "")
+    return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, style=style)
+
+
+def polyline(points: Sequence[tuple[float, float]], ink: str, *, dash: str = "") -> str:
+    """A line through points."""
+    style = f"fill:none;stroke:{ink};stroke-width:2;stroke-linejoin:round"
+    style += f";stroke-dasharray:{dash}" if dash else ""
+    return tag("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), style=style)
+
+
+def marker(kind: str, x: float, y: float, ink: str, fill: str, *, size: float = 4.5) -> str:
+    """A marker of one of the MARKERS around (x, y)."""
+    style = f"fill:{fill};stroke:{ink};stroke-width:2"
+    if kind == "circle":
+        return tag("circle", cx=x, cy=y, r=size, style=style)
+    s = size
+    corners = {
+        "square": [(-s, -s), (s, -s), (s, s), (-s, s)],
+        "diamond": [(0, -1.3 * s), (1.3 * s, 0), (0, 1.3 * s), (-1.3 * s, 0)],
+        "up": [(0, -1.2 * s), (1.2 * s, s), (-1.2 * s, s)],
+        "down": [(0, 1.2 * s), (1.2 * s, -s), (-1.2 * s, -s)],
+        "bar": [(-1.3 * s, -0.4 * s), (1.3 * s, -0.4 * s), (1.3 * s, 0.4 * s), (-1.3 * s, 0.4 * s)],
+    }
+    if kind in corners:
+        points = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners[kind])
+        return tag("polygon", points=points, style=style)
+    path = f"M{x - s:.1f} {y:.1f}h{2 * s:g}M{x:.1f} {y - s:.1f}v{2 * s:g}"
+    turn = f"rotate(45 {x:.1f} {y:.1f})" if kind == "cross" else None
+    return tag("path", d=path, transform=turn, style=style)
+
+
+def text_width(content: str, size: int = 13) -> float:
+    """A generous estimate of a text's width in pixels."""
+    return len(content) * size * 0.58
+
+
+def shorten(content: str, width: float, size: int = 13) -> str:
+    """The text cut to fit `width` pixels, with an ellipsis where it was cut."""
+    fits = max(2, int(width / (size * 0.58)))
+    return content if len(content) <= fits else content[: fits - 1].rstrip() + "…"
+
+
+def linear(
+    domain: tuple[float, float], pixels: tuple[float, float]
+) -> Callable[[float], float]:
+    """Maps the domain to pixels."""
+    (low, high), (first, last) = domain, pixels
+    return lambda value: first + (value - low) / (high - low) * (last - first)
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers between low and high, about as many as asked for.
+
+    >>> ticks(0.31, 0.52)
+    [0.35, 0.4, 0.45, 0.5]
+    """
+    raw = (high - low) / max(about, 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * nice for nice in (1, 2, 2.5, 5, 10) if power * nice >= raw * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
+
+
+def padded(values: Sequence[float], share: float = 0.06) -> tuple[float, float]:
+    """A domain that holds the values with some air, never empty."""
+    low, high = min(values), max(values)
+    air = (high - low) * share or abs(high) * share or 1.0
+    return low - air, high + air
+
+
+def tick_text(value: float, factor: float) -> str:
+    """A tick's number in the metric's unit."""
+    return f"{value * factor:g}".replace("-", "−")

@@ -1,0 +1,129 @@
+"""What the page, the figures and the terminal read from a comparison, in the order they show it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from foretune.evaluation.verdict import CONTROLS, Contrast, contrast
+from foretune.evaluation.wording import AS_IT_IS, Scale, shots_label, shots_order
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean with its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class View:
+    """A comparison, read-only, with the look-ups that all parts of a report share.
+
+    Args:
+        comparison: The content of `comparison.json`.
+    """
+
+    def __init__(self, comparison: Mapping[str, Any]) -> None:
+        self.comparison = comparison
+        self.scale = Scale(comparison["metric"]["name"])
+        self.chance: float | None = comparison["metric"].get("chance")
+        self.bases: list[Mapping[str, Any]] = list(comparison["bases"])
+        self.names: list[str] = [base["name"] for base in self.bases]
+        self.labels: dict[str, str] = {base["name"]: str(base["label"]) for base in self.bases}
+        self.methods: dict[str, str] = {base["name"]: base["method"] for base in self.bases}
+        self.means = {
+            (row["base"], row["shots"]): Mean(row["mean"], row["low"], row["high"])
+            for row in comparison["means"]
+        }
+        self.shots: list[int | None] = sorted({key[1] for key in self.means}, key=shots_order)
+        self.judged: int | None = comparison["verdict"]["shots"]
+        self.best: str | None = comparison["verdict"]["best"]
+        self.shots_unit: str = comparison["adapt"].get("shots_unit", "rows")
+
+    @property
+    def controls(self) -> list[str]:
+        """The names of the controls, the model as it is first."""
+        return [name for m in CONTROLS for name in self.names if self.methods[name] == m]
+
+    def rival(self, name: str) -> str:
+        """How a base is called after 'over' or 'against'."""
+        return AS_IT_IS if self.methods[name] == "none" else self.labels[name]
+
+    def shots_label(self, shots: int | None) -> str:
+        """The title of a column of this comparison."""
+        return shots_label(shots, self.shots_unit)
+
+    def leader(self, shots: int | None) -> str | None:
+        """The base with the highest mean at `shots`."""
+        measured = [name for name in self.names if (name, shots) in self.means]
+        return max(measured, key=lambda name: self.means[name, shots].mean, default=None)
+
+    def contrast(self, a: str, b: str, shots: int | None) -> Contrast | None:
+        """The pair of two bases, read as a − b."""
+        return contrast(self.comparison["pairs"], a, b, shots)
+
+    def difference_text(self, one: Contrast) -> str:
+        """A difference with its interval: '+5.5 (+2.9 to +8.1)'."""
+        interval = self.scale.interval(one.low, one.high)
+        return f"{self.scale.signed(one.difference)} ({interval})"
+
+    def against_controls(self, shots: int | None) -> list[tuple[str, list[Contrast]]]:
+        """For each control: what stands against it. Without controls: every pair on its own."""
+        groups: dict[str, list[Contrast]] = {}
+        rivals = self.controls or self.names
+        for index, b in enumerate(rivals):
+            taken = set(rivals[:index])
+            found = [self.contrast(a, b, shots) for a in self.names if a not in taken | {b}]
+            groups[b] = [one for one in found if one is not None]
+        return [(b, members) for b, members in groups.items() if members]
+
+    def focus(self) -> Contrast | None:
+        """The one pair whose tasks are shown: the recommended base against the best control."""
+        candidates = [name for name in self.names if self.methods[name] != "none"]
+        proven = [name for name in candidates if name == self.best and name not in self.controls]
+        peft_ml = [name for name in candidates if self.methods[name] == "peft-ml"]
+        others = [name for name in candidates if name not in self.controls]
+        for a in proven + peft_ml + others + candidates:
+            for b in [*reversed(self.controls), *self.names]:
+                found = self.contrast(a, b, self.judged) if a != b else None
+                if found is not None:
+                    return found
+        return None
+
+    def task_differences(self, a: str, b: str, shots: int | None) -> list[tuple[str, float]]:
+        """Each task's mean of a − b over the seeds that both have, the highest first."""
+        cells: dict[str, dict[tuple[str, int], float]] = {a: {}, b: {}}
+        for row in self.comparison["scores"]:
+            if row["base"] in cells and row["shots"] == shots:
+                cells[row["base"]][row["task"], row["seed"]] = row["score"]
+        by_task: dict[str, list[float]] = defaultdict(list)
+        for key in cells[a].keys() & cells[b].keys():
+            by_task[key[0]].append(cells[a][key] - cells[b][key])
+        found = [(task, sum(values) / len(values)) for task, values in by_task.items()]
+        return sorted(found, key=lambda item: (-item[1], item[0]))
+
+    def rank_scores(self) -> dict[tuple[str, int], list[float]]:
+        """The spectrum's scores of the tasks for each base and rank."""
+        found: dict[tuple[str, int], list[float]] = defaultdict(list)
+        for row in (self.comparison.get("spectrum") or {}).get("rows") or []:
+            found[row["base"], row["rank"]].append(row["score"])
+        return dict(found)
+
+    def singular_values(self) -> dict[str, list[float]]:
+        """Each base's singular values relative to the largest, averaged over modules and tasks."""
+        found: dict[str, list[Sequence[float]]] = defaultdict(list)
+        for row in (self.comparison.get("spectrum") or {}).get("singular_values") or []:
+            if row["values"] and row["values"][0] > 0:
+                found[row["base"]].append([value / row["values"][0] for value in row["values"]])
+        return {base: _ragged_mean(curves) for base, curves in found.items()}
+
+
+def _ragged_mean(curves: Sequence[Sequence[float]]) -> list[float]:
+    """The mean at each index over the curves that reach it."""
+    longest = max(len(curve) for curve in curves)
+    columns = [[curve[i] for curve in curves if i < len(curve)] for i in range(longest)]
+    return [sum(column) / len(column) for column in columns]

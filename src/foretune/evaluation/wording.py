@@ -1,0 +1,100 @@
+"""How scores, differences and numbers of shots are written for people: one wording everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+MINUS = "−"
+AS_IT_IS = "the model as it is"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """The unit of a metric: accuracy is written in percent and points, all else as it is.
+
+    Args:
+        metric: The metric's name, such as "accuracy" or "log-likelihood per token".
+
+    >>> Scale("accuracy").signed(0.055, unit=True), Scale("accuracy").level(0.441)
+    ('+5.5 points', '44.1')
+    >>> Scale("negative squared error").interval(-0.25, 1.5)
+    '−0.25 to +1.5'
+    """
+
+    metric: str
+
+    @property
+    def factor(self) -> float:
+        """What a score is multiplied by before it is written."""
+        return 100.0 if self.metric == "accuracy" else 1.0
+
+    @property
+    def axis(self) -> str:
+        """The metric with its unit, as an axis or a table is titled."""
+        return "accuracy, %" if self.metric == "accuracy" else self.metric
+
+    @property
+    def difference_axis(self) -> str:
+        """The unit of a difference, as an axis or a table is titled."""
+        return "points of accuracy" if self.metric == "accuracy" else self.metric
+
+    def level(self, score: float) -> str:
+        """A score without its unit: '44.1'."""
+        return (f"{score * 100:.1f}" if self.factor != 1 else f"{score:.4g}").replace("-", MINUS)
+
+    def signed(self, difference: float, *, unit: bool = False) -> str:
+        """A difference with its sign: '+5.5', and with `unit` '+5.5 points'."""
+        text = f"{difference * 100:+.1f}" if self.factor != 1 else f"{difference:+.3g}"
+        if float(text) == 0:
+            text = text.lstrip("+-")
+        suffix = ("points" if self.factor != 1 else self.metric) if unit else ""
+        return f"{text.replace('-', MINUS)} {suffix}".rstrip()
+
+    def interval(self, low: float, high: float) -> str:
+        """An interval of a difference: '+2.9 to +8.1'."""
+        return f"{self.signed(low)} to {self.signed(high)}"
+
+
+def shots_order(shots: int | None) -> float:
+    """Sorts numbers of shots; None, which is all rows, comes last."""
+    return math.inf if shots is None else shots
+
+
+def shots_label(shots: int | None, unit: str = "rows") -> str:
+    """A number of shots as a column is titled.
+
+    >>> shots_label(0), shots_label(1), shots_label(5, "rows per class"), shots_label(None)
+    ('before adapting', '1 row', '5 rows per class', 'all rows')
+    """
+    if shots is None:
+        return "all rows"
+    if shots == 0:
+        return "before adapting"
+    return f"{shots} {unit.replace('rows', 'row', 1) if shots == 1 else unit}"
+
+
+def shots_phrase(shots: int | None, unit: str = "rows") -> str:
+    """A number of shots inside a sentence.
+
+    >>> shots_phrase(0), shots_phrase(16), shots_phrase(5, "rows per class")
+    ('before adapting', 'with 16 rows a task', 'with 5 rows per class')
+    """
+    label = shots_label(shots, unit)
+    if shots == 0:
+        return label
+    return f"with {label}" if " per " in label else f"with {label} a task"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "seed"), counted(3, "seed")
+    ('1 seed', '3 seeds')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def p_text(p_value: float) -> str:
+    """A p-value: '0.031', or '<0.001' where more digits say nothing."""
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"

@@ -1,0 +1,46 @@
+"""Full fine-tuning: a model of its own for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from foretune.run import Run, at_least
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from foretune.tasks.objectives import Objective
+    from foretune.training.learner import Learner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """All weights that the model lets train, one task after the other.
+
+    Args:
+        learning_rate: Of AdamW.
+    """
+
+    learning_rate: float = 5e-5
+
+    name: ClassVar[str] = "full"
+    label: ClassVar[str] = "full fine-tuning"
+    verb: ClassVar[str] = "adapt"
+    paper: ClassVar[dict[str, Any] | None] = None
+    shares_base: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        at_least("learning_rate", self.learning_rate, 1e-12)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}
+
+    def learner(
+        self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
+    ) -> Learner:
+        from foretune.training.learner import Learner
+
+        return Learner(model, objective, learning_rate=self.learning_rate)

@@ -1,0 +1,67 @@
+"""LoRA: adapt a frozen base by one low-rank adapter for each task, all tasks at once.
+
+Paper: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv:2106.09685.
+
+The tasks are independent: each slot of the bank follows the gradient of its own task's mean loss
+and is clipped by itself, so a task's result does not depend on which others were adapted with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from foretune.adapters.config import lora_fields
+from foretune.run import Run, at_least
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from foretune.tasks.objectives import Objective
+    from foretune.training.learner import Learner
+
+PAPER = {
+    "title": "LoRA: Low-Rank Adaptation of Large Language Models",
+    "authors": "Edward J. Hu and Yelong Shen and Phillip Wallis and Zeyuan Allen-Zhu and "
+    "Yuanzhi Li and Shean Wang and Lu Wang and Weizhu Chen",
+    "year": 2022,
+    "venue": "ICLR",
+    "arxiv": "2106.09685",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """One LoRA adapter for each task on the frozen base, all tasks in one batch.
+
+    Args:
+        learning_rate: Of the adapters and of heads of their own.
+        lora: A `peft.LoraConfig` or a mapping of its fields. Without `target_modules` every
+            linear layer that the model lets train is adapted.
+    """
+
+    learning_rate: float = 1e-3
+    lora: Any = field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
+
+    name: ClassVar[str] = "lora"
+    label: ClassVar[str] = "LoRA"
+    verb: ClassVar[str] = "adapt"
+    paper: ClassVar[dict[str, Any] | None] = PAPER
+    shares_base: ClassVar[bool] = True
+    pooled: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        at_least("learning_rate", self.learning_rate, 1e-12)
+        object.__setattr__(self, "lora", lora_fields(self.lora))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}
+
+    def learner(
+        self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
+    ) -> Learner:
+        from foretune.training.learner import Learner, make_bank
+
+        bank = make_bank(model, objective, keys, run.seed, lora=self.lora)
+        return Learner(model, objective, bank=bank, bank_learning_rate=self.learning_rate)

@@ -1,0 +1,72 @@
+"""Standard retraining: the tasks' rows pooled and shuffled, one model for all of them.
+
+    W_SR = argmin_W  Σ_t Σ_j  L(Φ(x_tj; W), y_tj)
+
+The control of Block et al. (arXiv:2410.22264). Two things are mended with respect to their code:
+batches mix the tasks (theirs visits one task after the other inside an epoch), and there is a
+form with a head for each task, so that a gain of PEFT-ML cannot come from its heads alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from foretune.run import Run, at_least, one_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from foretune.tasks.objectives import Objective
+    from foretune.training.learner import Learner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standard:
+    """Multi-task fine-tuning on pooled and shuffled rows, then adapt.
+
+    Args:
+        learning_rate: Of AdamW, on all weights that the model lets train.
+        heads: "shared" for one head over the labels of all tasks; "per-task" for one head a task
+            (where the model has no head, a copy of its last linear layer).
+    """
+
+    learning_rate: float = 1e-4
+    heads: Literal["shared", "per-task"] = "shared"
+
+    name: ClassVar[str] = "standard"
+    label: ClassVar[str] = "standard retraining"
+    verb: ClassVar[str] = "retrain"
+    paper: ClassVar[dict[str, Any] | None] = None
+    keeps_adapters: ClassVar[bool] = False
+    pooled: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        at_least("learning_rate", self.learning_rate, 1e-12)
+        one_of("heads", self.heads, ("shared", "per-task"))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}
+
+    def objective_for(self, objective: Objective) -> Objective:
+        return objective.shared() if self.heads == "shared" else objective
+
+    def budget(self, run: Run, num_tasks: int) -> Run:
+        return run
+
+    def learner(
+        self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
+    ) -> Learner:
+        from foretune.training.learner import Learner, make_bank
+
+        bank = None
+        if self.heads == "per-task":
+            bank = make_bank(model, objective, keys, run.seed, head_copies=True)
+        return Learner(
+            model,
+            objective,
+            bank=bank,
+            learning_rate=self.learning_rate,
+            bank_learning_rate=self.learning_rate,
+        )

@@ -1,0 +1,1 @@
+"""Loading models, finding their parts, and telling which task owns which row."""

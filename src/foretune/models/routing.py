@@ -1,0 +1,87 @@
+"""Which task owns each row of the present forward pass.
+
+An objective knows which examples it stacked into a batch; an adapted layer, deep inside a model
+that knows nothing of tasks, needs to know it too. The objective says it here, the layer asks here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The slot (index of a task in the adapter bank) of each row, that is of the leading dimension.
+
+    >>> rows = Rows((0, 0, 2, 2))
+    >>> rows.present, rows.uniform
+    ((0, 2), 2)
+    >>> rows.segments
+    ((0, 0, 2), (2, 2, 4))
+    """
+
+    slots: tuple[int, ...]
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """The permutation that brings the rows of each slot together; None when they already are."""
+        if all(a <= b for a, b in zip(self.slots, self.slots[1:], strict=False)):
+            return None
+        return torch.argsort(torch.tensor(self.slots), stable=True)
+
+    @cached_property
+    def inverse(self) -> Tensor | None:
+        """The permutation that undoes `order`."""
+        return None if self.order is None else torch.argsort(self.order)
+
+    @cached_property
+    def segments(self) -> tuple[tuple[int, int, int], ...]:
+        """(slot, start, end) of each slot's rows after sorting by `order`."""
+        found: list[tuple[int, int, int]] = []
+        start = 0
+        ordered = sorted(self.slots)
+        for i in range(1, len(ordered) + 1):
+            if i == len(ordered) or ordered[i] != ordered[start]:
+                found.append((ordered[start], start, i))
+                start = i
+        return tuple(found)
+
+    @cached_property
+    def present(self) -> tuple[int, ...]:
+        """The slots that own at least one row, in ascending order."""
+        return tuple(slot for slot, _, _ in self.segments)
+
+    @cached_property
+    def uniform(self) -> int | None:
+        """The number of rows of every present slot when it is the same for all, else None."""
+        counts = {end - start for _, start, end in self.segments}
+        return counts.pop() if len(counts) == 1 else None
+
+
+_ROWS: contextvars.ContextVar[Rows | None] = contextvars.ContextVar("foretune_rows", default=None)
+
+
+@contextlib.contextmanager
+def route(slots: Sequence[int] | None) -> Iterator[None]:
+    """Says, for the forward passes inside the block, which slot owns each row.
+
+    Args:
+        slots: One slot a row; None for the base model without any adapter.
+    """
+    token = _ROWS.set(None if slots is None else Rows(tuple(slots)))
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
+
+
+def current_rows() -> Rows | None:
+    """What the innermost `route` said; None outside of any."""
+    return _ROWS.get()

@@ -1,0 +1,198 @@
+"""Finding and changing parts of a model: its head, its blocks, its linear layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from foretune.errors import UserError
+
+HEADS = ("classifier", "score", "classification_head")  # what transformers calls a task head
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """The names of the modules that every task has for itself.
+
+    A model of transformers says it by an attribute (`HEADS`), a plain module may set an attribute
+    `head_modules`. Failing that it is the last linear layer, poolers and language model heads left
+    aside.
+
+    Raises:
+        UserError: The model has no linear layer, or its `head_modules` names no module.
+    """
+    names = _declared_head(model)
+    if names:
+        return names
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and "pooler" not in name
+        and "lm_head" not in name
+    ]
+    if not linear:
+        raise UserError(
+            f"{type(model).__name__} has no linear layer to serve as a head; set an attribute "
+            "head_modules = [names] on it"
+        )
+    return linear[-1:]
+
+
+def has_fresh_head(model: nn.Module) -> bool:
+    """Whether the head is a task's own classifier, as opposed to the model's last layer."""
+    return bool(_declared_head(model))
+
+
+def _declared_head(model: nn.Module) -> list[str]:
+    declared = getattr(model, "head_modules", None)
+    if isinstance(declared, (list, tuple)) and declared:
+        known = dict(model.named_modules())
+        for name in declared:
+            if name not in known:
+                raise UserError(
+                    f'head_modules of {type(model).__name__} names "{name}", which is no module of '
+                    f"it; its top modules are {', '.join(n for n, _ in model.named_children())}"
+                )
+        return list(declared)
+    for name in HEADS:
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Module) and any(True for _ in head.parameters()):
+            return [name]
+    return []
+
+
+def reset_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
+    """Gives a model a fresh head, in place.
+
+    Module objects stay, their parameters are new. Other layers of the head (RoBERTa's has two) are
+    drawn afresh as well.
+
+    Args:
+        model: A model with a task head.
+        num_labels: Outputs of the new head; None keeps their number.
+        seed: Seeds the draw; the global generator is left as it was.
+
+    Raises:
+        UserError: The model has no task head, or it has no linear layer.
+    """
+    if not has_fresh_head(model):
+        raise UserError(f"{type(model).__name__} has no task head that could be reset")
+    parts = [m for name in head_modules(model) for m in model.get_submodule(name).modules()]
+    linear = [m for m in parts if isinstance(m, nn.Linear)]
+    if not linear:
+        raise UserError(f"the head of {type(model).__name__} has no linear layer to resize")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in parts:
+            width = num_labels if module is linear[-1] else None
+            if isinstance(module, nn.Linear):
+                _reset_linear(module, width or module.out_features, _spread(model))
+            elif callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+    config: Any = getattr(model, "config", None)
+    if num_labels is not None and hasattr(config, "num_labels"):
+        config.num_labels = num_labels
+        model.num_labels = num_labels  # type: ignore[assignment]
+
+
+def match_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
+    """Gives the model a fresh head if its own has not that many outputs; None leaves it alone.
+
+    Raises:
+        UserError: The last layer of a plain module has another number of outputs.
+    """
+    if num_labels is None:
+        return
+    parts = [m for name in head_modules(model) for m in model.get_submodule(name).modules()]
+    width = next((m.out_features for m in reversed(parts) if isinstance(m, nn.Linear)), None)
+    if width == num_labels or width is None:
+        return
+    if not has_fresh_head(model):
+        raise UserError(
+            f"the last layer of {type(model).__name__} has {width} outputs where the tasks have "
+            f"{num_labels} labels; make it {num_labels} wide, or set head_modules = [names] on the "
+            "model so that the head can be made anew"
+        )
+    reset_head(model, num_labels, seed)
+
+
+def _spread(model: nn.Module) -> float | None:
+    spread = getattr(getattr(model, "config", None), "initializer_range", None)
+    return spread if isinstance(spread, float) else None
+
+
+def _reset_linear(layer: nn.Linear, outputs: int, spread: float | None) -> None:
+    """Fresh parameters: normal of this spread with zero bias, or torch's default for None."""
+    old = layer.weight
+    fresh = nn.Linear(layer.in_features, outputs, bias=layer.bias is not None)
+    if spread is not None:
+        nn.init.normal_(fresh.weight, std=spread)
+        if fresh.bias is not None:
+            nn.init.zeros_(fresh.bias)
+    fresh.to(device=old.device, dtype=old.dtype).requires_grad_(old.requires_grad)
+    layer.weight, layer.bias, layer.out_features = fresh.weight, fresh.bias, outputs
+
+
+def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """(name, list) of the model's transformer blocks: the longest outermost list of modules.
+
+    None for a model without one, and for an encoder-decoder, which has two.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    best: tuple[str, nn.ModuleList] | None = None
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(p) for p in inside):
+            continue
+        inside.append(f"{name}.")  # a list inside a block (experts) is no list of blocks
+        if len(module) and (best is None or len(module) > len(best[1])):
+            best = (name, module)
+    return best
+
+
+def parameters_before(model: nn.Module, block_list_name: str) -> dict[str, nn.Parameter]:
+    """The parameters registered before a list of blocks: embeddings and what goes with them."""
+    before: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{block_list_name}."):
+            break
+        before[name] = parameter
+    return before
+
+
+def freeze_lower(model: nn.Module, trainable_layers: int) -> None:
+    """Freezes all that is registered before the blocks, and all but the last blocks.
+
+    Args:
+        model: A model with a list of blocks.
+        trainable_layers: How many of the last blocks stay trainable.
+
+    Raises:
+        UserError: The model has no list of blocks, or fewer blocks than that.
+    """
+    found = block_list(model)
+    if found is None:
+        raise UserError(
+            f"trainable_layers={trainable_layers} needs a model with one list of blocks, which "
+            f"{type(model).__name__} has not"
+        )
+    name, blocks = found
+    if not 0 <= trainable_layers <= len(blocks):
+        raise UserError(
+            f"trainable_layers must be between 0 and the {len(blocks)} blocks of "
+            f"{type(model).__name__}, got {trainable_layers}"
+        )
+    for parameter in parameters_before(model, name).values():
+        parameter.requires_grad_(False)
+    for block in blocks[: len(blocks) - trainable_layers]:
+        block.requires_grad_(False)
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → layer for each linear layer: `nn.Linear`, transformers' `Conv1D`, `nn.Conv1d`."""
+    kinds: tuple[Any, ...] = (nn.Linear, Conv1D, nn.Conv1d)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}

@@ -1,0 +1,55 @@
+"""Puts the comparisons of several whole repeats together."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+AVERAGED = ("seconds", "cpu_seconds", "tokens", "examples")
+
+
+def merge_repeats(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One comparison over all scores; costs are the means of the repeats.
+
+    Args:
+        repeats: Comparisons of the same bases and tasks under different seeds.
+    """
+    from foretune.evaluation.statistics import pairs_and_means, verdict
+
+    first = repeats[0]
+    if len(repeats) == 1:
+        return dict(first)
+    draws = 1 + max(score["seed"] for score in first["scores"])
+    scores = [
+        # Draws of one repeat are numbered from 0, so repeats are kept apart by an offset.
+        {**score, "seed": number * draws + score["seed"]}
+        for number, repeat in enumerate(repeats)
+        for score in repeat["scores"]
+    ]
+    bases = [_mean_base([repeat["bases"][i] for repeat in repeats])
+             for i in range(len(first["bases"]))]
+    pairs, means = pairs_and_means(scores, bases)
+    sentence = verdict(
+        pairs, means, bases, metric=first["metric"]["name"],
+        shots_unit=first["adapt"].get("shots_unit", "rows"),
+    )
+    return {**first, "bases": bases, "scores": scores, "pairs": pairs, "means": means,
+            "verdict": sentence}
+
+
+def _mean_base(bases: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first repeat's base, with the mean cost of all."""
+    merged = dict(bases[0])
+    for stage in ("retrain", "adapt"):
+        costs = [base[stage] for base in bases if base.get(stage)]
+        if len(costs) < 2:
+            continue
+        means = {
+            key: statistics.fmean(cost[key] for cost in costs)
+            for key in AVERAGED
+            if all(isinstance(cost.get(key), int | float) for cost in costs)
+        }
+        peaks = [cost["peak_memory_mb"] for cost in costs if cost.get("peak_memory_mb")]
+        merged[stage] = {**costs[0], **means, **({"peak_memory_mb": max(peaks)} if peaks else {})}
+    return merged

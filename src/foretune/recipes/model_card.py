@@ -1,0 +1,41 @@
+"""README.md of a run: a model card for whoever finds the folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def model_card(comparison: dict[str, Any]) -> str:
+    """The card, in Markdown, with the front matter that the hub reads."""
+    best = comparison["verdict"]["best"]
+    bases = {base["name"]: base for base in comparison["bases"]}
+    chosen = bases[best] if best in bases else next(iter(bases.values()))
+    path = chosen.get("path") or "base"
+    collection = comparison["collection"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [foretune, meta-learning, peft]",
+        "---",
+        "",
+        f"# {comparison['title']}",
+        "",
+        comparison["verdict"]["sentence"],
+        "",
+        f"Bases retrained on {collection['num_seen']} tasks and compared by adapting each to "
+        f"{collection['num_unseen']} tasks that no retraining saw. `report.html` shows the "
+        "few-shot curves, the differences by task and the costs; `comparison.json` holds every "
+        "score; `config.yaml` runs it again.",
+        "",
+        "| base | method | folder |",
+        "|---|---|---|",
+        *(f"| {b['label']} | {b['method']} | `{b.get('path') or '-'}` |" for b in bases.values()),
+        "",
+        "```python",
+        "from transformers import AutoModel",
+        "",
+        f'base = AutoModel.from_pretrained("{path}")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

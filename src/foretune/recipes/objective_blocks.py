@@ -1,0 +1,52 @@
+"""The `objective:` block. Importing the objectives themselves would import torch.
+
+The keys and defaults repeat those of the classes in `foretune.tasks.objectives`; a test compares
+the two.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from foretune.recipes.blocks import Block
+
+
+class ChoiceBlock(Block):
+    """Pick the right candidate for a context."""
+
+    kind: Literal["choice"]
+    scoring: Literal["bi-encoder", "cross-encoder"] = "bi-encoder"
+    temperature: float = 0.05
+    max_context_tokens: int = 32
+    max_response_tokens: int = 24
+    context_turns: int | None = None
+    train_candidates: int | None = None
+
+
+class ClassificationBlock(Block):
+    """A label for a text or an array."""
+
+    kind: Literal["classification"]
+    max_tokens: int = 128
+
+
+class CausalLMBlock(Block):
+    """The next token; with prompt and completion, of the completion only."""
+
+    kind: Literal["causal-lm"]
+    max_tokens: int = 128
+
+
+class RegressionBlock(Block):
+    """An array from an array."""
+
+    kind: Literal["regression"]
+
+
+ObjectiveBlock = ChoiceBlock | ClassificationBlock | CausalLMBlock | RegressionBlock
+OBJECTIVES: dict[str, type[Block]] = {
+    "choice": ChoiceBlock,
+    "classification": ClassificationBlock,
+    "causal-lm": CausalLMBlock,
+    "regression": RegressionBlock,
+}

@@ -1,0 +1,183 @@
+"""`plan_recipe`: what a recipe would do and cost. Trains nothing but two steps to time them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import foretune
+from foretune.recipes.schema import MethodEntry, Recipe, takes_rate
+from foretune.recipes.setup import Say, Setup, set_up
+from foretune.tasks.leakage import Leak, find_leaks
+from foretune.tasks.summary import describe
+from foretune.tasks.task import Task, TaskCollection
+
+TIMED_STEPS = 2
+FORWARD_SHARE = 1 / 3  # a forward pass costs about a third of forward and backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one method costs.
+
+    Args:
+        name: As in the recipe.
+        parameters: Trainable parameters by role: base, adapter (of a task), head (of a task).
+        step_seconds: Mean of two real steps; None for a method that trains nothing.
+        seconds: Estimate for the whole recipe: search, repeats, validations.
+        peak_memory_mb: Of those steps; None where the system does not tell.
+    """
+
+    name: str
+    parameters: dict[str, int]
+    step_seconds: float | None
+    seconds: float
+    peak_memory_mb: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a recipe would do and cost.
+
+    Args:
+        name: The recipe's.
+        seen: Task → number of rows of each split.
+        unseen: The same for unseen tasks; None when the recipe sets none aside.
+        leaks: Examples that stand where they must not.
+        retrain: Cost of each method.
+        adapt: Cost of adapting all bases; None without unseen tasks.
+    """
+
+    name: str
+    seen: dict[str, dict[str, int]]
+    unseen: dict[str, dict[str, int]] | None
+    leaks: list[Leak]
+    retrain: list[Cost]
+    adapt: Cost | None
+
+    @property
+    def seconds(self) -> float:
+        """Estimate for the whole run."""
+        return sum(cost.seconds for cost in [*self.retrain, *([self.adapt] if self.adapt else [])])
+
+    @property
+    def peak_memory_mb(self) -> float | None:
+        """The largest peak that was met."""
+        costs = [*self.retrain, *([self.adapt] if self.adapt else [])]
+        return max((cost.peak_memory_mb for cost in costs if cost.peak_memory_mb), default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields, with the sums."""
+        fields = dataclasses.asdict(self)
+        return {**fields, "seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
+
+
+def plan_recipe(recipe: Recipe, say: Say = lambda line: None) -> Plan:
+    """Looks at the data, and times two real steps of each method.
+
+    Args:
+        recipe: What would be run.
+        say: Is told each stage.
+
+    Raises:
+        UserError: The data or the model is not what the recipe needs.
+    """
+    setup = set_up(recipe, say)
+    costs = []
+    for entry in recipe.entries:
+        say(f"{entry.name}: timing {TIMED_STEPS} steps")
+        costs.append(_retrain_cost(setup, entry))
+    adapt = None
+    if setup.unseen is not None:
+        say(f"{recipe.adapt.method}: timing {TIMED_STEPS} steps")
+        adapt = _adapt_cost(setup, setup.unseen)
+    return Plan(
+        name=recipe.name,
+        seen=describe(setup.seen),
+        unseen=None if setup.unseen is None else describe(setup.unseen),
+        leaks=find_leaks(setup.seen, setup.unseen),
+        retrain=costs,
+        adapt=adapt,
+    )
+
+
+def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:
+    block = setup.recipe.retrain
+    if not takes_rate(entry.method):  # it trains nothing
+        return Cost(name=entry.name, parameters={}, step_seconds=None, seconds=0.0,
+                    peak_memory_mb=None)
+    run = setup.recipe.retrain_run().replace(eval_every=0)
+    tasks = _trimmed(setup.seen, run.batch_size)
+
+    def timed(steps: int) -> Any:
+        return foretune.retrain(
+            setup.model, tasks, entry.record(), run.replace(steps=steps),
+            tokenizer=setup.tokenizer,
+        )
+
+    one, more = timed(1), timed(1 + TIMED_STEPS)
+    step = max(more.cost["seconds"] - one.cost["seconds"], 0.0) / TIMED_STEPS
+    together = min(run.tasks_per_step or len(setup.seen), len(setup.seen))
+    trials = len(entry.rates) if len(entry.rates) > 1 else 0
+    steps = setup.recipe.seeds * block.steps + trials * (block.search_steps or block.steps)
+    validations = (setup.recipe.seeds + trials) * _validations(block.eval_every, block.steps)
+    rows = sum(min(len(task.validation), block.eval_rows or math.inf) for task in setup.seen)
+    per_row = step / (together * run.batch_size) * FORWARD_SHARE
+    return Cost(
+        name=entry.name,
+        parameters=_parameters(more.model, more.bank),
+        step_seconds=step,
+        seconds=steps * step + validations * rows * per_row,
+        peak_memory_mb=more.cost.get("peak_memory_mb"),
+    )
+
+
+def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
+    block, recipe = setup.recipe.adapt, setup.recipe
+    run = recipe.adapt_run().replace(eval_every=0)
+    record = recipe.adapt_record(block.rates[0] if block.rates else None)
+    tasks = _trimmed(unseen, run.batch_size)
+
+    def timed(steps: int) -> Any:
+        return foretune.adapt(setup.model, tasks, record, run.replace(steps=steps))
+
+    one, more = timed(1), timed(1 + TIMED_STEPS)
+    step = max(more.cost["seconds"] - one.cost["seconds"], 0.0) / TIMED_STEPS
+    repeats = len(recipe.entries) * recipe.seeds
+    adaptations = repeats * len(block.shots) * block.draws
+    searches = repeats * len(block.rates) if len(block.rates) > 1 else 0
+    searched = len(setup.search_tasks) / len(unseen)
+    test_rows = sum(len(task.test) for task in unseen)
+    per_row = step / (len(unseen) * run.batch_size) * FORWARD_SHARE
+    return Cost(
+        name=block.method,
+        parameters={"adapter": int(more.cost.get("trainable_parameters") or 0)},
+        step_seconds=step,
+        seconds=block.steps * step * (adaptations + searches * searched)
+        + (adaptations + repeats) * test_rows * per_row,
+        peak_memory_mb=more.cost.get("peak_memory_mb"),
+    )
+
+
+def _validations(eval_every: int | None, steps: int) -> int:
+    if eval_every == 0:
+        return 0
+    return math.ceil(steps / (eval_every or math.ceil(steps / 10)))
+
+
+def _trimmed(tasks: TaskCollection, batch_size: int) -> TaskCollection:
+    """As many training rows as the timed steps read, so that nothing else is timed."""
+    rows = batch_size * (1 + TIMED_STEPS)
+    small = tuple(Task(t.name, train=t.train[:rows], test=t.test[:1]) for t in tasks)
+    return dataclasses.replace(tasks, tasks=small)
+
+
+def _parameters(model: Any, bank: Any) -> dict[str, int]:
+    roles = {"base": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    if bank is not None:
+        roles["adapter"] = sum(p[0].numel() for p in bank.layers.parameters())
+        roles["head"] = sum(p[0].numel() for p in bank.heads.parameters())
+    return {role: number for role, number in roles.items() if number}
+

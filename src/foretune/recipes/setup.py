@@ -1,0 +1,121 @@
+"""From a recipe to what the verbs take: a model, and collections with their objective."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from foretune.errors import UserError
+from foretune.recipes.schema import Recipe
+from foretune.tasks.objectives import make_objective
+from foretune.tasks.sources import load_tasks
+from foretune.tasks.task import TaskCollection
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a recipe's run begins with.
+
+    Args:
+        recipe: The recipe.
+        model: The model before any retraining.
+        tokenizer: None for arrays.
+        seen: Tasks to learn from, with their objective.
+        unseen: Tasks to adapt to, with theirs; None when the recipe sets none aside.
+    """
+
+    recipe: Recipe
+    model: Any
+    tokenizer: Any
+    seen: TaskCollection
+    unseen: TaskCollection | None
+
+    @property
+    def search_tasks(self) -> TaskCollection:
+        """The seen tasks on which the rates of adapting are searched."""
+        number = min(self.recipe.adapt.search_tasks, len(self.seen))
+        chosen = set(random.Random(self.recipe.tasks.seed).sample(sorted(self.seen.names), number))
+        return self.seen.subset([name for name in self.seen.names if name in chosen])
+
+
+def set_up(recipe: Recipe, say: Say) -> Setup:
+    """Reads the tasks, then the model: bad data should not have to wait for a model."""
+    seen, unseen = read_tasks(recipe)
+    say(f"tasks: {_counted(seen)} seen" + (f", {_counted(unseen)} unseen" if unseen else ""))
+    # Label spaces are learnt before there is a tokenizer, because the head's width depends on them.
+    objective = make_objective(recipe.objective.kind, None, **recipe.objective_fields())
+    fitted = objective.fit(seen)
+    model, tokenizer = load(recipe, fitted, seen)
+    say(f"model: {recipe.model.name or recipe.model.file}")
+    sides = []
+    for tasks in (seen, unseen):
+        if tasks is None:
+            sides.append(None)
+            continue
+        own = fitted if tasks is seen else objective.fit(tasks)
+        sides.append(tasks.with_objective(with_tokenizer(own, tokenizer)))
+    assert sides[0] is not None
+    return Setup(recipe, model, tokenizer, sides[0], sides[1])
+
+
+def read_tasks(recipe: Recipe) -> tuple[TaskCollection, TaskCollection | None]:
+    """The (seen, unseen) tasks of a recipe, without an objective."""
+    return load_tasks(recipe.source(), recipe.objective.kind)
+
+
+def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, Any]:
+    """(model, tokenizer) of a recipe; the tokenizer is None for a model of the user's own."""
+    from foretune.models import loading, surgery
+
+    block = recipe.model
+    if block.file is not None:
+        model = loading.load_module(block.file, block.factory, **block.args)
+        if block.trainable_layers is not None:
+            surgery.freeze_lower(model, block.trainable_layers)
+        return model, None
+    return loading.load_model(
+        block.name,
+        head=head_of(objective, tasks),
+        num_labels=objective.num_outputs(),
+        trainable_layers=block.trainable_layers,
+        trust_remote_code=block.trust_remote_code,
+    )
+
+
+def head_of(objective: Any, tasks: TaskCollection) -> str:
+    """The head that `load_model` should give the model for these tasks."""
+    if objective.kind == "classification":
+        row = next(row for task in tasks for row in (*task.train, *task.test, *task.validation))
+        return "classification" if "text" in row else "image-classification"
+    head: str = objective.head
+    return head
+
+
+def with_tokenizer(objective: Any, tokenizer: Any) -> Any:
+    """The objective with the model's tokenizer, where it has a place for one."""
+    if "tokenizer" not in {field.name for field in dataclasses.fields(objective)}:
+        return objective
+    return dataclasses.replace(objective, tokenizer=tokenizer)
+
+
+def need_unseen(setup: Setup) -> TaskCollection:
+    """The unseen tasks.
+
+    Raises:
+        UserError: The recipe sets none aside.
+    """
+    if setup.unseen is None:
+        raise UserError(
+            "nothing to compare on: set tasks.unseen to a number of tasks, to their names, or to "
+            "a second source"
+        )
+    return setup.unseen
+
+
+def _counted(tasks: TaskCollection) -> str:
+    return f"{len(tasks)} ({sum(map(len, tasks))} rows)"

@@ -1,0 +1,122 @@
+"""The stages of a run: the search of a learning rate, one retraining. Each leaves a file behind.
+
+A stage whose file is there is finished, so that a run that was killed continues where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import foretune
+from foretune.errors import ForetuneError, UserError
+from foretune.recipes.schema import MethodEntry, takes_rate
+from foretune.recipes.setup import Say, Setup
+
+DONE = "stage.json"
+
+
+def base_folder(out: Path, entry: MethodEntry, seed: int) -> Path:
+    """The folder of one retraining; its `base/` is a plain model folder."""
+    return out / "bases" / entry.name / f"seed-{seed}"
+
+
+def search_rate(
+    setup: Setup, entry: MethodEntry, folder: Path, say: Say, progress: bool
+) -> tuple[float | None, list[dict[str, Any]]]:
+    """(the best learning rate, every trial) on validation rows of seen tasks.
+
+    Each trial is a short retraining from the same model under the first seed. A trial that
+    diverges has the score None. Trials are written down one by one.
+    """
+    if not takes_rate(entry.method) or not entry.rates:
+        return None, []
+    if len(entry.rates) == 1:
+        return entry.rates[0], []
+    path = folder / "search.json"
+    trials: list[dict[str, Any]] = read_json(path) if path.is_file() else []
+    for rate in entry.rates[len(trials) :]:
+        say(f"{entry.name}: trying learning_rate={rate:g}")
+        trials.append({"learning_rate": rate, "score": _trial(setup, entry, rate, say, progress)})
+        write_json(path, trials)
+    scored = [trial for trial in trials if trial["score"] is not None]
+    if not scored:
+        rates = ", ".join(f"{rate:g}" for rate in entry.rates)
+        raise UserError(f"{entry.name} diverged at every learning rate ({rates}): try lower ones")
+    return max(scored, key=lambda trial: trial["score"])["learning_rate"], trials
+
+
+def retrain_stage(
+    setup: Setup,
+    entry: MethodEntry,
+    seed: int,
+    out: Path,
+    rate: float | None,
+    searched: list[dict[str, Any]],
+    say: Say,
+    progress: bool,
+) -> dict[str, Any]:
+    """Retrains, saves the base; returns what the comparison says of it."""
+    folder = base_folder(out, entry, seed)
+    if (folder / DONE).is_file():
+        say(f"{entry.name}, seed {seed}: already done")
+        done: dict[str, Any] = read_json(folder / DONE)
+        return done
+    say(f"{entry.name}, seed {seed}: retraining")
+    record = entry.record(rate)
+    run = setup.recipe.retrain_run(seed=seed, out=folder, resume=True, progress=progress)
+    outcome = foretune.retrain(setup.model, setup.seen, record, run, tokenizer=setup.tokenizer)
+    outcome.save(folder)
+    used = rate if rate is not None else getattr(record, "learning_rate", None)
+    stage = {
+        "name": entry.name,
+        "method": entry.method,
+        "label": record.label if entry.name == entry.method else entry.name,
+        "config": record.to_dict(),
+        "path": str((folder / "base").relative_to(out)),
+        "retrain": {
+            "learning_rate": used,
+            "searched": searched,
+            "validation_score": outcome.validation_score,
+            **outcome.cost,
+        },
+    }
+    write_json(folder / DONE, stage)
+    return stage
+
+
+def _trial(
+    setup: Setup, entry: MethodEntry, rate: float, say: Say, progress: bool
+) -> float | None:
+    steps = setup.recipe.retrain.search_steps or setup.recipe.retrain.steps
+    run = setup.recipe.retrain_run(seed=0, progress=progress).replace(
+        steps=min(steps, setup.recipe.retrain.steps)
+    )
+    try:
+        outcome = foretune.retrain(
+            setup.model, setup.seen, entry.record(rate), run, tokenizer=setup.tokenizer
+        )
+    except UserError:
+        raise
+    except ForetuneError as error:
+        say(f"{entry.name}: {error}")
+        return None
+    if outcome.validation_score is None:
+        raise UserError(
+            "learning_rates are searched on validation rows, and the seen tasks have none: set "
+            "tasks.validation, or one learning_rate"
+        )
+    return float(outcome.validation_score)
+
+
+def read_json(path: Path) -> Any:
+    """What a stage wrote."""
+    return json.loads(path.read_text("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the file whole or not at all."""
+    from foretune.training.checkpoint import write_whole
+
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False))

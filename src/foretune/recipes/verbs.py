@@ -1,0 +1,261 @@
+"""`foretune adapt` and `compare`: the verbs on folders, for bases that some run has saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import foretune
+from foretune import methods
+from foretune.errors import UserError
+from foretune.recipes.blocks import AdaptBlock
+from foretune.recipes.folder import prepare_folder
+from foretune.recipes.runner import finish
+from foretune.recipes.schema import parse_block, run_of
+from foretune.recipes.setup import Say, with_tokenizer
+from foretune.tasks.objectives import make_objective
+from foretune.tasks.sources import Source, load_tasks
+
+ABOUT = "foretune.json"
+
+
+@dataclass(frozen=True)
+class SavedBase:
+    """A base on disk.
+
+    Args:
+        name: How it is called in tables.
+        folder: A plain model folder.
+        about: What its `foretune.json` says: method, objective; empty for a model of others.
+    """
+
+    name: str
+    folder: Path
+    about: dict[str, Any]
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of objective that it was retrained with, if any."""
+        return self.about.get("objective", {}).get("kind")
+
+    def objective(self, kind: str | None, tokenizer: Any) -> Any:
+        """Its own objective, or a plain one of the given kind; not yet fitted.
+
+        Raises:
+            UserError: Neither is known.
+        """
+        if kind is not None and kind != self.kind:
+            return make_objective(kind, tokenizer)
+        if self.kind is None:
+            raise UserError(
+                f"{self.folder} does not say what it was trained for (no {ABOUT}): give "
+                "--objective choice, classification, causal-lm or regression"
+            )
+        made = make_objective(tokenizer=None, **self.about["objective"])
+        return with_tokenizer(made, tokenizer)
+
+    def load(self) -> tuple[Any, Any]:
+        """(model, tokenizer)."""
+        from foretune.models.loading import load_base
+
+        return load_base(self.folder)
+
+
+def find_base(folder: Path) -> SavedBase:
+    """The base in a folder: the folder itself, or its `base/`.
+
+    Raises:
+        UserError: There is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no base in {folder}: no such folder")
+    place = folder / "base" if (folder / "base").is_dir() else folder
+    about = place / ABOUT
+    name = folder.resolve().parent.name if folder.name == "base" else folder.resolve().name
+    known = json.loads(about.read_text("utf-8")) if about.is_file() else {}
+    return SavedBase(name, place, known)
+
+
+def adapt_folder(
+    base: Path,
+    tasks: str,
+    out: Path,
+    changes: Sequence[str] = (),
+    *,
+    objective: str | None = None,
+    shots: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say = lambda line: None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Adapts a base to every task of a source; one adapter folder a task in `out`.
+
+    Args:
+        base: The base's folder.
+        tasks: A path or a dataset, as in a recipe's `tasks.source`.
+        out: Where.
+        changes: `key=value` for the keys of a recipe's `adapt:` block.
+        objective: Kind of objective, for a base that does not say.
+        shots: Training rows of each task; None for all.
+        seed: Seeds the draw of shots and the fresh adapters.
+        resume: Keep what is in `out`.
+        overwrite: Empty `out` first.
+        say: Is told each stage.
+        progress: Show progress bars on stderr.
+    """
+    block: AdaptBlock = parse_block(AdaptBlock, changes)
+    found = find_base(base)
+    known = objective or found.kind
+    if known is None:
+        found.objective(None, None)  # says what is missing
+    prepare_folder(out, resume=resume, overwrite=overwrite)
+    collection, _ = load_tasks(Source(source=tasks), str(known))
+    model, tokenizer = found.load()
+    say(f"adapting {found.folder} to {len(collection)} tasks")
+    fitted = found.objective(objective, tokenizer).fit(collection)
+    run = run_of(block, seed=seed, progress=progress)
+    adapted = foretune.adapt(
+        model, collection.with_objective(fitted), adapt_record(block), run, shots=shots, seed=seed
+    )
+    adapted.save(out, base=str(found.folder))
+    scores = {task: score for (task, _), score in adapted.scores.items()}
+    return {
+        "out": str(out),
+        "metric": fitted.metric,
+        "scores": scores,
+        "mean": sum(scores.values()) / len(scores) if scores else None,
+        "cost": adapted.cost,
+    }
+
+
+def compare_folders(
+    folders: Sequence[Path],
+    tasks: str,
+    out: Path,
+    changes: Sequence[str] = (),
+    *,
+    shots: Sequence[int | None] = (1, 5, 20),
+    draws: int = 1,
+    objective: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say = lambda line: None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Adapts several bases to the same unseen tasks and compares them.
+
+    Args:
+        folders: Folders of bases.
+        tasks: A path or a dataset, as in a recipe's `tasks.source`.
+        out: Where comparison.json and report.html go.
+        changes: `key=value` for the keys of a recipe's `adapt:` block.
+        shots: Training rows of each task; None for all.
+        draws: Draws of the shots.
+        objective: Kind of objective, for bases that do not say.
+        resume: Keep what is in `out`.
+        overwrite: Empty `out` first.
+        say: Is told each stage.
+        progress: Show progress bars on stderr.
+    """
+    block: AdaptBlock = parse_block(AdaptBlock, changes)
+    bases = _named([find_base(folder) for folder in folders])
+    kind = _one_kind(bases, objective)
+    prepare_folder(out, resume=resume, overwrite=overwrite)
+    collection, _ = load_tasks(Source(source=tasks), kind)
+    first = next(iter(bases.values()))
+    loaded = _Loaded(bases)
+    fitted = first.objective(objective, loaded.tokenizer(first.name)).fit(collection)
+    say(f"adapting {len(bases)} bases to {len(collection)} tasks")
+    comparison: dict[str, Any] = foretune.compare(
+        loaded,
+        collection.with_objective(fitted),
+        adapt=adapt_record(block),
+        run=run_of(block, progress=progress),
+        shots=tuple(shots),
+        draws=draws,
+    ).to_dict()
+    for base in comparison["bases"]:
+        _describe(base, bases[base["name"]])
+    comparison["title"] = out.name
+    finish(out, comparison)
+    return comparison
+
+
+def adapt_record(block: AdaptBlock) -> Any:
+    """The adapting method's record, at a fixed learning rate.
+
+    Raises:
+        UserError: Several rates: a search needs seen tasks, and here there are none.
+    """
+    if len(block.rates) > 1:
+        raise UserError("learning_rates are searched on seen tasks, which only a recipe has: give "
+                        "one learning_rate")
+    fields: dict[str, Any] = {} if block.lora is None else {"lora": block.lora}
+    if block.rates:
+        fields["learning_rate"] = block.rates[0]
+    return methods.make(block.method, **fields)
+
+
+class _Loaded(Mapping[str, Any]):
+    """Name → model, read from its folder when asked for: one in memory at a time."""
+
+    def __init__(self, bases: Mapping[str, SavedBase]) -> None:
+        self.bases = bases
+
+    def __getitem__(self, name: str) -> Any:
+        return self.bases[name].load()[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.bases)
+
+    def __len__(self) -> int:
+        return len(self.bases)
+
+    def tokenizer(self, name: str) -> Any:
+        """The tokenizer of a base."""
+        return self.bases[name].load()[1]
+
+
+def _named(bases: Sequence[SavedBase]) -> dict[str, SavedBase]:
+    named: dict[str, SavedBase] = {}
+    for base in bases:
+        if base.name in named:
+            raise UserError(
+                f"two bases are called {base.name} ({named[base.name].folder}, {base.folder}): "
+                "rename one folder"
+            )
+        named[base.name] = base
+    return named
+
+
+def _one_kind(bases: Mapping[str, SavedBase], objective: str | None) -> str:
+    if objective is not None:
+        return objective
+    kinds = {name: base.kind for name, base in bases.items()}
+    if len(set(kinds.values())) > 1:
+        listed = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+        raise UserError(f"the bases were trained for different objectives ({listed})")
+    first = next(iter(bases.values()))
+    if first.kind is None:
+        first.objective(None, None)
+    return str(first.kind)
+
+
+def _describe(base: dict[str, Any], saved: SavedBase) -> None:
+    """What the base's own folder says of how it was made."""
+    method = saved.about.get("method", {}).get("name", "unknown")
+    base |= {
+        "method": method,
+        "label": saved.name,
+        "config": saved.about.get("method", {}),
+        "path": str(saved.folder),
+    }
+    record = saved.folder.parent / "run.json"
+    if record.is_file():
+        base["retrain"] = json.loads(record.read_text("utf-8")).get("cost")
+

@@ -1,0 +1,76 @@
+"""Reading YAML as people write it: safe, `1e-4` is a number, a key that stands twice is refused."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from foretune.errors import UserError
+
+_FLOAT = re.compile(
+    r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+        |[-+]?(?:[0-9][0-9_]*)[eE][-+]?[0-9]+
+        |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+        |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+    re.VERBOSE,
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader with two repairs of its own, see below."""
+
+
+# YAML 1.1 wants a dot in a float, so that the safe loader reads 1e-4 as text.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:float"]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        # The plain loader keeps the last of two, and says nothing.
+        if isinstance(key, str) and key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f'the key "{key}" stands twice', key_node.start_mark
+            )
+        if isinstance(key, str):
+            seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value that `text` holds.
+
+    Args:
+        text: YAML.
+        where: What to call the text in an error: a file's name.
+
+    Raises:
+        UserError: It is no YAML; the message names the line.
+
+    >>> parse_yaml("learning_rates: [1e-4, 3]", "x.yaml")
+    {'learning_rates': [0.0001, 3]}
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{where}{line}: bad YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where}: bad YAML: {' '.join(str(error).split())}") from None
+
+
+def dump_yaml(value: Any) -> str:
+    """`value` as YAML, keys in their own order."""
+    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+    return text

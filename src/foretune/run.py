@@ -1,0 +1,109 @@
+"""`Run`: how to train, as opposed to what (the tasks) and by which rule (the method)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from foretune.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Seed, budget, precision and folder of one training run.
+
+    Every method that is given the same `Run` sees `steps` batches of
+    `tasks_per_step * batch_size` examples, whatever it does with them, so two methods under one
+    `Run` have equal budgets by construction.
+
+    Args:
+        seed: Seeds the order of the examples, fresh adapters and heads, and dropout.
+        steps: Batches drawn in all. A method that needs several for one update of the model
+            (Reptile, FOMAML) makes fewer updates.
+        tasks_per_step: Tasks in one batch; None for all of them (the joint step), 1 for round
+            robin. A task that is absent from a step does not move.
+        batch_size: Examples of each task in one batch.
+        warmup: Share of the updates over which the learning rate rises linearly from zero.
+        schedule: "linear" (falls to zero at the end), "cosine" (likewise) or "constant".
+        weight_decay: Decoupled weight decay of AdamW.
+        max_grad_norm: Clips the norm of the gradient of all that the update moves; None for off.
+        eval_every: Batches between two validations; the best validated state is what a run
+            returns. None: ten times a run. 0: never, the last state is returned.
+        eval_rows: Validation rows of each task that are scored each time; None for all.
+        precision: "fp32" or "bf16" (autocast).
+        device: A torch device such as "cpu" or "cuda"; None takes what accelerate finds.
+        tasks_per_wave: Unseen tasks that are adapted at the same time; None for all.
+        out: Folder for checkpoints and results; None keeps everything in memory.
+        resume: Continue from the newest checkpoint in `out` if there is one.
+        overwrite: Empty `out` first if something is in it.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        UserError: A value is out of range; the message names it.
+    """
+
+    seed: int = 0
+    steps: int = 200
+    tasks_per_step: int | None = None
+    batch_size: int = 4
+    warmup: float = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = 0.01
+    max_grad_norm: float | None = 1.0
+    eval_every: int | None = None
+    eval_rows: int | None = 32
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str | None = None
+    tasks_per_wave: int | None = None
+    out: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.out is not None:
+            object.__setattr__(self, "out", Path(self.out))
+        at_least("seed", self.seed, 0)
+        at_least("steps", self.steps, 1)
+        at_least("tasks_per_step", self.tasks_per_step, 1)
+        at_least("batch_size", self.batch_size, 1)
+        at_least("eval_every", self.eval_every, 0)
+        at_least("eval_rows", self.eval_rows, 1)
+        at_least("tasks_per_wave", self.tasks_per_wave, 1)
+        at_least("weight_decay", self.weight_decay, 0)
+        at_least("max_grad_norm", self.max_grad_norm, 1e-12)
+        if not 0 <= self.warmup <= 1:
+            raise UserError(f"warmup is a share between 0 and 1, got {self.warmup}")
+        one_of("schedule", self.schedule, ("linear", "cosine", "constant"))
+        one_of("precision", self.precision, ("fp32", "bf16"))
+
+    def replace(self, **changes: Any) -> Run:
+        """The same run with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def one_task_a_batch(self, num_tasks: int) -> Run:
+        """The run that sees as many examples in batches of one task."""
+        together = min(self.tasks_per_step or num_tasks, num_tasks)
+        every = None if self.eval_every is None else self.eval_every * together
+        return self.replace(tasks_per_step=1, steps=self.steps * together, eval_every=every)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields; `Run(**run.to_dict())` gives the run back."""
+        fields = dataclasses.asdict(self)
+        fields["out"] = None if self.out is None else str(self.out)
+        return fields
+
+
+def at_least(name: str, value: Any, least: float) -> None:
+    """Raises UserError unless `value` is None or a number not below `least`."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+        raise UserError(f"{name} must be a number not below {least:g}, got {value!r}")
+
+
+def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    """Raises UserError unless `value` is one of `known`."""
+    if value not in known:
+        raise UserError(f"{name} must be one of {', '.join(known)}; got {value!r}")

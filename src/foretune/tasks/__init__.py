@@ -1,0 +1,1 @@
+"""Tasks, collections, objectives and the places they come from."""

@@ -1,0 +1,178 @@
+"""`CausalLM`: predict the next token of a text, or of a completion that follows a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from foretune.errors import UserError
+from foretune.models.routing import route
+from foretune.run import at_least
+from foretune.tasks.batch import Batch
+from foretune.tasks.objectives import text
+from foretune.tasks.task import SPLITS, TaskCollection
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Predict the next token of `text`, or of `completion` after `prompt`.
+
+    The loss of an example is the mean negative log-likelihood of its tokens, of the completion's
+    alone where there is a prompt; the score is its negative. A completion ends with the tokenizer's
+    end-of-text token, so that a model learns where to stop. Prompt and completion are tokenised
+    apart, so that no token straddles the two.
+
+    A decoder reads prompt and completion as one text. An encoder-decoder reads the prompt in its
+    encoder and writes the completion; it cannot learn from `text` rows.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        max_tokens: Longest text, or prompt and completion together, special tokens included. What
+            is cut is a text's end; a prompt's beginning, and a completion's end only where it is
+            longer than all that there is room for.
+    """
+
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+    _: KW_ONLY
+    max_tokens: int = 128
+
+    kind: ClassVar[str] = "causal-lm"
+    metric: ClassVar[str] = "log-likelihood per token"
+    head: ClassVar[str] = "causal-lm"
+
+    def __post_init__(self) -> None:
+        at_least("max_tokens", self.max_tokens, 2)
+
+    def chance(self) -> float | None:
+        return None
+
+    def num_outputs(self) -> int | None:
+        return None
+
+    def shared(self) -> CausalLM:
+        return self
+
+    def fit(self, tasks: TaskCollection) -> CausalLM:
+        """Checks that every row has text; there is nothing to learn."""
+        for task in tasks:
+            for split in SPLITS:
+                for row in task.split(split):
+                    for name in ("text",) if "prompt" not in row else ("prompt", "completion"):
+                        text.text_of(row, name, task.name)
+        return self
+
+    def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
+        single = text.single_template(self.tokenizer)
+        room = single.room(self.max_tokens, "max_tokens")
+        if "prompt" in example:
+            return self._encode_prompt(example, task, single)
+        ids = text.plain_ids(self.tokenizer, [text.text_of(example, "text", task)])[0]
+        ids = single.fill(ids[:room])
+        if len(ids) < 2:
+            raise UserError(
+                f'task "{task}": a text needs two tokens or more, one to predict from the other; '
+                f"got {example['text']!r:.60}"
+            )
+        return {"input_ids": ids, "num_prompt": 1}
+
+    def _encode_prompt(
+        self, example: Mapping[str, Any], task: str, single: text.Template
+    ) -> dict[str, Any]:
+        texts = [text.text_of(example, name, task) for name in ("prompt", "completion")]
+        prompt, completion = text.plain_ids(self.tokenizer, texts)
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        if end is not None:
+            completion = [*completion, end]
+        # the special tokens before a text go before the prompt; one token is kept for the prompt
+        before = list(single.before)
+        completion = completion[: self.max_tokens - max(len(before), 1)]
+        room = self.max_tokens - len(before) - len(completion)
+        prompt = prompt[-room:] if room else []
+        if not completion or (not before and not prompt):
+            raise UserError(
+                f'task "{task}": a row needs tokens in "prompt" and in "completion", got '
+                f"{texts[0]!r:.40} and {texts[1]!r:.40}"
+            )
+        return {
+            "input_ids": [*before, *prompt, *completion],
+            "num_prompt": len(before) + len(prompt),
+            "source": single.fill(prompt),
+            "target": completion,
+        }
+
+    def collate(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        slots: Sequence[int],
+        *,
+        train: bool,
+        rng: np.random.Generator,
+    ) -> Batch:
+        fill = text.pad_id(self.tokenizer)
+        ids = [row["input_ids"] for row in rows]
+        labels = [
+            [text.IGNORED] * row["num_prompt"] + row["input_ids"][row["num_prompt"] :]
+            for row in rows
+        ]
+        inputs = {
+            "input_ids": text.pad(ids, fill),
+            "attention_mask": text.pad_mask(ids),
+            "labels": text.pad(labels, text.IGNORED),
+        }
+        # whether the model is an encoder-decoder shows only when it is called, so both forms go
+        if all("source" in row for row in rows):
+            sources = [row["source"] for row in rows]
+            inputs["source_ids"] = text.pad(sources, fill)
+            inputs["source_mask"] = text.pad_mask(sources)
+            inputs["target"] = text.pad([row["target"] for row in rows], text.IGNORED)
+        return Batch(inputs, tuple(slots), sum(map(len, ids)), {})
+
+    def losses(self, model: Any, batch: Batch) -> Tensor:
+        inputs = batch.inputs
+        config = getattr(model, "config", None)
+        # a cache of keys and values serves generation, here it would only cost
+        options = {"use_cache": False} if hasattr(config, "use_cache") else {}
+        if getattr(config, "is_encoder_decoder", False):
+            if "target" not in inputs:
+                raise UserError(
+                    'an encoder-decoder learns from "prompt" and "completion" rows, got a row '
+                    'with "text"'
+                )
+            with route(batch.slots):
+                output = model(
+                    input_ids=inputs["source_ids"],
+                    attention_mask=inputs["source_mask"],
+                    labels=inputs["target"],
+                    **options,
+                )
+            return mean_nll(text.logits_of(output), inputs["target"])
+        with route(batch.slots):
+            output = model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **options
+            )
+        return mean_nll(text.logits_of(output)[:, :-1], inputs["labels"][:, 1:])
+
+    def scores(self, model: Any, batch: Batch) -> Tensor:
+        return -self.losses(model, batch)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "max_tokens": self.max_tokens}
+
+
+def mean_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """(n,) mean over a row's labels of −log p.
+
+    Args:
+        logits: (n, L, vocabulary).
+        labels: (n, L), `IGNORED` where a position does not count.
+    """
+    counted = labels != text.IGNORED
+    # only the positions that count are cast and normalised: prompts and padding may be most of it
+    nll = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
+    total = nll.new_zeros(len(labels)).index_add(0, counted.nonzero()[:, 0], nll)
+    return total / counted.sum(1).clamp(min=1)

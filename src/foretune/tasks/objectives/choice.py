@@ -1,0 +1,269 @@
+"""`Choice`: pick the right candidate for a context. One score function, two ways to compute it.
+
+A bi-encoder embeds contexts and candidates apart and compares them by cosine; a cross-encoder reads
+each context together with each candidate and says how likely the pair is the right one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foretune.errors import UserError
+from foretune.models.routing import route
+from foretune.run import at_least, one_of
+from foretune.tasks.batch import Batch
+from foretune.tasks.objectives import text
+from foretune.tasks.task import SPLITS, TaskCollection
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Pick the right candidate for a context.
+
+    A row has `context` (a text or a list of turns), `candidates` (texts) and `answer` (an index).
+
+    Args:
+        tokenizer: The model's tokenizer.
+        scoring: "bi-encoder": mean-pooled embeddings, cosine / temperature, cross-entropy over the
+            row's own candidates. "cross-encoder": a two-class head on (context, candidate) pairs,
+            two-class cross-entropy averaged over the candidates, which are one positive to many
+            negatives and unweighted; the candidate with the greatest class-1 logit is picked.
+        temperature: Divides the cosine (bi-encoder only).
+        max_context_tokens: Longest context, special tokens included; what is cut is its beginning.
+        max_response_tokens: Longest candidate, special tokens included; what is cut is its end.
+        context_turns: Keep only the last turns of a context that is a list; None keeps all.
+        train_candidates: In training, keep the right candidate and a fresh draw of so many others
+            that this many are left; None keeps all.
+        guess: The score of a blind guess, learnt by `fit`.
+    """
+
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+    _: KW_ONLY
+    scoring: Literal["bi-encoder", "cross-encoder"] = "bi-encoder"
+    temperature: float = 0.05
+    max_context_tokens: int = 32
+    max_response_tokens: int = 24
+    context_turns: int | None = None
+    train_candidates: int | None = None
+    guess: float | None = field(default=None, metadata={"learnt": True})
+
+    kind: ClassVar[str] = "choice"
+    metric: ClassVar[str] = "accuracy"
+
+    def __post_init__(self) -> None:
+        one_of("scoring", self.scoring, ("bi-encoder", "cross-encoder"))
+        at_least("temperature", self.temperature, 1e-6)
+        at_least("max_context_tokens", self.max_context_tokens, 1)
+        at_least("max_response_tokens", self.max_response_tokens, 1)
+        at_least("context_turns", self.context_turns, 1)
+        at_least("train_candidates", self.train_candidates, 2)
+
+    @property
+    def head(self) -> str:
+        return "none" if self.scoring == "bi-encoder" else "classification"
+
+    def num_outputs(self) -> int | None:
+        return None if self.scoring == "bi-encoder" else 2
+
+    def chance(self) -> float | None:
+        return self.guess
+
+    def shared(self) -> Choice:
+        return self
+
+    def fit(self, tasks: TaskCollection) -> Choice:
+        """Checks every row and learns the chance level: the mean of 1 / number of candidates."""
+        guesses = []
+        for task in tasks:
+            for split in SPLITS:
+                for i, row in enumerate(task.split(split)):
+                    check_row(row, f'task "{task.name}", {split} row {i + 1}')
+                    guesses.append(1 / len(row["candidates"]))
+        return dataclasses.replace(self, guess=sum(guesses) / len(guesses))
+
+    def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
+        turns = example["context"]
+        if not isinstance(turns, str):
+            turns = " ".join(turns if self.context_turns is None else turns[-self.context_turns :])
+        context = text.plain_ids(self.tokenizer, [turns])[0]
+        candidates = [text.cached_ids(self.tokenizer, c) for c in example["candidates"]]
+        encoded: dict[str, Any] = {"answer": int(example["answer"])}
+        if self.scoring == "bi-encoder":
+            single = text.single_template(self.tokenizer)
+            room = single.room(self.max_context_tokens, "max_context_tokens")
+            encoded["context"] = single.fill(context[-room:])
+            room = single.room(self.max_response_tokens, "max_response_tokens")
+            # tuples, because candidates are looked up when those of a batch are made unique
+            encoded["candidates"] = [tuple(single.fill(ids[:room])) for ids in candidates]
+            return encoded
+        pair = text.pair_template(self.tokenizer)
+        context = context[-pair.room(self.max_context_tokens, "max_context_tokens") :]
+        candidates = [ids[: self.max_response_tokens] for ids in candidates]
+        encoded["candidates"] = [pair.fill(context, ids) for ids in candidates]
+        encoded["second"] = len(pair.before) + len(context) + len(pair.between)
+        return encoded
+
+    def collate(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        slots: Sequence[int],
+        *,
+        train: bool,
+        rng: np.random.Generator,
+    ) -> Batch:
+        kept = self._keep(rows, rng if train else None)
+        width = max(len(k) for k in kept)
+        index = np.zeros((len(rows), width), dtype=np.int64)
+        mask = np.zeros((len(rows), width), dtype=bool)
+        answer = np.array([k.index(row["answer"]) for k, row in zip(kept, rows, strict=True)])
+        # the forwards read their rows sorted by slot, which spares the adapters a permutation
+        order = sorted(range(len(rows)), key=lambda i: slots[i])
+        stacked: list[Sequence[int]] = []
+        owners: list[int] = []
+        seconds: list[int] = []
+        places: dict[tuple[int, Sequence[int]], int] = {}
+        for i in order:
+            for j, k in enumerate(kept[i]):
+                ids = rows[i]["candidates"][k]
+                mask[i, j] = True
+                if self.scoring == "bi-encoder":
+                    key = (slots[i], ids)
+                    place = places.setdefault(key, len(stacked))
+                else:
+                    place = len(stacked)
+                index[i, j] = place
+                if place == len(stacked):
+                    stacked.append(ids)
+                    owners.append(slots[i])
+                    seconds.append(rows[i].get("second", 0))
+        inputs = {
+            "candidate_ids": text.pad(stacked, text.pad_id(self.tokenizer)),
+            "candidate_mask": text.pad_mask(stacked),
+            "index": torch.from_numpy(index),
+            "present": torch.from_numpy(mask),
+            "answer": torch.from_numpy(answer),
+        }
+        extra: dict[str, Any] = {"candidate_slots": tuple(owners)}
+        num_tokens = sum(map(len, stacked))
+        if self.scoring == "bi-encoder":
+            contexts = [rows[i]["context"] for i in order]
+            inputs["context_ids"] = text.pad(contexts, text.pad_id(self.tokenizer))
+            inputs["context_mask"] = text.pad_mask(contexts)
+            inputs["context_index"] = torch.from_numpy(np.argsort(np.array(order)))
+            extra["context_slots"] = tuple(slots[i] for i in order)
+            num_tokens += sum(map(len, contexts))
+        else:
+            inputs |= self._token_types(stacked, seconds)
+        return Batch(inputs, tuple(slots), num_tokens, extra)
+
+    def _keep(
+        self, rows: Sequence[Mapping[str, Any]], rng: np.random.Generator | None
+    ) -> list[list[int]]:
+        """The candidates of each row that take part, as ascending indices."""
+        counts = [len(row["candidates"]) for row in rows]
+        keep = self.train_candidates
+        if rng is None or keep is None or keep >= max(counts):
+            return [list(range(n)) for n in counts]
+        keys = rng.random((len(rows), max(counts)))
+        for i, row in enumerate(rows):
+            keys[i, row["answer"]] = -1.0  # the right one always comes first …
+            keys[i, counts[i] :] = 2.0  # … and columns beyond the row's own candidates last
+        drawn = np.argsort(keys, axis=1)[:, :keep]
+        return [sorted(d[d < n].tolist()) for d, n in zip(drawn, counts, strict=True)]
+
+    def _token_types(
+        self, rows: Sequence[Sequence[int]], seconds: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Segment ids, for the models (BERT) that tell a pair's two texts apart by them."""
+        segments = text.pair_template(self.tokenizer).segments
+        if segments is None or segments[0] == segments[1]:
+            return {}
+        longest = max(map(len, rows))
+        in_second = np.arange(longest)[None, :] >= np.array(seconds)[:, None]
+        in_second &= np.arange(longest)[None, :] < np.array([len(r) for r in rows])[:, None]
+        types = np.where(in_second, segments[1], segments[0])
+        return {"candidate_types": torch.from_numpy(types.astype(np.int64))}
+
+    def losses(self, model: Any, batch: Batch) -> Tensor:
+        present, answer = batch.inputs["present"], batch.inputs["answer"]
+        if self.scoring == "bi-encoder":
+            logits = self._cosines(model, batch) / self.temperature
+            return F.cross_entropy(
+                logits.masked_fill(~present, -torch.inf), answer, reduction="none"
+            )
+        logits = self._pair_logits(model, batch)
+        target = F.one_hot(answer, present.shape[1])
+        wrong = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+        wrong = wrong.view_as(present) * present
+        return wrong.sum(1) / present.sum(1)
+
+    def scores(self, model: Any, batch: Batch) -> Tensor:
+        if self.scoring == "bi-encoder":
+            values = self._cosines(model, batch)
+        else:
+            values = self._pair_logits(model, batch)[..., 1]
+        picked = values.masked_fill(~batch.inputs["present"], -torch.inf).argmax(1)
+        return (picked == batch.inputs["answer"]).float()
+
+    def _cosines(self, model: Any, batch: Batch) -> Tensor:
+        """(n, candidates) cosine of each context and each of its candidates."""
+        inputs = batch.inputs
+        with route(batch.extra["context_slots"]):
+            contexts = embed(model, inputs["context_ids"], inputs["context_mask"])
+        with route(batch.extra["candidate_slots"]):
+            candidates = embed(model, inputs["candidate_ids"], inputs["candidate_mask"])
+        contexts = contexts.index_select(0, inputs["context_index"])
+        index = inputs["index"]
+        candidates = candidates.index_select(0, index.flatten()).view(*index.shape, -1)
+        return (candidates @ contexts.unsqueeze(-1)).squeeze(-1)
+
+    def _pair_logits(self, model: Any, batch: Batch) -> Tensor:
+        """(n, candidates, 2) logits of each pair."""
+        inputs = batch.inputs
+        types = inputs.get("candidate_types")
+        extra = {} if types is None else {"token_type_ids": types}
+        with route(batch.extra["candidate_slots"]):
+            output = model(
+                input_ids=inputs["candidate_ids"], attention_mask=inputs["candidate_mask"], **extra
+            )
+        logits = text.logits_of(output).float()
+        if logits.shape[-1] != 2:
+            raise UserError(
+                f"a cross-encoder needs a head of 2 outputs, this model's has {logits.shape[-1]}"
+            )
+        return logits[inputs["index"]]
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del fields["tokenizer"]
+        return {"kind": self.kind, **fields}
+
+
+def embed(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """(n, d) unit vectors: the mean of the last hidden states over the tokens."""
+    output = model(input_ids=ids, attention_mask=mask)
+    hidden = output if isinstance(output, Tensor) else output.last_hidden_state
+    return F.normalize(text.mean_pool(hidden.float(), mask), dim=-1)
+
+
+def check_row(row: Mapping[str, Any], where: str) -> None:
+    """Raises UserError unless the row is a choice among candidates."""
+    for name in ("context", "candidates", "answer"):
+        if row.get(name) is None:
+            raise UserError(f'{where}: a choice needs "{name}"; the row has {", ".join(row)}')
+    candidates, answer = row["candidates"], row["answer"]
+    if isinstance(candidates, str) or len(candidates) < 2:
+        raise UserError(f"{where}: candidates must be two texts or more, got {candidates!r:.60}")
+    if not isinstance(answer, (int, np.integer)) or not 0 <= answer < len(candidates):
+        raise UserError(
+            f"{where}: answer must be the index of one of the {len(candidates)} candidates "
+            f"(0 to {len(candidates) - 1}), got {answer!r}"
+        )

@@ -1,0 +1,101 @@
+"""`Regression`: predict an array from an array."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foretune.errors import UserError
+from foretune.models.routing import route
+from foretune.tasks.batch import Batch
+from foretune.tasks.objectives.text import logits_of
+from foretune.tasks.task import SPLITS, TaskCollection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression:
+    """Predict an array `y` from an array `x`.
+
+    The loss of an example is the squared error summed over the outputs (half of it is the negative
+    log-likelihood under unit noise), so it grows with the number of outputs; the score is its
+    negative.
+    """
+
+    kind: ClassVar[str] = "regression"
+    metric: ClassVar[str] = "negative squared error"
+    head: ClassVar[str] = "none"
+
+    def chance(self) -> float | None:
+        return None
+
+    def num_outputs(self) -> int | None:
+        return None
+
+    def shared(self) -> Regression:
+        return self
+
+    def fit(self, tasks: TaskCollection) -> Regression:
+        """Checks that every row has an `x` and a `y` of one shape; there is nothing to learn."""
+        check_arrays(tasks, ("x", "y"))
+        return self
+
+    def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
+        return {name: np.asarray(example[name], dtype=np.float32) for name in ("x", "y")}
+
+    def collate(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        slots: Sequence[int],
+        *,
+        train: bool,
+        rng: np.random.Generator,
+    ) -> Batch:
+        inputs = {name: stack([row[name] for row in rows]) for name in ("x", "y")}
+        return Batch(inputs, tuple(slots), len(rows), {})
+
+    def losses(self, model: Any, batch: Batch) -> Tensor:
+        with route(batch.slots):
+            predicted = logits_of(model(batch.inputs["x"])).float().flatten(1)
+        y = batch.inputs["y"].reshape(len(batch), -1)
+        if predicted.shape != y.shape:
+            raise UserError(
+                f"the model gives {predicted.shape[1]} numbers for an example, y has {y.shape[1]}"
+            )
+        return (predicted - y).square().sum(1)
+
+    def scores(self, model: Any, batch: Batch) -> Tensor:
+        return -self.losses(model, batch)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+
+def stack(arrays: Sequence[np.ndarray]) -> Tensor:
+    """(n, …) float32 from arrays of one shape."""
+    return torch.from_numpy(np.stack(arrays).astype(np.float32, copy=False))
+
+
+def check_arrays(tasks: TaskCollection, names: Sequence[str]) -> None:
+    """Raises UserError unless each row has these arrays, each of one shape over all rows."""
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+    for task in tasks:
+        for split in SPLITS:
+            for i, row in enumerate(task.split(split)):
+                where = f'task "{task.name}", {split} row {i + 1}'
+                for name in names:
+                    if row.get(name) is None:
+                        raise UserError(
+                            f'{where}: an array "{name}" is missing; the row has {", ".join(row)}'
+                        )
+                    shape = np.shape(row[name])
+                    first, there = shapes.setdefault(name, (shape, where))
+                    if shape != first:
+                        raise UserError(
+                            f"{where}: {name} has shape {shape}, but {first} in {there}; "
+                            "all rows need one shape"
+                        )

@@ -1,0 +1,276 @@
+"""`Source`: where tasks come from. `load_tasks`: reads, checks, splits and completes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from foretune.errors import UserError, did_you_mean
+from foretune.run import at_least, one_of
+from foretune.tasks.candidates import draw_candidates
+from foretune.tasks.readers import Row, read_rows
+from foretune.tasks.rows import NEEDS, example_of, split_of, task_of
+from foretune.tasks.splits import carve, cut_train, draw_tasks
+from foretune.tasks.task import SPLITS, Task, TaskCollection
+
+PYTHON_DOCS = "python-docs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where tasks come from and how they are cut: the `tasks:` block of a recipe.
+
+    Args:
+        source: A file or folder (.jsonl, .jsonl.gz, .json, .parquet, .npz), "python-docs" (the
+            documentation of the installed Python modules), or an HF dataset ("owner/name", with
+            ":config" where it has several).
+        task_column: The column that names a row's task.
+        group_column: The column that says which rows belong together, so that no group is cut
+            in two; None for "dialogue" or "group" where a row has one.
+        unseen: Tasks set aside: how many, their names, or a second source that holds them; None
+            for no unseen side.
+        validation: Share of train that is carved for validation where a task has no such rows.
+        test: The same for test.
+        min_rows: Tasks with fewer rows are left out.
+        max_tasks: Keep so many tasks, drawn with the seed; named unseen tasks are always kept.
+        max_rows: Keep so many train rows of a task, drawn with the seed.
+        num_candidates: Candidates of choice rows that bring a response only, itself included.
+        candidate_pool: Distinct responses from which a task's distractors come; None for all.
+        candidate_seed: Seeds the distractors.
+        columns: Columns to rename: theirs → ours.
+        seed: Seeds the draw of tasks, splits and rows.
+
+    Raises:
+        UserError: A value is out of range; the message names it.
+    """
+
+    source: str
+    task_column: str = "task"
+    group_column: str | None = None
+    unseen: int | list[str] | str | None = None
+    validation: float = 0.1
+    test: float = 0.2
+    min_rows: int = 1
+    max_tasks: int | None = None
+    max_rows: int | None = None
+    num_candidates: int = 20
+    candidate_pool: int | None = None
+    candidate_seed: int = 0
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("source", "unseen"):
+            if isinstance(getattr(self, name), Path):
+                object.__setattr__(self, name, str(getattr(self, name)))
+        if not isinstance(self.source, str) or not self.source.strip():
+            raise UserError(f"source must be a path or a dataset's name, got {self.source!r}")
+        _check_unseen(self.unseen)
+        for name in ("validation", "test"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+                raise UserError(f"{name} is a share from 0 to less than 1, got {share!r}")
+        if self.validation + self.test >= 1:
+            raise UserError(
+                "validation and test must leave rows for train, "
+                f"got {self.validation} + {self.test}"
+            )
+        at_least("num_candidates", self.num_candidates, 2)
+        at_least("candidate_pool", self.candidate_pool, self.num_candidates - 1)
+        for name in ("min_rows", "max_tasks", "max_rows"):
+            at_least(name, getattr(self, name), 1)
+        if not isinstance(self.columns, dict):
+            raise UserError(f"columns maps their names to ours, got {self.columns!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields; `Source(**source.to_dict())` gives the source back."""
+        return dataclasses.asdict(self)
+
+
+def load_tasks(source: Source, kind: str) -> tuple[TaskCollection, TaskCollection | None]:
+    """The (seen, unseen) tasks of a source, without an objective.
+
+    Args:
+        source: Where they come from.
+        kind: The kind of objective, which says what fields a row must have: "choice",
+            "classification", "causal-lm" or "regression".
+
+    Returns:
+        Two collections that share no task; the second is None where `source.unseen` is.
+
+    Raises:
+        UserError: Bad data; the message names the file and the line, or the task.
+    """
+    one_of("kind", kind, tuple(NEEDS))
+    tasks = _read_tasks(source, kind)
+    if isinstance(source.unseen, str):
+        second = dataclasses.replace(source, source=source.unseen, unseen=None)
+        unseen = _read_second(second, kind, tasks)
+        both = sorted({t.name for t in tasks} & {t.name for t in unseen})
+        if both:
+            raise UserError(
+                f'task "{both[0]}" is in both groups, seen ({source.source}) and unseen '
+                f"({second.source}){_and_more(both)}: rename it or leave it out of one"
+            )
+        seen = TaskCollection(tuple(draw_tasks(tasks, source.max_tasks, source.seed)))
+        return _finish(seen, source, kind), _finish(
+            TaskCollection(tuple(draw_tasks(unseen, source.max_tasks, source.seed))),
+            source,
+            kind,
+            unseen=True,
+        )
+    named = source.unseen if isinstance(source.unseen, list) else []
+    _check_named(named, tasks, source)
+    tasks = draw_tasks(tasks, source.max_tasks, source.seed, keep=named)
+    everything = TaskCollection(tuple(tasks))
+    if source.unseen is None:
+        return _finish(everything, source, kind), None
+    _check_number(source, len(tasks))
+    seen, held = everything.split(source.unseen, source.seed)
+    return _finish(seen, source, kind), _finish(held, source, kind, unseen=True)
+
+
+def _read_tasks(source: Source, kind: str) -> list[Task]:
+    """Every task of the source that has `min_rows` rows, in the order of the data."""
+    rows = _rename(_rows(source, kind), source)
+    drop = (source.task_column, "split")
+    by_task: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        name, split = task_of(row, source.task_column), split_of(row)
+        splits = by_task.setdefault(name, {s: [] for s in SPLITS})
+        splits[split].append(example_of(row, kind, drop))
+    if source.group_column and not any(source.group_column in row.fields for row in rows):
+        known = sorted({key for row in rows for key in row.fields})
+        raise UserError(
+            f'{source.source} has no column "{source.group_column}" (group_column); '
+            f"it has {', '.join(known)}.{did_you_mean(source.group_column, known)}"
+        )
+    tasks = [Task(n, **{s: tuple(r) for s, r in splits.items()}) for n, splits in by_task.items()]
+    large = [task for task in tasks if len(task) >= source.min_rows]
+    if not large:
+        most = max(len(task) for task in tasks)
+        raise UserError(
+            f"no task of {source.source} has min_rows={source.min_rows} rows, "
+            f"the largest has {most}"
+        )
+    return large
+
+
+def _read_second(second: Source, kind: str, seen: list[Task]) -> list[Task]:
+    if second.source in {task.name for task in seen} and not Path(second.source).exists():
+        raise UserError(
+            f'unseen="{second.source}" would be a second source; to set the task of that name '
+            f'aside write a list: unseen=["{second.source}"]'
+        )
+    return _read_tasks(second, kind)
+
+
+def _rows(source: Source, kind: str) -> list[Row]:
+    if source.source != PYTHON_DOCS:
+        return read_rows(source.source)
+    if kind != "choice":
+        raise UserError(f"{PYTHON_DOCS} is a collection of choice tasks, got kind={kind}")
+    from foretune.tasks.python_docs import read_python_docs
+
+    rows = enumerate(read_python_docs(source.seed), start=1)
+    return [Row(PYTHON_DOCS, "row", number, fields) for number, fields in rows]
+
+
+def _rename(rows: list[Row], source: Source) -> list[Row]:
+    if not source.columns:
+        return rows
+    known = sorted({key for row in rows for key in row.fields})
+    for theirs, ours in source.columns.items():
+        if theirs not in known:
+            raise UserError(
+                f'columns renames "{theirs}", which {source.source} does not have; '
+                f"it has {', '.join(known)}.{did_you_mean(theirs, known)}"
+            )
+        if ours in known and ours not in source.columns:
+            raise UserError(
+                f'columns renames "{theirs}" to "{ours}", but {source.source} has a column '
+                f'"{ours}" already: rename that one too'
+            )
+    names = source.columns
+    return [r._replace(fields={names.get(k, k): v for k, v in r.fields.items()}) for r in rows]
+
+
+def _finish(
+    tasks: TaskCollection, source: Source, kind: str, unseen: bool = False
+) -> TaskCollection:
+    """Carves the missing splits, cuts train to size and draws candidates."""
+    done = []
+    for task in tasks:
+        task = carve(
+            task,
+            validation=source.validation,
+            test=source.test,
+            seed=source.seed,
+            group_column=source.group_column,
+        )
+        if not task.train:
+            raise UserError(f'task "{task.name}" has no train rows, only {_counts(task)}')
+        if unseen and not task.test:
+            raise UserError(
+                f'unseen task "{task.name}" has no test rows and too few train rows to carve any: '
+                f"got {_counts(task)}, test={source.test}; give it more, or leave it out "
+                f"with min_rows"
+            )
+        done.append(cut_train(task, source.max_rows, source.seed))
+    collection = TaskCollection(tuple(done))
+    if kind != "choice":
+        return collection
+    return draw_candidates(
+        collection,
+        source.num_candidates,
+        source.candidate_seed,
+        source.candidate_pool,
+        source.group_column,
+    )
+
+
+def _counts(task: Task) -> str:
+    return ", ".join(f"{len(task.split(s))} {s}" for s in SPLITS if task.split(s))
+
+
+def _check_unseen(unseen: Any) -> None:
+    if unseen is None or (isinstance(unseen, str) and unseen.strip()):
+        return
+    if isinstance(unseen, int) and not isinstance(unseen, bool):
+        at_least("unseen", unseen, 1)
+        return
+    if not isinstance(unseen, list) or not unseen or not all(isinstance(n, str) for n in unseen):
+        raise UserError(
+            f"unseen must be a number of tasks, a list of their names or a source, got {unseen!r}"
+        )
+
+
+def _check_number(source: Source, num_tasks: int) -> None:
+    if num_tasks == 1:
+        raise UserError(
+            f"unseen={source.unseen} needs at least 2 tasks, {source.source} has only one"
+        )
+    count = source.unseen if isinstance(source.unseen, int) else len(set(source.unseen or []))
+    if count >= num_tasks:
+        raise UserError(
+            f"unseen must leave at least one seen task: it sets {count} aside, "
+            f"but there are {num_tasks} tasks"
+        )
+
+
+def _check_named(named: list[str], tasks: list[Task], source: Source) -> None:
+    known = [task.name for task in tasks]
+    for name in named:
+        if name not in known:
+            small = f" with min_rows={source.min_rows}" if source.min_rows > 1 else ""
+            raise UserError(
+                f'unseen names "{name}", which is no task of {source.source}{small}.'
+                f"{did_you_mean(name, known)}"
+            )
+
+
+def _and_more(names: Iterable[str]) -> str:
+    count = len(list(names)) - 1
+    return f", like {count} more" if count else ""

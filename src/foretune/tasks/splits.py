@@ -1,0 +1,99 @@
+"""Carves validation and test rows out of train, and cuts tasks to size."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from foretune.errors import UserError
+from foretune.tasks.candidates import group_of
+from foretune.tasks.seeds import seed_for
+from foretune.tasks.task import Example, Task
+
+
+def carve(
+    task: Task,
+    *,
+    validation: float = 0.1,
+    test: float = 0.2,
+    seed: int = 0,
+    group_column: str | None = None,
+) -> Task:
+    """The task with validation and test rows taken from train where it has none.
+
+    Where rows have a group, whole groups move and the last ones are taken (the latest dialogues
+    are what a deployed model meets next); else rows are drawn with the seed. Test comes first.
+    At least one row or group stays in train, so a task that is too small keeps all of them there.
+
+    Args:
+        task: Any task.
+        validation: Share of the train rows (or groups) that becomes validation; 0 for none.
+        test: The same for test.
+        seed: Seeds the draw, together with the task's name.
+        group_column: As in `draw_candidates`.
+    """
+    units = _units(task.train, group_column)
+    if all(group_of(row, group_column) is None for row in task.train):
+        random.Random(seed_for(seed, task.name, "carve")).shuffle(units)
+    num_test = 0 if task.test else _share(len(units), test, len(units) - 1)
+    num_validation = (
+        0 if task.validation else _share(len(units), validation, len(units) - 1 - num_test)
+    )
+    if num_test + num_validation == 0:
+        return task
+    middle, end = len(units) - num_test - num_validation, len(units) - num_test
+
+    def rows(some: list[list[int]]) -> tuple[Example, ...]:
+        return tuple(task.train[i] for i in sorted(i for unit in some for i in unit))
+
+    return replace(
+        task,
+        train=rows(units[:middle]),
+        validation=rows(units[middle:end]) if num_validation else task.validation,
+        test=rows(units[end:]) if num_test else task.test,
+    )
+
+
+def cut_train(task: Task, max_rows: int | None, seed: int = 0) -> Task:
+    """The task with at most `max_rows` train rows, drawn with the seed, in their old order."""
+    if max_rows is None or len(task.train) <= max_rows:
+        return task
+    rng = random.Random(seed_for(seed, task.name, "rows"))
+    kept = sorted(rng.sample(range(len(task.train)), max_rows))
+    return replace(task, train=tuple(task.train[i] for i in kept))
+
+
+def _units(rows: Sequence[Example], group_column: str | None) -> list[list[int]]:
+    """What moves as one: the rows of a group, or single rows, in order of appearance."""
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        group = group_of(row, group_column)
+        groups.setdefault(f"row {i}" if group is None else f"group {group!r}", []).append(i)
+    return list(groups.values())
+
+
+def _share(count: int, share: float, most: int) -> int:
+    """`share` of `count`, at least one unless the share is zero, never more than `most`."""
+    return max(0, min(most, max(1, round(share * count)))) if share > 0 else 0
+
+
+def draw_tasks(
+    tasks: Sequence[Task], max_tasks: int | None, seed: int = 0, keep: Sequence[str] = ()
+) -> list[Task]:
+    """At most `max_tasks` of the tasks, drawn with the seed, in their old order.
+
+    Args:
+        tasks: All of them.
+        max_tasks: How many stay; None for all.
+        seed: Seeds the draw.
+        keep: Names that stay in any case.
+    """
+    if max_tasks is None or len(tasks) <= max_tasks:
+        return list(tasks)
+    if len(set(keep)) > max_tasks:
+        raise UserError(f"max_tasks={max_tasks} is less than the {len(set(keep))} unseen tasks")
+    others = sorted(task.name for task in tasks if task.name not in keep)
+    drawn = random.Random(seed_for(seed, "tasks")).sample(others, max_tasks - len(set(keep)))
+    chosen = {*keep, *drawn}
+    return [task for task in tasks if task.name in chosen]

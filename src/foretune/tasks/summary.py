@@ -1,0 +1,15 @@
+"""How many examples a collection holds, for people and for `foretune plan`."""
+
+from __future__ import annotations
+
+from foretune.tasks.task import SPLITS, TaskCollection
+
+
+def describe(collection: TaskCollection) -> dict[str, dict[str, int]]:
+    """The number of train, validation and test rows of each task, by its name.
+
+    >>> from foretune.tasks.task import Task
+    >>> describe(TaskCollection((Task("a", train=[{"text": "x"}]),)))
+    {'a': {'train': 1, 'validation': 0, 'test': 0}}
+    """
+    return {task.name: {split: len(task.split(split)) for split in SPLITS} for task in collection}

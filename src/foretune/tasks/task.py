@@ -1,0 +1,126 @@
+"""`Task`: a named set of examples with splits. `TaskCollection`: tasks that share one objective."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from foretune.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from foretune.tasks.objectives import Objective
+
+Example = Mapping[str, Any]
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named set of examples.
+
+    Args:
+        name: Unique within its collection.
+        train: Rows to learn from (for an unseen task: the pool from which shots are drawn).
+        validation: Rows on which checkpoints and learning rates are chosen.
+        test: Rows that only the final score sees.
+    """
+
+    name: str
+    train: Sequence[Example] = ()
+    validation: Sequence[Example] = ()
+    test: Sequence[Example] = ()
+
+    def split(self, name: str) -> Sequence[Example]:
+        """The rows of one of "train", "validation", "test"."""
+        if name not in SPLITS:
+            raise UserError(f"split must be one of {', '.join(SPLITS)}; got {name!r}")
+        rows: Sequence[Example] = getattr(self, name)
+        return rows
+
+    def __len__(self) -> int:
+        return sum(len(self.split(name)) for name in SPLITS)
+
+
+@dataclass(frozen=True)
+class TaskCollection:
+    """Tasks that share one objective.
+
+    Args:
+        tasks: At least one; names must be unique.
+        objective: How examples become batches, losses and scores; None until one is chosen.
+
+    Raises:
+        UserError: No tasks, an empty task, or a name that stands twice.
+    """
+
+    tasks: tuple[Task, ...]
+    objective: Objective | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        if not self.tasks:
+            raise UserError("a collection needs at least one task, got none")
+        seen: set[str] = set()
+        for task in self.tasks:
+            if task.name in seen:
+                raise UserError(f'task names must be unique, "{task.name}" stands twice')
+            if not len(task):
+                raise UserError(f'task "{task.name}" is empty: it needs at least one example')
+            seen.add(task.name)
+
+    @property
+    def names(self) -> list[str]:
+        return [task.name for task in self.tasks]
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+    def __getitem__(self, name: str) -> Task:
+        for task in self.tasks:
+            if task.name == name:
+                return task
+        raise UserError(f'no task "{name}" in this collection.{did_you_mean(name, self.names)}')
+
+    def subset(self, names: Iterable[str]) -> TaskCollection:
+        """The tasks of these names, in this order."""
+        return replace(self, tasks=tuple(self[name] for name in names))
+
+    def with_objective(self, objective: Objective) -> TaskCollection:
+        """The same tasks under another objective."""
+        return replace(self, objective=objective)
+
+    def split(
+        self, unseen: int | Sequence[str], seed: int = 0
+    ) -> tuple[TaskCollection, TaskCollection]:
+        """(seen, unseen) tasks, disjoint.
+
+        Args:
+            unseen: How many tasks to set aside (drawn with `seed`), or their names.
+            seed: Seeds the draw.
+        """
+        if isinstance(unseen, int):
+            if not 0 < unseen < len(self):
+                raise UserError(
+                    f"unseen must leave at least one task on each side: got unseen={unseen} "
+                    f"of {len(self)} task{'s' if len(self) > 1 else ''}"
+                )
+            chosen = set(random.Random(seed).sample(sorted(self.names), unseen))
+        else:
+            chosen = {self[name].name for name in unseen}
+            if not 0 < len(chosen) < len(self):
+                raise UserError(
+                    f"unseen must leave at least one task on each side: it names {len(chosen)} "
+                    f"of {len(self)} tasks"
+                )
+        seen_names = [n for n in self.names if n not in chosen]
+        return self.subset(seen_names), self.subset([n for n in self.names if n in chosen])
+
+    def pooled(self, name: str = "all") -> Task:
+        """One task that holds the rows of all."""
+        rows = {s: tuple(row for task in self for row in task.split(s)) for s in SPLITS}
+        return Task(name, **rows)

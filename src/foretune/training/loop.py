@@ -1,0 +1,160 @@
+"""The only training loop: draw, update, validate, keep; every method and every verb goes through it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from foretune.errors import ForetuneError
+from foretune.run import Run
+from foretune.tasks.batch import Batch
+from foretune.training.checkpoint import CheckpointStore
+from foretune.training.data import Sampler, TaskData
+from foretune.training.learner import Learner
+
+Progress = Callable[[int, int, dict[str, Any]], None]  # (step, steps, newest figures)
+
+
+class Diverged(ForetuneError):
+    """The loss is no longer a number."""
+
+
+def fit(
+    learner: Learner,
+    data: TaskData,
+    sampler: Sampler,
+    run: Run,
+    *,
+    validate: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Trains what the learner trains; leaves it in its best validated state.
+
+    Args:
+        learner: What to update and how.
+        data: The rows of each slot.
+        sampler: Which rows each of the `run.steps` batches holds.
+        run: Budget, seed, folder.
+        validate: Choose the state that is returned on the validation rows; False takes the last.
+        progress: Called after every update.
+
+    Returns:
+        "history": one dict for each validation (step, loss, score, learning-rate factor);
+        "best_step", "best_score": None without validation rows; "tokens", "examples": read in all.
+
+    Raises:
+        Diverged: A loss is not finite; says which step and task. The checkpoints stay.
+    """
+    accelerator = make_accelerator(run)
+    learner.model.to(accelerator.device)
+    if learner.bank is not None:
+        learner.bank.to(accelerator.device)
+    learner.start(run)
+    store = CheckpointStore(run.out)
+    per_update = learner.batches_per_update
+    num_updates = max(1, run.steps // per_update)
+    period = max(1, round((run.eval_every or math.ceil(run.steps / 10)) / per_update))
+    validate = validate and run.eval_every != 0
+    record: dict[str, Any] = {
+        "history": [], "best_step": None, "best_score": None, "tokens": 0, "examples": 0, "step": 0,
+    }
+    record |= _restored(learner, store) if run.resume else {}
+    losses: list[float] = []
+    learner.model.train()
+    with learner.ready():
+        for update in range(record["step"], num_updates):
+            torch.manual_seed(run.seed * 1_000_003 + update)
+            batches = [
+                _draw(data, sampler, run, update * per_update + i).to(accelerator.device)
+                for i in range(per_update)
+            ]
+            rate = schedule(run, update / num_updates)
+            with accelerator.autocast():
+                by_slot = learner.update(batches, run, rate)
+            _check_finite(by_slot, update, data, learner, run)
+            losses.append(sum(by_slot.values()) / len(by_slot))
+            record["tokens"] += sum(batch.num_tokens for batch in batches)
+            record["examples"] += sum(len(batch) for batch in batches)
+            record["step"] = update + 1
+            if (update + 1) % period == 0 or update + 1 == num_updates:
+                _validate_and_keep(learner, data, run, store, record, losses, validate)
+                losses = []
+            if progress is not None:
+                progress(update + 1, num_updates, {"loss": losses[-1] if losses else None,
+                                                   "score": record["best_score"]})
+    if record["best_step"] not in (None, num_updates):
+        best = store.best(record["best_step"])
+        assert best is not None
+        learner.load_state(best)
+    learner.model.eval()
+    return record
+
+
+def schedule(run: Run, done: float) -> float:
+    """The factor of the learning rates when that share of the updates is done."""
+    if run.warmup and done < run.warmup:
+        # The first update must move, so the rise starts one step above zero.
+        return min(1.0, (done * run.steps + 1) / (run.warmup * run.steps))
+    if run.schedule == "constant":
+        return 1.0
+    left = (1 - done) / (1 - run.warmup) if run.warmup < 1 else 1.0
+    return left if run.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+
+
+def make_accelerator(run: Run) -> Accelerator:
+    """Accelerate's device and precision for this run; runs of one process may differ in both."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    precision = "bf16" if run.precision == "bf16" else "no"
+    return Accelerator(mixed_precision=precision, cpu=run.device == "cpu")
+
+
+def _draw(data: TaskData, sampler: Sampler, run: Run, step: int) -> Batch:
+    return data.batch(sampler.picks(step), "train", train=True, seed=[run.seed, step, 1])
+
+
+def _restored(learner: Learner, store: CheckpointStore) -> dict[str, Any]:
+    found = store.newest()
+    if found is None:
+        return {}
+    tensors, meta = found
+    learner.load_state(tensors)
+    return meta
+
+
+def _validate_and_keep(
+    learner: Learner,
+    data: TaskData,
+    run: Run,
+    store: CheckpointStore,
+    record: dict[str, Any],
+    losses: list[float],
+    validate: bool,
+) -> None:
+    entry: dict[str, Any] = {"step": record["step"], "loss": sum(losses) / len(losses)}
+    scores = learner.score(data, "validation", run.eval_rows) if validate else {}
+    if scores:
+        entry["score"] = sum(scores.values()) / len(scores)
+        if record["best_score"] is None or entry["score"] > record["best_score"]:
+            record |= {"best_step": record["step"], "best_score": entry["score"]}
+    record["history"].append(entry)
+    wanted = run.out is not None or record["best_step"] == record["step"]
+    if wanted:
+        store.save(record["step"], learner.state(optimizers=run.out is not None), record)
+
+
+def _check_finite(
+    by_slot: dict[int, float], update: int, data: TaskData, learner: Learner, run: Run
+) -> None:
+    for slot, loss in by_slot.items():
+        if not math.isfinite(loss):
+            kept = f"; the last checkpoint is in {run.out}" if run.out is not None else ""
+            raise Diverged(
+                f"the loss is {loss} at step {update + 1}, task {data.slots[slot].key!r}: try a "
+                f"lower learning_rate (now {learner.learning_rate or learner.bank_learning_rate:g}), "
+                f"a longer warmup or a smaller max_grad_norm{kept}"
+            )

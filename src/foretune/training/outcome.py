@@ -1,0 +1,153 @@
+"""`Outcome` and `Adapted`: what the verbs return, and how it is saved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from foretune.adapters.bank import AdapterBank
+from foretune.adapters.fingerprint import fingerprint
+from foretune.adapters.peft_format import peft_config, peft_tensors, write_adapter
+from foretune.models.loading import save_base
+from foretune.run import Run
+from foretune.tasks.objectives import Objective
+from foretune.training.checkpoint import whole_folder, write_whole
+from foretune.training.record import environment
+
+
+@dataclass
+class Outcome:
+    """The result of `retrain`.
+
+    Args:
+        model: The retrained base; adapt this one.
+        bank: The seen tasks' adapters, None for methods that have none.
+        method: The method's record.
+        run: The run.
+        objective: As fitted to the seen tasks.
+        tokenizer: Saved beside the base.
+        history: One dict for each validation.
+        validation_score: The best mean score on the seen tasks' validation rows; None without.
+        cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, trainable_parameters.
+    """
+
+    model: nn.Module
+    bank: AdapterBank | None
+    method: Any
+    run: Run
+    objective: Objective
+    tokenizer: Any = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    validation_score: float | None = None
+    cost: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path | str) -> Path:
+        """Writes `base/`, `adapters/<task>/`, run.json, metrics.jsonl and a model card.
+
+        `base/` is a plain Hugging Face folder and each adapter a plain PEFT folder.
+        """
+        folder = Path(folder)
+        with whole_folder(folder / "base") as part:
+            save_base(self.model, self.tokenizer, part)
+            (part / "foretune.json").write_text(json.dumps(self._about_base(), indent=1))
+        if self.bank is not None:
+            save_adapters(self.bank, self.model, folder / "adapters", str(folder / "base"))
+        write_whole(folder / "metrics.jsonl", "".join(json.dumps(h) + "\n" for h in self.history))
+        write_whole(folder / "README.md", self._card())
+        write_whole(folder / "run.json", json.dumps(self.record(), indent=1))
+        return folder
+
+    def record(self) -> dict[str, Any]:
+        """What run.json holds."""
+        return {
+            "finished": True,
+            "method": self.method.to_dict(),
+            "run": self.run.to_dict(),
+            "objective": self.objective.to_dict(),
+            "validation_score": self.validation_score,
+            "cost": self.cost,
+            "environment": environment(),
+        }
+
+    def _about_base(self) -> dict[str, Any]:
+        return {
+            "method": self.method.to_dict(),
+            "objective": self.objective.to_dict(),
+            "fingerprint": fingerprint(self.model),
+            "trainable": sorted(n for n, p in self.model.named_parameters() if p.requires_grad),
+        }
+
+    def _card(self) -> str:
+        method = self.method
+        paper = getattr(method, "paper", None)
+        source = f" ({paper['title']}, arXiv:{paper['arxiv']})" if paper else ""
+        score = "" if self.validation_score is None else (
+            f"\nMean {self.objective.metric} on the seen tasks' validation rows: "
+            f"{self.validation_score:.4f}.\n"
+        )
+        return (
+            f"---\nlibrary_name: transformers\ntags: [foretune, {method.name}]\n---\n\n"
+            f"# A base retrained by {method.label}\n\n"
+            f"Retrained with foretune by {method.label}{source}, in {self.run.steps} steps with "
+            f"seed {self.run.seed}.\n{score}\n"
+            "```python\nfrom transformers import AutoModel\n\n"
+            'base = AutoModel.from_pretrained("base")\n```\n'
+        )
+
+
+@dataclass
+class Adapted:
+    """The result of `adapt`.
+
+    Args:
+        scores: Mean test score of each slot's task: {(task, draw): score}.
+        num_rows: Test rows behind each score.
+        tensors: Each slot's adapter under PEFT's names (methods that train adapters).
+        config: PEFT's adapter_config.json for them.
+        models: Each slot's whole state (methods that train the whole model).
+        base_fingerprint: Of the base that they belong to.
+        cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, trainable_parameters (of
+            one task).
+    """
+
+    scores: dict[tuple[str, int], float]
+    num_rows: dict[tuple[str, int], int]
+    tensors: dict[tuple[str, int], dict[str, Tensor]]
+    config: dict[str, Any]
+    base_fingerprint: str
+    models: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path | str, base: str | None = None) -> Path:
+        """Writes a PEFT folder for each task (`<task>`, or `<task>-draw<k>` beyond the first)."""
+        folder = Path(folder)
+        config = {**self.config, "base_model_name_or_path": base or self.config.get(
+            "base_model_name_or_path")}
+        for (task, draw), tensors in self.tensors.items():
+            with whole_folder(folder / folder_name(task, draw)) as part:
+                write_adapter(part, config, tensors, self.base_fingerprint)
+        for (task, draw), model in self.models.items():
+            with whole_folder(folder / folder_name(task, draw)) as part:
+                save_base(model, None, part)
+        return folder
+
+
+def save_adapters(bank: AdapterBank, model: nn.Module, folder: Path, base: str | None) -> None:
+    """Every slot of the bank as a PEFT folder."""
+    config = peft_config(bank, model, base)
+    mark = fingerprint(model, bank.head_names)
+    for slot, key in enumerate(bank.keys):
+        with whole_folder(folder / folder_name(key)) as part:
+            write_adapter(part, config, peft_tensors(bank, slot), mark)
+
+
+def folder_name(task: str, draw: int = 0) -> str:
+    """A task's name as a folder name: separators and leading dots replaced."""
+    safe = "".join(c if c.isalnum() or c in "-_. " else "_" for c in task).strip() or "_"
+    safe = "_" + safe[1:] if safe.startswith(".") else safe
+    return safe if draw == 0 else f"{safe}-draw{draw}"
+

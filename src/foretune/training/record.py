@@ -1,0 +1,73 @@
+"""What a run leaves behind beside weights: cost, versions, machine."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
+
+
+@contextlib.contextmanager
+def metered() -> Iterator[dict[str, Any]]:
+    """Fills the dict that it yields with the seconds and the peak memory of the block.
+
+    `seconds` is wall-clock time, `cpu_seconds` the process's own. `peak_memory_mb` is the peak of
+    the process's resident memory during the block (of the device's memory on CUDA), None where
+    the system does not tell.
+    """
+    cost: dict[str, Any] = {}
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    can_reset = _reset_peak()
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        yield cost
+    finally:
+        cost["seconds"] = round(time.perf_counter() - wall, 3)
+        cost["cpu_seconds"] = round(time.process_time() - cpu, 3)
+        if cuda:
+            cost["peak_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+        else:
+            cost["peak_memory_mb"] = _peak_mb() if can_reset else None
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for run.json."""
+    versions = {}
+    for name in ("foretune", *PACKAGES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _reset_peak() -> bool:
+    """Asks Linux to start the process's high-water mark again."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak_mb() -> float | None:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return round(int(line.split()[1]) / 1024, 1)
+    return None

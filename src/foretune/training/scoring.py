@@ -1,0 +1,51 @@
+"""Scores of many slots in mixed batches."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from foretune.training.data import TaskData
+
+
+@torch.no_grad()
+def score_slots(
+    model: nn.Module,
+    data: TaskData,
+    split: str,
+    max_rows: int | None = None,
+    *,
+    batch_size: int = 64,
+    only: int | None = None,
+) -> dict[int, float]:
+    """The mean score of each slot that has rows in `split`.
+
+    Args:
+        model: Scored as it stands: with a bank's adapters when one is attached.
+        data: The rows.
+        split: "train", "validation" or "test".
+        max_rows: At most the first so many rows of each slot.
+        batch_size: Rows scored together, of one slot or of several.
+        only: Score this slot alone.
+
+    Returns:
+        Mean score by slot; a slot without rows is left out.
+    """
+    chosen = range(len(data)) if only is None else [only]
+    picks = [(s, i) for s in chosen for i in range(len(data.rows(s, split)[:max_rows]))]
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    found: dict[int, list[float]] = defaultdict(list)
+    try:
+        for start in range(0, len(picks), batch_size):
+            part = picks[start : start + batch_size]
+            batch = data.batch(part, split, train=False, seed=[0]).to(device)
+            scores = data.objective.scores(model, batch)
+            for slot, score in zip(batch.slots, scores.tolist(), strict=True):
+                found[slot].append(score)
+    finally:
+        model.train(was_training)
+    return {slot: sum(values) / len(values) for slot, values in found.items()}

@@ -1,0 +1,294 @@
+"""`retrain` and `adapt`: the verbs. What differs between methods, the method's record decides."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from foretune.adapters.fingerprint import fingerprint
+from foretune.adapters.peft_format import peft_config, peft_tensors
+from foretune.errors import UserError
+from foretune.models.surgery import match_head
+from foretune.run import Run
+from foretune.tasks.objectives import Objective
+from foretune.tasks.task import Task, TaskCollection
+from foretune.training.checkpoint import CheckpointStore, claim_folder, write_whole
+from foretune.training.data import PerTaskSampler, PooledSampler, Sampler, SlotRows, TaskData, number_of
+from foretune.training.learner import Learner
+from foretune.training.loop import Progress, fit
+from foretune.training.outcome import Adapted, Outcome, folder_name
+from foretune.training.record import metered
+from foretune.training.scoring import score_slots
+
+
+def retrain(
+    model: nn.Module,
+    tasks: TaskCollection,
+    method: Any,
+    run: Run | None = None,
+    *,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Retrains a copy of the model on many seen tasks, so that it adapts better to unseen ones.
+
+    Args:
+        model: The pretrained model; it is not changed. Parameters with `requires_grad=False` stay
+            as they are.
+        tasks: Seen tasks, with an objective.
+        method: A retraining method such as `foretune.PEFTML()`.
+        run: Seed, budget, precision, folder; the defaults of `Run` when None.
+        tokenizer: Saved beside the base; the objective's own when None.
+        progress: Called with (update, updates, figures) after every update.
+
+    Returns:
+        The retrained base in its best validated state and, with `run.out`, everything on disk.
+
+    Raises:
+        UserError: Bad data, a method of another verb, a folder that is not empty.
+        Diverged: A loss was not finite.
+    """
+    run = run or Run()
+    check_verb(method, "retrain")
+    objective = method.objective_for(objective_of(tasks).fit(tasks))
+    if run.out is not None:
+        claim_folder(run.out, resume=run.resume, overwrite=run.overwrite)
+    model = copy.deepcopy(model)
+    match_head(model, objective.num_outputs(), run.seed)
+    data = TaskData.of(tasks, objective)
+    budget = method.budget(run, len(data))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with torch.random.fork_rng(), metered() as cost:
+        torch.manual_seed(run.seed)
+        learner: Learner | None = method.learner(model, objective, data.keys, run)
+        if learner is None:
+            scores = score_slots(model, data, "validation", run.eval_rows)
+            best = sum(scores.values()) / len(scores) if scores else None
+            record: dict[str, Any] = {"history": [], "best_score": best, "tokens": 0, "examples": 0}
+            trainable = 0
+        else:
+            sampler = sampler_for(method, data, budget, learner.batches_per_update)
+            record = fit(learner, data, sampler, budget, progress=progress)
+    bank = None if learner is None else learner.bank
+    cost |= {"tokens": record["tokens"], "examples": record["examples"]}
+    cost["trainable_parameters"] = trainable + (
+        0 if bank is None else bank.parameters_per_slot * len(data)
+    )
+    outcome = Outcome(
+        model=model.eval(),
+        bank=bank if method.keeps_adapters else None,
+        method=method,
+        run=run,
+        objective=objective,
+        tokenizer=tokenizer or getattr(objective, "tokenizer", None),
+        history=record["history"],
+        validation_score=record["best_score"],
+        cost=cost,
+    )
+    if run.out is not None:
+        outcome.save(run.out)
+        CheckpointStore(run.out).clear()
+    return outcome
+
+
+def adapt(
+    model: nn.Module,
+    tasks: TaskCollection,
+    method: Any,
+    run: Run | None = None,
+    *,
+    shots: int | None = None,
+    draws: int = 1,
+    split: str = "test",
+    progress: Progress | None = None,
+) -> Adapted:
+    """Adapts the model to each of many unseen tasks, all of them at once where they are adapters.
+
+    The state after the last step is what counts: with a few shots there are no rows to spare on
+    which a checkpoint could be chosen, and the test rows are never used for it.
+
+    Args:
+        model: A base; it is not changed.
+        tasks: Unseen tasks, with an objective.
+        method: An adapting method such as `foretune.LoRA()`.
+        run: `tasks_per_wave` bounds how many tasks are adapted at the same time; every task
+            takes part in every step, whatever `tasks_per_step` says.
+        shots: Rows of each task to learn from (rows of each class for a classification); None
+            for all training rows.
+        draws: Independent draws of the shots, each with an adapter of its own.
+        split: The rows on which the adapted models are scored.
+        progress: Called with (update, updates, figures); waves follow one another.
+
+    Returns:
+        Scores and adapters by (task, draw).
+    """
+    run = run or Run()
+    check_verb(method, "adapt")
+    objective = objective_of(tasks).fit(tasks)
+    out = run.out
+    if out is not None:
+        claim_folder(out, resume=run.resume, overwrite=run.overwrite)
+    run = run.replace(out=None, eval_every=0, tasks_per_step=None)
+    model = copy.deepcopy(model)
+    match_head(model, objective.num_outputs(), run.seed)
+    slots = list(draw_shots(tasks, objective.kind, shots, draws, run.seed))
+    result = Adapted({}, {}, {}, {}, "")
+    done = _scores_on_disk(out) if out is not None else {}
+    slots = [slot for slot in slots if slot.key not in done]
+    with torch.random.fork_rng(), metered() as cost:
+        for wave in _waves(slots, run.tasks_per_wave if method.shares_base else 1):
+            _adapt_wave(model, wave, objective, method, run, split, result, progress)
+            if out is not None:
+                _save_wave(result, done, out)
+    result.cost |= cost
+    for key, (score, num_rows) in done.items():
+        result.scores.setdefault(_task_draw(key), score)
+        result.num_rows.setdefault(_task_draw(key), num_rows)
+    return result
+
+
+def _adapt_wave(
+    model: nn.Module,
+    wave: Sequence[SlotRows],
+    objective: Objective,
+    method: Any,
+    run: Run,
+    split: str,
+    result: Adapted,
+    progress: Progress | None,
+) -> None:
+    data = TaskData(wave, objective)
+    base = model if method.shares_base else copy.deepcopy(model)
+    wanted = [p.requires_grad for p in base.parameters()]
+    torch.manual_seed(run.seed)
+    learner: Learner = method.learner(base, objective, data.keys, run)
+    record = fit(learner, data, sampler_for(method, data, run), run, validate=False, progress=progress)
+    with learner.ready():
+        scores = learner.score(data, split, None)
+    for slot, score in scores.items():
+        result.scores[_task_draw(wave[slot].key)] = score
+        result.num_rows[_task_draw(wave[slot].key)] = len(data.rows(slot, split))
+    if learner.bank is not None:
+        result.config = peft_config(learner.bank, base, None)
+        result.base_fingerprint = fingerprint(base, learner.bank.head_names)
+        for slot, rows in enumerate(wave):
+            result.tensors[_task_draw(rows.key)] = peft_tensors(learner.bank, slot)
+    else:
+        result.models[_task_draw(wave[0].key)] = base
+    per_task = sum(p.numel() for p in learner.base) if learner.bank is None else (
+        learner.bank.parameters_per_slot
+    )
+    result.cost["trainable_parameters"] = per_task
+    for key in ("tokens", "examples"):
+        result.cost[key] = result.cost.get(key, 0) + record[key]
+    for p, trained in zip(base.parameters(), wanted, strict=True):
+        p.requires_grad_(trained)
+
+
+def draw_shots(
+    tasks: TaskCollection, kind: str, shots: int | None, draws: int, seed: int
+) -> Iterator[SlotRows]:
+    """One slot for each task and draw, holding the first `shots` rows of a seeded permutation.
+
+    The draw of fewer shots is the beginning of the draw of more, and depends on the task's name
+    but not on which other tasks there are.
+
+    Raises:
+        UserError: A task without training rows, or shots below 1.
+    """
+    if shots is not None and shots < 1:
+        raise UserError(f"shots must be at least 1, got {shots}")
+    for task in tasks:
+        if not task.train:
+            raise UserError(f'task "{task.name}" has no training rows to adapt on')
+        for draw in range(draws):
+            rng = np.random.default_rng([seed, number_of(task.name), draw])
+            order = rng.permutation(len(task.train)).tolist()
+            chosen = order if shots is None else _first(task, order, shots, kind)
+            yield SlotRows(
+                key=task.name if draw == 0 else f"{task.name}#{draw}",
+                train=[task.train[i] for i in chosen],
+                validation=task.validation,
+                test=task.test,
+                task=task.name,
+            )
+
+
+def _first(task: Task, order: list[int], shots: int, kind: str) -> list[int]:
+    if kind != "classification":
+        return order[:shots]
+    taken: dict[Any, int] = {}
+    chosen = []
+    for i in order:
+        row = task.train[i]
+        label = row["label"] if "label" in row else np.asarray(row["y"]).item()
+        if taken.setdefault(label, 0) < shots:
+            taken[label] += 1
+            chosen.append(i)
+    return chosen
+
+
+def sampler_for(method: Any, data: TaskData, run: Run, batches_per_update: int = 1) -> Sampler:
+    """The order in which this method sees the training rows; the budget is the same for all."""
+    sizes = [len(slot.train) for slot in data.slots]
+    if method.pooled:
+        together = min(run.tasks_per_step or len(data), len(data))
+        return PooledSampler(sizes, together * run.batch_size, run.seed)
+    return PerTaskSampler(
+        sizes, run.batch_size, run.tasks_per_step, run.seed, data.keys, batches_per_update
+    )
+
+
+def objective_of(tasks: TaskCollection) -> Objective:
+    """The collection's objective.
+
+    Raises:
+        UserError: It has none.
+    """
+    if tasks.objective is None:
+        raise UserError(
+            "these tasks have no objective; give them one with tasks.with_objective(Choice(...))"
+        )
+    return tasks.objective
+
+
+def check_verb(method: Any, verb: str) -> None:
+    """Raises UserError unless `method` is a record that knows this verb."""
+    if getattr(method, "verb", None) != verb:
+        name = getattr(method, "name", type(method).__name__)
+        raise UserError(f"{name} is no method to {verb} with; see `foretune ls methods`")
+
+
+def _waves(slots: list[SlotRows], size: int | None) -> Iterator[list[SlotRows]]:
+    size = size or max(1, len(slots))
+    for start in range(0, len(slots), size):
+        yield slots[start : start + size]
+
+
+def _task_draw(key: str) -> tuple[str, int]:
+    task, mark, draw = key.rpartition("#")
+    return (task, int(draw)) if mark and draw.isdigit() else (key, 0)
+
+
+def _save_wave(result: Adapted, done: dict[str, tuple[float, int]], out: Path) -> None:
+    result.save(out)
+    for (task, draw), score in result.scores.items():
+        key = task if draw == 0 else f"{task}#{draw}"
+        done[key] = (score, result.num_rows[task, draw])
+    rows = [{"key": k, "folder": folder_name(*_task_draw(k)), "score": s, "num_rows": n}
+            for k, (s, n) in done.items()]
+    write_whole(out / "scores.json", json.dumps(rows, indent=1))
+
+
+def _scores_on_disk(out: Path) -> dict[str, tuple[float, int]]:
+    file = out / "scores.json"
+    if not file.is_file():
+        return {}
+    return {row["key"]: (row["score"], row["num_rows"]) for row in json.loads(file.read_text())}
