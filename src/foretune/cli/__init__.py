@@ -37,7 +37,7 @@ def root(
         bool, typer.Option("--debug", help="Show where an error came from; anywhere on the line.")
     ] = False,
 ) -> None:
-    """Retrain foundation models on many tasks so that they adapt better to the next one."""
+    """Retrain a model on many tasks so that it adapts better to the next."""
 
 
 app.command("run")(run.run)
@@ -56,5 +56,3 @@ app.command("doctor")(doctor.doctor)
 def main() -> None:
     """The `foretune` program."""
     app()
-
-

@@ -36,7 +36,7 @@ def show(
     name: Annotated[str, typer.Argument(help="A method, or a packaged recipe.")],
     json: Json = False,
 ) -> None:
-    """Show a method's settings and paper, or a packaged recipe's text."""
+    """Show a method's settings and paper, or a recipe's text."""
     from foretune.methods import METHODS
     from foretune.recipes.schema import packaged_recipes
 
@@ -51,8 +51,10 @@ def show(
     if json:
         emit_json(described)
         return
-    rows = [[key, repr(value), described["help"].get(key, "")]
-            for key, value in described["fields"].items()]
+    rows = [
+        [key, repr(value), described["help"].get(key, "")]
+        for key, value in described["fields"].items()
+    ]
     emit(f"{name} ({described['verb']}): {described['summary']}")
     emit("\n" + table(["field", "default", "meaning"], rows) if rows else "\nIt has no fields.")
     if described["paper"]:
@@ -65,9 +67,7 @@ def cite(
     json: Json = False,
 ) -> None:
     """Print the BibTeX entry of a method's paper."""
-    from foretune.methods import method_class
-
-    paper = method_class(method).paper
+    paper = _class(method).paper
     if paper is None:
         raise UserError(f'"{method}" has no paper of its own to cite')
     entry = bibtex(paper)
@@ -76,11 +76,16 @@ def cite(
 
 def bibtex(paper: dict[str, Any]) -> str:
     """The BibTeX entry of a paper: a dict with title, authors, year, arxiv."""
-    first = re.split(r",| and ", _authors(paper))[0].split()
+    first = _authors(paper).split(", ")[0].split()
     word = next((w for w in re.findall(r"\w+", paper["title"].lower()) if len(w) > 3), "paper")
     key = re.sub(r"\W", "", first[-1].lower() if first else "") + f"{paper['year']}{word}"
-    fields = {"title": f"{{{paper['title']}}}", "author": _authors(paper, " and "),
-              "year": paper["year"]}
+    fields = {
+        "title": f"{{{paper['title']}}}",
+        "author": _authors(paper, " and "),
+        "year": paper["year"],
+    }
+    if paper.get("venue"):
+        fields["note"] = paper["venue"]
     if paper.get("arxiv"):
         fields |= {"eprint": paper["arxiv"], "archivePrefix": "arXiv"}
     lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
@@ -88,9 +93,9 @@ def bibtex(paper: dict[str, Any]) -> str:
 
 
 def _methods() -> list[dict[str, str]]:
-    from foretune.methods import METHODS, method_class
+    from foretune.methods import METHODS
 
-    classes = {name: method_class(name) for name in METHODS}
+    classes = {name: _class(name) for name in METHODS}
     return [{"method": n, "verb": c.verb, "summary": _summary(c)} for n, c in classes.items()]
 
 
@@ -103,10 +108,14 @@ def _recipes() -> list[dict[str, str]]:
     ]
 
 
-def _describe(name: str) -> dict[str, Any]:
+def _class(name: str) -> Any:
     from foretune.methods import method_class
 
-    cls = method_class(name)
+    return method_class(name)
+
+
+def _describe(name: str) -> dict[str, Any]:
+    cls = _class(name)
     fields = {f.name: _default(f) for f in dataclasses.fields(cls)}
     return {
         "name": name,
@@ -149,4 +158,5 @@ def _args(docstring: str) -> dict[str, str]:
 
 def _authors(paper: dict[str, Any], joint: str = ", ") -> str:
     authors = paper["authors"]
-    return authors if isinstance(authors, str) else joint.join(authors)
+    names = authors.split(" and ") if isinstance(authors, str) else authors
+    return joint.join(names)

@@ -16,15 +16,17 @@ from foretune.cli.output import (
     emit,
     emit_json,
     quiet_stdout,
-    say,
 )
 from foretune.errors import UserError
 
 
 def compare(
     bases: Annotated[
-        list[str], typer.Argument(metavar="BASE... [KEY=VALUE]...", help="Folders of bases; "
-                                  "settings of the adaptation, such as steps=100 lora.r=4.")
+        list[str],
+        typer.Argument(
+            metavar="BASE... [KEY=VALUE]...",
+            help="Folders of bases; settings of the adaptation, such as steps=100 lora.r=4.",
+        ),
     ],
     tasks: Annotated[str, typer.Option(help="Unseen tasks: a file, a folder, a dataset.")] = ...,  # type: ignore[assignment]
     shots: Annotated[str, typer.Option(help="Rows of each task, such as 1,5,all.")] = "1,5,20",
@@ -37,13 +39,14 @@ def compare(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Adapt several bases to the same unseen tasks and say which is better."""
+    """Adapt bases to the same unseen tasks, say which is better."""
     folders = [Path(item) for item in bases if "=" not in item]
     changes = [item for item in bases if "=" in item]
     counts = parse_shots(shots)
     if not folders:
         raise UserError("compare needs at least one base's folder")
     with quiet_stdout():
+        from foretune.cli.progress import StderrConsole
         from foretune.recipes.verbs import compare_folders
 
         comparison = compare_folders(
@@ -56,8 +59,7 @@ def compare(
             objective=objective,
             resume=resume,
             overwrite=overwrite,
-            say=say,
-            progress=True,
+            console=StderrConsole(),
         )
     if json:
         emit_json({"out": str(out), **comparison})
@@ -81,9 +83,9 @@ def report(
     if not isinstance(comparison, dict) or comparison.get("format") != 1:
         raise UserError(f"{path} is no comparison of format 1")
     with quiet_stdout():
-        from foretune.recipes.report import write_report
+        from foretune.evaluation.report import write_report
 
-        written = write_report(folder, comparison)
+        written = write_report(comparison, folder)
     emit_json({"report": str(written)}) if json else emit(f"Report: {written}")
 
 

@@ -19,7 +19,7 @@ class Group(TyperGroup):
     """The `foretune` command. `--debug` may stand anywhere, and shows where an error came from."""
 
     def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
-        """Runs a command line and exits: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
+        """Runs a command line; exits 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
         args = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in args
         args = [arg for arg in args if arg != "--debug"]
@@ -45,10 +45,10 @@ class Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise Interrupted from None
+            raise InterruptedRunError from None
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     """Ctrl-C."""
 
 
@@ -58,7 +58,7 @@ def explain(error: Exception) -> tuple[str, int]:
     >>> explain(ForetuneError("the disk is full"))
     ('error: the disk is full', 1)
     """
-    if isinstance(error, Interrupted):
+    if isinstance(error, InterruptedRunError):
         return "interrupted; --resume continues where checkpoints were written", INTERRUPTED
     if isinstance(error, ForetuneError):
         return f"error: {_one_line(error)}", error.exit_code

@@ -29,7 +29,9 @@ def init(
         raise UserError(f"{file} exists already; use --overwrite or another name")
     file.parent.mkdir(parents=True, exist_ok=True)
     name = "".join(c if c.isalnum() or c in "_.-" else "-" for c in file.stem)
-    file.write_text(text.replace("name: my-run", f"name: {name}", 1).replace("THIS.yaml", str(file)))
+    file.write_text(
+        text.replace("name: my-run", f"name: {name}", 1).replace("THIS.yaml", str(file))
+    )
     if json:
         emit_json({"recipe": str(file), "template": template})
         return

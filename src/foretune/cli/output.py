@@ -20,11 +20,6 @@ Overrides = Annotated[
 ]
 
 
-def say(line: str) -> None:
-    """A line of progress."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def emit(value: Any) -> None:
     """A result as text: a line, or lines."""
     print(value)
@@ -66,29 +61,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def comparison_text(comparison: Mapping[str, Any]) -> str:
-    """The verdict and the table of a comparison, for a terminal."""
-    means = {(m["base"], m["shots"]): m for m in comparison["means"]}
-    shots = list(dict.fromkeys(m["shots"] for m in comparison["means"]))
-    rows = [
-        [base["label"], *(_mean(means.get((base["name"], k))) for k in shots)]
-        for base in comparison["bases"]
-    ]
-    names = {0: "before adapting", None: "all rows"}
-    unit = comparison["adapt"].get("shots_unit", "rows")
-    header = [comparison["metric"]["name"], *(names.get(k, f"{k} {unit}") for k in shots)]
-    return f"{table(header, rows)}\n\n{comparison['verdict']['sentence']}"
+    """The table and the verdict of a comparison, for a terminal."""
+    from foretune.evaluation.report import summary_rows
 
-
-def _mean(mean: Mapping[str, Any] | None) -> str:
-    if mean is None or mean["mean"] is None:
-        return "-"
-    if mean.get("low") is None or mean.get("high") is None:
-        return f"{mean['mean']:.3f}"
-    return f"{mean['mean']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]"
+    return f"{table(*summary_rows(comparison))}\n\n{comparison['verdict']['sentence']}"
 
 
 def _numeral(cell: object) -> bool:
-    return str(cell)[:1].isdigit() or str(cell) == "-"
+    return str(cell)[:1].isdigit() or str(cell) in ("-", "")
 
 
 def _plain(value: Any) -> Any:

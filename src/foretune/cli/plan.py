@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from foretune.cli.output import Json, Overrides, emit, emit_json, quiet_stdout, say, table
+from foretune.cli.output import Json, Overrides, emit, emit_json, quiet_stdout, table
 
 
 def plan(
@@ -15,14 +15,15 @@ def plan(
     changes: Overrides = None,
     json: Json = False,
 ) -> None:
-    """Show tasks, splits, leaks, parameters, memory and time, without training."""
+    """Show tasks, leaks, parameters, memory, time; no training."""
     from foretune.recipes.schema import load_recipe
 
     loaded = load_recipe(recipe, changes or [])
     with quiet_stdout():
+        from foretune.cli.progress import StderrConsole
         from foretune.recipes.plan import plan_recipe
 
-        planned = plan_recipe(loaded, say).to_dict()
+        planned = plan_recipe(loaded, StderrConsole()).to_dict()
     emit_json(planned) if json else emit(plan_text(planned))
 
 
@@ -65,8 +66,8 @@ def _leaks(leaks: list[Mapping[str, Any]], most: int = 8) -> str:
     if not leaks:
         return "leaks: none found (no example stands in both train and test, or seen and unseen)"
     lines = [
-        f"  {leak['kind']}: {leak['count']} rows of {leak['other_task']} stand in the train rows of "
-        f"{leak['task']}, such as {leak['sample']!r}"
+        f"  {leak['kind']}: {leak['count']} rows of {leak['other_task']} stand in the train "
+        f"rows of {leak['task']}, such as {leak['sample']!r}"
         for leak in leaks[:most]
     ]
     more = [f"  and {len(leaks) - most} more"] if len(leaks) > most else []

@@ -15,7 +15,6 @@ from foretune.cli.output import (
     emit,
     emit_json,
     quiet_stdout,
-    say,
     table,
 )
 
@@ -35,10 +34,11 @@ def retrain(
     loaded = load_recipe(recipe, changes or [])
     folder = out if out is not None else Path("runs") / method
     with quiet_stdout():
+        from foretune.cli.progress import StderrConsole
         from foretune.recipes.runner import retrain_one
 
         result = retrain_one(
-            loaded, method, folder, resume=resume, overwrite=overwrite, say=say, progress=True
+            loaded, method, folder, resume=resume, overwrite=overwrite, console=StderrConsole()
         )
     if json:
         emit_json(result)
@@ -55,7 +55,9 @@ def adapt(
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as steps=100 lora.r=4."),
     ] = None,
     tasks: Annotated[str, typer.Option(help="New tasks: a file, a folder, a dataset.")] = ...,  # type: ignore[assignment]
-    out: Annotated[Path, typer.Option(help="Folder; one adapter folder a task.")] = Path("adapters"),
+    out: Annotated[Path, typer.Option(help="Folder; one adapter folder a task.")] = Path(
+        "adapters"
+    ),
     shots: Annotated[int | None, typer.Option(min=1, help="Rows of each task; all.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seeds shots and adapters.")] = 0,
     objective: Annotated[
@@ -65,8 +67,9 @@ def adapt(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Adapt a base to new tasks, all at once; one PEFT adapter folder for each."""
+    """Adapt a base to new tasks; one PEFT folder for each."""
     with quiet_stdout():
+        from foretune.cli.progress import StderrConsole
         from foretune.recipes.verbs import adapt_folder
 
         result = adapt_folder(
@@ -79,8 +82,7 @@ def adapt(
             seed=seed,
             resume=resume,
             overwrite=overwrite,
-            say=say,
-            progress=True,
+            console=StderrConsole(),
         )
     if json:
         emit_json(result)

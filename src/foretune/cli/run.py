@@ -16,7 +16,6 @@ from foretune.cli.output import (
     emit,
     emit_json,
     quiet_stdout,
-    say,
 )
 
 
@@ -28,16 +27,17 @@ def run(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Retrain with every method of a recipe, adapt to unseen tasks, compare, report."""
+    """Retrain, adapt to unseen tasks, compare, report."""
     from foretune.recipes.schema import load_recipe
 
     loaded = load_recipe(recipe, changes or [])
     if out is not None:
         loaded = loaded.model_copy(update={"out": str(out)})
     with quiet_stdout():
+        from foretune.cli.progress import StderrConsole
         from foretune.recipes.runner import run_recipe
 
-        comparison = run_recipe(loaded, resume=resume, overwrite=overwrite, say=say, progress=True)
+        comparison = run_recipe(loaded, resume=resume, overwrite=overwrite, console=StderrConsole())
     if json:
         emit_json({"out": str(loaded.folder), **comparison})
         return

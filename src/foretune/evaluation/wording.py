@@ -19,7 +19,7 @@ class Scale:
     >>> Scale("accuracy").signed(0.055, unit=True), Scale("accuracy").level(0.441)
     ('+5.5 points', '44.1')
     >>> Scale("negative squared error").interval(-0.25, 1.5)
-    '−0.25 to +1.5'
+    '−0.250 to +1.50'
     """
 
     metric: str
@@ -39,13 +39,14 @@ class Scale:
         """The unit of a difference, as an axis or a table is titled."""
         return "points of accuracy" if self.metric == "accuracy" else self.metric
 
-    def level(self, score: float) -> str:
-        """A score without its unit: '44.1'."""
-        return (f"{score * 100:.1f}" if self.factor != 1 else f"{score:.4g}").replace("-", MINUS)
+    def level(self, score: float, *, unit: bool = False) -> str:
+        """A score: '44.1', and with `unit` '44.1 %'."""
+        text = f"{score * 100:.1f}" if self.factor != 1 else f"{score:#.4g}".rstrip(".")
+        return text.replace("-", MINUS) + " %" * (unit and self.factor != 1)
 
     def signed(self, difference: float, *, unit: bool = False) -> str:
         """A difference with its sign: '+5.5', and with `unit` '+5.5 points'."""
-        text = f"{difference * 100:+.1f}" if self.factor != 1 else f"{difference:+.3g}"
+        text = f"{difference * 100:+.1f}" if self.factor != 1 else f"{difference:+#.3g}".rstrip(".")
         if float(text) == 0:
             text = text.lstrip("+-")
         suffix = ("points" if self.factor != 1 else self.metric) if unit else ""

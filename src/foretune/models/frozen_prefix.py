@@ -1,8 +1,8 @@
 """Compute once what the frozen bottom of a model makes of each text, and keep it.
 
-Where the embeddings and the lowest blocks neither train nor carry adapters, their output for a text
-is the same in every step, every task and every run on that bottom. `FrozenPrefix` lets a model start
-at its lowest moving block.
+Where the embeddings and the lowest blocks neither train nor carry adapters, their output for a
+text is the same in every step, every task and every run on that bottom. `FrozenPrefix` lets a model
+start at its lowest moving block.
 
 Dropout in the frozen bottom is off by construction. The model's own forward still looks up the
 embeddings and builds the masks, which is cheap; its result is discarded.
@@ -11,9 +11,6 @@ embeddings and builds the masks, which is cheap; its result is discarded.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,16 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from foretune.errors import UserError
+from foretune.models.prefix_cache import PrefixCache, prefix_cache
 from foretune.models.routing import current_rows, route
 from foretune.models.surgery import block_list, parameters_before
 
+__all__ = ["FrozenPrefix", "PrefixCache", "first_moving_block", "frozen_prefix", "prefix_cache"]
+
 ROWS = 16  # missing rows are computed in batches of this many …
 STEP = 8  # … padded to a multiple of this length, see `FrozenPrefix._compute`
-SKIPPED_CONFIG = frozenset(
-    "_name_or_path architectures dtype id2label label2id num_labels problem_type torch_dtype "
-    "transformers_version use_cache".split()
-)
+TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def first_moving_block(model: nn.Module, adapted: Iterable[str]) -> int | None:
@@ -70,81 +66,25 @@ def _modules_before(model: nn.Module, block_list_name: str) -> set[str]:
     for name, _ in model.named_modules():
         if name == block_list_name:
             break
-        if not block_list_name.startswith(f"{name}.") and name:
+        if name and not block_list_name.startswith(f"{name}."):
             before.add(name)
     return before
 
 
-class PrefixCache:
-    """The states of texts after a frozen bottom.
+@contextlib.contextmanager
+def frozen_prefix(model: nn.Module, adapted: Iterable[str]) -> Iterator[None]:
+    """Inside the block the model starts at its lowest moving block, if its bottom is frozen.
 
     Args:
-        max_bytes: Beyond it states are computed but no longer kept.
+        model: A model.
+        adapted: Names of modules that carry adapters.
     """
-
-    def __init__(self, max_bytes: int = 2 * 2**30) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self.verified = False
-        self._states: dict[bytes, Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def get(self, key: bytes) -> Tensor | None:
-        return self._states.get(key)
-
-    def put(self, key: bytes, states: Tensor) -> None:
-        """Keeps (L, d) states unless the budget is spent."""
-        size = states.numel() * states.element_size()
-        if key not in self._states and self.num_bytes + size <= self.max_bytes:
-            self._states[key] = states
-            self.num_bytes += size
-
-
-_CACHES: OrderedDict[str, PrefixCache] = OrderedDict()
-_MOST_CACHES = 2  # a third bottom pushes out the one that was asked for longest ago
-
-
-def prefix_cache(model: nn.Module, first_block: int) -> PrefixCache:
-    """The cache of this model's bottom, the same object for all models with an equal bottom.
-
-    Args:
-        model: A model; the content of its parameters is hashed.
-        first_block: The lowest block that is not part of the bottom.
-    """
-    key = _fingerprint(model, first_block)
-    cache = _CACHES.setdefault(key, PrefixCache())
-    _CACHES.move_to_end(key)
-    while len(_CACHES) > _MOST_CACHES:
-        _CACHES.popitem(last=False)
-    return cache
-
-
-def _fingerprint(model: nn.Module, first_block: int) -> str:
-    name, blocks = _blocks(model)
-    digest = hashlib.blake2b(digest_size=16)
-    config: Any = getattr(model, "config", None)
-    fields = config.to_dict() if hasattr(config, "to_dict") else {}
-    kept = {k: v for k, v in fields.items() if k not in SKIPPED_CONFIG}
-    device = next(model.parameters()).device
-    digest.update(json.dumps([first_block, str(device), kept], default=str).encode())
-    digest.update(repr(blocks[:first_block]).encode())
-    tensors = [*parameters_before(model, name).values()]
-    for block in blocks[:first_block]:
-        tensors += [*block.parameters(), *block.buffers()]
-    for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(memoryview(plain.numpy()))
-    return digest.hexdigest()
-
-
-def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    found = block_list(model)
-    if found is None:
-        raise UserError(f"{type(model).__name__} has no list of blocks, so no frozen prefix")
-    return found
+    first = first_moving_block(model, adapted)
+    if not first:
+        yield
+        return
+    with FrozenPrefix(model, first, prefix_cache(model, first)):
+        yield
 
 
 class _Reached(Exception):  # noqa: N818
@@ -165,7 +105,7 @@ class FrozenPrefix:
     Args:
         model: The model; nothing below `first_block` may change while this is installed.
         first_block: What `first_moving_block` said; with None or 0 nothing is ever patched.
-        cache: Where states are kept, usually from `prefix_cache`.
+        cache: Where states are kept, usually from `prefix_cache`; None for one of its own.
 
     Example:
         with FrozenPrefix(model, first_block, prefix_cache(model, first_block)):
@@ -177,10 +117,11 @@ class FrozenPrefix:
     ) -> None:
         self.model = model
         self.first_block = first_block or 0
-        self.cache = cache or PrefixCache()
+        self.cache = PrefixCache() if cache is None else cache
         self.usable = self.first_block > 0
         self._states: Tensor | None = None  # of the forward pass in progress
-        self._direct = False  # run the real blocks, whatever is installed
+        self._busy = False  # a pass of our own is in progress, whose calls are not to be served
+        self._stop = False  # … and it ends after the bottom
         self._in_tuple = False  # whether the blocks return 1-tuples
         self._undo: list[Any] = []
 
@@ -193,10 +134,10 @@ class FrozenPrefix:
 
     def install(self) -> None:
         """Patches the model; a second call changes nothing."""
-        if not self.usable or self._undo:
+        found = block_list(self.model)
+        if found is None or not self.usable or self._undo:
             return
-        _, blocks = _blocks(self.model)
-        for i, block in enumerate(blocks[: self.first_block]):
+        for i, block in enumerate(found[1][: self.first_block]):
             self._patch(block, last=i == self.first_block - 1)
         before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
         after = self.model.register_forward_hook(self._after, always_call=True)
@@ -213,9 +154,9 @@ class FrozenPrefix:
         own = "forward" in vars(block)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._direct or self._states is None:
+            if self._states is None:
                 output = real(*args, **kwargs)
-                if last and self._direct:
+                if last and self._stop:
                     raise _Reached(output)
                 return output
             hidden = self._states if last else (*args, *kwargs.values())[0]
@@ -223,27 +164,27 @@ class FrozenPrefix:
 
         def undo() -> None:
             if own:
-                block.forward = real  # type: ignore[method-assign]
+                block.forward = real
             else:
                 del block.forward
 
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward
         self._undo.append(undo)
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._busy:
+            return
         self._states = None
-        if self._direct or not self.usable:
+        inputs = _token_inputs(args, kwargs) if self.usable else None
+        if inputs is None or getattr(_config(self.model), "output_hidden_states", False):
             return
-        inputs = _token_inputs(args, kwargs)
-        if inputs is None:
-            return
-        if not self.cache.verified and not self._verify(inputs):
-            self.usable = False
-            return
-        self._states = self._look_up(inputs)
+        if not self.cache.verified:
+            self.cache.verified = self.usable = self._verify(inputs)
+        if self.usable:
+            self._states = self._look_up(inputs)
 
     def _after(self, *_: Any) -> None:
-        if not self._direct:
+        if not self._busy:
             self._states = None
 
     def _look_up(self, inputs: Mapping[str, np.ndarray]) -> Tensor:
@@ -252,79 +193,140 @@ class FrozenPrefix:
         lengths = mask.sum(1)
         columns = np.stack([v for k, v in inputs.items() if k != "attention_mask"], 1)
         columns = np.ascontiguousarray(columns, dtype=np.int32)
-        kind = f"{tuple(inputs)}{_precision(self.model)}".encode()
+        kind = f"{sorted(inputs)}{_precision(self.model)}".encode()
         keys = [kind + columns[i, :, :n].tobytes() for i, n in enumerate(lengths)]
         states = {key: found for key in keys if (found := self.cache.get(key)) is not None}
-        missing = {key: i for i, key in enumerate(keys) if key not in states}
-        by_length: dict[int, list[tuple[bytes, int]]] = {}
-        for key, i in missing.items():
-            by_length.setdefault(self._padded(int(lengths[i])), []).append((key, i))
-        for length, rows in sorted(by_length.items()):
+        by_length: dict[int, dict[bytes, int]] = {}
+        for i, key in enumerate(keys):
+            if key not in states:
+                by_length.setdefault(self._padded(int(lengths[i])), {})[key] = i
+        for length, missing in sorted(by_length.items()):
+            rows = list(missing.items())
             for start in range(0, len(rows), ROWS):
                 chunk = rows[start : start + ROWS]
                 computed = self._compute(inputs, [i for _, i in chunk], length)
-                for (key, i), row in zip(chunk, computed, strict=False):
-                    states[key] = row[: lengths[i]].clone()
-                    self.cache.put(key, states[key])
+                for (key, _), row in zip(chunk, computed, strict=True):
+                    states[key] = row
+                    self.cache.put(key, row)
         padded = pad_sequence([states[key] for key in keys], batch_first=True)
         return nn.functional.pad(padded, (0, 0, 0, mask.shape[1] - padded.shape[1]))
 
     def _padded(self, length: int) -> int:
         """The length that a row is padded to; a function of its own length alone."""
-        most = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        most = getattr(_config(self.model), "max_position_embeddings", None)
         rounded = -(-length // STEP) * STEP
         return rounded if most is None else max(length, min(rounded, most))
 
-    def _compute(self, inputs: Mapping[str, np.ndarray], rows: list[int], length: int) -> Tensor:
-        """(ROWS, length, d) states of these rows by the real blocks; rows beyond are a filler.
+    def _compute(
+        self, inputs: Mapping[str, np.ndarray], rows: list[int], length: int
+    ) -> list[Tensor]:
+        """The (L, d) states of each of these rows, by the real blocks.
 
-        The batch always has the same number of rows and a row's own length decides its padding, so
-        a row's states do not depend, in the last bit, on the rows that happened to be missing with
-        it. Otherwise a resumed run, which starts with an empty cache, would drift from one that was
-        never killed.
+        The batch always has ROWS rows, some of them fillers, and a row's own length decides its
+        padding, so a row's states do not depend, in the last bit, on the rows that happened to be
+        missing with it. Otherwise a resumed run, which starts with an empty cache, would drift from
+        one that was never killed.
         """
         filled = (rows * ROWS)[:ROWS]
+        cut = {name: values[filled, :length] for name, values in inputs.items()}
+        cut = {k: np.pad(v, ((0, 0), (0, length - v.shape[1]))) for k, v in cut.items()}
+        fill = getattr(_config(self.model), "pad_token_id", None)
+        cut["input_ids"] = np.where(cut["attention_mask"] > 0, cut["input_ids"], fill or 0)
+        lengths = inputs["attention_mask"].sum(1)[rows]
+        kept, self._states, self._stop = self._states, None, True
+        try:
+            with self._own_pass(), route(None):
+                output = self._bottom(self._tensors(cut))
+                self._in_tuple = isinstance(output, tuple)
+                states = output[0] if isinstance(output, tuple) else output
+                # copies, so that a short row does not hold on to its whole batch
+                return [row[:n].clone() for row, n in zip(states, lengths, strict=False)]
+        finally:
+            self._states, self._stop = kept, False
+
+    def _bottom(self, batch: Mapping[str, Tensor]) -> Any:
+        """What the last frozen block returns."""
+        try:
+            self.model(**batch)
+        except _Reached as reached:
+            return reached.output
+        raise RuntimeError("the model did not call its blocks")
+
+    def _tensors(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
-        batch = {}
-        for name, values in inputs.items():
-            cut = np.zeros((ROWS, length), dtype=np.int64)
-            width = min(length, values.shape[1])
-            cut[:, :width] = values[filled, :width]
-            batch[name] = torch.from_numpy(cut).to(device)
-        with self._real_blocks(), route(None):
-            try:
-                self.model(**batch)
-            except _Reached as reached:
-                output = reached.output
-        self._in_tuple = isinstance(output, tuple)
-        states: Tensor = output[0] if isinstance(output, tuple) else output
-        return states
+        return {k: torch.from_numpy(v.astype(np.int64)).to(device) for k, v in inputs.items()}
 
     @contextlib.contextmanager
-    def _real_blocks(self) -> Iterator[None]:
-        """The unpatched model, in eval mode and without gradients."""
+    def _own_pass(self) -> Iterator[None]:
+        """The model in eval mode and without gradients, its calls not served."""
         training = [m for m in self.model.modules() if m.training]
-        self.model.eval()
-        self._direct = True
+        for module in training:
+            module.training = False
+        busy, self._busy = self._busy, True
         try:
+            # states that are kept must be ordinary tensors, whatever mode first asks for them
             with torch.inference_mode(False), torch.no_grad():
                 yield
         finally:
-            self._direct = False
+            self._busy = busy
             for module in training:
                 module.training = True
 
-    def _verify(self, inputs: Mapping[str, np.ndarray], most: int = 4) -> bool:
+    def _verify(self, inputs: Mapping[str, np.ndarray], num_rows: int = 4) -> bool:
         """Whether the model gives the same for the first rows with and without the short cut."""
-        raise NotImplementedError
+        first = {name: values[:num_rows] for name, values in inputs.items()}
+        rows = current_rows()
+        slots = None if rows is None else rows.slots[:num_rows]
+        with self._own_pass(), route(slots):
+            whole = self.model(**self._tensors(first))
+            try:
+                self._states = self._look_up(first)
+                short = self.model(**self._tensors(first))
+            except (ValueError, IndexError, TypeError, RuntimeError, AttributeError):
+                return False  # the blocks hand on more than hidden states
+            finally:
+                self._states = None
+        mask = first["attention_mask"] > 0
+        pairs = zip(_outputs(whole, mask), _outputs(short, mask), strict=True)
+        tolerance = 5e-2 if _precision(self.model) else 1e-3
+        return all((a - b).abs().max() <= tolerance * a.abs().max() for a, b in pairs)
+
+
+def _outputs(output: Any, mask: np.ndarray) -> list[Tensor]:
+    """The float tensors that a model returned, without the positions that are padding."""
+    values = [output] if isinstance(output, Tensor) else list(dict(output).values())
+    kept = torch.from_numpy(mask)
+    found = [v.float() for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    return [v[kept.to(v.device)] if v.dim() == 3 else v for v in found]
 
 
 def _token_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-    """Token ids, mask and segment ids of a call, (n, L) each; None for a call that needs the blocks."""
-    raise NotImplementedError
+    """Ids, mask and segment ids of a call, (n, L) each; None for a call that needs real blocks."""
+    if len(args) > 1 or (args and "input_ids" in kwargs):
+        return None
+    given = {k: v for k, v in kwargs.items() if v is not None and v is not False}
+    if args:
+        given["input_ids"] = args[0]
+    ids = given.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        return None
+    if not given.keys() <= {*TOKEN_INPUTS, "labels", "return_dict"}:
+        return None
+    given.setdefault("attention_mask", torch.ones_like(ids))
+    tensors = {name: given[name] for name in TOKEN_INPUTS if name in given}
+    if any(t.shape != ids.shape for t in tensors.values()):
+        return None
+    arrays = {name: t.detach().cpu().numpy() for name, t in tensors.items()}
+    mask = arrays["attention_mask"]
+    on_the_right = mask == (np.arange(mask.shape[1]) < mask.sum(1)[:, None])
+    return arrays if mask.size and mask[:, 0].all() and on_the_right.all() else None
+
+
+def _config(model: nn.Module) -> Any:
+    return getattr(model, "config", None)
 
 
 def _precision(model: nn.Module) -> str:
-    """What the states' rounding depends on beside the weights."""
+    """What the states' rounding depends on beside the weights: the type of autocast, if any."""
     device = next(model.parameters()).device.type
     return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""

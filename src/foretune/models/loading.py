@@ -246,13 +246,23 @@ def load_base(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[n
     """
     where = _locate(str(Path(folder)) if Path(folder).is_absolute() else f"./{folder}")
     if (Path(where) / MODULE_FILE).is_file():
-        return _load_plain(Path(where)), None
+        return _freeze_as_saved(_load_plain(Path(where)), Path(where)), None
     with _quiet(), _user_errors(where):
         config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
         name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
         auto = getattr(transformers, name, transformers.AutoModel)
         model = _build(auto, where, config, trust_remote_code, seed=0)
-        return model, _load_tokenizer(where, trust_remote_code)
+        return _freeze_as_saved(model, Path(where)), _load_tokenizer(where, trust_remote_code)
+
+
+def _freeze_as_saved(model: nn.Module, folder: Path) -> nn.Module:
+    """Lets train what could be trained when the base was saved, where the folder says so."""
+    about = folder / "foretune.json"
+    if about.is_file():
+        trainable = set(json.loads(about.read_text(encoding="utf-8"))["trainable"])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trainable)
+    return model
 
 
 def _load_plain(folder: Path) -> nn.Module:

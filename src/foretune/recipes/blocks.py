@@ -73,7 +73,9 @@ class RatesBlock(Block):
     @model_validator(mode="after")
     def _one_of_two(self) -> RatesBlock:
         if self.learning_rate is not None and self.learning_rates is not None:
-            raise ValueError("may have learning_rate (fixed) or learning_rates (searched), not both")
+            raise ValueError(
+                "may have learning_rate (fixed) or learning_rates (searched), not both"
+            )
         if any(rate <= 0 for rate in self.learning_rates or ()):
             raise ValueError("must have learning_rates above 0")
         return self

@@ -18,8 +18,6 @@ def merge_repeats(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
     from foretune.evaluation.statistics import pairs_and_means, verdict
 
     first = repeats[0]
-    if len(repeats) == 1:
-        return dict(first)
     draws = 1 + max(score["seed"] for score in first["scores"])
     scores = [
         # Draws of one repeat are numbered from 0, so repeats are kept apart by an offset.
@@ -27,15 +25,25 @@ def merge_repeats(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for number, repeat in enumerate(repeats)
         for score in repeat["scores"]
     ]
-    bases = [_mean_base([repeat["bases"][i] for repeat in repeats])
-             for i in range(len(first["bases"]))]
+    bases = [
+        _mean_base([repeat["bases"][i] for repeat in repeats]) for i in range(len(first["bases"]))
+    ]
     pairs, means = pairs_and_means(scores, bases)
     sentence = verdict(
-        pairs, means, bases, metric=first["metric"]["name"],
+        pairs,
+        means,
+        bases,
+        metric=first["metric"]["name"],
         shots_unit=first["adapt"].get("shots_unit", "rows"),
     )
-    return {**first, "bases": bases, "scores": scores, "pairs": pairs, "means": means,
-            "verdict": sentence}
+    return {
+        **first,
+        "bases": bases,
+        "scores": scores,
+        "pairs": pairs,
+        "means": means,
+        "verdict": sentence,
+    }
 
 
 def _mean_base(bases: Sequence[dict[str, Any]]) -> dict[str, Any]:

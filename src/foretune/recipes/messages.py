@@ -61,16 +61,14 @@ def _path(error: ErrorDetails, raw: Any) -> tuple[str, ...]:
     """The part of an error's location that stands in the recipe, without the tags of unions."""
     loc = error["loc"]
     if error["type"].startswith("missing"):
-        loc, last = loc[:-1], (str(loc[-1]),)
+        loc, last = loc[:-1], [str(loc[-1])]
     else:
-        last = ()
+        last = []
     path: list[str] = []
     for part in loc:
-        if isinstance(raw, dict) and part in raw:
-            raw = raw[part]
-            path.append(str(part))
-        elif isinstance(raw, list) and isinstance(part, int):
-            raw = raw[part]
+        inside = part in raw if isinstance(raw, dict) else isinstance(part, int)
+        if inside and isinstance(raw, dict | list):
+            raw = raw[part]  # type: ignore[index]
             path.append(str(part))
     return (*path, *last)
 
@@ -95,8 +93,11 @@ def _sentence(
         got, tags = str(context.get("tag")), str(context.get("expected_tags")).replace("'", "")
         hint = did_you_mean(got, tags.split(", "))
         return f'"{dotted}.kind" {place} must be one of {tags}; got "{got}".{hint}'
+    if kind == "value_error":  # of a whole block, whose text would fill the screen
+        return f'"{dotted}" {place} {_wanted(error)}'
     wanted = list(dict.fromkeys(_wanted(one) for one in errors))
-    return f'"{dotted}" {place} {" or ".join(wanted)}, got {error["input"]!r}'
+    either = " or ".join([wanted[0], *(one.removeprefix("must be ") for one in wanted[1:])])
+    return f'"{dotted}" {place} {either}, got {error["input"]!r}'
 
 
 def _wanted(error: ErrorDetails) -> str:

@@ -8,6 +8,17 @@ from typing import Any
 from foretune.errors import UserError
 from foretune.recipes.yaml_io import parse_yaml
 
+EXCLUSIVE = {
+    "retrain.learning_rate": "retrain.learning_rates",
+    "retrain.learning_rates": "retrain.learning_rate",
+    "adapt.learning_rate": "adapt.learning_rates",
+    "adapt.learning_rates": "adapt.learning_rate",
+    "learning_rate": "learning_rates",
+    "learning_rates": "learning_rate",
+    "model.name": "model.file",
+    "model.file": "model.name",
+}
+
 
 def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of `recipe` with each override written into it, the later over the earlier.
@@ -29,7 +40,11 @@ def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[st
         keys = dotted.strip().split(".")
         if not equals or not all(keys):
             raise UserError(f'override "{override}" must read key=value, such as retrain.steps=100')
-        _set(changed, keys, parse_yaml(text, f'override "{override}"'), override)
+        block = _set(changed, keys, parse_yaml(text, f'override "{override}"'), override)
+        # Of two keys that exclude each other, the one on the command line replaces the recipe's.
+        other = EXCLUSIVE.get(".".join(keys), "")
+        if other not in override_keys(overrides):
+            block.pop(other.rpartition(".")[2], None)
     return changed
 
 
@@ -38,7 +53,8 @@ def override_keys(overrides: Sequence[str]) -> set[str]:
     return {override.partition("=")[0].strip() for override in overrides}
 
 
-def _set(block: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
+def _set(block: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> dict[str, Any]:
+    """Sets the key; returns the block that holds it."""
     for depth, key in enumerate(keys[:-1]):
         below = block.get(key)
         if below is None:
@@ -54,3 +70,4 @@ def _set(block: dict[str, Any], keys: Sequence[str], value: Any, override: str) 
         block[key] = below
         block = below
     block[keys[-1]] = value
+    return block

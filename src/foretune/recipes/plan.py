@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import foretune
+from foretune.recipes.console import SILENT, Console
 from foretune.recipes.schema import MethodEntry, Recipe, takes_rate
-from foretune.recipes.setup import Say, Setup, set_up
+from foretune.recipes.setup import Setup, set_up
 from foretune.tasks.leakage import Leak, find_leaks
 from foretune.tasks.summary import describe
 from foretune.tasks.task import Task, TaskCollection
@@ -74,24 +75,24 @@ class Plan:
         return {**fields, "seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
 
 
-def plan_recipe(recipe: Recipe, say: Say = lambda line: None) -> Plan:
+def plan_recipe(recipe: Recipe, console: Console = SILENT) -> Plan:
     """Looks at the data, and times two real steps of each method.
 
     Args:
         recipe: What would be run.
-        say: Is told each stage.
+        console: Is told how it goes.
 
     Raises:
         UserError: The data or the model is not what the recipe needs.
     """
-    setup = set_up(recipe, say)
+    setup = set_up(recipe, console)
     costs = []
     for entry in recipe.entries:
-        say(f"{entry.name}: timing {TIMED_STEPS} steps")
+        console.say(f"{entry.name}: timing {TIMED_STEPS} steps")
         costs.append(_retrain_cost(setup, entry))
     adapt = None
     if setup.unseen is not None:
-        say(f"{recipe.adapt.method}: timing {TIMED_STEPS} steps")
+        console.say(f"{recipe.adapt.method}: timing {TIMED_STEPS} steps")
         adapt = _adapt_cost(setup, setup.unseen)
     return Plan(
         name=recipe.name,
@@ -106,19 +107,25 @@ def plan_recipe(recipe: Recipe, say: Say = lambda line: None) -> Plan:
 def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:
     block = setup.recipe.retrain
     if not takes_rate(entry.method):  # it trains nothing
-        return Cost(name=entry.name, parameters={}, step_seconds=None, seconds=0.0,
-                    peak_memory_mb=None)
+        return Cost(
+            name=entry.name, parameters={}, step_seconds=None, seconds=0.0, peak_memory_mb=None
+        )
     run = setup.recipe.retrain_run().replace(eval_every=0)
     tasks = _trimmed(setup.seen, run.batch_size)
 
     def timed(steps: int) -> Any:
         return foretune.retrain(
-            setup.model, tasks, entry.record(), run.replace(steps=steps),
+            setup.model,
+            tasks,
+            entry.record(),
+            run.replace(steps=steps),
             tokenizer=setup.tokenizer,
         )
 
-    one, more = timed(1), timed(1 + TIMED_STEPS)
-    step = max(more.cost["seconds"] - one.cost["seconds"], 0.0) / TIMED_STEPS
+    # A method with an inner loop moves the base once in several batches.
+    unit = getattr(entry.record(), "inner_steps", 0) + 1
+    one, more = timed(unit), timed(unit * (1 + TIMED_STEPS))
+    step = max(more.cost["seconds"] - one.cost["seconds"], 0.0) / (TIMED_STEPS * unit)
     together = min(run.tasks_per_step or len(setup.seen), len(setup.seen))
     trials = len(entry.rates) if len(entry.rates) > 1 else 0
     steps = setup.recipe.seeds * block.steps + trials * (block.search_steps or block.steps)
@@ -180,4 +187,3 @@ def _parameters(model: Any, bank: Any) -> dict[str, int]:
         roles["adapter"] = sum(p[0].numel() for p in bank.layers.parameters())
         roles["head"] = sum(p[0].numel() for p in bank.heads.parameters())
     return {role: number for role, number in roles.items() if number}
-

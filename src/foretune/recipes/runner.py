@@ -8,15 +8,16 @@ from typing import Any
 
 import foretune
 from foretune.errors import UserError, did_you_mean
+from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import prepare_folder
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.model_card import model_card
-from foretune.recipes.report import write_report
 from foretune.recipes.schema import MethodEntry, Recipe
-from foretune.recipes.setup import Say, Setup, need_unseen, set_up
+from foretune.recipes.setup import Setup, need_unseen, set_up
 from foretune.recipes.stages import (
     base_folder,
     read_json,
+    retrain,
     retrain_stage,
     search_rate,
     write_json,
@@ -28,8 +29,7 @@ def run_recipe(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    say: Say = lambda line: None,
-    progress: bool = False,
+    console: Console = SILENT,
 ) -> dict[str, Any]:
     """Runs a recipe from start to end, or from where it was.
 
@@ -37,8 +37,7 @@ def run_recipe(
         recipe: What to do.
         resume: Continue what is in the recipe's folder.
         overwrite: Empty that folder first.
-        say: Is told each stage.
-        progress: Show progress bars on stderr.
+        console: Is told how it goes.
 
     Returns:
         The comparison, as it stands in `comparison.json`.
@@ -46,34 +45,33 @@ def run_recipe(
     Raises:
         UserError: The folder, the data or the model is not what the recipe needs.
     """
-    out = prepare_folder(
-        recipe.folder, resume=resume, overwrite=overwrite, config=recipe.to_yaml()
-    )
-    setup = set_up(recipe, say)
+    out = prepare_folder(recipe.folder, resume=resume, overwrite=overwrite, config=recipe.to_yaml())
+    setup = set_up(recipe, console)
     need_unseen(setup)
-    stages = retrain_all(setup, out, say, progress)
-    repeats = [compare_repeat(setup, out, seed, stages, say, progress)
-               for seed in range(recipe.seeds)]
+    stages = retrain_all(setup, out, console)
+    repeats: list[dict[str, Any]] = []
+    for seed in range(recipe.seeds):
+        rates = adapt_rates(repeats[0]) if repeats else {}
+        repeats.append(compare_repeat(setup, out, seed, stages, rates, console))
     comparison = merge_repeats(repeats)
     comparison |= {
         "title": recipe.name,
         "recipe": recipe.to_yaml(),
-        "spectrum": spectrum_stage(setup, out, say, progress),
+        "collection": _counts(setup),
+        "spectrum": spectrum_stage(setup, out, adapt_rates(repeats[0]), console),
     }
     finish(out, comparison)
     return comparison
 
 
-def retrain_all(
-    setup: Setup, out: Path, say: Say, progress: bool
-) -> dict[tuple[str, int], dict[str, Any]]:
+def retrain_all(setup: Setup, out: Path, console: Console) -> dict[tuple[str, int], dict[str, Any]]:
     """Every method under every seed: {(name, seed): what its stage says}."""
     stages = {}
     for entry in setup.recipe.entries:
-        rate, searched = search_rate(setup, entry, out / "bases" / entry.name, say, progress)
+        rate, searched = search_rate(setup, entry, out / "bases" / entry.name, console)
         for seed in range(setup.recipe.seeds):
             stages[entry.name, seed] = retrain_stage(
-                setup, entry, seed, out, rate, searched, say, progress
+                setup, entry, seed, out, rate, searched, console
             )
     return stages
 
@@ -85,8 +83,7 @@ def retrain_one(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    say: Say = lambda line: None,
-    progress: bool = False,
+    console: Console = SILENT,
 ) -> dict[str, Any]:
     """`foretune retrain`: one method of a recipe, its base straight in `out/base`.
 
@@ -96,18 +93,15 @@ def retrain_one(
         out: Where.
         resume: Continue what is in `out`.
         overwrite: Empty `out` first.
-        say: Is told each stage.
-        progress: Show progress bars on stderr.
+        console: Is told how it goes.
     """
     entry = find_entry(recipe, name)
     config = recipe.to_yaml()
     prepare_folder(out, resume=resume, overwrite=overwrite, config=config)
-    setup = set_up(recipe, say)
-    rate, searched = search_rate(setup, entry, out, say, progress)
-    run = recipe.retrain_run(out=out, resume=True, progress=progress)
+    setup = set_up(recipe, console)
+    rate, searched = search_rate(setup, entry, out, console)
     record = entry.record(rate)
-    outcome = foretune.retrain(setup.model, setup.seen, record, run, tokenizer=setup.tokenizer)
-    outcome.save(out)
+    outcome = retrain(setup, record, recipe.retrain_run(out=out, resume=True), console, name)
     return {
         "base": str(out / "base"),
         "method": record.to_dict(),
@@ -138,52 +132,82 @@ def compare_repeat(
     out: Path,
     seed: int,
     stages: Mapping[tuple[str, int], dict[str, Any]],
-    say: Say,
-    progress: bool,
+    rates: Mapping[str, float],
+    console: Console,
 ) -> dict[str, Any]:
-    """Adapts the bases of one seed to the unseen tasks: the comparison of this repeat."""
+    """Adapts the bases of one seed to the unseen tasks: the comparison of this repeat.
+
+    Args:
+        setup: Tasks and model.
+        out: The run's folder.
+        seed: Of this repeat.
+        stages: What each retraining says of itself.
+        rates: The rates that an earlier repeat found, by base; empty: they are searched.
+        console: Is told how it goes.
+    """
     path = out / "repeats" / f"seed-{seed}.json"
     if path.is_file():
-        say(f"seed {seed}: already compared")
+        console.say(f"adapting, seed {seed}: already done")
         done: dict[str, Any] = read_json(path)
         return done
-    say(f"seed {seed}: adapting {len(setup.recipe.entries)} bases to unseen tasks")
     block = setup.recipe.adapt
-    comparison = foretune.compare(
-        SavedBases(out, setup.recipe.entries, seed),
-        need_unseen(setup),
-        adapt=setup.recipe.adapt_record(block.rates[0] if len(block.rates) == 1 else None),
-        run=setup.recipe.adapt_run(seed=seed, progress=progress),
-        shots=tuple(None if shots == "all" else shots for shots in block.shots),
-        draws=block.draws,
-        seen=setup.search_tasks,
-        learning_rates=tuple(block.rates) if len(block.rates) > 1 else (),
-    ).to_dict()
+    entries = setup.recipe.entries
+    trials = len(block.rates) if len(block.rates) > 1 and not rates else 0
+    with console.bar(
+        f"adapting {len(entries)} bases, seed {seed}",
+        rounds=len(entries) * len(block.shots) * (1 + trials),
+    ) as progress:
+        comparison: dict[str, Any] = foretune.compare(
+            SavedBases(out, entries, seed),
+            need_unseen(setup),
+            adapt=setup.recipe.adapt_record(),
+            run=setup.recipe.adapt_run(seed=seed),
+            shots=tuple(None if shots == "all" else shots for shots in block.shots),
+            draws=block.draws,
+            seen=setup.search_tasks,
+            learning_rates=tuple(block.rates),
+            rates=rates,
+            progress=progress,
+        ).to_dict()
     for base in comparison["bases"]:
-        base |= {**stages[base["name"], seed], "adapt": base.get("adapt")}
+        base |= {**stages[base["name"], seed], "adapt": base["adapt"]}
     write_json(path, comparison)
     return comparison
 
 
-def spectrum_stage(setup: Setup, out: Path, say: Say, progress: bool) -> dict[str, Any] | None:
+def adapt_rates(repeat: Mapping[str, Any]) -> dict[str, float]:
+    """The learning rate with which each base of a repeat was adapted."""
+    return {base["name"]: base["adapt"]["learning_rate"] for base in repeat["bases"]}
+
+
+def spectrum_stage(
+    setup: Setup, out: Path, rates: Mapping[str, float], console: Console
+) -> dict[str, Any] | None:
     """The adaptability spectrum of the first seed's bases, when the recipe asks for it."""
     block = setup.recipe.spectrum
     if block is None:
         return None
     path = out / "spectrum.json"
     if path.is_file():
+        console.say("spectrum: already done")
         done: dict[str, Any] = read_json(path)
         return done
-    say("spectrum: the rank that an unseen task needs")
     from foretune.evaluation import spectrum
+    from foretune.methods import make
 
-    measured: dict[str, Any] = spectrum.measure(  # type: ignore[attr-defined,unused-ignore]
-        SavedBases(out, setup.recipe.entries, 0),
-        need_unseen(setup),
-        run=setup.recipe.adapt_run(progress=progress),
-        shots=block.shots,
-        ranks=tuple(block.ranks),
-    )
+    lora = setup.recipe.adapt.lora
+    with console.bar("spectrum", rounds=len(setup.recipe.entries) * len(block.ranks)) as progress:
+        measured = spectrum.measure(
+            SavedBases(out, setup.recipe.entries, 0),
+            need_unseen(setup),
+            adapt=make("lora", **({} if lora is None else {"lora": lora})),
+            full=make("full"),
+            run=setup.recipe.adapt_run(),
+            shots=block.shots,
+            ranks=tuple(block.ranks),
+            rates=rates if setup.recipe.adapt.method == "lora" else None,
+            progress=progress,
+        )
     write_json(path, measured)
     return measured
 
@@ -207,12 +231,22 @@ class SavedBases(Mapping[str, Any]):
         return len(self.folders)
 
 
+def _counts(setup: Setup) -> dict[str, Any]:
+    unseen = need_unseen(setup)
+    return {
+        "num_seen": len(setup.seen),
+        "num_unseen": len(unseen),
+        "rows_seen": sum(map(len, setup.seen)),
+        "rows_unseen": sum(map(len, unseen)),
+    }
+
+
 def finish(out: Path, comparison: dict[str, Any]) -> None:
     """Writes what people and machines read: comparison.json, report.html, README.md, run.json."""
+    from foretune.evaluation.report import write_report
     from foretune.training.record import environment
 
     write_json(out / "comparison.json", comparison)
-    write_report(out, comparison)
+    write_report(comparison, out)
     (out / "README.md").write_text(model_card(comparison), encoding="utf-8")
     write_json(out / "run.json", {"finished": True, "environment": environment()})
-

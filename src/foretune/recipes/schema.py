@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -26,7 +26,6 @@ from foretune.recipes.overrides import apply_overrides, override_keys
 from foretune.recipes.yaml_io import dump_yaml, parse_yaml
 from foretune.run import Run
 from foretune.tasks.sources import Source
-
 
 B = TypeVar("B", bound=Block)
 
@@ -97,10 +96,7 @@ class Recipe(Block):
 
     def adapt_record(self, learning_rate: float | None = None) -> Any:
         """The adapting method's record."""
-        fields = {} if self.adapt.lora is None else {"lora": self.adapt.lora}
-        if learning_rate is not None:
-            fields["learning_rate"] = learning_rate  # type: ignore[assignment]
-        return methods.make(self.adapt.method, **fields)
+        return adapt_record(self.adapt, learning_rate)
 
     def retrain_run(self, **changes: Any) -> Run:
         """The `retrain:` block as a `Run`."""
@@ -226,13 +222,17 @@ def _entry(item: str | dict[str, Any], rates: list[float]) -> MethodEntry:
 
 def _check(recipe: Recipe, where: str) -> None:
     """What needs the methods' records: names, fields, values."""
-    try:
-        _check_methods(recipe)
-        recipe.retrain_run()
-        recipe.adapt_run()
-        recipe.source()
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    checks: dict[str, Callable[[], object]] = {
+        "": lambda: _check_methods(recipe),
+        "retrain.": recipe.retrain_run,
+        "adapt.": recipe.adapt_run,
+        "tasks.": recipe.source,
+    }
+    for prefix, check in checks.items():
+        try:
+            check()
+        except UserError as error:
+            raise UserError(f"{where}: {prefix}{error}") from None
 
 
 def _check_methods(recipe: Recipe) -> None:
@@ -245,25 +245,40 @@ def _check_methods(recipe: Recipe) -> None:
                 f"as {{{entry.method}: {{as: another}}}}"
             )
         names.add(entry.name)
-        for rate in entry.rates or [None]:
-            entry.record(rate if takes_rate(entry.method) else None)
+        for rate in entry.rates if takes_rate(entry.method) else ():
+            entry.record(rate)
+        entry.record()
     _check_verb(recipe.adapt.method, "adapt", "adapt.method")
-    for rate in recipe.adapt.rates or [None]:
+    for rate in recipe.adapt.rates:
         recipe.adapt_record(rate)
+    recipe.adapt_record()
 
 
 def takes_rate(method: str) -> bool:
     """Whether the method has a learning rate at all ("none" has not)."""
-    return "learning_rate" in methods.method_class(method).__dataclass_fields__
+    return "learning_rate" in class_of(method).__dataclass_fields__
+
+
+def class_of(method: str) -> Any:
+    """The record class of a method, with its class attributes."""
+    return methods.method_class(method)
 
 
 def _check_verb(method: str, verb: str, key: str) -> None:
-    found = methods.method_class(method).verb
+    found = class_of(method).verb
     if found != verb:
-        right = [n for n in methods.METHODS if methods.method_class(n).verb == verb]
+        right = [n for n in methods.METHODS if class_of(n).verb == verb]
         raise UserError(
-            f'{key} wants a method to {verb} with ({", ".join(right)}); "{method}" is one to {found}'
+            f'{key} wants a method to {verb} with ({", ".join(right)}); "{method}" is to {found}'
         )
+
+
+def adapt_record(block: AdaptBlock, learning_rate: float | None = None) -> Any:
+    """The adapting method's record; without a learning rate, at its own default."""
+    fields: dict[str, Any] = {} if block.lora is None else {"lora": block.lora}
+    if learning_rate is not None:
+        fields["learning_rate"] = learning_rate
+    return methods.make(block.method, **fields)
 
 
 def run_of(block: RetrainBlock | AdaptBlock, **more: Any) -> Run:

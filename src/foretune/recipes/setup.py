@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from foretune.errors import UserError
+from foretune.recipes.console import Console
 from foretune.recipes.schema import Recipe
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.sources import load_tasks
 from foretune.tasks.task import TaskCollection
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -43,24 +41,22 @@ class Setup:
         return self.seen.subset([name for name in self.seen.names if name in chosen])
 
 
-def set_up(recipe: Recipe, say: Say) -> Setup:
+def set_up(recipe: Recipe, console: Console) -> Setup:
     """Reads the tasks, then the model: bad data should not have to wait for a model."""
     seen, unseen = read_tasks(recipe)
-    say(f"tasks: {_counted(seen)} seen" + (f", {_counted(unseen)} unseen" if unseen else ""))
+    console.say(
+        f"tasks: {_counted(seen)} seen" + (f", {_counted(unseen)} unseen" if unseen else "")
+    )
     # Label spaces are learnt before there is a tokenizer, because the head's width depends on them.
     objective = make_objective(recipe.objective.kind, None, **recipe.objective_fields())
     fitted = objective.fit(seen)
     model, tokenizer = load(recipe, fitted, seen)
-    say(f"model: {recipe.model.name or recipe.model.file}")
-    sides = []
-    for tasks in (seen, unseen):
-        if tasks is None:
-            sides.append(None)
-            continue
-        own = fitted if tasks is seen else objective.fit(tasks)
-        sides.append(tasks.with_objective(with_tokenizer(own, tokenizer)))
-    assert sides[0] is not None
-    return Setup(recipe, model, tokenizer, sides[0], sides[1])
+    console.say(f"model: {recipe.model.name or recipe.model.file}")
+    seen = seen.with_objective(with_tokenizer(fitted, tokenizer))
+    if unseen is not None:
+        own = with_tokenizer(objective.fit(unseen), tokenizer)
+        unseen = unseen.with_objective(own)
+    return Setup(recipe, model, tokenizer, seen, unseen)
 
 
 def read_tasks(recipe: Recipe) -> tuple[TaskCollection, TaskCollection | None]:
@@ -78,6 +74,7 @@ def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, An
         if block.trainable_layers is not None:
             surgery.freeze_lower(model, block.trainable_layers)
         return model, None
+    assert block.name is not None  # the schema sees to it
     return loading.load_model(
         block.name,
         head=head_of(objective, tasks),
@@ -87,13 +84,12 @@ def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, An
     )
 
 
-def head_of(objective: Any, tasks: TaskCollection) -> str:
+def head_of(objective: Any, tasks: TaskCollection) -> Any:
     """The head that `load_model` should give the model for these tasks."""
     if objective.kind == "classification":
         row = next(row for task in tasks for row in (*task.train, *task.test, *task.validation))
         return "classification" if "text" in row else "image-classification"
-    head: str = objective.head
-    return head
+    return objective.head
 
 
 def with_tokenizer(objective: Any, tokenizer: Any) -> Any:
@@ -117,5 +113,5 @@ def need_unseen(setup: Setup) -> TaskCollection:
     return setup.unseen
 
 
-def _counted(tasks: TaskCollection) -> str:
+def _counted(tasks: TaskCollection) -> Any:
     return f"{len(tasks)} ({sum(map(len, tasks))} rows)"

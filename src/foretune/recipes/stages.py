@@ -11,8 +11,10 @@ from typing import Any
 
 import foretune
 from foretune.errors import ForetuneError, UserError
+from foretune.recipes.console import Console
 from foretune.recipes.schema import MethodEntry, takes_rate
-from foretune.recipes.setup import Say, Setup
+from foretune.recipes.setup import Setup
+from foretune.run import Run
 
 DONE = "stage.json"
 
@@ -23,7 +25,7 @@ def base_folder(out: Path, entry: MethodEntry, seed: int) -> Path:
 
 
 def search_rate(
-    setup: Setup, entry: MethodEntry, folder: Path, say: Say, progress: bool
+    setup: Setup, entry: MethodEntry, folder: Path, console: Console
 ) -> tuple[float | None, list[dict[str, Any]]]:
     """(the best learning rate, every trial) on validation rows of seen tasks.
 
@@ -37,8 +39,7 @@ def search_rate(
     path = folder / "search.json"
     trials: list[dict[str, Any]] = read_json(path) if path.is_file() else []
     for rate in entry.rates[len(trials) :]:
-        say(f"{entry.name}: trying learning_rate={rate:g}")
-        trials.append({"learning_rate": rate, "score": _trial(setup, entry, rate, say, progress)})
+        trials.append({"learning_rate": rate, "score": _trial(setup, entry, rate, console)})
         write_json(path, trials)
     scored = [trial for trial in trials if trial["score"] is not None]
     if not scored:
@@ -54,20 +55,17 @@ def retrain_stage(
     out: Path,
     rate: float | None,
     searched: list[dict[str, Any]],
-    say: Say,
-    progress: bool,
+    console: Console,
 ) -> dict[str, Any]:
     """Retrains, saves the base; returns what the comparison says of it."""
     folder = base_folder(out, entry, seed)
     if (folder / DONE).is_file():
-        say(f"{entry.name}, seed {seed}: already done")
+        console.say(f"{entry.name}, seed {seed}: already done")
         done: dict[str, Any] = read_json(folder / DONE)
         return done
-    say(f"{entry.name}, seed {seed}: retraining")
     record = entry.record(rate)
-    run = setup.recipe.retrain_run(seed=seed, out=folder, resume=True, progress=progress)
-    outcome = foretune.retrain(setup.model, setup.seen, record, run, tokenizer=setup.tokenizer)
-    outcome.save(folder)
+    run = setup.recipe.retrain_run(seed=seed, out=folder, resume=True)
+    outcome = retrain(setup, record, run, console, f"{entry.name}, seed {seed}")
     used = rate if rate is not None else getattr(record, "learning_rate", None)
     stage = {
         "name": entry.name,
@@ -86,21 +84,29 @@ def retrain_stage(
     return stage
 
 
-def _trial(
-    setup: Setup, entry: MethodEntry, rate: float, say: Say, progress: bool
-) -> float | None:
-    steps = setup.recipe.retrain.search_steps or setup.recipe.retrain.steps
-    run = setup.recipe.retrain_run(seed=0, progress=progress).replace(
-        steps=min(steps, setup.recipe.retrain.steps)
-    )
-    try:
+def retrain(setup: Setup, record: Any, run: Run, console: Console, label: str) -> Any:
+    """`foretune.retrain` under a bar; returns its outcome."""
+    with console.bar(label) as progress:
         outcome = foretune.retrain(
-            setup.model, setup.seen, entry.record(rate), run, tokenizer=setup.tokenizer
+            setup.model, setup.seen, record, run, tokenizer=setup.tokenizer, progress=progress
+        )
+    score = outcome.validation_score
+    known = "" if score is None else f", validation score {score:.4f}"
+    console.say(f"{label}: {outcome.cost['seconds']:.0f} s{known}")
+    return outcome
+
+
+def _trial(setup: Setup, entry: MethodEntry, rate: float, console: Console) -> float | None:
+    steps = setup.recipe.retrain.search_steps or setup.recipe.retrain.steps
+    run = setup.recipe.retrain_run().replace(steps=min(steps, setup.recipe.retrain.steps))
+    try:
+        outcome = retrain(
+            setup, entry.record(rate), run, console, f"{entry.name}, trying learning_rate={rate:g}"
         )
     except UserError:
         raise
     except ForetuneError as error:
-        say(f"{entry.name}: {error}")
+        console.say(f"{entry.name}: {error}")
         return None
     if outcome.validation_score is None:
         raise UserError(

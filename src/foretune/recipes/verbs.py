@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import foretune
-from foretune import methods
 from foretune.errors import UserError
 from foretune.recipes.blocks import AdaptBlock
+from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import prepare_folder
+from foretune.recipes.merge import merge_repeats
 from foretune.recipes.runner import finish
-from foretune.recipes.schema import parse_block, run_of
-from foretune.recipes.setup import Say, with_tokenizer
+from foretune.recipes.schema import adapt_record, parse_block, run_of
+from foretune.recipes.setup import with_tokenizer
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.sources import Source, load_tasks
 
@@ -90,8 +91,7 @@ def adapt_folder(
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
-    say: Say = lambda line: None,
-    progress: bool = False,
+    console: Console = SILENT,
 ) -> dict[str, Any]:
     """Adapts a base to every task of a source; one adapter folder a task in `out`.
 
@@ -105,8 +105,7 @@ def adapt_folder(
         seed: Seeds the draw of shots and the fresh adapters.
         resume: Keep what is in `out`.
         overwrite: Empty `out` first.
-        say: Is told each stage.
-        progress: Show progress bars on stderr.
+        console: Is told how it goes.
     """
     block: AdaptBlock = parse_block(AdaptBlock, changes)
     found = find_base(base)
@@ -116,12 +115,17 @@ def adapt_folder(
     prepare_folder(out, resume=resume, overwrite=overwrite)
     collection, _ = load_tasks(Source(source=tasks), str(known))
     model, tokenizer = found.load()
-    say(f"adapting {found.folder} to {len(collection)} tasks")
     fitted = found.objective(objective, tokenizer).fit(collection)
-    run = run_of(block, seed=seed, progress=progress)
-    adapted = foretune.adapt(
-        model, collection.with_objective(fitted), adapt_record(block), run, shots=shots, seed=seed
-    )
+    run = run_of(block, seed=seed, out=out, resume=True)
+    with console.bar(f"adapting {found.folder} to {len(collection)} tasks") as progress:
+        adapted = foretune.adapt(
+            model,
+            collection.with_objective(fitted),
+            adapt_record(block, _fixed_rate(block)),
+            run,
+            shots=shots,
+            progress=progress,
+        )
     adapted.save(out, base=str(found.folder))
     scores = {task: score for (task, _), score in adapted.scores.items()}
     return {
@@ -144,8 +148,7 @@ def compare_folders(
     objective: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    say: Say = lambda line: None,
-    progress: bool = False,
+    console: Console = SILENT,
 ) -> dict[str, Any]:
     """Adapts several bases to the same unseen tasks and compares them.
 
@@ -159,8 +162,7 @@ def compare_folders(
         objective: Kind of objective, for bases that do not say.
         resume: Keep what is in `out`.
         overwrite: Empty `out` first.
-        say: Is told each stage.
-        progress: Show progress bars on stderr.
+        console: Is told how it goes.
     """
     block: AdaptBlock = parse_block(AdaptBlock, changes)
     bases = _named([find_base(folder) for folder in folders])
@@ -170,35 +172,34 @@ def compare_folders(
     first = next(iter(bases.values()))
     loaded = _Loaded(bases)
     fitted = first.objective(objective, loaded.tokenizer(first.name)).fit(collection)
-    say(f"adapting {len(bases)} bases to {len(collection)} tasks")
-    comparison: dict[str, Any] = foretune.compare(
-        loaded,
-        collection.with_objective(fitted),
-        adapt=adapt_record(block),
-        run=run_of(block, progress=progress),
-        shots=tuple(shots),
-        draws=draws,
-    ).to_dict()
+    with console.bar(
+        f"adapting {len(bases)} bases to {len(collection)} tasks", rounds=len(bases) * len(shots)
+    ) as progress:
+        comparison: dict[str, Any] = foretune.compare(
+            loaded,
+            collection.with_objective(fitted),
+            adapt=adapt_record(block, _fixed_rate(block)),
+            run=run_of(block),
+            shots=tuple(shots),
+            draws=draws,
+            progress=progress,
+        ).to_dict()
     for base in comparison["bases"]:
         _describe(base, bases[base["name"]])
-    comparison["title"] = out.name
+    comparison = merge_repeats([comparison])  # the verdict must know which base is a control
+    comparison["title"] = out.resolve().name
     finish(out, comparison)
     return comparison
 
 
-def adapt_record(block: AdaptBlock) -> Any:
-    """The adapting method's record, at a fixed learning rate.
-
-    Raises:
-        UserError: Several rates: a search needs seen tasks, and here there are none.
-    """
+def _fixed_rate(block: AdaptBlock) -> float | None:
+    """The one learning rate of the block; None for the method's default."""
     if len(block.rates) > 1:
-        raise UserError("learning_rates are searched on seen tasks, which only a recipe has: give "
-                        "one learning_rate")
-    fields: dict[str, Any] = {} if block.lora is None else {"lora": block.lora}
-    if block.rates:
-        fields["learning_rate"] = block.rates[0]
-    return methods.make(block.method, **fields)
+        raise UserError(
+            "learning_rates are searched on seen tasks, which only a recipe has: give one "
+            "learning_rate"
+        )
+    return block.rates[0] if block.rates else None
 
 
 class _Loaded(Mapping[str, Any]):
@@ -258,4 +259,3 @@ def _describe(base: dict[str, Any], saved: SavedBase) -> None:
     record = saved.folder.parent / "run.json"
     if record.is_file():
         base["retrain"] = json.loads(record.read_text("utf-8")).get("cost")
-

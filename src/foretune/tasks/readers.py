@@ -194,9 +194,11 @@ def _read_dataset(source: str, saved_to_disk: bool = False) -> list[Row]:
         else:
             loaded = datasets.load_dataset(name, config or None)
     except Exception as error:  # whatever the library or the network raises, the user sees one line
-        missing = "" if Path(source).is_dir() else f"; nor is there a file or folder {source}"
+        path = Path(source)
+        missing = "" if path.is_dir() else f"; nor is there a file or folder {source}"
+        hint = _near(source) if path.parent.is_dir() else ""
         raise UserError(
-            f'HF dataset "{source}" could not be loaded: {one_line(error)}{missing}.{_near(source)}'
+            f'HF dataset "{source}" could not be loaded: {one_line(error)}{missing}.{hint}'
         ) from error
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
     rows: list[Row] = []

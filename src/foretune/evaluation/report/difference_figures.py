@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from foretune.evaluation.report import svg
-from foretune.evaluation.report.figure import NARROW, Figure, Style, styles
+from foretune.evaluation.report.figure import NARROW, Figure, Style, styles, value_axis
 from foretune.evaluation.report.svg import Ink
 from foretune.evaluation.report.view import View
 from foretune.evaluation.verdict import Contrast
 
 NAMED_TASKS = 40  # With more, tasks are drawn as a strip without names.
+BOLD = 1.06  # How much wider bold text is.
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Where the parts of a forest plot's rows stand.
+
+    Args:
+        stacked: The label stands above its interval, not beside it.
+        left: Where the plot begins.
+        right: Where it ends.
+        height: Of one row.
+    """
+
+    stacked: bool
+    left: float
+    right: float
+    height: float
 
 
 def forest(view: View, shots: int | None, width: int, ink: Ink) -> Figure:
     """The paired differences against each control with their intervals, at one number of shots."""
     groups = view.against_controls(shots)
-    everywhere = [one for k in view.shots for _, members in view.against_controls(k) for one in members]
+    # One scale for all numbers of shots, so that their plots can be compared.
+    everywhere = [
+        one for k in view.shots for _, members in view.against_controls(k) for one in members
+    ]
     domain = svg.padded([0.0, *(v for one in everywhere for v in (one.low, one.high))])
-    narrow = width < NARROW
-    labels = [view.labels[one.a] for _, members in groups for one in members]
-    left = 8.0 if narrow else min(280.0, max(svg.text_width(label) for label in labels) + 16)
-    right = width - (8.0 if narrow else 176.0)
-    x = svg.linear(domain, (left + 6, right - 6))
-    row_height = 38 if narrow else 26
+    rows = _rows(view, everywhere, width)
+    x = svg.linear(domain, (rows.left + 6, rows.right - 6))
     look = styles(view, ink)
     parts: list[str] = []
     y = 6.0
     for b, members in groups:
-        y += 18
-        parts.append(svg.text(f"over {view.rival(b)}", 0, y, ink.text, weight=650))
-        y += 6
+        title = svg.shorten(f"over {view.rival(b)}", width * 0.93)
+        parts.append(svg.text(title, 0, y + 18, ink.text, weight=650, halo=ink.paper))
+        y += 24
         for one in members:
-            middle = y + (row_height - 10 if narrow else row_height / 2)
-            parts.append(_forest_row(view, one, look[one.a], x, middle, (left, right, width), ink))
-            y += row_height
+            parts.append(_forest_row(view, one, look[one.a], x, y, rows, width, ink))
+            y += rows.height
         y += 10
-    axis = _bottom_axis(view, x, domain, (left, right), 10.0, y, ink)
+    axis = _bottom_axis(view, x, domain, (rows.left, rows.right), 10.0, y, ink)
     return Figure(
         f"Paired differences in {view.scale.metric}, {view.shots_label(shots)}",
         "Each row is a base's mean difference with its 95 % interval; filled markers are clear.",
@@ -46,32 +63,48 @@ def forest(view: View, shots: int | None, width: int, ink: Ink) -> Figure:
     )
 
 
+def _rows(view: View, contrasts: Sequence[Contrast], width: int) -> Rows:
+    labels = max(svg.text_width(view.labels[one.a]) for one in contrasts) + 20
+    numbers = max(svg.text_width(view.difference_text(one)) for one in contrasts) * BOLD + 10
+    if width < NARROW or labels + numbers > 0.6 * width:
+        return Rows(stacked=True, left=8.0, right=width - 8.0, height=38.0)
+    return Rows(stacked=False, left=labels, right=width - numbers, height=26.0)
+
+
 def _forest_row(
     view: View,
     one: Contrast,
     style: Style,
     x: Callable[[float], float],
-    y: float,
-    frame: tuple[float, float, float],
+    top: float,
+    rows: Rows,
+    width: int,
     ink: Ink,
 ) -> str:
-    left, right, width = frame
-    numbers = view.difference_text(one)
-    weight = 650 if one.better or one.worse else 400
-    label = view.labels[one.a]
-    if width < NARROW:
-        room = width - svg.text_width(numbers, 12) - 16
-        written = svg.text(svg.shorten(label, room), left, y - 10, ink.text)
-        written += svg.text(numbers, width, y - 10, ink.text, anchor="end", size=12, weight=weight)
-    else:
-        written = svg.text(svg.shorten(label, left - 12), 8, y + 4.5, ink.text)
-        written += svg.text(numbers, right + 10, y + 4.5, ink.text, weight=weight)
     clear = one.better or one.worse
-    return (
-        written
-        + svg.line(x(one.low), y, x(one.high), y, style.color, width=2)
-        + svg.marker(
-            style.marker, x(one.difference), y, style.color, style.color if clear else ink.paper
+    weight = 650 if clear else 400
+    label, numbers = view.labels[one.a], view.difference_text(one)
+    y = top + (rows.height - 10 if rows.stacked else rows.height / 2)
+    baseline = y - 10 if rows.stacked else y + 4.5
+    room = width - svg.text_width(numbers, 12) * BOLD - 16 if rows.stacked else rows.left
+    size = 12 if rows.stacked else 13
+    return "".join(
+        (
+            svg.text(svg.shorten(label, room), 8, baseline, ink.text, halo=ink.paper),
+            svg.text(
+                numbers,
+                *(width, baseline, ink.text),
+                anchor="end",
+                size=size,
+                weight=weight,
+                halo=ink.paper,
+            ),
+            svg.line(x(one.low), y, x(one.high), y, style.color, width=2),
+            svg.marker(
+                style.marker,
+                *(x(one.difference), y, style.color),
+                style.color if clear else ink.paper,
+            ),
         )
     )
 
@@ -91,13 +124,14 @@ def _named_bars(
 ) -> tuple[str, float]:
     domain = svg.padded([0.0, *(value for _, value in found)])
     widest = max(svg.text_width(task, 12) for task, _ in found) + 14
-    left, right = min(widest, width * 0.36), width - 52.0
+    numbers = max(svg.text_width(view.scale.signed(value), 12) for _, value in found)
+    left, right = min(widest, width * 0.36), width - numbers - 16
     x = svg.linear(domain, (left, right))
     parts = []
     for index, (task, value) in enumerate(found):
         y = 14.0 + 18 * index
         fill = color if value > 0 else ink.paper
-        label = svg.tag("title", svg.escape(svg.clean(task))) + svg.text(
+        label = svg.tag("title", svg.content(task)) + svg.text(
             svg.shorten(task, left - 10, 12), left - 10, y + 4, ink.text, anchor="end", size=12
         )
         bar = svg.line(x(0), y, x(value), y, color, width=2) if value else ""
@@ -112,21 +146,18 @@ def _named_bars(
 def _strip(
     view: View, found: Sequence[tuple[str, float]], color: str, width: int, ink: Ink
 ) -> tuple[str, float]:
-    height, left, top = 260.0, 46.0, 26.0
+    height, top = 260.0, 26.0
     domain = svg.padded([0.0, *(value for _, value in found)])
     y = svg.linear(domain, (height - 34, top))
+    grid, left = value_axis(domain, y, width, view.scale.factor, ink)
     step = (width - left - 4) / len(found)
-    parts = [svg.text(view.scale.difference_axis, 0, 13, ink.muted, size=12)]
-    for tick in svg.ticks(*domain):
-        parts.append(svg.line(left, y(tick), width, y(tick), ink.line))
-        label = svg.tick_text(tick, view.scale.factor)
-        parts.append(svg.text(label, left - 8, y(tick) + 4, ink.muted, anchor="end", size=12))
+    parts = [svg.text(view.scale.difference_axis, 0, 13, ink.muted, size=12), grid]
     for index, (task, value) in enumerate(found):
         top_edge, bottom_edge = sorted((y(value), y(0)))
         opacity = 1 if value > 0 else 0.45
         bar = svg.tag(
             "rect",
-            svg.tag("title", svg.escape(svg.clean(f"{task}: {view.scale.signed(value)}"))),
+            svg.tag("title", svg.content(f"{task}: {view.scale.signed(value)}")),
             x=left + step * index,
             y=top_edge,
             width=max(step * 0.82, 0.4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from foretune.evaluation.report import svg
 from foretune.evaluation.report.svg import Ink
@@ -42,8 +43,8 @@ class Figure:
     def _element(self, key: str, body: str, xmlns: str | None = None) -> str:
         return svg.tag(
             "svg",
-            svg.tag("title", svg.escape(svg.clean(self.title)), id=f"{key}-title"),
-            svg.tag("desc", svg.escape(svg.clean(self.description)), id=f"{key}-desc"),
+            svg.tag("title", svg.content(self.title), id=f"{key}-title"),
+            svg.tag("desc", svg.content(self.description), id=f"{key}-desc"),
             body,
             xmlns=xmlns,
             viewBox=f"0 0 {self.width:g} {self.height:g}",
@@ -80,3 +81,16 @@ def styles(view: View, ink: Ink) -> dict[str, Style]:
         fill = ink.paper if hollow else color
         found[name] = Style(color, svg.DASHES[index], svg.MARKERS[index], fill)
     return found
+
+
+def value_axis(
+    domain: tuple[float, float], y: Callable[[float], float], right: float, factor: float, ink: Ink
+) -> tuple[str, float]:
+    """Horizontal grid lines with their numbers; the markup and where the plot begins."""
+    ticks = [(svg.tick_text(tick, factor), y(tick)) for tick in svg.ticks(*domain)]
+    left = max([38.0, *(svg.text_width(label, 12) for label, _ in ticks)]) + 8
+    parts = []
+    for label, at in ticks:
+        parts.append(svg.line(left, at, right, at, ink.line))
+        parts.append(svg.text(label, left - 8, at + 4, ink.muted, anchor="end", size=12))
+    return "".join(parts), left

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from foretune.evaluation.report import svg
-from foretune.evaluation.report.figure import NARROW, Figure, Style, styles
+from foretune.evaluation.report.figure import NARROW, Figure, Style, styles, value_axis
 from foretune.evaluation.report.svg import Ink
 from foretune.evaluation.report.view import Mean, View
 from foretune.evaluation.statistics import mean_interval
@@ -37,9 +37,7 @@ def few_shot_curves(view: View, width: int, ink: Ink) -> Figure:
     if leader is not None:
         at = view.shots_label(view.judged)
         described = f"At {at} the highest mean is that of {view.labels[leader]}. {described}"
-    names = [
-        "0" if k == 0 else "all" if k is None else f"{k}" for k in view.shots
-    ]
+    names = ["0" if k == 0 else "all" if k is None else f"{k}" for k in view.shots]
     return _line_chart(
         [one for one in series if one.points],
         names,
@@ -47,7 +45,7 @@ def few_shot_curves(view: View, width: int, ink: Ink) -> Figure:
         ink,
         title=f"Mean {view.scale.metric} on unseen tasks against the number of shots",
         description=described,
-        x_title=f"{view.shots_unit} to adapt on (0: before adapting)",
+        x_title=f"{view.shots_unit} to adapt on" + " (0: before adapting)" * (0 in view.shots),
         y_title=view.scale.axis,
         factor=view.scale.factor,
         rule=(view.chance, "chance"),
@@ -125,15 +123,12 @@ def _line_chart(
     legend, top = _legend(series, width, ink)
     top += 34.0
     bottom = top + (300.0 if width >= NARROW else 230.0)
-    left, right = 46.0, width - 10.0
+    right = width - 10.0
     domain = svg.padded([v for one in series for _, m in one.points for v in (m.low, m.high)])
     y = svg.linear(domain, (bottom, top))
+    grid, left = value_axis(domain, y, right, factor, ink)
     step = (right - left) / len(columns)
-    parts = [legend, svg.text(y_title, 0, top - 14, ink.muted, size=12)]
-    for tick in svg.ticks(*domain):
-        parts.append(svg.line(left, y(tick), right, y(tick), ink.line))
-        label = svg.tick_text(tick, factor)
-        parts.append(svg.text(label, left - 8, y(tick) + 4, ink.muted, anchor="end", size=12))
+    parts = [legend, svg.text(y_title, 0, top - 14, ink.muted, size=12), grid]
     for index, label in enumerate(columns):
         x = left + step * (index + 0.5)
         parts.append(svg.text(label, x, bottom + 18, ink.muted, anchor="middle", size=12))
@@ -142,9 +137,13 @@ def _line_chart(
     level, name = rule
     if level is not None and domain[0] <= level <= domain[1]:
         parts.append(svg.line(left, y(level), right, y(level), ink.muted, dash="1 3"))
-        parts.append(svg.text(name, right, y(level) - 5, ink.muted, anchor="end", size=12))
+        parts.append(
+            svg.text(name, right, y(level) - 5, ink.muted, anchor="end", size=12, halo=ink.paper)
+        )
     # Neighbours stand side by side, so that their intervals do not hide one another.
-    dodge = min(dodge, 0.6 * step / max(len(series), 1))
+    if len(columns) == 1:
+        dodge *= 6
+    dodge = min(dodge, 0.6 * step / len(series))
     for index, one in enumerate(series):
         shift = (index - (len(series) - 1) / 2) * dodge
         places = [(left + step * (i + 0.5) + shift, mean) for i, mean in one.points]
@@ -152,9 +151,7 @@ def _line_chart(
     return Figure(title, description, width, bottom + 46, "".join(parts))
 
 
-def _drawn(
-    places: Sequence[tuple[float, Mean]], style: Style, y: Callable[[float], float]
-) -> str:
+def _drawn(places: Sequence[tuple[float, Mean]], style: Style, y: Callable[[float], float]) -> str:
     bars = [
         svg.line(x, y(mean.low), x, y(mean.high), style.color, width=1.5)
         for x, mean in places
@@ -173,10 +170,10 @@ def _legend(series: Sequence[Series], width: int, ink: Ink) -> tuple[str, float]
         needed = 44 + svg.text_width(label) + 14
         if x > 0 and x + needed > width:
             x, y = 0.0, y + 22
-        parts.append(svg.polyline([(x + 1, y - 4), (x + 35, y - 4)], one.style.color, dash=one.style.dash))
         parts.append(
-            svg.marker(one.style.marker, x + 18, y - 4, one.style.color, one.style.fill)
+            svg.polyline([(x + 1, y - 4), (x + 35, y - 4)], one.style.color, dash=one.style.dash)
         )
+        parts.append(svg.marker(one.style.marker, x + 18, y - 4, one.style.color, one.style.fill))
         parts.append(svg.text(label, x + 43, y, ink.text))
         x += needed
     return "".join(parts), y + 8

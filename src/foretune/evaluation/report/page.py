@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -113,19 +114,21 @@ def _facts(view: View) -> str:
 
 def _means_table(view: View) -> dict[str, Any]:
     leaders = {shots: view.leader(shots) for shots in view.shots}
-    rows = []
-    for name in view.names:
-        cells = []
-        for shots in view.shots:
-            mean = view.means.get((name, shots))
-            if mean is None:
-                cells.append(None)
-                continue
-            level = view.scale.level
-            interval = f"{level(mean.low)} to {level(mean.high)}"
-            cells.append((level(mean.mean), interval, leaders[shots] == name))
-        rows.append((view.labels[name], cells))
+    rows = [
+        (view.labels[name], [_mean_cell(view, name, k, leaders[k] == name) for k in view.shots])
+        for name in view.names
+    ]
     return {"columns": [view.shots_label(shots) for shots in view.shots], "rows": rows}
+
+
+def _mean_cell(
+    view: View, name: str, shots: int | None, highest: bool
+) -> tuple[str, str, bool] | None:
+    found = view.means.get((name, shots))
+    if found is None:
+        return None
+    level = view.scale.level
+    return level(found.mean), f"{level(found.low)} to {level(found.high)}", highest
 
 
 def _differences(view: View) -> list[dict[str, Any]]:
@@ -135,8 +138,11 @@ def _differences(view: View) -> list[dict[str, Any]]:
         groups = view.against_controls(shots)
         if groups:
             label = view.shots_label(shots)
-            rows = [_difference_row(view, one) for _, members in groups for one in members]
-            block = {"label": label, "figure": forest_name(shots), "rows": rows}
+            tables = [
+                (view.rival(b), [_difference_row(view, one) for one in members])
+                for b, members in groups
+            ]
+            block = {"label": label, "figure": forest_name(shots), "groups": tables}
             blocks.append({**block, "judged": shots == view.judged})
     return blocks
 
@@ -144,7 +150,6 @@ def _differences(view: View) -> list[dict[str, Any]]:
 def _difference_row(view: View, one: Contrast) -> dict[str, Any]:
     return {
         "a": view.labels[one.a],
-        "b": view.rival(one.b),
         "difference": view.scale.signed(one.difference),
         "interval": view.scale.interval(one.low, one.high),
         "p": p_text(one.p_holm),
@@ -170,7 +175,11 @@ def _tasks(view: View) -> dict[str, Any] | None:
 
 
 def _costs(base: Mapping[str, Any]) -> dict[str, Any]:
-    return {"label": base["label"], "retrain": _cost(base, "retrain"), "adapt": _cost(base, "adapt")}
+    return {
+        "label": base["label"],
+        "retrain": _cost(base, "retrain"),
+        "adapt": _cost(base, "adapt"),
+    }
 
 
 def _cost(base: Mapping[str, Any], stage: str) -> list[str]:
@@ -228,8 +237,6 @@ def _load(view: View) -> list[tuple[str, str, Sequence[str]]]:
 
 def _code(path: str) -> list[str]:
     # json's quoting is Python's here, and survives quotes and backslashes in a path.
-    import json
-
     return [
         "from transformers import AutoModel",
         "from peft import PeftModel",

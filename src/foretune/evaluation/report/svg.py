@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from xml.sax.saxutils import escape, quoteattr
 
@@ -62,6 +63,11 @@ def clean(text: object) -> str:
     return FORBIDDEN.sub("�", str(text))
 
 
+def content(text: object) -> str:
+    """Text as markup."""
+    return escape(clean(text))
+
+
 def tag(name: str, *children: str, **attributes: object) -> str:
     """One element; children are markup, attributes are escaped and written with hyphens."""
     written = "".join(
@@ -77,7 +83,7 @@ def _value(value: object) -> str:
 
 
 def text(
-    content: object,
+    written: object,
     x: float,
     y: float,
     ink: str,
@@ -85,10 +91,13 @@ def text(
     anchor: str = "start",
     size: int = 13,
     weight: int = 400,
+    halo: str = "",
 ) -> str:
-    """A line of text with its baseline at y."""
+    """A line of text with its baseline at y; a halo keeps it readable across other lines."""
     style = f"fill:{ink};font-size:{size}px;font-weight:{weight}"
-    return tag("text", escape(clean(content)), x=x, y=y, text_anchor=anchor, style=style)
+    if halo:
+        style += f";stroke:{halo};stroke-width:5px;stroke-linejoin:round;paint-order:stroke"
+    return tag("text", content(written), x=x, y=y, text_anchor=anchor, style=style)
 
 
 def line(
@@ -127,20 +136,29 @@ def marker(kind: str, x: float, y: float, ink: str, fill: str, *, size: float = 
     return tag("path", d=path, transform=turn, style=style)
 
 
-def text_width(content: str, size: int = 13) -> float:
-    """A generous estimate of a text's width in pixels."""
-    return len(content) * size * 0.58
+def text_width(written: str, size: int = 13) -> float:
+    """A generous estimate of a text's width in pixels, whichever font the reader has."""
+    return sum(_glyph_width(glyph) for glyph in written) * size
 
 
-def shorten(content: str, width: float, size: int = 13) -> str:
+def _glyph_width(glyph: str) -> float:
+    if glyph in "iljtfrI.,:;'|()[] ":
+        return 0.4
+    if glyph in "mwMW@%" or unicodedata.east_asian_width(glyph) in "WF":
+        return 1.0
+    return 0.72 if glyph.isupper() else 0.62
+
+
+def shorten(written: str, width: float, size: int = 13) -> str:
     """The text cut to fit `width` pixels, with an ellipsis where it was cut."""
-    fits = max(2, int(width / (size * 0.58)))
-    return content if len(content) <= fits else content[: fits - 1].rstrip() + "…"
+    if text_width(written, size) <= width:
+        return written
+    while len(written) > 1 and text_width(written + "…", size) > width:
+        written = written[:-1]
+    return written.rstrip() + "…"
 
 
-def linear(
-    domain: tuple[float, float], pixels: tuple[float, float]
-) -> Callable[[float], float]:
+def linear(domain: tuple[float, float], pixels: tuple[float, float]) -> Callable[[float], float]:
     """Maps the domain to pixels."""
     (low, high), (first, last) = domain, pixels
     return lambda value: first + (value - low) / (high - low) * (last - first)

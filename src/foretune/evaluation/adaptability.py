@@ -1,0 +1,267 @@
+"""`compare`: adapt several bases to the same unseen tasks, score them in pairs, say what it cost.
+
+Fair by construction: every base gets the same rows, the same fresh adapters, the same number of
+steps and the same search of a learning rate, which sees the validation rows of *seen* tasks and
+nothing of the unseen ones. The unit of the statistics is the unseen task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import foretune
+from foretune.errors import UserError
+from foretune.evaluation.statistics import pairs_and_means
+from foretune.evaluation.verdict import verdict
+from foretune.models.frozen_prefix import frozen_prefix
+from foretune.run import Run
+from foretune.tasks.task import TaskCollection
+from foretune.training import verbs
+from foretune.training.checkpoint import write_whole
+from foretune.training.data import TaskData, slot_of
+from foretune.training.loop import Progress
+from foretune.training.outcome import Outcome
+from foretune.training.scoring import score_slots
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of `compare`.
+
+    Args:
+        record: What `comparison.json` holds: metric, bases with their cost, all scores, paired
+            differences with intervals, and the verdict.
+    """
+
+    record: dict[str, Any]
+
+    @property
+    def sentence(self) -> str:
+        """Which base to take, with the interval, or that the data cannot tell."""
+        return self.record["verdict"]["sentence"]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.record
+
+    def save(self, folder: Path | str) -> Path:
+        """Writes comparison.json and report.html; returns the report's path."""
+        from foretune.evaluation.report import write_report
+
+        folder = Path(folder)
+        write_whole(folder / "comparison.json", json.dumps(self.record, indent=1))
+        return write_report(self.record, folder)
+
+
+def compare(
+    bases: Mapping[str, nn.Module | Outcome],
+    unseen: TaskCollection,
+    *,
+    adapt: Any,
+    run: Run | None = None,
+    shots: Sequence[int | None] = (8, 40),
+    draws: int = 1,
+    seen: TaskCollection | None = None,
+    learning_rates: Sequence[float] = (),
+    rates: Mapping[str, float] | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Adapts every base to every unseen task at several numbers of shots, and compares.
+
+    Args:
+        bases: Name → base. A mapping that loads them one by one is welcome.
+        unseen: Tasks that no base was retrained on, with an objective and test rows.
+        adapt: The adapting method, such as `foretune.LoRA()`.
+        run: Seed and budget of each adaptation.
+        shots: Rows to adapt on (of each class for a classification); None for all.
+        draws: Independent draws of the shots.
+        seen: Tasks on whose validation rows the learning rate is searched.
+        learning_rates: Candidates, the same for every base; empty for the method's own rate.
+        rates: Rates that are known already, by base; those bases are not searched again.
+        progress: Called with (update, updates, figures) during each adaptation.
+
+    Returns:
+        Scores at 0 shots (before adapting, where the base's head fits) and at all `shots`.
+
+    Raises:
+        UserError: No bases, an unseen task without test rows, a search without seen tasks.
+    """
+    run = run or Run()
+    if not bases:
+        raise UserError("compare needs at least one base, got none")
+    if learning_rates and seen is None:
+        raise UserError("learning_rates are searched on seen tasks: give seen=..., or one rate")
+    for task in unseen:
+        if not task.test:
+            raise UserError(f'unseen task "{task.name}" has no test rows to be scored on')
+    objective = verbs.objective_of(unseen).fit(unseen)
+    unseen = unseen.with_objective(objective)
+    scores: list[dict[str, Any]] = []
+    about: list[dict[str, Any]] = []
+    for name in bases:
+        given = bases[name]
+        model = given.model if isinstance(given, Outcome) else given
+        known = (rates or {}).get(name)
+        if known is not None:
+            method, searched = dataclasses.replace(adapt, learning_rate=known), []
+        else:
+            method, searched = search_rate(model, seen, adapt, learning_rates, run, shots, progress)
+        scores += zero_shot(name, model, unseen, draws)
+        cost: dict[str, Any] = {}
+        for k in shots:
+            adapted = verbs.adapt(
+                model, unseen, method, run, shots=k, draws=draws, progress=progress
+            )
+            scores += [
+                {
+                    "base": name,
+                    "task": task,
+                    "shots": k,
+                    "seed": draw,
+                    "score": score,
+                    "num_rows": adapted.num_rows[task, draw],
+                }
+                for (task, draw), score in adapted.scores.items()
+            ]
+            cost = _summed(cost, adapted.cost)
+        entry = _about(name, given)
+        entry["adapt"] = {
+            "learning_rate": getattr(method, "learning_rate", None),
+            "searched": searched,
+            **cost,
+        }
+        about.append(entry)
+    pairs, means = pairs_and_means(scores, about)
+    unit = "rows per class" if objective.kind == "classification" else "rows"
+    return Comparison(
+        {
+            "format": FORMAT,
+            "foretune": foretune.__version__,
+            "title": "comparison",
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "metric": {"name": objective.metric, "chance": objective.chance()},
+            "adapt": {
+                "method": adapt.name,
+                "config": adapt.to_dict(),
+                "steps": run.steps,
+                "batch_size": run.batch_size,
+                "shots_unit": unit,
+            },
+            "collection": {
+                "num_seen": None if seen is None else len(seen),
+                "num_unseen": len(unseen),
+                "rows_seen": None if seen is None else sum(map(len, seen)),
+                "rows_unseen": sum(map(len, unseen)),
+            },
+            "bases": about,
+            "scores": scores,
+            "pairs": pairs,
+            "means": means,
+            "spectrum": None,
+            "verdict": verdict(pairs, means, about, metric=objective.metric, shots_unit=unit),
+            "recipe": "",
+        }
+    )
+
+
+def search_rate(
+    model: nn.Module,
+    seen: TaskCollection | None,
+    adapt: Any,
+    learning_rates: Sequence[float],
+    run: Run,
+    shots: Sequence[int | None],
+    progress: Progress | None,
+) -> tuple[Any, list[dict[str, Any]]]:
+    """The method at the best of several learning rates, and every trial.
+
+    A trial adapts to seen tasks with the same shots and scores their validation rows; a rate's
+    score is the mean over tasks and numbers of shots.
+    """
+    if len(learning_rates) < 2 or seen is None:
+        rate = dict(zip(("learning_rate",), learning_rates, strict=False))
+        return dataclasses.replace(adapt, **rate), []
+    usable = [task.name for task in seen if task.validation and task.train]
+    if not usable:
+        raise UserError(
+            "learning_rates are searched on validation rows, and the seen tasks have none"
+        )
+    tasks = seen.subset(usable)
+    searched: list[dict[str, Any]] = []
+    for rate in learning_rates:
+        method = dataclasses.replace(adapt, learning_rate=rate)
+        found: list[float] = []
+        for k in shots:
+            done = verbs.adapt(
+                model, tasks, method, run, shots=k, split="validation", progress=progress
+            )
+            found += done.scores.values()
+        searched.append({"learning_rate": rate, "score": sum(found) / len(found)})
+    best = max(searched, key=lambda trial: trial["score"])
+    return dataclasses.replace(adapt, learning_rate=best["learning_rate"]), searched
+
+
+def zero_shot(
+    name: str, model: nn.Module, unseen: TaskCollection, draws: int
+) -> list[dict[str, Any]]:
+    """The base's scores on the unseen tasks before adapting; none where heads differ by task."""
+    objective = verbs.objective_of(unseen)
+    if objective.num_outputs() is not None and objective.shared() is not objective:
+        return []
+    data = TaskData([slot_of(task) for task in unseen], objective)
+    with frozen_prefix(model, []):
+        found = score_slots(model, data, "test")
+    return [
+        {
+            "base": name,
+            "task": data.slots[slot].key,
+            "shots": 0,
+            "seed": draw,
+            "score": score,
+            "num_rows": len(data.rows(slot, "test")),
+        }
+        for draw in range(draws)
+        for slot, score in found.items()
+    ]
+
+
+def _about(name: str, given: nn.Module | Outcome) -> dict[str, Any]:
+    if not isinstance(given, Outcome):
+        return {
+            "name": name,
+            "method": name,
+            "label": name,
+            "config": {},
+            "path": None,
+            "retrain": None,
+        }
+    method = given.method
+    return {
+        "name": name,
+        "method": method.name,
+        "label": method.label,
+        "config": method.to_dict(),
+        "path": None if given.run.out is None else str(given.run.out / "base"),
+        "retrain": {"learning_rate": getattr(method, "learning_rate", None), **given.cost},
+    }
+
+
+def _summed(total: dict[str, Any], cost: Mapping[str, Any]) -> dict[str, Any]:
+    """Costs of one more adaptation: times and tokens add up, peaks do not."""
+    peaks = ("peak_memory_mb", "trainable_parameters")
+    merged = dict(total)
+    for key, value in cost.items():
+        if value is None or key not in merged or merged[key] is None:
+            merged[key] = value
+        else:
+            merged[key] = max(merged[key], value) if key in peaks else round(merged[key] + value, 3)
+    return merged

@@ -1,0 +1,89 @@
+"""Where the states of texts after a frozen bottom are kept, shared by models with equal bottoms."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foretune.errors import UserError
+from foretune.models.surgery import block_list, parameters_before
+
+SKIPPED_CONFIG = frozenset(
+    {
+        *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "num_labels"),
+        *("problem_type", "torch_dtype", "transformers_version", "use_cache"),
+    }
+)
+
+
+class PrefixCache:
+    """The states of texts after a frozen bottom.
+
+    Args:
+        max_bytes: Beyond it states are computed but no longer kept.
+    """
+
+    def __init__(self, max_bytes: int = 2 * 2**30) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self.verified = False
+        self._states: dict[bytes, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def get(self, key: bytes) -> Tensor | None:
+        return self._states.get(key)
+
+    def put(self, key: bytes, states: Tensor) -> None:
+        """Keeps (L, d) states unless the budget is spent."""
+        size = states.numel() * states.element_size()
+        if key not in self._states and self.num_bytes + size <= self.max_bytes:
+            self._states[key] = states
+            self.num_bytes += size
+
+
+_CACHES: OrderedDict[str, PrefixCache] = OrderedDict()
+_MOST_CACHES = 2  # a third bottom pushes out the one that was asked for longest ago
+
+
+def prefix_cache(model: nn.Module, first_block: int) -> PrefixCache:
+    """The cache of this model's bottom, the same object for all models with an equal bottom.
+
+    Args:
+        model: A model; the content of its parameters is hashed.
+        first_block: The lowest block that is not part of the bottom.
+    """
+    key = _fingerprint(model, first_block)
+    cache = _CACHES.setdefault(key, PrefixCache())
+    _CACHES.move_to_end(key)
+    while len(_CACHES) > _MOST_CACHES:
+        _CACHES.popitem(last=False)
+    return cache
+
+
+def _fingerprint(model: nn.Module, first_block: int) -> str:
+    found = block_list(model)
+    if found is None:
+        raise UserError(f"{type(model).__name__} has no list of blocks, so no frozen prefix")
+    name, blocks = found
+    digest = hashlib.blake2b(digest_size=16)
+    config: Any = getattr(model, "config", None)
+    fields = config.to_dict() if hasattr(config, "to_dict") else {}
+    kept = {k: v for k, v in fields.items() if k not in SKIPPED_CONFIG}
+    device = next(model.parameters()).device
+    digest.update(json.dumps([first_block, str(device), kept], default=str).encode())
+    digest.update(repr(blocks[:first_block]).encode())
+    tensors: list[Tensor] = [*parameters_before(model, name).values()]
+    for block in blocks[:first_block]:
+        tensors += [*block.parameters(), *block.buffers()]
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(plain.numpy().data)
+    return digest.hexdigest()
