@@ -24,7 +24,7 @@ class Group(TyperGroup):
         debug = "--debug" in args
         args = [arg for arg in args if arg != "--debug"]
         extra.update(standalone_mode=False)
-        extra.setdefault("prog_name", "foretune")
+        extra["prog_name"] = "foretune"
         try:
             code = super().main(args, **extra)
             sys.stdout.flush()

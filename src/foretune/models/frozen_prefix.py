@@ -21,54 +21,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from foretune.models.prefix_cache import PrefixCache, prefix_cache
 from foretune.models.routing import current_rows, route
-from foretune.models.surgery import block_list, parameters_before
+from foretune.models.surgery import block_list, first_moving_block
 
 __all__ = ["FrozenPrefix", "PrefixCache", "first_moving_block", "frozen_prefix", "prefix_cache"]
 
 ROWS = 16  # missing rows are computed in batches of this many …
 STEP = 8  # … padded to a multiple of this length, see `FrozenPrefix._compute`
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
-
-def first_moving_block(model: nn.Module, adapted: Iterable[str]) -> int | None:
-    """The lowest block that trains or carries an adapter.
-
-    Args:
-        model: A model.
-        adapted: Names of modules that carry adapters.
-
-    Returns:
-        Its index; 0 where something before the blocks moves, so that no prefix is frozen; the
-        number of blocks where only what comes after them moves; None for a model without one list
-        of blocks.
-    """
-    found = block_list(model)
-    if found is None:
-        return None
-    name, blocks = found
-    adapted = list(adapted)
-    if any(p.requires_grad for p in parameters_before(model, name).values()):
-        return 0
-    if not _modules_before(model, name).isdisjoint(adapted):
-        return 0
-    for i, block in enumerate(blocks):
-        inside = f"{name}.{i}"
-        if any(p.requires_grad for p in block.parameters()):
-            return i
-        if any(a == inside or a.startswith(f"{inside}.") for a in adapted):
-            return i
-    return len(blocks)
-
-
-def _modules_before(model: nn.Module, block_list_name: str) -> set[str]:
-    """Names of the modules registered before the blocks, those that hold the blocks left out."""
-    before: set[str] = set()
-    for name, _ in model.named_modules():
-        if name == block_list_name:
-            break
-        if name and not block_list_name.startswith(f"{name}."):
-            before.add(name)
-    return before
 
 
 @contextlib.contextmanager
@@ -137,6 +96,11 @@ class FrozenPrefix:
         found = block_list(self.model)
         if found is None or not self.usable or self._undo:
             return
+        outer = getattr(found[1][0].forward, "prefix", None)
+        if isinstance(outer, FrozenPrefix):  # that one serves, and must not serve too much
+            if outer.first_block > self.first_block:
+                raise RuntimeError(f"block {self.first_block} moves inside a frozen prefix")
+            return
         for i, block in enumerate(found[1][: self.first_block]):
             self._patch(block, last=i == self.first_block - 1)
         before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -168,6 +132,7 @@ class FrozenPrefix:
             else:
                 del block.forward
 
+        forward.prefix = self  # type: ignore[attr-defined]
         block.forward = forward
         self._undo.append(undo)
 
@@ -264,8 +229,7 @@ class FrozenPrefix:
             module.training = False
         busy, self._busy = self._busy, True
         try:
-            # states that are kept must be ordinary tensors, whatever mode first asks for them
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 yield
         finally:
             self._busy = busy

@@ -255,6 +255,17 @@ def load_base(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[n
         return _freeze_as_saved(model, Path(where)), _load_tokenizer(where, trust_remote_code)
 
 
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Puts the weights that `save_base` wrote into a model of the same shape, in place."""
+    folder = Path(folder)
+    if not isinstance(model, transformers.PreTrainedModel):
+        safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
+        return
+    with _quiet():
+        saved = type(model).from_pretrained(folder)
+    model.load_state_dict(saved.state_dict())
+
+
 def _freeze_as_saved(model: nn.Module, folder: Path) -> nn.Module:
     """Lets train what could be trained when the base was saved, where the folder says so."""
     about = folder / "foretune.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -161,6 +162,47 @@ def parameters_before(model: nn.Module, block_list_name: str) -> dict[str, nn.Pa
         if name.startswith(f"{block_list_name}."):
             break
         before[name] = parameter
+    return before
+
+
+def first_moving_block(model: nn.Module, adapted: Iterable[str]) -> int | None:
+    """The lowest block that trains or carries an adapter.
+
+    Args:
+        model: A model.
+        adapted: Names of modules that carry adapters.
+
+    Returns:
+        Its index; 0 where something before the blocks moves, so that no prefix is frozen; the
+        number of blocks where only what comes after them moves; None for a model without one list
+        of blocks.
+    """
+    found = block_list(model)
+    if found is None:
+        return None
+    name, blocks = found
+    adapted = list(adapted)
+    if any(p.requires_grad for p in parameters_before(model, name).values()):
+        return 0
+    if not _modules_before(model, name).isdisjoint(adapted):
+        return 0
+    for i, block in enumerate(blocks):
+        inside = f"{name}.{i}"
+        if any(p.requires_grad for p in block.parameters()):
+            return i
+        if any(a == inside or a.startswith(f"{inside}.") for a in adapted):
+            return i
+    return len(blocks)
+
+
+def _modules_before(model: nn.Module, block_list_name: str) -> set[str]:
+    """Names of the modules registered before the blocks, those that hold the blocks left out."""
+    before: set[str] = set()
+    for name, _ in model.named_modules():
+        if name == block_list_name:
+            break
+        if name and not block_list_name.startswith(f"{name}."):
+            before.add(name)
     return before
 
 

@@ -9,6 +9,7 @@ from foretune.errors import UserError
 from foretune.recipes.yaml_io import parse_yaml
 
 CONFIG = "config.yaml"
+OURS = (CONFIG, "run.json", "comparison.json", "bases", "base", "scores.json")
 MOVABLE = ("out", "device")  # what may change between a run and its continuation
 
 
@@ -48,9 +49,12 @@ def prepare_folder(
 
 
 def _remove(folder: Path) -> None:
-    resolved = folder.resolve()
-    if resolved in (Path.home(), Path.cwd(), *Path.cwd().parents):
-        raise UserError(f"--overwrite will not remove {folder}: name a folder of its own")
+    names = {path.name for path in folder.iterdir()}
+    if names.isdisjoint(OURS) and not any(name.startswith("checkpoint-") for name in names):
+        raise UserError(
+            f"{folder} holds no foretune run ({', '.join(sorted(names)[:3])}, …): --overwrite does "
+            "not remove it; choose another folder"
+        )
     shutil.rmtree(folder)
 
 

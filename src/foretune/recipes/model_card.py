@@ -12,6 +12,8 @@ def model_card(comparison: dict[str, Any]) -> str:
     chosen = bases[best] if best in bases else next(iter(bases.values()))
     path = chosen.get("path") or "base"
     collection = comparison["collection"]
+    seen = collection.get("num_seen")
+    retrained = "" if seen is None else f" retrained on {seen} tasks and"
     lines = [
         "---",
         "library_name: transformers",
@@ -22,7 +24,7 @@ def model_card(comparison: dict[str, Any]) -> str:
         "",
         comparison["verdict"]["sentence"],
         "",
-        f"Bases retrained on {collection['num_seen']} tasks and compared by adapting each to "
+        f"Bases{retrained} compared by adapting each to "
         f"{collection['num_unseen']} tasks that no retraining saw. `report.html` shows the "
         "few-shot curves, the differences by task and the costs; `comparison.json` holds every "
         "score; `config.yaml` runs it again.",

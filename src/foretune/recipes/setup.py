@@ -70,7 +70,12 @@ def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, An
 
     block = recipe.model
     if block.file is not None:
-        model = loading.load_module(block.file, block.factory, **block.args)
+        import torch
+
+        with torch.random.fork_rng():
+            # Fresh weights must be the same ones when the run is resumed.
+            torch.manual_seed(0)
+            model = loading.load_module(block.file, block.factory, **block.args)
         if block.trainable_layers is not None:
             surgery.freeze_lower(model, block.trainable_layers)
         return model, None

@@ -188,6 +188,9 @@ def compare_folders(
         _describe(base, bases[base["name"]])
     comparison = merge_repeats([comparison])  # the verdict must know which base is a control
     comparison["title"] = out.resolve().name
+    # Which tasks the bases have seen is not written in their folders.
+    known = {k: v for k, v in comparison["collection"].items() if v is not None}
+    comparison["collection"] = known
     finish(out, comparison)
     return comparison
 
@@ -258,4 +261,6 @@ def _describe(base: dict[str, Any], saved: SavedBase) -> None:
     }
     record = saved.folder.parent / "run.json"
     if record.is_file():
-        base["retrain"] = json.loads(record.read_text("utf-8")).get("cost")
+        rate = base["config"].get("learning_rate")
+        cost = json.loads(record.read_text("utf-8")).get("cost") or {}
+        base["retrain"] = {"learning_rate": rate, "searched": [], **cost}

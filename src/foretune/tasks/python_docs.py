@@ -34,9 +34,9 @@ PACKAGES = (
 )
 # Removed from newer Pythons, or no documentation to speak of.
 SKIPPED_MODULES = ("antigravity", "distutils", "idlelib", "lib2to3", "test", "this")
-MAX_FILES = 150  # of a package, those nearest to its top
+MAX_FILES = 100  # of a package, those nearest to its top
 MAX_NAMES = 400  # of a module, drawn with the seed
-ENOUGH_NAMES = 500  # no further file is read
+ENOUGH_NAMES = 400  # no further file is parsed
 MIN_NAMES = 60  # a module with fewer is left out
 MAX_CONTEXT = 100  # characters
 SKIPPED_PARTS = re.compile(r"(tests?|testing|test_.*|.*_test|conftest|_?vendor(ed)?|externals)$")

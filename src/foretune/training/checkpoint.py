@@ -67,8 +67,10 @@ class CheckpointStore:
         """Removes all checkpoints, finished or not."""
         if self.folder is not None and self.folder.is_dir():
             for path in self.folder.iterdir():
-                if NAME.fullmatch(path.name) or path.name.startswith(PREFIX_OF_UNFINISHED):
+                if NAME.fullmatch(path.name):
                     shutil.rmtree(path)
+                elif path.name.startswith(PREFIX_OF_UNFINISHED):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _found(self) -> list[tuple[int, Path]]:
         if self.folder is None or not self.folder.is_dir():
@@ -170,7 +172,7 @@ def claim_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _check_is_ours(folder: Path) -> None:
-    ours = ("run.json", "config.yaml", "adapters", "base", "comparison.json", "bases", "foretune.json")
+    ours = ("run.json", "config.yaml", "adapters", "base", "comparison.json", "bases", "scores.json")
     names = {path.name for path in folder.iterdir()}
     if names.isdisjoint(ours) and not any(NAME.fullmatch(n) for n in names):
         raise UserError(

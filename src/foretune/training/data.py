@@ -29,6 +29,7 @@ class SlotRows:
     validation: Sequence[Any] = ()
     test: Sequence[Any] = ()
     task: str = ""
+    draw: int = 0
 
 
 @dataclass

@@ -25,6 +25,7 @@ from foretune.training.learner import Learner
 from foretune.training.loop import Progress, fit
 from foretune.training.outcome import Adapted, Outcome, folder_name
 from foretune.training.record import metered
+from foretune.training.resume import begin, read_back
 from foretune.training.scoring import score_slots
 
 
@@ -63,24 +64,30 @@ def retrain(
     model = copy.deepcopy(model)
     match_head(model, objective.num_outputs(), run.seed)
     data = TaskData.of(tasks, objective)
+    finished = None if run.out is None else begin(run.out, method, run, tasks=data.keys)
     budget = method.budget(run, len(data))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with torch.random.fork_rng(), metered() as cost:
         torch.manual_seed(run.seed)
         learner: Learner | None = method.learner(model, objective, data.keys, run)
-        if learner is None:
+        if finished is not None and run.out is not None:
+            record: dict[str, Any] = {"history": read_back(run.out, learner, model)}
+        elif learner is None:
             scores = score_slots(model, data, "validation", run.eval_rows)
             best = sum(scores.values()) / len(scores) if scores else None
-            record: dict[str, Any] = {"history": [], "best_score": best, "tokens": 0, "examples": 0}
+            record = {"history": [], "best_score": best, "tokens": 0, "examples": 0}
             trainable = 0
         else:
             sampler = sampler_for(method, data, budget, learner.batches_per_update)
             record = fit(learner, data, sampler, budget, progress=progress)
     bank = None if learner is None else learner.bank
-    cost |= {"tokens": record["tokens"], "examples": record["examples"]}
-    cost["trainable_parameters"] = trainable + (
-        0 if bank is None else bank.parameters_per_slot * len(data)
-    )
+    if finished is not None:
+        cost, record["best_score"] = finished["cost"], finished["validation_score"]
+    else:
+        cost |= {"tokens": record["tokens"], "examples": record["examples"]}
+        cost["trainable_parameters"] = trainable + (
+            0 if bank is None else bank.parameters_per_slot * len(data)
+        )
     outcome = Outcome(
         model=model.eval(),
         bank=bank if method.keeps_adapters else None,
@@ -93,7 +100,8 @@ def retrain(
         cost=cost,
     )
     if run.out is not None:
-        outcome.save(run.out)
+        if finished is None:
+            outcome.save(run.out)
         CheckpointStore(run.out).clear()
     return outcome
 
@@ -173,15 +181,15 @@ def _adapt_wave(
     with learner.ready():
         scores = learner.score(data, split, None)
     for slot, score in scores.items():
-        result.scores[_task_draw(wave[slot].key)] = score
-        result.num_rows[_task_draw(wave[slot].key)] = len(data.rows(slot, split))
+        result.scores[wave[slot].task, wave[slot].draw] = score
+        result.num_rows[wave[slot].task, wave[slot].draw] = len(data.rows(slot, split))
     if learner.bank is not None:
         result.config = peft_config(learner.bank, base, None)
         result.base_fingerprint = fingerprint(base, learner.bank.head_names)
         for slot, rows in enumerate(wave):
-            result.tensors[_task_draw(rows.key)] = peft_tensors(learner.bank, slot)
+            result.tensors[rows.task, rows.draw] = peft_tensors(learner.bank, slot)
     else:
-        result.models[_task_draw(wave[0].key)] = base
+        result.models[wave[0].task, wave[0].draw] = base
     per_task = sum(p.numel() for p in learner.base) if learner.bank is None else (
         learner.bank.parameters_per_slot
     )
@@ -218,6 +226,7 @@ def draw_shots(
                 validation=task.validation,
                 test=task.test,
                 task=task.name,
+                draw=draw,
             )
 
 

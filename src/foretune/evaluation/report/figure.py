@@ -32,24 +32,37 @@ class Figure:
 
     def inline(self, key: str) -> str:
         """The svg element for the page; `key` makes its ids unique there."""
-        return self._element(key, self.body)
+        return self._element(key, self.body, (0, 0, self.width, self.height))
 
-    def standalone(self, paper: str) -> str:
-        """The same as a file of its own, on `paper`."""
-        ground = svg.tag("rect", width="100%", height="100%", style=f"fill:{paper}")
-        element = self._element("figure", ground + self.body, xmlns="http://www.w3.org/2000/svg")
+    def standalone(self, ink: Ink) -> str:
+        """The same as a file of its own, with its title, a margin and the paper under it."""
+        side, above = 20.0, 52.0
+        box = (-side, -above, self.width + 2 * side, self.height + above + side)
+        ground = svg.tag(
+            "rect", x=box[0], y=box[1], width=box[2], height=box[3], style=f"fill:{ink.paper}"
+        )
+        head = svg.text(svg.shorten(self.title, self.width, 15), 0, -20, ink.text, size=15)
+        element = self._element(
+            "figure", ground + head + self.body, box, xmlns="http://www.w3.org/2000/svg"
+        )
         return f'<?xml version="1.0" encoding="UTF-8"?>\n{element}\n'
 
-    def _element(self, key: str, body: str, xmlns: str | None = None) -> str:
+    def _element(
+        self,
+        key: str,
+        body: str,
+        box: tuple[float, float, float, float],
+        xmlns: str | None = None,
+    ) -> str:
         return svg.tag(
             "svg",
             svg.tag("title", svg.content(self.title), id=f"{key}-title"),
             svg.tag("desc", svg.content(self.description), id=f"{key}-desc"),
             body,
             xmlns=xmlns,
-            viewBox=f"0 0 {self.width:g} {self.height:g}",
-            width=f"{self.width:g}",
-            height=f"{self.height:g}",
+            viewBox=" ".join(f"{edge:g}" for edge in box),
+            width=box[2],
+            height=box[3],
             role="img",
             aria_labelledby=f"{key}-title {key}-desc",
             style=f"font-family:{svg.FONT}",

@@ -36,7 +36,7 @@ def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for name, figure in all_figures(view, WIDE_PX, LIGHT).items():
-        (figures / f"{name}.svg").write_text(figure.standalone(LIGHT.paper), encoding="utf-8")
+        (figures / f"{name}.svg").write_text(figure.standalone(LIGHT), encoding="utf-8")
     page = folder / "report.html"
     page.write_text(_page(view), encoding="utf-8")
     return page

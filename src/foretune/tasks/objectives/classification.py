@@ -90,7 +90,9 @@ class Classification:
         Raises:
             UserError: A row without a label, or one whose label its task's training rows lack.
         """
-        if self.tokenizer is None:
+        # A recipe fits before there is a tokenizer, so it is the rows that say what they are.
+        texts = any("text" in row for task in tasks for row in task.train)
+        if self.tokenizer is None and not texts:
             check_arrays(tasks, ("x",))
         labels = {task.name: self._labels(task) for task in tasks}
         found = set().union(*labels.values())
@@ -120,7 +122,7 @@ class Classification:
         return known
 
     def _label(self, row: Mapping[str, Any], where: str) -> Label:
-        name = "y" if self.tokenizer is None else "label"
+        name = "y" if self.tokenizer is None and "text" not in row else "label"
         value = row.get(name)
         value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
         if not isinstance(value, (str, int, float)):
@@ -145,6 +147,8 @@ class Classification:
             "valid": [i for i, other in enumerate(space) if other in known],
         }
         if self.tokenizer is None:
+            if "text" in example:
+                raise UserError("a text needs a tokenizer: Classification(tokenizer)")
             encoded["x"] = np.asarray(example["x"], dtype=np.float32)
             return encoded
         single = text.single_template(self.tokenizer)

@@ -1,0 +1,67 @@
+# make quickstart    see what foretune does: real text, a real encoder, no download but packages
+# make test          all tests          make fast    those that take less than ten seconds each
+# make check         format, lint, types, import contracts, docs        make setup   .venv only
+# make bench-quickstart | bench-convai2 DATA=path        what stands in benchmarks/results
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/installed
+# An interrupted quickstart continues, a finished one shows its table again;
+# `make quickstart FLAGS=--overwrite` begins anew.
+FLAGS ?= --resume
+WORKERS ?= 2
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+EVERY_METHOD := retrain.methods=[none, standard, {standard: {heads: per-task, as: standard-heads}}, peft-ml, reptile, fomaml]
+
+.PHONY: setup quickstart test fast check lint types imports docs format bench-quickstart \
+	bench-convai2 clean
+
+setup: $(INSTALLED)
+
+# The constraints pin torch: an open range would fetch several GB of CUDA packages.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[quickstart,dev]'
+	touch $@
+
+quickstart: setup
+	$(BIN)/foretune run quickstart $(FLAGS)
+
+test: setup
+	$(PYTEST)
+
+fast: setup
+	$(PYTEST) -m "not slow"
+
+check: lint types imports docs
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+imports: setup
+	$(BIN)/lint-imports
+
+docs: setup
+	$(PYTEST) tests/promises
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-quickstart: setup
+	$(BIN)/foretune run quickstart seeds=3 '$(EVERY_METHOD)' --out runs/bench-quickstart --resume
+	cp runs/bench-quickstart/comparison.json benchmarks/results/quickstart.json
+	cp runs/bench-quickstart/run.json benchmarks/results/quickstart.machine.json
+
+bench-convai2: setup
+	@test -n "$(DATA)" || { echo "usage: make bench-convai2 DATA=path/to/convai2.jsonl"; exit 2; }
+	$(BIN)/foretune run convai2 tasks.source="$(DATA)" --out runs/bench-convai2 --resume
+	cp runs/bench-convai2/comparison.json benchmarks/results/convai2.json
+	cp runs/bench-convai2/run.json benchmarks/results/convai2.machine.json
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,77 @@
+"""Resuming: only the run that a folder was begun with, and a finished one is read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from foretune.adapters.bank import AdapterBank
+from foretune.adapters.peft_format import load_adapter
+from foretune.errors import UserError
+from foretune.models.loading import load_weights
+from foretune.run import Run
+from foretune.training.checkpoint import write_whole
+from foretune.training.learner import Learner
+from foretune.training.outcome import folder_name
+
+RECORD = "run.json"
+# What may differ between a run and its continuation: it does not change the result.
+MOVABLE = ("out", "resume", "overwrite", "progress", "device", "tasks_per_wave")
+
+
+def begin(folder: Path, method: Any, run: Run, **about: Any) -> dict[str, Any] | None:
+    """Writes down what is about to run here, or checks that it is what was begun here.
+
+    Args:
+        folder: May hold a run already, to be resumed.
+        method: The method's record.
+        run: The run.
+        **about: What else must be the same, JSON-able.
+
+    Returns:
+        The record of a run that has finished here, else None.
+
+    Raises:
+        UserError: The folder was begun with something else; the message names it.
+    """
+    wanted = {"method": method.to_dict(), "run": run.to_dict(), **about}
+    wanted = json.loads(json.dumps(wanted))  # tuples become lists, as in the file
+    file = folder / RECORD
+    if not file.is_file():
+        write_whole(file, json.dumps({"finished": False, **wanted}, indent=1))
+        return None
+    try:
+        begun: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{file} is no readable record of a run ({error}); start again with --overwrite"
+        ) from error
+    for part in wanted:
+        if part in begun:
+            _check_same(folder, part, begun[part], wanted[part])
+    return begun if begun.get("finished") else None
+
+
+def _check_same(folder: Path, part: str, begun: Any, wanted: Any) -> None:
+    if not (isinstance(begun, Mapping) and isinstance(wanted, Mapping)):
+        begun, wanted = {part: begun}, {part: wanted}
+    for name in dict.fromkeys([*wanted, *begun]):
+        if name not in MOVABLE and begun.get(name) != wanted.get(name):
+            raise UserError(
+                f"{folder} was begun with {name}={str(begun.get(name))[:80]}, this run has "
+                f"{name}={str(wanted.get(name))[:80]}: resume with the same, or start again with "
+                "--overwrite"
+            )
+
+
+def read_back(folder: Path, learner: Learner | None, model: Any) -> list[dict[str, Any]]:
+    """Loads the base and the adapters that a finished retraining left; returns its history."""
+    load_weights(model, folder / "base")
+    bank: AdapterBank | None = None if learner is None else learner.bank
+    if bank is not None and (folder / "adapters").is_dir():
+        for slot, key in enumerate(bank.keys):
+            load_adapter(bank, slot, folder / "adapters" / folder_name(key), model)
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

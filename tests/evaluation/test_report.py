@@ -1,0 +1,263 @@
+"""The report: one well-formed, self-contained, escaped page, whatever the comparison holds."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from itertools import product
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from foretune.evaluation.report import summary_rows, write_report
+from foretune.evaluation.report.svg import ticks
+from foretune.evaluation.statistics import pairs_and_means, verdict
+
+NASTY = """<script>alert("x")</script> & 'co' \x00"""
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+FORTY = "a label of exactly forty letters, really"
+
+
+def comparison(
+    names=("none", "standard", "peft-ml"),
+    *,
+    num_tasks=8,
+    num_seeds=2,
+    shots=(0, 4, 16),
+    metric="accuracy",
+    label=str.upper,
+    spectrum=True,
+    task=lambda index: f"task {index}",
+):
+    """A made-up comparison in which each base is a little above the one before."""
+    rng = np.random.default_rng(0)
+    offset = 0 if metric == "accuracy" else -3
+    records = [
+        {
+            "base": name,
+            "task": task(index),
+            "shots": k,
+            "seed": seed,
+            "score": offset + 0.4 + 0.05 * names.index(name) + float(rng.normal(0, 0.02)),
+            "num_rows": 20,
+        }
+        for name, k, index, seed in product(names, shots, range(num_tasks), range(num_seeds))
+    ]
+    cost = {"learning_rate": 1e-4, "seconds": 81.2, "tokens": 1_234_567, "examples": 8000}
+    cost |= {"peak_memory_mb": 812.0, "trainable_parameters": 3_550_464}
+    cost["searched"] = [{"learning_rate": 1e-4, "score": 0.41}, {"learning_rate": 1, "score": None}]
+    bases = [
+        {
+            "name": name,
+            "method": name,
+            "label": label(name),
+            "config": {},
+            "path": None if name == "none" else f'bases/{name}/"quoted"/base',
+            "retrain": None if name == "none" else cost,
+            "adapt": cost,
+        }
+        for name in names
+    ]
+    pairs, means = pairs_and_means(records, bases)
+    rows = [
+        {"base": n, "task": task(t), "rank": rank, "score": offset + 0.1 * rank}
+        for n, t, rank in product(names, range(2), (1, 2, 4))
+    ]
+    values = [{"base": n, "task": task(0), "module": "m", "values": [2.0, 1.0]} for n in names]
+    return {
+        "format": 1,
+        "foretune": "0.1.0",
+        "title": "made up",
+        "created": "2026-11-21T10:00:00Z",
+        "metric": {"name": metric, "chance": 0.05 if metric == "accuracy" else None},
+        "adapt": {"method": "lora", "config": {"r": 8}, "steps": 40, "shots_unit": "rows"},
+        "collection": {"num_seen": 40, "num_unseen": num_tasks, "rows_seen": 4000},
+        "bases": bases,
+        "scores": records,
+        "pairs": pairs,
+        "means": means,
+        "spectrum": {"shots": 16, "ranks": [1, 2, 4], "rows": rows, "singular_values": values}
+        if spectrum
+        else None,
+        "verdict": verdict(pairs, means, bases, metric=metric),
+        "recipe": "title: made up\nx: <y> & z\n",
+    }
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and keeps the tags and the text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.texts = [], [], []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join("".join(self.texts).split())
+
+
+def written(record, folder):
+    """The page as text and as parsed, after every picture was parsed as XML."""
+    html = write_report(record, folder).read_text(encoding="utf-8")
+    inline = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    files = sorted((folder / "figures").glob("*.svg"))
+    assert len(inline) == 2 * len(files) > 0
+    for picture in inline + [file.read_text(encoding="utf-8") for file in files]:
+        root = ElementTree.fromstring(picture.encode())
+        described = [child.text for child in root[:2]]
+        assert len(described) == 2 and all(described)
+        assert "nan" not in picture.lower()
+    return html, Page(html)
+
+
+def test_page_is_self_contained(tmp_path):
+    html, page = written(comparison(), tmp_path)
+    assert "http" not in html and "url(" not in html and "@import" not in html
+    for tag, attributes in page.tags:
+        assert tag not in {"script", "link", "img", "iframe"}
+        assert not {"src", "href"} & attributes.keys()
+
+
+def test_page_says_the_verdict_first_and_all_sections(tmp_path):
+    record = comparison()
+    html, page = written(record, tmp_path)
+    assert record["verdict"]["best"] is not None
+    assert f"<h1>{record['verdict']['sentence'].split('. ')[0].rstrip('.')}" in html
+    for heading in ("Before and after", "Against the controls", "Task by task", "How much must"):
+        assert heading in page.text
+    for said in ("What it cost", "81.2 s", "1.23 M", "812 MB", "Load the result", "x: <y> & z"):
+        assert said in page.text
+    assert 'from_pretrained("bases/' in page.text
+    assert {"few-shot-curves.svg", "differences-16.svg", "task-differences.svg"} <= {
+        path.name for path in (tmp_path / "figures").iterdir()
+    }
+
+
+def test_ids_are_unique(tmp_path):
+    _, page = written(comparison(), tmp_path)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids)) > 0
+
+
+@pytest.mark.parametrize("num_tasks", [7, 60])
+def test_user_strings_are_escaped(tmp_path, num_tasks):
+    record = comparison(
+        num_tasks=num_tasks,
+        task=lambda index: f"{NASTY}{index}",
+        label=lambda name: f"</title>{name}{NASTY}",
+    )
+    record["title"] = record["recipe"] = record["adapt"]["method"] = NASTY
+    html, page = written(record, tmp_path)
+    assert "<script" not in html
+    assert "</title>none" not in html
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert '<script>alert("x")</script>' in page.text
+
+
+def test_only_the_best_of_a_column_is_bold(tmp_path):
+    record = comparison(shots=(16,))
+    html, _ = written(record, tmp_path)
+    best = max(record["means"], key=lambda row: row["mean"])
+    assert re.findall(r"<strong>(.*?)</strong>", html) == [f"{best['mean'] * 100:.1f}"]
+
+
+def test_only_clear_differences_are_bold(tmp_path):
+    record = comparison(shots=(16,))
+    for index, pair in enumerate(record["pairs"]):
+        pair["p_holm"] = 0.001 if index == 0 else 0.5
+    html, _ = written(record, tmp_path)
+    table = html[html.index("Paired differences, 16 rows, in") : html.index("Task by task")]
+    assert table.count('<tr class="clear">') == 1
+
+
+def test_curves_stand_apart_without_colour(tmp_path):
+    record = comparison(names=tuple("abcdefg"), spectrum=False)
+    write_report(record, tmp_path)
+    picture = (tmp_path / "figures" / "few-shot-curves.svg").read_text(encoding="utf-8")
+    dashes = re.findall(r"<polyline[^>]*?stroke-linejoin:round(;stroke-dasharray:[^\"]*)?", picture)
+    assert len(set(dashes)) == 7
+    assert "var(--" not in picture
+
+
+DEGENERATE = {
+    "one base": {"names": ("peft-ml",)},
+    "one base that is the control": {"names": ("none",), "shots": (0,)},
+    "one shot": {"shots": (16,)},
+    "all rows": {"shots": (None,)},
+    "no controls": {"names": ("a", "b", "c")},
+    "only controls": {"names": ("none", "standard")},
+    "200 tasks": {"num_tasks": 200, "num_seeds": 1},
+    "one task": {"num_tasks": 1, "num_seeds": 1},
+    "negative metric": {"metric": "negative squared error"},
+    "no spectrum": {"spectrum": False},
+    "long labels": {"label": lambda name: f"{FORTY}{name}"},
+    "ten bases": {"names": tuple("abcdefghij"), "shots": (1,)},
+}
+
+
+@pytest.mark.parametrize("fields", DEGENERATE.values(), ids=DEGENERATE.keys())
+def test_degenerate_comparisons_are_written(tmp_path, fields):
+    record = comparison(**fields)
+    _, page = written(record, tmp_path)
+    assert " ".join(record["verdict"]["sentence"].split()) in page.text
+    header, rows = summary_rows(record)
+    assert len(rows) == len(record["bases"])
+    assert all(len(row) == len(header) for row in rows)
+
+
+def test_equal_scores_everywhere_are_written(tmp_path):
+    record = comparison(shots=(4,))
+    for row in record["scores"]:
+        row["score"] = 0.0
+    record["pairs"], record["means"] = pairs_and_means(record["scores"], record["bases"])
+    record["verdict"] = verdict(record["pairs"], record["means"], record["bases"])
+    _, page = written(record, tmp_path)
+    assert "equal on 8" in page.text
+
+
+def test_report_is_the_same_when_written_again(tmp_path):
+    first = write_report(comparison(), tmp_path).read_bytes()
+    assert write_report(comparison(), tmp_path).read_bytes() == first
+
+
+def test_report_needs_no_pairs_and_no_optional_parts(tmp_path):
+    record = comparison(shots=(4,), spectrum=False)
+    record |= {"pairs": [], "recipe": "", "collection": {}}
+    for base in record["bases"]:
+        base |= {"path": None, "retrain": None, "adapt": None}
+    _, page = written(record, tmp_path)
+    assert "Against the controls" not in page.text and "Load the result" not in page.text
+
+
+def test_summary_holds_means_and_differences_from_the_controls():
+    record = comparison(shots=(0, 16))
+    header, rows = summary_rows(record)
+    assert header[:3] == ["mean accuracy, %", "before adapting", "16 rows"]
+    assert header[3:] == ["over the model as it is, 16 rows", "over STANDARD, 16 rows"]
+    assert rows[0][0] == "NONE" and rows[0][3] == ""
+    assert re.fullmatch(r"\+\d+\.\d \(\+\d+\.\d to \+\d+\.\d\)", rows[2][3])
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1e-9, 1e-9), (0, 1), (-3.2, 1e6), (0.9, 0.91)])
+def test_ticks_are_few_and_inside(low, high):
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 7
+    assert low - 1e-9 <= found[0] and found[-1] <= high * (1 + 1e-9) + 1e-12

@@ -1,0 +1,107 @@
+"""Heads, blocks and linear layers of real classes of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tiny_models
+from foretune.errors import UserError
+from foretune.models import surgery
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "fresh"),
+    [
+        (tiny_models.bert(num_labels=3), ["classifier"], True),
+        (tiny_models.roberta(num_labels=3), ["classifier"], True),
+        (tiny_models.gpt2(num_labels=3), ["score"], True),
+        (tiny_models.vit(), ["classifier"], True),
+        (tiny_models.plain(), ["out"], True),
+        (tiny_models.bert(), ["encoder.layer.3.output.dense"], False),
+        (tiny_models.gpt2(), ["transformer.h.3.mlp.c_proj"], False),
+        (tiny_models.llama(), ["model.layers.3.mlp.down_proj"], False),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else None,
+)
+def test_head_modules(model, names, fresh):
+    assert surgery.head_modules(model) == names
+    assert surgery.has_fresh_head(model) is fresh
+
+
+def test_a_declared_head_that_does_not_exist_is_named():
+    model = tiny_models.plain()
+    model.head_modules = ["haed"]
+    with pytest.raises(UserError, match=r'"haed".*conv, body, out'):
+        surgery.head_modules(model)
+
+
+@pytest.mark.parametrize("build", [tiny_models.bert, tiny_models.roberta, tiny_models.llama])
+def test_reset_head_is_seeded_and_resizes(build):
+    first, second = build(num_labels=3), build(num_labels=3, seed=1)
+    for model in (first, second):
+        torch.rand(1)
+        before = torch.random.get_rng_state()
+        surgery.reset_head(model, 5, seed=7)
+        assert torch.equal(torch.random.get_rng_state(), before)
+    assert first.config.num_labels == 5
+    ids = torch.tensor([[4, 5, 6]])
+    assert first(input_ids=ids).logits.shape == (1, 5)
+    name = surgery.head_modules(first)[0]
+    heads = [m.get_submodule(name).state_dict() for m in (first, second)]
+    for key, value in heads[0].items():
+        assert torch.equal(value, heads[1][key])
+
+
+def test_reset_head_replaces_all_layers_of_the_head_and_nothing_else():
+    model = tiny_models.roberta(num_labels=3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    surgery.reset_head(model, 3, seed=1)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"classifier.dense.weight", "classifier.out_proj.weight"}
+
+
+def test_reset_head_of_a_plain_module():
+    model = tiny_models.plain()
+    surgery.reset_head(model, 7, seed=0)
+    assert model(torch.zeros(2, 3, 5)).shape == (2, 7)
+
+
+def test_reset_head_without_a_head_is_the_users_mistake():
+    with pytest.raises(UserError, match="BertModel has no task head"):
+        surgery.reset_head(tiny_models.bert(), 3, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "blocks", "before"),
+    [
+        (tiny_models.bert(), "encoder.layer", 4, "embeddings"),
+        (tiny_models.gpt2(), "transformer.h", 4, "transformer.w"),
+        (tiny_models.qwen2(), "model.layers", 4, "model.embed_tokens"),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else None,
+)
+def test_freeze_lower_leaves_the_last_blocks(model, name, blocks, before):
+    assert surgery.block_list(model)[0] == name
+    assert len(surgery.block_list(model)[1]) == blocks
+    surgery.freeze_lower(model, 1)
+    for key, parameter in model.named_parameters():
+        lower = key.startswith(before) or key.startswith(tuple(f"{name}.{i}." for i in range(3)))
+        assert parameter.requires_grad is not lower, key
+
+
+def test_freeze_lower_says_what_is_possible():
+    with pytest.raises(UserError, match=r"between 0 and the 4 blocks of BertModel, got 5"):
+        surgery.freeze_lower(tiny_models.bert(), 5)
+    with pytest.raises(UserError, match="Plain has not"):
+        surgery.freeze_lower(tiny_models.plain(), 1)
+
+
+def test_block_list_of_an_encoder_decoder_is_none():
+    assert surgery.block_list(tiny_models.t5()) is None
+
+
+def test_linear_modules_finds_each_kind():
+    assert set(surgery.linear_modules(tiny_models.plain())) == {"conv", "body", "out"}
+    assert "transformer.h.0.attn.c_attn" in surgery.linear_modules(tiny_models.gpt2())

@@ -1,0 +1,198 @@
+"""A recipe from start to end on arrays and a model of the user's own: seconds, no download."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import foretune
+from foretune.cli import app
+from foretune.errors import ForetuneError, UserError
+from foretune.recipes.plan import plan_recipe
+from foretune.recipes.runner import find_entry, run_recipe
+from foretune.recipes.schema import Recipe, load_recipe
+from foretune.recipes.templates import template_text
+
+MODEL = """
+from torch import nn
+
+def build(width=8):
+    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
+"""
+SMALL = [
+    "model.args={width: 6}",
+    "tasks.unseen=2",
+    "retrain.steps=4",
+    "retrain.search_steps=2",
+    "adapt.steps=3",
+    "adapt.shots=[2]",
+    "adapt.search_tasks=2",
+]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    monkeypatch.chdir(tmp_path)
+    write_data(Path("data.npz"), [f"t{i}" for i in range(5)])
+    Path("my_model.py").write_text(MODEL)
+    Path("my.yaml").write_text(template_text("arrays"))
+    return load_recipe("my.yaml", SMALL)
+
+
+def write_data(path: Path, names: list[str]) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(len(names), 40, 4)).astype(np.float32)
+    direction = rng.normal(size=(len(names), 4))
+    y = (np.einsum("tnd,td->tn", x, direction) > 0).astype(np.int64)
+    task = np.repeat(names, 40)
+    np.savez(path, task=task, x=x.reshape(-1, 4), y=y.reshape(-1))
+
+
+def call(*args: str) -> Any:
+    return CliRunner().invoke(app, list(args))
+
+
+def test_run_writes_all_that_it_promises(recipe: Recipe) -> None:
+    comparison = run_recipe(recipe)
+    names = {path.name for path in recipe.folder.iterdir()}
+    promised = {"comparison.json", "report.html", "config.yaml", "README.md", "run.json", "bases"}
+    assert promised <= names
+    assert [base["name"] for base in comparison["bases"]] == ["none", "standard", "peft-ml"]
+    assert comparison == json.loads((recipe.folder / "comparison.json").read_text())
+    assert load_recipe(recipe.folder / "config.yaml") == recipe
+
+
+def test_bases_say_how_they_were_made(recipe: Recipe) -> None:
+    base = run_recipe(recipe)["bases"][2]
+    assert base["method"] == "peft-ml"
+    assert (recipe.folder / base["path"]).is_dir()
+    assert len(base["retrain"]["searched"]) == 2
+    assert base["retrain"]["learning_rate"] in (5e-5, 2e-4)
+
+
+def test_finished_run_resumes_without_training(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_recipe(recipe)
+
+    def fail(*args: object, **fields: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(foretune, "retrain", fail, raising=False)
+    monkeypatch.setattr(foretune, "compare", fail, raising=False)
+    assert run_recipe(recipe, resume=True)["scores"] == first["scores"]
+
+
+def test_interrupted_run_continues_to_the_same_scores(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = run_recipe(recipe.model_copy(update={"out": "other"}))
+    with monkeypatch.context() as patch:
+
+        def killed(*args: object, **fields: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(foretune, "compare", killed, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe)
+    assert run_recipe(recipe, resume=True)["scores"] == undisturbed["scores"]
+
+
+def test_repeats_are_kept_apart(recipe: Recipe) -> None:
+    comparison = run_recipe(recipe.model_copy(update={"seeds": 2}))
+    assert {score["seed"] for score in comparison["scores"]} == {0, 1}
+    assert {pair["num_seeds"] for pair in comparison["pairs"]} == {2}
+
+
+def test_second_run_into_the_folder_is_refused(recipe: Recipe) -> None:
+    recipe.folder.mkdir(parents=True)
+    (recipe.folder / "x").write_text("")
+    with pytest.raises(UserError, match="--resume"):
+        run_recipe(recipe)
+
+
+def test_diverged_trial_is_passed_over(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = foretune.retrain
+
+    def diverges(model: Any, tasks: Any, method: Any, run: Any, **more: Any) -> Any:
+        if getattr(method, "learning_rate", 0) == 2e-4:
+            raise ForetuneError("the loss is nan")
+        return real(model, tasks, method, run, **more)
+
+    monkeypatch.setattr(foretune, "retrain", diverges, raising=False)
+    standard = run_recipe(recipe)["bases"][1]
+    assert standard["retrain"]["learning_rate"] == 5e-5
+    assert standard["retrain"]["searched"][1]["score"] is None
+
+
+def test_recipe_without_unseen_tasks_cannot_be_compared(recipe: Recipe) -> None:
+    with pytest.raises(UserError, match=r"tasks\.unseen"):
+        run_recipe(load_recipe("my.yaml", [*SMALL, "tasks.unseen=null"]))
+
+
+def test_spectrum_is_measured_when_asked_for(recipe: Recipe) -> None:
+    asked = load_recipe("my.yaml", [*SMALL, "spectrum={shots: 4, ranks: [1, 2]}"])
+    spectrum = run_recipe(asked)["spectrum"]
+    assert {row["rank"] for row in spectrum["rows"]} == {1, 2}
+
+
+def test_plan_counts_without_leaving_anything(recipe: Recipe) -> None:
+    plan = plan_recipe(recipe)
+    assert len(plan.seen) == 3
+    assert plan.unseen is not None
+    assert len(plan.unseen) == 2
+    peft_ml = plan.retrain[2]
+    assert peft_ml.parameters["base"] == 4 * 6 + 6 + 6 * 2 + 2
+    assert peft_ml.parameters["adapter"] > 0
+    assert plan.adapt is not None
+    assert not recipe.folder.exists()
+
+
+def test_plan_prints_and_gives_json(recipe: Recipe) -> None:
+    shown = call("plan", "my.yaml", *SMALL)
+    assert shown.exit_code == 0, shown.output
+    assert "3 seen tasks" in shown.stdout
+    assert json.loads(call("plan", "my.yaml", *SMALL, "--json").stdout)["name"] == "my-run"
+
+
+def test_find_entry_guesses(recipe: Recipe) -> None:
+    with pytest.raises(UserError, match='Did you mean "peft-ml"'):
+        find_entry(recipe, "peftml")
+
+
+def test_the_verbs_chain_through_folders(recipe: Recipe) -> None:
+    for method in ("none", "peft-ml"):
+        done = call("retrain", "my.yaml", *SMALL, "--method", method, "--out", f"runs/{method}")
+        assert done.exit_code == 0, done.output
+    write_data(Path("new.npz"), ["a", "b"])
+    adapted = call(
+        "adapt", "runs/peft-ml", "steps=2", "--tasks", "new.npz", "--out", "adapters", "--json"
+    )
+    assert adapted.exit_code == 0, adapted.output
+    assert json.loads(adapted.stdout)["scores"].keys() == {"a", "b"}
+    assert (Path("adapters") / "a" / "adapter_config.json").is_file()
+    folders = ["runs/none", "runs/peft-ml"]
+    options = ["--tasks", "new.npz", "--shots", "1,2", "--seeds", "2", "--out", "cmp", "--json"]
+    compared = call("compare", *folders, "steps=2", *options)
+    assert compared.exit_code == 0, compared.output
+    bases = json.loads(compared.stdout)["bases"]
+    assert [base["method"] for base in bases] == ["none", "peft-ml"]
+    page = Path("cmp/report.html")
+    page.unlink()
+    assert call("report", "cmp").exit_code == 0
+    assert page.is_file()
+
+
+def test_run_prints_a_table_and_the_verdict(recipe: Recipe) -> None:
+    shown = call("run", "my.yaml", *SMALL)
+    assert shown.exit_code == 0, shown.output
+    assert "PEFT-ML" in shown.stdout
+    assert "runs/my-run/report.html" in shown.stdout
+    assert "standard" not in shown.stderr.splitlines()[0]
+    resumed = call("run", "my.yaml", *SMALL, "--resume", "--json")
+    assert json.loads(resumed.stdout)["out"] == "runs/my-run"

@@ -1,0 +1,188 @@
+"""Recipes: what is read, what is refused, and that the texts agree with the code."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from foretune.errors import UserError
+from foretune.recipes.blocks import AdaptBlock, RetrainBlock, TasksBlock
+from foretune.recipes.objective_blocks import OBJECTIVES
+from foretune.recipes.overrides import apply_overrides
+from foretune.recipes.schema import Recipe, load_recipe, packaged_recipes, parse_block, parse_recipe
+from foretune.recipes.yaml_io import parse_yaml
+from foretune.run import Run
+from foretune.tasks.sources import Source
+
+MINIMAL: dict[str, Any] = {
+    "name": "mine",
+    "model": {"name": "minilm"},
+    "tasks": {"source": "data.jsonl"},
+    "objective": {"kind": "choice"},
+    "retrain": {"methods": ["none"]},
+}
+
+
+def parse(*overrides: str) -> Recipe:
+    return parse_recipe(apply_overrides(MINIMAL, overrides), "my.yaml")
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(*overrides)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_packaged_recipe_parses_and_round_trips(name: str) -> None:
+    recipe = load_recipe(name, ["tasks.source=data.jsonl"])
+    assert recipe.name == name
+    assert parse_recipe(parse_yaml(recipe.to_yaml(), "again"), "again") == recipe
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_packaged_recipe_says_what_it_shows_and_costs(name: str) -> None:
+    text = packaged_recipes()[name]
+    assert text.startswith("# ")
+    assert "# Shows:" in text
+    assert "# Costs:" in text
+
+
+def test_convai2_has_forty_unseen_personas() -> None:
+    unseen = load_recipe("convai2", ["tasks.source=x"]).tasks.unseen
+    assert isinstance(unseen, list)
+    assert len(set(unseen)) == 40
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("retrain.stepz=3", 'unknown key "retrain.stepz" in my.yaml. Did you mean "steps"?'),
+        ("retrain.steps=ten", "\"retrain.steps\" in my.yaml must be a whole number, got 'ten'"),
+        ("retrain.steps=yes", "must be a whole number, got True"),
+        ("retrain.steps=0", "my.yaml: retrain.steps must be a number not below 1, got 0"),
+        ("retrain.schedule=fast", "must be 'linear', 'cosine' or 'constant', got 'fast'"),
+        ("retrain.methods=[peft-mll]", 'Did you mean "peft-ml"?'),
+        ("retrain.methods=[lora]", '"lora" is to adapt'),
+        ("retrain.methods=[none, none]", 'names "none" twice'),
+        ("retrain.methods=[{peft-ml: {frm: lora}}]", 'Did you mean "form"?'),
+        ("retrain.methods=[]", '"retrain.methods"'),
+        ("adapt.method=standard", '"standard" is to retrain'),
+        ("adapt.shots=[0]", "at least 1 row"),
+        ("adapt.lora.rank=3", 'lora field "rank"'),
+        ("objective.kind=choise", 'Did you mean "choice"?'),
+        (
+            "objective.scorin=x",
+            'unknown key "objective.scorin" in my.yaml. Did you mean "scoring"?',
+        ),
+        ("objective=null", '"objective"'),
+        ("model.file=my.py", "needs either name"),
+        ("tasks.unseen=true", "must be a whole number or a list or text, got True"),
+        ("name=a/b", '"name"'),
+        ("spectrum.rank=3", 'Did you mean "ranks"?'),
+    ],
+)
+def test_mistake_has_its_own_line(override: str, says: str) -> None:
+    raw = apply_overrides(MINIMAL, [override])
+    if override.startswith("model.file"):
+        raw["model"]["name"] = "minilm"
+    with pytest.raises(UserError) as caught:
+        parse_recipe(raw, "my.yaml")
+    line = str(caught.value)
+    assert says in line
+    assert "\n" not in line
+
+
+def test_several_mistakes_are_counted() -> None:
+    line = refusal("retrain.stepz=3", "adapt.steps=x", "seeds=0")
+    assert line.endswith("(and 2 more)")
+    assert "retrain.stepz" in line
+
+
+def test_missing_key_is_named() -> None:
+    raw = {key: value for key, value in MINIMAL.items() if key != "model"}
+    with pytest.raises(UserError, match='key "model" is missing in my'):
+        parse_recipe(raw, "my.yaml")
+
+
+def test_override_is_blamed_where_it_stands() -> None:
+    with pytest.raises(UserError, match="on the command line"):
+        load_recipe("quickstart", ["retrain.stepz=1"])
+
+
+def test_one_rate_on_the_command_line_replaces_the_search() -> None:
+    block = load_recipe("quickstart", ["retrain.learning_rate=1e-4"]).retrain
+    assert block.rates == [1e-4]
+
+
+def test_rates_that_exclude_each_other_are_refused() -> None:
+    assert "not both" in refusal("retrain.learning_rates=[1e-4]", "retrain.learning_rate=1e-4")
+
+
+@pytest.mark.parametrize("override", ["retrain.steps", "=3", "retrain..steps=3", "name.x=1"])
+def test_odd_override_is_refused(override: str) -> None:
+    assert override in refusal(override)
+
+
+def test_overrides_leave_the_recipe_alone() -> None:
+    before = {"retrain": {"steps": 1}}
+    apply_overrides(before, ["retrain.steps=2", "adapt.lora.r=3"])
+    assert before == {"retrain": {"steps": 1}}
+
+
+def test_methods_take_fields_names_and_rates() -> None:
+    recipe = parse(
+        "retrain.methods=[{peft-ml: {form: last-layer, as: end}}, {reptile: {learning_rate: 0.5}}]",
+        "retrain.learning_rates=[1e-4, 2e-4]",
+    )
+    last, reptile = recipe.entries
+    assert (last.name, last.method, last.rates) == ("end", "peft-ml", [1e-4, 2e-4])
+    assert last.record(1e-4).form == "last-layer"
+    assert reptile.rates == [0.5]
+
+
+def test_yaml_reads_exponents_as_numbers() -> None:
+    assert parse_yaml("[1e-4, 2E5, -3e-1, 0x10, v1e4]", "x") == [1e-4, 2e5, -0.3, 16, "v1e4"]
+
+
+def test_yaml_refuses_a_key_that_stands_twice() -> None:
+    with pytest.raises(UserError, match='line 2: bad YAML: the key "steps" stands twice'):
+        parse_yaml("steps: 1\nsteps: 2\n", "x.yaml")
+
+
+def test_yaml_runs_no_code() -> None:
+    with pytest.raises(UserError, match="bad YAML"):
+        parse_yaml("!!python/object/apply:os.system [echo hi]", "x.yaml")
+
+
+def test_parse_block_refuses_unknown_keys() -> None:
+    with pytest.raises(UserError, match='Did you mean "steps"'):
+        parse_block(AdaptBlock, ["step=3"])
+
+
+def test_tasks_block_is_source() -> None:
+    block = TasksBlock(source="x").model_dump()
+    assert block == Source(source="x").to_dict()
+
+
+def test_blocks_have_the_fields_of_run() -> None:
+    # Where a run is set up once for all (seed, folder, device …) the blocks have no say.
+    common = {"seed", "precision", "device", "out", "resume", "overwrite", "progress"}
+    fields = {field.name for field in dataclasses.fields(Run)} - common
+    assert fields <= set(RetrainBlock.model_fields) | set(AdaptBlock.model_fields)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_objective_block_repeats_the_objective(kind: str) -> None:
+    from foretune.tasks.objectives import make_objective
+
+    fields = {
+        field.name: field.default
+        for field in dataclasses.fields(make_objective(kind))
+        if field.name != "tokenizer" and not field.metadata.get("learnt")
+    }
+    assert OBJECTIVES[kind](kind=kind).model_dump(exclude={"kind"}) == fields
