@@ -46,7 +46,7 @@ imports: setup
 	$(BIN)/lint-imports
 
 docs: setup
-	$(PYTEST) tests/promises
+	$(PYTEST) -m "not slow" tests/promises
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -59,7 +59,7 @@ bench-quickstart: setup
 
 bench-convai2: setup
 	@test -n "$(DATA)" || { echo "usage: make bench-convai2 DATA=path/to/convai2.jsonl"; exit 2; }
-	$(BIN)/foretune run convai2 tasks.source="$(DATA)" --out runs/bench-convai2 --resume
+	$(BIN)/foretune run convai2 tasks.source="$(DATA)" seeds=3 --out runs/bench-convai2 --resume
 	cp runs/bench-convai2/comparison.json benchmarks/results/convai2.json
 	cp runs/bench-convai2/run.json benchmarks/results/convai2.machine.json
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,17 +65,19 @@ class Run:
     def __post_init__(self) -> None:
         if self.out is not None:
             object.__setattr__(self, "out", Path(self.out))
-        at_least("seed", self.seed, 0)
-        at_least("steps", self.steps, 1)
-        at_least("tasks_per_step", self.tasks_per_step, 1)
-        at_least("batch_size", self.batch_size, 1)
-        at_least("eval_every", self.eval_every, 0)
-        at_least("eval_rows", self.eval_rows, 1)
-        at_least("tasks_per_wave", self.tasks_per_wave, 1)
+        whole("seed", self.seed, 0)
+        whole("steps", self.steps, 1)
+        whole("tasks_per_step", self.tasks_per_step, 1, optional=True)
+        whole("batch_size", self.batch_size, 1)
+        whole("eval_every", self.eval_every, 0, optional=True)
+        whole("eval_rows", self.eval_rows, 1, optional=True)
+        whole("tasks_per_wave", self.tasks_per_wave, 1, optional=True)
+        if self.weight_decay is None:
+            raise UserError("weight_decay must be a number not below 0, got None; 0 is off")
         at_least("weight_decay", self.weight_decay, 0)
         at_least("max_grad_norm", self.max_grad_norm, 1e-12)
-        if not 0 <= self.warmup <= 1:
-            raise UserError(f"warmup is a share between 0 and 1, got {self.warmup}")
+        if not isinstance(self.warmup, (int, float)) or not 0 <= self.warmup <= 1:
+            raise UserError(f"warmup is a share between 0 and 1, got {self.warmup!r}")
         one_of("schedule", self.schedule, ("linear", "cosine", "constant"))
         one_of("precision", self.precision, ("fp32", "bf16"))
 
@@ -101,6 +104,20 @@ def at_least(name: str, value: Any, least: float) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
         raise UserError(f"{name} must be a number not below {least:g}, got {value!r}")
+
+
+def whole(name: str, value: Any, least: int, *, optional: bool = False) -> None:
+    """Raises UserError unless `value` is a whole number not below `least` (or None, if optional)."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name} must be a whole number not below {least}, got {value!r}")
+
+
+def above_zero(name: str, value: Any) -> None:
+    """Raises UserError unless `value` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UserError(f"{name} must be a number above 0, got {value!r}")
 
 
 def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

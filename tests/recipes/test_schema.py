@@ -64,7 +64,7 @@ def test_convai2_has_forty_unseen_personas() -> None:
         ("retrain.stepz=3", 'unknown key "retrain.stepz" in my.yaml. Did you mean "steps"?'),
         ("retrain.steps=ten", "\"retrain.steps\" in my.yaml must be a whole number, got 'ten'"),
         ("retrain.steps=yes", "must be a whole number, got True"),
-        ("retrain.steps=0", "my.yaml: retrain.steps must be a number not below 1, got 0"),
+        ("retrain.steps=0", "my.yaml: retrain.steps must be a whole number not below 1, got 0"),
         ("retrain.schedule=fast", "must be 'linear', 'cosine' or 'constant', got 'fast'"),
         ("retrain.methods=[peft-mll]", 'Did you mean "peft-ml"?'),
         ("retrain.methods=[lora]", '"lora" is to adapt'),

@@ -40,7 +40,10 @@ def lora_fields(lora: Any) -> dict[str, Any]:
                 f'lora field "{name}" is not supported; supported are {", ".join(KNOWN_FIELDS)}.'
                 + did_you_mean(name, KNOWN_FIELDS)
             )
-    fields = {k: sorted(v) if isinstance(v, set) else v for k, v in lora.items()}
+    fields = {
+        k: sorted(v) if isinstance(v, set) else list(v) if isinstance(v, tuple) else v
+        for k, v in lora.items()
+    }
     r = fields.get("r", 8)
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise UserError(f"lora r (the rank) must be a whole number not below 1, got {r!r}")

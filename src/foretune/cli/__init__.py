@@ -5,6 +5,7 @@ Nothing here imports torch, transformers or peft before a command really needs i
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -55,4 +56,6 @@ app.command("doctor")(doctor.doctor)
 
 def main() -> None:
     """The `foretune` program."""
+    # On busy cores OpenMP's threads otherwise burn each other's time while they wait.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

@@ -73,6 +73,7 @@ def compare(
     seen: TaskCollection | None = None,
     learning_rates: Sequence[float] = (),
     rates: Mapping[str, float] | None = None,
+    keep: Path | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Adapts every base to every unseen task at several numbers of shots, and compares.
@@ -87,6 +88,8 @@ def compare(
         seen: Tasks on whose validation rows the learning rate is searched.
         learning_rates: Candidates, the same for every base; empty for the method's own rate.
         rates: Rates that are known already, by base; those bases are not searched again.
+        keep: Folder for the adapters at the last of `shots` (first draw), `<base>/<task>`; None
+            forgets them.
         progress: Called with (update, updates, figures) during each adaptation.
 
     Returns:
@@ -133,6 +136,8 @@ def compare(
                 for (task, draw), score in adapted.scores.items()
             ]
             cost = _summed(cost, adapted.cost)
+        if keep is not None:
+            adapted.first_draw().save(keep / name, base=_base_path(given))
         entry = _about(name, given)
         entry["adapt"] = {
             "learning_rate": getattr(method, "learning_rate", None),
@@ -156,12 +161,7 @@ def compare(
                 "batch_size": run.batch_size,
                 "shots_unit": unit,
             },
-            "collection": {
-                "num_seen": None if seen is None else len(seen),
-                "num_unseen": len(unseen),
-                "rows_seen": None if seen is None else sum(map(len, seen)),
-                "rows_unseen": sum(map(len, unseen)),
-            },
+            "collection": _counted(seen, "seen") | _counted(unseen, "unseen"),
             "bases": about,
             "scores": scores,
             "pairs": pairs,
@@ -250,9 +250,21 @@ def _about(name: str, given: nn.Module | Outcome) -> dict[str, Any]:
         "method": method.name,
         "label": method.label,
         "config": method.to_dict(),
-        "path": None if given.run.out is None else str(given.run.out / "base"),
+        "path": _base_path(given),
         "retrain": {"learning_rate": getattr(method, "learning_rate", None), **given.cost},
     }
+
+
+def _base_path(given: nn.Module | Outcome) -> str | None:
+    if isinstance(given, Outcome):
+        return None if given.run.out is None else str(given.run.out / "base")
+    return getattr(given, "name_or_path", None) or None
+
+
+def _counted(tasks: TaskCollection | None, side: str) -> dict[str, int]:
+    if tasks is None:
+        return {}
+    return {f"num_{side}": len(tasks), f"rows_{side}": sum(map(len, tasks))}
 
 
 def _summed(total: dict[str, Any], cost: Mapping[str, Any]) -> dict[str, Any]:

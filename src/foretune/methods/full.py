@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from foretune.run import Run, at_least
+from foretune.run import Run, above_zero
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +33,7 @@ class Full:
     pooled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        at_least("learning_rate", self.learning_rate, 1e-12)
+        above_zero("learning_rate", self.learning_rate)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from foretune.adapters.config import lora_fields
-from foretune.run import Run, at_least
+from foretune.run import Run, above_zero
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +52,7 @@ class LoRA:
     pooled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        at_least("learning_rate", self.learning_rate, 1e-12)
+        above_zero("learning_rate", self.learning_rate)
         object.__setattr__(self, "lora", lora_fields(self.lora))
 
     def to_dict(self) -> dict[str, Any]:

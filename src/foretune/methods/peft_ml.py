@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from foretune.adapters.config import lora_fields
-from foretune.run import Run, at_least, one_of
+from foretune.run import Run, above_zero, one_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,8 +75,8 @@ class PEFTML:
     pooled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        at_least("learning_rate", self.learning_rate, 1e-12)
-        at_least("adapter_learning_rate", self.adapter_learning_rate, 1e-12)
+        above_zero("learning_rate", self.learning_rate)
+        above_zero("adapter_learning_rate", self.adapter_learning_rate)
         one_of("form", self.form, ("lora", "last-layer"))
         object.__setattr__(self, "lora", lora_fields(self.lora))
 

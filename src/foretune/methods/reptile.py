@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from foretune.adapters.config import lora_fields
-from foretune.run import Run, at_least, one_of
+from foretune.run import Run, above_zero, one_of, whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,9 +67,9 @@ class Reptile:
     pooled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        at_least("learning_rate", self.learning_rate, 1e-12)
-        at_least("inner_learning_rate", self.inner_learning_rate, 1e-12)
-        at_least("inner_steps", self.inner_steps, 1)
+        above_zero("learning_rate", self.learning_rate)
+        above_zero("inner_learning_rate", self.inner_learning_rate)
+        whole("inner_steps", self.inner_steps, 1)
         one_of("inner", self.inner, ("all", "adapter"))
         object.__setattr__(self, "lora", lora_fields(self.lora))
 

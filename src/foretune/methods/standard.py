@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from foretune.run import Run, at_least, one_of
+from foretune.run import Run, above_zero, one_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +43,7 @@ class Standard:
     pooled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        at_least("learning_rate", self.learning_rate, 1e-12)
+        above_zero("learning_rate", self.learning_rate)
         one_of("heads", self.heads, ("shared", "per-task"))
 
     def to_dict(self) -> dict[str, Any]:

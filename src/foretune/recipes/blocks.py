@@ -59,6 +59,7 @@ class TasksBlock(Block):
     max_rows: int | None = None
     num_candidates: int = 20
     candidate_pool: int | None = None
+    candidates_from: Literal["others", "own"] = "others"
     candidate_seed: int = 0
     columns: dict[str, str] = Field(default_factory=dict)
     seed: int = 0

@@ -7,12 +7,16 @@ from typing import Any
 
 def model_card(comparison: dict[str, Any]) -> str:
     """The card, in Markdown, with the front matter that the hub reads."""
+    from foretune.training.outcome import folder_name
+
     best = comparison["verdict"]["best"]
     bases = {base["name"]: base for base in comparison["bases"]}
     chosen = bases[best] if best in bases else next(iter(bases.values()))
     path = chosen.get("path") or "base"
     collection = comparison["collection"]
-    seen = collection.get("num_seen")
+    seen, number = collection.get("num_seen"), collection["num_unseen"]
+    tasks = "task" if number == 1 else "tasks"
+    some_task = folder_name(comparison["scores"][-1]["task"])
     retrained = "" if seen is None else f" retrained on {seen} tasks and"
     lines = [
         "---",
@@ -24,8 +28,8 @@ def model_card(comparison: dict[str, Any]) -> str:
         "",
         comparison["verdict"]["sentence"],
         "",
-        f"Bases{retrained} compared by adapting each to "
-        f"{collection['num_unseen']} tasks that no retraining saw. `report.html` shows the "
+        f"Bases{retrained} compared by adapting each to {number} {tasks} that no retraining saw. "
+        "`report.html` shows the "
         "few-shot curves, the differences by task and the costs; `comparison.json` holds every "
         "score; `config.yaml` runs it again.",
         "",
@@ -34,9 +38,11 @@ def model_card(comparison: dict[str, Any]) -> str:
         *(f"| {b['label']} | {b['method']} | `{b.get('path') or '-'}` |" for b in bases.values()),
         "",
         "```python",
+        "from peft import PeftModel",
         "from transformers import AutoModel",
         "",
         f'base = AutoModel.from_pretrained("{path}")',
+        f'model = PeftModel.from_pretrained(base, "adapters/{chosen["name"]}/{some_task}")',
         "```",
         "",
     ]

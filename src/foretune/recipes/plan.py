@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,19 +114,14 @@ def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:
     run = setup.recipe.retrain_run().replace(eval_every=0)
     tasks = _trimmed(setup.seen, run.batch_size)
 
-    def timed(steps: int) -> Any:
-        return foretune.retrain(
-            setup.model,
-            tasks,
-            entry.record(),
-            run.replace(steps=steps),
-            tokenizer=setup.tokenizer,
-        )
-
-    # A method with an inner loop moves the base once in several batches.
-    unit = getattr(entry.record(), "inner_steps", 0) + 1
-    one, more = timed(unit), timed(unit * (1 + TIMED_STEPS))
-    step = max(more.cost["seconds"] - one.cost["seconds"], 0.0) / (TIMED_STEPS * unit)
+    record, watch = entry.record(), Stopwatch()
+    # A method whose episodes are of all tasks together moves the base once in several batches.
+    episode = getattr(record, "inner_steps", 0) + 1 if _inner(record) == "adapter" else 1
+    run = run.replace(steps=episode * (1 + TIMED_STEPS))
+    timed = foretune.retrain(
+        setup.model, tasks, record, run, tokenizer=setup.tokenizer, progress=watch
+    )
+    step = watch.seconds_an_update() * watch.updates / run.steps
     together = min(run.tasks_per_step or len(setup.seen), len(setup.seen))
     trials = len(entry.rates) if len(entry.rates) > 1 else 0
     steps = setup.recipe.seeds * block.steps + trials * (block.search_steps or block.steps)
@@ -134,10 +130,10 @@ def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:
     per_row = step / (together * run.batch_size) * FORWARD_SHARE
     return Cost(
         name=entry.name,
-        parameters=_parameters(more.model, more.bank),
+        parameters=_parameters(timed.model, timed.bank),
         step_seconds=step,
         seconds=steps * step + validations * rows * per_row,
-        peak_memory_mb=more.cost.get("peak_memory_mb"),
+        peak_memory_mb=timed.cost.get("peak_memory_mb"),
     )
 
 
@@ -147,11 +143,10 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
     record = recipe.adapt_record(block.rates[0] if block.rates else None)
     tasks = _trimmed(unseen, run.batch_size)
 
-    def timed(steps: int) -> Any:
-        return foretune.adapt(setup.model, tasks, record, run.replace(steps=steps))
-
-    one, more = timed(1), timed(1 + TIMED_STEPS)
-    step = max(more.cost["seconds"] - one.cost["seconds"], 0.0) / TIMED_STEPS
+    watch = Stopwatch()
+    run = run.replace(steps=1 + TIMED_STEPS)
+    timed = foretune.adapt(setup.model, tasks, record, run, progress=watch)
+    step = watch.seconds_an_update()
     repeats = len(recipe.entries) * recipe.seeds
     adaptations = repeats * len(block.shots) * block.draws
     searches = repeats * len(block.rates) if len(block.rates) > 1 else 0
@@ -160,12 +155,31 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
     per_row = step / (len(unseen) * run.batch_size) * FORWARD_SHARE
     return Cost(
         name=block.method,
-        parameters={"adapter": int(more.cost.get("trainable_parameters") or 0)},
+        parameters={"adapter": int(timed.cost.get("trainable_parameters") or 0)},
         step_seconds=step,
         seconds=block.steps * step * (adaptations + searches * searched)
         + (adaptations + repeats) * test_rows * per_row,
-        peak_memory_mb=more.cost.get("peak_memory_mb"),
+        peak_memory_mb=timed.cost.get("peak_memory_mb"),
     )
+
+
+class Stopwatch:
+    """Times the updates of a training; the first, which also warms things up, is left out."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+        self.updates = 0
+
+    def __call__(self, update: int, updates: int, figures: dict[str, Any]) -> None:
+        self.ticks.append(time.perf_counter())
+        self.updates = updates
+
+    def seconds_an_update(self) -> float:
+        return (self.ticks[-1] - self.ticks[0]) / max(1, len(self.ticks) - 1)
+
+
+def _inner(record: Any) -> str | None:
+    return getattr(record, "inner", None)
 
 
 def _validations(eval_every: int | None, steps: int) -> int:

@@ -167,6 +167,7 @@ def compare_repeat(
             seen=setup.search_tasks,
             learning_rates=tuple(block.rates),
             rates=rates,
+            keep=out / "adapters" if seed == 0 else None,
             progress=progress,
         ).to_dict()
     for base in comparison["bases"]:

@@ -44,6 +44,7 @@ def draw_candidates(
     seed: int = 0,
     pool: int | None = None,
     group_column: str | None = None,
+    own_task: bool = False,
 ) -> TaskCollection:
     """The collection with `candidates` and `answer` in the place of every row's `response`.
 
@@ -58,6 +59,8 @@ def draw_candidates(
             must be encoded; None for all.
         group_column: The column that says which rows belong together; None for "dialogue" or
             "group" where a row has one.
+        own_task: Draw from the task's own other rows, which makes harder candidates, instead of
+            other groups or tasks.
 
     Raises:
         UserError: There are too few distinct responses.
@@ -65,7 +68,7 @@ def draw_candidates(
     import numpy as np
 
     _check_counts(num_candidates, pool)
-    responses = _index(collection, group_column)
+    responses = _index(collection, group_column, own_task)
     tasks, start = [], 0
     for number, task in enumerate(collection):
         splits: dict[str, Sequence[Example]] = {}
@@ -78,7 +81,10 @@ def draw_candidates(
                 splits[split] = rows
                 continue
             rng = np.random.default_rng(seed_for(seed, task.name, split))
-            source = np.flatnonzero(responses.split == split_number)
+            allowed = responses.split == split_number
+            if own_task:
+                allowed &= responses.task == number
+            source = np.flatnonzero(allowed)
             if pool is not None:
                 source = _pool(responses, number, source, pool, rng)
             drawn = _draw(responses, own, source, num_candidates - 1, rng, task.name)
@@ -110,7 +116,9 @@ def _check_counts(num_candidates: int, pool: int | None) -> None:
         )
 
 
-def _index(collection: TaskCollection, group_column: str | None) -> _Responses:
+def _index(
+    collection: TaskCollection, group_column: str | None, own_task: bool
+) -> _Responses:
     import numpy as np
 
     texts: dict[str, int] = {}
@@ -120,7 +128,8 @@ def _index(collection: TaskCollection, group_column: str | None) -> _Responses:
         for split_number, split in enumerate(SPLITS):
             for row in task.split(split):
                 response = true_response(row)
-                group = group_of(row, group_column)
+                # With distractors from the own task only the row itself is out of bounds.
+                group = len(table) if own_task else group_of(row, group_column)
                 owner = owners.setdefault((number, repr(group)), len(owners))
                 text = texts.setdefault(response, len(texts))
                 table.append((text, owner, number, split_number))

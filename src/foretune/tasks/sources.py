@@ -38,6 +38,8 @@ class Source:
         max_rows: Keep so many train rows of a task, drawn with the seed.
         num_candidates: Candidates of choice rows that bring a response only, itself included.
         candidate_pool: Distinct responses from which a task's distractors come; None for all.
+        candidates_from: "others" for distractors from other groups or tasks, "own" for distractors
+            from the task's own other rows.
         candidate_seed: Seeds the distractors.
         columns: Columns to rename: theirs → ours.
         seed: Seeds the draw of tasks, splits and rows.
@@ -57,6 +59,7 @@ class Source:
     max_rows: int | None = None
     num_candidates: int = 20
     candidate_pool: int | None = None
+    candidates_from: str = "others"
     candidate_seed: int = 0
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     seed: int = 0
@@ -78,6 +81,7 @@ class Source:
                 f"got {self.validation} + {self.test}"
             )
         at_least("num_candidates", self.num_candidates, 2)
+        one_of("candidates_from", self.candidates_from, ("others", "own"))
         at_least("candidate_pool", self.candidate_pool, self.num_candidates - 1)
         for name in ("min_rows", "max_tasks", "max_rows"):
             at_least(name, getattr(self, name), 1)
@@ -228,6 +232,7 @@ def _finish(
         source.candidate_seed,
         source.candidate_pool,
         source.group_column,
+        source.candidates_from == "own",
     )
 
 

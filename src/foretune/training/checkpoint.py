@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -82,7 +83,7 @@ class CheckpointStore:
         try:
             meta = json.loads((path / "state.json").read_text())
             return load_file(path / "state.safetensors"), meta
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"{path} is no readable checkpoint ({error}); remove that folder to continue from "
                 "an older one, or start again with --overwrite"
@@ -172,7 +173,8 @@ def claim_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _check_is_ours(folder: Path) -> None:
-    ours = ("run.json", "config.yaml", "adapters", "base", "comparison.json", "bases", "scores.json")
+    ours = ("run.json", "config.yaml", "adapters", "base", "comparison.json", "bases", "foretune.json",
+            "scores.json")
     names = {path.name for path in folder.iterdir()}
     if names.isdisjoint(ours) and not any(NAME.fullmatch(n) for n in names):
         raise UserError(

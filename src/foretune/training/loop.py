@@ -135,6 +135,7 @@ def _validate_and_keep(
     losses: list[float],
     validate: bool,
 ) -> None:
+    _check_weights(learner, data, record["step"], run)
     entry: dict[str, Any] = {"step": record["step"], "loss": sum(losses) / len(losses)}
     scores = learner.score(data, "validation", run.eval_rows) if validate else {}
     if scores:
@@ -152,9 +153,25 @@ def _check_finite(
 ) -> None:
     for slot, loss in by_slot.items():
         if not math.isfinite(loss):
-            kept = f"; the last checkpoint is in {run.out}" if run.out is not None else ""
-            raise Diverged(
-                f"the loss is {loss} at step {update + 1}, task {data.slots[slot].key!r}: try a "
-                f"lower learning_rate (now {learner.learning_rate or learner.bank_learning_rate:g}), "
-                f"a longer warmup or a smaller max_grad_norm{kept}"
-            )
+            what = f"the loss is {loss} at step {update + 1}, task {data.slots[slot].key!r}"
+            raise _diverged(what, learner, run)
+
+
+def _check_weights(learner: Learner, data: TaskData, step: int, run: Run) -> None:
+    """A finite loss may have a gradient that is not; what it left must not become a checkpoint."""
+    for name, p in learner.model.named_parameters():
+        if p.requires_grad and not torch.isfinite(p).all():
+            raise _diverged(f"the weights of {name} are not finite after step {step}", learner, run)
+    for p in () if learner.bank is None else learner.bank.parameters():
+        for slot in torch.nonzero(~torch.isfinite(p).flatten(1).all(1)).flatten().tolist():
+            what = f"the adapter is not finite after step {step}, task {data.slots[slot].key!r}"
+            raise _diverged(what, learner, run)
+
+
+def _diverged(what: str, learner: Learner, run: Run) -> Diverged:
+    rate = learner.learning_rate or learner.bank_learning_rate
+    kept = f"; the last checkpoint is in {run.out}" if run.out is not None else ""
+    return Diverged(
+        f"{what}: try a lower learning_rate (now {rate:g}), a longer warmup or a smaller "
+        f"max_grad_norm{kept}"
+    )

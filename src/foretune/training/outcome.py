@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Outcome:
         history: One dict for each validation.
         validation_score: The best mean score on the seen tasks' validation rows; None without.
         cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, trainable_parameters.
+        tasks: Names of the seen tasks.
     """
 
     model: nn.Module
@@ -44,6 +46,7 @@ class Outcome:
     history: list[dict[str, Any]] = field(default_factory=list)
     validation_score: float | None = None
     cost: dict[str, Any] = field(default_factory=dict)
+    tasks: Sequence[str] = ()
 
     def save(self, folder: Path | str) -> Path:
         """Writes `base/`, `adapters/<task>/`, run.json, metrics.jsonl and a model card.
@@ -68,6 +71,7 @@ class Outcome:
             "method": self.method.to_dict(),
             "run": self.run.to_dict(),
             "objective": self.objective.to_dict(),
+            "tasks": list(self.tasks),
             "validation_score": self.validation_score,
             "cost": self.cost,
             "environment": environment(),
@@ -121,6 +125,14 @@ class Adapted:
     base_fingerprint: str
     models: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
+
+    def first_draw(self) -> Adapted:
+        """The part of the result that belongs to the first draw of each task."""
+        parts = {
+            name: {key: value for key, value in getattr(self, name).items() if key[1] == 0}
+            for name in ("scores", "num_rows", "tensors", "models")
+        }
+        return replace(self, **parts)
 
     def save(self, folder: Path | str, base: str | None = None) -> Path:
         """Writes a PEFT folder for each task (`<task>`, or `<task>-draw<k>` beyond the first)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from foretune.models.loading import load_weights
 from foretune.run import Run
 from foretune.training.checkpoint import write_whole
 from foretune.training.learner import Learner
-from foretune.training.outcome import folder_name
+from foretune.training.outcome import Adapted, folder_name
 
+TaskDraw = tuple[str, int]
 RECORD = "run.json"
+SCORES = "scores.json"
 # What may differ between a run and its continuation: it does not change the result.
 MOVABLE = ("out", "resume", "overwrite", "progress", "device", "tasks_per_wave")
 
@@ -75,3 +78,32 @@ def read_back(folder: Path, learner: Learner | None, model: Any) -> list[dict[st
             load_adapter(bank, slot, folder / "adapters" / folder_name(key), model)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def save_wave(
+    result: Adapted,
+    wave: Sequence[TaskDraw],
+    done: dict[TaskDraw, tuple[float, int]],
+    folder: Path,
+) -> None:
+    """Writes the adapters of one wave, then adds its scores to those on disk."""
+    tensors = {key: result.tensors[key] for key in wave if key in result.tensors}
+    models = {key: result.models[key] for key in wave if key in result.models}
+    replace(result, tensors=tensors, models=models).save(folder)
+    done |= {
+        key: (result.scores[key], result.num_rows[key]) for key in wave if key in result.scores
+    }
+    rows = [
+        {"task": task, "draw": draw, "folder": folder_name(task, draw), "score": s, "num_rows": n}
+        for (task, draw), (s, n) in done.items()
+    ]
+    write_whole(folder / SCORES, json.dumps(rows, indent=1))
+
+
+def scores_on_disk(folder: Path) -> dict[TaskDraw, tuple[float, int]]:
+    """The scores of the tasks that an interrupted `adapt` has finished."""
+    file = folder / SCORES
+    if not file.is_file():
+        return {}
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    return {(row["task"], row["draw"]): (row["score"], row["num_rows"]) for row in rows}

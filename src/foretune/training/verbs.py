@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +17,13 @@ from foretune.models.surgery import match_head
 from foretune.run import Run
 from foretune.tasks.objectives import Objective
 from foretune.tasks.task import Task, TaskCollection
-from foretune.training.checkpoint import CheckpointStore, claim_folder, write_whole
+from foretune.training.checkpoint import CheckpointStore, claim_folder
 from foretune.training.data import PerTaskSampler, PooledSampler, Sampler, SlotRows, TaskData, number_of
 from foretune.training.learner import Learner
 from foretune.training.loop import Progress, fit
-from foretune.training.outcome import Adapted, Outcome, folder_name
+from foretune.training.outcome import Adapted, Outcome
 from foretune.training.record import metered
-from foretune.training.resume import begin, read_back
+from foretune.training.resume import TaskDraw, begin, read_back, save_wave, scores_on_disk
 from foretune.training.scoring import score_slots
 
 
@@ -98,6 +96,7 @@ def retrain(
         history=record["history"],
         validation_score=record["best_score"],
         cost=cost,
+        tasks=data.keys,
     )
     if run.out is not None:
         if finished is None:
@@ -148,17 +147,21 @@ def adapt(
     match_head(model, objective.num_outputs(), run.seed)
     slots = list(draw_shots(tasks, objective.kind, shots, draws, run.seed))
     result = Adapted({}, {}, {}, {}, "")
-    done = _scores_on_disk(out) if out is not None else {}
-    slots = [slot for slot in slots if slot.key not in done]
+    done: dict[TaskDraw, tuple[float, int]] = {}
+    if out is not None:
+        begin(out, method, run, shots=shots, split=split, base=fingerprint(model))
+        wanted = {(slot.task, slot.draw) for slot in slots}
+        done = {key: found for key, found in scores_on_disk(out).items() if key in wanted}
+        slots = [slot for slot in slots if (slot.task, slot.draw) not in done]
     with torch.random.fork_rng(), metered() as cost:
         for wave in _waves(slots, run.tasks_per_wave if method.shares_base else 1):
             _adapt_wave(model, wave, objective, method, run, split, result, progress)
             if out is not None:
-                _save_wave(result, done, out)
+                save_wave(result, [(rows.task, rows.draw) for rows in wave], done, out)
     result.cost |= cost
     for key, (score, num_rows) in done.items():
-        result.scores.setdefault(_task_draw(key), score)
-        result.num_rows.setdefault(_task_draw(key), num_rows)
+        result.scores.setdefault(key, score)
+        result.num_rows.setdefault(key, num_rows)
     return result
 
 
@@ -249,7 +252,10 @@ def sampler_for(method: Any, data: TaskData, run: Run, batches_per_update: int =
     sizes = [len(slot.train) for slot in data.slots]
     if method.pooled:
         together = min(run.tasks_per_step or len(data), len(data))
-        return PooledSampler(sizes, together * run.batch_size, run.seed)
+        # As many rows as the other sampler draws, which never repeats a row within a batch.
+        in_a_round = sum(min(run.batch_size, size) for size in sizes)
+        count = max(1, round(in_a_round * together / len(sizes)))
+        return PooledSampler(sizes, count, run.seed)
     return PerTaskSampler(
         sizes, run.batch_size, run.tasks_per_step, run.seed, data.keys, batches_per_update
     )
@@ -279,25 +285,3 @@ def _waves(slots: list[SlotRows], size: int | None) -> Iterator[list[SlotRows]]:
     size = size or max(1, len(slots))
     for start in range(0, len(slots), size):
         yield slots[start : start + size]
-
-
-def _task_draw(key: str) -> tuple[str, int]:
-    task, mark, draw = key.rpartition("#")
-    return (task, int(draw)) if mark and draw.isdigit() else (key, 0)
-
-
-def _save_wave(result: Adapted, done: dict[str, tuple[float, int]], out: Path) -> None:
-    result.save(out)
-    for (task, draw), score in result.scores.items():
-        key = task if draw == 0 else f"{task}#{draw}"
-        done[key] = (score, result.num_rows[task, draw])
-    rows = [{"key": k, "folder": folder_name(*_task_draw(k)), "score": s, "num_rows": n}
-            for k, (s, n) in done.items()]
-    write_whole(out / "scores.json", json.dumps(rows, indent=1))
-
-
-def _scores_on_disk(out: Path) -> dict[str, tuple[float, int]]:
-    file = out / "scores.json"
-    if not file.is_file():
-        return {}
-    return {row["key"]: (row["score"], row["num_rows"]) for row in json.loads(file.read_text())}

@@ -84,8 +84,9 @@ class Classification:
     def fit(self, tasks: TaskCollection) -> Classification:
         """Learns each task's labels from its training rows.
 
-        A space of ids that was learnt before stays, if it covers the labels of these tasks: a head
-        that was trained on seen tasks then means the same on unseen ones.
+        Fitted anew to other tasks, ids stay shared if the labels of those tasks are all known: a
+        head that was trained on seen tasks then means the same on unseen ones. Otherwise each of
+        those tasks needs a head of its own, and ids are local.
 
         Raises:
             UserError: A row without a label, or one whose label its task's training rows lack.
@@ -97,8 +98,10 @@ class Classification:
         labels = {task.name: self._labels(task) for task in tasks}
         found = set().union(*labels.values())
         space = self.space
-        if space is None or not found <= set(space):
+        if not self.labels:
             space = sort_labels(found) if len(set(labels.values())) == 1 else None
+        elif space is not None and not found <= set(space):
+            space = None
         return dataclasses.replace(self, labels=labels, space=space)
 
     def _labels(self, task: Task) -> tuple[Label, ...]:

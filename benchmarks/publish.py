@@ -1,0 +1,109 @@
+"""Puts the comparison of a finished run into benchmarks/results/, and its table into the docs.
+
+    python benchmarks/publish.py runs/bench-quickstart quickstart    # after a run
+    python benchmarks/publish.py --check                             # are the tables up to date?
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "reproduce.md")
+
+
+def publish(run: Path, name: str) -> Path:
+    """Copies what is worth keeping of a run's comparison.json, with versions and machine."""
+    comparison = json.loads((run / "comparison.json").read_text("utf-8"))
+    record = json.loads((run / "run.json").read_text("utf-8"))
+    kept = {key: value for key, value in comparison.items() if key != "recipe"}
+    for base in kept["bases"]:
+        base["path"] = None
+    for score in kept["scores"]:
+        score["score"] = round(score["score"], 6)
+    # A recipe as it was run, but for the places of this machine.
+    lines = [line for line in comparison["recipe"].splitlines() if not line.startswith("out:")]
+    kept["recipe"] = "\n".join(without_folder(line) for line in lines)
+    kept["environment"] = record["environment"]
+    target = RESULTS / f"{name}.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(kept, separators=(",", ":")) + "\n", encoding="utf-8")
+    return target
+
+
+def without_folder(line: str) -> str:
+    """`  source: /some/where/valid.jsonl.gz` → `  source: valid.jsonl.gz`."""
+    key, colon, value = line.partition("source: ")
+    return key + colon + Path(value).name if colon else line
+
+
+def table(result: dict[str, Any]) -> str:
+    """The means with their intervals, and each base's difference from the controls, as Markdown."""
+    shots = sorted({mean["shots"] for mean in result["means"]}, key=lambda k: (k is None, k))
+    unit = result["adapt"].get("shots_unit", "rows")
+    means = {(mean["base"], mean["shots"]): mean for mean in result["means"]}
+    most = [k for k in shots if k][-1]
+    titles = ["before adapting" if k == 0 else f"{'all' if k is None else k} {unit}" for k in shots]
+    head = ["base", *titles, f"− none, {most} {unit}", f"− standard, {most} {unit}", "seconds"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for base in result["bases"]:
+        cells = [base["label"]]
+        for k in shots:
+            mean = means.get((base["name"], k))
+            cells.append("" if mean is None else f"{100 * mean['mean']:.1f}")
+        cells += [difference(result, base["name"], control, most) for control in ("none", "standard")]
+        cells.append(f"{(base['retrain'] or {}).get('cpu_seconds', 0):.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    collection = result["collection"]
+    seeds = 1 + max(score["seed"] for score in result["scores"])
+    lines += [
+        "",
+        f"Accuracy in per cent; differences in points with 95 % intervals; {collection['num_seen']} "
+        f"tasks seen, {collection['num_unseen']} unseen, {seeds} seeds; seconds of CPU time of one "
+        f"retraining. {result['verdict']['sentence']}",
+    ]
+    return "\n".join(lines)
+
+
+def difference(result: dict[str, Any], base: str, control: str, shots: int) -> str:
+    """`+1.2 (+0.3 to +2.0)` for base − control."""
+    for pair in result["pairs"]:
+        if pair["shots"] != shots or {pair["a"], pair["b"]} != {base, control}:
+            continue
+        sign = 1 if pair["a"] == base else -1
+        ends = sorted((sign * pair["low"], sign * pair["high"]))
+        middle, low, high = (100 * v for v in (sign * pair["difference"], *ends))
+        return f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
+    return ""
+
+
+def with_tables(text: str) -> str:
+    """A page with the part between `<!-- results NAME -->` and `<!-- end -->` made anew."""
+    for path in sorted(RESULTS.glob("*.json")):
+        start, end = f"<!-- results {path.stem} -->\n", "<!-- end -->"
+        before, found, rest = text.partition(start)
+        if found:
+            made = table(json.loads(path.read_text("utf-8")))
+            text = before + found + made + "\n" + end + rest.partition(end)[2]
+    return text
+
+
+def main(arguments: list[str]) -> int:
+    if arguments != ["--check"]:
+        run, name = arguments
+        print(publish(Path(run), name))
+    stale = [page for page in PAGES if page.exists() and with_tables(page.read_text()) != page.read_text()]
+    for page in stale:
+        if arguments == ["--check"]:
+            print(f"{page.name} is older than benchmarks/results: run benchmarks/publish.py")
+        else:
+            page.write_text(with_tables(page.read_text("utf-8")), encoding="utf-8")
+    return int(bool(stale) and arguments == ["--check"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,66 @@
+"""What must hold for the repository as a whole."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import foretune
+from foretune.recipes.schema import load_recipe, packaged_recipes
+from foretune.recipes.templates import TEMPLATES
+
+ROOT = Path(__file__).resolve().parents[2]
+SKIPPED = re.compile(r"\.git|\.venv|runs|build|dist|\w*_*cache_*|\.\w+_cache|.*\.egg-info")
+TEXT = {".py", ".md", ".yaml", ".toml", ".txt", ".json", ".j2", ".css", ""}
+# Spelt in halves, or this file would be the first to be found.
+FORBIDDEN = re.compile("/wo" + "rk/|iss" + "ue #|/ro" + "ot/", re.IGNORECASE)
+
+
+def texts() -> list[Path]:
+    found: list[Path] = []
+    for folder, below, files in os.walk(ROOT):
+        below[:] = [name for name in below if not SKIPPED.fullmatch(name)]
+        found += [Path(folder) / name for name in files if Path(name).suffix in TEXT]
+    return found
+
+
+def test_no_file_mentions_a_machine() -> None:
+    assert len(texts()) > 100
+    bad = [path for path in texts() if FORBIDDEN.search(path.read_text("utf-8", "ignore"))]
+    assert bad == []
+
+
+def test_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    command = [sys.executable, "-m", "foretune.cli", "--version"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown == f"foretune {project['version']}\n"
+    assert foretune.__version__ == project["version"]
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_packaged_recipe_parses(name: str) -> None:
+    assert load_recipe(name, ["tasks.source=data.jsonl"]).name == name
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_template_parses_as_it_is(name: str) -> None:
+    load_recipe(ROOT / "src/foretune/recipes/templates" / f"{name}.yaml")
+
+
+def test_every_yaml_file_is_a_recipe_or_a_template() -> None:
+    folder = ROOT / "src/foretune/recipes"
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*.yaml")}
+    known = {f"{name}.yaml" for name in packaged_recipes()}
+    assert names == known | {f"templates/{name}.yaml" for name in TEMPLATES}
+
+
+def test_licence_is_the_one_that_is_declared() -> None:
+    assert "Apache License" in (ROOT / "LICENSE").read_text("utf-8")

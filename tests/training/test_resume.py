@@ -1,0 +1,395 @@
+"""Killed and resumed equals never killed; nothing is left half written; nothing is overwritten."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from linear_tasks import Net, copy_of, equal_bits, family
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+import foretune
+from foretune.errors import ForetuneError, UserError
+from foretune.run import Run
+from foretune.training import checkpoint, outcome
+
+LORA = {"r": 2, "lora_dropout": 0.2}
+METHODS = {
+    "peft-ml": foretune.PEFTML(learning_rate=0.05, adapter_learning_rate=0.05, lora=LORA),
+    "standard": foretune.Standard(learning_rate=0.05, heads="per-task"),
+    "reptile": foretune.Reptile(learning_rate=0.05, inner_learning_rate=0.05, inner_steps=2),
+    "reptile-adapter": foretune.Reptile(
+        learning_rate=0.05, inner_learning_rate=0.05, inner_steps=2, inner="adapter", lora=LORA
+    ),
+}
+MOMENTS = (
+    "before-any-checkpoint", "between-checkpoints", "at-the-last-update", "in-the-first-write",
+    "in-the-third-write", "before-the-rename", "in-a-removal", "in-the-base", "in-the-record",
+    "in-the-clearing",
+)  # fmt: skip
+
+
+class Stop(Exception):
+    pass
+
+
+def _run(out=None, **changes) -> Run:
+    fixed = {"steps": 12, "eval_every": 2, "batch_size": 4, "device": "cpu", "seed": 1}
+    return Run(**{**fixed, "out": out, **changes})
+
+
+def _retrain(name="peft-ml", out=None, *, stop_at=None, **changes):
+    def progress(update, updates, figures):
+        if update == stop_at:
+            raise Stop
+
+    run = _run(out, **changes)
+    return foretune.retrain(Net(), family(), METHODS[name], run, progress=progress)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def _checkpoints(folder: Path) -> list[str]:
+    return sorted(name for name in _names(folder) if name.startswith("checkpoint-"))
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 6])
+@pytest.mark.parametrize("name", METHODS)
+def test_stopped_and_resumed_equals_undisturbed(name, stop_at, tmp_path):
+    undisturbed = _retrain(name)
+    with pytest.raises(Stop):
+        _retrain(name, tmp_path / "out", stop_at=stop_at)
+    resumed = _retrain(name, tmp_path / "out", resume=True)
+    assert equal_bits(resumed.model.state_dict(), undisturbed.model.state_dict())
+    if undisturbed.bank is not None:
+        assert equal_bits(resumed.bank.state_dict(), undisturbed.bank.state_dict())
+    assert resumed.history == undisturbed.history
+    assert resumed.validation_score == undisturbed.validation_score
+    assert resumed.cost["examples"] == undisturbed.cost["examples"]
+    assert resumed.cost["tokens"] == undisturbed.cost["tokens"]
+
+
+def test_resumed_over_and_over_equals_undisturbed(tmp_path):
+    for stop_at in (2, 3, 5, 8, 11):
+        with pytest.raises(Stop):
+            _retrain(out=tmp_path, resume=True, stop_at=stop_at)
+    resumed, undisturbed = _retrain(out=tmp_path, resume=True), _retrain()
+    assert equal_bits(resumed.model.state_dict(), undisturbed.model.state_dict())
+
+
+def test_best_checkpoint_survives_a_resume(tmp_path):
+    """The best state may lie before the moment of the kill; it must still be what is returned."""
+    wild = {"schedule": "constant", "warmup": 0.0, "steps": 30}
+    method = foretune.Standard(learning_rate=0.8)
+
+    def go(stop_at=None, **changes):
+        def progress(update, updates, figures):
+            if update == stop_at:
+                raise Stop
+
+        run = _run(**wild, **changes)
+        return foretune.retrain(Net(), family(), method, run, progress=progress)
+
+    undisturbed = go()
+    best = max(undisturbed.history, key=lambda entry: entry["score"])["step"]
+    assert best < 24
+    with pytest.raises(Stop):
+        go(stop_at=27, out=tmp_path)
+    assert f"checkpoint-{best}" in _checkpoints(tmp_path)
+    assert len(_checkpoints(tmp_path)) == 2
+    resumed = go(out=tmp_path, resume=True)
+    assert equal_bits(resumed.model.state_dict(), undisturbed.model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The runs of killed_run.py: about twenty seconds, half of it imports."""
+    folder = tmp_path_factory.mktemp("killed")
+    driver = Path(__file__).with_name("killed_run.py")
+    done = subprocess.run(
+        [sys.executable, str(driver), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_sigkill_and_resume_equals_undisturbed(killed, moment):
+    folder, told, stderr = killed
+    assert set(told) == {"undisturbed", *MOMENTS}
+    assert told["undisturbed"]["ok"] and told[moment]["killed"]
+    assert told[moment]["ok"], stderr
+    files = [folder / f"{name}.safetensors" for name in (moment, "undisturbed")]
+    assert equal_bits(*map(load_file, files))
+    abouts = []
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            abouts.append(opened.metadata()["about"])
+    assert abouts[0] == abouts[1]
+    finished = {"base", "adapters", "metrics.jsonl", "README.md", "run.json"}
+    assert set(told[moment]["after"]) == finished
+
+
+@pytest.mark.slow
+def test_the_kills_came_when_they_were_meant_to(killed):
+    _, told, _ = killed
+    assert "checkpoint-2" not in told["in-the-first-write"]["left"]
+    assert ".unfinished-checkpoint-2" in told["in-the-first-write"]["left"]
+    assert {".unfinished-checkpoint-6", "checkpoint-4"} <= set(told["in-the-third-write"]["left"])
+    assert {".unfinished-checkpoint-4", "checkpoint-2"} <= set(told["before-the-rename"]["left"])
+    assert {"checkpoint-4", "checkpoint-6"} <= set(told["in-a-removal"]["left"])
+    assert ".unfinished-base" in told["in-the-base"]["left"]
+    assert ".unfinished-metrics.jsonl" in told["in-the-record"]["left"]
+    assert {"base", "checkpoint-12"} <= set(told["in-the-clearing"]["left"])
+
+
+# --- a finished run ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resuming_a_finished_run_reads_it_back(name, tmp_path):
+    first = _retrain(name, tmp_path)
+    again = _retrain(name, tmp_path, resume=True, stop_at=1)  # a single update would stop it
+    assert equal_bits(again.model.state_dict(), first.model.state_dict())
+    if first.bank is not None:
+        assert equal_bits(again.bank.state_dict(), first.bank.state_dict())
+    assert again.history == first.history
+    assert again.validation_score == first.validation_score
+    assert again.cost == first.cost
+    assert not again.model.training
+
+
+def test_no_retraining_is_resumed_too(tmp_path):
+    first = foretune.retrain(Net(), family(), foretune.NoRetraining(), _run(tmp_path))
+    again = foretune.retrain(Net(), family(), foretune.NoRetraining(), _run(tmp_path, resume=True))
+    assert again.validation_score == first.validation_score
+    assert equal_bits(again.model.state_dict(), first.model.state_dict())
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_resuming_another_run_is_refused(finished, tmp_path):
+    with pytest.raises(Stop):
+        _retrain(out=tmp_path, stop_at=5)
+    if finished:
+        _retrain(out=tmp_path, resume=True)
+    with pytest.raises(UserError, match="was begun with steps=12, this run has steps=20"):
+        _retrain(out=tmp_path, resume=True, steps=20)
+    with pytest.raises(UserError, match="was begun with name=peft-ml, this run has name=standard"):
+        _retrain("standard", tmp_path, resume=True)
+    with pytest.raises(UserError, match=r"was begun with tasks=\['task0', .*'task1'\]: resume"):
+        tasks = family().subset(["task0", "task1"])
+        foretune.retrain(Net(), tasks, METHODS["peft-ml"], _run(tmp_path, resume=True))
+
+
+# --- adapt ---------------------------------------------------------------------------------------
+
+
+def _adapt(
+    out, *, model=None, stop_at=None, method=None, names=("task0", "task1", "task2"), **more
+):
+    calls = []
+
+    def progress(update, updates, figures):
+        calls.append(update)
+        if len(calls) == stop_at:
+            raise Stop
+
+    run = Run(steps=3, batch_size=4, device="cpu", out=out, tasks_per_wave=1, **more)
+    adapted = foretune.adapt(
+        model or Net(),
+        family().subset(names),
+        method or foretune.LoRA(lora={"r": 2}),
+        run,
+        shots=4,
+        draws=2,
+        progress=progress,
+    )
+    return adapted, len(calls)
+
+
+@pytest.mark.parametrize("method", [foretune.LoRA(lora={"r": 2}), foretune.Full()])
+def test_adapting_is_resumed_wave_by_wave(method, tmp_path):
+    undisturbed, _ = _adapt(tmp_path / "whole", method=method)
+    with pytest.raises(Stop):
+        _adapt(tmp_path / "out", method=method, stop_at=8)
+    resumed, updates = _adapt(tmp_path / "out", method=method, resume=True)
+    assert updates == 6 * 3 - 2 * 3  # two waves of three updates were done
+    assert resumed.scores == undisturbed.scores
+    assert resumed.num_rows == undisturbed.num_rows
+    for file in (tmp_path / "whole").rglob("*.safetensors"):
+        twin = tmp_path / "out" / file.relative_to(tmp_path / "whole")
+        assert twin.read_bytes() == file.read_bytes()
+
+
+def test_scores_of_another_base_are_not_taken_over(tmp_path):
+    _adapt(tmp_path)
+    with pytest.raises(UserError, match="was begun with base="):
+        _adapt(tmp_path, model=Net(seed=1), resume=True)
+
+
+def test_a_resumed_subset_tells_its_own_tasks_alone(tmp_path):
+    _adapt(tmp_path)
+    adapted, updates = _adapt(tmp_path, names=["task1"], resume=True)
+    assert updates == 0
+    assert set(adapted.scores) == {("task1", 0), ("task1", 1)}
+
+
+def test_a_number_sign_in_a_task_name_is_no_draw(tmp_path):
+    row = family().tasks[0].train[:4]
+    tasks = foretune.TaskCollection(
+        (foretune.Task("C#1", row, (), row), foretune.Task("C", row, (), row)), family().objective
+    )
+    run = Run(steps=2, device="cpu", out=tmp_path)
+    for resume in (False, True):
+        adapted = foretune.adapt(Net(), tasks, foretune.LoRA(), run.replace(resume=resume))
+        assert set(adapted.scores) == {("C#1", 0), ("C", 0)}
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"is not empty; continue with --resume, replace it with"):
+        _retrain(out=tmp_path)
+    with pytest.raises(UserError, match=r"holds no foretune run \(thesis.txt"):
+        _retrain(out=tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="is a file; --out needs a folder"):
+        _retrain(out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("stop_at", [1, 5])
+def test_overwrite_replaces_what_a_killed_run_left(stop_at, tmp_path):
+    with pytest.raises(Stop):
+        _retrain(out=tmp_path, stop_at=stop_at)
+    (tmp_path / ".unfinished-checkpoint-8").mkdir()
+    result = _retrain("standard", tmp_path, overwrite=True)
+    assert result.method.name == "standard"
+    assert json.loads((tmp_path / "run.json").read_text())["method"]["name"] == "standard"
+    assert not any(name.startswith((".unfinished", "checkpoint")) for name in _names(tmp_path))
+
+
+def test_overwrite_replaces_a_run_of_adapt(tmp_path):
+    with pytest.raises(Stop):
+        _adapt(tmp_path, stop_at=4)
+    _adapt(tmp_path, overwrite=True)
+    assert "scores.json" in _names(tmp_path)
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_told(file, tmp_path):
+    with pytest.raises(Stop):
+        _retrain(out=tmp_path, stop_at=5)
+    damaged = tmp_path / "checkpoint-4" / file
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    with pytest.raises(UserError, match="checkpoint-4 is no readable checkpoint") as error:
+        _retrain(out=tmp_path, resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_record_is_told(tmp_path):
+    with pytest.raises(Stop):
+        _retrain(out=tmp_path, stop_at=5)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json is no readable record"):
+        _retrain(out=tmp_path, resume=True)
+
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError('Error while serializing: IoError(Os { message: "No space left on device" })'),
+    RuntimeError("I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda e: type(e).__name__)
+def test_a_full_disk_is_told_and_the_last_checkpoint_stays(error, tmp_path, monkeypatch):
+    write, calls = checkpoint.save_file, []
+
+    def save(tensors, path):
+        calls.append(path)
+        if len(calls) == 3:
+            path.write_bytes(b"half")
+            raise error
+        write(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save)
+    with pytest.raises(
+        ForetuneError, match="the disk is full: could not write .*checkpoint-6.*--resume"
+    ) as told:
+        _retrain(out=tmp_path)
+    assert "\n" not in str(told.value) and told.value.exit_code == 1
+    assert _names(tmp_path) == {"checkpoint-4", "run.json"}
+    resumed, undisturbed = _retrain(out=tmp_path, resume=True), _retrain()
+    assert equal_bits(resumed.model.state_dict(), undisturbed.model.state_dict())
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoint(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outcome, "save_base", full)
+        with pytest.raises(ForetuneError, match="the disk is full: could not write .*base"):
+            _retrain(out=tmp_path)
+    assert _names(tmp_path) >= {"checkpoint-12", "run.json"}
+    assert "base" not in _names(tmp_path) and ".unfinished-base" not in _names(tmp_path)
+    resumed, undisturbed = _retrain(out=tmp_path, resume=True), _retrain()
+    assert equal_bits(resumed.model.state_dict(), undisturbed.model.state_dict())
+
+
+def test_other_errors_are_not_called_a_full_disk(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(checkpoint, "save_file", broken)
+    with pytest.raises(RuntimeError, match="^something else$"):
+        _retrain(out=tmp_path)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with checkpoint.whole_folder(tmp_path / "x") as part:
+        (part / "file").write_text("old")
+        assert not (tmp_path / "x").exists()
+    with pytest.raises(Stop), checkpoint.whole_folder(tmp_path / "x") as part:
+        (part / "file").write_text("new")
+        raise Stop
+    assert (tmp_path / "x" / "file").read_text() == "old"
+    assert _names(tmp_path) == {"x"}
+
+
+def test_an_unfinished_run_leaves_the_model_alone(tmp_path):
+    model = Net()
+    before = copy_of(model)
+    with pytest.raises(Stop):
+        foretune.retrain(
+            model, family(), METHODS["peft-ml"], _run(tmp_path), progress=lambda *_: _stop()
+        )
+    assert equal_bits(model.state_dict(), before)
+    assert torch.is_grad_enabled()
+
+
+def _stop():
+    raise Stop
