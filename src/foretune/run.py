@@ -107,7 +107,7 @@ def at_least(name: str, value: Any, least: float) -> None:
 
 
 def whole(name: str, value: Any, least: int, *, optional: bool = False) -> None:
-    """Raises UserError unless `value` is a whole number not below `least` (or None, if optional)."""
+    """Raises UserError unless `value` is a whole number not below `least`, or an allowed None."""
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

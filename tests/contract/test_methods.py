@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import linear_tasks
 import numpy as np
 import pytest
-import tiny_models
 import torch
-from linear_tasks import copy_of, equal_bits, family
 
 import foretune
+import linear_tasks
+import tiny_models
 from foretune.errors import UserError
 from foretune.methods import METHODS, make, method_class
 from foretune.models.loading import load_base, load_module
 from foretune.run import Run
 from foretune.tasks.task import Task, TaskCollection
+from linear_tasks import copy_of, equal_bits, family
 
 RETRAIN = [name for name in METHODS if method_class(name).verb == "retrain"]
 ADAPT = [name for name in METHODS if method_class(name).verb == "adapt"]

@@ -13,7 +13,6 @@ from functools import cache
 
 import numpy as np
 import pytest
-import torch
 from torch import nn
 
 import foretune

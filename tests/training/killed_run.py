@@ -19,11 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import linear_tasks
 import torch
 from safetensors.torch import save_file
 
 import foretune
+import linear_tasks
 from foretune.run import Run
 from foretune.training import checkpoint, outcome
 

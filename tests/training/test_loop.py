@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from linear_tasks import Net, copy_of, equal_bits, family
 
 import foretune
 from foretune.errors import ForetuneError, UserError
@@ -21,6 +21,7 @@ from foretune.training.data import PerTaskSampler, PooledSampler, TaskData
 from foretune.training.learner import Learner
 from foretune.training.loop import Diverged, fit, schedule
 from foretune.training.verbs import sampler_for
+from linear_tasks import Net, copy_of, equal_bits, family
 
 PEFT_ML = foretune.PEFTML(learning_rate=0.02, adapter_learning_rate=0.02, lora={"r": 2})
 STANDARD = foretune.Standard(learning_rate=0.02)
@@ -103,7 +104,7 @@ def test_infinite_gradients_do_not_replace_the_last_good_checkpoint(tmp_path):
     """A finite loss may have a gradient that is not: the square root at zero."""
 
     class Root(Regression):
-        count = [0]
+        count: ClassVar = [0]
 
         def losses(self, model, batch):
             losses = super().losses(model, batch)
@@ -114,7 +115,7 @@ def test_infinite_gradients_do_not_replace_the_last_good_checkpoint(tmp_path):
             return losses
 
     with pytest.raises(
-        Diverged, match="the weights of body.weight are not finite after step 8: try"
+        Diverged, match=r"the weights of body\.weight are not finite after step 8: try"
     ):
         foretune.retrain(Net(), family().with_objective(Root()), STANDARD, _run(out=tmp_path))
     tensors, meta = CheckpointStore(tmp_path).newest()

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from linear_tasks import Net, copy_of, equal_bits, family
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
@@ -19,6 +18,7 @@ import foretune
 from foretune.errors import ForetuneError, UserError
 from foretune.run import Run
 from foretune.training import checkpoint, outcome
+from linear_tasks import Net, copy_of, equal_bits, family
 
 LORA = {"r": 2, "lora_dropout": 0.2}
 METHODS = {
@@ -36,7 +36,7 @@ MOMENTS = (
 )  # fmt: skip
 
 
-class Stop(Exception):
+class Stop(Exception):  # noqa: N818
     pass
 
 
@@ -337,7 +337,7 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(error, tmp_path, monk
 
     monkeypatch.setattr(checkpoint, "save_file", save)
     with pytest.raises(
-        ForetuneError, match="the disk is full: could not write .*checkpoint-6.*--resume"
+        ForetuneError, match=r"the disk is full: could not write .*checkpoint-6.*--resume"
     ) as told:
         _retrain(out=tmp_path)
     assert "\n" not in str(told.value) and told.value.exit_code == 1
@@ -352,7 +352,7 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoint(tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(outcome, "save_base", full)
-        with pytest.raises(ForetuneError, match="the disk is full: could not write .*base"):
+        with pytest.raises(ForetuneError, match=r"the disk is full: could not write .*base"):
             _retrain(out=tmp_path)
     assert _names(tmp_path) >= {"checkpoint-12", "run.json"}
     assert "base" not in _names(tmp_path) and ".unfinished-base" not in _names(tmp_path)
@@ -365,7 +365,7 @@ def test_other_errors_are_not_called_a_full_disk(tmp_path, monkeypatch):
         raise RuntimeError("something else")
 
     monkeypatch.setattr(checkpoint, "save_file", broken)
-    with pytest.raises(RuntimeError, match="^something else$"):
+    with pytest.raises(RuntimeError, match=r"^something else$"):
         _retrain(out=tmp_path)
 
 

@@ -92,13 +92,10 @@ class AdapterBank(nn.Module):
         seed = self._seed if seed is None else seed
         for slot in slots:
             generator = torch.Generator().manual_seed(_seed_of(seed, self.keys[slot]))
-            for layer in self.layers.values():
-                bound = layer.a[slot][0].numel() ** -0.5  # kaiming_uniform(a=√5) of (r, fan_in)
-                fresh = torch.empty(layer.a[slot].shape).uniform_(-bound, bound, generator=generator)
-                layer.a[slot].copy_(fresh)
-                layer.b[slot].zero_()
-            for name, copies in self.heads.items():
-                copies.reset(slot, self._modules_of[_plain(name)], self.fresh_heads, generator)
+            for name in self.layer_names:
+                self._layer(name).reset(slot, generator)
+            for name in self.head_names:
+                self._head(name).reset(slot, self._modules_of[name], self.fresh_heads, generator)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[AdapterBank]:
@@ -108,8 +105,8 @@ class AdapterBank(nn.Module):
             for name, module in self._modules_of.items():
                 if "forward" in vars(module):
                     raise RuntimeError(f"another bank is attached to {name}")
-                owner = self.layers if _escaped(name) in self.layers else self.heads
-                module.forward = owner[_escaped(name)].forward_of(module)  # type: ignore[method-assign]
+                owner = self._head(name) if name in self.head_names else self._layer(name)
+                module.forward = owner.forward_of(module)
                 patched.append(module)
             yield self
         finally:
@@ -118,12 +115,11 @@ class AdapterBank(nn.Module):
 
     def mean_delta(self, name: str, slots: Sequence[int]) -> Tensor:
         """The mean over slots of what their adapters add to the weight of module `name`."""
-        layer: Any = self.layers[_escaped(name)]
-        return layer.mean_delta(list(slots))
+        return self._layer(name).mean_delta(list(slots))
 
     def factors(self, name: str, slot: int) -> tuple[Tensor, Tensor]:
         """Slot's (A, B) of module `name` in PEFT's shapes: (r, in) and (out, r), or a convolution's."""
-        layer: Any = self.layers[_escaped(name)]
+        layer = self._layer(name)
         if layer.is_conv:
             return layer.a[slot], layer.b[slot][..., None]
         return layer.a[slot], layer.b[slot].T
@@ -136,8 +132,17 @@ class AdapterBank(nn.Module):
 
     def head_state(self, name: str, slot: int) -> dict[str, Tensor]:
         """Slot's copy of the parameters of head module `name`."""
-        copies: Any = self.heads[_escaped(name)]
-        return {_plain(k): v[slot] for k, v in copies.stacked.items()}
+        return {_plain(k): v[slot] for k, v in self._head(name).stacked.items()}
+
+    def _layer(self, name: str) -> _LoRALayer:
+        layer = self.layers[_escaped(name)]
+        assert isinstance(layer, _LoRALayer)
+        return layer
+
+    def _head(self, name: str) -> _HeadCopies:
+        head = self.heads[_escaped(name)]
+        assert isinstance(head, _HeadCopies)
+        return head
 
     def slot_state(self, slot: int) -> dict[str, Tensor]:
         """One slot's values by parameter name of the bank; `load_slot` takes them back."""
@@ -163,12 +168,20 @@ class _LoRALayer(nn.Module):
         self.dropout = float(lora.get("lora_dropout", 0.0))
         if self.is_conv:
             out_features, in_features, kernel = weight.shape
-            a, b = (num_slots, r, in_features, kernel), (num_slots, out_features, r)
+            self.a = _zeros(weight, num_slots, r, in_features, kernel)
+            self.b = _zeros(weight, num_slots, out_features, r)
         else:
             out_features, in_features = weight.T.shape if self.transposed else weight.shape
-            a, b = (num_slots, r, in_features), (num_slots, r, out_features)
-        self.a = nn.Parameter(torch.zeros(a, device=weight.device))
-        self.b = nn.Parameter(torch.zeros(b, device=weight.device))
+            self.a = _zeros(weight, num_slots, r, in_features)
+            self.b = _zeros(weight, num_slots, r, out_features)
+
+    @torch.no_grad()
+    def reset(self, slot: int, generator: torch.Generator) -> None:
+        """A uniform as in PEFT, kaiming_uniform(a=√5) over its inputs; B zero."""
+        bound = self.a[slot][0].numel() ** -0.5
+        fresh = torch.empty(self.a[slot].shape).uniform_(-bound, bound, generator=generator)
+        self.a[slot].copy_(fresh)
+        self.b[slot].zero_()
 
     def forward_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """The forward that takes the place of the module's own."""
@@ -192,6 +205,10 @@ class _LoRALayer(nn.Module):
             return torch.einsum("tor,trik->oik", b, a) * (self.scale / len(slots))
         product = b.flatten(0, 1).T @ a.flatten(0, 1) * (self.scale / len(slots))
         return product.T if self.transposed else product
+
+
+def _zeros(like: Tensor, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, device=like.device))
 
 
 class _HeadCopies(nn.Module):

@@ -102,6 +102,12 @@ def matching_modules(
         )
         found = [name for name in candidates if check_target_module_exists(config, name) is True
                  or getattr(check_target_module_exists(config, name), "group", None)]
+    for name in found:
+        if getattr(candidates[name], "groups", 1) != 1:
+            raise UserError(
+                f"{name} is a convolution in groups, which LoRA here cannot adapt: leave it out "
+                "with target_modules or exclude_modules"
+            )
     if not found:
         last_parts = dict.fromkeys(name.rsplit(".", 1)[-1] for name in candidates)
         raise UserError(

@@ -52,7 +52,10 @@ def adapt(
     base: Annotated[Path, typer.Argument(help="A base's folder.")],
     changes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as steps=100 lora.r=4."),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Settings, such as steps=100 lora.r=4 tasks.num_candidates=10.",
+        ),
     ] = None,
     tasks: Annotated[str, typer.Option(help="New tasks: a file, a folder, a dataset.")] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option(help="Folder; one adapter folder a task.")] = Path(

@@ -114,10 +114,8 @@ def compare(
         given = bases[name]
         model = given.model if isinstance(given, Outcome) else given
         known = (rates or {}).get(name)
-        if known is not None:
-            method, searched = dataclasses.replace(adapt, learning_rate=known), []
-        else:
-            method, searched = search_rate(model, seen, adapt, learning_rates, run, shots, progress)
+        candidates = learning_rates if known is None else [known]
+        method, searched = search_rate(model, seen, adapt, candidates, run, shots, progress)
         scores += zero_shot(name, model, unseen, draws)
         cost: dict[str, Any] = {}
         for k in shots:
@@ -188,8 +186,8 @@ def search_rate(
     score is the mean over tasks and numbers of shots.
     """
     if len(learning_rates) < 2 or seen is None:
-        rate = dict(zip(("learning_rate",), learning_rates, strict=False))
-        return dataclasses.replace(adapt, **rate), []
+        only = {"learning_rate": rate for rate in learning_rates}
+        return dataclasses.replace(adapt, **only), []
     usable = [task.name for task in seen if task.validation and task.train]
     if not usable:
         raise UserError(

@@ -32,7 +32,8 @@ def prepare_folder(
         raise UserError("--resume keeps what is in the folder, --overwrite removes it: choose one")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder")
-    used = folder.is_dir() and any(folder.iterdir())
+    # A recipe alone was left by a run that failed before it began: nothing is lost.
+    used = folder.is_dir() and any(path.name != CONFIG for path in folder.iterdir())
     if used and not (resume or overwrite):
         raise UserError(
             f"{folder} is not empty: --resume continues what was begun there, --overwrite removes "
@@ -43,7 +44,7 @@ def prepare_folder(
     if used and resume and config is not None:
         _check_same(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
-    if config is not None and not (folder / CONFIG).exists():
+    if config is not None and not (used and resume):
         (folder / CONFIG).write_text(config, encoding="utf-8")
     return folder
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import foretune
 from foretune.errors import UserError
-from foretune.recipes.blocks import AdaptBlock
+from foretune.recipes.blocks import AdaptBlock, TasksBlock
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import prepare_folder
 from foretune.recipes.merge import merge_repeats
@@ -99,7 +99,8 @@ def adapt_folder(
         base: The base's folder.
         tasks: A path or a dataset, as in a recipe's `tasks.source`.
         out: Where.
-        changes: `key=value` for the keys of a recipe's `adapt:` block.
+        changes: `key=value` for the keys of a recipe's `adapt:` block, `tasks.key=value` for those
+            of its `tasks:` block.
         objective: Kind of objective, for a base that does not say.
         shots: Training rows of each task; None for all.
         seed: Seeds the draw of shots and the fresh adapters.
@@ -107,13 +108,13 @@ def adapt_folder(
         overwrite: Empty `out` first.
         console: Is told how it goes.
     """
-    block: AdaptBlock = parse_block(AdaptBlock, changes)
+    block, source = settings(tasks, changes)
     found = find_base(base)
     known = objective or found.kind
     if known is None:
         found.objective(None, None)  # says what is missing
     prepare_folder(out, resume=resume, overwrite=overwrite)
-    collection, _ = load_tasks(Source(source=tasks), str(known))
+    collection, _ = load_tasks(source, str(known))
     model, tokenizer = found.load()
     fitted = found.objective(objective, tokenizer).fit(collection)
     run = run_of(block, seed=seed, out=out, resume=True)
@@ -156,7 +157,8 @@ def compare_folders(
         folders: Folders of bases.
         tasks: A path or a dataset, as in a recipe's `tasks.source`.
         out: Where comparison.json and report.html go.
-        changes: `key=value` for the keys of a recipe's `adapt:` block.
+        changes: `key=value` for the keys of a recipe's `adapt:` block, `tasks.key=value` for those
+            of its `tasks:` block.
         shots: Training rows of each task; None for all.
         draws: Draws of the shots.
         objective: Kind of objective, for bases that do not say.
@@ -164,11 +166,11 @@ def compare_folders(
         overwrite: Empty `out` first.
         console: Is told how it goes.
     """
-    block: AdaptBlock = parse_block(AdaptBlock, changes)
+    block, source = settings(tasks, changes)
     bases = _named([find_base(folder) for folder in folders])
     kind = _one_kind(bases, objective)
     prepare_folder(out, resume=resume, overwrite=overwrite)
-    collection, _ = load_tasks(Source(source=tasks), kind)
+    collection, _ = load_tasks(source, kind)
     first = next(iter(bases.values()))
     loaded = _Loaded(bases)
     fitted = first.objective(objective, loaded.tokenizer(first.name)).fit(collection)
@@ -203,6 +205,20 @@ def _fixed_rate(block: AdaptBlock) -> float | None:
             "learning_rate"
         )
     return block.rates[0] if block.rates else None
+
+
+def settings(tasks: str, changes: Sequence[str]) -> tuple[AdaptBlock, Source]:
+    """What `key=value` settings say of adapting, and `tasks.key=value` ones of the data.
+
+    Raises:
+        UserError: An unknown key, or `tasks.unseen`: here every task is adapted to.
+    """
+    of_tasks = [c.removeprefix("tasks.") for c in changes if c.startswith("tasks.")]
+    if any(change.partition("=")[0] == "unseen" for change in of_tasks):
+        raise UserError("tasks.unseen has no meaning here: every task is adapted to; leave it out")
+    block = parse_block(AdaptBlock, [c for c in changes if not c.startswith("tasks.")])
+    data = parse_block(TasksBlock, [f"source={json.dumps(tasks)}", *of_tasks])
+    return block, Source(**data.model_dump())
 
 
 class _Loaded(Mapping[str, Any]):

@@ -173,8 +173,10 @@ def claim_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _check_is_ours(folder: Path) -> None:
-    ours = ("run.json", "config.yaml", "adapters", "base", "comparison.json", "bases", "foretune.json",
-            "scores.json")
+    ours = (
+        *("run.json", "config.yaml", "adapters", "base", "bases"),
+        *("comparison.json", "foretune.json", "scores.json"),
+    )
     names = {path.name for path in folder.iterdir()}
     if names.isdisjoint(ours) and not any(NAME.fullmatch(n) for n in names):
         raise UserError(

@@ -15,7 +15,7 @@ import numpy as np
 from foretune.errors import UserError
 from foretune.tasks.batch import Batch
 from foretune.tasks.objectives import Objective
-from foretune.tasks.task import SPLITS, Task, TaskCollection
+from foretune.tasks.task import Task, TaskCollection
 
 Pick = tuple[int, int]  # (slot, index of a training row)
 
@@ -91,7 +91,7 @@ class TaskData:
 
 def slot_of(task: Task) -> SlotRows:
     """The whole task as one slot."""
-    return SlotRows(task.name, **{split: task.split(split) for split in SPLITS}, task=task.name)
+    return SlotRows(task.name, task.train, task.validation, task.test, task=task.name)
 
 
 class Sampler(Protocol):

@@ -128,11 +128,13 @@ class Adapted:
 
     def first_draw(self) -> Adapted:
         """The part of the result that belongs to the first draw of each task."""
-        parts = {
-            name: {key: value for key, value in getattr(self, name).items() if key[1] == 0}
-            for name in ("scores", "num_rows", "tensors", "models")
-        }
-        return replace(self, **parts)
+        return replace(
+            self,
+            scores={key: v for key, v in self.scores.items() if key[1] == 0},
+            num_rows={key: v for key, v in self.num_rows.items() if key[1] == 0},
+            tensors={key: v for key, v in self.tensors.items() if key[1] == 0},
+            models={key: v for key, v in self.models.items() if key[1] == 0},
+        )
 
     def save(self, folder: Path | str, base: str | None = None) -> Path:
         """Writes a PEFT folder for each task (`<task>`, or `<task>-draw<k>` beyond the first)."""
