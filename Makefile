@@ -46,6 +46,7 @@ imports: setup
 	$(BIN)/lint-imports
 
 docs: setup
+	$(BIN)/python benchmarks/publish.py --check
 	$(PYTEST) -m "not slow" tests/promises
 
 format: setup
@@ -54,14 +55,12 @@ format: setup
 
 bench-quickstart: setup
 	$(BIN)/foretune run quickstart seeds=3 '$(EVERY_METHOD)' --out runs/bench-quickstart --resume
-	cp runs/bench-quickstart/comparison.json benchmarks/results/quickstart.json
-	cp runs/bench-quickstart/run.json benchmarks/results/quickstart.machine.json
+	$(BIN)/python benchmarks/publish.py runs/bench-quickstart quickstart
 
 bench-convai2: setup
 	@test -n "$(DATA)" || { echo "usage: make bench-convai2 DATA=path/to/convai2.jsonl"; exit 2; }
 	$(BIN)/foretune run convai2 tasks.source="$(DATA)" seeds=3 --out runs/bench-convai2 --resume
-	cp runs/bench-convai2/comparison.json benchmarks/results/convai2.json
-	cp runs/bench-convai2/run.json benchmarks/results/convai2.machine.json
+	$(BIN)/python benchmarks/publish.py runs/bench-convai2 convai2
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

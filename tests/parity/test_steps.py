@@ -146,7 +146,8 @@ def test_standard_equals_a_plain_loop(clip):
     adamw = torch.optim.AdamW(ref.base, weight_decay=DECAY)
     for step in range(run.steps):
         rows = ref.rows(step)
-        (sum(_loss(ref.model, rows[slot]) for slot in rows) / len(rows)).backward()
+        count = sum(len(x) for x, _ in rows.values())
+        sum(len(rows[slot][0]) / count * _loss(ref.model, rows[slot]) for slot in rows).backward()
         ref.step(adamw, ref.base, RATE * ref.rate(step))
     _assert_same_base(outcome, ref)
 

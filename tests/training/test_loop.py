@@ -282,6 +282,14 @@ def test_pooled_rows_cover_everything_and_mix_tasks():
     assert any(len({slot for slot, _ in sampler.picks(step)}) > 1 for step in range(4))
 
 
+def test_standard_retraining_draws_from_all_rows_alike():
+    """A task with more rows is seen more often; the other methods see each task equally often."""
+    data = TaskData.of(family(rows=[30, 10, 20]), Regression())
+    for method, expected in ((STANDARD, {0: 30, 1: 10, 2: 20}), (PEFT_ML, {0: 20, 1: 20, 2: 20})):
+        sampler = sampler_for(method, data, _run())
+        assert Counter(s for step in range(5) for s, _ in sampler.picks(step)) == expected
+
+
 def test_a_task_without_training_rows_is_refused():
     rows = family().tasks[0].train
     tasks = TaskCollection((Task("a", rows), Task("b", (), (), rows)), Regression())

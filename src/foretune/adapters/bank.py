@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from foretune.adapters.config import lora_scale, matching_modules
-from foretune.adapters.lora import by_rows, lora_conv1d, lora_linear
+from foretune.adapters.lora import by_rows, lora_conv1d, lora_linear, select
 from foretune.errors import UserError
 from foretune.models.routing import Rows, current_rows
 
@@ -260,8 +260,11 @@ class _HeadCopies(nn.Module):
                 for k, v in kwargs.items()
             }
         outputs = []
-        for slot, start, end in rows.segments:
-            params = {_plain(name): p[slot] for name, p in self.stacked.items()}
+        # Selected and unbound once: indexing slot by slot would give each slot a gradient of the
+        # size of the whole stack.
+        present = {_plain(name): select(p, rows).unbind() for name, p in self.stacked.items()}
+        for i, (_, start, end) in enumerate(rows.segments):
+            params = {name: copies[i] for name, copies in present.items()}
 
             def part(t: Tensor, start: int = start, end: int = end) -> Tensor:
                 block = t.shape[0] // num_rows

@@ -69,4 +69,5 @@ class Standard:
             bank=bank,
             learning_rate=self.learning_rate,
             bank_learning_rate=self.learning_rate,
+            pooled=True,
         )

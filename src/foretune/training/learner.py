@@ -25,7 +25,8 @@ class Learner:
 
     The loss is the mean over the tasks in the batch of each task's mean loss. The base follows
     that gradient; each slot of the bank follows the gradient of its own task's mean loss, so that
-    it does not matter to a task how many others share the step.
+    it does not matter to a task how many others share the step. With pooled rows the loss is the
+    mean over the rows instead, whichever task they come from.
 
     Args:
         model: The base; its parameters with `requires_grad` are trained at `learning_rate`.
@@ -33,6 +34,7 @@ class Learner:
         bank: Adapters and heads of the slots, or None.
         learning_rate: Of the base; None keeps the base as it is.
         bank_learning_rate: Of the bank.
+        pooled: Weight rows alike, not tasks.
     """
 
     batches_per_update = 1
@@ -45,7 +47,9 @@ class Learner:
         bank: AdapterBank | None = None,
         learning_rate: float | None = None,
         bank_learning_rate: float = 0.0,
+        pooled: bool = False,
     ) -> None:
+        self.pooled = pooled
         self.model, self.objective, self.bank = model, objective, bank
         self.learning_rate, self.bank_learning_rate = learning_rate, bank_learning_rate
         if learning_rate is None:
@@ -117,7 +121,7 @@ class Learner:
         return by_slot
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[int, float]]:
-        """The mean over tasks of the mean loss of each task, and those means by slot."""
+        """The loss of the batch, and the mean loss of each slot in it."""
         per_example = self.objective.losses(self.model, batch).float()
         slots = torch.tensor(batch.slots)
         present, index, counts = torch.unique(slots, return_inverse=True, return_counts=True)
@@ -125,7 +129,7 @@ class Learner:
         zeros = torch.zeros(len(present), device=per_example.device)
         means = zeros.index_add(0, index, per_example) / counts
         by_slot = dict(zip(present.tolist(), means.detach().tolist(), strict=True))
-        return means.mean(), by_slot
+        return (per_example if self.pooled else means).mean(), by_slot
 
     def score(self, data: TaskData, split: str, max_rows: int | None) -> dict[int, float]:
         """The mean score of each slot that has rows in that split; call it inside `ready`."""

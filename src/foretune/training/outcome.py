@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -160,8 +161,15 @@ def save_adapters(bank: AdapterBank, model: nn.Module, folder: Path, base: str |
 
 
 def folder_name(task: str, draw: int = 0) -> str:
-    """A task's name as a folder name: separators and leading dots replaced."""
+    """A task's name as a folder name: separators and leading dots replaced.
+
+    A name that had to be changed gets a mark of its own, so that no two tasks share a folder.
+
+    >>> folder_name("red"), folder_name("red", 1), folder_name("a/b") == folder_name("a_b")
+    ('red', 'red-draw1', False)
+    """
     safe = "".join(c if c.isalnum() or c in "-_. " else "_" for c in task).strip() or "_"
     safe = "_" + safe[1:] if safe.startswith(".") else safe
+    if safe != task:
+        safe = f"{safe}-{hashlib.blake2b(task.encode(), digest_size=3).hexdigest()}"
     return safe if draw == 0 else f"{safe}-draw{draw}"
-
