@@ -1,7 +1,7 @@
 """Puts the comparison of a finished run into benchmarks/results/, and its table into the docs.
 
-    python benchmarks/publish.py runs/bench-quickstart quickstart    # after a run
-    python benchmarks/publish.py --check                             # are the tables up to date?
+python benchmarks/publish.py runs/bench-quickstart quickstart    # after a run
+python benchmarks/publish.py --check                             # are the tables up to date?
 """
 
 from __future__ import annotations
@@ -55,16 +55,18 @@ def table(result: dict[str, Any]) -> str:
         for k in shots:
             mean = means.get((base["name"], k))
             cells.append("" if mean is None else f"{100 * mean['mean']:.1f}")
-        cells += [difference(result, base["name"], control, most) for control in ("none", "standard")]
+        cells += [
+            difference(result, base["name"], control, most) for control in ("none", "standard")
+        ]
         cells.append(f"{(base['retrain'] or {}).get('cpu_seconds', 0):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     collection = result["collection"]
     seeds = 1 + max(score["seed"] for score in result["scores"])
     lines += [
         "",
-        f"Accuracy in per cent; differences in points with 95 % intervals; {collection['num_seen']} "
-        f"tasks seen, {collection['num_unseen']} unseen, {seeds} seeds; seconds of CPU time of one "
-        f"retraining. {result['verdict']['sentence']}",
+        "Accuracy in per cent; differences in points with 95 % intervals; "
+        f"{collection['num_seen']} tasks seen, {collection['num_unseen']} unseen, "
+        f"{seeds} seeds; seconds of CPU time of one retraining. {result['verdict']['sentence']}",
     ]
     return "\n".join(lines)
 
@@ -96,7 +98,11 @@ def main(arguments: list[str]) -> int:
     if arguments != ["--check"]:
         run, name = arguments
         print(publish(Path(run), name))
-    stale = [page for page in PAGES if page.exists() and with_tables(page.read_text()) != page.read_text()]
+    stale = [
+        page
+        for page in PAGES
+        if page.exists() and with_tables(page.read_text()) != page.read_text()
+    ]
     for page in stale:
         if arguments == ["--check"]:
             print(f"{page.name} is older than benchmarks/results: run benchmarks/publish.py")

@@ -38,7 +38,6 @@ class Run:
         out: Folder for checkpoints and results; None keeps everything in memory.
         resume: Continue from the newest checkpoint in `out` if there is one.
         overwrite: Empty `out` first if something is in it.
-        progress: Show a progress bar on stderr.
 
     Raises:
         UserError: A value is out of range; the message names it.
@@ -60,7 +59,6 @@ class Run:
     out: Path | None = None
     resume: bool = False
     overwrite: bool = False
-    progress: bool = False
 
     def __post_init__(self) -> None:
         if self.out is not None:

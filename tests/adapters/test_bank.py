@@ -6,17 +6,17 @@ import copy
 
 import peft
 import pytest
-import tiny_models
 import torch
 
+import tiny_models
 from foretune.adapters.bank import AdapterBank
+from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import (
     load_adapter,
     peft_config,
     peft_tensors,
     write_adapter,
 )
-from foretune.adapters.fingerprint import fingerprint
 from foretune.errors import UserError
 from foretune.models.routing import route
 
@@ -83,8 +83,15 @@ def _as_peft(model, bank, slot, trainable=False):
         **{
             k: v
             for k, v in peft_config(bank, model, None).items()
-            if k in ("r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save",
-                     "fan_in_fan_out")
+            if k
+            in (
+                "r",
+                "lora_alpha",
+                "use_rslora",
+                "target_modules",
+                "modules_to_save",
+                "fan_in_fan_out",
+            )
         }
     )
     wrapped = peft.get_peft_model(copy.deepcopy(model), config)
@@ -189,8 +196,9 @@ def test_a_slot_starts_the_same_whatever_other_slots_there_are():
     many = AdapterBank(model, ["a", "b", "x"], lora={"r": 2})
     for a, b in zip(few.slot_state(0).values(), many.slot_state(2).values(), strict=True):
         assert torch.equal(a, b)
-    assert not torch.equal(*[many.slot_state(s)["layers.encoder/layer/0/attention/self/query.a"]
-                             for s in (0, 1)])
+    assert not torch.equal(
+        *[many.slot_state(s)["layers.encoder/layer/0/attention/self/query.a"] for s in (0, 1)]
+    )
 
 
 def test_fresh_adapters_change_nothing():
@@ -238,8 +246,11 @@ def test_load_adapter_refuses_another_rank(tmp_path):
 
 
 def test_target_modules_that_match_nothing_list_what_there_is():
-    with pytest.raises(UserError, match=r"no module matches target_modules=\['q_proj'\]; BertModel "
-                                        r"has: query, key, value, dense"):
+    with pytest.raises(
+        UserError,
+        match=r"no module matches target_modules=\['q_proj'\]; BertModel "
+        r"has: query, key, value, dense",
+    ):
         AdapterBank(tiny_models.bert(), ["a"], lora={"target_modules": ["q_proj"]})
 
 

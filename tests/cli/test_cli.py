@@ -78,7 +78,9 @@ def test_unknown_recipe_is_guessed() -> None:
 
 def test_unknown_key_names_key_and_file(tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
-    path.write_text(packaged_recipes()["quickstart"].replace("  steps: 1", "  stepz: 1", 1))
+    text = packaged_recipes()["quickstart"]
+    assert "  steps:" in text
+    path.write_text(text.replace("  steps:", "  stepz:", 1))
     line = the_error(call("run", str(path)))
     assert line == f'error: unknown key "retrain.stepz" in {path}. Did you mean "steps"?'
 
@@ -120,6 +122,7 @@ def test_overwrite_spares_what_is_no_run(tmp_path: Path) -> None:
 
 def test_resume_refuses_another_recipe(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(load_recipe("quickstart", ["retrain.steps=7"]).to_yaml())
+    (tmp_path / "bases").mkdir()
     line = the_error(call("run", "quickstart", "--resume", "--out", str(tmp_path)))
     assert "retrain.steps=7" in line
 

@@ -171,7 +171,7 @@ def test_tasks_block_is_source() -> None:
 
 def test_blocks_have_the_fields_of_run() -> None:
     # Where a run is set up once for all (seed, folder, device …) the blocks have no say.
-    common = {"seed", "precision", "device", "out", "resume", "overwrite", "progress"}
+    common = {"seed", "precision", "device", "out", "resume", "overwrite"}
     fields = {field.name for field in dataclasses.fields(Run)} - common
     assert fields <= set(RetrainBlock.model_fields) | set(AdaptBlock.model_fields)
 

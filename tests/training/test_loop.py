@@ -19,7 +19,7 @@ from foretune.tasks.task import Task, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import PerTaskSampler, PooledSampler, TaskData
 from foretune.training.learner import Learner
-from foretune.training.loop import Diverged, fit, schedule
+from foretune.training.loop import DivergedError, fit, schedule
 from foretune.training.verbs import sampler_for
 from linear_tasks import Net, copy_of, equal_bits, family
 
@@ -57,7 +57,7 @@ class NaNFrom(Regression):
 def test_nan_loss_stops_and_says_where(method, tmp_path):
     tasks = family().with_objective(NaNFrom(7))
     with pytest.raises(
-        Diverged,
+        DivergedError,
         match=r"the loss is nan at step 7, task 'task1': try a lower learning_rate "
         r"\(now 0\.02\), a longer warmup or a smaller max_grad_norm; the last "
         r"checkpoint is in ",
@@ -71,7 +71,7 @@ def test_nan_loss_stops_and_says_where(method, tmp_path):
 
 
 def test_after_the_cause_is_mended_the_run_goes_on(tmp_path):
-    with pytest.raises(Diverged):
+    with pytest.raises(DivergedError):
         foretune.retrain(Net(), family().with_objective(NaNFrom(7)), PEFT_ML, _run(out=tmp_path))
     resumed = foretune.retrain(Net(), family(), PEFT_ML, _run(out=tmp_path, resume=True))
     undisturbed = foretune.retrain(Net(), family(), PEFT_ML, _run())
@@ -95,7 +95,7 @@ def test_nothing_moves_on_a_nan_loss(method):
     learner = method.learner(model, objective, data.keys, run)
     before = copy_of(model)
     sampler = sampler_for(method, data, run, learner.batches_per_update)
-    with pytest.raises(Diverged, match="task 'task0'"):
+    with pytest.raises(DivergedError, match="task 'task0'"):
         fit(learner, data, sampler, run)
     assert equal_bits(model.state_dict(), before)
 
@@ -115,7 +115,7 @@ def test_infinite_gradients_do_not_replace_the_last_good_checkpoint(tmp_path):
             return losses
 
     with pytest.raises(
-        Diverged, match=r"the weights of body\.weight are not finite after step 8: try"
+        DivergedError, match=r"the weights of body\.weight are not finite after step 8: try"
     ):
         foretune.retrain(Net(), family().with_objective(Root()), STANDARD, _run(out=tmp_path))
     tensors, meta = CheckpointStore(tmp_path).newest()
@@ -124,7 +124,7 @@ def test_infinite_gradients_do_not_replace_the_last_good_checkpoint(tmp_path):
 
 
 def test_an_overflowing_rate_is_told_while_adapting():
-    with pytest.raises(Diverged, match="a lower learning_rate"):
+    with pytest.raises(DivergedError, match="a lower learning_rate"):
         foretune.adapt(
             Net(),
             family(),

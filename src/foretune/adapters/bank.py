@@ -58,8 +58,10 @@ class AdapterBank(nn.Module):
         modules = dict(model.named_modules())
         missing = [name for name in self.head_names if name not in modules]
         if missing:
-            raise UserError(f"no module {missing[0]!r} to give each task a copy of; the model has: "
-                            f"{', '.join(n for n in modules if n)[:400]}")
+            raise UserError(
+                f"no module {missing[0]!r} to give each task a copy of; the model has: "
+                f"{', '.join(n for n in modules if n)[:400]}"
+            )
         self.layers = nn.ModuleDict()
         if self.lora is not None:
             for name in matching_modules(model, self.lora, self.head_names):
@@ -118,7 +120,7 @@ class AdapterBank(nn.Module):
         return self._layer(name).mean_delta(list(slots))
 
     def factors(self, name: str, slot: int) -> tuple[Tensor, Tensor]:
-        """Slot's (A, B) of module `name` in PEFT's shapes: (r, in) and (out, r), or a convolution's."""
+        """Slot's (A, B) in PEFT's shapes: (r, in) and (out, r), or those of a convolution."""
         layer = self._layer(name)
         if layer.is_conv:
             return layer.a[slot], layer.b[slot][..., None]
@@ -224,9 +226,7 @@ class _HeadCopies(nn.Module):
         )
         self._running = False
 
-    def reset(
-        self, slot: int, module: nn.Module, fresh: bool, generator: torch.Generator
-    ) -> None:
+    def reset(self, slot: int, module: nn.Module, fresh: bool, generator: torch.Generator) -> None:
         for name, p in module.named_parameters():
             target = self.stacked[_escaped(name)][slot]
             if not fresh:

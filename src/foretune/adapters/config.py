@@ -100,8 +100,12 @@ def matching_modules(
             modules_to_save=list(heads) or None,
             **{name: lora[name] for name in options},
         )
-        found = [name for name in candidates if check_target_module_exists(config, name) is True
-                 or getattr(check_target_module_exists(config, name), "group", None)]
+        found = [
+            name
+            for name in candidates
+            if check_target_module_exists(config, name) is True
+            or getattr(check_target_module_exists(config, name), "group", None)
+        ]
     for name in found:
         if getattr(candidates[name], "groups", 1) != 1:
             raise UserError(
@@ -122,13 +126,21 @@ def _changed_fields(config: Any) -> dict[str, Any]:
 
     if not isinstance(config, LoraConfig):
         raise UserError(
-            f"lora must be a peft.LoraConfig or a mapping of its fields, got {type(config).__name__}"
+            "lora must be a peft.LoraConfig or a mapping of its fields, "
+            f"got {type(config).__name__}"
         )
     default = LoraConfig().to_dict()
     return {
         k: v
         for k, v in config.to_dict().items()
         if k in KNOWN_FIELDS or v != default.get(k, None)
-        if v != default.get(k, None) and k not in ("task_type", "inference_mode", "peft_type",
-                                                   "base_model_name_or_path", "fan_in_fan_out")
+        if v != default.get(k, None)
+        and k
+        not in (
+            "task_type",
+            "inference_mode",
+            "peft_type",
+            "base_model_name_or_path",
+            "fan_in_fan_out",
+        )
     }

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from foretune.models.routing import Rows
@@ -193,9 +193,7 @@ def lora_conv1d(
     sorted_x = x if rows.order is None else x[rows.order]
     parts = []
     for slot, start, end in rows.segments:
-        h = F.conv1d(
-            sorted_x[start:end], a[slot], None, conv.stride, conv.padding, conv.dilation
-        )
+        h = F.conv1d(sorted_x[start:end], a[slot], None, conv.stride, conv.padding, conv.dilation)
         parts.append(torch.einsum("or,nrl->nol", b[slot], h))
     delta = torch.cat(parts) * scale
     return delta if rows.inverse is None else delta[rows.inverse]

@@ -64,7 +64,9 @@ def write_adapter(
     """A PEFT folder, with the fingerprint of the base that it belongs to beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str))
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config, indent=2, sort_keys=True, default=str)
+    )
     (folder / FINGERPRINT_FILE).write_text(json.dumps({"base": base_fingerprint}, indent=1))
 
 

@@ -21,11 +21,11 @@ import foretune
 from foretune.errors import UserError
 from foretune.evaluation.statistics import pairs_and_means
 from foretune.evaluation.verdict import verdict
+from foretune.files import write_whole
 from foretune.models.frozen_prefix import frozen_prefix
 from foretune.run import Run
 from foretune.tasks.task import TaskCollection
 from foretune.training import verbs
-from foretune.training.checkpoint import write_whole
 from foretune.training.data import TaskData, slot_of
 from foretune.training.loop import Progress
 from foretune.training.outcome import Outcome
@@ -106,15 +106,17 @@ def compare(
     for task in unseen:
         if not task.test:
             raise UserError(f'unseen task "{task.name}" has no test rows to be scored on')
-    objective = verbs.objective_of(unseen).fit(unseen)
+    # Seen tasks say whether their labels are shared; a head means the same on unseen ones then.
+    known = verbs.objective_of(unseen) if seen is None else verbs.objective_of(seen).fit(seen)
+    objective = known.fit(unseen)
     unseen = unseen.with_objective(objective)
     scores: list[dict[str, Any]] = []
     about: list[dict[str, Any]] = []
     for name in bases:
         given = bases[name]
         model = given.model if isinstance(given, Outcome) else given
-        known = (rates or {}).get(name)
-        candidates = learning_rates if known is None else [known]
+        rate = (rates or {}).get(name)
+        candidates = learning_rates if rate is None else [rate]
         method, searched = search_rate(model, seen, adapt, candidates, run, shots, progress)
         scores += zero_shot(name, model, unseen, draws)
         cost: dict[str, Any] = {}
@@ -135,7 +137,7 @@ def compare(
             ]
             cost = _summed(cost, adapted.cost)
         if keep is not None:
-            adapted.first_draw().save(keep / name, base=_base_path(given))
+            adapted.first_draw().save(keep / name)
         entry = _about(name, given)
         entry["adapt"] = {
             "learning_rate": getattr(method, "learning_rate", None),
@@ -185,9 +187,10 @@ def search_rate(
     A trial adapts to seen tasks with the same shots and scores their validation rows; a rate's
     score is the mean over tasks and numbers of shots.
     """
-    if len(learning_rates) < 2 or seen is None:
-        only = {"learning_rate": rate for rate in learning_rates}
-        return dataclasses.replace(adapt, **only), []
+    if not learning_rates:
+        return adapt, []
+    if len(learning_rates) == 1 or seen is None:
+        return dataclasses.replace(adapt, learning_rate=learning_rates[0]), []
     usable = [task.name for task in seen if task.validation and task.train]
     if not usable:
         raise UserError(
@@ -248,15 +251,9 @@ def _about(name: str, given: nn.Module | Outcome) -> dict[str, Any]:
         "method": method.name,
         "label": method.label,
         "config": method.to_dict(),
-        "path": _base_path(given),
+        "path": None if given.run.out is None else str(given.run.out / "base"),
         "retrain": {"learning_rate": getattr(method, "learning_rate", None), **given.cost},
     }
-
-
-def _base_path(given: nn.Module | Outcome) -> str | None:
-    if isinstance(given, Outcome):
-        return None if given.run.out is None else str(given.run.out / "base")
-    return getattr(given, "name_or_path", None) or None
 
 
 def _counted(tasks: TaskCollection | None, side: str) -> dict[str, int]:

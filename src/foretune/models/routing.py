@@ -31,7 +31,7 @@ class Rows:
 
     @cached_property
     def order(self) -> Tensor | None:
-        """The permutation that brings the rows of each slot together; None when they already are."""
+        """The permutation that brings each slot's rows together; None when they already are."""
         if all(a <= b for a, b in zip(self.slots, self.slots[1:], strict=False)):
             return None
         return torch.argsort(torch.tensor(self.slots), stable=True)

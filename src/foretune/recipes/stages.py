@@ -123,6 +123,6 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes the file whole or not at all."""
-    from foretune.training.checkpoint import write_whole
+    from foretune.files import write_whole
 
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False))

@@ -113,11 +113,10 @@ def adapt_folder(
     known = objective or found.kind
     if known is None:
         found.objective(None, None)  # says what is missing
-    prepare_folder(out, resume=resume, overwrite=overwrite)
     collection, _ = load_tasks(source, str(known))
     model, tokenizer = found.load()
     fitted = found.objective(objective, tokenizer).fit(collection)
-    run = run_of(block, seed=seed, out=out, resume=True)
+    run = run_of(block, seed=seed, out=out, resume=resume, overwrite=overwrite)
     with console.bar(f"adapting {found.folder} to {len(collection)} tasks") as progress:
         adapted = foretune.adapt(
             model,
@@ -127,7 +126,6 @@ def adapt_folder(
             shots=shots,
             progress=progress,
         )
-    adapted.save(out, base=str(found.folder))
     scores = {task: score for (task, _), score in adapted.scores.items()}
     return {
         "out": str(out),

@@ -116,9 +116,7 @@ def _check_counts(num_candidates: int, pool: int | None) -> None:
         )
 
 
-def _index(
-    collection: TaskCollection, group_column: str | None, own_task: bool
-) -> _Responses:
+def _index(collection: TaskCollection, group_column: str | None, own_task: bool) -> _Responses:
     import numpy as np
 
     texts: dict[str, int] = {}

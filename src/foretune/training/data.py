@@ -81,7 +81,9 @@ class TaskData:
             self._encoded[slot, split] = encoded
         return self._encoded[slot, split]
 
-    def batch(self, picks: Sequence[Pick], split: str, *, train: bool, seed: Sequence[int]) -> Batch:
+    def batch(
+        self, picks: Sequence[Pick], split: str, *, train: bool, seed: Sequence[int]
+    ) -> Batch:
         """The batch of these rows, in the order of their slots."""
         picks = sorted(picks, key=lambda pick: pick[0])
         rows = [self.rows(slot, split)[i] for slot, i in picks]

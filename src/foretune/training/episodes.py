@@ -1,4 +1,4 @@
-"""`EpisodicLearner`: adapt for a few steps, then move the base by what that told (Reptile, FOMAML)."""
+"""`EpisodicLearner`: adapt for a few steps, then move the base by what that told."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ class EpisodicLearner(Learner):
             self.bank.reset(present, seed)
             slots = SlotAdamW(self.bank.parameters(), self.inner_learning_rate, weight_decay=0.0)
         if self.inner_all:
-            inner = [torch.optim.AdamW(self.base, self.inner_learning_rate, weight_decay=0.0, fused=True)]
+            inner = [
+                torch.optim.AdamW(self.base, self.inner_learning_rate, weight_decay=0.0, fused=True)
+            ]
         by_slot: dict[int, float] = {}
         with _frozen([] if self.inner_all else self.base):
             for batch in batches:
@@ -99,7 +101,7 @@ class EpisodicLearner(Learner):
 
     @torch.no_grad()
     def _way_of_adapters(self, present: Sequence[int]) -> None:
-        """Reptile's outer gradient where the inner loop moved adapters: W − mean_t (W + s·B_t A_t)."""
+        """Reptile's outer gradient if the inner loop moved adapters: W − mean_t (W + s·B_t A_t)."""
         assert self.bank is not None
         modules = dict(self.model.named_modules())
         for name in self.bank.layer_names:

@@ -1,4 +1,4 @@
-"""`Learner`: what an update moves, and how its gradient is made. Methods build one; the loop runs it."""
+"""`Learner`: what an update moves and how its gradient is made; methods build it."""
 
 from __future__ import annotations
 
@@ -137,7 +137,9 @@ class Learner:
 
     def state(self, *, optimizers: bool) -> dict[str, Tensor]:
         """Everything that training moves, by name; optimiser state on request."""
-        found = {f"base.{k}": p.detach() for k, p in self.model.named_parameters() if p.requires_grad}
+        found = {
+            f"base.{k}": p.detach() for k, p in self.model.named_parameters() if p.requires_grad
+        }
         found |= {f"buffer.{k}": b for k, b in self.model.named_buffers()}
         if self.bank is not None:
             found |= {f"bank.{k}": p.detach() for k, p in self.bank.named_parameters()}
@@ -156,7 +158,9 @@ class Learner:
                 prefix = f"{name}.{i}."
                 saved = {k: v for k, v in tensors.items() if k.startswith(prefix)}
                 if saved:
-                    optimizer.state[p] = {k.removeprefix(prefix): v.clone() for k, v in saved.items()}
+                    optimizer.state[p] = {
+                        k.removeprefix(prefix): v.clone() for k, v in saved.items()
+                    }
 
     def _optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
         named = (("base_adamw", self.base_optimizer), ("bank_adamw", self.bank_optimizer))

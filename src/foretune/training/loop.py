@@ -1,4 +1,4 @@
-"""The only training loop: draw, update, validate, keep; every method and every verb goes through it."""
+"""The only training loop, for every method and every verb: draw, update, validate, keep."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from foretune.training.learner import Learner
 Progress = Callable[[int, int, dict[str, Any]], None]  # (step, steps, newest figures)
 
 
-class Diverged(ForetuneError):
+class DivergedError(ForetuneError):
     """The loss is no longer a number."""
 
 
@@ -48,7 +48,7 @@ def fit(
         "best_step", "best_score": None without validation rows; "tokens", "examples": read in all.
 
     Raises:
-        Diverged: A loss is not finite; says which step and task. The checkpoints stay.
+        DivergedError: A loss is not finite; says which step and task. The checkpoints stay.
     """
     accelerator = make_accelerator(run)
     learner.model.to(accelerator.device)
@@ -61,7 +61,12 @@ def fit(
     period = max(1, round((run.eval_every or math.ceil(run.steps / 10)) / per_update))
     validate = validate and run.eval_every != 0
     record: dict[str, Any] = {
-        "history": [], "best_step": None, "best_score": None, "tokens": 0, "examples": 0, "step": 0,
+        "history": [],
+        "best_step": None,
+        "best_score": None,
+        "tokens": 0,
+        "examples": 0,
+        "step": 0,
     }
     record |= _restored(learner, store) if run.resume else {}
     losses: list[float] = []
@@ -85,8 +90,11 @@ def fit(
                 _validate_and_keep(learner, data, run, store, record, losses, validate)
                 losses = []
             if progress is not None:
-                progress(update + 1, num_updates, {"loss": losses[-1] if losses else None,
-                                                   "score": record["best_score"]})
+                progress(
+                    update + 1,
+                    num_updates,
+                    {"loss": losses[-1] if losses else None, "score": record["best_score"]},
+                )
     if record["best_step"] not in (None, num_updates):
         best = store.best(record["best_step"])
         assert best is not None
@@ -168,10 +176,10 @@ def _check_weights(learner: Learner, data: TaskData, step: int, run: Run) -> Non
             raise _diverged(what, learner, run)
 
 
-def _diverged(what: str, learner: Learner, run: Run) -> Diverged:
+def _diverged(what: str, learner: Learner, run: Run) -> DivergedError:
     rate = learner.learning_rate or learner.bank_learning_rate
     kept = f"; the last checkpoint is in {run.out}" if run.out is not None else ""
-    return Diverged(
+    return DivergedError(
         f"{what}: try a lower learning_rate (now {rate:g}), a longer warmup or a smaller "
         f"max_grad_norm{kept}"
     )

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from foretune.adapters.bank import AdapterBank
 from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import peft_config, peft_tensors, write_adapter
+from foretune.files import whole_folder, write_whole
 from foretune.models.loading import save_base
 from foretune.run import Run
 from foretune.tasks.objectives import Objective
-from foretune.training.checkpoint import whole_folder, write_whole
 from foretune.training.record import environment
 
 
@@ -90,9 +90,13 @@ class Outcome:
         method = self.method
         paper = getattr(method, "paper", None)
         source = f" ({paper['title']}, arXiv:{paper['arxiv']})" if paper else ""
-        score = "" if self.validation_score is None else (
-            f"\nMean {self.objective.metric} on the seen tasks' validation rows: "
-            f"{self.validation_score:.4f}.\n"
+        score = (
+            ""
+            if self.validation_score is None
+            else (
+                f"\nMean {self.objective.metric} on the seen tasks' validation rows: "
+                f"{self.validation_score:.4f}.\n"
+            )
         )
         return (
             f"---\nlibrary_name: transformers\ntags: [foretune, {method.name}]\n---\n\n"
@@ -137,14 +141,12 @@ class Adapted:
             models={key: v for key, v in self.models.items() if key[1] == 0},
         )
 
-    def save(self, folder: Path | str, base: str | None = None) -> Path:
+    def save(self, folder: Path | str) -> Path:
         """Writes a PEFT folder for each task (`<task>`, or `<task>-draw<k>` beyond the first)."""
         folder = Path(folder)
-        config = {**self.config, "base_model_name_or_path": base or self.config.get(
-            "base_model_name_or_path")}
         for (task, draw), tensors in self.tensors.items():
             with whole_folder(folder / folder_name(task, draw)) as part:
-                write_adapter(part, config, tensors, self.base_fingerprint)
+                write_adapter(part, self.config, tensors, self.base_fingerprint)
         for (task, draw), model in self.models.items():
             with whole_folder(folder / folder_name(task, draw)) as part:
                 save_base(model, None, part)

@@ -11,9 +11,9 @@ from typing import Any
 from foretune.adapters.bank import AdapterBank
 from foretune.adapters.peft_format import load_adapter
 from foretune.errors import UserError
+from foretune.files import write_whole
 from foretune.models.loading import load_weights
 from foretune.run import Run
-from foretune.training.checkpoint import write_whole
 from foretune.training.learner import Learner
 from foretune.training.outcome import Adapted, folder_name
 
@@ -21,7 +21,7 @@ TaskDraw = tuple[str, int]
 RECORD = "run.json"
 SCORES = "scores.json"
 # What may differ between a run and its continuation: it does not change the result.
-MOVABLE = ("out", "resume", "overwrite", "progress", "device", "tasks_per_wave")
+MOVABLE = ("out", "resume", "overwrite", "device", "tasks_per_wave")
 
 
 def begin(folder: Path, method: Any, run: Run, **about: Any) -> dict[str, Any] | None:

@@ -13,12 +13,20 @@ from torch import nn
 from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
+from foretune.files import claim_folder
 from foretune.models.surgery import match_head
 from foretune.run import Run
 from foretune.tasks.objectives import Objective
 from foretune.tasks.task import Task, TaskCollection
-from foretune.training.checkpoint import CheckpointStore, claim_folder
-from foretune.training.data import PerTaskSampler, PooledSampler, Sampler, SlotRows, TaskData, number_of
+from foretune.training.checkpoint import CheckpointStore
+from foretune.training.data import (
+    PerTaskSampler,
+    PooledSampler,
+    Sampler,
+    SlotRows,
+    TaskData,
+    number_of,
+)
 from foretune.training.learner import Learner
 from foretune.training.loop import Progress, fit
 from foretune.training.outcome import Adapted, Outcome
@@ -52,7 +60,7 @@ def retrain(
 
     Raises:
         UserError: Bad data, a method of another verb, a folder that is not empty.
-        Diverged: A loss was not finite.
+        DivergedError: A loss was not finite.
     """
     run = run or Run()
     check_verb(method, "retrain")
@@ -63,39 +71,26 @@ def retrain(
     match_head(model, objective.num_outputs(), run.seed)
     data = TaskData.of(tasks, objective)
     finished = None if run.out is None else begin(run.out, method, run, tasks=data.keys)
-    budget = method.budget(run, len(data))
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with torch.random.fork_rng(), metered() as cost:
         torch.manual_seed(run.seed)
         learner: Learner | None = method.learner(model, objective, data.keys, run)
-        if finished is not None and run.out is not None:
-            record: dict[str, Any] = {"history": read_back(run.out, learner, model)}
-        elif learner is None:
-            scores = score_slots(model, data, "validation", run.eval_rows)
-            best = sum(scores.values()) / len(scores) if scores else None
-            record = {"history": [], "best_score": best, "tokens": 0, "examples": 0}
-            trainable = 0
+        if finished is None:
+            record = _train(method, learner, model, data, run, progress)
         else:
-            sampler = sampler_for(method, data, budget, learner.batches_per_update)
-            record = fit(learner, data, sampler, budget, progress=progress)
-    bank = None if learner is None else learner.bank
-    if finished is not None:
-        cost, record["best_score"] = finished["cost"], finished["validation_score"]
-    else:
-        cost |= {"tokens": record["tokens"], "examples": record["examples"]}
-        cost["trainable_parameters"] = trainable + (
-            0 if bank is None else bank.parameters_per_slot * len(data)
-        )
+            assert run.out is not None
+            record = {**finished, "history": read_back(run.out, learner, model)}
+    if hasattr(model, "name_or_path"):  # what adapters name as their base
+        model.name_or_path = "" if run.out is None else str(run.out / "base")  # type: ignore[assignment]
     outcome = Outcome(
         model=model.eval(),
-        bank=bank if method.keeps_adapters else None,
+        bank=learner.bank if learner is not None and method.keeps_adapters else None,
         method=method,
         run=run,
         objective=objective,
         tokenizer=tokenizer or getattr(objective, "tokenizer", None),
         history=record["history"],
-        validation_score=record["best_score"],
-        cost=cost,
+        validation_score=record["validation_score"],
+        cost=record["cost"] if finished is not None else cost | record["cost"],
         tasks=data.keys,
     )
     if run.out is not None:
@@ -103,6 +98,29 @@ def retrain(
             outcome.save(run.out)
         CheckpointStore(run.out).clear()
     return outcome
+
+
+def _train(
+    method: Any,
+    learner: Learner | None,
+    model: nn.Module,
+    data: TaskData,
+    run: Run,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Runs the loop; history, validation score and what was read. Without a learner: the score."""
+    if learner is None:
+        scores = score_slots(model, data, "validation", run.eval_rows)
+        best = sum(scores.values()) / len(scores) if scores else None
+        cost = {"tokens": 0, "examples": 0, "trainable_parameters": 0}
+        return {"history": [], "validation_score": best, "cost": cost}
+    budget = method.budget(run, len(data))
+    sampler = sampler_for(method, data, budget, learner.batches_per_update)
+    record = fit(learner, data, sampler, budget, progress=progress)
+    adapters = 0 if learner.bank is None else learner.bank.parameters_per_slot * len(data)
+    cost = {key: record[key] for key in ("tokens", "examples")}
+    cost["trainable_parameters"] = adapters + sum(p.numel() for p in learner.base)
+    return {"history": record["history"], "validation_score": record["best_score"], "cost": cost}
 
 
 def adapt(
@@ -180,21 +198,25 @@ def _adapt_wave(
     wanted = [p.requires_grad for p in base.parameters()]
     torch.manual_seed(run.seed)
     learner: Learner = method.learner(base, objective, data.keys, run)
-    record = fit(learner, data, sampler_for(method, data, run), run, validate=False, progress=progress)
+    record = fit(
+        learner, data, sampler_for(method, data, run), run, validate=False, progress=progress
+    )
     with learner.ready():
         scores = learner.score(data, split, None)
     for slot, score in scores.items():
         result.scores[wave[slot].task, wave[slot].draw] = score
         result.num_rows[wave[slot].task, wave[slot].draw] = len(data.rows(slot, split))
     if learner.bank is not None:
-        result.config = peft_config(learner.bank, base, None)
+        result.config = peft_config(learner.bank, base, getattr(base, "name_or_path", None) or None)
         result.base_fingerprint = fingerprint(base, learner.bank.head_names)
         for slot, rows in enumerate(wave):
             result.tensors[rows.task, rows.draw] = peft_tensors(learner.bank, slot)
     else:
         result.models[wave[0].task, wave[0].draw] = base
-    per_task = sum(p.numel() for p in learner.base) if learner.bank is None else (
-        learner.bank.parameters_per_slot
+    per_task = (
+        sum(p.numel() for p in learner.base)
+        if learner.bank is None
+        else (learner.bank.parameters_per_slot)
     )
     result.cost["trainable_parameters"] = per_task
     for key in ("tokens", "examples"):

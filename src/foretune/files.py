@@ -1,0 +1,132 @@
+"""Files and folders that are written whole or not at all, and folders that may be written to."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from foretune.errors import ForetuneError, UserError
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+UNFINISHED = ".unfinished-"
+RECIPE = "config.yaml"
+OURS = (
+    *(RECIPE, "run.json", "comparison.json", "foretune.json", "scores.json"),
+    *("adapters", "base", "bases"),
+)
+
+
+@contextlib.contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A folder that appears under its name when the block has ended well, or not at all.
+
+    Raises:
+        ForetuneError: The disk is full; what was written so far is removed.
+    """
+    part = final.with_name(UNFINISHED + final.name)
+    shutil.rmtree(part, ignore_errors=True)
+    with disk_errors(final):
+        try:
+            part.mkdir(parents=True)
+            yield part
+            for path in part.rglob("*"):
+                _flush(path)
+            if final.exists():
+                shutil.rmtree(final)
+            part.rename(final)
+            _flush(final.parent)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file so that it is either the old one or the new one, never half of it."""
+    part = path.with_name(UNFINISHED + path.name)
+    with disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(text, encoding="utf-8")
+            _flush(part)
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns the errors of a full or closed disk into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ForetuneError(
+                f"the disk is full: could not write {path}; free some space and run again with "
+                "--resume, the last checkpoint is untouched"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise UserError(
+                f"cannot write {path}: {error.strerror}; choose another --out"
+            ) from error
+        raise
+    except Exception as error:
+        # safetensors reports a failed write with an exception of its own.
+        if "No space left" in str(error):
+            raise ForetuneError(
+                f"the disk is full: could not write {path}; free some space and run again with "
+                "--resume, the last checkpoint is untouched"
+            ) from error
+        raise
+
+
+def claim_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Makes sure that `folder` exists and may be written to.
+
+    Returns:
+        Whether it holds a run to be continued.
+
+    Raises:
+        UserError: Something is in it and neither `resume` nor `overwrite` was asked for, or both
+            were, or `overwrite` would delete what is no run of foretune's.
+    """
+    if resume and overwrite:
+        raise UserError("--resume keeps what is in the folder, --overwrite removes it: choose one")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; --out needs a folder")
+    # A recipe alone was left by a run that failed before it began: nothing is lost.
+    used = folder.is_dir() and any(path.name != RECIPE for path in folder.iterdir())
+    if used and not (resume or overwrite):
+        raise UserError(
+            f"{folder} is not empty: --resume continues what was begun there, --overwrite removes "
+            "it, another folder leaves it alone"
+        )
+    if used and overwrite:
+        _check_is_ours(folder)
+        with disk_errors(folder):
+            shutil.rmtree(folder)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return used and resume
+
+
+def _check_is_ours(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()}
+    if names.isdisjoint(OURS) and not any(CHECKPOINT.fullmatch(n) for n in names):
+        raise UserError(
+            f"{folder} holds no foretune run ({', '.join(sorted(names)[:3])}, …): --overwrite does "
+            "not remove it; choose another folder"
+        )
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
