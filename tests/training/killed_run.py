@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 import foretune
 import linear_tasks
 from foretune.run import Run
+from foretune import files
 from foretune.training import checkpoint, outcome
 
 METHOD = foretune.PEFTML(
@@ -73,7 +74,7 @@ def in_write(number: int) -> Callable[[], None]:
 def before_rename() -> None:
     """When the second checkpoint is written but does not bear its name yet."""
     calls = []
-    flush = checkpoint._flush
+    flush = files._flush
 
     def die_at_last(path: Path) -> None:
         flush(path)
@@ -81,7 +82,7 @@ def before_rename() -> None:
         if path.parent.name == ".unfinished-checkpoint-4" and path.name == "state.json":
             die()
 
-    checkpoint._flush = die_at_last
+    files._flush = die_at_last
 
 
 def in_removal(name: str) -> Callable[[], None]:
@@ -119,7 +120,7 @@ def in_record() -> None:
 
     def write_half(path: Path, text: str) -> None:
         if path.name == "metrics.jsonl":
-            path.with_name(checkpoint.PREFIX_OF_UNFINISHED + path.name).write_text(text[:5])
+            path.with_name(files.UNFINISHED + path.name).write_text(text[:5])
             die()
         write(path, text)
 

@@ -88,7 +88,7 @@ def test_resumed_over_and_over_equals_undisturbed(tmp_path):
 
 def test_best_checkpoint_survives_a_resume(tmp_path):
     """The best state may lie before the moment of the kill; it must still be what is returned."""
-    wild = {"schedule": "constant", "warmup": 0.0, "steps": 30}
+    wild = {"schedule": "constant", "warmup": 0.0, "steps": 30, "seed": 0}
     method = foretune.Standard(learning_rate=0.8)
 
     def go(stop_at=None, **changes):
@@ -264,7 +264,7 @@ def test_a_number_sign_in_a_task_name_is_no_draw(tmp_path):
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"is not empty; continue with --resume, replace it with"):
+    with pytest.raises(UserError, match=r"is not empty: --resume continues what was begun there"):
         _retrain(out=tmp_path)
     with pytest.raises(UserError, match=r"holds no foretune run \(thesis.txt"):
         _retrain(out=tmp_path, overwrite=True)
