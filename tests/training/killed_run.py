@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 
 import foretune
 import linear_tasks
-from foretune.run import Run
 from foretune import files
+from foretune.run import Run
 from foretune.training import checkpoint, outcome
 
 METHOD = foretune.PEFTML(
