@@ -54,7 +54,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench-quickstart: setup
-	$(BIN)/foretune run quickstart seeds=3 '$(EVERY_METHOD)' 'retrain.learning_rates=[5e-5, 2e-4]' --out runs/bench-quickstart --resume
+	$(BIN)/foretune run quickstart seeds=3 '$(EVERY_METHOD)' 'retrain.learning_rates=[5e-5, 2e-4]' retrain.steps=80 --out runs/bench-quickstart --resume
 	$(BIN)/python benchmarks/publish.py runs/bench-quickstart quickstart
 
 bench-convai2: setup
