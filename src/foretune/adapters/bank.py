@@ -147,14 +147,8 @@ class AdapterBank(nn.Module):
         return head
 
     def slot_state(self, slot: int) -> dict[str, Tensor]:
-        """One slot's values by parameter name of the bank; `load_slot` takes them back."""
+        """A copy of one slot's values, by parameter name of the bank."""
         return {name: p.detach()[slot].clone() for name, p in self.named_parameters()}
-
-    @torch.no_grad()
-    def load_slot(self, slot: int, state: Mapping[str, Tensor]) -> None:
-        """Sets one slot to what `slot_state` gave."""
-        for name, p in self.named_parameters():
-            p[slot].copy_(state[name])
 
 
 class _LoRALayer(nn.Module):
