@@ -13,11 +13,12 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from foretune.adapters.config import lora_scale, matching_modules
-from foretune.adapters.lora import by_rows, lora_conv1d, lora_linear, select
+from foretune.adapters.lora import by_rows, by_slot, lora_conv1d, lora_linear
 from foretune.errors import UserError
 from foretune.models.routing import Rows, current_rows
 
@@ -92,12 +93,13 @@ class AdapterBank(nn.Module):
     def reset(self, slots: Sequence[int] | range, seed: int | None = None) -> None:
         """Fresh adapters (A uniform as in PEFT, B zero) and heads for these slots."""
         seed = self._seed if seed is None else seed
-        for slot in slots:
-            generator = torch.Generator().manual_seed(_seed_of(seed, self.keys[slot]))
-            for name in self.layer_names:
-                self._layer(name).reset(slot, generator)
-            for name in self.head_names:
-                self._head(name).reset(slot, self._modules_of[name], self.fresh_heads, generator)
+        # SFC64, because a bank for a thousand tasks is half a billion draws.
+        rngs = [np.random.Generator(np.random.SFC64(_seed_of(seed, self.keys[s]))) for s in slots]
+        for name in self.layer_names:
+            self._layer(name).reset(slots, rngs)
+        for name in self.head_names:
+            for slot, rng in zip(slots, rngs, strict=True):
+                self._head(name).reset(slot, self._modules_of[name], self.fresh_heads, rng)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[AdapterBank]:
@@ -162,6 +164,7 @@ class _LoRALayer(nn.Module):
         self.transposed = not self.is_conv and not isinstance(module, nn.Linear)  # HF's Conv1D
         self.scale = lora_scale(lora)
         self.dropout = float(lora.get("lora_dropout", 0.0))
+        self._touched = False
         if self.is_conv:
             out_features, in_features, kernel = weight.shape
             self.a = _zeros(weight, num_slots, r, in_features, kernel)
@@ -172,12 +175,19 @@ class _LoRALayer(nn.Module):
             self.b = _zeros(weight, num_slots, r, out_features)
 
     @torch.no_grad()
-    def reset(self, slot: int, generator: torch.Generator) -> None:
+    def reset(self, slots: Sequence[int] | range, rngs: Sequence[np.random.Generator]) -> None:
         """A uniform as in PEFT, kaiming_uniform(a=√5) over its inputs; B zero."""
-        bound = self.a[slot][0].numel() ** -0.5
-        fresh = torch.empty(self.a[slot].shape).uniform_(-bound, bound, generator=generator)
-        self.a[slot].copy_(fresh)
-        self.b[slot].zero_()
+        bound = self.a[0][0].numel() ** -0.5
+        shape = tuple(self.a.shape[1:])
+        fresh = np.empty(shape, np.float32)
+        for slot, rng in zip(slots, rngs, strict=True):
+            rng.random(dtype=np.float32, out=fresh)
+            fresh *= 2 * bound
+            fresh -= bound
+            self.a[slot] = torch.from_numpy(fresh)
+            if self._touched:
+                self.b[slot].zero_()
+        self._touched = True
 
     def forward_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """The forward that takes the place of the module's own."""
@@ -204,6 +214,9 @@ class _LoRALayer(nn.Module):
 
 
 def _zeros(like: Tensor, *shape: int) -> nn.Parameter:
+    """float32 zeros beside `like`; on a CPU by numpy, which leaves memory untouched until written."""
+    if like.device.type == "cpu":
+        return nn.Parameter(torch.from_numpy(np.zeros(shape, np.float32)))
     return nn.Parameter(torch.zeros(shape, device=like.device))
 
 
@@ -220,13 +233,16 @@ class _HeadCopies(nn.Module):
         )
         self._running = False
 
-    def reset(self, slot: int, module: nn.Module, fresh: bool, generator: torch.Generator) -> None:
+    def reset(
+        self, slot: int, module: nn.Module, fresh: bool, rng: np.random.Generator
+    ) -> None:
         for name, p in module.named_parameters():
             target = self.stacked[_escaped(name)][slot]
             if not fresh:
                 target.copy_(p)
             elif p.dim() > 1:
-                target.copy_(torch.empty(p.shape).normal_(0, 0.02, generator=generator))
+                drawn = rng.standard_normal(tuple(p.shape), dtype=np.float32) * 0.02
+                target.copy_(torch.from_numpy(drawn))
             else:  # biases, and the weights of norms, which start at one
                 target.fill_(1.0 if name.endswith("weight") else 0.0)
 
@@ -248,36 +264,39 @@ class _HeadCopies(nn.Module):
     def _per_slot(self, module: nn.Module, rows: Rows, args: Any, kwargs: Any) -> Tensor:
         num_rows = len(rows.slots)
         if rows.order is not None:
-            args = tuple(_map(a, lambda t: by_rows(t, rows.order, num_rows)) for a in args)  # type: ignore[arg-type]
-            kwargs = {
-                k: _map(v, lambda t: by_rows(t, rows.order, num_rows))  # type: ignore[arg-type]
-                for k, v in kwargs.items()
-            }
-        outputs = []
-        # Selected and unbound once: indexing slot by slot would give each slot a gradient of the
-        # size of the whole stack.
-        present = {_plain(name): select(p, rows).unbind() for name, p in self.stacked.items()}
-        for i, (_, start, end) in enumerate(rows.segments):
-            params = {name: copies[i] for name, copies in present.items()}
-
-            def part(t: Tensor, start: int = start, end: int = end) -> Tensor:
-                block = t.shape[0] // num_rows
-                return t[start * block : end * block]
-
-            outputs.append(
-                torch.func.functional_call(
-                    module,
-                    params,
-                    tuple(_map(a, part) for a in args),
-                    {k: _map(v, part) for k, v in kwargs.items()},
-                )
-            )
-        y = torch.cat(outputs)
+            args, kwargs = _map((args, kwargs), lambda t: by_rows(t, rows.order, num_rows))  # type: ignore[arg-type]
+        parts = [
+            _map((args, kwargs), lambda t, i=i: by_slot(t, rows)[i])
+            for i in range(len(rows.present))
+        ]
+        outputs = [
+            torch.func.functional_call(module, params, *part)
+            for params, part in zip(self._copies(rows), parts, strict=True)
+        ]
+        y = torch.cat(outputs, 0 if rows.tokens is None else 1)
         return y if rows.inverse is None else by_rows(y, rows.inverse, num_rows)
+
+    def _copies(self, rows: Rows) -> list[dict[str, Tensor]]:
+        """The parameters of each slot that is present, by name.
+
+        Selected and unbound once: indexing slot by slot would give each slot a gradient of the size
+        of the whole stack.
+        """
+        every = rows.present == tuple(range(len(next(iter(self.stacked.values())))))
+        index = slice(None) if every else torch.tensor(rows.present)
+        unbound = {_plain(name): p[index].unbind() for name, p in self.stacked.items()}
+        return [{k: v[i] for k, v in unbound.items()} for i in range(len(rows.present))]
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    return change(value) if isinstance(value, Tensor) else value
+    """The same nest of tuples and dicts with its tensors changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_map(v, change) for v in value)
+    if isinstance(value, dict):
+        return {k: _map(v, change) for k, v in value.items()}
+    return value
 
 
 def _seed_of(seed: int, key: str) -> int:

@@ -1,6 +1,6 @@
 """The maths of one adapted layer: a shared weight W and one low-rank pair for each slot.
 
-    y_i = x_i Wᵀ + bias + s · x_i A_tᵀ B_tᵀ        t = the slot that owns row i
+    y_i = x_i Wᵀ + bias + s · x_i A_tᵀ B_tᵀ        t = the slot that owns vector i
 
     symbol   here      shape          meaning
     W        weight    (out, in)      weight that every task shares
@@ -10,13 +10,16 @@
     h        h         (n, r)         x Aᵀ, the only activation kept beside x itself
     s        scale     ()             lora_alpha / r, or lora_alpha / √r (rsLoRA)
 
-The base product runs once over the rows of all tasks and so does the gradient of W; only the
-rank-r products are batched over slots.
+The base product runs once over the vectors of all tasks and so does the gradient of W; only the
+rank-r products are made slot by slot: batched where every slot has the same number of vectors, one
+after the other where not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,19 +34,47 @@ class Layout:
     """Where each slot's vectors lie in a matrix that holds the vectors of all rows.
 
     Args:
-        segments: (position in the gathered adapters, start, end), in ascending order.
-        uniform: Vectors of every slot when that is one number, else None.
+        present: The slots that own vectors, in the order in which these lie.
+        counts: Vectors of each of them.
+        num_slots: Slots of the bank.
     """
 
-    segments: tuple[tuple[int, int, int], ...]
-    uniform: int | None
+    present: tuple[int, ...]
+    counts: tuple[int, ...]
+    num_slots: int
 
     @classmethod
-    def of(cls, rows: Rows, vectors_per_row: int) -> Layout:
-        """The layout of `rows`, sorted by slot, with that many vectors (tokens) in each."""
-        k = vectors_per_row
-        segments = tuple((i, s * k, e * k) for i, (_, s, e) in enumerate(rows.segments))
-        return cls(segments, None if rows.uniform is None else rows.uniform * k)
+    def of(cls, rows: Rows, num_vectors: int, num_slots: int) -> Layout:
+        """The layout of `rows`, sorted by slot, when they have so many vectors (tokens) together.
+
+        Raises:
+            ValueError: That is no multiple of the number of rows.
+        """
+        if rows.tokens is not None and sum(rows.tokens) == num_vectors:
+            return cls(rows.present, rows.tokens, num_slots)
+        if rows.tokens is not None or num_vectors % len(rows.slots):
+            raise ValueError(
+                f"an adapted layer got {num_vectors} vectors where the batch has "
+                f"{len(rows.slots)} rows: the model mixes or drops rows before this layer, so "
+                "their tasks are unknown"
+            )
+        each = num_vectors // len(rows.slots)
+        return cls(rows.present, tuple((e - s) * each for _, s, e in rows.segments), num_slots)
+
+    @cached_property
+    def uniform(self) -> int | None:
+        """Vectors of every slot when that is one number, else None."""
+        return self.counts[0] if len(set(self.counts)) == 1 else None
+
+    @cached_property
+    def slots(self) -> slice | list[int] | None:
+        """What indexes the slots that are present; None when it is all of them."""
+        first, count = self.present[0], len(self.present)
+        if count == self.num_slots:
+            return None
+        if self.present[-1] - first == count - 1:
+            return slice(first, first + count)
+        return list(self.present)
 
 
 def grouped(x: Tensor, w: Tensor, layout: Layout) -> Tensor:
@@ -57,45 +88,65 @@ def grouped(x: Tensor, w: Tensor, layout: Layout) -> Tensor:
         (n, q).
     """
     if layout.uniform is not None:
-        return torch.bmm(x.view(len(layout.segments), layout.uniform, -1), w).flatten(0, 1)
-    return torch.cat([x[start:end] @ w[i] for i, start, end in layout.segments])
+        return torch.bmm(x.view(len(layout.counts), layout.uniform, -1), w).flatten(0, 1)
+    y = x.new_empty(x.shape[0], w.shape[2])
+    parts = zip(x.split(layout.counts), w.unbind(), y.split(layout.counts), strict=True)
+    for x_part, w_part, y_part in parts:
+        torch.mm(x_part, w_part, out=y_part)
+    return y
 
 
 def add_grouped_(y: Tensor, x: Tensor, w: Tensor, layout: Layout, scale: float) -> None:
     """y[segment i] += scale · x[segment i] @ w[i], in place; shapes as in `grouped`."""
     if layout.uniform is not None:
-        shape = (len(layout.segments), layout.uniform, -1)
+        shape = (len(layout.counts), layout.uniform, -1)
         y.view(shape).baddbmm_(x.view(shape), w, alpha=scale)
         return
-    for i, start, end in layout.segments:
-        y[start:end].addmm_(x[start:end], w[i], alpha=scale)
+    parts = zip(x.split(layout.counts), w.unbind(), y.split(layout.counts), strict=True)
+    for x_part, w_part, y_part in parts:
+        y_part.addmm_(x_part, w_part, alpha=scale)
 
 
 def grouped_outer(x: Tensor, y: Tensor, layout: Layout) -> Tensor:
     """x[segment i]ᵀ @ y[segment i] for every segment: (n, p), (n, q) → (segments, p, q)."""
     if layout.uniform is not None:
-        shape = (len(layout.segments), layout.uniform, -1)
+        shape = (len(layout.counts), layout.uniform, -1)
         return torch.bmm(x.view(shape).transpose(1, 2), y.view(shape))
-    return torch.stack([x[start:end].T @ y[start:end] for _, start, end in layout.segments])
+    found = x.new_empty(len(layout.counts), x.shape[1], y.shape[1])
+    parts = zip(x.split(layout.counts), y.split(layout.counts), found.unbind(), strict=True)
+    for x_part, y_part, out in parts:
+        torch.mm(x_part.T, y_part, out=out)
+    return found
 
 
 class _LoRALinear(torch.autograd.Function):
-    """The layer with its own backward: W's gradient once, and no activation kept but x and h."""
+    """The layer with its own backward: W's gradient once, and no activation kept but x and h.
+
+    Without a weight it is the adapters' part alone.
+
+    Where slots are absent, the gradients of A and B are added to `.grad` here instead of being
+    returned: autograd would make a tensor of zeros of the size of the whole bank for every layer
+    and every chunk of a batch.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         a: Tensor,
         bt: Tensor,
         scale: float,
         layout: Layout,
     ) -> Tensor:
-        y = F.linear(x, weight, bias)
-        h = grouped(x, a.transpose(1, 2), layout)
-        add_grouped_(y, h, bt, layout, scale)
+        a_now, bt_now = present(a, layout, x.dtype), present(bt, layout, x.dtype)
+        h = grouped(x, a_now.transpose(1, 2), layout)
+        if weight is None:
+            y = grouped(h, bt_now, layout).mul_(scale)
+        else:
+            y = F.linear(x, weight, bias)
+            add_grouped_(y, h, bt_now, layout, scale)
         ctx.save_for_backward(x, weight, a, bt, h)
         ctx.scale, ctx.layout = scale, layout
         return y
@@ -103,18 +154,23 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, a, bt, h = ctx.saved_tensors
+        layout, scale = ctx.layout, ctx.scale
         gy = grads[0].contiguous()
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         gx = gw = gbias = ga = gb = None
         if need_x or need_a:
-            gh = grouped(gy, bt.transpose(1, 2), ctx.layout).mul_(ctx.scale)
+            gh = grouped(gy, present(bt, layout, x.dtype).transpose(1, 2), layout).mul_(scale)
             if need_x:
-                gx = gy @ weight
-                add_grouped_(gx, gh, a, ctx.layout, 1.0)
+                a_now = present(a, layout, x.dtype)
+                if weight is None:
+                    gx = grouped(gh, a_now, layout)
+                else:
+                    gx = gy @ weight
+                    add_grouped_(gx, gh, a_now, layout, 1.0)
             if need_a:
-                ga = grouped_outer(gh, x, ctx.layout)
+                ga = _given(a, grouped_outer(gh, x, layout), layout)
         if need_b:
-            gb = grouped_outer(h, gy, ctx.layout).mul_(ctx.scale)
+            gb = _given(bt, grouped_outer(h, gy, layout).mul_(scale), layout)
         if need_w:
             gw = gy.T @ x
         if need_bias:
@@ -122,11 +178,21 @@ class _LoRALinear(torch.autograd.Function):
         return gx, gw, gbias, ga, gb, None, None
 
 
-def select(stacked: Tensor, rows: Rows) -> Tensor:
-    """The adapters of the slots that are present, in the order of `rows.segments`."""
-    if rows.present == tuple(range(stacked.shape[0])):
-        return stacked
-    return stacked[torch.tensor(rows.present, device=stacked.device)]
+def present(stacked: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
+    """The adapters of the slots that are present, in the layout's order."""
+    found = stacked if layout.slots is None else stacked[layout.slots]
+    return found if dtype is None else found.to(dtype)
+
+
+def _given(stacked: Tensor, grad: Tensor, layout: Layout) -> Tensor | None:
+    """The gradient to return for a stacked parameter; None when it has been added to `.grad`."""
+    grad = grad.to(stacked.dtype)
+    if layout.slots is None:
+        return grad
+    if stacked.grad is None:
+        stacked.grad = torch.zeros_like(stacked)
+    stacked.grad[layout.slots] += grad
+    return None
 
 
 def lora_linear(
@@ -142,11 +208,12 @@ def lora_linear(
     """A linear layer with one LoRA adapter for each slot.
 
     Args:
-        x: (rows, …, in), or (rows · m, in) when the model has flattened its rows.
+        x: (rows, …, in), (rows · m, in) when the model has flattened its rows, or (1, tokens, in)
+            when padding has been removed.
         weight: (out, in).
         bias: (out,) or None.
-        a: (slots, r, in).
-        bt: (slots, r, out).
+        a: (slots, r, in), a leaf.
+        bt: (slots, r, out), a leaf.
         scale: Factor of the adapter's part.
         rows: Which slot owns each row.
         dropout: Probability with which the adapter's input is dropped, as in PEFT.
@@ -155,23 +222,20 @@ def lora_linear(
         (rows, …, out).
 
     Raises:
-        ValueError: The leading dimension of x is no multiple of the number of rows.
+        ValueError: The vectors of x are no multiple of the number of rows.
     """
-    per_row = vectors_per_row(x, rows)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, a, bt = (t.to(dtype) for t in (x, weight, a, bt))
+        x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    layout = Layout.of(rows, per_row)
-    a, bt = select(a, rows), select(bt, rows)
+    layout = Layout.of(rows, x.numel() // x.shape[-1], a.shape[0])
     if rows.order is None and dropout == 0:
         flat = x.reshape(-1, x.shape[-1])
         y = _LoRALinear.apply(flat, weight, bias, a, bt, scale, layout)
         return y.view(*x.shape[:-1], -1)
     delta = x if rows.order is None else by_rows(x, rows.order, len(rows.slots))
     delta = F.dropout(delta, dropout).reshape(-1, x.shape[-1])
-    delta = grouped(grouped(delta, a.transpose(1, 2), layout), bt, layout) * scale
-    delta = delta.view(*x.shape[:-1], -1)
+    delta = _LoRALinear.apply(delta, None, None, a, bt, scale, layout).view(*x.shape[:-1], -1)
     if rows.inverse is not None:
         delta = by_rows(delta, rows.inverse, len(rows.slots))
     return F.linear(x, weight, bias) + delta
@@ -189,24 +253,27 @@ def lora_conv1d(
     Returns:
         (rows, out, length'): what is to be added to `conv(x)`.
     """
-    vectors_per_row(x, rows)
     sorted_x = x if rows.order is None else x[rows.order]
     parts = []
-    for slot, start, end in rows.segments:
-        h = F.conv1d(sorted_x[start:end], a[slot], None, conv.stride, conv.padding, conv.dilation)
+    for slot, part in zip(rows.present, by_slot(sorted_x, rows), strict=True):
+        h = F.conv1d(part, a[slot], None, conv.stride, conv.padding, conv.dilation)
         parts.append(torch.einsum("or,nrl->nol", b[slot], h))
     delta = torch.cat(parts) * scale
     return delta if rows.inverse is None else delta[rows.inverse]
 
 
-def vectors_per_row(x: Tensor, rows: Rows) -> int:
-    """How many vectors (tokens) of x belong to one row."""
-    if x.shape[0] % len(rows.slots):
-        raise ValueError(
-            f"an adapted layer got {x.shape[0]} rows where the batch has {len(rows.slots)}: "
-            "the model mixes or drops rows before this layer, so their tasks are unknown"
-        )
-    return x.numel() // x.shape[-1] // len(rows.slots)
+def by_slot(x: Tensor, rows: Rows) -> Sequence[Tensor]:
+    """The parts of x that belong to each slot; x is sorted by slot.
+
+    Args:
+        x: (rows · m, …), or (1, tokens, …) where padding has been removed.
+
+    Raises:
+        ValueError: x has another number of rows or tokens.
+    """
+    dim = 0 if rows.tokens is None else 1
+    counts = Layout.of(rows, x.shape[dim], 0).counts
+    return x.split(counts, dim)
 
 
 def by_rows(x: Tensor, order: Tensor, num_rows: int) -> Tensor:
