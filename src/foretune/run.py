@@ -33,8 +33,15 @@ class Run:
             returns. None: ten times a run. 0: never, the last state is returned.
         eval_rows: Validation rows of each task that are scored each time; None for all.
         precision: "fp32" or "bf16" (autocast).
+        token_budget: Tokens in one forward and backward pass. A batch with more is split and the
+            gradients of its parts are added up: less memory, the same result. None: as many as
+            keep the widest activation under 32 MB on a CPU, all of them on other devices.
         device: A torch device such as "cpu" or "cuda"; None takes what accelerate finds.
-        tasks_per_wave: Unseen tasks that are adapted at the same time; None for all.
+        tasks_per_wave: Unseen tasks that are adapted at the same time; None for as many as have
+            room, with gradients and optimiser state, in half of the memory that is free.
+        patience: An unseen task stops adapting when so many validations in a row brought no better
+            score on its own validation rows, and keeps its best state; a task without such rows
+            goes on. None: no task stops early.
         out: Folder for checkpoints and results; None keeps everything in memory.
         resume: Continue from the newest checkpoint in `out` if there is one.
         overwrite: Empty `out` first if something is in it.
@@ -54,8 +61,10 @@ class Run:
     eval_every: int | None = None
     eval_rows: int | None = 32
     precision: Literal["fp32", "bf16"] = "fp32"
+    token_budget: int | None = None
     device: str | None = None
     tasks_per_wave: int | None = None
+    patience: int | None = None
     out: Path | None = None
     resume: bool = False
     overwrite: bool = False
@@ -69,7 +78,9 @@ class Run:
         whole("batch_size", self.batch_size, 1)
         whole("eval_every", self.eval_every, 0, optional=True)
         whole("eval_rows", self.eval_rows, 1, optional=True)
+        whole("token_budget", self.token_budget, 1, optional=True)
         whole("tasks_per_wave", self.tasks_per_wave, 1, optional=True)
+        whole("patience", self.patience, 1, optional=True)
         if self.weight_decay is None:
             raise UserError("weight_decay must be a number not below 0, got None; 0 is off")
         at_least("weight_decay", self.weight_decay, 0)

@@ -275,8 +275,9 @@ def test_slots_are_clipped_one_by_one():
     p = nn.Parameter(torch.zeros(2, 3))
     p.grad = torch.tensor([[3.0, 0, 4], [0, 0.1, 0]])
     seen = SlotAdamW([p], lr=1.0, weight_decay=0.0)
-    factor = seen._slot_factors((0, 1), 1.0, 1.0)
-    torch.testing.assert_close(factor, torch.tensor([0.2, 1.0]), rtol=1e-5, atol=1e-6)
+    seen.step_slots((0, 1), max_norm=1.0)
+    clipped = torch.tensor([[0.6, 0, 0.8], [0, 0.1, 0]])
+    torch.testing.assert_close(seen.state[p]["exp_avg"], 0.1 * clipped, rtol=1e-5, atol=1e-6)
 
 
 def test_an_absent_task_does_not_move():

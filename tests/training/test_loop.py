@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +17,7 @@ from foretune.run import Run
 from foretune.tasks.objectives.regression import Regression
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
-from foretune.training.data import PerTaskSampler, PooledSampler, TaskData
+from foretune.training.data import PerTaskSampler, PooledSampler, Step, TaskData
 from foretune.training.learner import Learner
 from foretune.training.loop import DivergedError, fit, schedule
 from foretune.training.verbs import sampler_for
@@ -305,17 +305,42 @@ def test_the_loss_is_the_mean_over_tasks_of_each_tasks_mean():
     data = TaskData.of(tasks, Regression())
     model = Net()
     learner = Learner(model, Regression(), learning_rate=0.1)
-    batch = data.batch([(0, 0), (2, 0), (2, 1), (2, 2)], "train", train=True, seed=[0])
-    loss, by_slot = learner.loss(batch)
-    each = Regression().losses(model, batch)
+    picks = [(0, 0), (2, 0), (2, 1), (2, 2)]
+    step = data.step(picks, "train", train=True, seed=[0])
+    by_slot = learner.backward(step)
+    each = Regression().losses(model, step.chunks[0])
     assert by_slot == pytest.approx({0: each[0].item(), 2: each[1:].mean().item()})
-    assert loss.item() == pytest.approx(np.mean(list(by_slot.values())))
+    loss = (each[0] + each[1:].mean()) / 2
+    expected = torch.autograd.grad(loss, learner.base)
+    for p, grad in zip(learner.base, expected, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("budget", [1, 2, 3, 5])
+def test_the_gradient_does_not_depend_on_the_chunks(pooled, budget):
+    tasks = family(rows=[9, 9, 9])
+    data = TaskData.of(tasks, Regression())
+    picks = [(0, 0), (2, 0), (2, 1), (2, 2), (1, 4), (1, 5)]
+    found = []
+    for tokens in (None, budget):
+        learner = Learner(Net().double(), Regression(), learning_rate=0.1, pooled=pooled)
+        step = data.step(picks, "train", train=True, seed=[0], budget=tokens)
+        step = Step(
+            tuple(
+                replace(c, inputs={k: v.double() for k, v in c.inputs.items()}) for c in step.chunks
+            )
+        )
+        assert len(step.chunks) == (1 if tokens is None else math.ceil(6 / tokens))
+        found.append((learner.backward(step), [p.grad for p in learner.base]))
+    assert found[1][0] == pytest.approx(found[0][0])
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-12, atol=1e-14)
 
 
 def test_a_batch_is_sorted_by_slot_with_its_own_rows():
     tasks = family()
     data = TaskData.of(tasks, Regression())
-    batch = data.batch([(2, 1), (0, 4), (1, 0)], "train", train=True, seed=[0])
+    (batch,) = data.step([(2, 1), (0, 4), (1, 0)], "train", train=True, seed=[0]).chunks
     assert batch.slots == (0, 1, 2)
     for k, (slot, i) in enumerate([(0, 4), (1, 0), (2, 1)]):
         for name in ("x", "y"):

@@ -152,6 +152,12 @@ class AdapterBank(nn.Module):
         """A copy of one slot's values, by parameter name of the bank."""
         return {name: p.detach()[slot].clone() for name, p in self.named_parameters()}
 
+    @torch.no_grad()
+    def load_slot(self, slot: int, state: Mapping[str, Tensor]) -> None:
+        """Takes back what `slot_state` gave."""
+        for name, p in self.named_parameters():
+            p[slot] = state[name]
+
 
 class _LoRALayer(nn.Module):
     """The stacked factors of one adapted module: nn.Linear, transformers' Conv1D or nn.Conv1d."""
@@ -214,7 +220,7 @@ class _LoRALayer(nn.Module):
 
 
 def _zeros(like: Tensor, *shape: int) -> nn.Parameter:
-    """float32 zeros beside `like`; on a CPU by numpy, which leaves memory untouched until written."""
+    """float32 zeros beside `like`; on a CPU by numpy, whose memory is untouched until written."""
     if like.device.type == "cpu":
         return nn.Parameter(torch.from_numpy(np.zeros(shape, np.float32)))
     return nn.Parameter(torch.zeros(shape, device=like.device))
@@ -233,9 +239,7 @@ class _HeadCopies(nn.Module):
         )
         self._running = False
 
-    def reset(
-        self, slot: int, module: nn.Module, fresh: bool, rng: np.random.Generator
-    ) -> None:
+    def reset(self, slot: int, module: nn.Module, fresh: bool, rng: np.random.Generator) -> None:
         for name, p in module.named_parameters():
             target = self.stacked[_escaped(name)][slot]
             if not fresh:
@@ -265,14 +269,14 @@ class _HeadCopies(nn.Module):
         num_rows = len(rows.slots)
         if rows.order is not None:
             args, kwargs = _map((args, kwargs), lambda t: by_rows(t, rows.order, num_rows))  # type: ignore[arg-type]
-        parts = [
-            _map((args, kwargs), lambda t, i=i: by_slot(t, rows)[i])
-            for i in range(len(rows.present))
-        ]
-        outputs = [
-            torch.func.functional_call(module, params, *part)
-            for params, part in zip(self._copies(rows), parts, strict=True)
-        ]
+        outputs = []
+        for i, params in enumerate(self._copies(rows)):
+
+            def part(t: Tensor, i: int = i) -> Tensor:
+                return by_slot(t, rows)[i]
+
+            some = _map((args, kwargs), part)
+            outputs.append(torch.func.functional_call(module, params, *some))
         y = torch.cat(outputs, 0 if rows.tokens is None else 1)
         return y if rows.inverse is None else by_rows(y, rows.inverse, num_rows)
 

@@ -7,7 +7,7 @@
     A_t      a[t]      (r, in)        adapter of slot t, first factor
     B_tᵀ     bt[t]     (r, out)       adapter of slot t, second factor, stored transposed: its
                                       gradient hᵀ·gy is then a product along contiguous memory
-    h        h         (n, r)         x Aᵀ, the only activation kept beside x itself
+    h        h         (r · n,)       (x Aᵀ)ᵀ, the only activation kept beside x itself
     s        scale     ()             lora_alpha / r, or lora_alpha / √r (rsLoRA)
 
 The base product runs once over the vectors of all tasks and so does the gradient of W; only the
@@ -77,46 +77,61 @@ class Layout:
         return list(self.present)
 
 
-def grouped(x: Tensor, w: Tensor, layout: Layout) -> Tensor:
-    """x[segment i] @ w[i] for every segment.
+def shrink(x: Tensor, w: Tensor, layout: Layout) -> Tensor:
+    """w[i] @ x[segment i]ᵀ for every segment.
 
     Args:
         x: (n, p), vectors sorted by segment.
-        w: (segments, p, q).
+        w: (segments, r, p).
 
     Returns:
-        (n, q).
+        (r · n,), the (r, vectors) matrix of one segment after the other: transposed, because all
+        products with it are then made of rows that lie together (1.7 times faster on a CPU).
     """
     if layout.uniform is not None:
-        return torch.bmm(x.view(len(layout.counts), layout.uniform, -1), w).flatten(0, 1)
-    y = x.new_empty(x.shape[0], w.shape[2])
-    parts = zip(x.split(layout.counts), w.unbind(), y.split(layout.counts), strict=True)
-    for x_part, w_part, y_part in parts:
-        torch.mm(x_part, w_part, out=y_part)
-    return y
+        return torch.bmm(w, _matrices(x, layout).transpose(1, 2)).flatten()
+    h = x.new_empty(x.shape[0] * w.shape[1])
+    for w_part, x_part, h_part in zip(
+        w.unbind(), x.split(layout.counts), _parts(h, layout), strict=True
+    ):
+        torch.mm(w_part, x_part.T, out=h_part)
+    return h
 
 
-def add_grouped_(y: Tensor, x: Tensor, w: Tensor, layout: Layout, scale: float) -> None:
-    """y[segment i] += scale · x[segment i] @ w[i], in place; shapes as in `grouped`."""
+def add_expanded_(y: Tensor, h: Tensor, w: Tensor, layout: Layout, scale: float) -> None:
+    """y[segment i] += scale · h[segment i]ᵀ @ w[i], in place; h as `shrink` gives it."""
     if layout.uniform is not None:
-        shape = (len(layout.counts), layout.uniform, -1)
-        y.view(shape).baddbmm_(x.view(shape), w, alpha=scale)
+        h = h.view(len(layout.counts), -1, layout.uniform)
+        _matrices(y, layout).baddbmm_(h.transpose(1, 2), w, alpha=scale)
         return
-    parts = zip(x.split(layout.counts), w.unbind(), y.split(layout.counts), strict=True)
-    for x_part, w_part, y_part in parts:
-        y_part.addmm_(x_part, w_part, alpha=scale)
+    for y_part, h_part, w_part in zip(
+        y.split(layout.counts), _parts(h, layout), w.unbind(), strict=True
+    ):
+        y_part.addmm_(h_part.T, w_part, alpha=scale)
 
 
-def grouped_outer(x: Tensor, y: Tensor, layout: Layout) -> Tensor:
-    """x[segment i]ᵀ @ y[segment i] for every segment: (n, p), (n, q) → (segments, p, q)."""
+def outer(h: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    """h[segment i] @ x[segment i] for every segment → (segments, r, p); h as `shrink` gives it."""
     if layout.uniform is not None:
-        shape = (len(layout.counts), layout.uniform, -1)
-        return torch.bmm(x.view(shape).transpose(1, 2), y.view(shape))
-    found = x.new_empty(len(layout.counts), x.shape[1], y.shape[1])
-    parts = zip(x.split(layout.counts), y.split(layout.counts), found.unbind(), strict=True)
-    for x_part, y_part, out in parts:
-        torch.mm(x_part.T, y_part, out=out)
+        return torch.bmm(h.view(len(layout.counts), -1, layout.uniform), _matrices(x, layout))
+    found = x.new_empty(len(layout.counts), len(h) // len(x), x.shape[1])
+    for h_part, x_part, part in zip(
+        _parts(h, layout), x.split(layout.counts), found.unbind(), strict=True
+    ):
+        torch.mm(h_part, x_part, out=part)
     return found
+
+
+def _matrices(x: Tensor, layout: Layout) -> Tensor:
+    """(n, p) → (segments, vectors, p), when all segments have equally many."""
+    return x.view(len(layout.counts), layout.uniform or 0, -1)
+
+
+def _parts(h: Tensor, layout: Layout) -> list[Tensor]:
+    """The (r, vectors) matrix of each segment."""
+    r = len(h) // sum(layout.counts)
+    parts = h.split([r * n for n in layout.counts])
+    return [part.view(r, -1) for part in parts]
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -141,12 +156,9 @@ class _LoRALinear(torch.autograd.Function):
         layout: Layout,
     ) -> Tensor:
         a_now, bt_now = present(a, layout, x.dtype), present(bt, layout, x.dtype)
-        h = grouped(x, a_now.transpose(1, 2), layout)
-        if weight is None:
-            y = grouped(h, bt_now, layout).mul_(scale)
-        else:
-            y = F.linear(x, weight, bias)
-            add_grouped_(y, h, bt_now, layout, scale)
+        h = shrink(x, a_now, layout)
+        y = x.new_zeros(len(x), bt.shape[2]) if weight is None else F.linear(x, weight, bias)
+        add_expanded_(y, h, bt_now, layout, scale)
         ctx.save_for_backward(x, weight, a, bt, h)
         ctx.scale, ctx.layout = scale, layout
         return y
@@ -159,18 +171,14 @@ class _LoRALinear(torch.autograd.Function):
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         gx = gw = gbias = ga = gb = None
         if need_x or need_a:
-            gh = grouped(gy, present(bt, layout, x.dtype).transpose(1, 2), layout).mul_(scale)
+            gh = shrink(gy, present(bt, layout, x.dtype), layout).mul_(scale)
             if need_x:
-                a_now = present(a, layout, x.dtype)
-                if weight is None:
-                    gx = grouped(gh, a_now, layout)
-                else:
-                    gx = gy @ weight
-                    add_grouped_(gx, gh, a_now, layout, 1.0)
+                gx = torch.zeros_like(x) if weight is None else gy @ weight
+                add_expanded_(gx, gh, present(a, layout, x.dtype), layout, 1.0)
             if need_a:
-                ga = _given(a, grouped_outer(gh, x, layout), layout)
+                ga = _given(a, outer(gh, x, layout), layout)
         if need_b:
-            gb = _given(bt, grouped_outer(h, gy, layout).mul_(scale), layout)
+            gb = _given(bt, outer(h, gy, layout).mul_(scale), layout)
         if need_w:
             gw = gy.T @ x
         if need_bias:

@@ -228,7 +228,7 @@ def zero_shot(
             "shots": 0,
             "seed": draw,
             "score": score,
-            "num_rows": len(data.rows(slot, "test")),
+            "num_rows": data.num_rows(slot, "test"),
         }
         for draw in range(draws)
         for slot, score in found.items()

@@ -119,11 +119,11 @@ def current_rows() -> Rows | None:
 
 
 def current_packing() -> Packing | None:
-    """How rows lie one after the other at this point of the forward pass; None where they do not."""
+    """How rows lie one after the other here in the forward pass; None where they are padded."""
     return _PACKING.get()
 
 
 def captured_route() -> Callable[[], AbstractContextManager[None]]:
-    """What holds now, to be said again later: a recomputation in the backward pass comes after it."""
+    """What holds now, to be said again when the backward pass recomputes this part."""
     rows, packing = current_rows(), current_packing()
     return lambda: routed(rows, packing)

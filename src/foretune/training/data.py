@@ -6,7 +6,9 @@ A sampler is a pure function of the seed and the step, so a resumed run needs no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,19 +34,42 @@ class SlotRows:
     draw: int = 0
 
 
+@dataclass(frozen=True)
+class Step:
+    """The rows of one gradient.
+
+    Args:
+        chunks: Batches whose gradients are added up, so that memory holds one of them at a time.
+        share: What part of the loss these rows are, where other processes hold the rest.
+    """
+
+    chunks: tuple[Batch, ...]
+    share: float = 1.0
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The slot of each row, chunk after chunk."""
+        return tuple(slot for chunk in self.chunks for slot in chunk.slots)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
 @dataclass
 class TaskData:
-    """The rows of every slot, encoded once.
+    """The rows of every slot, encoded when first asked for.
 
     Args:
         slots: The examples, not yet encoded.
         objective: Encodes and collates them.
+        keep: So many encoded rows are kept; beyond it the oldest are encoded again when needed.
     """
 
     slots: Sequence[SlotRows]
     objective: Objective
-    _encoded: dict[tuple[int, str], list[dict]] = field(default_factory=dict)
-    _memo: dict[tuple[str, int], dict] = field(default_factory=dict)
+    keep: int = 100_000
+    _encoded: OrderedDict[tuple[int, int], dict[str, Any]] = field(default_factory=OrderedDict)
 
     @classmethod
     def of(cls, tasks: TaskCollection, objective: Objective) -> TaskData:
@@ -67,28 +92,77 @@ class TaskData:
     def keys(self) -> list[str]:
         return [slot.key for slot in self.slots]
 
-    def rows(self, slot: int, split: str) -> list[dict]:
-        """The encoded rows of one slot; an example that several slots share is encoded once."""
-        if (slot, split) not in self._encoded:
-            source = self.slots[slot]
-            task = source.task or source.key
-            encoded = []
-            for example in getattr(source, split):
-                memo = (task, id(example))
-                if memo not in self._memo:
-                    self._memo[memo] = self.objective.encode(example, task)
-                encoded.append(self._memo[memo])
-            self._encoded[slot, split] = encoded
-        return self._encoded[slot, split]
+    def num_rows(self, slot: int, split: str) -> int:
+        return len(getattr(self.slots[slot], split))
 
-    def batch(
-        self, picks: Sequence[Pick], split: str, *, train: bool, seed: Sequence[int]
-    ) -> Batch:
-        """The batch of these rows, in the order of their slots."""
+    def row(self, slot: int, split: str, i: int) -> dict[str, Any]:
+        """An encoded row; slots that share their sequence of rows (draws of a task) share it."""
+        source = self.slots[slot]
+        rows = getattr(source, split)
+        key = (id(rows), i)
+        found = self._encoded.get(key)
+        if found is None:
+            found = self.objective.encode(rows[i], source.task or source.key)
+            self._encoded[key] = found
+            if len(self._encoded) > self.keep:
+                self._encoded.popitem(last=False)
+        return found
+
+    def step(
+        self,
+        picks: Sequence[Pick],
+        split: str,
+        *,
+        train: bool,
+        seed: Sequence[int],
+        budget: int | None = None,
+        share: float = 1.0,
+    ) -> Step:
+        """These rows, in the order of their slots.
+
+        Args:
+            picks: (slot, index of a row).
+            split: Which rows the indices mean.
+            train: Make the random choices of training.
+            seed: Seeds them; a slot's choices depend on neither the budget nor the other slots.
+            budget: Tokens that a chunk holds, but for rows that are longer alone; None for one
+                chunk.
+            share: Of the step.
+        """
         picks = sorted(picks, key=lambda pick: pick[0])
-        rows = [self.rows(slot, split)[i] for slot, i in picks]
-        rng = np.random.default_rng(list(seed))
-        return self.objective.collate(rows, [slot for slot, _ in picks], train=train, rng=rng)
+        rows: list[Mapping[str, Any]] = [self.row(slot, split, i) for slot, i in picks]
+        if train:
+            rngs = {
+                slot: np.random.default_rng([*seed, number_of(self.slots[slot].key)])
+                for slot in {slot for slot, _ in picks}
+            }
+            rows = [
+                self.objective.sample(row, rngs[slot])
+                for row, (slot, _) in zip(rows, picks, strict=True)
+            ]
+        slots = [slot for slot, _ in picks]
+        chunks = []
+        for start, end in _chunks([self.objective.size(row) for row in rows], budget):
+            chunks.append(self.objective.collate(rows[start:end], slots[start:end]))
+        return Step(tuple(chunks), share)
+
+
+def _chunks(sizes: Sequence[int], budget: int | None) -> Iterator[tuple[int, int]]:
+    """(start, end) of consecutive rows of about equal size together, none above the budget.
+
+    >>> list(_chunks([5, 5, 5, 5, 5], 10)), list(_chunks([5, 5], None))
+    ([(0, 2), (2, 4), (4, 5)], [(0, 2)])
+    """
+    start, held = 0, 0
+    share = math.inf if budget is None else sum(sizes) / math.ceil(sum(sizes) / budget)
+    for i, size in enumerate(sizes):
+        full = held + size > (budget or math.inf) or held >= share
+        if i > start and full:
+            yield start, i
+            start, held = i, 0
+        held += size
+    if start < len(sizes):
+        yield start, len(sizes)
 
 
 def slot_of(task: Task) -> SlotRows:
@@ -127,17 +201,19 @@ class PerTaskSampler:
         for turn in range(episode * together, (episode + 1) * together):
             slot, visit = turn % num_tasks, (turn // num_tasks) * self.repeat + part
             count = min(self.batch_size, self.sizes[slot])
-            found += [(slot, self._row(slot, visit * count + i)) for i in range(count)]
+            found += [(slot, row) for row in self._rows(slot, visit * count, count)]
         return found
 
-    def _row(self, slot: int, position: int) -> int:
-        """The row at `position` of the endless stream of permutations of the slot's rows."""
-        epoch, place = divmod(position, self.sizes[slot])
-        known = self._orders.get(slot)
-        if known is None or known[0] != epoch:
-            rng = np.random.default_rng([self.seed, number_of(self.keys[slot]), epoch])
-            known = self._orders[slot] = (epoch, rng.permutation(self.sizes[slot]))
-        return int(known[1][place])
+    def _rows(self, slot: int, position: int, count: int) -> list[int]:
+        """The next rows at `position` of the endless stream of permutations of the slot's rows."""
+        found: list[int] = []
+        for epoch, part in _by_epoch(position, count, self.sizes[slot]):
+            known = self._orders.get(slot)
+            if known is None or known[0] != epoch:
+                rng = np.random.default_rng([self.seed, number_of(self.keys[slot]), epoch])
+                known = self._orders[slot] = (epoch, rng.permutation(self.sizes[slot]))
+            found += known[1][part].tolist()
+        return found
 
 
 @dataclass
@@ -149,19 +225,36 @@ class PooledSampler:
     seed: int
     _order: tuple[int, np.ndarray] | None = None
 
+    def __post_init__(self) -> None:
+        self._ends = np.cumsum(self.sizes)
+        self._starts = self._ends - self.sizes
+
     def picks(self, step: int) -> list[Pick]:
-        ends = np.cumsum(self.sizes)
-        total = int(ends[-1])
+        total = int(self._ends[-1])
         found: list[Pick] = []
-        for position in range(step * self.count, (step + 1) * self.count):
-            epoch, place = divmod(position, total)
+        for epoch, part in _by_epoch(step * self.count, self.count, total):
             if self._order is None or self._order[0] != epoch:
                 rng = np.random.default_rng([self.seed, epoch])
                 self._order = (epoch, rng.permutation(total))
-            row = int(self._order[1][place])
-            slot = int(np.searchsorted(ends, row, side="right"))
-            found.append((slot, row - int(ends[slot] - self.sizes[slot])))
+            rows = self._order[1][part]
+            slots = np.searchsorted(self._ends, rows, side="right")
+            starts = self._starts[slots]
+            found += zip(slots.tolist(), (rows - starts).tolist(), strict=True)
         return found
+
+
+def _by_epoch(position: int, count: int, size: int) -> Iterator[tuple[int, slice]]:
+    """(epoch, its part) of the next `count` places at `position`, when an epoch has `size`.
+
+    >>> list(_by_epoch(3, 4, 5))
+    [(0, slice(3, 5, None)), (1, slice(0, 2, None))]
+    """
+    end = position + count
+    while position < end:
+        epoch, place = divmod(position, size)
+        length = min(size - place, end - position)
+        yield epoch, slice(place, place + length)
+        position += length
 
 
 def number_of(key: str) -> int:

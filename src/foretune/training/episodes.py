@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from foretune.adapters.bank import AdapterBank
 from foretune.run import Run
-from foretune.tasks.batch import Batch
 from foretune.tasks.objectives import Objective
-from foretune.training.data import PerTaskSampler, TaskData
+from foretune.training.data import PerTaskSampler, Step, TaskData
 from foretune.training.learner import Learner
 from foretune.training.optim import SlotAdamW
 from foretune.training.scoring import score_slots
@@ -58,12 +57,11 @@ class EpisodicLearner(Learner):
         super().start(run)
         self.bank_optimizer = None  # the bank lives for one episode only
 
-    def gradients(self, batches: Sequence[Batch]) -> dict[int, float]:
+    def gradients(self, steps: Sequence[Step]) -> dict[int, float]:
         before = [p.detach().clone() for p in self.base] if self.inner_all else []
-        by_slot = self._adapt(batches[: self.inner_steps], seed=torch.initial_seed())
+        by_slot = self._adapt(steps[: self.inner_steps], seed=torch.initial_seed())
         if self.query:
-            loss, by_slot = self.loss(batches[-1])
-            loss.backward()
+            by_slot = self.backward(steps[-1])
             if self.bank is not None:
                 self.bank.zero_grad()
         elif self.inner_all:
@@ -74,9 +72,9 @@ class EpisodicLearner(Learner):
         _restore(self.base, before)
         return by_slot
 
-    def _adapt(self, batches: Sequence[Batch], seed: int) -> dict[int, float]:
+    def _adapt(self, steps: Sequence[Step], seed: int) -> dict[int, float]:
         """The inner loop; leaves the adapted values in place."""
-        present = sorted(set(batches[0].slots))
+        present = sorted(set(steps[0].slots))
         inner: list[torch.optim.AdamW] = []
         slots: SlotAdamW | None = None
         if self.bank is not None:
@@ -88,15 +86,13 @@ class EpisodicLearner(Learner):
             ]
         by_slot: dict[int, float] = {}
         with _frozen([] if self.inner_all else self.base):
-            for batch in batches:
-                loss, by_slot = self.loss(batch)
-                loss.backward()
+            for step in steps:
+                by_slot = self.backward(step)
                 for optimizer in inner:
                     optimizer.step()
                     optimizer.zero_grad()
                 if slots is not None:
                     slots.step_slots(present, grad_scale=len(present))
-                    slots.zero_grad()
         return by_slot
 
     @torch.no_grad()
@@ -115,19 +111,22 @@ class EpisodicLearner(Learner):
         scores: dict[int, float] = {}
         groups = [[s] for s in range(len(data))] if self.inner_all else [list(range(len(data)))]
         before = [p.detach().clone() for p in self.base] if self.inner_all else []
-        device = next(self.model.parameters()).device
         # Four rows a task and inner step, always the same ones.
         sampler = PerTaskSampler(sizes, 4, None, 0, data.keys)
         for group in groups:
-            batches = []
-            for step in range(self.inner_steps):
-                picks = [pick for pick in sampler.picks(step) if pick[0] in group]
-                batches.append(data.batch(picks, "train", train=True, seed=[0, step]).to(device))
+            steps = []
+            for i in range(self.inner_steps):
+                picks = [pick for pick in sampler.picks(i) if pick[0] in group]
+                steps.append(
+                    data.step(picks, "train", train=True, seed=[0, i], budget=self.token_budget)
+                )
             with torch.enable_grad(), torch.random.fork_rng():
                 torch.manual_seed(0)
-                self._adapt(batches, seed=0)
+                self._adapt(steps, seed=0)
             only = group[0] if self.inner_all else None
-            scores |= score_slots(self.model, data, split, max_rows, only=only)
+            scores |= score_slots(
+                self.model, data, split, max_rows, budget=self.token_budget, only=only
+            )
             _restore(self.base, before)
         return scores
 

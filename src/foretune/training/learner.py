@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from foretune.adapters.bank import AdapterBank
 from foretune.models.frozen_prefix import frozen_prefix
+from foretune.models.packing import packed
 from foretune.models.surgery import head_modules
 from foretune.run import Run
-from foretune.tasks.batch import Batch
 from foretune.tasks.objectives import Objective
-from foretune.training.data import TaskData
+from foretune.training.data import Step, TaskData
 from foretune.training.optim import SlotAdamW
 from foretune.training.scoring import score_slots
 
@@ -57,9 +61,13 @@ class Learner:
         self.base = [p for p in model.parameters() if p.requires_grad]
         self.base_optimizer: torch.optim.Optimizer | None = None
         self.bank_optimizer: SlotAdamW | None = None
+        self.autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+        self.token_budget: int | None = None
+        self.padding: str | None = None  # why it could not be removed
 
     def start(self, run: Run) -> None:
         """Makes the optimisers; called once, when everything is on its device."""
+        self.token_budget = run.token_budget or usual_token_budget(self.model)
         if self.base:
             self.base_optimizer = torch.optim.AdamW(
                 self.base, lr=self.learning_rate or 0.0, weight_decay=run.weight_decay, fused=True
@@ -71,27 +79,32 @@ class Learner:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Inside the block the bank is attached and the frozen lower blocks are computed once."""
+        """Inside the block the bank is attached and nothing is computed that need not be.
+
+        That is what the frozen lower blocks make of a text a second time, and padding.
+        """
         adapted = [] if self.bank is None else self.bank.adapted_names
         with contextlib.ExitStack() as stack:
             stack.enter_context(frozen_prefix(self.model, adapted))
+            copied = [] if self.bank is None else self.bank.head_names
+            self.padding = stack.enter_context(packed(self.model, copied))
             if self.bank is not None:
                 stack.enter_context(self.bank.attached())
             yield
 
-    def update(self, batches: Sequence[Batch], run: Run, rate: float) -> dict[int, float]:
+    def update(self, steps: Sequence[Step], run: Run, rate: float) -> dict[int, float]:
         """One update of everything that is trained.
 
         Args:
-            batches: `batches_per_update` of them.
+            steps: `batches_per_update` of them.
             run: Weight decay, clipping.
             rate: What the learning rates are multiplied by at this point of the schedule.
 
         Returns:
             The mean loss of each slot that took part. When one is not finite nothing has moved.
         """
-        losses = self.gradients(batches)
-        if any(not torch.isfinite(torch.tensor(loss)) for loss in losses.values()):
+        losses = self.gradients(steps)
+        if not all(map(math.isfinite, losses.values())):
             return losses
         if self.base_optimizer is not None:
             if run.max_grad_norm is not None:
@@ -100,40 +113,47 @@ class Learner:
                 group["lr"] = rate * (self.learning_rate or 0.0)
             self.base_optimizer.step()
             self.base_optimizer.zero_grad()
-        self.step_bank(losses, run, rate)
+        if self.bank_optimizer is not None:
+            for group in self.bank_optimizer.param_groups:
+                group["lr"] = rate * self.bank_learning_rate
+            self.bank_optimizer.step_slots(
+                sorted(losses),
+                grad_scale=len(losses) / steps[-1].share,
+                max_norm=run.max_grad_norm,
+            )
         return losses
 
-    def step_bank(self, losses: dict[int, float], run: Run, rate: float) -> None:
-        """Moves the slots that took part in the last gradient."""
-        if self.bank_optimizer is None:
-            return
-        for group in self.bank_optimizer.param_groups:
-            group["lr"] = rate * self.bank_learning_rate
-        self.bank_optimizer.step_slots(
-            sorted(losses), grad_scale=len(losses), max_norm=run.max_grad_norm
-        )
-        self.bank_optimizer.zero_grad()
-
-    def gradients(self, batches: Sequence[Batch]) -> dict[int, float]:
+    def gradients(self, steps: Sequence[Step]) -> dict[int, float]:
         """Puts the gradient of the update into `.grad`; returns each slot's mean loss."""
-        losses, by_slot = self.loss(batches[0])
-        losses.backward()
-        return by_slot
+        return self.backward(steps[0])
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[int, float]]:
-        """The loss of the batch, and the mean loss of each slot in it."""
-        per_example = self.objective.losses(self.model, batch).float()
-        slots = torch.tensor(batch.slots)
-        present, index, counts = torch.unique(slots, return_inverse=True, return_counts=True)
-        index, counts = index.to(per_example.device), counts.to(per_example.device)
-        zeros = torch.zeros(len(present), device=per_example.device)
-        means = zeros.index_add(0, index, per_example) / counts
-        by_slot = dict(zip(present.tolist(), means.detach().tolist(), strict=True))
-        return (per_example if self.pooled else means).mean(), by_slot
+    def backward(self, step: Step) -> dict[int, float]:
+        """Adds the gradient of the step's loss to `.grad`; returns each slot's mean loss."""
+        counts = Counter(step.slots)
+        place = {slot: i for i, slot in enumerate(sorted(counts))}
+        device = next(self.model.parameters()).device
+        sums = torch.zeros(len(place), device=device)
+        for chunk in step.chunks:
+            with self.autocast():
+                losses = self.objective.losses(self.model, chunk.to(device))
+            losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+            weights = losses.new_tensor([self._weight(slot, counts) for slot in chunk.slots])
+            (losses @ (weights * step.share)).backward()
+            index = torch.tensor([place[slot] for slot in chunk.slots], device=device)
+            sums.index_add_(0, index, losses.detach().float())
+        return {
+            slot: total / counts[slot] for slot, total in zip(place, sums.tolist(), strict=True)
+        }
+
+    def _weight(self, slot: int, counts: Mapping[int, int]) -> float:
+        """What part a row of this slot has in the loss of the whole step."""
+        if self.pooled:
+            return 1 / sum(counts.values())
+        return 1 / (len(counts) * counts[slot])
 
     def score(self, data: TaskData, split: str, max_rows: int | None) -> dict[int, float]:
         """The mean score of each slot that has rows in that split; call it inside `ready`."""
-        return score_slots(self.model, data, split, max_rows)
+        return score_slots(self.model, data, split, max_rows, budget=self.token_budget)
 
     def state(self, *, optimizers: bool) -> dict[str, Tensor]:
         """Everything that training moves, by name; optimiser state on request."""
@@ -162,9 +182,39 @@ class Learner:
                         k.removeprefix(prefix): v.clone() for k, v in saved.items()
                     }
 
+    def slot_state(self, slot: int) -> dict[str, Tensor]:
+        """A copy of what belongs to one slot: its part of the bank, or all that is trained."""
+        if self.bank is not None:
+            return self.bank.slot_state(slot)
+        return {k: v.clone() for k, v in self.state(optimizers=False).items()}
+
+    def load_slot(self, slot: int, state: dict[str, Tensor]) -> None:
+        """Takes back what `slot_state` gave."""
+        if self.bank is not None:
+            self.bank.load_slot(slot, state)
+        else:
+            self.load_state(state)
+
     def _optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
         named = (("base_adamw", self.base_optimizer), ("bank_adamw", self.bank_optimizer))
         return [(name, optimizer) for name, optimizer in named if optimizer is not None]
+
+
+def usual_token_budget(model: nn.Module) -> int | None:
+    """Tokens of a chunk when the run does not say: the widest activation stays under 32 MB.
+
+    A CPU's allocator maps larger ones anew in every step, page by page, which costs more than the
+    arithmetic. None on other devices, and for models that read no tokens.
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "vocab_size", None) is None or next(model.parameters()).device.type != "cpu":
+        return None
+    widths = [
+        max(m.weight.shape)
+        for m in model.modules()
+        if isinstance(m, (nn.Linear, Conv1D)) and config.vocab_size not in m.weight.shape
+    ]
+    return 32 * 2**20 // (4 * max(widths)) if widths else None
 
 
 def make_bank(

@@ -12,10 +12,10 @@ from accelerate.state import AcceleratorState
 
 from foretune.errors import ForetuneError
 from foretune.run import Run
-from foretune.tasks.batch import Batch
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import Sampler, TaskData
 from foretune.training.learner import Learner
+from foretune.training.stopping import EarlyStopping
 
 Progress = Callable[[int, int, dict[str, Any]], None]  # (step, steps, newest figures)
 
@@ -31,6 +31,7 @@ def fit(
     run: Run,
     *,
     validate: bool = True,
+    stopping: EarlyStopping | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains what the learner trains; leaves it in its best validated state.
@@ -41,6 +42,7 @@ def fit(
         sampler: Which rows each of the `run.steps` batches holds.
         run: Budget, seed, folder.
         validate: Choose the state that is returned on the validation rows; False takes the last.
+        stopping: Lets slots stop, each by its own validation rows.
         progress: Called after every update.
 
     Returns:
@@ -54,6 +56,7 @@ def fit(
     learner.model.to(accelerator.device)
     if learner.bank is not None:
         learner.bank.to(accelerator.device)
+    learner.autocast = accelerator.autocast
     learner.start(run)
     store = CheckpointStore(run.out)
     per_update = learner.batches_per_update
@@ -74,27 +77,36 @@ def fit(
     with learner.ready():
         for update in range(record["step"], num_updates):
             torch.manual_seed(run.seed * 1_000_003 + update)
-            batches = [
-                _draw(data, sampler, run, update * per_update + i).to(accelerator.device)
-                for i in range(per_update)
+            numbers = range(update * per_update, (update + 1) * per_update)
+            picks = [sampler.picks(number) for number in numbers]
+            if stopping is not None:
+                picks = [stopping.still(part) for part in picks]
+                if not picks[0]:
+                    break
+            budget = learner.token_budget
+            steps = [
+                data.step(part, "train", train=True, seed=[run.seed, number, 1], budget=budget)
+                for number, part in zip(numbers, picks, strict=True)
             ]
-            rate = schedule(run, update / num_updates)
-            with accelerator.autocast():
-                by_slot = learner.update(batches, run, rate)
+            by_slot = learner.update(steps, run, schedule(run, update / num_updates))
             _check_finite(by_slot, update, data, learner, run)
             losses.append(sum(by_slot.values()) / len(by_slot))
-            record["tokens"] += sum(batch.num_tokens for batch in batches)
-            record["examples"] += sum(len(batch) for batch in batches)
+            record["tokens"] += sum(step.num_tokens for step in steps)
+            record["examples"] += sum(len(step.slots) for step in steps)
             record["step"] = update + 1
             if (update + 1) % period == 0 or update + 1 == num_updates:
                 _validate_and_keep(learner, data, run, store, record, losses, validate)
                 losses = []
+                if stopping is not None:
+                    stopping.see(update + 1, learner.score(data, "validation", run.eval_rows))
             if progress is not None:
                 progress(
                     update + 1,
                     num_updates,
                     {"loss": losses[-1] if losses else None, "score": record["best_score"]},
                 )
+    if stopping is not None:
+        stopping.restore()
     if record["best_step"] not in (None, num_updates):
         best = store.best(record["best_step"])
         assert best is not None
@@ -119,10 +131,6 @@ def make_accelerator(run: Run) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = "bf16" if run.precision == "bf16" else "no"
     return Accelerator(mixed_precision=precision, cpu=run.device == "cpu")
-
-
-def _draw(data: TaskData, sampler: Sampler, run: Run, step: int) -> Batch:
-    return data.batch(sampler.picks(step), "train", train=True, seed=[run.seed, step, 1])
 
 
 def _restored(learner: Learner, store: CheckpointStore) -> dict[str, Any]:

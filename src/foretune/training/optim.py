@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 
 class SlotAdamW(torch.optim.Optimizer):
@@ -13,7 +15,8 @@ class SlotAdamW(torch.optim.Optimizer):
 
     Every parameter has shape (slots, …). A slot that is absent from a step keeps its value, its
     moments and its step count: no weight decay, no momentum, exactly as if it had an optimiser
-    of its own. A plain AdamW on the stacked tensor would move it.
+    of its own. A plain AdamW on the stacked tensor would move it. The arithmetic is torch's fused
+    kernel, on views of the slots that take part.
 
     Args:
         params: Stacked parameters.
@@ -37,61 +40,92 @@ class SlotAdamW(torch.optim.Optimizer):
     def step_slots(
         self, present: Sequence[int], *, grad_scale: float = 1.0, max_norm: float | None = None
     ) -> None:
-        """One update of the slots that are present.
+        """One update of the slots that are present; clears their gradients.
 
         Args:
-            present: Distinct slots.
+            present: Distinct slots, ascending.
             grad_scale: The gradients are multiplied by it first.
             max_norm: Each slot's gradient, over all parameters, is clipped to this norm.
         """
-        factor = self._slot_factors(present, grad_scale, max_norm)
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if max_norm is not None and params:
+            _clip(params, present, max_norm / grad_scale)
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step_one(p, group, present, factor)
+            moved = [p for p in group["params"] if p.grad is not None]
+            for slots in self._runs(moved, present):
+                self._step_run(moved, slots, group, grad_scale)
+        for p in params:
+            if len(present) == len(p):
+                p.grad = None
+            else:
+                assert p.grad is not None
+                p.grad[_index(present)] = 0
 
-    def _slot_factors(
-        self, present: Sequence[int], grad_scale: float, max_norm: float | None
-    ) -> Tensor | None:
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        if not grads or (max_norm is None and grad_scale == 1.0):
-            return None
-        factor = torch.full((len(present),), grad_scale, device=grads[0].device)
-        if max_norm is not None:
-            squares = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).square().sum(0)
-            norms = squares.sqrt()[list(present)] * grad_scale
-            factor = factor * (max_norm / (norms + 1e-6)).clamp(max=1.0)
-        return factor
+    def _runs(self, params: Sequence[Tensor], present: Sequence[int]) -> Iterator[slice]:
+        """Neighbouring slots that have made equally many steps: views, which the kernel updates."""
+        if not params:
+            return
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {
+                    "step": torch.zeros(len(p)),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        steps = self.state[params[0]]["step"].tolist()
+        start = 0
+        for i in range(1, len(present) + 1):
+            ends = i == len(present)
+            if (
+                ends
+                or present[i] != present[i - 1] + 1
+                or steps[present[i]] != steps[present[start]]
+            ):
+                yield slice(present[start], present[i - 1] + 1)
+                start = i
 
-    def _step_one(
-        self, p: Tensor, group: dict, present: Sequence[int], factor: Tensor | None
+    def _step_run(
+        self, params: Sequence[Tensor], slots: slice, group: dict[str, Any], grad_scale: float
     ) -> None:
-        state = self.state[p]
-        if not state:
-            state["step"] = torch.zeros(p.shape[0])
-            state["exp_avg"] = torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros_like(p)
-        everyone = list(present) == list(range(p.shape[0]))
-        index = slice(None) if everyone else torch.tensor(present)
-        beta1, beta2 = group["betas"]
-        state["step"][index] += 1
-        steps = _column(state["step"][index], p)
+        states = [self.state[p] for p in params]
+        # The kernel adds one to each of these and divides the gradients by grad_scale.
+        counts = [state["step"][slots][:1].clone()[0].to(params[0].device) for state in states]
+        scale = torch.tensor(1 / grad_scale, device=params[0].device)  # float32, says the kernel
+        adamw(
+            [p[slots] for p in params],
+            [p.grad[slots] for p in params if p.grad is not None],
+            [state["exp_avg"][slots] for state in states],
+            [state["exp_avg_sq"][slots] for state in states],
+            [],
+            counts,
+            fused=True,
+            grad_scale=None if grad_scale == 1.0 else scale,
+            found_inf=None if grad_scale == 1.0 else torch.zeros_like(scale),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["wd"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for state in states:
+            state["step"][slots] += 1
 
-        assert p.grad is not None
-        grad = p.grad[index]
-        if factor is not None:
-            grad = grad * _column(factor, p)
-        # Views of the whole state when everyone is present, gathered copies otherwise.
-        first, second, value = state["exp_avg"][index], state["exp_avg_sq"][index], p[index]
-        first.lerp_(grad, 1 - beta1)
-        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        value.mul_(1 - group["lr"] * group["wd"])
-        denominator = (second.sqrt() / (1 - beta2**steps).sqrt()).add_(group["eps"])
-        value.sub_(first / denominator * (group["lr"] / (1 - beta1**steps)))
-        if not everyone:
-            state["exp_avg"][index], state["exp_avg_sq"][index], p[index] = first, second, value
+
+def _clip(params: Sequence[Tensor], present: Sequence[int], max_norm: float) -> None:
+    """Scales down each slot's gradient, over all parameters, whose norm is greater."""
+    index = _index(present)
+    grads = [p.grad[index] for p in params if p.grad is not None]
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).square().sum(0).sqrt()
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    if bool((factors < 1).any()):
+        for p, grad in zip(params, grads, strict=True):
+            assert p.grad is not None
+            p.grad[index] = grad * factors.to(grad).view(-1, *[1] * (grad.dim() - 1))
 
 
-def _column(per_slot: Tensor, like: Tensor) -> Tensor:
-    """(slots,) shaped so that it broadcasts over the stacked parameter `like`."""
-    return per_slot.to(like.device, like.dtype).view(-1, *[1] * (like.dim() - 1))
+def _index(slots: Sequence[int]) -> slice | list[int]:
+    """What indexes these ascending slots: a view where they are neighbours."""
+    neighbours = slots[-1] - slots[0] == len(slots) - 1
+    return slice(slots[0], slots[-1] + 1) if neighbours else list(slots)

@@ -121,6 +121,7 @@ class Adapted:
         base_fingerprint: Of the base that they belong to.
         cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, trainable_parameters (of
             one task).
+        stopped: The step after which a task stopped early: {(task, draw): step}.
     """
 
     scores: dict[tuple[str, int], float]
@@ -130,6 +131,7 @@ class Adapted:
     base_fingerprint: str
     models: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
+    stopped: dict[tuple[str, int], int] = field(default_factory=dict)
 
     def first_draw(self) -> Adapted:
         """The part of the result that belongs to the first draw of each task."""

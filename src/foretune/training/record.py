@@ -41,6 +41,19 @@ def metered() -> Iterator[dict[str, Any]]:
             cost["peak_memory_mb"] = _peak_mb() if can_reset else None
 
 
+def free_memory(device: str | None) -> int:
+    """Bytes that can still be had on the device that a run will use."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # no Linux
+    return 8 * 2**30
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, for run.json."""
     versions = {}

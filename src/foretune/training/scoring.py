@@ -18,6 +18,7 @@ def score_slots(
     max_rows: int | None = None,
     *,
     batch_size: int = 64,
+    budget: int | None = None,
     only: int | None = None,
 ) -> dict[int, float]:
     """The mean score of each slot that has rows in `split`.
@@ -28,13 +29,14 @@ def score_slots(
         split: "train", "validation" or "test".
         max_rows: At most the first so many rows of each slot.
         batch_size: Rows scored together, of one slot or of several.
+        budget: Tokens scored together; None for no bound.
         only: Score this slot alone.
 
     Returns:
         Mean score by slot; a slot without rows is left out.
     """
     chosen = range(len(data)) if only is None else [only]
-    picks = [(s, i) for s in chosen for i in range(len(data.rows(s, split)[:max_rows]))]
+    picks = [(s, i) for s in chosen for i in range(data.num_rows(s, split))[:max_rows]]
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -42,10 +44,10 @@ def score_slots(
     try:
         for start in range(0, len(picks), batch_size):
             part = picks[start : start + batch_size]
-            batch = data.batch(part, split, train=False, seed=[0]).to(device)
-            scores = data.objective.scores(model, batch)
-            for slot, score in zip(batch.slots, scores.tolist(), strict=True):
-                found[slot].append(score)
+            for chunk in data.step(part, split, train=False, seed=[0], budget=budget).chunks:
+                scores = data.objective.scores(model, chunk.to(device))
+                for slot, score in zip(chunk.slots, scores.tolist(), strict=True):
+                    found[slot].append(score)
     finally:
         model.train(was_training)
     return {slot: sum(values) / len(values) for slot, values in found.items()}

@@ -30,9 +30,10 @@ from foretune.training.data import (
 from foretune.training.learner import Learner
 from foretune.training.loop import Progress, fit
 from foretune.training.outcome import Adapted, Outcome
-from foretune.training.record import metered
+from foretune.training.record import free_memory, metered
 from foretune.training.resume import TaskDraw, begin, read_back, save_wave, scores_on_disk
 from foretune.training.scoring import score_slots
+from foretune.training.stopping import EarlyStopping
 
 
 def retrain(
@@ -160,7 +161,8 @@ def adapt(
     out = run.out
     if out is not None:
         claim_folder(out, resume=run.resume, overwrite=run.overwrite)
-    run = run.replace(out=None, eval_every=0, tasks_per_step=None)
+    every = run.eval_every if run.patience else 0
+    run = run.replace(out=None, eval_every=every, tasks_per_step=None)
     model = copy.deepcopy(model)
     match_head(model, objective.num_outputs(), run.seed)
     slots = list(draw_shots(tasks, objective.kind, shots, draws, run.seed))
@@ -172,7 +174,7 @@ def adapt(
         done = {key: found for key, found in scores_on_disk(out).items() if key in wanted}
         slots = [slot for slot in slots if (slot.task, slot.draw) not in done]
     with torch.random.fork_rng(), metered() as cost:
-        for wave in _waves(slots, run.tasks_per_wave if method.shares_base else 1):
+        for wave in _waves(slots, _wave_size(model, slots, objective, method, run)):
             _adapt_wave(model, wave, objective, method, run, split, result, progress)
             if out is not None:
                 save_wave(result, [(rows.task, rows.draw) for rows in wave], done, out)
@@ -198,14 +200,16 @@ def _adapt_wave(
     wanted = [p.requires_grad for p in base.parameters()]
     torch.manual_seed(run.seed)
     learner: Learner = method.learner(base, objective, data.keys, run)
-    record = fit(
-        learner, data, sampler_for(method, data, run), run, validate=False, progress=progress
-    )
+    stopping = EarlyStopping(learner, run.patience) if run.patience else None
+    sampler = sampler_for(method, data, run)
+    record = fit(learner, data, sampler, run, validate=False, stopping=stopping, progress=progress)
+    for slot, step in stopping.stopped.items() if stopping else ():
+        result.stopped[wave[slot].task, wave[slot].draw] = step
     with learner.ready():
         scores = learner.score(data, split, None)
     for slot, score in scores.items():
         result.scores[wave[slot].task, wave[slot].draw] = score
-        result.num_rows[wave[slot].task, wave[slot].draw] = len(data.rows(slot, split))
+        result.num_rows[wave[slot].task, wave[slot].draw] = data.num_rows(slot, split)
     if learner.bank is not None:
         result.config = peft_config(learner.bank, base, getattr(base, "name_or_path", None) or None)
         result.base_fingerprint = fingerprint(base, learner.bank.head_names)
@@ -303,7 +307,22 @@ def check_verb(method: Any, verb: str) -> None:
         raise UserError(f"{name} is no method to {verb} with; see `foretune ls methods`")
 
 
-def _waves(slots: list[SlotRows], size: int | None) -> Iterator[list[SlotRows]]:
-    size = size or max(1, len(slots))
+def _wave_size(
+    model: nn.Module, slots: list[SlotRows], objective: Objective, method: Any, run: Run
+) -> int:
+    """How many tasks are adapted at the same time."""
+    if not method.shares_base:
+        return 1
+    if run.tasks_per_wave is not None or not slots:
+        return run.tasks_per_wave or 1
+    wanted = [p.requires_grad for p in model.parameters()]
+    bank = method.learner(model, objective, [slots[0].key], run).bank
+    for p, trained in zip(model.parameters(), wanted, strict=True):
+        p.requires_grad_(trained)
+    each = 4 * 4 * bank.parameters_per_slot  # float32 value, gradient and two moments
+    return max(1, free_memory(run.device) // 2 // each)
+
+
+def _waves(slots: list[SlotRows], size: int) -> Iterator[list[SlotRows]]:
     for start in range(0, len(slots), size):
         yield slots[start : start + size]

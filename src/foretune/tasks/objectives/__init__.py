@@ -78,14 +78,13 @@ class Objective(Protocol):
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
         """One example as lists of ints and arrays, so that tokenising happens once."""
 
-    def collate(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        slots: Sequence[int],
-        *,
-        train: bool,
-        rng: np.random.Generator,
-    ) -> Batch:
+    def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
+        """The encoded row after the random choices that training makes for it."""
+
+    def size(self, row: Mapping[str, Any]) -> int:
+        """Tokens of an encoded row that the model reads; 1 for a row of arrays."""
+
+    def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         """Stacks encoded rows; `slots[i]` is the slot of row i's task."""
 
     def losses(self, model: Any, batch: Batch) -> Tensor:

@@ -105,14 +105,13 @@ class CausalLM:
             "target": completion,
         }
 
-    def collate(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        slots: Sequence[int],
-        *,
-        train: bool,
-        rng: np.random.Generator,
-    ) -> Batch:
+    def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
+        return row
+
+    def size(self, row: Mapping[str, Any]) -> int:
+        return len(row["input_ids"])
+
+    def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         fill = text.pad_id(self.tokenizer)
         ids = [row["input_ids"] for row in rows]
         labels = [

@@ -111,19 +111,24 @@ class Choice:
         encoded["second"] = len(pair.before) + len(context) + len(pair.between)
         return encoded
 
-    def collate(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        slots: Sequence[int],
-        *,
-        train: bool,
-        rng: np.random.Generator,
-    ) -> Batch:
-        kept = self._keep(rows, rng if train else None)
-        width = max(len(k) for k in kept)
+    def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
+        """Keeps the right candidate and a draw of the others, in their old order."""
+        others = [i for i in range(len(row["candidates"])) if i != row["answer"]]
+        if self.train_candidates is None or self.train_candidates > len(others):
+            return row
+        drawn = rng.choice(others, self.train_candidates - 1, replace=False).tolist()
+        kept = sorted([row["answer"], *drawn])
+        candidates = [row["candidates"][i] for i in kept]
+        return {**row, "candidates": candidates, "answer": kept.index(row["answer"])}
+
+    def size(self, row: Mapping[str, Any]) -> int:
+        return len(row.get("context", ())) + sum(map(len, row["candidates"]))
+
+    def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
+        width = max(len(row["candidates"]) for row in rows)
         index = np.zeros((len(rows), width), dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=bool)
-        answer = np.array([k.index(row["answer"]) for k, row in zip(kept, rows, strict=True)])
+        answer = np.array([row["answer"] for row in rows])
         # the forwards read their rows sorted by slot, which spares the adapters a permutation
         order = sorted(range(len(rows)), key=lambda i: slots[i])
         stacked: list[Sequence[int]] = []
@@ -131,8 +136,7 @@ class Choice:
         seconds: list[int] = []
         places: dict[tuple[int, Sequence[int]], int] = {}
         for i in order:
-            for j, k in enumerate(kept[i]):
-                ids = rows[i]["candidates"][k]
+            for j, ids in enumerate(rows[i]["candidates"]):
                 mask[i, j] = True
                 if self.scoring == "bi-encoder":
                     key = (slots[i], ids)
@@ -163,21 +167,6 @@ class Choice:
         else:
             inputs |= self._token_types(stacked, seconds)
         return Batch(inputs, tuple(slots), num_tokens, extra)
-
-    def _keep(
-        self, rows: Sequence[Mapping[str, Any]], rng: np.random.Generator | None
-    ) -> list[list[int]]:
-        """The candidates of each row that take part, as ascending indices."""
-        counts = [len(row["candidates"]) for row in rows]
-        keep = self.train_candidates
-        if rng is None or keep is None or keep >= max(counts):
-            return [list(range(n)) for n in counts]
-        keys = rng.random((len(rows), max(counts)))
-        for i, row in enumerate(rows):
-            keys[i, row["answer"]] = -1.0  # the right one always comes first …
-            keys[i, counts[i] :] = 2.0  # … and columns beyond the row's own candidates last
-        drawn = np.argsort(keys, axis=1)[:, :keep]
-        return [sorted(d[d < n].tolist()) for d, n in zip(drawn, counts, strict=True)]
 
     def _token_types(
         self, rows: Sequence[Sequence[int]], seconds: Sequence[int]

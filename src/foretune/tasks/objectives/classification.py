@@ -159,14 +159,13 @@ class Classification:
         encoded["input_ids"] = single.fill(ids[: single.room(self.max_tokens, "max_tokens")])
         return encoded
 
-    def collate(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        slots: Sequence[int],
-        *,
-        train: bool,
-        rng: np.random.Generator,
-    ) -> Batch:
+    def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
+        return row
+
+    def size(self, row: Mapping[str, Any]) -> int:
+        return len(row.get("input_ids", "1"))
+
+    def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         width = self.num_outputs() or 1 + max(max(row["valid"]) for row in rows)
         valid = np.zeros((len(rows), width), dtype=bool)
         for i, row in enumerate(rows):

@@ -47,14 +47,13 @@ class Regression:
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
         return {name: np.asarray(example[name], dtype=np.float32) for name in ("x", "y")}
 
-    def collate(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        slots: Sequence[int],
-        *,
-        train: bool,
-        rng: np.random.Generator,
-    ) -> Batch:
+    def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
+        return row
+
+    def size(self, row: Mapping[str, Any]) -> int:
+        return 1
+
+    def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         inputs = {name: stack([row[name] for row in rows]) for name in ("x", "y")}
         return Batch(inputs, tuple(slots), len(rows), {})
 
