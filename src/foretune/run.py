@@ -37,6 +37,8 @@ class Run:
             gradients of its parts are added up: less memory, the same result. None: as many as
             keep the widest activation under 32 MB on a CPU, all of them on other devices.
         device: A torch device such as "cpu" or "cuda"; None takes what accelerate finds.
+        gradient_checkpointing: Keep of each transformer block its input alone and compute the rest
+            again in the backward pass: less memory, a third more time, the same result.
         tasks_per_wave: Unseen tasks that are adapted at the same time; None for as many as have
             room, with gradients and optimiser state, in half of the memory that is free.
         patience: An unseen task stops adapting when so many validations in a row brought no better
@@ -63,6 +65,7 @@ class Run:
     precision: Literal["fp32", "bf16"] = "fp32"
     token_budget: int | None = None
     device: str | None = None
+    gradient_checkpointing: bool = False
     tasks_per_wave: int | None = None
     patience: int | None = None
     out: Path | None = None
@@ -88,6 +91,9 @@ class Run:
         if not isinstance(self.warmup, (int, float)) or not 0 <= self.warmup <= 1:
             raise UserError(f"warmup is a share between 0 and 1, got {self.warmup!r}")
         one_of("schedule", self.schedule, ("linear", "cosine", "constant"))
+        if not isinstance(self.gradient_checkpointing, bool):
+            got = self.gradient_checkpointing
+            raise UserError(f"gradient_checkpointing must be true or false, got {got!r}")
         one_of("precision", self.precision, ("fp32", "bf16"))
 
     def replace(self, **changes: Any) -> Run:

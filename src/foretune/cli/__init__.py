@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import foretune
+from foretune.allocator import keep_freed_memory
 from foretune.cli import catalogue, compare_report, doctor, init, plan, retrain_adapt, run
 from foretune.cli.group import Group
 
@@ -58,4 +59,5 @@ def main() -> None:
     """The `foretune` program."""
     # On busy cores OpenMP's threads otherwise burn each other's time while they wait.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_freed_memory()
     app()

@@ -66,8 +66,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return _usage(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return (
-            "error: out of memory; lower retrain.batch_size, retrain.tasks_per_step or "
-            "adapt.tasks_per_wave"
+            "error: out of memory; lower retrain.token_budget, adapt.token_budget or "
+            "adapt.tasks_per_wave, or set gradient_checkpointing: true"
         ), FAILED
     if isinstance(error, OSError) or "No space left on device" in str(error):
         return f"error: {_one_line(error)}", FAILED

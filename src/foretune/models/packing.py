@@ -333,6 +333,7 @@ class _PackedCalls:
         self.model = model
         self._packing: Packing | None = None  # of the call in progress
         self._served = 0
+        self._off = False
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[_PackedCalls]:
@@ -365,17 +366,16 @@ class _PackedCalls:
                 return False  # the blocks need more than hidden states
             if self._served == served:
                 return False
-            self._packing, before = None, self._before
-            self._before = lambda *_: None  # type: ignore[method-assign]
-            try:
-                whole = self.model(**inputs)
-            finally:
-                self._before = before  # type: ignore[method-assign]
+            self._off = True
+            whole = self.model(**inputs)
+            self._off = False
         return agree(whole, short, inputs["attention_mask"])
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         lengths, width = _lengths(kwargs)
         self._packing = None
+        if self._off:
+            return
         if lengths and sum(lengths) < WORTH * width * len(lengths):
             rows = current_rows()
             slots = [0] * len(lengths) if rows is None else rows.slots
@@ -401,6 +401,7 @@ class _PackedCalls:
             kwargs = {
                 k: v if k == "attention_mask" else packing.packed_input(v)
                 for k, v in kwargs.items()
+                if k != "past_key_values"  # a cache for generation would hold rows run together
             }
             with routed(packing.rows(current_rows()), packing):
                 output = real(hidden, *args, **kwargs)

@@ -111,6 +111,8 @@ class RetrainBlock(RatesBlock):
     max_grad_norm: float | None = PLAIN.max_grad_norm
     eval_every: int | None = PLAIN.eval_every
     eval_rows: int | None = PLAIN.eval_rows
+    token_budget: int | None = PLAIN.token_budget
+    gradient_checkpointing: bool = PLAIN.gradient_checkpointing
     search_steps: int | None = Field(default=None, ge=1)
 
 
@@ -135,7 +137,12 @@ class AdaptBlock(RatesBlock):
     schedule: Literal["linear", "cosine", "constant"] = PLAIN.schedule
     weight_decay: float = PLAIN.weight_decay
     max_grad_norm: float | None = PLAIN.max_grad_norm
+    token_budget: int | None = PLAIN.token_budget
+    gradient_checkpointing: bool = PLAIN.gradient_checkpointing
     tasks_per_wave: int | None = PLAIN.tasks_per_wave
+    patience: int | None = PLAIN.patience
+    eval_every: int | None = PLAIN.eval_every
+    eval_rows: int | None = PLAIN.eval_rows
     search_tasks: int = Field(default=8, ge=1)
     shots: list[int | Literal["all"]] = Field(default=[8, 40], min_length=1)
     draws: int = Field(default=1, ge=1)

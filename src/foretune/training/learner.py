@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from foretune.adapters.bank import AdapterBank
 from foretune.models.frozen_prefix import frozen_prefix
 from foretune.models.packing import packed
+from foretune.models.recompute import recomputed
 from foretune.models.surgery import head_modules
 from foretune.run import Run
 from foretune.tasks.objectives import Objective
@@ -63,11 +64,13 @@ class Learner:
         self.bank_optimizer: SlotAdamW | None = None
         self.autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         self.token_budget: int | None = None
+        self.recompute = False
         self.padding: str | None = None  # why it could not be removed
 
     def start(self, run: Run) -> None:
         """Makes the optimisers; called once, when everything is on its device."""
         self.token_budget = run.token_budget or usual_token_budget(self.model)
+        self.recompute = run.gradient_checkpointing
         if self.base:
             self.base_optimizer = torch.optim.AdamW(
                 self.base, lr=self.learning_rate or 0.0, weight_decay=run.weight_decay, fused=True
@@ -86,6 +89,8 @@ class Learner:
         adapted = [] if self.bank is None else self.bank.adapted_names
         with contextlib.ExitStack() as stack:
             stack.enter_context(frozen_prefix(self.model, adapted))
+            if self.recompute:
+                stack.enter_context(recomputed(self.model))
             copied = [] if self.bank is None else self.bank.head_names
             self.padding = stack.enter_context(packed(self.model, copied))
             if self.bank is not None:

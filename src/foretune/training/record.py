@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from foretune.allocator import give_back_freed_memory
+
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
 
@@ -28,6 +30,7 @@ def metered() -> Iterator[dict[str, Any]]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+    give_back_freed_memory()
     can_reset = _reset_peak()
     wall, cpu = time.perf_counter(), time.process_time()
     try:

@@ -1,0 +1,71 @@
+"""Gradient checkpointing: a block keeps its input alone and is computed again in the backward.
+
+transformers' own switch would compute it again without knowing which task owns which row: that is
+said around the forward pass, and the backward comes after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from foretune.errors import UserError
+from foretune.models.routing import captured_route
+from foretune.models.surgery import block_list
+
+
+@contextlib.contextmanager
+def recomputed(model: nn.Module) -> Iterator[None]:
+    """Inside the block, a training pass keeps of each transformer block nothing but its input.
+
+    Args:
+        model: A model with a list of blocks. Blocks that `frozen_prefix` serves are left alone.
+
+    Raises:
+        UserError: It has none.
+    """
+    found = block_list(model)
+    if found is None:
+        raise UserError(
+            f"{type(model).__name__} has no single list of blocks to compute again; "
+            "gradient_checkpointing=False, or a smaller token_budget, would do"
+        )
+    blocks = [block for block in found[1] if not hasattr(block.forward, "prefix")]
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_patched(block))
+        yield
+
+
+@contextlib.contextmanager
+def _patched(block: nn.Module) -> Iterator[None]:
+    real = block.forward
+    own = "forward" in vars(block)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return real(*args, **kwargs)
+        route = captured_route()
+        if "past_key_values" in kwargs:  # the second pass would append to it once more
+            kwargs["past_key_values"] = None
+        return checkpoint(
+            real,
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), route()),
+            **kwargs,
+        )
+
+    block.forward = forward
+    try:
+        yield
+    finally:
+        if own:
+            block.forward = real
+        else:
+            del block.forward
