@@ -159,14 +159,16 @@ class _LoRALinear(torch.autograd.Function):
         h = shrink(x, a_now, layout)
         y = x.new_zeros(len(x), bt.shape[2]) if weight is None else F.linear(x, weight, bias)
         add_expanded_(y, h, bt_now, layout, scale)
-        ctx.save_for_backward(x, weight, a, bt, h)
+        ctx.save_for_backward(x, weight, h)
+        # Not saved as the others are: a recomputation would hand out copies, whose .grad is lost.
+        ctx.a, ctx.bt = a, bt
         ctx.scale, ctx.layout = scale, layout
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, a, bt, h = ctx.saved_tensors
-        layout, scale = ctx.layout, ctx.scale
+        x, weight, h = ctx.saved_tensors
+        a, bt, layout, scale = ctx.a, ctx.bt, ctx.layout, ctx.scale
         gy = grads[0].contiguous()
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         gx = gw = gbias = ga = gb = None
