@@ -33,6 +33,8 @@ class Run:
             returns. None: ten times a run. 0: never, the last state is returned.
         eval_rows: Validation rows of each task that are scored each time; None for all.
         precision: "fp32" or "bf16" (autocast).
+        optimizer: Of the base: "adamw", or "adamw-8bit", whose state takes a quarter of the memory
+            (bitsandbytes). Adapters have the former in any case.
         token_budget: Tokens in one forward and backward pass. A batch with more is split and the
             gradients of its parts are added up: less memory, the same result. None: as many as
             keep the widest activation under 32 MB on a CPU, all of them on other devices.
@@ -63,6 +65,7 @@ class Run:
     eval_every: int | None = None
     eval_rows: int | None = 32
     precision: Literal["fp32", "bf16"] = "fp32"
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
     token_budget: int | None = None
     device: str | None = None
     gradient_checkpointing: bool = False
@@ -94,6 +97,7 @@ class Run:
         if not isinstance(self.gradient_checkpointing, bool):
             got = self.gradient_checkpointing
             raise UserError(f"gradient_checkpointing must be true or false, got {got!r}")
+        one_of("optimizer", self.optimizer, ("adamw", "adamw-8bit"))
         one_of("precision", self.precision, ("fp32", "bf16"))
 
     def replace(self, **changes: Any) -> Run:

@@ -111,6 +111,7 @@ class RetrainBlock(RatesBlock):
     max_grad_norm: float | None = PLAIN.max_grad_norm
     eval_every: int | None = PLAIN.eval_every
     eval_rows: int | None = PLAIN.eval_rows
+    optimizer: Literal["adamw", "adamw-8bit"] = PLAIN.optimizer
     token_budget: int | None = PLAIN.token_budget
     gradient_checkpointing: bool = PLAIN.gradient_checkpointing
     search_steps: int | None = Field(default=None, ge=1)

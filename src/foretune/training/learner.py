@@ -21,7 +21,7 @@ from foretune.models.surgery import head_modules
 from foretune.run import Run
 from foretune.tasks.objectives import Objective
 from foretune.training.data import Step, TaskData
-from foretune.training.optim import SlotAdamW
+from foretune.training.optim import SlotAdamW, adamw_of, eight_bit
 from foretune.training.scoring import score_slots
 
 
@@ -72,8 +72,8 @@ class Learner:
         self.token_budget = run.token_budget or usual_token_budget(self.model)
         self.recompute = run.gradient_checkpointing
         if self.base:
-            self.base_optimizer = torch.optim.AdamW(
-                self.base, lr=self.learning_rate or 0.0, weight_decay=run.weight_decay, fused=True
+            self.base_optimizer = adamw_of(
+                self.base, self.learning_rate or 0.0, run.weight_decay, run.optimizer
             )
         if self.bank is not None:
             self.bank_optimizer = SlotAdamW(
@@ -170,7 +170,8 @@ class Learner:
             found |= {f"bank.{k}": p.detach() for k, p in self.bank.named_parameters()}
         for name, optimizer in self._optimizers() if optimizers else ():
             for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-                found |= {f"{name}.{i}.{k}": v for k, v in optimizer.state[p].items()}
+                state = optimizer.state[p]
+                found |= {f"{name}.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
         return found
 
     @torch.no_grad()
@@ -186,6 +187,8 @@ class Learner:
                     optimizer.state[p] = {
                         k.removeprefix(prefix): v.clone() for k, v in saved.items()
                     }
+                    if eight_bit(optimizer):  # counts its steps by a plain number
+                        optimizer.state[p]["step"] = int(optimizer.state[p]["step"])
 
     def slot_state(self, slot: int) -> dict[str, Tensor]:
         """A copy of what belongs to one slot: its part of the bank, or all that is trained."""

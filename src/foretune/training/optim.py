@@ -9,6 +9,41 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from foretune.errors import UserError
+
+
+def adamw_of(
+    params: Sequence[Tensor], lr: float, weight_decay: float, kind: str
+) -> torch.optim.Optimizer:
+    """AdamW on plain parameters.
+
+    Args:
+        params: What it moves.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        kind: "adamw" (torch's fused kernel) or "adamw-8bit" (Dettmers et al. 2022,
+            arXiv:2110.02861; tensors of fewer than 4,096 elements keep a state of 32 bits).
+
+    Raises:
+        UserError: The library for 8 bits is not installed.
+    """
+    if kind == "adamw":
+        return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError as error:
+        raise UserError(
+            "optimizer adamw-8bit needs bitsandbytes; pip install 'foretune[quant]' would do, or "
+            "optimizer adamw"
+        ) from error
+    made: torch.optim.Optimizer = AdamW8bit(params, lr=lr, weight_decay=weight_decay)
+    return made
+
+
+def eight_bit(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is the one with 8 bits."""
+    return type(optimizer).__module__.startswith("bitsandbytes")
+
 
 class SlotAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with a state of its own for each slot.
