@@ -1,7 +1,7 @@
 # make quickstart    see what foretune does: real text, a real encoder, no download but packages
 # make test          all tests          make fast    those that take less than ten seconds each
 # make check         format, lint, types, import contracts, docs        make setup   .venv only
-# make bench-quickstart | bench-convai2 DATA=path        what stands in benchmarks/results
+# make bench-quickstart | bench-convai2 DATA=path | bench-speed DATA=path   what is in benchmarks/results
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -14,7 +14,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKER
 EVERY_METHOD := retrain.methods=[none, standard, {standard: {heads: per-task, as: standard-heads}}, peft-ml, reptile, fomaml]
 
 .PHONY: setup quickstart test fast check lint types imports docs format bench-quickstart \
-	bench-convai2 clean
+	bench-convai2 bench-speed clean
 
 setup: $(INSTALLED)
 
@@ -47,6 +47,7 @@ imports: setup
 
 docs: setup
 	$(BIN)/python benchmarks/publish.py --check
+	$(BIN)/python benchmarks/speed/page.py --check
 	$(PYTEST) -m "not slow" tests/promises
 
 format: setup
@@ -61,6 +62,20 @@ bench-convai2: setup
 	@test -n "$(DATA)" || { echo "usage: make bench-convai2 DATA=path/to/convai2.jsonl"; exit 2; }
 	$(BIN)/foretune run convai2 tasks.source="$(DATA)" seeds=3 --out runs/bench-convai2 --resume
 	$(BIN)/python benchmarks/publish.py runs/bench-convai2 convai2
+
+SPEED := OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/speed
+bench-speed: setup
+	@test -n "$(DATA)" || { echo "usage: make bench-speed DATA=path/to/convai2.jsonl"; exit 2; }
+	$(SPEED)/meta_step.py
+	$(SPEED)/meta_step.py --threads 2 --cells minilm:10x1x64,minilm:50x1x64,minilm:10x4x128
+	$(SPEED)/meta_step.py --precision bf16 --cells minilm:10x1x64,minilm:50x1x64
+	$(SPEED)/ragged.py --data "$(DATA)"
+	$(SPEED)/memory.py --repeats 3
+	$(SPEED)/adaptation.py
+	$(SPEED)/bank.py
+	$(SPEED)/pipeline.py
+	$(SPEED)/gpu.py
+	$(BIN)/python benchmarks/speed/page.py
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,262 @@
+"""docs/performance.md, made from benchmarks/results/speed-*.json.
+
+python benchmarks/speed/page.py            # write it
+python benchmarks/speed/page.py --check    # is it up to date?
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "results"
+PAGE = HERE.parents[1] / "docs" / "performance.md"
+
+Rows = list[dict[str, Any]]
+
+INTRO = """# Performance
+
+*This page is made by `python benchmarks/speed/page.py` from `benchmarks/results/speed-*.json`.*
+
+What foretune claims about speed is a ratio to something that anybody would have to pay: the
+*floor*, a plain full fine-tuning step of the same model on the same tokens, in one batch, with the
+same fused optimiser and no adapters. Variants run in turns in one process, in a new order each time;
+a number is the median of the ratios of single turns, and the range behind it is their least and
+greatest. Time is the CPU time of the process. Freed memory is kept by the process, as the command
+line of foretune does it ([why](design.md)); the floor profits from that as much as the rest.
+"""
+
+
+def main() -> None:
+    text = page()
+    if "--check" not in sys.argv:
+        PAGE.write_text(text, encoding="utf-8")
+        return
+    if not PAGE.is_file() or PAGE.read_text("utf-8") != text:
+        print("docs/performance.md is older than its results; run python benchmarks/speed/page.py")
+        sys.exit(1)
+
+
+def page() -> str:
+    parts = [INTRO]
+    for name, section in SECTIONS.items():
+        file = RESULTS / f"speed-{name}.json"
+        if file.is_file():
+            data = json.loads(file.read_text("utf-8"))
+            parts += [section(data), again(data)]
+    return "\n".join(parts)
+
+
+def again(data: dict[str, Any]) -> str:
+    machine = data["machine"]
+    versions = machine["versions"]
+    return (
+        f"Again: `{data['command']}`. Measured on {machine['cpu_cores']} CPU cores "
+        f"({machine.get('processor') or 'x86-64'}), torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, peft {versions['peft']}.\n"
+    )
+
+
+def meta_step(data: dict[str, Any]) -> str:
+    rows = [row for row in data["rows"] if "not_run" not in row]
+    left = [row for row in data["rows"] if "not_run" in row]
+    plain = [row for row in rows if row["precision"] == "fp32" and row["threads"] == 1]
+    medians = [row["to_floor"]["ours"]["median"] for row in plain]
+    errors = [row["gradient_error"] for row in plain if row["gradient_error"] is not None]
+    peft = [row["peft_to_ours"]["median"] for row in plain if row["peft_to_ours"]]
+    lines = [
+        "## A meta-retraining step against a plain step\n",
+        f"PEFT-ML's joint step over all tasks, every linear layer adapted at rank 8, costs "
+        f"**{statistics.geometric_mean(medians):.2f} of the floor** in the geometric mean of "
+        f"{len(medians)} cells (greatest {max(medians):.2f}), one thread, fp32. A peft loop over "
+        f"the tasks takes {min(peft):.2f} to {max(peft):.2f} times as long as ours. Gradients, of "
+        f"the base and of all adapters, differ from the peft loop's by {max(errors):.0e} of each "
+        "tensor's maximum at most.\n",
+        table(
+            ["model", "tasks × rows × length", "precision", "threads", "ours / floor",
+             "peft loop / floor", "authors' loop / floor", "peft loop / ours"],
+            [
+                [row["model"], cell(row), row["precision"], row["threads"],
+                 shown(row["to_floor"]["ours"]), shown(row["to_floor"].get("peft")),
+                 shown(row["to_floor"].get("authors")), shown(row["peft_to_ours"])]
+                for row in sorted(rows, key=lambda r: (r["precision"] != "fp32", r["threads"]))
+            ],
+        ),
+    ]  # fmt: skip
+    if left:
+        lines.append(
+            "Not run, because a step takes too long on two CPU cores: "
+            + ", ".join(f"{row['model']} {cell(row)}" for row in left)
+            + ".\n"
+        )
+    return "\n".join(lines)
+
+
+def memory(data: dict[str, Any]) -> str:
+    cells: dict[tuple, dict[str, float]] = {}
+    for row in data["rows"]:
+        key = (row["model"], f"{row['tasks']} × {row['batch']} × {row['length']}")
+        cells.setdefault(key, {})[row["variant"]] = row["megabytes"]
+    variants = list(next(iter(cells.values())))
+    return "\n".join(
+        [
+            "## Memory\n",
+            "Peak of one forward and backward beyond weights and gradients, MB (and as a share of "
+            "the floor's). `a quarter at once` is a token budget of a quarter of the batch, "
+            "`blocks computed again` is gradient checkpointing; neither changes a gradient.\n",
+            table(
+                ["model", "tasks × rows × length", *variants],
+                [
+                    [*key, *(f"{mb[v]:.0f} ({mb[v] / mb['floor']:.2f})" for v in variants)]
+                    for key, mb in cells.items()
+                ],
+            ),
+        ]
+    )
+
+
+def ragged(data: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            "## Rows of unlike lengths\n",
+            "Context and reply of ConvAI2, cut by MiniLM's tokenizer. Padding is removed inside "
+            "unmodified Hugging Face models; attention stays within each row. `fill` is the share "
+            "of positions that are tokens when the whole batch is padded.\n",
+            table(
+                ["model", "tasks × rows", "fill", "ours / packed floor", "ours / padded floor",
+                 "peft loop / ours"],
+                [
+                    [row["model"], f"{row['tasks']} × {row['batch']}", row["fill"],
+                     shown(row["to_packed_floor"]), shown(row["to_padded_floor"]),
+                     shown(row["peft_to_ours"])]
+                    for row in data["rows"]
+                ],
+            ),
+        ]
+    )  # fmt: skip
+
+
+def adaptation(data: dict[str, Any]) -> str:
+    parts = {what: [r for r in data["rows"] if r["what"] == what] for what in
+             ("adapt", "score", "top layers")}  # fmt: skip
+    return "\n".join(
+        [
+            "## Many unseen tasks on a frozen base\n",
+            "One training step of every task's adapter. `reused` is one adapter that serves all "
+            "tasks in turn, without the cost of swapping it.\n",
+            table(
+                ["model", "tasks × rows × length", "peft loop / ours", "reused loop / ours"],
+                [
+                    [row["model"], cell(row), shown(row.get("peft_to_ours")),
+                     shown(row["reused_to_ours"])]
+                    for row in parts["adapt"]
+                ],
+            ),
+            "Scoring with all adapters in mixed batches of 64 rows, against the forward pass of "
+            "the base alone.\n",
+            table(
+                ["model", "tasks × rows × length", "ours / base", "peft loop / base"],
+                [
+                    [row["model"], cell(row), shown(row["to_base"]["ours"]),
+                     shown(row["to_base"].get("peft"))]
+                    for row in parts["score"]
+                ],
+            ),
+            "Adapters in the upper third of the layers: a training step when what lies below is "
+            "computed in every step, against when it is computed once and kept.\n",
+            table(
+                ["model", "tasks × rows × length", "every step / once"],
+                [[r["model"], cell(r), shown(r["every_to_once"])] for r in parts["top layers"]],
+            ),
+        ]
+    )  # fmt: skip
+
+
+def bank(data: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            "## Building the adapters\n",
+            "CPU seconds to make rank-8 adapters on every linear layer of a 12 × 768 encoder. The "
+            "first build of a process may take longer where the system hands out memory slowly.\n",
+            table(
+                ["system", "tasks", "CPU seconds", "the first time"],
+                [
+                    [row["system"], row["tasks"], row["cpu_seconds"], row["first_cpu_seconds"]]
+                    for row in data["rows"]
+                ],
+            ),
+        ]
+    )
+
+
+def pipeline(data: dict[str, Any]) -> str:
+    keys: list[str] = []
+    for row in data["rows"]:
+        keys += [key for key in row if key not in keys and not isinstance(row[key], dict | list)]
+    return "\n".join(
+        [
+            "## The data pipeline\n",
+            "Reading, planning and streaming a large collection, and tokens a second of the "
+            "pipeline alone against those that training takes up.\n",
+            *(
+                "- "
+                + ", ".join(f"{key.replace('_', ' ')} {row[key]}" for key in keys if key in row)
+                for row in data["rows"]
+            ),
+            "",
+        ]
+    )
+
+
+def gpu(data: dict[str, Any]) -> str:
+    rows = [row for row in data["rows"] if "not_run" not in row]
+    return "\n".join(
+        [
+            f"## On a GPU ({data['device']})\n",
+            table(
+                ["model", "tasks", "lengths", "variant", "ms a step", "share of the matrix rate",
+                 "peak MB"],
+                [
+                    [row["model"], row["tasks"], row["lengths"], row["variant"],
+                     f"{1000 * row['seconds']:.1f}", row["share_of_matrix_rate"], row["peak_mb"]]
+                    for row in rows
+                ],
+            ),
+        ]
+    )  # fmt: skip
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "meta-step": meta_step,
+    "ragged": ragged,
+    "memory": memory,
+    "adaptation": adaptation,
+    "bank": bank,
+    "pipeline": pipeline,
+    "gpu": gpu,
+}
+
+
+def cell(row: dict[str, Any]) -> str:
+    return f"{row['tasks']} × {row['batch']} × {row['length']}"
+
+
+def shown(ratio: dict[str, float] | None) -> str:
+    if ratio is None:
+        return ""
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
