@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from foretune.errors import UserError
+from foretune.tasks import candidates
 from foretune.tasks.candidates import draw_candidates
 from foretune.tasks.sources import Source, load_tasks
 from foretune.tasks.task import SPLITS, Task, TaskCollection
@@ -102,6 +103,31 @@ def test_a_pool_bounds_the_distinct_texts_of_a_task(tmp_path: Path) -> None:
             c for row in task.train for i, c in enumerate(row["candidates"]) if i != row["answer"]
         }
         assert len(drawn) == 9
+
+
+@pytest.mark.parametrize("own", ["own", "others"])
+def test_drawing_in_parts_draws_the_same(monkeypatch: pytest.MonkeyPatch, own: str) -> None:
+    rows = [{"context": "c", "response": f"r {i % 300}"} for i in range(1200)]
+    tasks = TaskCollection(tuple(Task(str(t), train=tuple(rows[t::3])) for t in range(3)))
+    whole = draw_candidates(tasks, 20, own_task=own == "own")
+    monkeypatch.setattr(candidates, "DRAW_ROWS", 7)
+    assert draw_candidates(tasks, 20, own_task=own == "own") == whole
+
+
+def test_a_pool_of_a_large_source_is_distinct_and_from_other_tasks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(candidates, "POOL_FROM_ALL_UP_TO", 100)
+    rows = [{"context": "c", "response": f"{i // 200} {i}"} for i in range(600)]
+    tasks = TaskCollection(
+        tuple(Task(str(t), train=tuple(rows[t * 200 : (t + 1) * 200])) for t in range(3))
+    )
+    for task in draw_candidates(tasks, 5, pool=9):
+        drawn = {
+            c for row in task.train for i, c in enumerate(row["candidates"]) if i != row["answer"]
+        }
+        assert len(drawn) == 9
+        assert not any(text.startswith(task.name + " ") for text in drawn)
 
 
 def test_candidates_that_the_data_bring_stay(tmp_path: Path) -> None:

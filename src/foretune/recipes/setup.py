@@ -12,7 +12,7 @@ from foretune.recipes.console import Console
 from foretune.recipes.schema import Recipe
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.sources import load_tasks
-from foretune.tasks.task import TaskCollection
+from foretune.tasks.task import SPLITS, TaskCollection
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, An
 def head_of(objective: Any, tasks: TaskCollection) -> Any:
     """The head that `load_model` should give the model for these tasks."""
     if objective.kind == "classification":
-        row = next(row for task in tasks for row in (*task.train, *task.test, *task.validation))
+        row = next(row for task in tasks for split in SPLITS for row in task.split(split))
         return "classification" if "text" in row else "image-classification"
     return objective.head
 

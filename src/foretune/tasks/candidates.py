@@ -7,35 +7,30 @@ rows of other splits help out, then rows of the same group or task.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from foretune.errors import UserError
+from foretune.tasks.drawn_rows import Drawings, DrawnRows, complete
+from foretune.tasks.responses import Origin, index_responses
+from foretune.tasks.row_store import View
 from foretune.tasks.seeds import seed_for
 from foretune.tasks.task import SPLITS, Example, Task, TaskCollection
 
 if TYPE_CHECKING:
     import numpy as np
 
-GROUP_COLUMNS = ("dialogue", "group")
 # Up to this many responses a whole permutation of them is drawn for each row, which cannot run
 # short; above, rows are drawn at random and the few duplicates thrown away.
 PERMUTE_UP_TO = 256
-
-
-@dataclass(frozen=True)
-class _Responses:
-    """Every row of a collection, as arrays; `text[i]` is the index of row i's response in `texts`.
-
-    `owner` is what a row's distractors must not share: its group, or its task without groups.
-    """
-
-    texts: list[str]
-    text: np.ndarray
-    owner: np.ndarray
-    task: np.ndarray
-    split: np.ndarray
+# Rows for which distractors are drawn at once, so that a large task needs no large arrays.
+DRAW_ROWS = 2**14
+# Up to this many rows a pool is drawn from all their distinct responses, each as likely as any
+# other. Above, from rows drawn at random, where a frequent response is likelier: that takes a time
+# which does not grow with the rows.
+POOL_FROM_ALL_UP_TO = 2**17
+POOL_DRAWS = 16  # rows drawn for each response that a pool wants
 
 
 def draw_candidates(
@@ -68,7 +63,8 @@ def draw_candidates(
     import numpy as np
 
     _check_counts(num_candidates, pool)
-    responses = _index(collection, group_column, own_task)
+    responses = index_responses(collection, group_column, own_task)
+    drawings = Drawings(num_candidates, responses.texts)
     tasks, start = [], 0
     for number, task in enumerate(collection):
         splits: dict[str, Sequence[Example]] = {}
@@ -76,34 +72,20 @@ def draw_candidates(
             rows = task.split(split)
             own = np.arange(start, start + len(rows))
             start += len(rows)
-            own = own[[("candidates" not in row) for row in rows]] if len(rows) else own
-            if not len(own):
+            lacking = responses.lacking[own]
+            if not lacking.any():
                 splits[split] = rows
                 continue
             rng = np.random.default_rng(seed_for(seed, task.name, split))
-            allowed = responses.split == split_number
-            if own_task:
-                allowed &= responses.task == number
-            source = np.flatnonzero(allowed)
+            origin = Origin(responses, own) if own_task else responses.by_split[split_number]
             if pool is not None:
-                source = _pool(responses, number, source, pool, rng)
-            drawn = _draw(responses, own, source, num_candidates - 1, rng, task.name)
-            places = rng.integers(num_candidates, size=len(own))
-            splits[split] = _fill(rows, drawn, places, responses.texts)
+                origin = Origin(responses, _pool(origin, number, pool, rng))
+            drawn = np.zeros((len(rows), num_candidates), dtype=np.int32)
+            drawn[lacking, :-1] = _draw(origin, own[lacking], num_candidates - 1, rng, task.name)
+            drawn[lacking, -1] = rng.integers(num_candidates, size=lacking.sum())
+            splits[split] = _fill(rows, drawn, drawings)
         tasks.append(Task(task.name, **splits))
     return replace(collection, tasks=tuple(tasks))
-
-
-def true_response(row: Example) -> str:
-    """The right answer of a choice row, before or after its candidates are drawn."""
-    text: str = row["candidates"][row["answer"]] if "candidates" in row else row["response"]
-    return text
-
-
-def group_of(row: Example, group_column: str | None) -> Any:
-    """What says which rows of a task belong together (a dialogue's number); None without."""
-    columns = GROUP_COLUMNS if group_column is None else (group_column,)
-    return next((row[c] for c in columns if c in row), None)
 
 
 def _check_counts(num_candidates: int, pool: int | None) -> None:
@@ -116,31 +98,13 @@ def _check_counts(num_candidates: int, pool: int | None) -> None:
         )
 
 
-def _index(collection: TaskCollection, group_column: str | None, own_task: bool) -> _Responses:
+def _pool(origin: Origin, task: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Up to `size` rows with distinct responses: other tasks' first, then all of `origin`."""
     import numpy as np
 
-    texts: dict[str, int] = {}
-    owners: dict[tuple[int, str], int] = {}
-    table: list[tuple[int, int, int, int]] = []
-    for number, task in enumerate(collection):
-        for split_number, split in enumerate(SPLITS):
-            for row in task.split(split):
-                response = true_response(row)
-                # With distractors from the own task only the row itself is out of bounds.
-                group = len(table) if own_task else group_of(row, group_column)
-                owner = owners.setdefault((number, repr(group)), len(owners))
-                text = texts.setdefault(response, len(texts))
-                table.append((text, owner, number, split_number))
-    columns = np.asarray(table, dtype=np.int64).T
-    return _Responses(list(texts), *columns)
-
-
-def _pool(
-    responses: _Responses, task: int, source: np.ndarray, size: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Up to `size` rows with distinct responses: other tasks' first, then all of `source`."""
-    import numpy as np
-
+    responses, source = origin.responses, origin.rows
+    if len(source) > POOL_FROM_ALL_UP_TO:
+        source = np.unique(rng.choice(source, POOL_DRAWS * size))
     others = source[responses.task[source] != task]
     chosen = np.empty(0, dtype=np.int64)
     for rows in (others, source):
@@ -151,16 +115,29 @@ def _pool(
 
 
 def _draw(
-    responses: _Responses,
-    own: np.ndarray,
-    source: np.ndarray,
-    count: int,
-    rng: np.random.Generator,
-    task: str,
+    origin: Origin, own: np.ndarray, count: int, rng: np.random.Generator, task: str
 ) -> np.ndarray:
-    """(len(own), count) indices into `responses.texts`: distinct in a row, none the row's own."""
+    """(len(own), count) numbers of texts: distinct in a row, none the row's own."""
     import numpy as np
 
+    drawn = np.zeros((len(own), count), dtype=np.int32)
+    short: list[int] = []
+    for start in range(0, len(own), DRAW_ROWS):
+        part = own[start : start + DRAW_ROWS]
+        drawn[start : start + len(part)], enough = _draw_at_random(origin, part, count, rng)
+        short += (start + np.flatnonzero(~enough)).tolist()
+    for i in short:
+        drawn[i] = _draw_exactly(origin, own[i], count, rng, task)
+    return drawn
+
+
+def _draw_at_random(
+    origin: Origin, own: np.ndarray, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, count) numbers of texts, and (n,) whether the row has got enough good ones."""
+    import numpy as np
+
+    responses, source = origin.responses, origin.rows
     if len(source) <= PERMUTE_UP_TO:
         picks = source[np.argsort(rng.random((len(own), len(source))), axis=1)]
     else:
@@ -172,11 +149,9 @@ def _draw(
     good &= _first_in_row(np.where(good, texts, -1))
     width = min(count, texts.shape[1])
     order = np.argsort(~good, axis=1, kind="stable")[:, :width]
-    drawn = np.zeros((len(own), count), dtype=np.int64)
+    drawn = np.zeros((len(own), count), dtype=np.int32)
     drawn[:, :width] = np.take_along_axis(texts, order, axis=1)
-    for i in np.flatnonzero(good.sum(axis=1) < count):
-        drawn[i] = _draw_exactly(responses, own[i], source, count, rng, task)
-    return drawn
+    return drawn, good.sum(axis=1) >= count
 
 
 def _first_in_row(values: np.ndarray) -> np.ndarray:
@@ -193,21 +168,20 @@ def _first_in_row(values: np.ndarray) -> np.ndarray:
 
 
 def _draw_exactly(
-    responses: _Responses,
-    row: int,
-    source: np.ndarray,
-    count: int,
-    rng: np.random.Generator,
-    task: str,
+    origin: Origin, row: int, count: int, rng: np.random.Generator, task: str
 ) -> np.ndarray:
     """The distractors of one row where responses are few, nearest choice first."""
     import numpy as np
 
-    foreign = responses.owner != responses.owner[row]
-    levels = (source[foreign[source]], np.flatnonzero(foreign), np.arange(len(foreign)))
+    responses = origin.responses
+    owner = responses.owner[row]
     chosen = np.empty(0, dtype=np.int64)
-    for rows in levels:
-        new = np.setdiff1d(responses.text[rows], np.append(chosen, responses.text[row]))
+    for texts in (
+        origin.texts_beside(owner),
+        responses.all.texts_beside(owner),
+        np.arange(len(responses.texts)),
+    ):
+        new = np.setdiff1d(texts, np.append(chosen, responses.text[row]))
         chosen = np.concatenate([chosen, rng.permutation(new)])[:count]
         if len(chosen) == count:
             return chosen
@@ -218,19 +192,9 @@ def _draw_exactly(
     )
 
 
-def _fill(
-    rows: Sequence[Example], drawn: np.ndarray, places: np.ndarray, texts: list[str]
-) -> tuple[Example, ...]:
-    """The rows with their candidates; the response is now candidates[answer]."""
-    draws = iter(zip(drawn.tolist(), places.tolist(), strict=True))
-    filled: list[Mapping[str, Any]] = []
-    for row in rows:
-        if "candidates" in row:
-            filled.append(row)
-            continue
-        ids, place = next(draws)
-        candidates = [texts[i] for i in ids]
-        candidates.insert(place, row["response"])
-        kept = {key: value for key, value in row.items() if key != "response"}
-        filled.append({**kept, "candidates": candidates, "answer": place})
-    return tuple(filled)
+def _fill(rows: Sequence[Example], drawn: np.ndarray, drawings: Drawings) -> Sequence[Example]:
+    """The rows with their candidates: a view of a view, else a tuple."""
+    if isinstance(rows, View):
+        return DrawnRows(rows, drawings, drawings.append(drawn))
+    texts = drawings.texts.in_memory
+    return tuple(complete(row, own, texts) for row, own in zip(rows, drawn.tolist(), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from foretune.errors import UserError, did_you_mean
 from foretune.run import at_least, one_of
 from foretune.tasks.candidates import draw_candidates
 from foretune.tasks.readers import Row, read_rows
+from foretune.tasks.row_store import RowStore
 from foretune.tasks.rows import NEEDS, example_of, split_of, task_of
 from foretune.tasks.splits import carve, cut_train, draw_tasks
 from foretune.tasks.task import SPLITS, Task, TaskCollection
@@ -138,28 +140,53 @@ def load_tasks(source: Source, kind: str) -> tuple[TaskCollection, TaskCollectio
 
 def _read_tasks(source: Source, kind: str) -> list[Task]:
     """Every task of the source that has `min_rows` rows, in the order of the data."""
-    rows = _rename(_rows(source, kind), source)
-    drop = (source.task_column, "split")
-    by_task: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in rows:
-        name, split = task_of(row, source.task_column), split_of(row)
-        splits = by_task.setdefault(name, {s: [] for s in SPLITS})
-        splits[split].append(example_of(row, kind, drop))
-    if source.group_column and not any(source.group_column in row.fields for row in rows):
-        known = sorted({key for row in rows for key in row.fields})
-        raise UserError(
-            f'{source.source} has no column "{source.group_column}" (group_column); '
-            f"it has {', '.join(known)}.{did_you_mean(source.group_column, known)}"
-        )
-    tasks = [Task(n, **{s: tuple(r) for s, r in splits.items()}) for n, splits in by_task.items()]
-    large = [task for task in tasks if len(task) >= source.min_rows]
-    if not large:
-        most = max(len(task) for task in tasks)
+    store, numbers = _read(source, kind)
+    tasks = [
+        Task(name, **{split: store.rows(own) for split, own in zip(SPLITS, splits, strict=True)})
+        for name, splits in numbers.items()
+        if sum(map(len, splits)) >= source.min_rows
+    ]
+    if not tasks:
+        most = max(sum(map(len, splits)) for splits in numbers.values())
         raise UserError(
             f"no task of {source.source} has min_rows={source.min_rows} rows, "
             f"the largest has {most}"
         )
-    return large
+    return tasks
+
+
+def _read(source: Source, kind: str) -> tuple[RowStore, dict[str, tuple[array[int], ...]]]:
+    """Every example of the source; by task the numbers of those in each of `SPLITS`.
+
+    A row's fault is raised only when all rows are read: what is wrong with the file or with its
+    columns comes first, because it explains the faults of rows.
+    """
+    store = RowStore()
+    numbers: dict[str, tuple[array[int], ...]] = {}
+    columns: set[str] = set()
+    drop = (source.task_column, "split")
+    fault: UserError | None = None
+    for row in _rows(source, kind):
+        columns.update(row.fields)
+        if fault is not None:
+            continue
+        if source.columns:
+            row = _renamed(row, source.columns)
+        try:
+            name, split = task_of(row, source.task_column), split_of(row)
+            example = example_of(row, kind, drop)
+        except UserError as error:
+            fault = error
+            continue
+        if name not in numbers:
+            numbers[name] = tuple(array("q") for _ in SPLITS)
+        numbers[name][SPLITS.index(split)].append(len(store))
+        store.add(example)
+    _check_renames(source, sorted(columns))
+    if fault is not None:
+        raise fault
+    _check_group(source, sorted({source.columns.get(name, name) for name in columns}))
+    return store, numbers
 
 
 def _read_second(second: Source, kind: str, seen: list[Task]) -> list[Task]:
@@ -171,7 +198,7 @@ def _read_second(second: Source, kind: str, seen: list[Task]) -> list[Task]:
     return _read_tasks(second, kind)
 
 
-def _rows(source: Source, kind: str) -> list[Row]:
+def _rows(source: Source, kind: str) -> Iterable[Row]:
     if source.source != PYTHON_DOCS:
         return read_rows(source.source)
     if kind != "choice":
@@ -179,13 +206,14 @@ def _rows(source: Source, kind: str) -> list[Row]:
     from foretune.tasks.python_docs import read_python_docs
 
     rows = enumerate(read_python_docs(source.seed), start=1)
-    return [Row(PYTHON_DOCS, "row", number, fields) for number, fields in rows]
+    return (Row(PYTHON_DOCS, "row", number, fields) for number, fields in rows)
 
 
-def _rename(rows: list[Row], source: Source) -> list[Row]:
-    if not source.columns:
-        return rows
-    known = sorted({key for row in rows for key in row.fields})
+def _renamed(row: Row, names: dict[str, str]) -> Row:
+    return row._replace(fields={names.get(k, k): v for k, v in row.fields.items()})
+
+
+def _check_renames(source: Source, known: list[str]) -> None:
     for theirs, ours in source.columns.items():
         if theirs not in known:
             raise UserError(
@@ -197,8 +225,14 @@ def _rename(rows: list[Row], source: Source) -> list[Row]:
                 f'columns renames "{theirs}" to "{ours}", but {source.source} has a column '
                 f'"{ours}" already: rename that one too'
             )
-    names = source.columns
-    return [r._replace(fields={names.get(k, k): v for k, v in r.fields.items()}) for r in rows]
+
+
+def _check_group(source: Source, known: list[str]) -> None:
+    if source.group_column and source.group_column not in known:
+        raise UserError(
+            f'{source.source} has no column "{source.group_column}" (group_column); '
+            f"it has {', '.join(known)}.{did_you_mean(source.group_column, known)}"
+        )
 
 
 def _finish(
@@ -266,7 +300,7 @@ def _check_number(source: Source, num_tasks: int) -> None:
 
 
 def _check_named(named: list[str], tasks: list[Task], source: Source) -> None:
-    known = [task.name for task in tasks]
+    known = dict.fromkeys(task.name for task in tasks)
     for name in named:
         if name not in known:
             small = f" with min_rows={source.min_rows}" if source.min_rows > 1 else ""

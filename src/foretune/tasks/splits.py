@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from foretune.errors import UserError
-from foretune.tasks.candidates import group_of
+from foretune.tasks.responses import group_of
+from foretune.tasks.row_store import select
 from foretune.tasks.seeds import seed_for
 from foretune.tasks.task import Example, Task
 
@@ -33,9 +34,7 @@ def carve(
         seed: Seeds the draw, together with the task's name.
         group_column: As in `draw_candidates`.
     """
-    units = _units(task.train, group_column)
-    if all(group_of(row, group_column) is None for row in task.train):
-        random.Random(seed_for(seed, task.name, "carve")).shuffle(units)
+    units = _units(task, group_column, seed)
     num_test = 0 if task.test else _share(len(units), test, len(units) - 1)
     num_validation = (
         0 if task.validation else _share(len(units), validation, len(units) - 1 - num_test)
@@ -44,8 +43,8 @@ def carve(
         return task
     middle, end = len(units) - num_test - num_validation, len(units) - num_test
 
-    def rows(some: list[list[int]]) -> tuple[Example, ...]:
-        return tuple(task.train[i] for i in sorted(i for unit in some for i in unit))
+    def rows(some: list[Sequence[int]]) -> Sequence[Example]:
+        return select(task.train, sorted(i for unit in some for i in unit))
 
     return replace(
         task,
@@ -61,16 +60,21 @@ def cut_train(task: Task, max_rows: int | None, seed: int = 0) -> Task:
         return task
     rng = random.Random(seed_for(seed, task.name, "rows"))
     kept = sorted(rng.sample(range(len(task.train)), max_rows))
-    return replace(task, train=tuple(task.train[i] for i in kept))
+    return replace(task, train=select(task.train, kept))
 
 
-def _units(rows: Sequence[Example], group_column: str | None) -> list[list[int]]:
-    """What moves as one: the rows of a group, or single rows, in order of appearance."""
-    groups: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
+def _units(task: Task, group_column: str | None, seed: int) -> list[Sequence[int]]:
+    """What moves as one: groups and single rows in order of appearance; drawn if all are single."""
+    groups: dict[str | int, list[int]] = {}
+    grouped = False
+    for i, row in enumerate(task.train):
         group = group_of(row, group_column)
-        groups.setdefault(f"row {i}" if group is None else f"group {group!r}", []).append(i)
-    return list(groups.values())
+        grouped = grouped or group is not None
+        groups.setdefault(i if group is None else repr(group), []).append(i)
+    units: list[Sequence[int]] = list(groups.values())
+    if not grouped:
+        random.Random(seed_for(seed, task.name, "carve")).shuffle(units)
+    return units
 
 
 def _share(count: int, share: float, most: int) -> int:
@@ -91,9 +95,10 @@ def draw_tasks(
     """
     if max_tasks is None or len(tasks) <= max_tasks:
         return list(tasks)
-    if len(set(keep)) > max_tasks:
-        raise UserError(f"max_tasks={max_tasks} is less than the {len(set(keep))} unseen tasks")
-    others = sorted(task.name for task in tasks if task.name not in keep)
-    drawn = random.Random(seed_for(seed, "tasks")).sample(others, max_tasks - len(set(keep)))
-    chosen = {*keep, *drawn}
+    kept = set(keep)
+    if len(kept) > max_tasks:
+        raise UserError(f"max_tasks={max_tasks} is less than the {len(kept)} unseen tasks")
+    others = sorted(task.name for task in tasks if task.name not in kept)
+    drawn = random.Random(seed_for(seed, "tasks")).sample(others, max_tasks - len(kept))
+    chosen = {*kept, *drawn}
     return [task for task in tasks if task.name in chosen]

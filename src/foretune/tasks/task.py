@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from foretune.errors import UserError, did_you_mean
@@ -81,10 +82,14 @@ class TaskCollection:
         return iter(self.tasks)
 
     def __getitem__(self, name: str) -> Task:
-        for task in self.tasks:
-            if task.name == name:
-                return task
-        raise UserError(f'no task "{name}" in this collection.{did_you_mean(name, self.names)}')
+        found = self._by_name.get(name)
+        if found is None:
+            raise UserError(f'no task "{name}" in this collection.{did_you_mean(name, self.names)}')
+        return found
+
+    @cached_property
+    def _by_name(self) -> dict[str, Task]:
+        return {task.name: task for task in self.tasks}
 
     def subset(self, names: Iterable[str]) -> TaskCollection:
         """The tasks of these names, in this order."""
@@ -122,5 +127,7 @@ class TaskCollection:
 
     def pooled(self, name: str = "all") -> Task:
         """One task that holds the rows of all."""
-        rows = {s: tuple(row for task in self for row in task.split(s)) for s in SPLITS}
+        from foretune.tasks.row_store import join  # which is made of this module's types
+
+        rows = {split: join([task.split(split) for task in self]) for split in SPLITS}
         return Task(name, **rows)
