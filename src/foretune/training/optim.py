@@ -157,7 +157,9 @@ def _clip(params: Sequence[Tensor], present: Sequence[int], max_norm: float) -> 
     if bool((factors < 1).any()):
         for p, grad in zip(params, grads, strict=True):
             assert p.grad is not None
-            p.grad[index] = grad * factors.to(grad).view(-1, *[1] * (grad.dim() - 1))
+            grad *= factors.to(grad).view(-1, *[1] * (grad.dim() - 1))
+            if not isinstance(index, slice):  # then grad is a copy, else a view
+                p.grad[index] = grad
 
 
 def _index(slots: Sequence[int]) -> slice | list[int]:
