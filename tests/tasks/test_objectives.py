@@ -38,7 +38,8 @@ SLOTS = (2, 0, 2, 1)
 
 def collate(objective, rows=ROWS, slots=SLOTS, *, train=False, seed=0, task="t"):
     encoded = [objective.encode(row, task) for row in rows]
-    return objective.collate(encoded, slots, train=train, rng=np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    return objective.collate([objective.sample(r, rng) if train else r for r in encoded], slots)
 
 
 def collection(**tasks):
@@ -92,13 +93,25 @@ def test_bi_encoder_equals_a_loop_over_rows_and_candidates():
 def test_a_candidate_shared_within_a_slot_is_encoded_once_with_its_slot():
     model, objective = Recorder(tiny_models.bert()), Choice(TOKENIZER)
     objective.losses(model, collate(objective))
-    contexts, candidates = model.seen
-    assert [slot for slot, _ in contexts] == [0, 1, 2, 2]
-    assert [slot for slot, _ in candidates] == [0, 0, 1, 1, 2, 2, 2, 2, 2]
-    assert len(set(candidates)) == len(candidates)
+    (texts,) = model.seen
+    assert [slot for slot, _ in texts] == [0] * 3 + [1] * 3 + [2] * 7
+    assert len(set(texts)) == len(texts)
     red = TOKENIZER("red")["input_ids"]
-    assert sorted(slot for slot, ids in candidates if list(ids[: len(red)]) == red) == [0, 1, 2]
-    assert list(contexts[0][1][:6]) == TOKENIZER("one two a dog")["input_ids"]
+    assert sorted(slot for slot, ids in texts if list(ids[: len(red)]) == red) == [0, 1, 2]
+    assert list(texts[0][1][:6]) == TOKENIZER("one two a dog")["input_ids"]
+
+
+def test_a_context_shared_by_rows_and_candidates_is_encoded_once():
+    model, objective = Recorder(tiny_models.bert()), Choice(TOKENIZER)
+    rows = [
+        ROWS[1],
+        {**ROWS[1], "answer": 0},
+        {"context": "red", "candidates": ["blue", "one two a dog"], "answer": 0},
+    ]
+    losses = objective.losses(model, collate(objective, rows, (0, 0, 0)))
+    assert len(model.seen[0]) == 3  # "one two a dog", "blue", "red"
+    expected = torch.stack([naive_bi_encoder(model.model, row)[0] for row in rows])
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_of_ragged_choices_are_finite():
@@ -112,14 +125,14 @@ def test_contexts_lose_their_beginning_and_candidates_their_end():
     objective = Choice(TOKENIZER, max_context_tokens=4, max_response_tokens=4)
     row = {"context": "a b c d", "candidates": ["a b c d", "e"], "answer": 0}
     encoded = objective.encode(row, "t")
-    assert encoded["context"] == TOKENIZER("c d")["input_ids"]
+    assert list(encoded["context"]) == TOKENIZER("c d")["input_ids"]
     assert list(encoded["candidates"][0]) == TOKENIZER("a b")["input_ids"]
 
 
 def test_context_turns_keeps_the_last_ones():
     objective = Choice(TOKENIZER, context_turns=2)
     row = {"context": ["a", "b", "c"], "candidates": ["a", "b"], "answer": 0}
-    assert objective.encode(row, "t")["context"] == TOKENIZER("b c")["input_ids"]
+    assert list(objective.encode(row, "t")["context"]) == TOKENIZER("b c")["input_ids"]
 
 
 def test_training_keeps_the_right_candidate_and_draws_the_others():
@@ -128,7 +141,7 @@ def test_training_keeps_the_right_candidate_and_draws_the_others():
     drawn = set()
     for seed in range(40):
         batch = collate(objective, [row], (0,), train=True, seed=seed)
-        ids = batch.inputs["candidate_ids"][batch.inputs["index"][0], 1]
+        ids = batch.inputs["text_ids"][batch.inputs["index"][0], 1]
         assert len(ids) == 3
         assert TOKENIZER.decode(ids[batch.inputs["answer"][0]]) == "e"
         drawn |= set(ids.tolist())
@@ -219,7 +232,7 @@ LABELLED = collection(
 def labelled(objective):
     rows = [(row, name) for name in ("a", "b") for row in LABELLED[name].train]
     encoded = [objective.encode(row, name) for row, name in rows]
-    return objective.collate(encoded, (0, 0, 1, 1, 1), train=True, rng=np.random.default_rng())
+    return objective.collate(encoded, (0, 0, 1, 1, 1))
 
 
 def test_local_labels_mask_what_is_no_label_of_the_task():

@@ -15,7 +15,7 @@ class ChoiceBlock(Block):
     """Pick the right candidate for a context."""
 
     kind: Literal["choice"]
-    scoring: Literal["bi-encoder", "cross-encoder"] = "bi-encoder"
+    scoring: Literal["bi-encoder", "cross-encoder", "causal"] = "bi-encoder"
     temperature: float = 0.05
     max_context_tokens: int = 32
     max_response_tokens: int = 24

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foretune.errors import UserError
+from foretune.models.counted import logits_at
 from foretune.models.routing import route
 from foretune.run import at_least
 from foretune.tasks.batch import Batch
@@ -149,12 +150,18 @@ class CausalLM:
                     labels=inputs["target"],
                     **options,
                 )
-            return mean_nll(text.logits_of(output), inputs["target"])
+            counted = inputs["target"] != text.IGNORED
+            return mean_nll(text.logits_of(output)[counted], inputs["target"])
+        labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=text.IGNORED)
         with route(batch.slots):
-            output = model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **options
+            logits = logits_at(
+                model,
+                labels != text.IGNORED,
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                **options,
             )
-        return mean_nll(text.logits_of(output)[:, :-1], inputs["labels"][:, 1:])
+        return mean_nll(logits, labels)
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
         return -self.losses(model, batch)
@@ -167,11 +174,10 @@ def mean_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """(n,) mean over a row's labels of −log p.
 
     Args:
-        logits: (n, L, vocabulary).
+        logits: (K, vocabulary) where a position counts, row after row.
         labels: (n, L), `IGNORED` where a position does not count.
     """
     counted = labels != text.IGNORED
-    # only the positions that count are cast and normalised: prompts and padding may be most of it
-    nll = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
+    nll = F.cross_entropy(logits.float(), labels[counted], reduction="none")
     total = nll.new_zeros(len(labels)).index_add(0, counted.nonzero()[:, 0], nll)
     return total / counted.sum(1).clamp(min=1)

@@ -1,13 +1,14 @@
-"""`Choice`: pick the right candidate for a context. One score function, two ways to compute it.
+"""`Choice`: pick the right candidate for a context. One score function, three ways to compute it.
 
 A bi-encoder embeds contexts and candidates apart and compares them by cosine; a cross-encoder reads
-each context together with each candidate and says how likely the pair is the right one.
+each context together with each candidate and says how likely the pair is the right one; a decoder
+says how likely each candidate is as the context's continuation.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,8 +21,10 @@ from foretune.errors import UserError
 from foretune.models.routing import route
 from foretune.run import at_least, one_of
 from foretune.tasks.batch import Batch
+from foretune.tasks.drawn_rows import DrawnRows
 from foretune.tasks.objectives import text
-from foretune.tasks.task import SPLITS, TaskCollection
+from foretune.tasks.objectives.shared_context import log_likelihoods, shared_rows
+from foretune.tasks.task import SPLITS, Task, TaskCollection
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,10 @@ class Choice:
             row's own candidates. "cross-encoder": a two-class head on (context, candidate) pairs,
             two-class cross-entropy averaged over the candidates, which are one positive to many
             negatives and unweighted; the candidate with the greatest class-1 logit is picked.
-        temperature: Divides the cosine (bi-encoder only).
+            "causal": a decoder's mean log-likelihood per token of the candidate after the context
+            (`shared_context`) / temperature, cross-entropy over the row's own candidates.
+        temperature: Divides the cosine or the log-likelihood (not used by the cross-encoder). The
+            default is for a cosine; for log-likelihoods 1 is the model's own.
         max_context_tokens: Longest context, special tokens included; what is cut is its beginning.
         max_response_tokens: Longest candidate, special tokens included; what is cut is its end.
         context_turns: Keep only the last turns of a context that is a list; None keeps all.
@@ -47,7 +53,7 @@ class Choice:
 
     tokenizer: Any = field(default=None, repr=False, compare=False)
     _: KW_ONLY
-    scoring: Literal["bi-encoder", "cross-encoder"] = "bi-encoder"
+    scoring: Literal["bi-encoder", "cross-encoder", "causal"] = "bi-encoder"
     temperature: float = 0.05
     max_context_tokens: int = 32
     max_response_tokens: int = 24
@@ -59,7 +65,7 @@ class Choice:
     metric: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
-        one_of("scoring", self.scoring, ("bi-encoder", "cross-encoder"))
+        one_of("scoring", self.scoring, ("bi-encoder", "cross-encoder", "causal"))
         at_least("temperature", self.temperature, 1e-6)
         at_least("max_context_tokens", self.max_context_tokens, 1)
         at_least("max_response_tokens", self.max_response_tokens, 1)
@@ -68,10 +74,11 @@ class Choice:
 
     @property
     def head(self) -> str:
-        return "none" if self.scoring == "bi-encoder" else "classification"
+        heads = {"bi-encoder": "none", "causal": "causal-lm"}
+        return heads.get(self.scoring, "classification")
 
     def num_outputs(self) -> int | None:
-        return None if self.scoring == "bi-encoder" else 2
+        return 2 if self.scoring == "cross-encoder" else None
 
     def chance(self) -> float | None:
         return self.guess
@@ -81,13 +88,13 @@ class Choice:
 
     def fit(self, tasks: TaskCollection) -> Choice:
         """Checks every row and learns the chance level: the mean of 1 / number of candidates."""
-        guesses = []
+        total, num_rows = 0.0, 0
         for task in tasks:
             for split in SPLITS:
-                for i, row in enumerate(task.split(split)):
-                    check_row(row, f'task "{task.name}", {split} row {i + 1}')
-                    guesses.append(1 / len(row["candidates"]))
-        return dataclasses.replace(self, guess=sum(guesses) / len(guesses))
+                for count in _candidate_counts(task, split):
+                    total += 1 / count
+                    num_rows += 1
+        return dataclasses.replace(self, guess=total / num_rows)
 
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
         turns = example["context"]
@@ -96,10 +103,12 @@ class Choice:
         context = text.plain_ids(self.tokenizer, [turns])[0]
         candidates = [text.cached_ids(self.tokenizer, c) for c in example["candidates"]]
         encoded: dict[str, Any] = {"answer": int(example["answer"])}
+        if self.scoring == "causal":
+            return encoded | self._encode_causal(context, candidates)
         if self.scoring == "bi-encoder":
             single = text.single_template(self.tokenizer)
             room = single.room(self.max_context_tokens, "max_context_tokens")
-            encoded["context"] = single.fill(context[-room:])
+            encoded["context"] = tuple(single.fill(context[-room:]))
             room = single.room(self.max_response_tokens, "max_response_tokens")
             # tuples, because candidates are looked up when those of a batch are made unique
             encoded["candidates"] = [tuple(single.fill(ids[:room])) for ids in candidates]
@@ -110,6 +119,29 @@ class Choice:
         encoded["candidates"] = [pair.fill(context, ids) for ids in candidates]
         encoded["second"] = len(pair.before) + len(context) + len(pair.between)
         return encoded
+
+    def _encode_causal(
+        self, context: Sequence[int], candidates: Sequence[Sequence[int]]
+    ) -> dict[str, Any]:
+        """A context with what the tokenizer puts before a text, candidates with an end of text."""
+        before = list(text.single_template(self.tokenizer).before)
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        kept = self.max_context_tokens - len(before)
+        found = [*before, *(context[-kept:] if kept > 0 else [])]
+        if not found:
+            raise UserError(
+                f"max_context_tokens={self.max_context_tokens} or an empty context leaves no token "
+                "to predict a candidate from"
+            )
+        room = self.max_response_tokens - (end is not None)
+        ends = [] if end is None else [end]
+        cut = [[*ids[: max(room, 0)], *ends] for ids in candidates]
+        if not all(cut):
+            raise UserError(
+                f"max_response_tokens={self.max_response_tokens} or an empty candidate leaves no "
+                "token to score"
+            )
+        return {"context": found, "candidates": cut}
 
     def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
         """Keeps the right candidate and a draw of the others, in their old order."""
@@ -125,47 +157,67 @@ class Choice:
         return len(row.get("context", ())) + sum(map(len, row["candidates"]))
 
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
+        if self.scoring == "causal":
+            return self._collate_causal(rows, slots)
         width = max(len(row["candidates"]) for row in rows)
         index = np.zeros((len(rows), width), dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=bool)
         answer = np.array([row["answer"] for row in rows])
-        # the forwards read their rows sorted by slot, which spares the adapters a permutation
+        # the model reads its rows sorted by slot, which spares the adapters a permutation
         order = sorted(range(len(rows)), key=lambda i: slots[i])
         stacked: list[Sequence[int]] = []
         owners: list[int] = []
         seconds: list[int] = []
         places: dict[tuple[int, Sequence[int]], int] = {}
+
+        def place_of(ids: Sequence[int], i: int) -> int:
+            """Where the model reads these ids; a text that a slot has twice is read once."""
+            apart = self.scoring == "cross-encoder"
+            place = len(stacked) if apart else places.setdefault((slots[i], ids), len(stacked))
+            if place == len(stacked):
+                stacked.append(ids)
+                owners.append(slots[i])
+                seconds.append(rows[i].get("second", 0))
+            return place
+
+        contexts = np.zeros(len(rows), dtype=np.int64)
         for i in order:
+            if self.scoring == "bi-encoder":
+                contexts[i] = place_of(rows[i]["context"], i)
             for j, ids in enumerate(rows[i]["candidates"]):
                 mask[i, j] = True
-                if self.scoring == "bi-encoder":
-                    key = (slots[i], ids)
-                    place = places.setdefault(key, len(stacked))
-                else:
-                    place = len(stacked)
-                index[i, j] = place
-                if place == len(stacked):
-                    stacked.append(ids)
-                    owners.append(slots[i])
-                    seconds.append(rows[i].get("second", 0))
+                index[i, j] = place_of(ids, i)
         inputs = {
-            "candidate_ids": text.pad(stacked, text.pad_id(self.tokenizer)),
-            "candidate_mask": text.pad_mask(stacked),
+            "text_ids": text.pad(stacked, text.pad_id(self.tokenizer)),
+            "text_mask": text.pad_mask(stacked),
+            "context_index": torch.from_numpy(contexts),
             "index": torch.from_numpy(index),
             "present": torch.from_numpy(mask),
             "answer": torch.from_numpy(answer),
         }
-        extra: dict[str, Any] = {"candidate_slots": tuple(owners)}
-        num_tokens = sum(map(len, stacked))
-        if self.scoring == "bi-encoder":
-            contexts = [rows[i]["context"] for i in order]
-            inputs["context_ids"] = text.pad(contexts, text.pad_id(self.tokenizer))
-            inputs["context_mask"] = text.pad_mask(contexts)
-            inputs["context_index"] = torch.from_numpy(np.argsort(np.array(order)))
-            extra["context_slots"] = tuple(slots[i] for i in order)
-            num_tokens += sum(map(len, contexts))
-        else:
+        if self.scoring == "cross-encoder":
             inputs |= self._token_types(stacked, seconds)
+        return Batch(inputs, tuple(slots), sum(map(len, stacked)), {"text_slots": tuple(owners)})
+
+    def _collate_causal(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
+        order = sorted(range(len(rows)), key=lambda i: slots[i])
+        counts = [len(row["candidates"]) for row in rows]
+        starts = dict(zip(order, np.cumsum([0, *(counts[i] for i in order)]), strict=False))
+        columns = np.arange(max(counts))[None, :]
+        present = columns < np.array(counts)[:, None]
+        index = np.where(present, np.array([starts[i] for i in range(len(rows))])[:, None], 0)
+        inputs = shared_rows(
+            [rows[i]["context"] for i in order],
+            [rows[i]["candidates"] for i in order],
+            text.pad_id(self.tokenizer),
+        )
+        num_tokens = int((inputs["part"] >= 0).sum())
+        inputs |= {
+            "index": torch.from_numpy(np.where(present, index + columns, 0)),
+            "present": torch.from_numpy(present),
+            "answer": torch.tensor([row["answer"] for row in rows]),
+        }
+        extra = {"text_slots": tuple(slots[i] for i in order)}
         return Batch(inputs, tuple(slots), num_tokens, extra)
 
     def _token_types(
@@ -179,12 +231,12 @@ class Choice:
         in_second = np.arange(longest)[None, :] >= np.array(seconds)[:, None]
         in_second &= np.arange(longest)[None, :] < np.array([len(r) for r in rows])[:, None]
         types = np.where(in_second, segments[1], segments[0])
-        return {"candidate_types": torch.from_numpy(types.astype(np.int64))}
+        return {"text_types": torch.from_numpy(types.astype(np.int64))}
 
     def losses(self, model: Any, batch: Batch) -> Tensor:
         present, answer = batch.inputs["present"], batch.inputs["answer"]
-        if self.scoring == "bi-encoder":
-            logits = self._cosines(model, batch) / self.temperature
+        if self.scoring != "cross-encoder":
+            logits = self._values(model, batch) / self.temperature
             return F.cross_entropy(
                 logits.masked_fill(~present, -torch.inf), answer, reduction="none"
             )
@@ -195,33 +247,32 @@ class Choice:
         return wrong.sum(1) / present.sum(1)
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
-        if self.scoring == "bi-encoder":
-            values = self._cosines(model, batch)
-        else:
-            values = self._pair_logits(model, batch)[..., 1]
+        values = self._values(model, batch)
         picked = values.masked_fill(~batch.inputs["present"], -torch.inf).argmax(1)
         return (picked == batch.inputs["answer"]).float()
 
-    def _cosines(self, model: Any, batch: Batch) -> Tensor:
-        """(n, candidates) cosine of each context and each of its candidates."""
+    def _values(self, model: Any, batch: Batch) -> Tensor:
+        """(n, candidates) what is compared: cosines, class-1 logits or log-likelihoods."""
         inputs = batch.inputs
-        with route(batch.extra["context_slots"]):
-            contexts = embed(model, inputs["context_ids"], inputs["context_mask"])
-        with route(batch.extra["candidate_slots"]):
-            candidates = embed(model, inputs["candidate_ids"], inputs["candidate_mask"])
-        contexts = contexts.index_select(0, inputs["context_index"])
+        if self.scoring == "cross-encoder":
+            return self._pair_logits(model, batch)[..., 1]
+        if self.scoring == "causal":
+            return log_likelihoods(model, inputs, batch.extra["text_slots"])[inputs["index"]]
+        with route(batch.extra["text_slots"]):
+            texts = embed(model, inputs["text_ids"], inputs["text_mask"])
+        contexts = texts.index_select(0, inputs["context_index"])
         index = inputs["index"]
-        candidates = candidates.index_select(0, index.flatten()).view(*index.shape, -1)
+        candidates = texts.index_select(0, index.flatten()).view(*index.shape, -1)
         return (candidates @ contexts.unsqueeze(-1)).squeeze(-1)
 
     def _pair_logits(self, model: Any, batch: Batch) -> Tensor:
         """(n, candidates, 2) logits of each pair."""
         inputs = batch.inputs
-        types = inputs.get("candidate_types")
+        types = inputs.get("text_types")
         extra = {} if types is None else {"token_type_ids": types}
-        with route(batch.extra["candidate_slots"]):
+        with route(batch.extra["text_slots"]):
             output = model(
-                input_ids=inputs["candidate_ids"], attention_mask=inputs["candidate_mask"], **extra
+                input_ids=inputs["text_ids"], attention_mask=inputs["text_mask"], **extra
             )
         logits = text.logits_of(output).float()
         if logits.shape[-1] != 2:
@@ -241,6 +292,17 @@ def embed(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     output = model(input_ids=ids, attention_mask=mask)
     hidden = output if isinstance(output, Tensor) else output.last_hidden_state
     return F.normalize(text.mean_pool(hidden.float(), mask), dim=-1)
+
+
+def _candidate_counts(task: Task, split: str) -> Iterator[int]:
+    """How many candidates each row of a split has; checks the rows on the way."""
+    rows = task.split(split)
+    if isinstance(rows, DrawnRows):  # drawn, so they are right, and reading them all takes long
+        yield from rows.candidate_counts()
+        return
+    for i, row in enumerate(rows):
+        check_row(row, f'task "{task.name}", {split} row {i + 1}')
+        yield len(row["candidates"])
 
 
 def check_row(row: Mapping[str, Any], where: str) -> None:
