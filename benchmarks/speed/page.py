@@ -25,10 +25,10 @@ INTRO = """# Performance
 
 What foretune claims about speed is a ratio to something that anybody would have to pay: the
 *floor*, a plain full fine-tuning step of the same model on the same tokens, in one batch, with the
-same fused optimiser and no adapters. Variants run in turns in one process, in a new order each time;
-a number is the median of the ratios of single turns, and the range behind it is their least and
-greatest. Time is the CPU time of the process. Freed memory is kept by the process, as the command
-line of foretune does it ([why](design.md)); the floor profits from that as much as the rest.
+same fused optimiser and no adapters. Variants run in turns in one process, in a new order each
+time; a number is the median of the ratios of single turns, and the range behind it is their least
+and greatest. Time is the CPU time of the process. Freed memory is kept by the process, as the
+command line of foretune does it ([why](design.md)); the floor gains by that as much as the rest.
 """
 
 

@@ -23,32 +23,35 @@ from transformers import LlamaConfig, LlamaModel
 
 from foretune.models.loading import load_model
 
-KEY = ("model", "tasks", "batch", "threads")
+KEY = ("model", "rows_are", "tasks", "batch", "threads")
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def main() -> None:
     parser = timing.parser(__doc__)
     parser.add_argument("--data", help="JSONL (.gz) with context, response and task")
-    parser.add_argument("--cells", default="minilm:50x4,minilm:10x16,llama:50x4")
+    parser.add_argument(
+        "--cells", default="minilm:texts:50x8,minilm:pairs:50x4,minilm:pairs:10x16,llama:pairs:50x4"
+    )
     options = parser.parse_args()
     timing.begin(options)
     if not options.quick and not (options.data and Path(options.data).is_file()):
         print("ragged.py: no data; give --data PATH of ConvAI2's rows (see benchmarks/README.md)")
         return
     results = timing.Results("ragged", KEY, options)
-    for text in ("tiny:3x2",) if options.quick else options.cells.split(","):
-        size, numbers = text.split(":")
+    for text in ("tiny:texts:3x2",) if options.quick else options.cells.split(","):
+        size, kind, numbers = text.split(":")
         num_tasks, batch = map(int, numbers.split("x"))
-        cell = {"model": size, "tasks": num_tasks, "batch": batch, "threads": options.threads}
+        cell = {"model": size, "rows_are": kind, "tasks": num_tasks, "batch": batch,
+                "threads": options.threads}  # fmt: skip
         if not results.has(**cell):
-            results.add({**cell, **measure(options, size, num_tasks, batch)})
+            results.add({**cell, **measure(options, size, kind, num_tasks, batch)})
 
 
 def measure(
-    options: argparse.Namespace, size: str, num_tasks: int, batch: int
+    options: argparse.Namespace, size: str, kind: str, num_tasks: int, batch: int
 ) -> dict[str, object]:
-    tasks = rows_of(options, num_tasks, batch)
+    tasks = rows_of(options, kind, num_tasks, batch)
     lengths = [len(row["ids"]) for rows in tasks for row in rows]
     systems.LORA["target_modules"] = LLAMA if size == "llama" else systems.TARGETS
     packed_floor = systems.learner(model_of(size), num_tasks, adapters=False)
@@ -93,8 +96,11 @@ def model_of(size: str) -> Any:
     return model
 
 
-def rows_of(options: argparse.Namespace, num_tasks: int, batch: int) -> list[list[dict[str, Any]]]:
-    """Context and reply of real rows, as MiniLM's tokenizer cuts them; at most 128 tokens."""
+def rows_of(
+    options: argparse.Namespace, kind: str, num_tasks: int, batch: int
+) -> list[list[dict[str, Any]]]:
+    """Real rows as MiniLM's tokenizer cuts them, at most 128 tokens: the last two turns of the
+    context with the reply ("pairs"), or the one and the other each for itself ("texts")."""
     if options.quick:
         return systems.made_up_tasks(num_tasks, batch, [3, 8, 5, 2], 100)
     tokenizer = load_model("minilm", head="none")[1]
@@ -104,10 +110,16 @@ def rows_of(options: argparse.Namespace, num_tasks: int, batch: int) -> list[lis
         for line in stream:
             row = json.loads(line)
             kept = tasks.setdefault(row["task"], [])
-            if len(kept) < batch and row["context"]:
-                ids = tokenizer(
-                    " ".join(row["context"][-2:]), row["response"], truncation=True, max_length=128
-                )["input_ids"]
+            if not row["context"]:
+                continue
+            context = " ".join(row["context"][-2:])
+            texts = (
+                [(context, row["response"])]
+                if kind == "pairs"
+                else [(context,), (row["response"],)]
+            )
+            for parts in texts[: batch - len(kept)]:
+                ids = tokenizer(*parts, truncation=True, max_length=128)["input_ids"]
                 kept.append({"ids": ids, "label": len(ids) % 2})
     full = [rows for rows in tasks.values() if len(rows) == batch]
     return full[:num_tasks]

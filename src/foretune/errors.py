@@ -21,6 +21,10 @@ class UserError(ForetuneError):
     exit_code = 2
 
 
+class LostProcessError(ForetuneError):
+    """Another process of the job has ended, so that this one cannot go on."""
+
+
 def did_you_mean(got: str, known: Iterable[str]) -> str:
     """A hint such as ' Did you mean "steps"?' when `got` is close to one of `known`, else ''.
 

@@ -100,9 +100,10 @@ def test_encoded_rows_are_kept_within_a_bound():
     tasks = choices()
     data = TaskData.of(tasks, tasks.objective.fit(tasks))
     unbounded = [data.row(0, "train", i) for i in range(6)]
-    bounded = replace(data, keep=2, _encoded=type(data._encoded)())
+    sizes = [data.objective.size(row) for row in unbounded]
+    bounded = TaskData(data.slots, data.objective, keep=sum(sizes[-2:]))
     assert [bounded.row(0, "train", i) for i in range(6)] == unbounded
-    assert len(bounded._encoded) == 2
+    assert list(bounded._encoded.values()) == unbounded[-2:]
 
 
 # --- early stopping ------------------------------------------------------------------------------

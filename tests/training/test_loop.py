@@ -17,7 +17,7 @@ from foretune.run import Run
 from foretune.tasks.objectives.regression import Regression
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
-from foretune.training.data import PerTaskSampler, PooledSampler, Step, TaskData
+from foretune.training.data import PerTaskSampler, PooledSampler, TaskData
 from foretune.training.learner import Learner
 from foretune.training.loop import DivergedError, fit, schedule
 from foretune.training.verbs import sampler_for
@@ -326,11 +326,10 @@ def test_the_gradient_does_not_depend_on_the_chunks(pooled, budget):
     for tokens in (None, budget):
         learner = Learner(Net().double(), Regression(), learning_rate=0.1, pooled=pooled)
         step = data.step(picks, "train", train=True, seed=[0], budget=tokens)
-        step = Step(
-            tuple(
-                replace(c, inputs={k: v.double() for k, v in c.inputs.items()}) for c in step.chunks
-            )
-        )
+        doubles = [
+            replace(c, inputs={k: v.double() for k, v in c.inputs.items()}) for c in step.chunks
+        ]
+        step = replace(step, chunks=tuple(doubles))
         assert len(step.chunks) == (1 if tokens is None else math.ceil(6 / tokens))
         found.append((learner.backward(step), [p.grad for p in learner.base]))
     assert found[1][0] == pytest.approx(found[0][0])

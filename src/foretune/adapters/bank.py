@@ -117,6 +117,11 @@ class AdapterBank(nn.Module):
             for module in patched:
                 del module.forward
 
+    def onto(self, model: nn.Module) -> None:
+        """Serves this model from now on, which has modules of the same names."""
+        modules = dict(model.named_modules())
+        self._modules_of = {name: modules[name] for name in self._modules_of}
+
     def mean_delta(self, name: str, slots: Sequence[int]) -> Tensor:
         """The mean over slots of what their adapters add to the weight of module `name`."""
         return self._layer(name).mean_delta(list(slots))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from typer.core import TyperGroup
 
-from foretune.errors import ForetuneError
+from foretune.errors import ForetuneError, LostProcessError
+from foretune.processes import process_rank
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+ALONE_S = 5.0  # the launcher ends a job well within it
 
 
 class Group(TyperGroup):
@@ -37,7 +40,7 @@ class Group(TyperGroup):
                 traceback.print_exc()
             line, code = explain(error)
             if line:
-                print(line, file=sys.stderr)
+                _tell(line, error)
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
@@ -50,6 +53,18 @@ class Group(TyperGroup):
 
 class InterruptedRunError(Exception):
     """Ctrl-C."""
+
+
+def _tell(line: str, error: Exception) -> None:
+    """Says what went wrong, where several processes fail alike only once.
+
+    A mistake ends all of them. The first one says so and the launcher ends the others, which wait
+    for it and speak only when they are left alone with their error.
+    """
+    rank = process_rank()
+    if rank > 0 and not isinstance(error, LostProcessError):
+        time.sleep(ALONE_S)
+    print(f"process {rank}: {line}" if rank else line, file=sys.stderr, flush=True)
 
 
 def explain(error: Exception) -> tuple[str, int]:

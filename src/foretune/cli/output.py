@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from foretune.processes import process_rank
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what was begun in the folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty the folder first.")]
@@ -21,13 +23,14 @@ Overrides = Annotated[
 
 
 def emit(value: Any) -> None:
-    """A result as text: a line, or lines."""
-    print(value)
+    """A result as text: a line, or lines. Of several processes the first says it."""
+    if process_rank() == 0:
+        print(value)
 
 
 def emit_json(value: Any) -> None:
     """A result for machines."""
-    print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=_plain))
+    emit(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=_plain))
 
 
 @contextlib.contextmanager

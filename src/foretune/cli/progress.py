@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from foretune.processes import process_rank
 from foretune.recipes.console import Console, Progress
 
 QUIET_S = 10.0  # the least time between two plain lines of one bar
@@ -33,13 +34,17 @@ class Rounds:
 
 
 class StderrConsole(Console):
-    """Says everything on stderr."""
+    """Says everything on stderr; of several processes the first does."""
 
     def say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        if process_rank() == 0:
+            print(line, file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def bar(self, label: str, rounds: int = 1) -> Iterator[Progress | None]:
+        if process_rank() > 0:
+            yield None
+            return
         shown = _rich_bar if sys.stderr.isatty() else _plain_bar
         with shown(label, Rounds(rounds)) as progress:
             yield progress

@@ -263,7 +263,9 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextlib.contextmanager
-def packed(model: nn.Module, copied: Collection[str] = ()) -> Iterator[str | None]:
+def packed(
+    model: nn.Module, copied: Collection[str] = (), *, else_grouped: bool = True
+) -> Iterator[str | None]:
     """Inside the block the model computes nothing for padding.
 
     Calls need `attention_mask` (n, L) with the padding on the right; others run as ever.
@@ -271,10 +273,11 @@ def packed(model: nn.Module, copied: Collection[str] = ()) -> Iterator[str | Non
     Args:
         model: A model of transformers; for one that reads no tokens nothing changes.
         copied: Names of modules of which tasks have copies of their own.
+        else_grouped: Group rows by length where padding cannot be removed, which takes as many
+            calls of the model as there are groups; False leaves the padding.
 
     Yields:
-        None when padding is removed or there is none to remove; else why rows are grouped by
-        length instead.
+        None when padding is removed or there is none to remove; else why it cannot be.
     """
     if getattr(getattr(model, "config", None), "vocab_size", None) is None:
         yield None
@@ -286,6 +289,10 @@ def packed(model: nn.Module, copied: Collection[str] = ()) -> Iterator[str | Non
                 yield None
                 return
         reason = f"{type(model).__name__} gives other results without padding"
+    if not else_grouped:
+        logger.warning("padding is not removed: %s", reason)
+        yield reason
+        return
     logger.warning("padding is not removed, rows are grouped by length instead: %s", reason)
     with _grouped_calls(model):
         yield reason

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from foretune.errors import UserError
 from foretune.files import RECIPE, claim_folder, write_whole
+from foretune.processes import num_processes
 from foretune.recipes.yaml_io import parse_yaml
 
 MOVABLE = ("out", "device")  # what may change between a run and its continuation
@@ -26,12 +27,20 @@ def prepare_folder(
         UserError: Something is in it and neither was asked for, both were, or the folder was begun
             with another recipe.
     """
-    continued = claim_folder(folder, resume=resume, overwrite=overwrite)
-    if continued and config is not None:
-        _check_same(folder, config)
-    elif config is not None:
-        write_whole(folder / RECIPE, config)
-    return folder
+
+    def prepare() -> Path:
+        continued = claim_folder(folder, resume=resume, overwrite=overwrite)
+        if continued and config is not None:
+            _check_same(folder, config)
+        elif config is not None:
+            write_whole(folder / RECIPE, config)
+        return folder
+
+    if num_processes() == 1:
+        return prepare()
+    from foretune.training.ranks import join
+
+    return join().first(prepare)
 
 
 def _check_same(folder: Path, config: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import foretune
 from foretune.errors import UserError, did_you_mean
+from foretune.processes import num_processes, process_rank
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import prepare_folder
 from foretune.recipes.merge import merge_repeats
@@ -45,6 +46,10 @@ def run_recipe(
     Raises:
         UserError: The folder, the data or the model is not what the recipe needs.
     """
+    if recipe.spectrum is not None and num_processes() > 1:
+        raise UserError(
+            "the spectrum is measured in one process: leave out spectrum, or launch one"
+        )
     out = prepare_folder(recipe.folder, resume=resume, overwrite=overwrite, config=recipe.to_yaml())
     setup = set_up(recipe, console)
     need_unseen(setup)
@@ -244,6 +249,8 @@ def _counts(setup: Setup) -> dict[str, Any]:
 
 def finish(out: Path, comparison: dict[str, Any]) -> None:
     """Writes what people and machines read: comparison.json, report.html, README.md, run.json."""
+    if process_rank() > 0:
+        return
     from foretune.evaluation.report import write_report
     from foretune.training.record import environment
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import foretune
-from foretune.errors import ForetuneError, UserError
+from foretune.errors import ForetuneError, LostProcessError, UserError
+from foretune.processes import process_rank
 from foretune.recipes.console import Console
 from foretune.recipes.schema import MethodEntry, takes_rate
 from foretune.recipes.setup import Setup
@@ -103,7 +104,7 @@ def _trial(setup: Setup, entry: MethodEntry, rate: float, console: Console) -> f
         outcome = retrain(
             setup, entry.record(rate), run, console, f"{entry.name}, trying learning_rate={rate:g}"
         )
-    except UserError:
+    except (UserError, LostProcessError):
         raise
     except ForetuneError as error:
         console.say(f"{entry.name}: {error}")
@@ -122,7 +123,9 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes the file whole or not at all."""
+    """Writes the file whole or not at all; of several processes the first does it."""
     from foretune.files import write_whole
 
+    if process_rank() > 0:
+        return
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foretune.errors import UserError
 from foretune.files import CHECKPOINT, UNFINISHED, whole_folder
+from foretune.training.ranks import Deal
 
 
 @dataclass
@@ -25,9 +26,12 @@ class CheckpointStore:
 
     Args:
         folder: Where; None for memory, where only the best is kept and nothing can be resumed.
+        deal: What this process has of it. A checkpoint on disk is the same for any number of
+            processes; the first of them writes it.
     """
 
     folder: Path | None
+    deal: Deal | None = None
     _best: dict[str, Tensor] | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -37,7 +41,16 @@ class CheckpointStore:
             if is_best:
                 self._best = {k: v.detach().cpu().clone() for k, v in tensors.items()}
             return
-        final = self.folder / f"checkpoint-{step}"
+        if self.deal is None:
+            self._write(self.folder, step, tensors, meta)
+            return
+        whole, folder = self.deal.whole(tensors), self.folder
+        self.deal.ranks.first(lambda: self._write(folder, step, whole, meta))
+
+    def _write(
+        self, folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]
+    ) -> None:
+        final = folder / f"checkpoint-{step}"
         with whole_folder(final) as part:
             contiguous = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
             save_file(contiguous, part / "state.safetensors")
@@ -48,8 +61,13 @@ class CheckpointStore:
 
     def newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and the meta data of the newest checkpoint, or None."""
-        found = self._found()
-        return None if not found else self._load(found[-1][1])
+        newest = max((step for step, _ in self._found()), default=None)
+        if self.deal is not None:
+            newest = self.deal.ranks.first(lambda: newest)
+        if newest is None:
+            return None
+        assert self.folder is not None
+        return self._load(self.folder / f"checkpoint-{newest}")
 
     def best(self, step: int) -> dict[str, Tensor] | None:
         """The tensors of the best checkpoint."""
@@ -75,7 +93,8 @@ class CheckpointStore:
     def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
             meta = json.loads((path / "state.json").read_text())
-            return load_file(path / "state.safetensors"), meta
+            tensors = load_file(path / "state.safetensors")
+            return tensors if self.deal is None else self.deal.part(tensors), meta
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"{path} is no readable checkpoint ({error}); remove that folder to continue from "

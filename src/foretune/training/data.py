@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -40,11 +40,15 @@ class Step:
 
     Args:
         chunks: Batches whose gradients are added up, so that memory holds one of them at a time.
-        share: What part of the loss these rows are, where other processes hold the rest.
+        num_slots: Slots of the whole step, of which other processes may hold some.
+        num_rows: Likewise.
+        fillers: Batches of weight zero: calls of the model that other processes make too.
     """
 
     chunks: tuple[Batch, ...]
-    share: float = 1.0
+    num_slots: int
+    num_rows: int
+    fillers: tuple[Batch, ...] = ()
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -63,13 +67,15 @@ class TaskData:
     Args:
         slots: The examples, not yet encoded.
         objective: Encodes and collates them.
-        keep: So many encoded rows are kept; beyond it the oldest are encoded again when needed.
+        keep: So many tokens of encoded rows are kept (some 36 bytes each); beyond it the oldest
+            rows are encoded again when needed.
     """
 
     slots: Sequence[SlotRows]
     objective: Objective
-    keep: int = 100_000
+    keep: int = 5_000_000
     _encoded: OrderedDict[tuple[int, int], dict[str, Any]] = field(default_factory=OrderedDict)
+    _held: int = 0
 
     @classmethod
     def of(cls, tasks: TaskCollection, objective: Objective) -> TaskData:
@@ -104,8 +110,9 @@ class TaskData:
         if found is None:
             found = self.objective.encode(rows[i], source.task or source.key)
             self._encoded[key] = found
-            if len(self._encoded) > self.keep:
-                self._encoded.popitem(last=False)
+            self._held += self.objective.size(found)
+            while self._held > self.keep:
+                self._held -= self.objective.size(self._encoded.popitem(last=False)[1])
         return found
 
     def step(
@@ -116,7 +123,7 @@ class TaskData:
         train: bool,
         seed: Sequence[int],
         budget: int | None = None,
-        share: float = 1.0,
+        some: Callable[[Sequence[int]], Sequence[int]] | None = None,
     ) -> Step:
         """These rows, in the order of their slots.
 
@@ -127,7 +134,7 @@ class TaskData:
             seed: Seeds them; a slot's choices depend on neither the budget nor the other slots.
             budget: Tokens that a chunk holds, but for rows that are longer alone; None for one
                 chunk.
-            share: Of the step.
+            some: Given the tokens of each row, says which of them the chunks hold; None for all.
         """
         picks = sorted(picks, key=lambda pick: pick[0])
         rows: list[Mapping[str, Any]] = [self.row(slot, split, i) for slot, i in picks]
@@ -141,10 +148,15 @@ class TaskData:
                 for row, (slot, _) in zip(rows, picks, strict=True)
             ]
         slots = [slot for slot, _ in picks]
+        sizes = [self.objective.size(row) for row in rows]
+        if some is not None:
+            kept = some(sizes)
+            rows, slots = [rows[i] for i in kept], [slots[i] for i in kept]
+            sizes = [sizes[i] for i in kept]
         chunks = []
-        for start, end in _chunks([self.objective.size(row) for row in rows], budget):
+        for start, end in _chunks(sizes, budget):
             chunks.append(self.objective.collate(rows[start:end], slots[start:end]))
-        return Step(tuple(chunks), share)
+        return Step(tuple(chunks), len({slot for slot, _ in picks}), len(picks))
 
 
 def _chunks(sizes: Sequence[int], budget: int | None) -> Iterator[tuple[int, int]]:
@@ -154,7 +166,8 @@ def _chunks(sizes: Sequence[int], budget: int | None) -> Iterator[tuple[int, int
     ([(0, 2), (2, 4), (4, 5)], [(0, 2)])
     """
     start, held = 0, 0
-    share = math.inf if budget is None else sum(sizes) / math.ceil(sum(sizes) / budget)
+    total = sum(sizes)
+    share = total / math.ceil(total / budget) if budget and total else math.inf
     for i, size in enumerate(sizes):
         full = held + size > (budget or math.inf) or held >= share
         if i > start and full:

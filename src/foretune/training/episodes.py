@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from foretune.adapters.bank import AdapterBank
+from foretune.errors import UserError
 from foretune.run import Run
 from foretune.tasks.objectives import Objective
 from foretune.training.data import PerTaskSampler, Step, TaskData
 from foretune.training.learner import Learner
 from foretune.training.optim import SlotAdamW
+from foretune.training.ranks import Deal
 from foretune.training.scoring import score_slots
 
 
@@ -53,22 +55,32 @@ class EpisodicLearner(Learner):
         self.inner_all, self.query = inner_all, query
         self.batches_per_update = inner_steps + query
 
+    def place(self, device: torch.device, deal: Deal) -> None:
+        if deal.sharded:
+            raise UserError(
+                "an inner loop needs the whole base in every process: train Reptile and FOMAML "
+                "without FSDP"
+            )
+        super().place(device, deal)
+
     def start(self, run: Run) -> None:
         super().start(run)
         self.bank_optimizer = None  # the bank lives for one episode only
 
     def gradients(self, steps: Sequence[Step]) -> dict[int, float]:
         before = [p.detach().clone() for p in self.base] if self.inner_all else []
-        by_slot = self._adapt(steps[: self.inner_steps], seed=torch.initial_seed())
+        ranks = 1 if self.deal is None else self.deal.ranks.size
+        seed = torch.initial_seed() // ranks  # the same on all of them
+        by_slot = self._adapt(steps[: self.inner_steps], seed)
         if self.query:
             by_slot = self.backward(steps[-1])
             if self.bank is not None:
                 self.bank.zero_grad()
-        elif self.inner_all:
+        elif self.inner_all and by_slot:
             for p, start in zip(self.base, before, strict=True):
                 p.grad = start - p.detach()
-        else:
-            self._way_of_adapters(sorted(by_slot))
+        elif by_slot:
+            self._way_of_adapters(sorted(by_slot), steps[0].num_slots)
         _restore(self.base, before)
         return by_slot
 
@@ -86,24 +98,28 @@ class EpisodicLearner(Learner):
             ]
         by_slot: dict[int, float] = {}
         with _frozen([] if self.inner_all else self.base):
-            for step in steps:
+            for step in steps if present else ():
                 by_slot = self.backward(step)
                 for optimizer in inner:
                     optimizer.step()
                     optimizer.zero_grad()
                 if slots is not None:
-                    slots.step_slots(present, grad_scale=len(present))
+                    slots.step_slots(present, grad_scale=step.num_slots)
         return by_slot
 
     @torch.no_grad()
-    def _way_of_adapters(self, present: Sequence[int]) -> None:
-        """Reptile's outer gradient if the inner loop moved adapters: W − mean_t (W + s·B_t A_t)."""
+    def _way_of_adapters(self, present: Sequence[int], num_slots: int) -> None:
+        """Reptile's outer gradient if the inner loop moved adapters: W − mean_t (W + s·B_t A_t).
+
+        The part of it that `present` makes, when the mean is over `num_slots`.
+        """
         assert self.bank is not None
         modules = dict(self.model.named_modules())
         for name in self.bank.layer_names:
             weight = modules[name].weight
             if weight.requires_grad:
-                weight.grad = -self.bank.mean_delta(name, present)
+                share = len(present) / num_slots
+                weight.grad = -share * self.bank.mean_delta(name, present)
 
     def score(self, data: TaskData, split: str, max_rows: int | None) -> dict[int, float]:
         """Scores each task after the inner loop on its own training rows: what the base is for."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from foretune.adapters.bank import AdapterBank
+from foretune.errors import UserError
 from foretune.models.frozen_prefix import frozen_prefix
 from foretune.models.packing import packed
 from foretune.models.recompute import recomputed
@@ -22,7 +23,9 @@ from foretune.run import Run
 from foretune.tasks.objectives import Objective
 from foretune.training.data import Step, TaskData
 from foretune.training.optim import SlotAdamW, adamw_of, eight_bit
+from foretune.training.ranks import Deal
 from foretune.training.scoring import score_slots
+from foretune.training.sharding import like, shard
 
 
 class Learner:
@@ -66,9 +69,27 @@ class Learner:
         self.token_budget: int | None = None
         self.recompute = False
         self.padding: str | None = None  # why it could not be removed
+        self.deal: Deal | None = None  # what other processes hold
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this process has only a part of the base."""
+        return self.deal is not None and self.deal.sharded
+
+    def place(self, device: torch.device, deal: Deal) -> None:
+        """Moves everything to the device, or this process's part of it."""
+        self.deal = deal
+        if deal.sharded:
+            shard(self.model, device, deal.ranks.size)
+            self.base = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.to(device)
+        if self.bank is not None:
+            self.bank.to(device)
 
     def start(self, run: Run) -> None:
         """Makes the optimisers; called once, when everything is on its device."""
+        if self.sharded and run.optimizer != "adamw":
+            raise UserError(f"optimizer {run.optimizer} cannot be sharded (FSDP); adamw would do")
         self.token_budget = run.token_budget or usual_token_budget(self.model)
         self.recompute = run.gradient_checkpointing
         if self.base:
@@ -88,11 +109,14 @@ class Learner:
         """
         adapted = [] if self.bank is None else self.bank.adapted_names
         with contextlib.ExitStack() as stack:
-            stack.enter_context(frozen_prefix(self.model, adapted))
+            if not self.sharded:  # calls the model as often as its own rows demand
+                stack.enter_context(frozen_prefix(self.model, adapted))
             if self.recompute:
                 stack.enter_context(recomputed(self.model))
             copied = [] if self.bank is None else self.bank.head_names
-            self.padding = stack.enter_context(packed(self.model, copied))
+            self.padding = stack.enter_context(
+                packed(self.model, copied, else_grouped=not self.sharded)
+            )
             if self.bank is not None:
                 stack.enter_context(self.bank.attached())
             yield
@@ -106,11 +130,15 @@ class Learner:
             rate: What the learning rates are multiplied by at this point of the schedule.
 
         Returns:
-            The mean loss of each slot that took part. When one is not finite nothing has moved.
+            The mean loss of each slot that took part, in this process or in another. When one is
+            not finite nothing has moved.
         """
-        losses = self.gradients(steps)
+        own = self.gradients(steps)
+        losses = own if self.deal is None else self.deal.losses(own, steps[-1])
         if not all(map(math.isfinite, losses.values())):
             return losses
+        if self.deal is not None and not self.sharded:
+            self.deal.ranks.sum_gradients(self.base)
         if self.base_optimizer is not None:
             if run.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self.base, run.max_grad_norm)
@@ -118,13 +146,11 @@ class Learner:
                 group["lr"] = rate * (self.learning_rate or 0.0)
             self.base_optimizer.step()
             self.base_optimizer.zero_grad()
-        if self.bank_optimizer is not None:
+        if self.bank_optimizer is not None and own:
             for group in self.bank_optimizer.param_groups:
                 group["lr"] = rate * self.bank_learning_rate
             self.bank_optimizer.step_slots(
-                sorted(losses),
-                grad_scale=len(losses) / steps[-1].share,
-                max_norm=run.max_grad_norm,
+                sorted(own), grad_scale=steps[-1].num_slots, max_norm=run.max_grad_norm
             )
         return losses
 
@@ -142,19 +168,21 @@ class Learner:
             with self.autocast():
                 losses = self.objective.losses(self.model, chunk.to(device))
             losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-            weights = losses.new_tensor([self._weight(slot, counts) for slot in chunk.slots])
-            (losses @ (weights * step.share)).backward()
+            weights = losses.new_tensor([self._weight(slot, counts, step) for slot in chunk.slots])
+            (losses @ weights).backward()
             index = torch.tensor([place[slot] for slot in chunk.slots], device=device)
             sums.index_add_(0, index, losses.detach().float())
+        for chunk in step.fillers:
+            with self.autocast():
+                losses = self.objective.losses(self.model, chunk.to(device))
+            (0 * losses.sum()).backward()
         return {
             slot: total / counts[slot] for slot, total in zip(place, sums.tolist(), strict=True)
         }
 
-    def _weight(self, slot: int, counts: Mapping[int, int]) -> float:
+    def _weight(self, slot: int, counts: Mapping[int, int], step: Step) -> float:
         """What part a row of this slot has in the loss of the whole step."""
-        if self.pooled:
-            return 1 / sum(counts.values())
-        return 1 / (len(counts) * counts[slot])
+        return 1 / (step.num_rows if self.pooled else step.num_slots * counts[slot])
 
     def score(self, data: TaskData, split: str, max_rows: int | None) -> dict[int, float]:
         """The mean score of each slot that has rows in that split; call it inside `ready`."""
@@ -178,14 +206,14 @@ class Learner:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Takes back what `state` gave."""
         for name, current in self.state(optimizers=False).items():
-            current.copy_(tensors[name])
+            current.copy_(like(current, tensors[name]))
         for name, optimizer in self._optimizers():
             for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
                 prefix = f"{name}.{i}."
                 saved = {k: v for k, v in tensors.items() if k.startswith(prefix)}
                 if saved:
                     optimizer.state[p] = {
-                        k.removeprefix(prefix): v.clone() for k, v in saved.items()
+                        k.removeprefix(prefix): _moment(p, v, name) for k, v in saved.items()
                     }
                     if eight_bit(optimizer):  # counts its steps by a plain number
                         optimizer.state[p]["step"] = int(optimizer.state[p]["step"])
@@ -206,6 +234,13 @@ class Learner:
     def _optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
         named = (("base_adamw", self.base_optimizer), ("bank_adamw", self.bank_optimizer))
         return [(name, optimizer) for name, optimizer in named if optimizer is not None]
+
+
+def _moment(p: Tensor, value: Tensor, optimizer: str) -> Tensor:
+    """A copy of an optimiser's value where it belongs: with the parameter, but for slots' steps."""
+    if value.shape == p.shape:
+        return like(p, value).clone()
+    return value.clone() if optimizer == "bank_adamw" else value.to(p.device).clone()
 
 
 def usual_token_budget(model: nn.Module) -> int | None:

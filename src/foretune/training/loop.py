@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from foretune.run import Run
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import Sampler, TaskData
 from foretune.training.learner import Learner
+from foretune.training.ranks import Deal
+from foretune.training.sharding import gathered, local
 from foretune.training.stopping import EarlyStopping
 
 Progress = Callable[[int, int, dict[str, Any]], None]  # (step, steps, newest figures)
@@ -33,17 +35,19 @@ def fit(
     validate: bool = True,
     stopping: EarlyStopping | None = None,
     progress: Progress | None = None,
+    deal: Deal | None = None,
 ) -> dict[str, Any]:
     """Trains what the learner trains; leaves it in its best validated state.
 
     Args:
-        learner: What to update and how.
+        learner: What to update and how; its bank has the slots that `deal` says.
         data: The rows of each slot.
         sampler: Which rows each of the `run.steps` batches holds.
         run: Budget, seed, folder.
         validate: Choose the state that is returned on the validation rows; False takes the last.
         stopping: Lets slots stop, each by its own validation rows.
         progress: Called after every update.
+        deal: What of it this process does; all when None.
 
     Returns:
         "history": one dict for each validation (step, loss, score, learning-rate factor);
@@ -53,12 +57,11 @@ def fit(
         DivergedError: A loss is not finite; says which step and task. The checkpoints stay.
     """
     accelerator = make_accelerator(run)
-    learner.model.to(accelerator.device)
-    if learner.bank is not None:
-        learner.bank.to(accelerator.device)
+    deal = deal or Deal(data)
+    learner.place(accelerator.device, deal)
     learner.autocast = accelerator.autocast
     learner.start(run)
-    store = CheckpointStore(run.out)
+    store = CheckpointStore(run.out, deal)
     per_update = learner.batches_per_update
     num_updates = max(1, run.steps // per_update)
     period = max(1, round((run.eval_every or math.ceil(run.steps / 10)) / per_update))
@@ -76,7 +79,8 @@ def fit(
     learner.model.train()
     with learner.ready():
         for update in range(record["step"], num_updates):
-            torch.manual_seed(run.seed * 1_000_003 + update)
+            # Each process has dropout of its own.
+            torch.manual_seed((run.seed * 1_000_003 + update) * deal.ranks.size + deal.ranks.rank)
             numbers = range(update * per_update, (update + 1) * per_update)
             picks = [sampler.picks(number) for number in numbers]
             if stopping is not None:
@@ -85,17 +89,18 @@ def fit(
                     break
             budget = learner.token_budget
             steps = [
-                data.step(part, "train", train=True, seed=[run.seed, number, 1], budget=budget)
+                deal.step(part, seed=[run.seed, number, 1], budget=budget)
                 for number, part in zip(numbers, picks, strict=True)
             ]
             by_slot = learner.update(steps, run, schedule(run, update / num_updates))
             _check_finite(by_slot, update, data, learner, run)
             losses.append(sum(by_slot.values()) / len(by_slot))
-            record["tokens"] += sum(step.num_tokens for step in steps)
-            record["examples"] += sum(len(step.slots) for step in steps)
+            tokens = torch.tensor(sum(step.num_tokens for step in steps))
+            record["tokens"] += int(deal.ranks.sum(tokens))
+            record["examples"] += sum(step.num_rows for step in steps)
             record["step"] = update + 1
             if (update + 1) % period == 0 or update + 1 == num_updates:
-                _validate_and_keep(learner, data, run, store, record, losses, validate)
+                _validate_and_keep(learner, deal, run, store, record, losses, validate)
                 losses = []
                 if stopping is not None:
                     stopping.see(update + 1, learner.score(data, "validation", run.eval_rows))
@@ -144,16 +149,16 @@ def _restored(learner: Learner, store: CheckpointStore) -> dict[str, Any]:
 
 def _validate_and_keep(
     learner: Learner,
-    data: TaskData,
+    deal: Deal,
     run: Run,
     store: CheckpointStore,
     record: dict[str, Any],
     losses: list[float],
     validate: bool,
 ) -> None:
-    _check_weights(learner, data, record["step"], run)
+    _check_weights(learner, deal, record["step"], run)
     entry: dict[str, Any] = {"step": record["step"], "loss": sum(losses) / len(losses)}
-    scores = learner.score(data, "validation", run.eval_rows) if validate else {}
+    scores = _scores(learner, deal, run) if validate else {}
     if scores:
         entry["score"] = sum(scores.values()) / len(scores)
         if record["best_score"] is None or entry["score"] > record["best_score"]:
@@ -162,6 +167,13 @@ def _validate_and_keep(
     wanted = run.out is not None or record["best_step"] == record["step"]
     if wanted:
         store.save(record["step"], learner.state(optimizers=run.out is not None), record)
+
+
+def _scores(learner: Learner, deal: Deal, run: Run) -> dict[int, float]:
+    """The validation score of every slot; each process scores its own."""
+    with gathered(learner.model):
+        own = learner.score(deal.own, "validation", run.eval_rows) if deal.slots else {}
+    return deal.scores(own)
 
 
 def _check_finite(
@@ -173,15 +185,19 @@ def _check_finite(
             raise _diverged(what, learner, run)
 
 
-def _check_weights(learner: Learner, data: TaskData, step: int, run: Run) -> None:
+def _check_weights(learner: Learner, deal: Deal, step: int, run: Run) -> None:
     """A finite loss may have a gradient that is not; what it left must not become a checkpoint."""
+    what = next(_not_finite(learner, deal.own, step), None)
+    deal.ranks.raise_first(None if what is None else _diverged(what, learner, run))
+
+
+def _not_finite(learner: Learner, data: TaskData, step: int) -> Iterator[str]:
     for name, p in learner.model.named_parameters():
-        if p.requires_grad and not torch.isfinite(p).all():
-            raise _diverged(f"the weights of {name} are not finite after step {step}", learner, run)
+        if p.requires_grad and not torch.isfinite(local(p)).all():
+            yield f"the weights of {name} are not finite after step {step}"
     for p in () if learner.bank is None else learner.bank.parameters():
         for slot in torch.nonzero(~torch.isfinite(p).flatten(1).all(1)).flatten().tolist():
-            what = f"the adapter is not finite after step {step}, task {data.slots[slot].key!r}"
-            raise _diverged(what, learner, run)
+            yield f"the adapter is not finite after step {step}, task {data.slots[slot].key!r}"
 
 
 def _diverged(what: str, learner: Learner, run: Run) -> DivergedError:

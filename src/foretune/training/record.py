@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from foretune.allocator import give_back_freed_memory
+from foretune.processes import num_local_processes, num_processes
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
@@ -51,7 +52,7 @@ def free_memory(device: str | None) -> int:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return int(line.split()[1]) * 1024 // num_local_processes()
     except OSError:
         pass  # no Linux
     return 8 * 2**30
@@ -68,6 +69,7 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "machine": platform.platform(),
         "cpu_cores": os.cpu_count(),
+        "processes": num_processes(),
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

@@ -16,10 +16,12 @@ from foretune.models.loading import load_weights
 from foretune.run import Run
 from foretune.training.learner import Learner
 from foretune.training.outcome import Adapted, folder_name
+from foretune.training.ranks import Ranks
 
 TaskDraw = tuple[str, int]
 RECORD = "run.json"
 SCORES = "scores.json"
+SCORES_OF_RANK = ".scores-{}.json"  # until all processes have finished
 # What may differ between a run and its continuation: it does not change the result.
 MOVABLE = ("out", "resume", "overwrite", "device", "tasks_per_wave")
 
@@ -80,30 +82,41 @@ def read_back(folder: Path, learner: Learner | None, model: Any) -> list[dict[st
     return [json.loads(line) for line in lines]
 
 
-def save_wave(
-    result: Adapted,
-    wave: Sequence[TaskDraw],
-    done: dict[TaskDraw, tuple[float, int]],
-    folder: Path,
-) -> None:
-    """Writes the adapters of one wave, then adds its scores to those on disk."""
+def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, ranks: Ranks) -> None:
+    """Writes the adapters of one wave, then adds its scores to those of this process on disk."""
     tensors = {key: result.tensors[key] for key in wave if key in result.tensors}
     models = {key: result.models[key] for key in wave if key in result.models}
     replace(result, tensors=tensors, models=models).save(folder)
-    done |= {
+    file = folder / (SCORES if ranks.size == 1 else SCORES_OF_RANK.format(ranks.rank))
+    done = _read_scores(file) | {
         key: (result.scores[key], result.num_rows[key]) for key in wave if key in result.scores
     }
-    rows = [
-        {"task": task, "draw": draw, "folder": folder_name(task, draw), "score": s, "num_rows": n}
-        for (task, draw), (s, n) in done.items()
-    ]
-    write_whole(folder / SCORES, json.dumps(rows, indent=1))
+    _write_scores(file, done)
 
 
-def scores_on_disk(folder: Path) -> dict[TaskDraw, tuple[float, int]]:
-    """The scores of the tasks that an interrupted `adapt` has finished."""
-    file = folder / SCORES
+def collect_scores(folder: Path) -> dict[TaskDraw, tuple[float, int]]:
+    """The scores of the tasks that are finished, brought together in one file."""
+    parts = sorted(folder.glob(SCORES_OF_RANK.format("*")))
+    done = _read_scores(folder / SCORES)
+    for part in parts:
+        done |= _read_scores(part)
+    if parts:
+        _write_scores(folder / SCORES, done)
+        for part in parts:
+            part.unlink()
+    return done
+
+
+def _read_scores(file: Path) -> dict[TaskDraw, tuple[float, int]]:
     if not file.is_file():
         return {}
     rows = json.loads(file.read_text(encoding="utf-8"))
     return {(row["task"], row["draw"]): (row["score"], row["num_rows"]) for row in rows}
+
+
+def _write_scores(file: Path, done: Mapping[TaskDraw, tuple[float, int]]) -> None:
+    rows = [
+        {"task": task, "draw": draw, "folder": folder_name(task, draw), "score": s, "num_rows": n}
+        for (task, draw), (s, n) in done.items()
+    ]
+    write_whole(file, json.dumps(rows, indent=1))

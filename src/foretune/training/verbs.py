@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
 from foretune.files import claim_folder
 from foretune.models.surgery import match_head
+from foretune.processes import base_is_sharded
 from foretune.run import Run
 from foretune.tasks.objectives import Objective
 from foretune.tasks.task import Task, TaskCollection
@@ -29,10 +32,12 @@ from foretune.training.data import (
 )
 from foretune.training.learner import Learner
 from foretune.training.loop import Progress, fit
-from foretune.training.outcome import Adapted, Outcome
+from foretune.training.outcome import Adapted, Outcome, save_adapters
+from foretune.training.ranks import Deal, check_layers, check_model, connected, deal_out, join
 from foretune.training.record import free_memory, metered
-from foretune.training.resume import TaskDraw, begin, read_back, save_wave, scores_on_disk
+from foretune.training.resume import TaskDraw, begin, collect_scores, read_back, save_wave
 from foretune.training.scoring import score_slots
+from foretune.training.sharding import whole_model
 from foretune.training.stopping import EarlyStopping
 
 
@@ -57,26 +62,32 @@ def retrain(
         progress: Called with (update, updates, figures) after every update.
 
     Returns:
-        The retrained base in its best validated state and, with `run.out`, everything on disk.
+        The retrained base in its best validated state and, with `run.out`, everything on disk. In
+        one of several processes the bank has the tasks of this process, all else is the same.
 
     Raises:
         UserError: Bad data, a method of another verb, a folder that is not empty.
         DivergedError: A loss was not finite.
+        LostProcessError: Another process of the job has ended.
     """
-    run = run or Run()
+    run, ranks = run or Run(), join()
     check_verb(method, "retrain")
     objective = method.objective_for(objective_of(tasks).fit(tasks))
-    if run.out is not None:
-        claim_folder(run.out, resume=run.resume, overwrite=run.overwrite)
-    model = copy.deepcopy(model)
-    match_head(model, objective.num_outputs(), run.seed)
     data = TaskData.of(tasks, objective)
-    finished = None if run.out is None else begin(run.out, method, run, tasks=data.keys)
-    with torch.random.fork_rng(), metered() as cost:
+    given, model = model, fresh_copy(model, objective, run.seed)
+    check_model(ranks, model)
+    check_layers(ranks, model)
+    finished = ranks.first(lambda: _begin_retraining(method, run, data.keys))
+    deal = deal_out(ranks, data, run.batch_size, run.tasks_per_step, pooled=method.pooled)
+    with torch.random.fork_rng(), metered() as cost, connected():
         torch.manual_seed(run.seed)
-        learner: Learner | None = method.learner(model, objective, data.keys, run)
+        learner: Learner | None = method.learner(model, objective, deal.own.keys, run)
         if finished is None:
-            record = _train(method, learner, model, data, run, progress)
+            record = _train(method, learner, model, deal, run, progress)
+            if base_is_sharded():
+                model = whole_model(model, fresh_copy(given, objective, run.seed))
+                if learner is not None and learner.bank is not None:
+                    learner.bank.onto(model)
         else:
             assert run.out is not None
             record = {**finished, "history": read_back(run.out, learner, model)}
@@ -84,40 +95,71 @@ def retrain(
         model.name_or_path = "" if run.out is None else str(run.out / "base")  # type: ignore[assignment]
     outcome = Outcome(
         model=model.eval(),
-        bank=learner.bank if learner is not None and method.keeps_adapters else None,
+        bank=learner.bank if learner and method.keeps_adapters and deal.slots else None,
         method=method,
         run=run,
         objective=objective,
         tokenizer=tokenizer or getattr(objective, "tokenizer", None),
         history=record["history"],
         validation_score=record["validation_score"],
-        cost=record["cost"] if finished is not None else cost | record["cost"],
+        cost=record["cost"] if finished is not None else ranks.total_cost(cost) | record["cost"],
         tasks=data.keys,
     )
     if run.out is not None:
-        if finished is None:
-            outcome.save(run.out)
-        CheckpointStore(run.out).clear()
+        _save(outcome, deal, run.out, save=finished is None)
     return outcome
+
+
+def _begin_retraining(method: Any, run: Run, keys: Sequence[str]) -> dict[str, Any] | None:
+    """Claims the folder; the record of a run that has finished there."""
+    if run.out is None:
+        return None
+    claim_folder(run.out, resume=run.resume, overwrite=run.overwrite)
+    return begin(run.out, method, run, tasks=list(keys))
+
+
+def fresh_copy(model: nn.Module, objective: Objective, seed: int) -> nn.Module:
+    """A copy of the model with a head that fits the objective."""
+    model = copy.deepcopy(model)
+    match_head(model, objective.num_outputs(), seed)
+    return model
+
+
+def _save(outcome: Outcome, deal: Deal, out: Path, *, save: bool) -> None:
+    """Each process writes its own tasks' adapters, then the first one everything else."""
+    with deal.ranks.together():
+        if save and outcome.bank is not None and deal.ranks.rank > 0:
+            save_adapters(outcome.bank, outcome.model, out / "adapters", str(out / "base"))
+
+    def finish() -> None:
+        if save:
+            outcome.save(out)
+        CheckpointStore(out).clear()
+
+    deal.ranks.first(finish)
 
 
 def _train(
     method: Any,
     learner: Learner | None,
     model: nn.Module,
-    data: TaskData,
+    deal: Deal,
     run: Run,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Runs the loop; history, validation score and what was read. Without a learner: the score."""
+    data = deal.data
     if learner is None:
-        scores = score_slots(model, data, "validation", run.eval_rows)
+        own = score_slots(model, deal.own, "validation", run.eval_rows) if deal.slots else {}
+        scores = deal.scores(own)
         best = sum(scores.values()) / len(scores) if scores else None
         cost = {"tokens": 0, "examples": 0, "trainable_parameters": 0}
         return {"history": [], "validation_score": best, "cost": cost}
     budget = method.budget(run, len(data))
     sampler = sampler_for(method, data, budget, learner.batches_per_update)
-    record = fit(learner, data, sampler, budget, progress=progress)
+    by_rows = method.pooled and learner.bank is None
+    deal = replace(deal, by_rows=by_rows, sharded=base_is_sharded())
+    record = fit(learner, data, sampler, budget, progress=progress, deal=deal)
     adapters = 0 if learner.bank is None else learner.bank.parameters_per_slot * len(data)
     cost = {key: record[key] for key in ("tokens", "examples")}
     cost["trainable_parameters"] = adapters + sum(p.numel() for p in learner.base)
@@ -153,36 +195,49 @@ def adapt(
         progress: Called with (update, updates, figures); waves follow one another.
 
     Returns:
-        Scores and adapters by (task, draw).
+        Scores and adapters by (task, draw). In one of several processes the scores are those of
+        all tasks, the adapters those of this process.
     """
-    run = run or Run()
+    run, ranks = run or Run(), join()
     check_verb(method, "adapt")
     objective = objective_of(tasks).fit(tasks)
     out = run.out
-    if out is not None:
-        claim_folder(out, resume=run.resume, overwrite=run.overwrite)
     every = run.eval_every if run.patience else 0
     run = run.replace(out=None, eval_every=every, tasks_per_step=None)
-    model = copy.deepcopy(model)
-    match_head(model, objective.num_outputs(), run.seed)
+    model = fresh_copy(model, objective, run.seed)
+    check_model(ranks, model)
     slots = list(draw_shots(tasks, objective.kind, shots, draws, run.seed))
-    result = Adapted({}, {}, {}, {}, "")
+    wanted = [(slot.task, slot.draw) for slot in slots]
     done: dict[TaskDraw, tuple[float, int]] = {}
     if out is not None:
-        begin(out, method, run, shots=shots, split=split, base=fingerprint(model))
-        wanted = {(slot.task, slot.draw) for slot in slots}
-        done = {key: found for key, found in scores_on_disk(out).items() if key in wanted}
+        about = {"shots": shots, "split": split, "base": fingerprint(model)}
+        done = ranks.first(lambda: _begin_adapting(out, method, run, about))
         slots = [slot for slot in slots if (slot.task, slot.draw) not in done]
-    with torch.random.fork_rng(), metered() as cost:
-        for wave in _waves(slots, _wave_size(model, slots, objective, method, run)):
+    deal = deal_out(ranks, TaskData(slots, objective), run.batch_size, len(slots), pooled=False)
+    result = Adapted({}, {}, {}, {}, "")
+    with torch.random.fork_rng(), metered() as cost, ranks.together():
+        for wave in _waves(deal, _wave_size(model, slots, objective, method, run)):
             _adapt_wave(model, wave, objective, method, run, split, result, progress)
             if out is not None:
-                save_wave(result, [(rows.task, rows.draw) for rows in wave], done, out)
-    result.cost |= cost
+                save_wave(result, [(rows.task, rows.draw) for rows in wave], out, ranks)
+    result.cost = ranks.total_cost(result.cost | cost)
     for key, (score, num_rows) in done.items():
-        result.scores.setdefault(key, score)
-        result.num_rows.setdefault(key, num_rows)
+        result.scores[key], result.num_rows[key] = score, num_rows
+    result.scores = ranks.merged(result.scores, wanted)
+    result.num_rows = ranks.merged(result.num_rows, wanted)
+    result.stopped = ranks.merged(result.stopped, wanted)
+    if out is not None:
+        ranks.first(lambda: collect_scores(out))
     return result
+
+
+def _begin_adapting(
+    out: Path, method: Any, run: Run, about: dict[str, Any]
+) -> dict[TaskDraw, tuple[float, int]]:
+    """Claims the folder; score and rows of each task that was finished there."""
+    claim_folder(out, resume=run.resume, overwrite=run.overwrite)
+    begin(out, method, run, **about)
+    return collect_scores(out)
 
 
 def _adapt_wave(
@@ -323,6 +378,7 @@ def _wave_size(
     return max(1, free_memory(run.device) // 2 // each)
 
 
-def _waves(slots: list[SlotRows], size: int) -> Iterator[list[SlotRows]]:
+def _waves(deal: Deal, size: int) -> Iterator[list[SlotRows]]:
+    slots = [deal.data.slots[slot] for slot in deal.slots]
     for start in range(0, len(slots), size):
         yield slots[start : start + size]

@@ -98,9 +98,6 @@ def log_likelihoods(model: Any, inputs: Mapping[str, Tensor], slots: Sequence[in
 
 def shares_context(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     """Whether the model gives the same with the context computed once; says so if it does not."""
-    window = getattr(getattr(model, "config", None), "sliding_window", None)
-    if window is not None and inputs["ids"].shape[1] > window:
-        return False
     if model not in _SHARES:
         _SHARES[model] = _try(model, inputs)
         if not _SHARES[model]:
@@ -108,7 +105,8 @@ def shares_context(model: Any, inputs: Mapping[str, Tensor]) -> bool:
                 "%s cannot compute a context once for all its candidates: each pair is computed",
                 type(model).__name__,
             )
-    return _SHARES[model]
+    window = getattr(model.config, "sliding_window", None)  # which the row's own mask would lift
+    return _SHARES[model] and (window is None or inputs["ids"].shape[1] <= window)
 
 
 def _try(model: Any, inputs: Mapping[str, Tensor]) -> bool:

@@ -1,0 +1,304 @@
+"""Runs cases in one process and in two, and writes down what each process got.
+
+The two are forks of one parent that has imported everything, connected by gloo.
+
+Usage: ranks_run.py FOLDER; leaves FOLDER/CASE-WHO.pt for each case and each of `alone`, `0`, `1`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from torch import nn
+
+import foretune
+import linear_tasks
+import tiny_models
+from foretune.errors import ForetuneError
+from foretune.run import Run
+from foretune.tasks.objectives.causal_lm import CausalLM
+from foretune.tasks.objectives.choice import Choice
+from foretune.tasks.task import Task, TaskCollection
+
+torch.set_num_threads(1)
+LORA = {"r": 2}
+INNER = {"learning_rate": 0.02, "inner_learning_rate": 0.05, "inner_steps": 2, "lora": LORA}
+RUN = Run(steps=12, eval_every=3, batch_size=4, device="cpu", seed=1, warmup=0.0)
+UNEVEN = [24, 3, 9]
+
+
+class StopError(ForetuneError):
+    """The run is interrupted."""
+
+
+def words(num_tasks: int, rows: int) -> list[Task]:
+    """Tasks of texts of unlike lengths."""
+    texts = [" ".join(tiny_models.WORDS[i % 7 : i % 7 + 2 + i % 5]) for i in range(999)]
+    tasks = []
+    for t in range(num_tasks):
+        made = [
+            {
+                "text": texts[t * 31 + i],
+                "context": texts[t * 31 + i],
+                "candidates": texts[t + i : t + i + 4],
+                "answer": i % 4,
+            }
+            for i in range(rows + 4)
+        ]
+        tasks.append(Task(f"words{t}", made[: rows - t], made[rows:], made[rows:]))
+    return tasks
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def retrain(
+    method: Any,
+    *,
+    out: Path | None = None,
+    rows: list[int] | None = None,
+    tokens: str | None = None,
+    stops: bool = False,
+    model: nn.Module | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """What a retraining gave: base, adapters by task, record."""
+
+    def progress(update: int, *_: Any) -> None:
+        if stops and update == 7:
+            raise StopError("stopped")
+
+    model = model or linear_tasks.Net()
+    tasks = linear_tasks.family(rows=rows or UNEVEN)
+    run = RUN.replace(out=out, **changes)
+    if tokens is not None:
+        model = without_dropout(getattr(tiny_models, tokens)())
+        objective = (Choice if tokens == "bert" else CausalLM)(tiny_models.tokenizer())
+        if tokens == "bert":
+            objective = replace(objective, train_candidates=3)
+        tasks = TaskCollection(tuple(words(3, 9)), objective)
+        # Ties of scores are broken by rounding, so the last state is what is compared.
+        run = run.replace(steps=6, eval_every=0)
+    result = foretune.retrain(model, tasks, method, run, progress=progress)
+    bank = result.bank
+    return {
+        "base": result.model.state_dict(),
+        "adapters": {}
+        if bank is None
+        else {key: bank.slot_state(slot) for slot, key in enumerate(bank.keys)},
+        "history": result.history,
+        "score": result.validation_score,
+        "cost": {k: result.cost[k] for k in ("tokens", "examples", "trainable_parameters")},
+    }
+
+
+def adapt(
+    method: Any,
+    *,
+    num_tasks: int = 5,
+    shots: int | None = None,
+    stops: bool = False,
+    on_update: Callable[[], None] = lambda: None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """What an adaptation gave."""
+    tasks = linear_tasks.family(rows=[9, 3, 12, 5, 7][:num_tasks], prefix="unseen")
+    waves = []
+
+    def progress(update: int, *_: Any) -> None:
+        on_update()
+        waves.append(update)
+        if stops and waves.count(1) == 2:
+            raise StopError("stopped")
+
+    run = RUN.replace(**changes)
+    model = linear_tasks.Net()
+    result = foretune.adapt(model, tasks, method, run, shots=shots, draws=2, progress=progress)
+    return {
+        "scores": result.scores,
+        "num_rows": result.num_rows,
+        "stopped": result.stopped,
+        "tensors": result.tensors,
+        "models": {key: model.state_dict() for key, model in result.models.items()},
+        "cost": {k: result.cost[k] for k in ("tokens", "examples", "trainable_parameters")},
+    }
+
+
+@contextlib.contextmanager
+def sharded() -> Iterator[None]:
+    """Inside the block the launcher has asked for FSDP2."""
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    try:
+        yield
+    finally:
+        del os.environ["ACCELERATE_USE_FSDP"]
+
+
+PEFT = foretune.PEFTML(learning_rate=0.02, adapter_learning_rate=0.05, lora=LORA)
+SLOW = foretune.PEFTML(learning_rate=0.002, adapter_learning_rate=0.005, lora=LORA)
+HEADS = replace(PEFT, form="last-layer")
+POOLED = foretune.Standard(learning_rate=0.02)
+PER_TASK = replace(POOLED, heads="per-task")
+WILD = foretune.Standard(learning_rate=0.2)
+LORA_ADAPT = foretune.LoRA(learning_rate=0.05, lora=LORA)
+REPTILE, FOMAML = foretune.Reptile(**INNER), foretune.FOMAML(**INNER)
+CONSTANT = {"schedule": "constant", "steps": 30}
+
+Cases = dict[str, Callable[[Path], Any]]
+RETRAINED: Cases = {
+    "joint": lambda _: retrain(PEFT),
+    "one-a-step": lambda _: retrain(PEFT, tasks_per_step=1),
+    "two-a-step": lambda _: retrain(PEFT, tasks_per_step=2),
+    "one-task": lambda _: retrain(PEFT, rows=[9]),
+    "chunks": lambda _: retrain(PEFT, token_budget=3),
+    "last-layer": lambda _: retrain(HEADS),
+    "clipped": lambda _: retrain(PEFT, max_grad_norm=0.01),
+    "pooled": lambda _: retrain(POOLED),
+    "pooled-chunks": lambda _: retrain(POOLED, token_budget=2, tasks_per_step=1),
+    "per-task-heads": lambda _: retrain(PER_TASK),
+    "reptile": lambda _: retrain(REPTILE),
+    "reptile-adapter": lambda _: retrain(replace(REPTILE, inner="adapter")),
+    "fomaml": lambda _: retrain(FOMAML),
+    "fomaml-adapter": lambda _: retrain(replace(FOMAML, inner="adapter")),
+    "none": lambda _: retrain(foretune.NoRetraining()),
+    "best-in-memory": lambda _: retrain(WILD, **CONSTANT),
+    "best-on-disk": lambda out: retrain(WILD, **CONSTANT, out=out),
+    "on-disk": lambda out: retrain(PEFT, out=out),
+    "choice": lambda _: retrain(SLOW, tokens="bert"),
+    "pooled-choice": lambda _: retrain(replace(POOLED, learning_rate=0.002), tokens="bert"),
+    "llama": lambda _: retrain(SLOW, tokens="llama", token_budget=40),
+    "sharded": lambda _: retrain(PEFT),
+    "sharded-one-task": lambda _: retrain(PEFT, rows=[9]),
+    "sharded-one-a-step": lambda _: retrain(PEFT, tasks_per_step=1),
+    "sharded-pooled": lambda _: retrain(POOLED, token_budget=3),
+    "sharded-heads": lambda _: retrain(PER_TASK),
+    "sharded-best": lambda _: retrain(WILD, **CONSTANT),
+    "sharded-on-disk": lambda out: retrain(PEFT, out=out),
+    "sharded-llama": lambda _: retrain(SLOW, tokens="llama", token_budget=40),
+    "sharded-gpt2": lambda _: retrain(
+        SLOW, tokens="gpt2", token_budget=40, gradient_checkpointing=True
+    ),
+    "sharded-choice": lambda _: retrain(SLOW, tokens="bert"),
+}
+ADAPTED: Cases = {
+    "adapt": lambda _: adapt(LORA_ADAPT),
+    "adapt-waves": lambda out: adapt(LORA_ADAPT, tasks_per_wave=2, out=out),
+    "adapt-shots": lambda _: adapt(LORA_ADAPT, shots=2, num_tasks=3),
+    "adapt-patience": lambda _: adapt(LORA_ADAPT, patience=1, eval_every=2),
+    "adapt-full": lambda _: adapt(foretune.Full(learning_rate=0.05), num_tasks=2),
+}
+# Each of them is stopped, and continued by another number of processes.
+RESUMED: dict[str, Callable[..., Any]] = {
+    "resumed": lambda **more: retrain(PEFT, **more),
+    "resumed-one-a-step": lambda **more: retrain(PEFT, tasks_per_step=1, **more),
+    "resumed-pooled": lambda **more: retrain(PER_TASK, **more),
+    "sharded-resumed": lambda **more: retrain(PEFT, **more),
+    "resumed-adapt": lambda **more: adapt(LORA_ADAPT, tasks_per_wave=2, **more),
+}
+
+
+def full_disk() -> None:
+    if os.environ["RANK"] == "1":
+        raise ForetuneError("the disk is full")
+
+
+def seeded_by_rank() -> nn.Module:
+    return linear_tasks.Net(seed=int(os.environ["RANK"]))
+
+
+ERRORS: Cases = {
+    "not-empty": lambda out: retrain(PEFT, out=out.parent),
+    "diverged": lambda _: retrain(replace(PEFT, adapter_learning_rate=1e30), max_grad_norm=None),
+    "other-models": lambda _: retrain(POOLED, model=seeded_by_rank()),
+    "statistics": lambda _: retrain(
+        POOLED, model=nn.Sequential(nn.BatchNorm1d(4), linear_tasks.Net())
+    ),
+    "in-one-process": lambda _: adapt(LORA_ADAPT, on_update=full_disk),
+    "sharded-reptile": lambda _: retrain(REPTILE),
+}
+
+
+def play(cases: Cases, folder: Path, who: str) -> None:
+    """Runs cases; what they gave goes to disk, be it an error."""
+    for name, case in cases.items():
+        under = sharded if name.startswith("sharded") and who != "alone" else contextlib.nullcontext
+        try:
+            with under():
+                result = case(folder / f"{name}-{'alone' if who == 'alone' else 'two'}")
+        except ForetuneError as error:
+            result = f"{type(error).__name__}: {error}"
+        torch.save(result, folder / f"{name}-{who}.pt")
+
+
+def begun(folder: Path, where: str) -> Cases:
+    return {
+        f"{name}-begun-{where}": lambda _, case=case, name=name: case(
+            out=folder / f"{name}-{where}", stops=True
+        )
+        for name, case in RESUMED.items()
+    }
+
+
+def continued(folder: Path, where: str) -> Cases:
+    return {
+        f"{name}-from-{where}": lambda _, case=case, name=name: case(
+            out=folder / f"{name}-{where}", resume=True
+        )
+        for name, case in RESUMED.items()
+    }
+
+
+def forked(work: Callable[[str], None]) -> None:
+    """Forks two connected processes; raises when one fails."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    children = []
+    for rank in range(2):
+        pid = os.fork()
+        if pid:
+            children.append(pid)
+            continue
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ.update(place | ranks, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        try:
+            work(str(rank))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    failed = [os.waitpid(pid, 0)[1] for pid in children]
+    if any(failed):
+        raise SystemExit("a process failed")
+
+
+def main(folder: Path) -> None:
+    every = RETRAINED | ADAPTED
+    never_stopped = {name: lambda _, case=case: case() for name, case in RESUMED.items()}
+    play(every | never_stopped | begun(folder, "one"), folder, "alone")
+    in_two = every | ERRORS | continued(folder, "one") | begun(folder, "two")
+    forked(lambda who: play(in_two, folder, who))
+    play(continued(folder, "two"), folder, "alone")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,308 @@
+"""Two processes give what one gives: bases, adapters, scores, checkpoints, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from foretune.processes import num_processes, process_rank
+from foretune.recipes.templates import template_text
+from foretune.tasks.objectives import Regression
+from foretune.training.data import SlotRows, TaskData
+from foretune.training.ranks import Deal, Ranks, deal_out
+
+BY_TASK = ("joint", "one-a-step", "two-a-step", "chunks", "last-layer", "clipped", "on-disk")
+BY_TASK += ("one-task", "choice", "llama")
+BY_ROW = ("pooled", "pooled-chunks", "pooled-choice", "best-in-memory", "best-on-disk")
+OTHERS = ("per-task-heads", "reptile", "reptile-adapter", "fomaml", "fomaml-adapter", "none")
+SHARDED = ("", "-one-task", "-one-a-step", "-pooled", "-heads", "-best", "-on-disk", "-llama")
+SHARDED = tuple(f"sharded{name}" for name in (*SHARDED, "-gpt2", "-choice"))
+ADAPTED = ("adapt", "adapt-waves", "adapt-shots", "adapt-patience", "adapt-full")
+RESUMED = ("resumed", "resumed-one-a-step", "resumed-pooled", "sharded-resumed", "resumed-adapt")
+# The true gradient of a key's bias is zero; AdamW makes a step of the rounding error.
+NOISE = ("key.bias", "c_attn.bias")
+# Cosines divided by 0.05 and AdamW make more of rounding errors; a wrong weight would be 1e-3.
+ATOL = dict.fromkeys(("choice", "pooled-choice", "sharded-choice"), 2e-5)
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ranks_run.py left: about thirty seconds, a third of it imports."""
+    folder = tmp_path_factory.mktemp("ranks")
+    driver = Path(__file__).with_name("ranks_run.py")
+    done = subprocess.run(
+        [sys.executable, str(driver), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def load(folder: Path, *names: str) -> list[Any]:
+    return [torch.load(folder / f"{name}.pt", weights_only=False) for name in names]
+
+
+def close(found: dict[str, Any], wanted: dict[str, Any], atol: float = 1e-6) -> None:
+    """The same names, and tensors that are equal up to rounding."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if not name.endswith(NOISE):
+            torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=name)
+
+
+def same_retraining(
+    found: list[dict[str, Any]], wanted: dict[str, Any], atol: float = 1e-6
+) -> None:
+    """Every rank has the base and the record; each adapter is on one of them."""
+    for one in found:
+        close(one["base"], wanted["base"], atol)
+        assert one["score"] == pytest.approx(wanted["score"], abs=1e-5)
+        steps = [{k: pytest.approx(v, abs=1e-5) for k, v in e.items()} for e in wanted["history"]]
+        assert one["history"] == steps
+    adapters = {key: state for one in found for key, state in one["adapters"].items()}
+    assert sum(len(one["adapters"]) for one in found) == len(adapters)
+    assert adapters.keys() == wanted["adapters"].keys()
+    for key, state in adapters.items():
+        close(state, wanted["adapters"][key], atol)
+    for name, state in found[0]["base"].items():
+        assert all(torch.equal(one["base"][name], state) for one in found), name
+
+
+def same_adaptation(found: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
+    """Every rank has the scores; each adapter is on one of them."""
+    for one in found:
+        assert one["scores"] == pytest.approx(wanted["scores"], abs=1e-5)
+        assert list(one["scores"]) == list(wanted["scores"])
+        assert one["num_rows"] == wanted["num_rows"] and one["stopped"] == wanted["stopped"]
+    for kind in ("tensors", "models"):
+        assert sum(len(one[kind]) for one in found) <= len(wanted[kind])
+        for one in found:
+            for key, state in one[kind].items():
+                close(state, wanted[kind][key])
+
+
+@pytest.mark.parametrize("name", (*BY_TASK, *BY_ROW, *OTHERS))
+def test_two_processes_retrain_as_one_does(name: str, played: Path) -> None:
+    alone, *ranks = load(played, f"{name}-alone", f"{name}-0", f"{name}-1")
+    same_retraining(ranks, alone, ATOL.get(name, 1e-6))
+    if name != "pooled-choice":  # a text that two rows share is read once, by each process
+        assert all(one["cost"] == alone["cost"] for one in ranks)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_sharded_base_is_retrained_as_a_whole_one(name: str, played: Path) -> None:
+    alone, *ranks = load(played, f"{name}-alone", f"{name}-0", f"{name}-1")
+    same_retraining(ranks, alone, ATOL.get(name, 1e-6))
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_two_processes_adapt_as_one_does(name: str, played: Path) -> None:
+    alone, *ranks = load(played, f"{name}-alone", f"{name}-0", f"{name}-1")
+    same_adaptation(ranks, alone)
+    assert all(sum(len(one[kind]) for kind in ("tensors", "models")) for one in ranks)
+    assert ranks[0]["cost"] == ranks[1]["cost"] == alone["cost"]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_another_number_of_processes_continues(name: str, played: Path) -> None:
+    [alone] = load(played, f"{name}-alone")
+    begun = [f"{name}-begun-one-alone", f"{name}-begun-two-0", f"{name}-begun-two-1"]
+    assert load(played, *begun) == ["StopError: stopped"] * 3
+    from_one = load(played, f"{name}-from-one-0", f"{name}-from-one-1")
+    from_two = load(played, f"{name}-from-two-alone")
+    same = same_adaptation if name == "resumed-adapt" else same_retraining
+    same(from_one, alone)
+    same(from_two, alone)
+
+
+@pytest.mark.parametrize("name", ("on-disk", "sharded-on-disk", "best-on-disk", "adapt-waves"))
+def test_the_folder_is_what_one_process_writes(name: str, played: Path) -> None:
+    one, two = played / f"{name}-alone", played / f"{name}-two"
+    names = {path.relative_to(one) for path in one.rglob("*")}
+    assert names == {path.relative_to(two) for path in two.rglob("*")}
+    for path in names:
+        if path.suffix == ".safetensors":
+            close(load_file(two / path), load_file(one / path))
+        elif path.name == "foretune.json":
+            same = [json.loads((f / path).read_text()) for f in (one, two)]
+            assert same[0]["trainable"] == same[1]["trainable"]
+    marks = {path.read_text() for path in two.rglob("base_fingerprint.json")}
+    assert len(marks) <= 1
+
+
+def test_all_processes_raise_the_same_error(played: Path) -> None:
+    told = {
+        "not-empty": "UserError: .* is not empty",
+        "diverged": "DivergedError: .*task",
+        "other-models": "UserError: the 2 processes of this job have different models",
+        "statistics": r"UserError: 0 \(BatchNorm1d\) mixes the rows of a batch",
+        "in-one-process": "ForetuneError: the disk is full",
+        "sharded-reptile": "UserError: an inner loop needs the whole base",
+    }
+    for name, message in told.items():
+        first, second = load(played, f"{name}-0", f"{name}-1")
+        assert first == second
+        assert re.match(message, first), first
+
+
+# --- dealing out ---------------------------------------------------------------------------------
+
+
+def slots(*sizes: int) -> TaskData:
+    row = {"x": np.zeros(4, "f4"), "y": np.zeros(3, "f4")}
+    made = [SlotRows(f"t{i}", [row] * size) for i, size in enumerate(sizes)]
+    return TaskData(made, Regression())
+
+
+def test_slots_are_dealt_out_by_tokens_within_a_step() -> None:
+    ranks = Ranks(size=2)
+    assert ranks.owners([4, 1, 1, 2], 4) == [0, 1, 1, 1]
+    assert ranks.owners([4, 4, 1, 1], 2) == [0, 1, 0, 1]
+    assert ranks.owners([3], 1) == [0]
+    assert ranks.owners([], 1) == []
+
+
+def test_a_process_alone_has_everything() -> None:
+    deal = deal_out(Ranks(), slots(3, 1), 4, None, pooled=False)
+    assert deal.slots == deal.held == [0, 1]
+    assert deal.own is deal.data
+
+
+def test_a_process_without_tasks_holds_a_copy_that_is_not_used() -> None:
+    deal = Deal(slots(3), Ranks(1, 2), owners=[0])
+    assert deal.slots == [] and deal.held == [0] and deal.own.keys == ["t0"]
+    step = deal.step([(0, 1), (0, 2)], [0], None)
+    assert step.chunks == () and (step.num_slots, step.num_rows) == (1, 2)
+
+
+def test_a_step_knows_what_others_hold() -> None:
+    deal = Deal(slots(3, 3, 3), Ranks(1, 2), owners=[0, 1, 1])
+    step = deal.step([(0, 0), (1, 1), (2, 0), (2, 1)], [0], None)
+    assert step.slots == (0, 1, 1)  # the bank's own numbers
+    assert (step.num_slots, step.num_rows) == (3, 4)
+
+
+def test_pooled_rows_are_dealt_out_whichever_slot_they_are_of() -> None:
+    picks = [(0, 0), (0, 1), (0, 2), (1, 0)]
+    parts = [
+        Deal(slots(3, 1), Ranks(rank, 2), owners=[0, 1], by_rows=True).step(picks, [0], None)
+        for rank in range(2)
+    ]
+    assert [len(part.slots) for part in parts] == [2, 2]
+    assert sorted(parts[0].slots + parts[1].slots) == [0, 0, 0, 1]
+
+
+def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert (num_processes(), process_rank()) == (1, 0)
+    monkeypatch.setenv("RANK", "1")
+    assert (num_processes(), process_rank()) == (2, 1)
+
+
+# --- the launcher --------------------------------------------------------------------------------
+
+MODEL = """
+import os, signal
+import torch
+from torch import nn
+
+class Mortal(nn.Sequential):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        if os.environ.get("KILL") == f"{os.environ.get('RANK')} {self.calls}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+def build(width=6):
+    torch.manual_seed(0)
+    return Mortal(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 40, 4)).astype(np.float32)
+    y = (np.einsum("tnd,td->tn", x, rng.normal(size=(5, 4))) > 0).astype(np.int64)
+    task = np.repeat([f"t{i}" for i in range(5)], 40)
+    np.savez(tmp_path / "data.npz", task=task, x=x.reshape(-1, 4), y=y.reshape(-1))
+    (tmp_path / "my_model.py").write_text(MODEL)
+    (tmp_path / "my.yaml").write_text(template_text("arrays"))
+    return tmp_path
+
+
+def launch(place: Path, *args: str, processes: int = 2, **env: str) -> Any:
+    command = [sys.executable, "-m", "foretune.cli"]
+    if processes > 1:
+        many = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *many]
+        command += ["-m", "foretune.cli"]
+    return subprocess.run(
+        [*command, *args],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )
+
+
+RETRAIN = ("retrain", "my.yaml", "tasks.unseen=2", "retrain.learning_rates=[1e-3]")
+RETRAIN += ("retrain.steps=60", "retrain.eval_every=10", "--out", "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "processes"), [(0, 1), (1, 2)])
+def test_a_killed_process_ends_the_job_and_nothing_is_lost(
+    victim: int, processes: int, place: Path
+) -> None:
+    killed = launch(place, *RETRAIN, KILL=f"{victim} 35")
+    assert killed.returncode != 0
+    assert "another process of this job has ended" in killed.stderr
+    assert f"Signal {int(signal.SIGKILL)} (SIGKILL)" in killed.stderr
+    assert {path.name for path in (place / "out").glob("checkpoint-*")} >= {"checkpoint-30"}
+    resumed = launch(place, *RETRAIN, "--resume", processes=processes)
+    assert resumed.returncode == 0, resumed.stderr
+    undisturbed = launch(place, *RETRAIN[:-1], "undisturbed", processes=1)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    for path in (place / "undisturbed").rglob("*.safetensors"):
+        found = load_file(place / "out" / path.relative_to(place / "undisturbed"))
+        close(found, load_file(path))
+
+
+@pytest.mark.slow
+def test_the_first_process_alone_speaks(place: Path) -> None:
+    done = launch(place, *RETRAIN, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["base"] == "out/base"
+    assert done.stderr.count("model: my_model.py") == 1
+    refused = launch(place, *RETRAIN)
+    assert refused.returncode != 0 and refused.stdout == ""
+    assert [line for line in refused.stderr.splitlines() if "is not empty" in line] == [
+        "error: out is not empty: --resume continues what was begun there, --overwrite removes it, "
+        "another folder leaves it alone"
+    ]
+    source = ("adapt", "out/base", "--tasks", "data.npz", "steps=3", "--json")
+    two = launch(place, *source, "--out", "two")
+    assert two.returncode == 0, two.stderr
+    one = launch(place, *source, "--out", "one", processes=1)
+    assert json.loads(two.stdout)["scores"] == json.loads(one.stdout)["scores"]
+    rows = [json.loads((place / name / "scores.json").read_text()) for name in ("one", "two")]
+    assert sorted(rows[0], key=str) == sorted(rows[1], key=str)
