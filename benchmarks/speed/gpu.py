@@ -47,15 +47,15 @@ def main() -> None:
     for size in ("tiny",) if options.quick else ("roberta-base", "llama-0.5b"):
         for num_tasks in (3,) if options.quick else (10, 50):
             for lengths in ("equal", "unlike"):
-                for variant in variants_of(lengths):
+                for variant in variants_of(lengths, compiled=not options.quick):
                     cell = {"model": size, "tasks": num_tasks, "lengths": lengths,
                             "variant": variant, "device": name}  # fmt: skip
                     if not results.has(**cell):
                         results.add({**cell, **measure(options, cell, rate)})
 
 
-def variants_of(lengths: str) -> list[str]:
-    found = ["floor", "ours", "ours, compiled"]
+def variants_of(lengths: str, *, compiled: bool) -> list[str]:
+    found = ["floor", "ours", *(["ours, compiled"] if compiled else [])]
     return found if lengths == "equal" else [*found, "ours, grouped_mm"]
 
 

@@ -20,6 +20,7 @@ from foretune.models.surgery import match_head
 from foretune.processes import base_is_sharded
 from foretune.run import Run
 from foretune.tasks.objectives import Objective
+from foretune.tasks.row_store import select
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import (
@@ -306,7 +307,7 @@ def draw_shots(
             chosen = order if shots is None else _first(task, order, shots, kind)
             yield SlotRows(
                 key=task.name if draw == 0 else f"{task.name}#{draw}",
-                train=[task.train[i] for i in chosen],
+                train=select(task.train, chosen),
                 validation=task.validation,
                 test=task.test,
                 task=task.name,

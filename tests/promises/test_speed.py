@@ -1,0 +1,42 @@
+"""The speed benchmarks run, agree with what they measure against, and their page is up to date."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SPEED = Path(__file__).resolve().parents[2] / "benchmarks" / "speed"
+
+# script, options, rows that it writes
+SCRIPTS = [
+    ("meta_step", [], 1),
+    ("ragged", [], 1),
+    ("memory", [], 4),
+    ("adaptation", [], 3),
+    ("bank", [], 2),
+    ("gpu", ["--device", "cpu"], 5),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "options", "rows"), SCRIPTS)
+def test_a_benchmark_runs(name, options, rows, tmp_path):
+    command = [sys.executable, "-W", "ignore", str(SPEED / f"{name}.py"), "--quick"]
+    command += [*options, "--repeats", "1", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    data = json.loads((tmp_path / f"speed-{name.replace('_', '-')}.json").read_text("utf-8"))
+    assert len(data["rows"]) == rows
+    assert not any("not_run" in row for row in data["rows"])
+    if name == "meta_step":
+        assert data["rows"][0]["gradient_error"] < 1e-5
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert again.stdout == ""  # nothing is measured twice
+
+
+def test_the_page_is_made_from_the_results():
+    command = [sys.executable, str(SPEED / "page.py"), "--check"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
