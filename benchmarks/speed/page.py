@@ -1,4 +1,4 @@
-"""docs/performance.md, made from benchmarks/results/speed-*.json.
+"""docs/performance.md and the README's lines on speed, from benchmarks/results/speed-*.json.
 
 python benchmarks/speed/page.py            # write it
 python benchmarks/speed/page.py --check    # is it up to date?
@@ -16,6 +16,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
 PAGE = HERE.parents[1] / "docs" / "performance.md"
+README = HERE.parents[1] / "README.md"
 
 Rows = list[dict[str, Any]]
 
@@ -33,13 +34,54 @@ command line of foretune does it ([why](design.md)); the floor gains by that as 
 
 
 def main() -> None:
-    text = page()
+    pages = {PAGE: page(), README: readme()}
     if "--check" not in sys.argv:
-        PAGE.write_text(text, encoding="utf-8")
+        for file, text in pages.items():
+            file.write_text(text, encoding="utf-8")
         return
-    if not PAGE.is_file() or PAGE.read_text("utf-8") != text:
-        print("docs/performance.md is older than its results; run python benchmarks/speed/page.py")
-        sys.exit(1)
+    for file, text in pages.items():
+        if not file.is_file() or file.read_text("utf-8") != text:
+            print(f"{file.name} is older than the results; run python benchmarks/speed/page.py")
+            sys.exit(1)
+
+
+def readme() -> str:
+    """The README with the lines on speed between its two marks."""
+    before, rest = README.read_text("utf-8").split("<!-- speed -->\n")
+    _, after = rest.split("<!-- end of speed -->", 1)
+    return f"{before}<!-- speed -->\n{summary()}<!-- end of speed -->{after}"
+
+
+def summary() -> str:
+    """The main ratios, one line each."""
+    data = {
+        name: json.loads((RESULTS / f"speed-{name}.json").read_text("utf-8"))["rows"]
+        for name in ("meta-step", "ragged", "memory", "adaptation")
+    }
+    steps = [r for r in data["meta-step"] if "to_floor" in r and r["precision"] == "fp32"]
+    medians = [r["to_floor"]["ours"]["median"] for r in steps if r["threads"] == 1]
+    many = max((r for r in steps if r["peft_to_ours"]), key=lambda r: r["tasks"])
+    packed = [r["to_padded_floor"]["median"] for r in data["ragged"]]
+    fills = [r["fill"] for r in data["ragged"]]
+    adapting = next(r for r in data["adaptation"] if r["what"] == "adapt" and "peft_to_ours" in r)
+    scoring = max((r for r in data["adaptation"] if r["what"] == "score"), key=lambda r: r["tasks"])
+    memory = {(r["tasks"], r["variant"]): r["megabytes"] for r in data["memory"]}
+    shares = [mb / memory[t, "floor"] for (t, v), mb in memory.items() if v == "ours"]
+    quarters = [mb / memory[t, "floor"] for (t, v), mb in memory.items() if "quarter" in v]
+    return (
+        f"- a PEFT-ML step over 2 to {max(r['tasks'] for r in steps)} tasks: "
+        f"{min(medians):.2f} to {max(medians):.2f} of plain fine-tuning on the same tokens, "
+        f"{statistics.geometric_mean(medians):.2f} in the mean; a peft loop over {many['tasks']} "
+        f"tasks takes {many['peft_to_ours']['median']:.1f} times as long\n"
+        f"- dialogues of which {100 * min(fills):.0f} to {100 * max(fills):.0f} % would be tokens "
+        f"if padded: {min(packed):.2f} to {max(packed):.2f} of plain fine-tuning with padding\n"
+        f"- memory: {max(shares):.2f} of plain fine-tuning's, {max(quarters):.2f} with a quarter "
+        "of the batch at once\n"
+        f"- adapting {adapting['tasks']} unseen tasks: a peft loop takes "
+        f"{adapting['peft_to_ours']['median']:.1f} times as long, the best loop with one adapter "
+        f"{adapting['reused_to_ours']['median']:.1f}; scoring with {scoring['tasks']:,} adapters: "
+        f"{scoring['to_base']['ours']['median']:.2f} of the base model's own forward\n"
+    )
 
 
 def page() -> str:

@@ -183,6 +183,16 @@ def test_nothing_is_computed_for_padding():
     assert vectors_seen(model, lambda: model(**rows())) == [len(LENGTHS) * max(LENGTHS)]
 
 
+def test_a_model_is_packed_once():
+    for model in (tiny_models.bert(), tiny_models.bert(attn_implementation="eager")):
+        with packed(model):
+            before = [m.forward for m in model.modules() if "forward" in vars(m)]
+            with packed(model):
+                assert [m.forward for m in model.modules() if "forward" in vars(m)] == before
+            assert before
+        assert not any("forward" in vars(m) for m in model.modules())
+
+
 def test_rows_do_not_see_each_other():
     model = tiny_models.bert().double()
     inputs = rows()

@@ -279,7 +279,7 @@ def packed(
     Yields:
         None when padding is removed or there is none to remove; else why it cannot be.
     """
-    if getattr(getattr(model, "config", None), "vocab_size", None) is None:
+    if getattr(getattr(model, "config", None), "vocab_size", None) is None or _done(model):
         yield None
         return
     reason = _obstacle(model, copied)
@@ -296,6 +296,13 @@ def packed(
     logger.warning("padding is not removed, rows are grouped by length instead: %s", reason)
     with _grouped_calls(model):
         yield reason
+
+
+def _done(model: nn.Module) -> bool:
+    """Whether an outer `packed` has patched the model."""
+    found = block_list(model)
+    patched = [model, *(() if found is None else found[1])]
+    return any(hasattr(module.forward, "packed") for module in patched)
 
 
 def rows_by_length(lengths: Collection[int]) -> list[list[int]]:
@@ -418,6 +425,7 @@ class _PackedCalls:
                 return (packing.unpack(output[0]), *output[1:])
             return packing.unpack(output)
 
+        forward.packed = True  # type: ignore[attr-defined]
         block.forward = forward
         try:
             yield
@@ -483,6 +491,7 @@ def _grouped_calls(model: nn.Module) -> Iterator[None]:
         back = torch.argsort(torch.tensor([i for group in groups for i in group]))
         return _joined(outputs, back, width)
 
+    forward.packed = True  # type: ignore[attr-defined]
     model.forward = forward
     try:
         yield

@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 from torch import nn
 
+from foretune.models.packing import packed
 from foretune.training.data import TaskData
 
 
@@ -42,12 +43,13 @@ def score_slots(
     device = next(model.parameters()).device
     found: dict[int, list[float]] = defaultdict(list)
     try:
-        for start in range(0, len(picks), batch_size):
-            part = picks[start : start + batch_size]
-            for chunk in data.step(part, split, train=False, seed=[0], budget=budget).chunks:
-                scores = data.objective.scores(model, chunk.to(device))
-                for slot, score in zip(chunk.slots, scores.tolist(), strict=True):
-                    found[slot].append(score)
+        with packed(model):
+            for start in range(0, len(picks), batch_size):
+                part = picks[start : start + batch_size]
+                for chunk in data.step(part, split, train=False, seed=[0], budget=budget).chunks:
+                    scores = data.objective.scores(model, chunk.to(device))
+                    for slot, score in zip(chunk.slots, scores.tolist(), strict=True):
+                        found[slot].append(score)
     finally:
         model.train(was_training)
     return {slot: sum(values) / len(values) for slot, values in found.items()}
