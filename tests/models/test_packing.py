@@ -11,6 +11,7 @@ from torch import nn
 
 import tiny_models
 from foretune.adapters.bank import AdapterBank
+from foretune.models import packing
 from foretune.models.frozen_prefix import frozen_prefix
 from foretune.models.packing import Packing, packed, rows_by_length
 from foretune.models.recompute import recomputed
@@ -18,6 +19,11 @@ from foretune.models.routing import route
 
 LENGTHS = [9, 2, 5, 3, 1, 9, 4]
 SLOTS = [0, 0, 0, 1, 1, 2, 2]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_yet(monkeypatch):
+    monkeypatch.setattr(packing, "_SAID", set())
 
 
 def mistral(**changes):
@@ -294,11 +300,11 @@ def test_a_model_without_tokens_is_not_touched():
 
 
 def test_every_token_has_one_place():
-    packing = Packing((3, 1, 20, 2), 20, (1, 0, 3, 2), torch.device("cpu"))
+    places = Packing((3, 1, 20, 2), 20, (1, 0, 3, 2), torch.device("cpu"))
     x = torch.arange(80.0).view(4, 20, 1)
-    flat = packing.pack(x)[0, :, 0].tolist()
+    flat = places.pack(x)[0, :, 0].tolist()
     assert flat == [20.0, 0.0, 1.0, 2.0, 60.0, 61.0, *(40.0 + i for i in range(20))]
-    back = packing.unpack(packing.pack(x))
-    mask = torch.arange(20)[None] < torch.tensor(packing.lengths)[:, None]
+    back = places.unpack(places.pack(x))
+    mask = torch.arange(20)[None] < torch.tensor(places.lengths)[:, None]
     assert torch.equal(back[..., 0], torch.where(mask, x[..., 0], 0))
     assert rows_by_length([16, 17, 1]) == [[0, 2], [1]]

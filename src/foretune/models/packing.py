@@ -34,6 +34,7 @@ STEP = 16  # rows whose lengths round up to the same multiple of it are attended
 WORTH = 0.9  # a batch in which this share of the positions are tokens is left as it is
 
 logger = logging.getLogger("foretune")
+_SAID: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -290,12 +291,19 @@ def packed(
                 return
         reason = f"{type(model).__name__} gives other results without padding"
     if not else_grouped:
-        logger.warning("padding is not removed: %s", reason)
+        _say(f"padding is not removed: {reason}")
         yield reason
         return
-    logger.warning("padding is not removed, rows are grouped by length instead: %s", reason)
+    _say(f"padding is not removed, rows are grouped by length instead: {reason}")
     with _grouped_calls(model):
         yield reason
+
+
+def _say(text: str) -> None:
+    """Warns, once in a process: every wave and every scoring comes here."""
+    if text not in _SAID:
+        _SAID.add(text)
+        logger.warning(text)
 
 
 def _done(model: nn.Module) -> bool:
