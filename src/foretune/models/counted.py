@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from foretune.models.calls import replaced_forward
+
 
 def logits_at(model: Any, counted: Tensor, **inputs: Any) -> Tensor:
     """The model's logits at the positions that count, computed nowhere else where that can be.
@@ -30,11 +32,8 @@ def logits_at(model: Any, counted: Tensor, **inputs: Any) -> Tensor:
         # Another shape: the rows are computed in groups, and put together afterwards.
         return real(hidden[counted] if hidden.shape[:-1] == counted.shape else hidden)
 
-    head.forward = forward
-    try:
+    with replaced_forward(head, forward):
         logits = _logits(model(**inputs))
-    finally:
-        del head.forward
     return logits if logits.dim() == 2 else logits[counted]
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from foretune.models.calls import agree, own_pass
 from foretune.models.prefix_cache import PrefixCache, prefix_cache
 from foretune.models.routing import current_rows, route
 from foretune.models.surgery import block_list, first_moving_block
@@ -224,17 +225,12 @@ class FrozenPrefix:
     @contextlib.contextmanager
     def _own_pass(self) -> Iterator[None]:
         """The model in eval mode and without gradients, its calls not served."""
-        training = [m for m in self.model.modules() if m.training]
-        for module in training:
-            module.training = False
         busy, self._busy = self._busy, True
         try:
-            with torch.no_grad():
+            with own_pass(self.model):
                 yield
         finally:
             self._busy = busy
-            for module in training:
-                module.training = True
 
     def _verify(self, inputs: Mapping[str, np.ndarray], num_rows: int = 4) -> bool:
         """Whether the model gives the same for the first rows with and without the short cut."""
@@ -250,18 +246,8 @@ class FrozenPrefix:
                 return False  # the blocks hand on more than hidden states
             finally:
                 self._states = None
-        mask = first["attention_mask"] > 0
-        pairs = zip(_outputs(whole, mask), _outputs(short, mask), strict=True)
-        tolerance = 5e-2 if _precision(self.model) else 1e-3
-        return all((a - b).abs().max() <= tolerance * a.abs().max() for a, b in pairs)
-
-
-def _outputs(output: Any, mask: np.ndarray) -> list[Tensor]:
-    """The float tensors that a model returned, without the positions that are padding."""
-    values = [output] if isinstance(output, Tensor) else list(dict(output).values())
-    kept = torch.from_numpy(mask)
-    found = [v.float() for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-    return [v[kept.to(v.device)] if v.dim() == 3 else v for v in found]
+        mask = torch.from_numpy(first["attention_mask"])
+        return agree(whole, short, mask, tolerance=5e-2 if _precision(self.model) else 1e-3)
 
 
 def _token_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, np.ndarray] | None:

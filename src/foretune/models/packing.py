@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from foretune.models.calls import agree, own_pass
+from foretune.models.calls import agree, own_pass, replaced_forward
 from foretune.models.routing import Rows, current_packing, current_rows, routed
 from foretune.models.surgery import block_list
 
@@ -411,7 +411,6 @@ class _PackedCalls:
     @contextlib.contextmanager
     def _patched(self, block: nn.Module, first: bool, last: bool) -> Iterator[None]:
         real = block.forward
-        own = "forward" in vars(block)
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             packing = self._packing
@@ -434,14 +433,8 @@ class _PackedCalls:
             return packing.unpack(output)
 
         forward.packed = True  # type: ignore[attr-defined]
-        block.forward = forward
-        try:
+        with replaced_forward(block, forward):
             yield
-        finally:
-            if own:
-                block.forward = real
-            else:
-                del block.forward
 
 
 def made_up_rows(model: nn.Module) -> dict[str, Tensor]:
@@ -476,7 +469,6 @@ def _lengths(kwargs: Mapping[str, Any]) -> tuple[list[int], int]:
 def _grouped_calls(model: nn.Module) -> Iterator[None]:
     """Inside the block one call of the model becomes one for each group of rows of like lengths."""
     real: Callable[..., Any] = model.forward
-    own = "forward" in vars(model)
     busy = False
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -500,14 +492,8 @@ def _grouped_calls(model: nn.Module) -> Iterator[None]:
         return _joined(outputs, back, width)
 
     forward.packed = True  # type: ignore[attr-defined]
-    model.forward = forward
-    try:
+    with replaced_forward(model, forward):
         yield
-    finally:
-        if own:
-            model.forward = real
-        else:
-            del model.forward
 
 
 def _some_rows(

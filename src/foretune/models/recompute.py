@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from foretune.errors import UserError
+from foretune.models.calls import replaced_forward
 from foretune.models.routing import captured_route
 from foretune.models.surgery import block_list
 
@@ -45,7 +46,6 @@ def recomputed(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _patched(block: nn.Module) -> Iterator[None]:
     real = block.forward
-    own = "forward" in vars(block)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -61,11 +61,5 @@ def _patched(block: nn.Module) -> Iterator[None]:
             **kwargs,
         )
 
-    block.forward = forward
-    try:
+    with replaced_forward(block, forward):
         yield
-    finally:
-        if own:
-            block.forward = real
-        else:
-            del block.forward
