@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -190,12 +192,15 @@ class _LoRALayer(nn.Module):
         """A uniform as in PEFT, kaiming_uniform(a=√5) over its inputs; B zero."""
         bound = self.a[0][0].numel() ** -0.5
         shape = tuple(self.a.shape[1:])
-        fresh = np.empty(shape, np.float32)
+        in_place = self.a.device.type == "cpu" and self.a.dtype == torch.float32
+        values = self.a.detach().numpy() if in_place else None
         for slot, rng in zip(slots, rngs, strict=True):
+            fresh = np.empty(shape, np.float32) if values is None else values[slot]
             rng.random(dtype=np.float32, out=fresh)
             fresh *= 2 * bound
             fresh -= bound
-            self.a[slot] = torch.from_numpy(fresh)
+            if values is None:
+                self.a[slot] = torch.from_numpy(fresh)
             if self._touched:
                 self.b[slot].zero_()
         self._touched = True
@@ -225,10 +230,18 @@ class _LoRALayer(nn.Module):
 
 
 def _zeros(like: Tensor, *shape: int) -> nn.Parameter:
-    """float32 zeros beside `like`; on a CPU by numpy, whose memory is untouched until written."""
-    if like.device.type == "cpu":
-        return nn.Parameter(torch.from_numpy(np.zeros(shape, np.float32)))
-    return nn.Parameter(torch.zeros(shape, device=like.device))
+    """float32 zeros beside `like`; many of them on a CPU are a memory map, untouched until written.
+
+    The system then hands out only what is used, in large pages, and never twice: of a bank for a
+    thousand tasks half is zero until it is trained.
+    """
+    size = 4 * math.prod(shape)
+    if like.device.type != "cpu" or size < 2**20:
+        return nn.Parameter(torch.zeros(shape, device=like.device))
+    block = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return nn.Parameter(torch.frombuffer(block, dtype=torch.float32).view(shape))
 
 
 class _HeadCopies(nn.Module):
