@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from foretune.adapters.bank import AdapterBank
-from foretune.models.packing import packed
 from foretune.models.routing import route
 from foretune.run import Run
 from foretune.tasks.batch import Batch
@@ -250,6 +249,3 @@ def ready(*learners: Learner) -> Any:
         for one in learners:
             stack.enter_context(one.ready())
         yield [lambda step, one=one: one.update([step], RUN, 1.0) for one in learners]
-
-
-__all__ = [name for name in dir() if not name.startswith("_")] + ["packed"]

@@ -56,10 +56,6 @@ def seconds(times: Times) -> dict[str, float]:
     return {name: round(statistics.median(values), 4) for name, values in times.items()}
 
 
-def geometric_mean(values: Iterable[float]) -> float:
-    return round(statistics.geometric_mean(values), 3)
-
-
 class Results:
     """A result file; a row that is there already is not measured again.
 

@@ -69,12 +69,17 @@ class Layout:
     @cached_property
     def slots(self) -> slice | list[int] | None:
         """What indexes the slots that are present; None when it is all of them."""
-        first, count = self.present[0], len(self.present)
-        if count == self.num_slots:
-            return None
-        if self.present[-1] - first == count - 1:
-            return slice(first, first + count)
-        return list(self.present)
+        return None if len(self.present) == self.num_slots else index_of(self.present)
+
+
+def index_of(slots: Sequence[int]) -> slice | list[int]:
+    """What indexes these ascending slots: a view where they are neighbours.
+
+    >>> index_of([2, 3, 4]), index_of([2, 4])
+    (slice(2, 5, None), [2, 4])
+    """
+    neighbours = slots[-1] - slots[0] == len(slots) - 1
+    return slice(slots[0], slots[-1] + 1) if neighbours else list(slots)
 
 
 def shrink(x: Tensor, w: Tensor, layout: Layout) -> Tensor:
@@ -188,10 +193,9 @@ class _LoRALinear(torch.autograd.Function):
         return gx, gw, gbias, ga, gb, None, None
 
 
-def present(stacked: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
+def present(stacked: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     """The adapters of the slots that are present, in the layout's order."""
-    found = stacked if layout.slots is None else stacked[layout.slots]
-    return found if dtype is None else found.to(dtype)
+    return (stacked if layout.slots is None else stacked[layout.slots]).to(dtype)
 
 
 def _given(stacked: Tensor, grad: Tensor, layout: Layout) -> Tensor | None:

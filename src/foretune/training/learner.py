@@ -68,7 +68,6 @@ class Learner:
         self.autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         self.token_budget: int | None = None
         self.recompute = False
-        self.padding: str | None = None  # why it could not be removed
         self.deal: Deal | None = None  # what other processes hold
 
     @property
@@ -114,9 +113,7 @@ class Learner:
             if self.recompute:
                 stack.enter_context(recomputed(self.model))
             copied = [] if self.bank is None else self.bank.head_names
-            self.padding = stack.enter_context(
-                packed(self.model, copied, else_grouped=not self.sharded)
-            )
+            stack.enter_context(packed(self.model, copied, else_grouped=not self.sharded))
             if self.bank is not None:
                 stack.enter_context(self.bank.attached())
             yield

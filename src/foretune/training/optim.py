@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from foretune.adapters.lora import index_of
 from foretune.errors import UserError
 
 
@@ -94,7 +95,7 @@ class SlotAdamW(torch.optim.Optimizer):
                 p.grad = None
             else:
                 assert p.grad is not None
-                p.grad[_index(present)] = 0
+                p.grad[index_of(present)] = 0
 
     def _runs(self, params: Sequence[Tensor], present: Sequence[int]) -> Iterator[slice]:
         """Neighbouring slots that have made equally many steps: views, which the kernel updates."""
@@ -150,7 +151,7 @@ class SlotAdamW(torch.optim.Optimizer):
 
 def _clip(params: Sequence[Tensor], present: Sequence[int], max_norm: float) -> None:
     """Scales down each slot's gradient, over all parameters, whose norm is greater."""
-    index = _index(present)
+    index = index_of(present)
     grads = [p.grad[index] for p in params if p.grad is not None]
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).square().sum(0).sqrt()
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
@@ -160,9 +161,3 @@ def _clip(params: Sequence[Tensor], present: Sequence[int], max_norm: float) -> 
             grad *= factors.to(grad).view(-1, *[1] * (grad.dim() - 1))
             if not isinstance(index, slice):  # then grad is a copy, else a view
                 p.grad[index] = grad
-
-
-def _index(slots: Sequence[int]) -> slice | list[int]:
-    """What indexes these ascending slots: a view where they are neighbours."""
-    neighbours = slots[-1] - slots[0] == len(slots) - 1
-    return slice(slots[0], slots[-1] + 1) if neighbours else list(slots)
