@@ -91,8 +91,7 @@ class Run:
             raise UserError("weight_decay must be a number not below 0, got None; 0 is off")
         at_least("weight_decay", self.weight_decay, 0)
         at_least("max_grad_norm", self.max_grad_norm, 1e-12)
-        if not isinstance(self.warmup, (int, float)) or not 0 <= self.warmup <= 1:
-            raise UserError(f"warmup is a share between 0 and 1, got {self.warmup!r}")
+        share("warmup", self.warmup)
         one_of("schedule", self.schedule, ("linear", "cosine", "constant"))
         if not isinstance(self.gradient_checkpointing, bool):
             got = self.gradient_checkpointing
@@ -137,6 +136,12 @@ def above_zero(name: str, value: Any) -> None:
     """Raises UserError unless `value` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise UserError(f"{name} must be a number above 0, got {value!r}")
+
+
+def share(name: str, value: Any) -> None:
+    """Raises UserError unless `value` is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise UserError(f"{name} is a share between 0 and 1, got {value!r}")
 
 
 def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ from foretune.recipes.blocks import (
 )
 from foretune.recipes.objective_blocks import OBJECTIVES
 from foretune.recipes.schema import Recipe
+from foretune.recipes.yaml_io import parse_yaml
 from promises.pages import ROOT, first_column, inline
 
 DOCS = ROOT / "docs"
@@ -49,17 +50,7 @@ def test_page_of_a_method_shows_the_defaults(name: str) -> None:
     for field, value in method_class(name)().to_dict().items():
         if field == "name":
             continue
-        shown = rows[field].strip(" `")
-        assert (
-            float(shown) == value
-            if isinstance(value, int | float)
-            else shown.strip("{}")
-            == (
-                value
-                if isinstance(value, str)
-                else ", ".join(f"{k}: {v}" for k, v in value.items())
-            )
-        )
+        assert parse_yaml(rows[field].strip(" `"), field) == value
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from foretune.adapters.config import lora_scale, matching_modules
-from foretune.adapters.lora import by_rows, by_slot, lora_conv1d, lora_linear
+from foretune.adapters.lora import by_rows, by_slot, index_of, lora_conv1d, lora_linear
 from foretune.errors import UserError
 from foretune.models.routing import Rows, current_rows
 
@@ -119,6 +119,28 @@ class AdapterBank(nn.Module):
             for module in patched:
                 del module.forward
 
+    @contextlib.contextmanager
+    def bare(self) -> Iterator[None]:
+        """Inside the block no LoRA adapter is added; heads stay those of their slots."""
+        layers = [self._layer(name) for name in self.layer_names]
+        try:
+            for layer in layers:
+                layer.off = True
+            yield
+        finally:
+            for layer in layers:
+                layer.off = False
+
+    def add_penalty(self, slots: Sequence[int], weight: float) -> None:
+        """Adds the gradient of weight · Σ ‖s·B A‖²_F over these slots and all layers to `.grad`.
+
+        Args:
+            slots: Ascending.
+            weight: λ.
+        """
+        for name in self.layer_names:
+            self._layer(name).add_penalty(index_of(slots), weight)
+
     def onto(self, model: nn.Module) -> None:
         """Serves this model from now on, which has modules of the same names."""
         modules = dict(model.named_modules())
@@ -178,6 +200,7 @@ class _LoRALayer(nn.Module):
         self.scale = lora_scale(lora)
         self.dropout = float(lora.get("lora_dropout", 0.0))
         self._touched = False
+        self.off = False
         if self.is_conv:
             out_features, in_features, kernel = weight.shape
             self.a = _zeros(weight, num_slots, r, in_features, kernel)
@@ -211,7 +234,7 @@ class _LoRALayer(nn.Module):
 
         def forward(x: Tensor) -> Tensor:
             rows = current_rows()
-            if rows is None:
+            if rows is None or self.off:
                 return plain(module, x)
             if self.is_conv:
                 return plain(module, x) + lora_conv1d(x, module, self.a, self.b, self.scale, rows)  # type: ignore[arg-type]
@@ -220,6 +243,18 @@ class _LoRALayer(nn.Module):
             return lora_linear(x, weight, module.bias, self.a, self.b, self.scale, rows, dropout)  # type: ignore[arg-type]
 
         return forward
+
+    @torch.no_grad()
+    def add_penalty(self, index: slice | list[int], weight: float) -> None:
+        """∇ ‖s·B A‖² = 2 s² (BᵀB A, B A Aᵀ), from products of rank × rank only."""
+        if self.a.grad is None or self.b.grad is None:
+            return
+        a, b = self.a[index].flatten(2), self.b[index]
+        b = b.mT if self.is_conv else b  # (slots, r, out)
+        factor = 2 * weight * self.scale**2
+        grad_a, grad_b = factor * (b @ b.mT) @ a, factor * (a @ a.mT) @ b
+        self.a.grad[index] += grad_a.view_as(self.a[index])
+        self.b.grad[index] += grad_b.mT if self.is_conv else grad_b
 
     def mean_delta(self, slots: list[int]) -> Tensor:
         a, b = self.a[slots], self.b[slots]

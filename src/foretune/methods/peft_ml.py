@@ -20,6 +20,13 @@ Deviations:
       `tasks_per_step=1`.
     - The adapters may have a learning rate of their own; the authors' code has one for both.
     - A step on one task moves that task's adapter alone.
+Beyond the paper, all off by default:
+    - `penalty` (λ ‖B_t A_t‖²; λ → ∞ is standard retraining) and `adapter_dropout` (a share of the
+      steps trains the bare base; 1 is standard retraining) go from PEFT-ML to its control.
+    - `restart_every`: an unseen task begins with a fresh adapter and takes few steps, so the seen
+      ones do too.
+    - `interpolate`: W + α (W_ML − W), which keeps more of the pretrained model (Wortsman et al.,
+      "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv:2109.01903).
 Silent in the paper:
     - Whether heads are shared. Here a task has its own head where the tasks' label sets differ,
       or where the LoRA configuration names it in `modules_to_save`.
@@ -32,7 +39,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from foretune.adapters.config import lora_fields
-from foretune.run import Run, above_zero, one_of
+from foretune.errors import UserError
+from foretune.run import Run, above_zero, at_least, one_of, share, whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,18 +68,26 @@ class PEFTML:
         form: "lora" for LoRA adapters; "last-layer" for a head of each task as its adapter.
         lora: A `peft.LoraConfig` or a mapping of its fields. Without `target_modules` every
             linear layer that the model lets train is adapted.
+        penalty: λ of λ · Σ ‖s·B_t A_t‖²_F over the adapted layers, added to each task's loss.
+        adapter_dropout: Share of the steps that train the bare base, without adapters.
+        restart_every: Steps after which, in the mean, a task's adapter starts afresh; the adapters
+            then keep their full learning rate, as in adapting. None for never.
+        interpolate: Share of the way from the given weights to the retrained ones that is kept.
     """
 
     learning_rate: float = 1e-4
     adapter_learning_rate: float = 1e-3
     form: Literal["lora", "last-layer"] = "lora"
     lora: Any = field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
+    penalty: float = 0.0
+    adapter_dropout: float = 0.0
+    restart_every: int | None = None
+    interpolate: float = 1.0
 
     name: ClassVar[str] = "peft-ml"
     label: ClassVar[str] = "PEFT-ML"
     verb: ClassVar[str] = "retrain"
     paper: ClassVar[dict[str, Any] | None] = PAPER
-    keeps_adapters: ClassVar[bool] = True
     pooled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -79,6 +95,20 @@ class PEFTML:
         above_zero("adapter_learning_rate", self.adapter_learning_rate)
         one_of("form", self.form, ("lora", "last-layer"))
         object.__setattr__(self, "lora", lora_fields(self.lora))
+        at_least("penalty", self.penalty, 0)
+        share("adapter_dropout", self.adapter_dropout)
+        whole("restart_every", self.restart_every, 1, optional=True)
+        share("interpolate", self.interpolate)
+        if self.form == "last-layer" and (self.penalty or self.adapter_dropout):
+            raise UserError(
+                "penalty and adapter_dropout are about LoRA adapters, which form last-layer has "
+                "not: leave them at 0, or use form lora"
+            )
+
+    @property
+    def keeps_adapters(self) -> bool:
+        """Adapters belong to the weights beside which they were trained."""
+        return self.interpolate == 1
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}
@@ -92,14 +122,18 @@ class PEFTML:
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        from foretune.training.learner import Learner, make_bank
+        from foretune.training.between import BetweenLearner
+        from foretune.training.learner import make_bank
 
         last_layer = self.form == "last-layer"
         lora = None if last_layer else self.lora
-        return Learner(
+        return BetweenLearner(
             model,
             objective,
             bank=make_bank(model, objective, keys, run.seed, lora=lora, head_copies=last_layer),
             learning_rate=self.learning_rate,
             bank_learning_rate=self.adapter_learning_rate,
+            penalty=self.penalty,
+            adapter_dropout=self.adapter_dropout,
+            restart_every=self.restart_every,
         )

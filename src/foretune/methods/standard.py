@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from foretune.run import Run, above_zero, one_of
+from foretune.run import Run, above_zero, one_of, share
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,10 +30,13 @@ class Standard:
         learning_rate: Of AdamW, on all weights that the model lets train.
         heads: "shared" for one head over the labels of all tasks; "per-task" for one head a task
             (where the model has no head, a copy of its last linear layer).
+        interpolate: Share of the way from the given weights to the retrained ones that is kept
+            (Wortsman et al., CVPR 2022, arXiv:2109.01903).
     """
 
     learning_rate: float = 1e-4
     heads: Literal["shared", "per-task"] = "shared"
+    interpolate: float = 1.0
 
     name: ClassVar[str] = "standard"
     label: ClassVar[str] = "standard retraining"
@@ -45,6 +48,7 @@ class Standard:
     def __post_init__(self) -> None:
         above_zero("learning_rate", self.learning_rate)
         one_of("heads", self.heads, ("shared", "per-task"))
+        share("interpolate", self.interpolate)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}

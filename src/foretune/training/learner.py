@@ -145,11 +145,15 @@ class Learner:
             self.base_optimizer.zero_grad()
         if self.bank_optimizer is not None and own:
             for group in self.bank_optimizer.param_groups:
-                group["lr"] = rate * self.bank_learning_rate
+                group["lr"] = self.bank_rate(rate)
             self.bank_optimizer.step_slots(
                 sorted(own), grad_scale=steps[-1].num_slots, max_norm=run.max_grad_norm
             )
         return losses
+
+    def bank_rate(self, rate: float) -> float:
+        """The bank's learning rate at this point of the schedule."""
+        return rate * self.bank_learning_rate
 
     def gradients(self, steps: Sequence[Step]) -> dict[int, float]:
         """Puts the gradient of the update into `.grad`; returns each slot's mean loss."""

@@ -97,6 +97,12 @@ class SlotAdamW(torch.optim.Optimizer):
                 assert p.grad is not None
                 p.grad[index_of(present)] = 0
 
+    def forget(self, slots: Sequence[int]) -> None:
+        """These slots begin anew: no steps made, no moments."""
+        for state in self.state.values():
+            for value in state.values():
+                value[list(slots)] = 0
+
     def _runs(self, params: Sequence[Tensor], present: Sequence[int]) -> Iterator[slice]:
         """Neighbouring slots that have made equally many steps: views, which the kernel updates."""
         if not params:

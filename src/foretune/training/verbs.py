@@ -89,6 +89,7 @@ def retrain(
                 model = whole_model(model, fresh_copy(given, objective, run.seed))
                 if learner is not None and learner.bank is not None:
                     learner.bank.onto(model)
+            interpolate(model, given, getattr(method, "interpolate", 1.0))
         else:
             assert run.out is not None
             record = {**finished, "history": read_back(run.out, learner, model)}
@@ -124,6 +125,20 @@ def fresh_copy(model: nn.Module, objective: Objective, seed: int) -> nn.Module:
     model = copy.deepcopy(model)
     match_head(model, objective.num_outputs(), seed)
     return model
+
+
+@torch.no_grad()
+def interpolate(model: nn.Module, given: nn.Module, share: float) -> None:
+    """Takes the model back to `share` of its way from `given`; a head of another shape stays.
+
+    Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv:2109.01903: their α.
+    """
+    if share == 1:
+        return
+    start = dict(given.named_parameters())
+    for name, p in model.named_parameters():
+        if p.requires_grad and name in start and start[name].shape == p.shape:
+            p.copy_(torch.lerp(start[name].to(p), p, share))
 
 
 def _save(outcome: Outcome, deal: Deal, out: Path, *, save: bool) -> None:
