@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 import foretune
 from foretune.cli import app
 from foretune.errors import ForetuneError, UserError
+from foretune.recipes.console import SILENT
 from foretune.recipes.plan import plan_recipe
 from foretune.recipes.runner import find_entry, run_recipe
 from foretune.recipes.schema import Recipe, load_recipe
+from foretune.recipes.setup import set_up
 from foretune.recipes.templates import template_text
 
 MODEL = """
@@ -143,7 +145,7 @@ def test_spectrum_is_measured_when_asked_for(recipe: Recipe) -> None:
 
 def test_plan_counts_without_leaving_anything(recipe: Recipe) -> None:
     plan = plan_recipe(recipe)
-    assert len(plan.seen) == 3
+    assert len(plan.seen) == 2  # a third one chooses the rate of adapting
     assert plan.unseen is not None
     assert len(plan.unseen) == 2
     peft_ml = plan.retrain[2]
@@ -156,8 +158,44 @@ def test_plan_counts_without_leaving_anything(recipe: Recipe) -> None:
 def test_plan_prints_and_gives_json(recipe: Recipe) -> None:
     shown = call("plan", "my.yaml", *SMALL)
     assert shown.exit_code == 0, shown.output
-    assert "3 seen tasks" in shown.stdout
+    assert "2 seen tasks" in shown.stdout
     assert json.loads(call("plan", "my.yaml", *SMALL, "--json").stdout)["name"] == "my-run"
+
+
+def test_tasks_take_turns(recipe: Recipe) -> None:
+    overrides = [*SMALL, "tasks.rotate=true", "seeds=3", "adapt.learning_rate=1e-3"]
+    overrides.append("retrain.learning_rates=[1e-4, 1e-3]")
+    turning = load_recipe("my.yaml", [*overrides, "adapt.learning_rates=null"])
+    comparison = run_recipe(turning)
+    tasks = [s["task"] for s in comparison["scores"] if (s["base"], s["shots"]) == ("none", 2)]
+    assert sorted(tasks) == [f"t{i}" for i in range(5)]  # each once
+    assert {s["seed"] for s in comparison["scores"]} == {0}
+    assert all(pair["num_tasks"] == 5 for pair in comparison["pairs"])
+    assert comparison["collection"]["turns"] == 3
+    for turn in range(3):
+        folder = turning.folder / "bases" / "peft-ml"
+        base = json.loads((folder / f"seed-{turn}" / "run.json").read_text())
+        held = json.loads((turning.folder / "repeats" / f"seed-{turn}.json").read_text())
+        assert not {s["task"] for s in held["scores"]} & set(base["tasks"])
+        assert (folder / f"turn-{turn}" / "search.json").is_file()
+
+
+def test_turns_must_be_complete(recipe: Recipe) -> None:
+    with pytest.raises(UserError, match=r"make 3 turns here, and seeds=2.*seeds=3 would do"):
+        run_recipe(load_recipe("my.yaml", [*SMALL, "tasks.rotate=true", "seeds=2"]))
+    with pytest.raises(UserError, match="turns need a number"):
+        load_recipe("my.yaml", [*SMALL, "tasks.rotate=true", "tasks.unseen=[t1]"])
+
+
+def test_rates_of_adapting_are_searched_on_tasks_that_no_retraining_meets(recipe: Recipe) -> None:
+    setup = set_up(recipe, SILENT)
+    assert len(setup.search) == 1 and len(setup.seen) == 2
+    assert setup.unseen is not None
+    names = [set(part.names) for part in (setup.search, setup.seen, setup.unseen)]
+    assert len(set.union(*names)) == sum(map(len, names)) == 5
+    run_recipe(recipe)
+    base = recipe.folder / "bases" / "peft-ml" / "seed-0" / "run.json"
+    assert set(json.loads(base.read_text())["tasks"]) == names[1]
 
 
 def test_find_entry_guesses(recipe: Recipe) -> None:

@@ -46,12 +46,18 @@ class ModelBlock(Block):
 
 
 class TasksBlock(Block):
-    """The data: the fields of `foretune.tasks.sources.Source`, documented there."""
+    """The data: the fields of `foretune.tasks.sources.Source`, documented there.
+
+    Args:
+        rotate: Repeat i sets the i-th group of `unseen` tasks aside, so that after all turns each
+            task has been an unseen one once.
+    """
 
     source: str
     task_column: str = "task"
     group_column: str | None = None
     unseen: int | list[str] | str | None = None
+    rotate: bool = False
     validation: float = 0.1
     test: float = 0.2
     min_rows: int = 1
@@ -123,7 +129,8 @@ class AdaptBlock(RatesBlock):
     Args:
         method: "lora", "head" or "full".
         lora: Fields of `peft.LoraConfig`, for `method: lora`.
-        search_tasks: Seen tasks on which the rates are searched.
+        search_tasks: Tasks on which several rates are searched; they are taken from the seen
+            ones, a quarter of these at most, and no retraining meets them.
         shots: Training rows (a class, where there are classes) of an unseen task; "all" for all.
         draws: Draws of the shots for each repeat.
 

@@ -9,11 +9,12 @@ from typing import Any
 AVERAGED = ("seconds", "cpu_seconds", "tokens", "examples")
 
 
-def merge_repeats(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def merge_repeats(repeats: Sequence[dict[str, Any]], turns: int = 1) -> dict[str, Any]:
     """One comparison over all scores; costs are the means of the repeats.
 
     Args:
-        repeats: Comparisons of the same bases and tasks under different seeds.
+        repeats: Comparisons of the same bases under different seeds.
+        turns: So many in a row are of different unseen tasks and together make one seed.
     """
     from foretune.evaluation.statistics import pairs_and_means, verdict
 
@@ -21,7 +22,7 @@ def merge_repeats(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
     draws = 1 + max(score["seed"] for score in first["scores"])
     scores = [
         # Draws of one repeat are numbered from 0, so repeats are kept apart by an offset.
-        {**score, "seed": number * draws + score["seed"]}
+        {**score, "seed": number // turns * draws + score["seed"]}
         for number, repeat in enumerate(repeats)
         for score in repeat["scores"]
     ]

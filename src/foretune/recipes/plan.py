@@ -150,7 +150,7 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
     repeats = len(recipe.entries) * recipe.seeds
     adaptations = repeats * len(block.shots) * block.draws
     searches = repeats * len(block.rates) if len(block.rates) > 1 else 0
-    searched = len(setup.search_tasks) / len(unseen)
+    searched = len(setup.search) / len(unseen)
     test_rows = sum(len(task.test) for task in unseen)
     per_row = step / (len(unseen) * run.batch_size) * FORWARD_SHARE
     return Cost(

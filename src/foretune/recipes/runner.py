@@ -51,33 +51,34 @@ def run_recipe(
             "the spectrum is measured in one process: leave out spectrum, or launch one"
         )
     out = prepare_folder(recipe.folder, resume=resume, overwrite=overwrite, config=recipe.to_yaml())
-    setup = set_up(recipe, console)
-    need_unseen(setup)
-    stages = retrain_all(setup, out, console)
+    first = setup = set_up(recipe, console)
+    need_unseen(first)
     repeats: list[dict[str, Any]] = []
     for seed in range(recipe.seeds):
-        rates = adapt_rates(repeats[0]) if repeats else {}
+        if seed and recipe.tasks.rotate:
+            setup = set_up(recipe, console, repeat=seed)
+        rates = adapt_rates(repeats[0]) if repeats and setup is first else {}
+        stages = retrain_all(setup, out, seed, console)
         repeats.append(compare_repeat(setup, out, seed, stages, rates, console))
-    comparison = merge_repeats(repeats)
+    comparison = merge_repeats(repeats, first.turns)
     comparison |= {
         "title": recipe.name,
         "recipe": recipe.to_yaml(),
-        "collection": _counts(setup),
-        "spectrum": spectrum_stage(setup, out, adapt_rates(repeats[0]), console),
+        "collection": _counts(first),
+        "spectrum": spectrum_stage(first, out, adapt_rates(repeats[0]), console),
     }
     finish(out, comparison)
     return comparison
 
 
-def retrain_all(setup: Setup, out: Path, console: Console) -> dict[tuple[str, int], dict[str, Any]]:
-    """Every method under every seed: {(name, seed): what its stage says}."""
+def retrain_all(setup: Setup, out: Path, seed: int, console: Console) -> dict[str, dict[str, Any]]:
+    """Every method under one seed: {name: what its stage says}."""
     stages = {}
     for entry in setup.recipe.entries:
-        rate, searched = search_rate(setup, entry, out / "bases" / entry.name, console)
-        for seed in range(setup.recipe.seeds):
-            stages[entry.name, seed] = retrain_stage(
-                setup, entry, seed, out, rate, searched, console
-            )
+        # Tasks that take turns must not choose a rate for a turn in which they are unseen.
+        turn = f"turn-{seed}" if setup.recipe.tasks.rotate else ""
+        rate, searched = search_rate(setup, entry, out / "bases" / entry.name / turn, console)
+        stages[entry.name] = retrain_stage(setup, entry, seed, out, rate, searched, console)
     return stages
 
 
@@ -136,7 +137,7 @@ def compare_repeat(
     setup: Setup,
     out: Path,
     seed: int,
-    stages: Mapping[tuple[str, int], dict[str, Any]],
+    stages: Mapping[str, dict[str, Any]],
     rates: Mapping[str, float],
     console: Console,
 ) -> dict[str, Any]:
@@ -169,14 +170,14 @@ def compare_repeat(
             run=setup.recipe.adapt_run(seed=seed),
             shots=tuple(None if shots == "all" else shots for shots in block.shots),
             draws=block.draws,
-            seen=setup.search_tasks,
+            seen=setup.search,
             learning_rates=tuple(block.rates),
             rates=rates,
             keep=out / "adapters" if seed == 0 else None,
             progress=progress,
         ).to_dict()
     for base in comparison["bases"]:
-        base |= {**stages[base["name"], seed], "adapt": base["adapt"]}
+        base |= {**stages[base["name"]], "adapt": base["adapt"]}
     write_json(path, comparison)
     return comparison
 
@@ -239,12 +240,13 @@ class SavedBases(Mapping[str, Any]):
 
 def _counts(setup: Setup) -> dict[str, Any]:
     unseen = need_unseen(setup)
-    return {
+    counts = {
         "num_seen": len(setup.seen),
         "num_unseen": len(unseen),
         "rows_seen": sum(map(len, setup.seen)),
         "rows_unseen": sum(map(len, unseen)),
     }
+    return counts if setup.turns == 1 else {**counts, "turns": setup.turns}
 
 
 def finish(out: Path, comparison: dict[str, Any]) -> None:

@@ -86,9 +86,10 @@ class Recipe(Block):
         """The items of `retrain.methods`."""
         return [_entry(item, self.retrain.rates) for item in self.retrain.methods]
 
-    def source(self) -> Source:
-        """The `tasks:` block as what `load_tasks` takes."""
-        return Source(**self.tasks.model_dump())
+    def source(self, repeat: int = 0) -> Source:
+        """The `tasks:` block as what `load_tasks` takes in that repeat."""
+        turn = repeat if self.tasks.rotate else None
+        return Source(**self.tasks.model_dump(exclude={"rotate"}), turn=turn)
 
     def objective_fields(self) -> dict[str, Any]:
         """The `objective:` block without its kind."""

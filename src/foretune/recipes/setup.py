@@ -24,29 +24,37 @@ class Setup:
         model: The model before any retraining.
         tokenizer: None for arrays.
         seen: Tasks to learn from, with their objective.
-        unseen: Tasks to adapt to, with theirs; None when the recipe sets none aside.
+        search: Tasks on which the rates of adapting are searched, which no retraining meets; the
+            seen ones where nothing is searched.
+        unseen: Tasks to adapt to, with their objective; None when the recipe sets none aside.
     """
 
     recipe: Recipe
     model: Any
     tokenizer: Any
     seen: TaskCollection
+    search: TaskCollection
     unseen: TaskCollection | None
 
     @property
-    def search_tasks(self) -> TaskCollection:
-        """The seen tasks on which the rates of adapting are searched."""
-        number = min(self.recipe.adapt.search_tasks, len(self.seen))
-        chosen = set(random.Random(self.recipe.tasks.seed).sample(sorted(self.seen.names), number))
-        return self.seen.subset([name for name in self.seen.names if name in chosen])
+    def turns(self) -> int:
+        """Repeats after which each task has been an unseen one, where they take turns; else 1."""
+        if not self.recipe.tasks.rotate or self.unseen is None:
+            return 1
+        size = self.recipe.tasks.unseen
+        assert isinstance(size, int)  # Source sees to it
+        searched = 0 if self.search is self.seen else len(self.search)
+        return -(-(len(self.seen) + searched + len(self.unseen)) // size)
 
 
-def set_up(recipe: Recipe, console: Console) -> Setup:
+def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
     """Reads the tasks, then the model: bad data should not have to wait for a model."""
-    seen, unseen = read_tasks(recipe)
-    console.say(
-        f"tasks: {_counted(seen)} seen" + (f", {_counted(unseen)} unseen" if unseen else "")
-    )
+    seen, unseen = read_tasks(recipe, repeat)
+    searched = search_names(recipe, seen)
+    about = f"tasks: {_counted(seen)} seen"
+    if searched:
+        about += f", of which {len(searched)} only choose the rate of adapting"
+    console.say(about + (f", {_counted(unseen)} unseen" if unseen else ""))
     # Label spaces are learnt before there is a tokenizer, because the head's width depends on them.
     objective = make_objective(recipe.objective.kind, None, **recipe.objective_fields())
     fitted = objective.fit(seen)
@@ -56,12 +64,39 @@ def set_up(recipe: Recipe, console: Console) -> Setup:
     if unseen is not None:
         own = with_tokenizer(objective.fit(unseen), tokenizer)
         unseen = unseen.with_objective(own)
-    return Setup(recipe, model, tokenizer, seen, unseen)
+    search = seen
+    if searched:
+        search = seen.subset(searched)
+        seen = seen.subset([name for name in seen.names if name not in set(searched)])
+    setup = Setup(recipe, model, tokenizer, seen, search, unseen)
+    if recipe.seeds % setup.turns:
+        raise UserError(
+            f"tasks.rotate: groups of {recipe.tasks.unseen} make {setup.turns} turns here, and "
+            f"seeds={recipe.seeds} is no multiple of that: seeds={setup.turns} would do"
+        )
+    return setup
 
 
-def read_tasks(recipe: Recipe) -> tuple[TaskCollection, TaskCollection | None]:
-    """The (seen, unseen) tasks of a recipe, without an objective."""
-    return load_tasks(recipe.source(), recipe.objective.kind)
+def read_tasks(recipe: Recipe, repeat: int = 0) -> tuple[TaskCollection, TaskCollection | None]:
+    """The (seen, unseen) tasks of a recipe in that repeat, without an objective."""
+    return load_tasks(recipe.source(repeat), recipe.objective.kind)
+
+
+def search_names(recipe: Recipe, seen: TaskCollection) -> list[str]:
+    """The seen tasks that only choose the rate of adapting; none where one rate is given.
+
+    Searched on tasks that a base was retrained on, the rate would be the one that changes it least.
+    """
+    if len(recipe.adapt.rates) < 2:
+        return []
+    if len(seen) < 2:
+        raise UserError(
+            "adapt.learning_rates are searched on a task that no retraining meets, and there is "
+            "only one seen task: give one learning_rate"
+        )
+    number = min(recipe.adapt.search_tasks, max(1, len(seen) // 4))
+    chosen = set(random.Random(recipe.tasks.seed).sample(sorted(seen.names), number))
+    return [name for name in seen.names if name in chosen]
 
 
 def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, Any]:

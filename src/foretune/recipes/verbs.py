@@ -212,11 +212,14 @@ def settings(tasks: str, changes: Sequence[str]) -> tuple[AdaptBlock, Source]:
         UserError: An unknown key, or `tasks.unseen`: here every task is adapted to.
     """
     of_tasks = [c.removeprefix("tasks.") for c in changes if c.startswith("tasks.")]
-    if any(change.partition("=")[0] == "unseen" for change in of_tasks):
-        raise UserError("tasks.unseen has no meaning here: every task is adapted to; leave it out")
+    for key in ("unseen", "rotate"):
+        if any(change.partition("=")[0] == key for change in of_tasks):
+            raise UserError(
+                f"tasks.{key} has no meaning here: every task is adapted to; leave it out"
+            )
     block = parse_block(AdaptBlock, [c for c in changes if not c.startswith("tasks.")])
     data = parse_block(TasksBlock, [f"source={json.dumps(tasks)}", *of_tasks])
-    return block, Source(**data.model_dump())
+    return block, Source(**data.model_dump(exclude={"rotate"}))
 
 
 class _Loaded(Mapping[str, Any]):

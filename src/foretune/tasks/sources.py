@@ -33,6 +33,8 @@ class Source:
             in two; None for "dialogue" or "group" where a row has one.
         unseen: Tasks set aside: how many, their names, or a second source that holds them; None
             for no unseen side.
+        turn: With a number of unseen tasks: the tasks are shuffled and cut into groups of that
+            number, and this one is set aside (counted round and round); None for a plain draw.
         validation: Share of train that is carved for validation where a task has no such rows.
         test: The same for test.
         min_rows: Tasks with fewer rows are left out.
@@ -54,6 +56,7 @@ class Source:
     task_column: str = "task"
     group_column: str | None = None
     unseen: int | list[str] | str | None = None
+    turn: int | None = None
     validation: float = 0.1
     test: float = 0.2
     min_rows: int = 1
@@ -73,6 +76,11 @@ class Source:
         if not isinstance(self.source, str) or not self.source.strip():
             raise UserError(f"source must be a path or a dataset's name, got {self.source!r}")
         _check_unseen(self.unseen)
+        at_least("turn", self.turn, 0)
+        if self.turn is not None and not isinstance(self.unseen, int):
+            raise UserError(
+                f"turns need a number of unseen tasks, got unseen={self.unseen!r}: give one"
+            )
         for name in ("validation", "test"):
             share = getattr(self, name)
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
@@ -134,7 +142,11 @@ def load_tasks(source: Source, kind: str) -> tuple[TaskCollection, TaskCollectio
     if source.unseen is None:
         return _finish(everything, source, kind), None
     _check_number(source, len(tasks))
-    seen, held = everything.split(source.unseen, source.seed)
+    aside = source.unseen
+    if source.turn is not None and isinstance(aside, int):
+        groups = everything.groups(aside, source.seed)
+        aside = groups[source.turn % len(groups)]
+    seen, held = everything.split(aside, source.seed)
     return _finish(seen, source, kind), _finish(held, source, kind, unseen=True)
 
 

@@ -125,6 +125,19 @@ class TaskCollection:
         seen_names = [n for n in self.names if n not in chosen]
         return self.subset(seen_names), self.subset([n for n in self.names if n in chosen])
 
+    def groups(self, size: int, seed: int = 0) -> list[list[str]]:
+        """The task names shuffled and cut into groups of `size`, the last one possibly smaller.
+
+        >>> tasks = TaskCollection(tuple(Task(n, ({"x": 1},)) for n in "abcde"))
+        >>> sorted(map(len, tasks.groups(2)))
+        [1, 2, 2]
+        """
+        if not 0 < size < len(self):
+            raise UserError(f"groups of {size} cannot be made of {len(self)} tasks")
+        names = sorted(self.names)
+        random.Random(seed).shuffle(names)
+        return [names[i : i + size] for i in range(0, len(names), size)]
+
     def pooled(self, name: str = "all") -> Task:
         """One task that holds the rows of all."""
         from foretune.tasks.row_store import join  # which is made of this module's types

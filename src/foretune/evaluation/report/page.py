@@ -104,7 +104,8 @@ def _facts(view: View) -> str:
         seen = counted(collection["num_seen"], "seen task")
         parts.append(f"retrained on {seen}, {collection.get('rows_seen', 0):,} rows")
     if "num_unseen" in collection:
-        parts.append(f"measured on {counted(collection['num_unseen'], 'unseen task')}")
+        turns = f" in each of {collection['turns']} turns" if "turns" in collection else ""
+        parts.append(f"measured on {counted(collection['num_unseen'], 'unseen task')}{turns}")
     seeds = {row["seed"] for row in comparison["scores"]}
     steps = f" for {counted(adapt['steps'], 'step')}" if adapt.get("steps") else ""
     parts.append(f"each adapted with {adapt['method']}{steps}, {counted(len(seeds), 'seed')}")
