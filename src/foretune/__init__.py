@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Adapted": "foretune.training.outcome",
     "AdapterBank": "foretune.adapters.bank",
+    "Auto": "foretune.methods.auto",
     "CausalLM": "foretune.tasks.objectives",
     "Choice": "foretune.tasks.objectives",
     "Classification": "foretune.tasks.objectives",

@@ -37,6 +37,15 @@ FORMS = [
     ("peft-ml", {**BETWEEN, "restart_every": 3}),
     ("peft-ml", {**BETWEEN, "interpolate": 0.5}),
     ("standard", {**FAST, "interpolate": 0.5}),
+    (
+        "auto",
+        {
+            "candidates": [{"name": "none"}, {"name": "standard", **FAST}],
+            "rounds": 1,
+            "shots": [4],
+            "adapt_run": {"steps": 2, "device": "cpu"},
+        },
+    ),
     *[
         (name, {**FAST, "inner_learning_rate": 0.03, "lora": {"r": 1, "lora_alpha": 1}, **form})
         for name in ("reptile", "fomaml")
@@ -245,7 +254,9 @@ def _distance(model, tasks):
     return float(np.sum((w - linear_tasks.shared_weight()) ** 2))
 
 
-@pytest.mark.parametrize(("name", "fields"), _named(TRAINED_FORMS))
+@pytest.mark.parametrize(
+    ("name", "fields"), _named([form for form in TRAINED_FORMS if form[0] != "auto"])
+)
 def test_retraining_comes_closer_to_a_known_answer(name, fields):
     tasks = family(6, offset=0.2)
     model = linear_tasks.Net(hidden=None)

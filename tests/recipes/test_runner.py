@@ -198,6 +198,35 @@ def test_rates_of_adapting_are_searched_on_tasks_that_no_retraining_meets(recipe
     assert set(json.loads(base.read_text())["tasks"]) == names[1]
 
 
+def test_auto_chooses_among_the_recipes_own_methods(recipe: Recipe) -> None:
+    methods = "retrain.methods=[none, standard, {peft-ml: {as: ours}}, {auto: {rounds: 1}}]"
+    chosen = load_recipe("my.yaml", [*SMALL, methods])
+    comparison = run_recipe(chosen)
+    base = comparison["bases"][3]
+    tried = {"none", "standard 5e-05", "standard 0.0002", "ours 5e-05", "ours 0.0002"}
+    assert set(base["choice"]["scores"]) == tried
+    assert base["choice"]["chosen"] in tried
+    assert base["config"]["adapt"]["name"] == "lora"
+    assert base["config"]["adapt_run"]["steps"] == 3
+    assert base["config"]["shots"] == [2]
+    assert base["retrain"]["tokens"] > 0
+    plan = plan_recipe(chosen)
+    assert plan.retrain[3].seconds > plan.retrain[2].seconds
+
+
+def test_auto_may_have_candidates_of_its_own(recipe: Recipe) -> None:
+    own = "[none, {standard: {interpolate: 0.5, learning_rate: 1e-3}}]"
+    one = load_recipe("my.yaml", [*SMALL, f"retrain.methods=[{{auto: {{candidates: {own}}}}}]"])
+    candidates = one.entries[0].record().candidates
+    assert [c["name"] for c in candidates] == ["none", "standard"]
+    assert candidates[1]["learning_rate"] == 1e-3
+    bad = "retrain.methods=[none, {auto: {candidates: [none, {standrd: {}}]}}]"
+    with pytest.raises(UserError, match='Did you mean "standard"'):
+        load_recipe("my.yaml", [*SMALL, bad])
+    with pytest.raises(UserError, match="at least 2 candidates"):
+        load_recipe("my.yaml", [*SMALL, "retrain.methods=[none, auto]"])
+
+
 def test_find_entry_guesses(recipe: Recipe) -> None:
     with pytest.raises(UserError, match='Did you mean "peft-ml"'):
         find_entry(recipe, "peftml")

@@ -14,6 +14,7 @@ METHODS = {
     "peft-ml": "foretune.methods.peft_ml:PEFTML",
     "reptile": "foretune.methods.reptile:Reptile",
     "fomaml": "foretune.methods.fomaml:FOMAML",
+    "auto": "foretune.methods.auto:Auto",
     "full": "foretune.methods.full:Full",
     "head": "foretune.methods.head:Head",
     "lora": "foretune.methods.lora:LoRA",

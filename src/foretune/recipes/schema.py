@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -12,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from foretune import methods
 from foretune.errors import UserError, did_you_mean
+from foretune.methods import METHODS
 from foretune.recipes.blocks import (
     AdaptBlock,
     Block,
@@ -84,7 +86,38 @@ class Recipe(Block):
     @property
     def entries(self) -> list[MethodEntry]:
         """The items of `retrain.methods`."""
-        return [_entry(item, self.retrain.rates) for item in self.retrain.methods]
+        found = [_entry(item, self.retrain.rates) for item in self.retrain.methods]
+        return [self._choosing(e, found) if e.method == "auto" else e for e in found]
+
+    def _choosing(self, auto: MethodEntry, entries: list[MethodEntry]) -> MethodEntry:
+        """`auto` adapts as the recipe does, and chooses among its other methods if told no others.
+
+        A candidate for which several rates are searched stands there once for each.
+        """
+        given = auto.fields.get("candidates")
+        if given is not None and not isinstance(given, list):
+            raise UserError(f"auto: candidates is a list as retrain.methods is, got {given!r}")
+        among = [e for e in entries if e.method != "auto"]
+        if given is not None:
+            among = [_entry(item, self.retrain.rates) for item in given]
+        candidates = []
+        for entry in among:
+            fields = {"name": entry.method, "as": entry.name, **entry.fields}
+            rates = entry.rates if entry.method in METHODS and takes_rate(entry.method) else []
+            for rate in rates:
+                name = entry.name if len(rates) == 1 else f"{entry.name} {rate:g}"
+                candidates.append({**fields, "as": name, "learning_rate": rate})
+            if not rates:
+                candidates.append(fields)
+        shots = [None if k == "all" else k for k in self.adapt.shots]
+        adapting: dict[str, Any] = {
+            "adapt": {"name": self.adapt.method, **_lora(self.adapt)},
+            "adapt_run": {k: v for k, v in self.adapt_run().to_dict().items() if k != "out"},
+            "adapt_rates": self.adapt.rates,
+            "shots": shots,
+        }
+        chosen = {**adapting, **auto.fields, "candidates": candidates}
+        return dataclasses.replace(auto, fields=chosen, rates=[])
 
     def source(self, repeat: int = 0) -> Source:
         """The `tasks:` block as what `load_tasks` takes in that repeat."""
@@ -276,10 +309,14 @@ def _check_verb(method: str, verb: str, key: str) -> None:
 
 def adapt_record(block: AdaptBlock, learning_rate: float | None = None) -> Any:
     """The adapting method's record; without a learning rate, at its own default."""
-    fields: dict[str, Any] = {} if block.lora is None else {"lora": block.lora}
+    fields: dict[str, Any] = _lora(block)
     if learning_rate is not None:
         fields["learning_rate"] = learning_rate
     return methods.make(block.method, **fields)
+
+
+def _lora(block: AdaptBlock) -> dict[str, Any]:
+    return {} if block.lora is None else {"lora": block.lora}
 
 
 def run_of(block: RetrainBlock | AdaptBlock, **more: Any) -> Run:

@@ -78,11 +78,23 @@ def retrain_stage(
             "learning_rate": used,
             "searched": searched,
             "validation_score": outcome.validation_score,
-            **outcome.cost,
+            **_whole_cost(outcome),
         },
     }
+    if outcome.choice is not None:
+        stage["choice"] = outcome.choice
+        console.say(f"{entry.name}, seed {seed}: takes {outcome.choice['chosen']}")
     write_json(folder / DONE, stage)
     return stage
+
+
+def _whole_cost(outcome: Any) -> dict[str, Any]:
+    """What a retraining cost, with the trials of a method that chose among others."""
+    cost: dict[str, Any] = dict(outcome.cost)
+    if outcome.choice is not None:
+        for key, value in outcome.choice["cost"].items():
+            cost[key] = cost.get(key, 0) + value
+    return cost
 
 
 def retrain(setup: Setup, record: Any, run: Run, console: Console, label: str) -> Any:

@@ -36,6 +36,7 @@ class Outcome:
         validation_score: The best mean score on the seen tasks' validation rows; None without.
         cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, trainable_parameters.
         tasks: Names of the seen tasks.
+        choice: What `auto` tried, the scores, the cost and how sure it is; None for other methods.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Outcome:
     validation_score: float | None = None
     cost: dict[str, Any] = field(default_factory=dict)
     tasks: Sequence[str] = ()
+    choice: dict[str, Any] | None = None
 
     def save(self, folder: Path | str) -> Path:
         """Writes `base/`, `adapters/<task>/`, run.json, metrics.jsonl and a model card.
@@ -76,6 +78,7 @@ class Outcome:
             "validation_score": self.validation_score,
             "cost": self.cost,
             "environment": environment(),
+            **({} if self.choice is None else {"choice": self.choice}),
         }
 
     def _about_base(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
-from foretune.files import claim_folder
+from foretune.files import claim_folder, write_whole
 from foretune.models.surgery import match_head
 from foretune.processes import base_is_sharded
 from foretune.run import Run
@@ -73,6 +74,8 @@ def retrain(
     """
     run, ranks = run or Run(), join()
     check_verb(method, "retrain")
+    if hasattr(method, "choose"):
+        return _retrain_chosen(model, tasks, method, run, tokenizer, progress)
     objective = method.objective_for(objective_of(tasks).fit(tasks))
     data = TaskData.of(tasks, objective)
     given, model = model, fresh_copy(model, objective, run.seed)
@@ -109,6 +112,28 @@ def retrain(
     )
     if run.out is not None:
         _save(outcome, deal, run.out, save=finished is None)
+    return outcome
+
+
+def _retrain_chosen(
+    model: nn.Module,
+    tasks: TaskCollection,
+    method: Any,
+    run: Run,
+    tokenizer: Any,
+    progress: Progress | None,
+) -> Outcome:
+    """Lets the method choose another one, and retrains by that."""
+    ranks, out = join(), run.out
+    objective_of(tasks)
+    if out is not None:
+        ranks.first(lambda: claim_folder(out, resume=run.resume, overwrite=run.overwrite))
+        run = run.replace(resume=True, overwrite=False)
+    chosen, choice = method.choose(model, tasks, run, progress)
+    outcome = retrain(model, tasks, chosen, run, tokenizer=tokenizer, progress=progress)
+    outcome.choice = choice
+    if out is not None:
+        ranks.first(lambda: write_whole(out / "run.json", json.dumps(outcome.record(), indent=1)))
     return outcome
 
 

@@ -1,0 +1,211 @@
+"""`auto` on tasks whose best retraining is known, and what it writes down."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import foretune
+from foretune.errors import UserError
+from foretune.methods.auto import Auto
+from foretune.run import Run
+from foretune.tasks.objectives import Regression
+from foretune.tasks.task import Task, TaskCollection
+from foretune.training import verbs
+from linear_tasks import Net, equal_bits, family
+
+RUN = Run(steps=60, batch_size=8, eval_every=0, device="cpu", weight_decay=0.0)
+FAST = {"learning_rate": 0.05}
+LORA = {"r": 1, "lora_alpha": 1}
+HOW = {
+    "adapt": foretune.LoRA(learning_rate=0.02, lora=LORA),
+    "adapt_run": Run(steps=5, batch_size=4, device="cpu"),
+    "shots": (4,),
+}
+CONTROLS = [{"name": "none"}, {"name": "standard", **FAST}]
+
+
+def opposed(num_tasks: int = 6) -> TaskCollection:
+    """Pairs of tasks y = ±w x about the model's own function: their mean is a bad place to start.
+
+    The untouched net starts at zero outputs, and pooled training can only go back there, after
+    it has chased one sign and the other.
+    """
+    rng = np.random.default_rng(0)
+    tasks = []
+    for t in range(num_tasks):
+        x = rng.normal(size=(48, 4)).astype(np.float32)
+        y = np.ones((48, 3), np.float32) * (10.0 if t % 2 else -10.0)
+        rows = [{"x": a, "y": b} for a, b in zip(x, y, strict=True)]
+        tasks.append(Task(f"t{t}", rows[:24], rows[24:40], rows[40:]))
+    return TaskCollection(tuple(tasks), Regression())
+
+
+def auto(**fields) -> Auto:
+    return Auto(**{"candidates": CONTROLS, "rounds": 1, **HOW, **fields})
+
+
+def test_it_takes_what_adapts_best():
+    together = foretune.retrain(Net(), family(6, offset=0.1), auto(), RUN)
+    assert together.choice["chosen"] == "standard learning_rate=0.05"
+    assert together.method == foretune.Standard(**FAST)
+    harmful = {"name": "standard", "learning_rate": 30.0, "as": "wild"}
+    apart = foretune.retrain(
+        Net(), family(6, offset=0.1), auto(candidates=[harmful, {"name": "none"}]), RUN
+    )
+    assert apart.choice["chosen"] == "none"
+    assert equal_bits(apart.model.state_dict(), Net().state_dict())
+
+
+def test_the_choice_is_retrained_on_all_seen_tasks():
+    tasks = family(6, offset=0.1)
+    chosen = foretune.retrain(Net(), tasks, auto(), RUN)
+    plain = foretune.retrain(Net(), tasks, foretune.Standard(**FAST), RUN)
+    assert equal_bits(chosen.model.state_dict(), plain.model.state_dict())
+    assert chosen.tasks == plain.tasks
+
+
+def test_trials_never_adapt_to_what_they_were_retrained_on(monkeypatch):
+    retrained, adapted = [], []
+    real_retrain, real_adapt = verbs.retrain, verbs.adapt
+
+    def retrain(model, tasks, method, run=None, **more):
+        if not isinstance(method, Auto):
+            retrained.append((set(tasks.names), run.steps))
+        return real_retrain(model, tasks, method, run, **more)
+
+    def adapt(model, tasks, *args, **more):
+        adapted.append(set(tasks.names))
+        assert more["split"] == "validation"
+        return real_adapt(model, tasks, *args, **more)
+
+    monkeypatch.setattr(verbs, "retrain", retrain)
+    monkeypatch.setattr(verbs, "adapt", adapt)
+    tasks = family(7)
+    many = [*CONTROLS, {"name": "peft-ml", **FAST, "lora": LORA}, {"name": "reptile", **FAST}]
+    verbs.retrain(Net(), tasks, auto(candidates=many, rounds=2), RUN)
+    assert [steps for _, steps in retrained] == [15] * 4 + [30] * 2 + [60]
+    for (seen, _), held in zip(retrained, adapted, strict=False):
+        assert not seen & held
+        assert seen | held == set(tasks.names)
+    assert adapted[0] != adapted[-1]  # another part in the second round
+    assert retrained[-1][0] == set(tasks.names)
+
+
+def test_candidates_that_differ_in_their_end_alone_are_trained_once(monkeypatch):
+    counted = []
+    real = verbs.retrain
+
+    def retrain(model, tasks, method, run=None, **more):
+        counted.append(method)
+        return real(model, tasks, method, run, **more)
+
+    monkeypatch.setattr(verbs, "retrain", retrain)
+    shares = [0.25, 0.5, 1.0]
+    many = [{"name": "standard", **FAST, "interpolate": share} for share in shares]
+    outcome = verbs.retrain(Net(), family(6), auto(candidates=many), RUN)
+    assert len(counted) == 3  # auto, one trial, the end
+    scores = outcome.choice["scores"]
+    alone = [auto(candidates=[one, {"name": "none"}]) for one in many]
+    for method, name in zip(alone, list(scores), strict=True):
+        assert real(Net(), family(6), method, RUN).choice["scores"][name] == scores[name]
+
+
+def test_what_was_tried_is_written_down(tmp_path):
+    many = [*CONTROLS, {"name": "peft-ml", **FAST, "lora": LORA, "as": "ours"}]
+    method = auto(candidates=many, rounds=2)
+    outcome = foretune.retrain(Net(), family(6), method, RUN.replace(out=tmp_path / "r"))
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    choice = record["choice"]
+    assert record["method"]["name"] == outcome.method.name
+    assert set(choice["scores"]) == {"none", "standard learning_rate=0.05", "ours"}
+    assert sorted(choice["rounds"].values()) == [1, 2, 2]
+    assert {row["over"] for row in choice["above"]} == set(choice["scores"]) - {choice["chosen"]}
+    assert all(row["low"] <= row["difference"] <= row["high"] for row in choice["above"])
+    assert choice["cost"]["tokens"] > 0 and choice["cost"]["seconds"] > 0
+    assert choice["num_held_out"] == 4 and choice["num_seen"] == 6
+
+
+def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch):
+    tasks, many = family(6), [*CONTROLS, {"name": "peft-ml", **FAST, "lora": LORA}]
+    method = auto(candidates=many, rounds=2)
+    whole = foretune.retrain(Net(), tasks, method, RUN)
+    real, calls = verbs.adapt, []
+
+    def adapt(*args, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **more)
+
+    run = RUN.replace(out=tmp_path / "r")
+    with monkeypatch.context() as patch:
+        patch.setattr(verbs, "adapt", adapt)
+        with pytest.raises(KeyboardInterrupt):
+            foretune.retrain(Net(), tasks, method, run)
+    other = auto(candidates=many, rounds=1)
+    with pytest.raises(UserError, match="other settings"):
+        foretune.retrain(Net(), tasks, other, run.replace(resume=True))
+    calls.clear()
+    calls.extend([1] * 10)
+    monkeypatch.setattr(verbs, "adapt", adapt)
+    resumed = foretune.retrain(Net(), tasks, method, run.replace(resume=True))
+    assert len(calls) == 10 + 1 + 2  # two trials were there
+    assert resumed.choice["scores"] == whole.choice["scores"]
+    assert equal_bits(resumed.model.state_dict(), whole.model.state_dict())
+    again = foretune.retrain(Net(), tasks, method, run.replace(resume=True))
+    assert again.cost["tokens"] == resumed.cost["tokens"]
+    assert len(calls) == 13
+
+
+def test_a_candidate_that_diverges_is_left_behind():
+    wild = {"name": "standard", "learning_rate": 1e30, "as": "wild"}
+    with np.errstate(all="ignore"):
+        outcome = foretune.retrain(
+            Net(), opposed(), auto(candidates=[wild, {"name": "none"}]), RUN.replace(warmup=0.0)
+        )
+    assert outcome.choice["chosen"] == "none" and outcome.choice["scores"]["wild"] is None
+    with pytest.raises(UserError, match="every candidate"):
+        foretune.retrain(Net(), opposed(), auto(candidates=[wild, {**wild, "as": "wilder"}]), RUN)
+
+
+def test_same_seed_same_choice():
+    torch.manual_seed(1)
+    first = foretune.retrain(Net(), family(6), auto(), RUN)
+    torch.manual_seed(2)
+    second = foretune.retrain(Net(), family(6), auto(), RUN)
+    assert first.choice["scores"] == second.choice["scores"]
+    assert equal_bits(first.model.state_dict(), second.model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"candidates": [{"name": "none"}]}, "at least 2 candidates, got 1"),
+        ({"candidates": ["none", "standard"]}, "a mapping with its"),
+        ({"candidates": [{"name": "none"}, {"name": "lora"}]}, '"lora" is none'),
+        ({"candidates": [{"name": "none"}, {"name": "none"}]}, 'two candidates called "none"'),
+        ({"candidates": [{"name": "none"}, {"name": "standrd"}]}, 'Did you mean "standard"'),
+        ({"folds": 1}, "folds"),
+        ({"rounds": 0}, "rounds"),
+        ({"budget": 1.5}, "budget"),
+        ({"adapt": {"name": "peft-ml"}}, '"peft-ml" is none'),
+        ({"shots": ()}, "at least one number of shots"),
+    ],
+)
+def test_bad_fields_are_named(fields, message):
+    with pytest.raises(UserError, match=message):
+        auto(**fields)
+
+
+def test_bad_tasks_are_named():
+    with pytest.raises(UserError, match="only one seen task"):
+        foretune.retrain(Net(), family(1), auto(), RUN)
+    bare = TaskCollection(
+        tuple(Task(t.name, t.train, (), t.test) for t in family(4)), family(1).objective
+    )
+    with pytest.raises(UserError, match=r"tasks\.validation"):
+        foretune.retrain(Net(), bare, auto(), RUN)
