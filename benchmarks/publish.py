@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from claims import regret
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -25,6 +28,7 @@ def publish(run: Path, name: str) -> Path:
         base["path"] = None
     for score in kept["scores"]:
         score["score"] = round(score["score"], 6)
+    kept["spectrum"] = smaller(kept.get("spectrum"))
     # A recipe as it was run, but for the places of this machine.
     lines = [line for line in comparison["recipe"].splitlines() if not line.startswith("out:")]
     kept["recipe"] = "\n".join(without_folder(line) for line in lines)
@@ -33,6 +37,25 @@ def publish(run: Path, name: str) -> Path:
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(kept, separators=(",", ":")) + "\n", encoding="utf-8")
     return target
+
+
+def smaller(spectrum: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A spectrum whose singular values are the means over tasks."""
+    if spectrum is None:
+        return None
+    found: dict[tuple[str, str], list[list[float]]] = {}
+    for row in spectrum["singular_values"]:
+        found.setdefault((row["base"], row["module"]), []).append(row["values"])
+    means = [
+        {
+            "base": base,
+            "task": "mean",
+            "module": module,
+            "values": [round(sum(column) / len(lists), 7) for column in zip(*lists, strict=True)],
+        }
+        for (base, module), lists in found.items()
+    ]
+    return {**spectrum, "singular_values": means}
 
 
 def without_folder(line: str) -> str:
@@ -83,14 +106,67 @@ def difference(result: dict[str, Any], base: str, control: str, shots: int) -> s
     return ""
 
 
+def spectrum_table(result: dict[str, Any]) -> str:
+    """Each base's score by the rank of the adapters, and how much of a full change a rank holds."""
+    spectrum = result["spectrum"]
+    ranks = spectrum["ranks"]
+    scores: dict[tuple[str, int], list[float]] = {}
+    for row in spectrum["rows"]:
+        scores.setdefault((row["base"], row["rank"]), []).append(row["score"])
+    head = ["base", *[f"rank {rank}" for rank in ranks], "rank needed", "90 % of ΔW", "‖ΔW‖ / ‖W‖"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for base in result["bases"]:
+        means = [100 * sum(s) / len(s) for s in (scores[base["name"], rank] for rank in ranks)]
+        needed = next(r for r, mean in zip(ranks, means, strict=True) if mean >= max(means) - 1)
+        values = [v["values"] for v in spectrum["singular_values"] if v["base"] == base["name"]]
+        held = [ninety(v) for v in values]
+        sizes = [sum(x * x for x in v) ** 0.5 for v in values]
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    base["label"],
+                    *[f"{mean:.1f}" for mean in means],
+                    str(needed),
+                    f"{sum(held) / len(held):.1f}" if held else "",
+                    f"{sum(sizes) / len(sizes):.4f}" if sizes else "",
+                ]
+            )
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def ninety(values: Sequence[float]) -> int:
+    """How many singular values hold 90 % of their sum of squares."""
+    squares = [value * value for value in values]
+    total, held = sum(squares), 0.0
+    for count, square in enumerate(squares, 1):
+        held += square
+        if held >= 0.9 * total:
+            return count
+    return len(squares)
+
+
 def with_tables(text: str) -> str:
-    """A page with the part between `<!-- results NAME -->` and `<!-- end -->` made anew."""
+    """A page with each part between `<!-- KIND NAME -->` and `<!-- end -->` made anew.
+
+    Kinds: `results` and `spectrum` of a result file, `regret` and `variants` of all claims.
+    """
+    made: dict[str, Callable[[], str]] = {
+        "regret of auto": regret.regret_table,
+        "variants against rivals": regret.variants_table,
+    }
     for path in sorted(RESULTS.glob("*.json")):
-        start, end = f"<!-- results {path.stem} -->\n", "<!-- end -->"
+        for kind, write in (("results", table), ("spectrum", spectrum_table)):
+            made[f"{kind} {path.stem}"] = lambda path=path, write=write: write(
+                json.loads(path.read_text("utf-8"))
+            )
+    for mark, write in made.items():
+        start, end = f"<!-- {mark} -->\n", "<!-- end -->"
         before, found, rest = text.partition(start)
         if found:
-            made = table(json.loads(path.read_text("utf-8")))
-            text = before + found + made + "\n" + end + rest.partition(end)[2]
+            text = before + found + write() + "\n" + end + rest.partition(end)[2]
     return text
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import foretune
 from foretune.cli import app
+from foretune.cli.output import comparison_text
 from foretune.errors import ForetuneError, UserError
 from foretune.recipes.console import SILENT
 from foretune.recipes.plan import plan_recipe
@@ -204,8 +205,11 @@ def test_auto_chooses_among_the_recipes_own_methods(recipe: Recipe) -> None:
     comparison = run_recipe(chosen)
     base = comparison["bases"][3]
     tried = {"none", "standard 5e-05", "standard 0.0002", "ours 5e-05", "ours 0.0002"}
-    assert set(base["choice"]["scores"]) == tried
-    assert base["choice"]["chosen"] in tried
+    [choice] = base["choices"]
+    assert set(choice["scores"]) == tried and choice["chosen"] in tried
+    report = (chosen.folder / "report.html").read_text()
+    assert f"auto took {choice['chosen']}" in report and "What auto tried" in report
+    assert f"auto took {choice['chosen']}" in comparison_text(comparison)
     assert base["config"]["adapt"]["name"] == "lora"
     assert base["config"]["adapt_run"]["steps"] == 3
     assert base["config"]["shots"] == [2]

@@ -66,8 +66,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def comparison_text(comparison: Mapping[str, Any]) -> str:
     """The table and the verdict of a comparison, for a terminal."""
     from foretune.evaluation.report import summary_rows
+    from foretune.evaluation.wording import choice_sentences
 
-    return f"{table(*summary_rows(comparison))}\n\n{comparison['verdict']['sentence']}"
+    said = [comparison["verdict"]["sentence"], *choice_sentences(comparison["bases"])]
+    return "\n\n".join([table(*summary_rows(comparison)), *said])
 
 
 def _numeral(cell: object) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 MINUS = "−"
 AS_IT_IS = "the model as it is"
@@ -85,6 +87,29 @@ def shots_phrase(shots: int | None, unit: str = "rows") -> str:
     if shots == 0:
         return label
     return f"with {label}" if " per " in label else f"with {label} a task"
+
+
+def choice_sentences(bases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each base that was chosen among others: what was taken, and how sure that is.
+
+    >>> above = {"over": "none", "difference": 0.02, "low": -0.01, "high": 0.05, "num_tasks": 9}
+    >>> choice_sentences([{"label": "auto", "choices": [{"chosen": "standard", "above": [above]}]}])
+    ['auto took standard: not clearly better on 9 held-out seen tasks than none.']
+    """
+    found = []
+    for base in bases:
+        choices = base.get("choices") or []
+        for number, choice in enumerate(choices):
+            when = f" in seed {number}" if len(choices) > 1 else ""
+            level = [row["over"] for row in choice["above"] if row["low"] <= 0]
+            number_of = max((row["num_tasks"] for row in choice["above"]), default=0)
+            on = f"on {counted(number_of, 'held-out seen task')}"
+            if level:
+                sure = f"not clearly better {on} than {', '.join(level)}"
+            else:
+                sure = f"clearly better {on} than all others"
+            found.append(f"{base['label']} took {choice['chosen']}{when}: {sure}.")
+    return found
 
 
 def counted(number: int, noun: str) -> str:

@@ -48,8 +48,13 @@ def merge_repeats(repeats: Sequence[dict[str, Any]], turns: int = 1) -> dict[str
 
 
 def _mean_base(bases: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The first repeat's base, with the mean cost of all."""
+    """The first repeat's base, with the mean cost of all and what each repeat chose."""
     merged = dict(bases[0])
+    if merged.pop("choice", None) is not None:
+        merged["choices"] = [
+            {key: value for key, value in base["choice"].items() if key != "trials"}
+            for base in bases
+        ]
     for stage in ("retrain", "adapt"):
         costs = [base[stage] for base in bases if base.get(stage)]
         if len(costs) < 2:

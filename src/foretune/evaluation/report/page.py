@@ -16,7 +16,7 @@ from foretune.evaluation.report.figures import all_figures, forest_name
 from foretune.evaluation.report.svg import DARK, LIGHT, PAGE, Ink
 from foretune.evaluation.report.view import View
 from foretune.evaluation.verdict import Contrast
-from foretune.evaluation.wording import counted, p_text, shots_phrase
+from foretune.evaluation.wording import choice_sentences, counted, p_text, shots_phrase
 
 WIDE_PX, NARROW_PX = 720, 340  # The page shows one or the other, so that text stays readable.
 
@@ -63,6 +63,8 @@ def _page(view: View) -> str:
         tasks=_tasks(view),
         costs=[_costs(base) for base in view.bases],
         searches=_searches(view),
+        choices=_choices(view),
+        took=choice_sentences(view.bases),
         load=_load(view),
         recipe=comparison.get("recipe") or "",
         view=view,
@@ -220,6 +222,27 @@ def _searches(view: View) -> list[dict[str, Any]]:
                 chosen = record.get("learning_rate")
                 rows = [_tried(view, trial, chosen) for trial in tried]
                 found.append({"label": base["label"], "stage": verb, "rows": rows})
+    return found
+
+
+def _choices(view: View) -> list[dict[str, Any]]:
+    """What `auto` tried in each repeat: candidate, rounds, score, how far the choice is above."""
+    found = []
+    for base in view.bases:
+        for number, choice in enumerate(base.get("choices") or []):
+            above = {row["over"]: row for row in choice["above"]}
+            rows = []
+            ranked = sorted(choice["scores"].items(), key=lambda s: (s[1] is None, -(s[1] or 0)))
+            for name, score in ranked:
+                row = above.get(name)
+                level = "failed" if score is None else view.scale.level(score)
+                ahead = ""
+                if row is not None:
+                    interval = view.scale.interval(row["low"], row["high"])
+                    ahead = f"{view.scale.signed(row['difference'])} ({interval})"
+                chosen = name == choice["chosen"]
+                rows.append((name, choice["rounds"][name], level, ahead, chosen))
+            found.append({"label": base["label"], "seed": number, "rows": rows})
     return found
 
 

@@ -1,0 +1,146 @@
+"""Was `auto` ever the wrong choice, and does a variant beat every rival? From committed results.
+
+    python benchmarks/claims/regret.py        # prints the tables that docs/reproduce.md holds
+
+A cell is one collection at one number of shots. Regret is how far `auto` is below the fixed method
+that turned out best there. Intervals are paired over unseen tasks and seeds, as in all comparisons.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from foretune.evaluation.statistics import paired_difference
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+CONTROLS = ("none", "standard")
+RIVALS = ("standard", "peft-ml", "reptile", "fomaml")
+PUBLISHED = {"none", "standard", "standard-heads", "peft-ml", "peft-ml-last", "reptile", "fomaml"}
+Scores = dict[str, np.ndarray]  # base -> (tasks, seeds)
+
+
+def cells() -> Iterator[tuple[str, int | None, Scores]]:
+    """(collection, shots, scores of each base) of every committed collection."""
+    for path in sorted(RESULTS.glob("claims-*.json")):
+        result = json.loads(path.read_text("utf-8"))
+        for shots in sorted({s["shots"] for s in result["scores"]} - {0}, key=order):
+            yield path.stem.removeprefix("claims-"), shots, matrices(result, shots)
+
+
+def order(shots: int | None) -> float:
+    return float("inf") if shots is None else shots
+
+
+def matrices(result: dict[str, Any], shots: int | None) -> Scores:
+    """The scores of each base as (tasks, seeds), tasks and seeds in one order for all."""
+    rows = [s for s in result["scores"] if s["shots"] == shots]
+    tasks, seeds = sorted({s["task"] for s in rows}), sorted({s["seed"] for s in rows})
+    found = {base["name"]: np.full((len(tasks), len(seeds)), np.nan) for base in result["bases"]}
+    for s in rows:
+        found[s["base"]][tasks.index(s["task"]), seeds.index(s["seed"])] = s["score"]
+    return found
+
+
+def regret_row(name: str, shots: int | None, scores: Scores) -> dict[str, Any]:
+    """How `auto` did in one cell."""
+    auto = scores["auto"]
+    fixed = {base: float(m.mean()) for base, m in scores.items() if base != "auto"}
+    best = max(fixed, key=lambda base: fixed[base])
+    differences = {c: paired_difference(auto, scores[c]) for c in CONTROLS if c in scores}
+    return {
+        "collection": name,
+        "shots": shots,
+        "auto": float(auto.mean()),
+        "best": best,
+        "best_score": fixed[best],
+        "regret": fixed[best] - float(auto.mean()),
+        **{f"minus_{c}": (d.difference, d.low, d.high) for c, d in differences.items()},
+    }
+
+
+def variant_row(name: str, shots: int | None, scores: Scores) -> dict[str, Any]:
+    """The best foretune variant of one cell against each published rival."""
+    variants = {b: float(m.mean()) for b, m in scores.items() if b not in PUBLISHED | {"auto"}}
+    best = max(variants, key=lambda base: variants[base])
+    against = {r: paired_difference(scores[best], scores[r]) for r in RIVALS if r in scores}
+    return {
+        "collection": name,
+        "shots": shots,
+        "variant": best,
+        "score": variants[best],
+        "against": {r: (d.difference, d.low, d.high) for r, d in against.items()},
+        "beats_all": all(d.low > 0 for d in against.values()),
+    }
+
+
+def regret_table() -> str:
+    rows = [regret_row(*cell) for cell in cells() if "auto" in cell[2]]
+    lines = [
+        "| collection | rows | `auto` | best fixed method | regret | − none | − standard |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['collection']} | {shown(row['shots'])} | {100 * row['auto']:.1f} "
+            f"| {row['best']} {100 * row['best_score']:.1f} | {100 * row['regret']:.1f} "
+            f"| {points(row['minus_none'])} | {points(row['minus_standard'])} |"
+        )
+    if not rows:
+        return "No result has `auto` yet."
+    mean = 100 * float(np.mean([row["regret"] for row in rows]))
+    worse = {c: sum(row[f"minus_{c}"][2] < 0 for row in rows) for c in CONTROLS}
+    better = {c: sum(row[f"minus_{c}"][1] > 0 for row in rows) for c in CONTROLS}
+    collections = len({row["collection"] for row in rows})
+    lines += [
+        "",
+        f"{len(rows)} cells of {collections} collections. Mean regret {mean:.2f} points. Whole "
+        f"interval below standard retraining in {worse['standard']} cells, below none in "
+        f"{worse['none']}; above them in {better['standard']} and {better['none']}.",
+    ]
+    return "\n".join(lines)
+
+
+def variants_table() -> str:
+    lines = [
+        "| collection | rows | best variant | " + " | ".join(f"− {r}" for r in RIVALS) + " | all |",
+        "|---|---|---|" + "---|" * (len(RIVALS) + 1),
+    ]
+    rows = []
+    for name, shots, scores in cells():
+        if set(scores) - PUBLISHED - {"auto"}:
+            rows.append(variant_row(name, shots, scores))
+    for row in rows:
+        differences = [points(row["against"][r]) if r in row["against"] else "" for r in RIVALS]
+        lines.append(
+            f"| {row['collection']} | {shown(row['shots'])} | {row['variant']} "
+            f"{100 * row['score']:.1f} | {' | '.join(differences)} "
+            f"| {'yes' if row['beats_all'] else 'no'} |"
+        )
+    if not rows:
+        return "No result has a variant yet."
+    beaten = [row["collection"] for row in rows if row["beats_all"]]
+    lines += [
+        "",
+        f"Above all four rivals, each with its whole interval: {len(beaten)} of {len(rows)} cells, "
+        f"in {len(set(beaten))} collections. The variant of a row is the best of that row in "
+        "hindsight, which favours it; the intervals are not corrected for that.",
+    ]
+    return "\n".join(lines)
+
+
+def shown(shots: int | None) -> str:
+    return "all" if shots is None else str(shots)
+
+
+def points(difference: tuple[float, float, float]) -> str:
+    middle, low, high = (100 * v for v in difference)
+    return f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+if __name__ == "__main__":
+    print(regret_table(), variants_table(), sep="\n\n")
