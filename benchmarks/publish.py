@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from claims import regret
+from foretune.theory.experiment import markdown, tables
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -148,20 +150,31 @@ def ninety(values: Sequence[float]) -> int:
     return len(squares)
 
 
+def theory_table(result: dict[str, Any], name: str) -> str:
+    """One panel of an experiment: what the paper says, the conditions, the table, the finding."""
+    for panel, shown, finding in tables(result):
+        if panel.name == name:
+            said = f"**{panel.title}.** *The paper:* {panel.paper} *Here:* {panel.here}"
+            return "\n\n".join([said, markdown(shown), f"*Found:* {finding}"])
+    raise SystemExit(f"no panel {name} in the result")
+
+
 def with_tables(text: str) -> str:
     """A page with each part between `<!-- KIND NAME -->` and `<!-- end -->` made anew.
 
-    Kinds: `results` and `spectrum` of a result file, `regret` and `variants` of all claims.
+    Kinds: `results` and `spectrum` of a comparison, `theory` of a panel of an experiment, `regret`
+    and `variants` of all claims.
     """
     made: dict[str, Callable[[], str]] = {
         "regret of auto": regret.regret_table,
         "variants against rivals": regret.variants_table,
     }
     for path in sorted(RESULTS.glob("*.json")):
-        for kind, write in (("results", table), ("spectrum", spectrum_table)):
-            made[f"{kind} {path.stem}"] = lambda path=path, write=write: write(
-                json.loads(path.read_text("utf-8"))
-            )
+        result = json.loads(path.read_text("utf-8"))
+        for panel in result["panels"] if "experiment" in result else ():
+            made[f"theory {path.stem} {panel}"] = partial(theory_table, result, panel)
+        made[f"results {path.stem}"] = partial(table, result)
+        made[f"spectrum {path.stem}"] = partial(spectrum_table, result)
     for mark, write in made.items():
         start, end = f"<!-- {mark} -->\n", "<!-- end -->"
         before, found, rest = text.partition(start)

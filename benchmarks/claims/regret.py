@@ -27,7 +27,14 @@ Scores = dict[str, np.ndarray]  # base -> (tasks, seeds)
 def cells() -> Iterator[tuple[str, int | None, Scores]]:
     """(collection, shots, scores of each base) of every committed collection."""
     for path in sorted(RESULTS.glob("claims-*.json")):
+        if path.stem.endswith("-auto"):
+            continue
         result = json.loads(path.read_text("utf-8"))
+        chosen = path.with_name(f"{path.stem}-auto.json")
+        if chosen.exists():  # the same tasks and seeds, run apart because the trials take hours
+            other = json.loads(chosen.read_text("utf-8"))
+            result["bases"] += [base for base in other["bases"] if base["name"] == "auto"]
+            result["scores"] += [s for s in other["scores"] if s["base"] == "auto"]
         for shots in sorted({s["shots"] for s in result["scores"]} - {0}, key=order):
             yield path.stem.removeprefix("claims-"), shots, matrices(result, shots)
 

@@ -11,7 +11,8 @@ import pytest
 import typer
 
 from foretune.cli import app
-from foretune.recipes.schema import load_recipe, packaged_recipes
+from foretune.recipes.schema import packaged_recipes
+from foretune.recipes.theory_recipe import load_any
 from promises.pages import PAGES, ROOT, blocks, inline, name_of, shell_lines
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -30,7 +31,7 @@ def test_settings_of_a_command_are_known_to_its_recipe(page: str, line: str) -> 
     _, _, recipe, *args = shlex.split(line)
     if recipe not in packaged_recipes():
         recipe = str(ROOT / "src/foretune/recipes/templates/classification.yaml")
-    load_recipe(recipe, [arg for arg in args if "=" in arg])
+    load_any(recipe, [arg for arg in args if "=" in arg])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

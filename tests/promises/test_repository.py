@@ -14,6 +14,7 @@ import pytest
 import foretune
 from foretune.recipes.schema import load_recipe, packaged_recipes
 from foretune.recipes.templates import TEMPLATES
+from foretune.recipes.theory_recipe import load_any
 
 ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = re.compile(r"\.git|\.venv|runs|build|dist|\w*_*cache_*|\.\w+_cache|.*\.egg-info")
@@ -47,7 +48,8 @@ def test_version_is_the_same_everywhere() -> None:
 
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_packaged_recipe_parses(name: str) -> None:
-    assert load_recipe(name, ["tasks.source=data.jsonl"]).name == name
+    needs_data = "\ntasks:" in packaged_recipes()[name]
+    assert load_any(name, ["tasks.source=data.jsonl"] if needs_data else []).name == name
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

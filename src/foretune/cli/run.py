@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +16,11 @@ from foretune.cli.output import (
     emit,
     emit_json,
     quiet_stdout,
+    table,
 )
+
+if TYPE_CHECKING:
+    from foretune.recipes.theory_recipe import TheoryRecipe
 
 
 def run(
@@ -27,12 +31,15 @@ def run(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Retrain, adapt to unseen tasks, compare, report."""
-    from foretune.recipes.schema import load_recipe
+    """Retrain, adapt to unseen tasks, compare, report; or an experiment."""
+    from foretune.recipes.theory_recipe import TheoryRecipe, load_any
 
-    loaded = load_recipe(recipe, changes or [])
+    loaded = load_any(recipe, changes or [])
     if out is not None:
         loaded = loaded.model_copy(update={"out": str(out)})
+    if isinstance(loaded, TheoryRecipe):
+        _run_experiment(loaded, resume, overwrite, json)
+        return
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
         from foretune.recipes.runner import run_recipe
@@ -43,3 +50,18 @@ def run(
         return
     emit(comparison_text(comparison))
     emit(f"\nReport: {loaded.folder / 'report.html'}")
+
+
+def _run_experiment(recipe: TheoryRecipe, resume: bool, overwrite: bool, json: bool) -> None:
+    with quiet_stdout():
+        from foretune.cli.progress import StderrConsole
+        from foretune.recipes.theory_recipe import run_theory
+        from foretune.theory.experiment import tables
+
+        result = run_theory(recipe, resume=resume, overwrite=overwrite, console=StderrConsole())
+    if json:
+        emit_json({"out": str(recipe.folder), **result})
+        return
+    for panel, shown, finding in tables(result):
+        emit(f"{panel.title}\n\n{table(shown.header, shown.rows)}\n\n{finding}\n")
+    emit(f"Tables, the paper's statements and figures: {recipe.folder / 'README.md'}")

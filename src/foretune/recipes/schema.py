@@ -162,6 +162,11 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     raw = parse_yaml(text, where)
     if not isinstance(raw, dict):
         raise UserError(f"{where} is no recipe: it must hold keys such as model, tasks, retrain")
+    if "experiment" in raw:
+        raise UserError(
+            f"{where} is an experiment, of which there is nothing to plan, retrain or adapt: "
+            f"foretune run {name_or_path}"
+        )
     return parse_recipe(apply_overrides(raw, overrides), where, override_keys(overrides))
 
 

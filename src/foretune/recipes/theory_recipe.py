@@ -1,0 +1,245 @@
+"""`TheoryRecipe`: a recipe with `experiment:`, which makes its own data and needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from foretune.errors import UserError, did_you_mean
+from foretune.files import write_whole
+from foretune.recipes import schema
+from foretune.recipes.blocks import Block
+from foretune.recipes.console import SILENT, Console
+from foretune.recipes.folder import prepare_folder
+from foretune.recipes.messages import user_error
+from foretune.recipes.overrides import apply_overrides, override_keys
+from foretune.recipes.yaml_io import dump_yaml, parse_yaml
+
+Count = Field(ge=1)
+SCALES: dict[str, dict[str, dict[str, int]]] = {
+    "linear": {
+        "pocket": {"num_problems": 30, "draws": 10},
+        "paper": {"num_problems": 200, "draws": 100},
+    },
+    "shallow": {
+        "pocket": {"seeds": 5, "retrain_epochs": 12_000, "adapt_epochs": 6000},
+        "paper": {"seeds": 10, "retrain_epochs": 40_000, "adapt_epochs": 15_000},
+    },
+}
+
+PANELS = {
+    "linear": [
+        *("sweep", "curves", "rank-at-test", "singular-values", "rate", "two-tasks", "offsets"),
+        *("symmetry", "recovery"),
+    ],
+    "shallow": ["error"],
+}
+
+
+class TheoryRecipe(Block):
+    """What the experiments share.
+
+    Args:
+        name: Title of the page, and the default folder.
+        experiment: Which one.
+        scale: "pocket" takes minutes, "paper" is the full protocol; a key that is left out or null
+            takes the scale's value.
+        panels: Which tables to make; None: all.
+        seeds: Problems, each with a ground truth of its own.
+        noise: Standard deviation of the outputs' noise.
+        vary: The values of each key that is changed, one at a time.
+        out: Folder of the results; `{name}` stands for the name.
+    """
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    experiment: Literal["linear", "shallow"]
+    scale: Literal["pocket", "paper"] = "pocket"
+    panels: list[str] | None = Field(default=None, min_length=1)
+    seeds: int = Count
+    noise: float = Field(ge=0)
+    vary: dict[Any, list[int]]
+    out: str = "runs/{name}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_scale(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        scales = SCALES.get(str(raw.get("experiment")), {"pocket": {}})
+        scale = scales.get(str(raw.get("scale")), scales["pocket"])
+        return {**scale, **{key: value for key, value in raw.items() if value is not None}}
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out.replace("{name}", self.name))
+
+    def check(self) -> None:
+        """Raises UserError for what the types alone do not show."""
+        names = PANELS[self.experiment]
+        for name in self.panels or ():
+            if name not in names:
+                hint = did_you_mean(name, names)
+                raise UserError(f'no panel "{name}"; there are {", ".join(names)}.{hint}')
+        _positive({f"vary.{key}": values for key, values in self.vary.items()})
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out; reading it gives the recipe back."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+
+class Case(Block):
+    """One kind of random problem: dimension, rank of the offsets, seen tasks."""
+
+    d: int = Count
+    k: int = Count
+    T: int = Count
+
+
+class LinearRecipe(TheoryRecipe):
+    """The linear experiment.
+
+    Args:
+        outer_steps: Outer gradient steps of PEFT-ML.
+        ranks_for: The k for which the rank at test is varied.
+        shots: The n of the panel `rate`.
+        draws: Draws of these shots.
+        num_tasks: The T of the panel `offsets`.
+        problems: Kinds of random problems in the panel `recovery`.
+        num_problems: Random problems of each kind.
+    """
+
+    experiment: Literal["linear"]
+    seeds: int = Field(default=5, ge=1)
+    noise: float = Field(default=0.01, ge=0)
+    outer_steps: int = Field(default=3000, ge=1)
+    vary: dict[Literal["d", "T", "N", "n", "k"], list[int]] = Field(min_length=1)
+    ranks_for: list[int] = Field(min_length=1)
+    shots: list[int] = Field(min_length=1)
+    draws: int = Count
+    num_tasks: list[int] = Field(min_length=1)
+    problems: list[Case] = Field(min_length=1)
+    num_problems: int = Count
+
+    def check(self) -> None:
+        """Raises UserError when there are fewer rows than dimensions."""
+        super().check()
+        _positive({"ranks_for": self.ranks_for, "num_tasks": self.num_tasks})
+        widest = max([10, *self.vary.get("d", [])])
+        rows = [*self.shots, *self.vary.get("n", []), *self.vary.get("N", [])]
+        if min(rows) <= widest:
+            raise UserError(
+                f"shots, vary.n and vary.N must be above d, which goes up to {widest}; "
+                f"got {min(rows)}"
+            )
+
+
+class ShallowRecipe(TheoryRecipe):
+    """The shallow network's experiment.
+
+    Args:
+        retrain_epochs: Full-batch epochs of retraining.
+        adapt_epochs: Full-batch epochs of fine-tuning.
+    """
+
+    experiment: Literal["shallow"]
+    noise: float = Field(default=0.1, ge=0)
+    vary: dict[Literal["d", "T"], list[int]] = Field(min_length=1)
+    retrain_epochs: int = Count
+    adapt_epochs: int = Count
+
+
+KINDS: dict[str, type[TheoryRecipe]] = {"linear": LinearRecipe, "shallow": ShallowRecipe}
+
+
+def load_any(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """A `Recipe` or, where the text has `experiment:`, a `TheoryRecipe`.
+
+    Args:
+        name_or_path: A packaged recipe's name, or a YAML file.
+        overrides: `dotted.key=value`, values in YAML.
+
+    Raises:
+        UserError: There is no such recipe, or something in it is wrong.
+
+    >>> load_any("reproduce-linear", ["seeds=2"]).seeds
+    2
+    """
+    text, where = schema.read_recipe(name_or_path)
+    raw = parse_yaml(text, where)
+    if not isinstance(raw, dict) or "experiment" not in raw:
+        return schema.load_recipe(name_or_path, overrides)
+    return parse_experiment(apply_overrides(raw, overrides), where, override_keys(overrides))
+
+
+def parse_experiment(
+    raw: dict[str, Any], where: str, overridden: set[str] | None = None
+) -> TheoryRecipe:
+    """Checks the mapping that a recipe with `experiment:` holds.
+
+    Args:
+        raw: The mapping.
+        where: What to call the recipe in an error.
+        overridden: Dotted keys that came from the command line.
+    """
+    kind = KINDS.get(str(raw.get("experiment")))
+    if kind is None:
+        hint = did_you_mean(str(raw.get("experiment")), KINDS)
+        raise UserError(f'"experiment" in {where} must be {" or ".join(KINDS)}.{hint}')
+    try:
+        recipe = kind.model_validate(raw)
+    except ValidationError as error:
+
+        def known(path: Sequence[str]) -> list[str]:
+            if path[:1] == ("vary",):
+                return ["d", "T"] if kind is ShallowRecipe else ["d", "T", "N", "n", "k"]
+            return list((Case if path[:1] == ("problems",) else kind).model_fields)
+
+        raise user_error(error.errors(), raw, where, overridden or set(), known) from None
+    try:
+        recipe.check()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return recipe
+
+
+def run_theory(
+    recipe: TheoryRecipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console = SILENT,
+) -> dict[str, Any]:
+    """Runs an experiment from start to end, or from the panel where it was.
+
+    Args:
+        recipe: What to do.
+        resume: Continue what is in the recipe's folder.
+        overwrite: Empty that folder first.
+        console: Is told how it goes.
+
+    Returns:
+        The result, as it stands in `result.json`.
+
+    Raises:
+        UserError: The folder holds something else.
+    """
+    config = recipe.to_yaml()
+    out = prepare_folder(recipe.folder, resume=resume, overwrite=overwrite, config=config)
+    import json
+
+    from foretune.theory.experiment import run_panels
+    from foretune.training.record import environment
+
+    result = run_panels(recipe.model_dump(mode="json"), out, console.say)
+    run = {"finished": True, "environment": environment()}
+    write_whole(out / "run.json", json.dumps(run, indent=1) + "\n")
+    return result
+
+
+def _positive(lists: dict[Any, list[int]]) -> None:
+    for key, values in lists.items():
+        if not values or min(values) < 1:
+            raise UserError(f"{key} must hold numbers of at least 1, got {values}")

@@ -1,0 +1,172 @@
+"""The figures, as SVG that comes out the same every time."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Rows = list[dict[str, Any]]
+
+COLOURS = {"peft-ml": "#1f6feb", "standard": "#d1570f", "none": "#6e7781", "full": "#8250df"}
+NAMES = {
+    "peft-ml": "LoRA-ML",
+    "standard": "SR",
+    "none": "none",
+    "full": "SR, every weight fine-tuned",
+}
+STYLE: Any = {
+    "svg.hashsalt": "foretune",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+ERROR = "‖Ŵ − W*‖² on the unseen task"
+
+
+@contextmanager
+def figure(
+    path: Path, columns: int, width: float = 4.2, height: float = 3.3
+) -> Iterator[list[Any]]:
+    """Axes side by side, saved at the end of the block.
+
+    Args:
+        path: The SVG to write.
+        columns: How many axes.
+        width: Of each, in inches.
+        height: Of each, in inches.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(STYLE):
+        drawn = Figure(figsize=(width * columns, height), layout="constrained")
+        FigureCanvasSVG(drawn)
+        yield list(drawn.subplots(1, columns, squeeze=False)[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = io.StringIO()
+        drawn.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    # Hundredths of a point are enough, and half the size.
+    path.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", text.getvalue()), encoding="utf-8")
+
+
+def band(axis: Any, x: Sequence[float], values: Sequence[Sequence[float]], **look: Any) -> None:
+    """A line through the medians of `values`, one list for each x, and their range."""
+    axis.plot(x, [np.median(v) for v in values], marker="o", markersize=3.5, **look)
+    look = {key: look[key] for key in look.keys() & {"color"}}
+    low, high = [min(v) for v in values], [max(v) for v in values]
+    axis.fill_between(x, low, high, alpha=0.15, linewidth=0, **look)
+
+
+def rank_at_test(rows: Rows, path: Path) -> None:
+    """Error against the rank at test, one axis for each k."""
+    ks = list(dict.fromkeys(row["k"] for row in rows))
+    with figure(path, len(ks)) as axes:
+        for axis, k in zip(axes, ks, strict=True):
+            for name in ("standard", "peft-ml"):
+                own = [row for row in rows if row["k"] == k and row["base"] == name]
+                x = [row["rank"] for row in own]
+                values = [row["error"] for row in own]
+                band(axis, x, values, color=COLOURS[name], label=NAMES[name])
+            for at, text in ((k, "k"), (4 * k, "k(T+1)")):
+                axis.axvline(at, color="#6e7781", linewidth=0.8, linestyle=":")
+                axis.text(at, 1.0, f" {text}", transform=axis.get_xaxis_transform(), va="bottom")
+            axis.set(yscale="log", xlabel=f"LoRA rank at test (T = 3, k = {k})", ylabel=ERROR)
+            axis.set_xticks(x)
+            axis.legend()
+
+
+def curves(rows: Rows, path: Path) -> None:
+    """Error against fine-tuning steps, one axis for each key that varies."""
+    keys = list(dict.fromkeys(row["key"] for row in rows))
+    dashes = ("-", "--", ":", "-.")
+    with figure(path, len(keys), width=3.2) as axes:
+        for axis, key in zip(axes, keys, strict=True):
+            own = [row for row in rows if row["key"] == key]
+            values = list(dict.fromkeys(row["value"] for row in own))
+            for row in own:
+                rank = f", rank {row['rank']}" if (key, row["value"]) == ("T", 2) else ""
+                look = {"color": COLOURS[row["base"]]}
+                style = dashes[values.index(row["value"]) % len(dashes)]
+                label = f"{key}={row['value']}{rank}, {NAMES[row['base']]}"
+                axis.plot(row["steps"], row["median"], linestyle=style, label=label, **look)
+                axis.fill_between(row["steps"], row["low"], row["high"], alpha=0.1, **look)
+            axis.set(xscale="log", yscale="log", xlabel="fine-tuning steps")
+            axis.legend(fontsize=6)
+        axes[0].set_ylabel(ERROR)
+
+
+def singular_values(rows: Rows, path: Path) -> None:
+    """Singular values of A_hat − A*, one axis for each number of tasks."""
+    tasks = list(dict.fromkeys(row["T"] for row in rows))
+    with figure(path, len(tasks)) as axes:
+        for axis, num_tasks in zip(axes, tasks, strict=True):
+            for row in rows:
+                if row["T"] == num_tasks:
+                    x = list(range(1, len(row["values"]) + 1))
+                    values = list(zip(*row["each"], strict=True))
+                    name = row["base"]
+                    band(axis, x, values, color=COLOURS[name], label=NAMES[name])
+            axis.set(yscale="log", xlabel=f"index (T = {num_tasks}, k = 1)")
+            axis.set_xticks(x)
+            axis.legend()
+        axes[0].set_ylabel("singular value of Â − A*")
+
+
+def rate(rows: Rows, path: Path) -> None:
+    """Error against the number of shots, with the line of the theory."""
+    with figure(path, 1) as (axis,):
+        x = [row["n"] for row in rows]
+        for name, label, colour in (
+            ("peft-ml", "LoRA-ML", COLOURS["peft-ml"]),
+            ("exact", "from A* itself", COLOURS["none"]),
+        ):
+            band(axis, x, [row[name] for row in rows], color=colour, label=label)
+        line = [row["theory"] for row in rows]
+        axis.plot(x, line, "k--", linewidth=1, label="noise²(2dk − k²)/n")
+        axis.set(xscale="log", yscale="log", xlabel="shots n", ylabel=ERROR)
+        axis.legend()
+
+
+def offsets(rows: Rows, path: Path) -> None:
+    """Error against the number of tasks, for positive and for zero-mean offsets."""
+    kinds = list(dict.fromkeys(row["offsets"] for row in rows))
+    with figure(path, len(kinds)) as axes:
+        for axis, kind in zip(axes, kinds, strict=True):
+            own = [row for row in rows if row["offsets"] == kind]
+            x = [row["T"] for row in own]
+            for name in ("standard", "peft-ml"):
+                values = [row[name] for row in own]
+                band(axis, x, values, color=COLOURS[name], label=NAMES[name])
+            limits = [row["limit"] for row in own]
+            axis.plot(x, limits, "k--", linewidth=1, label="large-T value for SR")
+            axis.set(
+                xscale="log", yscale="log", xlabel=f"seen tasks T ({kind} offsets)", ylabel=ERROR
+            )
+            axis.legend()
+
+
+def shallow(rows: Rows, path: Path) -> None:
+    """Held-out error of each base, by dimension and by number of tasks."""
+    with figure(path, 2) as axes:
+        for axis, key in zip(axes, ("d", "T"), strict=True):
+            own = [row for row in rows if key in row["varies"] and row["rank"] == row["k"]]
+            own.sort(key=lambda row: row[key])
+            x = [row[key] for row in own]
+            for name in ("none", "full", "standard", "peft-ml"):
+                values = [row["held_out"][name] for row in own]
+                band(axis, x, values, color=COLOURS[name], label=NAMES[name])
+            label = "dimension d" if key == "d" else "seen tasks T"
+            axis.set(yscale="log", xlabel=label, ylabel="squared error on new inputs")
+            axis.set_xticks(x)
+        axes[0].legend()
