@@ -1,0 +1,95 @@
+"""Tables in the docs are made from the committed results, and what they say follows from these."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def publish(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("claims", "claims.regret", "publish"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module("publish")
+
+
+def test_tables_are_those_of_the_results(publish: ModuleType) -> None:
+    for page in publish.PAGES:
+        assert publish.with_tables(page.read_text("utf-8")) == page.read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", ["quickstart", "theory-linear"])
+def test_a_table_older_than_its_result_is_noticed(
+    publish: ModuleType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (publish.RESULTS / f"{name}.json").read_text("utf-8")
+    result = json.loads(text)
+    if "means" in result:
+        result["means"][0]["mean"] += 0.01
+    else:
+        for row in result["panels"]["rank-at-test"]["rows"]:
+            row.update({k: [2 * x for x in v] for k, v in row.items() if isinstance(v, list)})
+    (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    monkeypatch.setattr(publish, "RESULTS", tmp_path)
+    assert any(
+        publish.with_tables(page.read_text("utf-8")) != page.read_text("utf-8")
+        for page in publish.PAGES
+    )
+
+
+def result(scores: dict[str, float], spread: float = 0.01) -> dict[str, Any]:
+    """Twelve tasks under one seed; each base is as far from the others as `scores` says."""
+    level = RNG.uniform(0.3, 0.7, 12)
+    rows = [
+        {"base": base, "task": f"t{i}", "shots": 8, "seed": 0, "score": task + score + noise}
+        for base, score in scores.items()
+        for i, (task, noise) in enumerate(zip(level, RNG.normal(0, spread, 12), strict=True))
+    ]
+    return {"bases": [{"name": base} for base in scores], "scores": rows}
+
+
+def test_regret_is_the_way_to_the_best_in_hindsight(
+    publish: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regret = importlib.import_module("claims.regret")
+    monkeypatch.setattr(regret, "RESULTS", tmp_path)
+    assert "No result" in regret.regret_table()
+    found = result({"none": 0, "standard": 0.1, "peft-ml": 0.2, "reptile": 0, "fomaml": 0})
+    (tmp_path / "claims-one.json").write_text(json.dumps(found))
+    assert "No result" in regret.regret_table()  # nobody chose yet
+    chosen = {"bases": [{"name": "auto"}], "scores": []}
+    # `auto` took what is second best: its scores are those of standard.
+    chosen["scores"] = [{**s, "base": "auto"} for s in found["scores"] if s["base"] == "standard"]
+    (tmp_path / "claims-one-auto.json").write_text(json.dumps(chosen))
+    [(name, shots, scores)] = list(regret.cells())
+    row = regret.regret_row(name, shots, scores)
+    assert row["best"] == "peft-ml"
+    expected = scores["peft-ml"].mean() - scores["standard"].mean()
+    assert row["regret"] == pytest.approx(expected)
+    assert row["minus_standard"] == (0, 0, 0)
+    assert row["minus_none"][1] > 0
+    assert "below standard retraining in 0 cells, below none in 0; above them in 0 and 1" in (
+        regret.regret_table()
+    )
+
+
+@pytest.mark.parametrize(("rival", "beats"), [(0.1, True), (0.3, False), (0.2, False)])
+def test_a_variant_must_beat_every_rival(publish: ModuleType, rival: float, beats: bool) -> None:
+    regret = importlib.import_module("claims.regret")
+    found = result(
+        {"none": 0.5, "standard": 0, "peft-ml": rival, "reptile": 0, "fomaml": 0, "episodes": 0.2}
+    )
+    row = regret.variant_row("one", 8, regret.matrices(found, 8))
+    assert row["variant"] == "episodes"
+    assert row["beats_all"] == beats  # none is a control, no rival
