@@ -2,6 +2,7 @@
 # make test          all tests          make fast    those that take less than ten seconds each
 # make check         format, lint, types, import contracts, docs        make setup   .venv only
 # make bench-quickstart | bench-convai2 DATA=path | bench-speed DATA=path   what is in benchmarks/results
+# make bench-theory | bench-claims DATA=folder                              and docs/reproduce.md
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -14,7 +15,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKER
 EVERY_METHOD := retrain.methods=[none, standard, {standard: {heads: per-task, as: standard-heads}}, peft-ml, reptile, fomaml]
 
 .PHONY: setup quickstart test fast check lint types imports docs format bench-quickstart \
-	bench-convai2 bench-speed clean
+	bench-convai2 bench-speed bench-theory bench-claims clean
 
 setup: $(INSTALLED)
 
@@ -64,6 +65,17 @@ bench-convai2: setup
 	$(BIN)/python benchmarks/publish.py runs/bench-convai2 convai2
 
 SPEED := OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/speed
+bench-theory: setup
+	for name in linear shallow; do \
+	  $(BIN)/foretune run reproduce-$$name --resume && \
+	  $(BIN)/python benchmarks/claims/publish_theory.py runs/reproduce-$$name theory-$$name || exit 1; \
+	done
+	$(BIN)/python benchmarks/publish.py
+
+# DATA is the folder that benchmarks/README.md describes. Each run can be killed and goes on.
+bench-claims: setup
+	OMP_NUM_THREADS=1 PATH=$(BIN):$$PATH sh benchmarks/claims/all.sh $(DATA)
+
 bench-speed: setup
 	@test -n "$(DATA)" || { echo "usage: make bench-speed DATA=path/to/convai2.jsonl"; exit 2; }
 	$(SPEED)/meta_step.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,21 +96,33 @@ def choice_sentences(bases: Sequence[Mapping[str, Any]]) -> list[str]:
     >>> above = {"over": "none", "difference": 0.02, "low": -0.01, "high": 0.05, "num_tasks": 9}
     >>> choice_sentences([{"label": "auto", "choices": [{"chosen": "standard", "above": [above]}]}])
     ['auto took standard: not clearly better on 9 held-out seen tasks than none.']
+    >>> choice = {"chosen": "standard", "above": [above]}
+    >>> choice_sentences([{"label": "auto", "choices": [choice, choice]}])[0][:42]
+    'auto took, in 2 seeds, standard in 2; in 0'
     """
     found = []
     for base in bases:
         choices = base.get("choices") or []
-        for number, choice in enumerate(choices):
-            when = f" in seed {number}" if len(choices) > 1 else ""
-            level = [row["over"] for row in choice["above"] if row["low"] <= 0]
-            number_of = max((row["num_tasks"] for row in choice["above"]), default=0)
-            on = f"on {counted(number_of, 'held-out seen task')}"
-            if level:
-                sure = f"not clearly better {on} than {', '.join(level)}"
-            else:
-                sure = f"clearly better {on} than all others"
-            found.append(f"{base['label']} took {choice['chosen']}{when}: {sure}.")
+        if len(choices) == 1:
+            found.append(f"{base['label']} took {choices[0]['chosen']}: {_sureness(choices[0])}.")
+        elif choices:
+            taken = Counter(choice["chosen"] for choice in choices)
+            which = ", ".join(f"{name} in {number}" for name, number in taken.most_common())
+            clear = sum(all(row["low"] > 0 for row in choice["above"]) for choice in choices)
+            found.append(
+                f"{base['label']} took, in {len(choices)} seeds, {which}; in {clear} of them it was "
+                "clearly better than all others on the held-out seen tasks."
+            )
     return found
+
+
+def _sureness(choice: Mapping[str, Any]) -> str:
+    level = [row["over"] for row in choice["above"] if row["low"] <= 0]
+    number = max((row["num_tasks"] for row in choice["above"]), default=0)
+    on = f"on {counted(number, 'held-out seen task')}"
+    if level:
+        return f"not clearly better {on} than {', '.join(level)}"
+    return f"clearly better {on} than all others"
 
 
 def counted(number: int, noun: str) -> str:

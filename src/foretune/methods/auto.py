@@ -75,7 +75,7 @@ class Auto:
 
     candidates: Any = CANDIDATES
     folds: int = 3
-    rounds: int = 2
+    rounds: int = 3
     budget: float = 0.25
     adapt: Any = field(default_factory=lambda: {"name": "lora"})
     adapt_run: Any = field(default_factory=dict)

@@ -1,0 +1,39 @@
+#!/bin/sh
+# Every claim at pocket size: data, runs, results, tables. About a day of one core; a run that was
+# killed goes on where it was.
+#     sh benchmarks/claims/all.sh DATA
+set -eu
+data=$1
+made=runs/data
+here=benchmarks/claims
+
+python $here/data.py "$data" $made
+python $here/stories260k.py "$data/stories260k" $made/stories260k
+
+# claim NAME RECIPE SETTING...   runs it and puts its result into benchmarks/results
+claim() {
+    name=$1 recipe=$2
+    shift 2
+    foretune run $here/"$recipe".yaml "$@" --out runs/claims/"$name" --resume
+    python benchmarks/publish.py runs/claims/"$name" claims-"$name"
+}
+
+# both RECIPE SETTING...   every method, then `auto`, which chooses among them
+both() {
+    recipe=$1
+    shift
+    claim "$recipe" "$recipe" "$@"
+    claim "$recipe"-auto "$recipe" "$@" "retrain.methods=$(python $here/auto_of.py $here/"$recipe".yaml)"
+}
+
+both har tasks.source=$made/har.npz
+both omniglot-pairs tasks.source=$made/omniglot-pairs.npz
+both mnist-pairs tasks.source=$made/mnist-pairs.npz
+both clinc150 tasks.source="$data/clinc150/clinc150.jsonl.gz"
+both shakespeare tasks.source="$data/shakespeare/speakers.jsonl.gz"
+both python-docs
+both convai2 tasks.source="$data/convai2/valid.jsonl.gz"
+
+claim spectrum-clinc150 clinc150 tasks.source="$data/clinc150/clinc150.jsonl.gz" tasks.rotate=false \
+    seeds=1 'adapt.shots=[5]' 'spectrum={shots: 5, ranks: [1, 2, 4, 8, 16, 32]}' \
+    'retrain.methods=[none, standard, {standard: {heads: per-task, as: standard-heads}}, peft-ml]'
