@@ -110,8 +110,8 @@ def choice_sentences(bases: Sequence[Mapping[str, Any]]) -> list[str]:
             which = ", ".join(f"{name} in {number}" for name, number in taken.most_common())
             clear = sum(all(row["low"] > 0 for row in choice["above"]) for choice in choices)
             found.append(
-                f"{base['label']} took, in {len(choices)} seeds, {which}; in {clear} of them it was "
-                "clearly better than all others on the held-out seen tasks."
+                f"{base['label']} took, in {len(choices)} seeds, {which}; in {clear} of them it "
+                "was clearly better than all others on the held-out seen tasks."
             )
     return found
 
