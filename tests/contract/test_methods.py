@@ -26,12 +26,14 @@ EPISODIC = [{"inner": "all", "inner_steps": 3}, {"inner": "adapter", "inner_step
 # Every form of a method: (name, fields). Rates that suit the linear family.
 FAST = {"learning_rate": 0.03}
 BETWEEN = {**FAST, "adapter_learning_rate": 0.03, "lora": {"r": 1, "lora_alpha": 1}}
+PEFT_ML_WITH_HEADS = ("peft-ml", {**BETWEEN, "heads": "per-task"})
 FORMS = [
     ("none", {}),
     ("standard", FAST),
     ("standard", {**FAST, "heads": "per-task"}),
     ("peft-ml", {**FAST, "adapter_learning_rate": 0.03, "lora": {"r": 1, "lora_alpha": 1}}),
     ("peft-ml", {**FAST, "adapter_learning_rate": 0.03, "form": "last-layer"}),
+    PEFT_ML_WITH_HEADS,
     ("peft-ml", {**BETWEEN, "penalty": 0.1}),
     ("peft-ml", {**BETWEEN, "adapter_dropout": 0.5}),
     ("peft-ml", {**BETWEEN, "restart_every": 3}),
@@ -255,7 +257,9 @@ def _distance(model, tasks):
 
 
 @pytest.mark.parametrize(
-    ("name", "fields"), _named([form for form in TRAINED_FORMS if form[0] != "auto"])
+    ("name", "fields"),
+    # The model is one layer: with a head a task PEFT-ML has nothing left to adapt.
+    _named([f for f in TRAINED_FORMS if f[0] != "auto" and f != PEFT_ML_WITH_HEADS]),
 )
 def test_retraining_comes_closer_to_a_known_answer(name, fields):
     tasks = family(6, offset=0.2)

@@ -164,3 +164,20 @@ def test_the_network_itself_is_routed_again_after_a_bare_step():
 def test_bad_values_are_named(fields, word):
     with pytest.raises(UserError, match=word):
         foretune.PEFTML(**fields)
+
+
+def test_bare_steps_train_heads_but_no_adapters():
+    tasks, run = family(3), RUN.replace(tasks_per_step=2)
+    fields = {**RATES, "heads": "per-task"}
+    bare = foretune.retrain(Net(), tasks, foretune.PEFTML(**fields, adapter_dropout=1.0), run)
+    assert _products(bare.bank) == 0
+    own = [bare.bank.head_state("out", slot)["weight"] for slot in range(3)]
+    assert all((w - Net().out.weight).abs().max() > 0.01 for w in own)
+    # It is standard retraining with heads of their own, but for the rates and the weights of rows.
+    method = foretune.PEFTML(learning_rate=0.02, adapter_learning_rate=0.05, form="last-layer")
+    heads = foretune.retrain(Net(), tasks, method, run)
+    for a, b in zip(bare.model.parameters(), heads.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for slot, weight in enumerate(own):
+        other = heads.bank.head_state("out", slot)["weight"]
+        torch.testing.assert_close(weight, other, rtol=1e-5, atol=1e-6)

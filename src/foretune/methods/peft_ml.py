@@ -28,8 +28,8 @@ Beyond the paper, all off by default:
     - `interpolate`: W + α (W_ML − W), which keeps more of the pretrained model (Wortsman et al.,
       "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv:2109.01903).
 Silent in the paper:
-    - Whether heads are shared. Here a task has its own head where the tasks' label sets differ,
-      or where the LoRA configuration names it in `modules_to_save`.
+    - Whether heads are shared; the authors' language code gives each task its own. Here a task
+      has one where the tasks' label sets differ, and where `heads` says so.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ class PEFTML:
         learning_rate: Of the base.
         adapter_learning_rate: Of the adapters and of heads of their own.
         form: "lora" for LoRA adapters; "last-layer" for a head of each task as its adapter.
+        heads: "shared" for one head over the labels of all tasks, where they are the same;
+            "per-task" for one head a task beside its LoRA adapter (where the model has no head, a
+            copy of its last linear layer).
         lora: A `peft.LoraConfig` or a mapping of its fields. Without `target_modules` every
             linear layer that the model lets train is adapted.
         penalty: λ of λ · Σ ‖s·B_t A_t‖²_F over the adapted layers, added to each task's loss.
@@ -78,6 +81,7 @@ class PEFTML:
     learning_rate: float = 1e-4
     adapter_learning_rate: float = 1e-3
     form: Literal["lora", "last-layer"] = "lora"
+    heads: Literal["shared", "per-task"] = "shared"
     lora: Any = field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
     penalty: float = 0.0
     adapter_dropout: float = 0.0
@@ -94,6 +98,7 @@ class PEFTML:
         above_zero("learning_rate", self.learning_rate)
         above_zero("adapter_learning_rate", self.adapter_learning_rate)
         one_of("form", self.form, ("lora", "last-layer"))
+        one_of("heads", self.heads, ("shared", "per-task"))
         object.__setattr__(self, "lora", lora_fields(self.lora))
         at_least("penalty", self.penalty, 0)
         share("adapter_dropout", self.adapter_dropout)
@@ -125,12 +130,12 @@ class PEFTML:
         from foretune.training.between import BetweenLearner
         from foretune.training.learner import make_bank
 
-        last_layer = self.form == "last-layer"
-        lora = None if last_layer else self.lora
+        lora = None if self.form == "last-layer" else self.lora
+        own_heads = lora is None or self.heads == "per-task"
         return BetweenLearner(
             model,
             objective,
-            bank=make_bank(model, objective, keys, run.seed, lora=lora, head_copies=last_layer),
+            bank=make_bank(model, objective, keys, run.seed, lora=lora, head_copies=own_heads),
             learning_rate=self.learning_rate,
             bank_learning_rate=self.adapter_learning_rate,
             penalty=self.penalty,

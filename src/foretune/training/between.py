@@ -25,7 +25,7 @@ class BetweenLearner(Learner):
         bank_learning_rate: Of the bank. Where adapters are started anew it stays at its full
             height, as it will when an unseen task begins.
         penalty: λ of λ · Σ ‖s·B_t A_t‖²_F, which is added to the loss of each task.
-        adapter_dropout: Share of the steps that train the bare base.
+        adapter_dropout: Share of the steps that train the base (and heads) without LoRA adapters.
         restart_every: Steps after which, in the mean, a task gets a fresh adapter; None for never.
     """
 
@@ -60,7 +60,7 @@ class BetweenLearner(Learner):
         if random.Random(number).random() < self.adapter_dropout:
             with self.adapters.bare():
                 losses = self.backward(steps[0])
-            self.adapters.zero_grad()  # without gradients the bank does not move
+            self.adapters.layers.zero_grad()  # without gradients they do not move
             return losses
         present = sorted(set(steps[0].slots))
         self._restart(present, number)

@@ -96,8 +96,12 @@ class Learner:
                 self.base, self.learning_rate or 0.0, run.weight_decay, run.optimizer
             )
         if self.bank is not None:
+            parts = (self.bank.layers, self.bank.heads)  # a step may move one of them alone
+            groups = [{"params": list(part.parameters())} for part in parts]
             self.bank_optimizer = SlotAdamW(
-                self.bank.parameters(), lr=self.bank_learning_rate, weight_decay=run.weight_decay
+                [group for group in groups if group["params"]],
+                lr=self.bank_learning_rate,
+                weight_decay=run.weight_decay,
             )
 
     @contextlib.contextmanager

@@ -55,7 +55,7 @@ class SlotAdamW(torch.optim.Optimizer):
     kernel, on views of the slots that take part.
 
     Args:
-        params: Stacked parameters.
+        params: Stacked parameters, or groups of them; parameters of one group move together.
         lr: Learning rate.
         betas: Decay of the two moments.
         eps: Added to the root of the second moment.
@@ -64,7 +64,7 @@ class SlotAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: Iterable[Any],
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
