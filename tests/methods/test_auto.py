@@ -95,6 +95,36 @@ def test_trials_never_adapt_to_what_they_were_retrained_on(monkeypatch):
     assert retrained[-1][0] == set(tasks.names)
 
 
+def test_the_exam_is_on_rows_that_nothing_has_learnt_from(monkeypatch):
+    tasks = family(6, rows=24, validation=8)
+    exams = []
+    real = verbs.adapt
+
+    def adapt(model, held, *args, **more):
+        exams.append((held, more["shots"]))
+        return real(model, held, *args, **more)
+
+    monkeypatch.setattr(verbs, "adapt", adapt)
+
+    def rows(part):
+        return {row["x"].tobytes() for row in part}
+
+    for shots in ((4,), (4, None)):
+        exams.clear()
+        verbs.retrain(Net(), tasks, auto(shots=shots), RUN)
+        for held, _ in exams:
+            for task in held:
+                own = tasks[task.name]
+                assert not rows(task.train) & rows(task.validation)
+                assert rows(task.train) | rows(task.validation) == rows(own.train) | rows(
+                    own.validation
+                )
+                assert (len(task.train), len(task.validation)) == (
+                    (24, 8) if None in shots else (12, 20)
+                )
+                assert not task.test  # neither the exam's nor the user's
+
+
 def test_candidates_that_differ_in_their_end_alone_are_trained_once(monkeypatch):
     counted = []
     real = verbs.retrain
@@ -205,7 +235,7 @@ def test_bad_tasks_are_named():
     with pytest.raises(UserError, match="only one seen task"):
         foretune.retrain(Net(), family(1), auto(), RUN)
     bare = TaskCollection(
-        tuple(Task(t.name, t.train, (), t.test) for t in family(4)), family(1).objective
+        tuple(Task(t.name, t.train[:1], (), t.test) for t in family(4)), family(1).objective
     )
     with pytest.raises(UserError, match=r"tasks\.validation"):
         foretune.retrain(Net(), bare, auto(), RUN)

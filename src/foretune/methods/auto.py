@@ -71,6 +71,7 @@ class Auto:
         adapt_run: The `Run` of that, or a mapping of its fields.
         adapt_rates: Learning rates that will be tried there; empty for the record's own.
         shots: The numbers of rows with which it will be done; None among them for all rows.
+        group_column: The column that says which rows belong together, as in a `Source`.
     """
 
     candidates: Any = CANDIDATES
@@ -81,6 +82,7 @@ class Auto:
     adapt_run: Any = field(default_factory=dict)
     adapt_rates: Sequence[float] = ()
     shots: Sequence[int | None] = (8, 40)
+    group_column: str | None = None
 
     name: ClassVar[str] = "auto"
     label: ClassVar[str] = "auto"
@@ -131,7 +133,7 @@ class Auto:
             progress: Called during each training.
 
         Raises:
-            UserError: One seen task, or none with validation rows among those held out.
+            UserError: One seen task, or those held out have no rows to be scored on.
         """
         from foretune.training.ranks import join
         from foretune.training.record import metered
@@ -142,7 +144,7 @@ class Auto:
         alive = list(self.candidates)
         for number in range(self.rounds):
             held = groups[number % len(groups)]
-            seen, exam = _without(tasks, held), tasks.subset(_usable(tasks, held))
+            seen, exam = _without(tasks, held), self._exam(tasks, held, run.seed)
             steps = max(1, round(run.steps * min(1.0, self.budget * 2**number)))
             part = run.replace(out=None, resume=False, overwrite=False, steps=steps)
             for together in _by_training(alive):
@@ -160,6 +162,37 @@ class Auto:
             ranked = _ranked(alive, trials)
             alive = ranked[: math.ceil(len(ranked) / 2)]
         return _record(ranked[0]), _summary(ranked, trials, tasks, groups[: self.rounds])
+
+    def _exam(self, tasks: TaskCollection, held: Sequence[str], seed: int) -> TaskCollection:
+        """The tasks held out, with many rows to be scored on.
+
+        No trial retrains on them, so half of their training rows may stand beside the validation
+        rows; not so where they will be adapted to with all rows.
+        """
+        from foretune.tasks.row_store import join
+        from foretune.tasks.splits import carve
+        from foretune.tasks.task import Task
+
+        found = []
+        for task in (tasks[name] for name in held):
+            train, exam = task.train, task.validation
+            if None not in self.shots:
+                half = carve(
+                    Task(task.name, train),
+                    validation=0,
+                    test=0.5,
+                    seed=seed,
+                    group_column=self.group_column,
+                )
+                train, exam = half.train, join([half.test, exam])
+            if train and exam:
+                found.append(Task(task.name, train, exam))
+        if not found:
+            raise UserError(
+                "auto chooses on rows of seen tasks that it does not adapt to, and those held out "
+                "have none: set tasks.validation"
+            )
+        return dataclasses.replace(tasks, tasks=tuple(found))
 
     def _try(
         self,
@@ -249,16 +282,6 @@ def _parts(tasks: TaskCollection, folds: int, seed: int) -> list[list[str]]:
 
 def _without(tasks: TaskCollection, held: Sequence[str]) -> TaskCollection:
     return tasks.subset([name for name in tasks.names if name not in set(held)])
-
-
-def _usable(tasks: TaskCollection, held: Sequence[str]) -> list[str]:
-    found = [name for name in held if tasks[name].train and tasks[name].validation]
-    if not found:
-        raise UserError(
-            "auto chooses on validation rows of seen tasks, and those held out have none: set "
-            "tasks.validation"
-        )
-    return found
 
 
 def _by_training(candidates: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
