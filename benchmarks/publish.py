@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from claims import regret
+from foretune.evaluation.wording import Scale, counted, shots_label, shots_order
 from foretune.theory.experiment import markdown, tables
 
 HERE = Path(__file__).resolve().parent
@@ -67,44 +68,48 @@ def without_folder(line: str) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The means with their intervals, and each base's difference from the controls, as Markdown."""
-    shots = sorted({mean["shots"] for mean in result["means"]}, key=lambda k: (k is None, k))
+    """The means, and each base's difference from the controls with its interval, as Markdown."""
+    shots = sorted({mean["shots"] for mean in result["means"]}, key=shots_order)
     unit = result["adapt"].get("shots_unit", "rows")
+    scale = Scale(result["metric"]["name"])
     means = {(mean["base"], mean["shots"]): mean for mean in result["means"]}
-    most = [k for k in shots if k][-1]
-    titles = ["before adapting" if k == 0 else f"{'all' if k is None else k} {unit}" for k in shots]
-    head = ["base", *titles, f"− none, {most} {unit}", f"− standard, {most} {unit}", "seconds"]
+    adapted = [k for k in shots if k != 0]
+    most = [k for k in adapted if k][-1]
+    columns = [("none", most), *[("standard", k) for k in adapted]]
+    head = ["base", *[shots_label(k, unit) for k in shots]]
+    head += [f"− {control}, {shots_label(k, unit)}" for control, k in columns]
+    head.append("seconds")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for base in result["bases"]:
         cells = [base["label"]]
         for k in shots:
             mean = means.get((base["name"], k))
-            cells.append("" if mean is None else f"{100 * mean['mean']:.1f}")
-        cells += [
-            difference(result, base["name"], control, most) for control in ("none", "standard")
-        ]
+            cells.append("" if mean is None else scale.level(mean["mean"]))
+        cells += [difference(result, base["name"], control, k, scale) for control, k in columns]
         cells.append(f"{(base['retrain'] or {}).get('cpu_seconds', 0):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     collection = result["collection"]
-    seeds = 1 + max(score["seed"] for score in result["scores"])
+    turns = f" in each of {collection['turns']} turns" if "turns" in collection else ""
+    seeds = counted(1 + max(score["seed"] for score in result["scores"]), "seed")
     lines += [
         "",
-        "Accuracy in per cent; differences in points with 95 % intervals; "
-        f"{collection['num_seen']} tasks seen, {collection['num_unseen']} unseen, "
-        f"{seeds} seeds; seconds of CPU time of one retraining. {result['verdict']['sentence']}",
+        f"{scale.axis.capitalize()}; differences with 95 % intervals; "
+        f"{collection['num_seen']} tasks seen, {collection['num_unseen']} unseen{turns}, {seeds}; "
+        f"seconds of CPU time of one retraining. {result['verdict']['sentence']}",
     ]
     return "\n".join(lines)
 
 
-def difference(result: dict[str, Any], base: str, control: str, shots: int) -> str:
+def difference(
+    result: dict[str, Any], base: str, control: str, shots: int | None, scale: Scale
+) -> str:
     """`+1.2 (+0.3 to +2.0)` for base − control."""
     for pair in result["pairs"]:
         if pair["shots"] != shots or {pair["a"], pair["b"]} != {base, control}:
             continue
         sign = 1 if pair["a"] == base else -1
         ends = sorted((sign * pair["low"], sign * pair["high"]))
-        middle, low, high = (100 * v for v in (sign * pair["difference"], *ends))
-        return f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
+        return f"{scale.signed(sign * pair['difference'])} ({scale.interval(*ends)})"
     return ""
 
 
@@ -112,14 +117,15 @@ def spectrum_table(result: dict[str, Any]) -> str:
     """Each base's score by the rank of the adapters, and how much of a full change a rank holds."""
     spectrum = result["spectrum"]
     ranks = spectrum["ranks"]
+    scale = Scale(result["metric"]["name"])
     scores: dict[tuple[str, int], list[float]] = {}
     for row in spectrum["rows"]:
         scores.setdefault((row["base"], row["rank"]), []).append(row["score"])
     head = ["base", *[f"rank {rank}" for rank in ranks], "rank needed", "90 % of ΔW", "‖ΔW‖ / ‖W‖"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for base in result["bases"]:
-        means = [100 * sum(s) / len(s) for s in (scores[base["name"], rank] for rank in ranks)]
-        needed = next(r for r, mean in zip(ranks, means, strict=True) if mean >= max(means) - 1)
+        means = [sum(s) / len(s) for s in (scores[base["name"], rank] for rank in ranks)]
+        needed = next(r for r, mean in zip(ranks, means, strict=True) if mean >= max(means) - 0.01)
         values = [v["values"] for v in spectrum["singular_values"] if v["base"] == base["name"]]
         held = [ninety(v) for v in values]
         sizes = [sum(x * x for x in v) ** 0.5 for v in values]
@@ -128,7 +134,7 @@ def spectrum_table(result: dict[str, Any]) -> str:
             + " | ".join(
                 [
                     base["label"],
-                    *[f"{mean:.1f}" for mean in means],
+                    *[scale.level(mean) for mean in means],
                     str(needed),
                     f"{sum(held) / len(held):.1f}" if held else "",
                     f"{sum(sizes) / len(sizes):.4f}" if sizes else "",

@@ -1,4 +1,4 @@
-"""`[none, {auto: {candidates: [...]}}]` for the methods of a recipe, as a setting of `foretune run`.
+"""`[{auto: {candidates: [...]}}]` for a recipe's methods, as a setting of `foretune run`.
 
     foretune run X.yaml "retrain.methods=$(python benchmarks/claims/auto_of.py X.yaml)"
 

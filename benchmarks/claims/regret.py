@@ -3,7 +3,8 @@
     python benchmarks/claims/regret.py        # prints the tables that docs/reproduce.md holds
 
 A cell is one collection at one number of shots. Regret is how far `auto` is below the fixed method
-that turned out best there. Intervals are paired over unseen tasks and seeds, as in all comparisons.
+that turned out best there, in points: per cent of accuracy, or hundredths of a nat for a language
+model, which are per cent of its perplexity. Intervals are paired over unseen tasks and seeds.
 """
 
 from __future__ import annotations
