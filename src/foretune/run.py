@@ -31,7 +31,8 @@ class Run:
         max_grad_norm: Clips the norm of the gradient of all that the update moves; None for off.
         eval_every: Batches between two validations; the best validated state is what a run
             returns. None: ten times a run. 0: never, the last state is returned.
-        eval_rows: Validation rows of each task that are scored each time; None for all.
+        eval_rows: Validation rows of each task that are scored each time, evenly spread over them;
+            None for all.
         precision: "fp32" or "bf16" (autocast).
         optimizer: Of the base: "adamw", or "adamw-8bit", whose state takes a quarter of the memory
             (bitsandbytes). Adapters have the former in any case.

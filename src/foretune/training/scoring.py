@@ -28,7 +28,8 @@ def score_slots(
         model: Scored as it stands: with a bank's adapters when one is attached.
         data: The rows.
         split: "train", "validation" or "test".
-        max_rows: At most the first so many rows of each slot.
+        max_rows: At most so many rows of each slot, evenly spread over them: rows often stand in
+            the order of their labels.
         batch_size: Rows scored together, of one slot or of several.
         budget: Tokens scored together; None for no bound.
         only: Score this slot alone.
@@ -37,7 +38,7 @@ def score_slots(
         Mean score by slot; a slot without rows is left out.
     """
     chosen = range(len(data)) if only is None else [only]
-    picks = [(s, i) for s in chosen for i in range(data.num_rows(s, split))[:max_rows]]
+    picks = [(s, i) for s in chosen for i in spread(data.num_rows(s, split), max_rows)]
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -53,3 +54,14 @@ def score_slots(
     finally:
         model.train(was_training)
     return {slot: sum(values) / len(values) for slot, values in found.items()}
+
+
+def spread(num_rows: int, most: int | None) -> list[int]:
+    """At most so many of the rows, evenly spread.
+
+    >>> spread(9, 3), spread(2, 3), spread(2, None)
+    ([0, 3, 6], [0, 1], [0, 1])
+    """
+    if most is None or num_rows <= most:
+        return list(range(num_rows))
+    return [i * num_rows // most for i in range(most)]
