@@ -6,7 +6,8 @@ tasks can tell, if some of them play the unseen ones.
 
     round r = 0, 1, …    hold a part of the seen tasks out; retrain every candidate that is left on
                          the other ones, with budget · 2^r of the steps; adapt each base to the
-                         tasks that were held out, as the user will; keep the better half
+                         tasks that were held out, as the user will; keep the better half, and
+                         the best form of each control (none, standard)
     in the end           retrain the best candidate on all seen tasks with all steps
 
 Paper: successive halving is of Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and
@@ -15,6 +16,7 @@ Hyperparameter Optimization", AISTATS 2016, arXiv:1502.07943.
 Deviations:
     - Each round holds other tasks out, so a candidate is not chosen for one lucky part.
     - A candidate's score is the mean of its rounds, weighted by their budgets.
+    - The controls stay to the last round.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {"name": "peft-ml", "interpolate": 0.5},
     {"name": "fomaml", "inner": "adapter", "inner_learning_rate": 1e-3},
 )
+CONTROLS = ("none", "standard")
 Trial = dict[str, Any]
 
 
@@ -160,7 +163,7 @@ class Auto:
                 trials[-1]["cost"] = cost | trials[-1].get("cost", {})
                 _write(file, self, run, trials)
             ranked = _ranked(alive, trials)
-            alive = ranked[: math.ceil(len(ranked) / 2)]
+            alive = _better_half(ranked)
         return _record(ranked[0]), _summary(ranked, trials, tasks, groups[: self.rounds])
 
     def _exam(self, tasks: TaskCollection, held: Sequence[str], seed: int) -> TaskCollection:
@@ -310,6 +313,20 @@ def _ranked(alive: Sequence[dict[str, Any]], trials: Sequence[Trial]) -> list[di
     if math.isinf(key(ranked[0])):
         raise UserError("every candidate of auto diverged: lower their learning rates")
     return [one for one in ranked if not math.isinf(key(one))]
+
+
+def _better_half(ranked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The better half, and the best of each control.
+
+    What a control reaches in the end is what a choice must not fall below, so it is measured with
+    all steps; in a short race many like candidates would push it out.
+    """
+    kept = list(ranked[: math.ceil(len(ranked) / 2)])
+    for control in CONTROLS:
+        of_it = [one for one in ranked if one["name"] == control]
+        if of_it and of_it[0] not in kept:
+            kept.append(of_it[0])
+    return kept
 
 
 def _summary(
