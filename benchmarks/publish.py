@@ -1,11 +1,13 @@
 """Puts the comparison of a finished run into benchmarks/results/, and its table into the docs.
 
 python benchmarks/publish.py runs/bench-quickstart quickstart    # after a run
+python benchmarks/publish.py                                     # tables of the results there are
 python benchmarks/publish.py --check                             # are the tables up to date?
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +21,8 @@ from foretune.theory.experiment import markdown, tables
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "reproduce.md")
+DOCS = HERE.parent / "docs"
+PAGES = (HERE.parent / "README.md", DOCS / "reproduce.md", *sorted(DOCS.glob("results/*.md")))
 
 
 def publish(run: Path, name: str) -> Path:
@@ -168,8 +171,8 @@ def theory_table(result: dict[str, Any], name: str) -> str:
 def with_tables(text: str) -> str:
     """A page with each part between `<!-- KIND NAME -->` and `<!-- end -->` made anew.
 
-    Kinds: `results` and `spectrum` of a comparison, `theory` of a panel of an experiment, `regret`
-    and `variants` of all claims.
+    Kinds: `results` and `spectrum` of a comparison, `theory` of a panel of an experiment, `claim`
+    of a table that `claims/NAME.py` makes of its own result, `regret` and `variants` of all claims.
     """
     made: dict[str, Callable[[], str]] = {
         "regret of auto": regret.regret_table,
@@ -179,6 +182,11 @@ def with_tables(text: str) -> str:
         result = json.loads(path.read_text("utf-8"))
         for panel in result["panels"] if "experiment" in result else ():
             made[f"theory {path.stem} {panel}"] = partial(theory_table, result, panel)
+        if "claim" in result:
+            tables_of = importlib.import_module(f"claims.{result['claim']}").TABLES
+            for name, write in tables_of.items():
+                made[f"claim {result['claim']} {name}"] = partial(write, result)
+            continue
         made[f"results {path.stem}"] = partial(table, result)
         made[f"spectrum {path.stem}"] = partial(spectrum_table, result)
     for mark, write in made.items():
@@ -190,7 +198,7 @@ def with_tables(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments != ["--check"]:
+    if arguments and arguments != ["--check"]:
         run, name = arguments
         print(publish(Path(run), name))
     stale = [

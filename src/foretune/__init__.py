@@ -33,8 +33,11 @@ _PUBLIC = {
     "UserError": "foretune.errors",
     "adapt": "foretune.training.verbs",
     "compare": "foretune.evaluation.adaptability",
+    "decode": "foretune.verbs",
+    "fuse": "foretune.verbs",
     "load_model": "foretune.models.loading",
     "load_tasks": "foretune.tasks.sources",
+    "prune": "foretune.verbs",
     "retrain": "foretune.training.verbs",
 }
 

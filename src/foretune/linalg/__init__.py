@@ -1,0 +1,1 @@
+"""Tensor maths that knows no model."""
