@@ -39,6 +39,9 @@ FORMS = [
     ("peft-ml", {**BETWEEN, "restart_every": 3}),
     ("peft-ml", {**BETWEEN, "interpolate": 0.5}),
     ("standard", {**FAST, "interpolate": 0.5}),
+    ("standard", {**FAST, "average": 0.5}),
+    ("peft-ml", {**BETWEEN, "average": 0.5}),
+    ("fomaml", {**FAST, "inner_learning_rate": 0.03, "inner_steps": 3, "average": 0.5}),
     (
         "auto",
         {
@@ -64,7 +67,7 @@ ADAPT_FORMS = [
 RUN = Run(steps=12, batch_size=4, eval_every=4, device="cpu", weight_decay=0.0)
 
 
-VARIANTS = ("penalty", "adapter_dropout", "restart_every", "interpolate")
+VARIANTS = ("penalty", "adapter_dropout", "restart_every", "interpolate", "average")
 
 
 def _named(forms):
@@ -304,7 +307,8 @@ def test_saved_base_gives_the_same_outputs(name, fields, tmp_path):
     assert record["finished"] and make(**record["method"]) == outcome.method
     folders = tmp_path / "out" / "adapters"
     assert folders.is_dir() == (outcome.bank is not None)
-    assert (outcome.bank is not None) == (name == "peft-ml" and "interpolate" not in fields)
+    moved = {"interpolate", "average"} & set(fields)  # away from the weights beside the adapters
+    assert (outcome.bank is not None) == (name == "peft-ml" and not moved)
 
 
 def _classification() -> TaskCollection:

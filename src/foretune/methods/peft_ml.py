@@ -27,6 +27,9 @@ Beyond the paper, all off by default:
       ones do too.
     - `interpolate`: W + α (W_ML − W), which keeps more of the pretrained model (Wortsman et al.,
       "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv:2109.01903).
+    - `average`: the mean of W over the last updates instead of the last W (Izmailov et al.,
+      "Averaging weights leads to wider optima and better generalization", UAI 2018,
+      arXiv:1803.05407). The controls have it too.
 Silent in the paper:
     - Whether heads are shared; the authors' language code gives each task its own. Here a task
       has one where the tasks' label sets differ, and where `heads` says so.
@@ -76,6 +79,8 @@ class PEFTML:
         restart_every: Steps after which, in the mean, a task's adapter starts afresh; the adapters
             then keep their full learning rate, as in adapting. None for never.
         interpolate: Share of the way from the given weights to the retrained ones that is kept.
+        average: Share of the updates, the last ones, over which the base's weights are averaged;
+            the learning rate then stays at its height. 0 for off.
     """
 
     learning_rate: float = 1e-4
@@ -87,6 +92,7 @@ class PEFTML:
     adapter_dropout: float = 0.0
     restart_every: int | None = None
     interpolate: float = 1.0
+    average: float = 0.0
 
     name: ClassVar[str] = "peft-ml"
     label: ClassVar[str] = "PEFT-ML"
@@ -104,6 +110,7 @@ class PEFTML:
         share("adapter_dropout", self.adapter_dropout)
         whole("restart_every", self.restart_every, 1, optional=True)
         share("interpolate", self.interpolate)
+        share("average", self.average)
         if self.form == "last-layer" and (self.penalty or self.adapter_dropout):
             raise UserError(
                 "penalty and adapter_dropout are about LoRA adapters, which form last-layer has "
@@ -113,7 +120,7 @@ class PEFTML:
     @property
     def keeps_adapters(self) -> bool:
         """Adapters belong to the weights beside which they were trained."""
-        return self.interpolate == 1
+        return self.interpolate == 1 and not self.average
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}

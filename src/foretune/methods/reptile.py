@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from foretune.adapters.config import lora_fields
-from foretune.run import Run, above_zero, one_of, whole
+from foretune.run import Run, above_zero, one_of, share, whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +51,8 @@ class Reptile:
         inner: "all" trains all weights, one task an episode; "adapter" trains a fresh LoRA
             adapter for each task, all tasks at once.
         lora: The adapter of `inner="adapter"`: a `peft.LoraConfig` or a mapping of its fields.
+        average: Share of the updates, the last ones, over which the base's weights are averaged;
+            the learning rate then stays at its height. 0 for off.
     """
 
     learning_rate: float = 1e-4
@@ -58,6 +60,7 @@ class Reptile:
     inner_steps: int = 5
     inner: Literal["all", "adapter"] = "all"
     lora: Any = field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
+    average: float = 0.0
 
     name: ClassVar[str] = "reptile"
     label: ClassVar[str] = "Reptile"
@@ -72,6 +75,7 @@ class Reptile:
         whole("inner_steps", self.inner_steps, 1)
         one_of("inner", self.inner, ("all", "adapter"))
         object.__setattr__(self, "lora", lora_fields(self.lora))
+        share("average", self.average)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}

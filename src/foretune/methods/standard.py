@@ -32,11 +32,14 @@ class Standard:
             (where the model has no head, a copy of its last linear layer).
         interpolate: Share of the way from the given weights to the retrained ones that is kept
             (Wortsman et al., CVPR 2022, arXiv:2109.01903).
+        average: Share of the updates, the last ones, over which the base's weights are averaged;
+            the learning rate then stays at its height. 0 for off.
     """
 
     learning_rate: float = 1e-4
     heads: Literal["shared", "per-task"] = "shared"
     interpolate: float = 1.0
+    average: float = 0.0
 
     name: ClassVar[str] = "standard"
     label: ClassVar[str] = "standard retraining"
@@ -49,6 +52,7 @@ class Standard:
         above_zero("learning_rate", self.learning_rate)
         one_of("heads", self.heads, ("shared", "per-task"))
         share("interpolate", self.interpolate)
+        share("average", self.average)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}

@@ -43,6 +43,9 @@ class Learner:
         learning_rate: Of the base; None keeps the base as it is.
         bank_learning_rate: Of the bank.
         pooled: Weight rows alike, not tasks.
+
+    Attributes:
+        average: Share of the updates, the last ones, over which the base's weights are averaged.
     """
 
     batches_per_update = 1
@@ -63,6 +66,8 @@ class Learner:
         if learning_rate is None:
             model.requires_grad_(False)
         self.base = [p for p in model.parameters() if p.requires_grad]
+        self.average = 0.0
+        self.mean: list[Tensor] = []
         self.base_optimizer: torch.optim.Optimizer | None = None
         self.bank_optimizer: SlotAdamW | None = None
         self.autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
@@ -91,6 +96,8 @@ class Learner:
             raise UserError(f"optimizer {run.optimizer} cannot be sharded (FSDP); adamw would do")
         self.token_budget = run.token_budget or usual_token_budget(self.model)
         self.recompute = run.gradient_checkpointing
+        if self.average:
+            self.mean = [torch.zeros_like(p) for p in self.base]
         if self.base:
             self.base_optimizer = adamw_of(
                 self.base, self.learning_rate or 0.0, run.weight_decay, run.optimizer
@@ -155,6 +162,19 @@ class Learner:
             )
         return losses
 
+    @torch.no_grad()
+    def add_to_mean(self, update: int, num_updates: int) -> None:
+        """Takes the base's weights after this update into their mean, if they belong to it."""
+        count = update + 1 - math.floor((1 - self.average) * num_updates)
+        for mean, p in zip(self.mean, self.base, strict=True) if count > 0 else ():
+            mean.lerp_(p, 1 / count)
+
+    @torch.no_grad()
+    def take_mean(self) -> None:
+        """Makes the base the mean of its own weights."""
+        for mean, p in zip(self.mean, self.base, strict=True):
+            p.copy_(mean)
+
     def bank_rate(self, rate: float) -> float:
         """The bank's learning rate at this point of the schedule."""
         return rate * self.bank_learning_rate
@@ -199,6 +219,7 @@ class Learner:
             f"base.{k}": p.detach() for k, p in self.model.named_parameters() if p.requires_grad
         }
         found |= {f"buffer.{k}": b for k, b in self.model.named_buffers()}
+        found |= {f"mean.{i}": mean for i, mean in enumerate(self.mean)}
         if self.bank is not None:
             found |= {f"bank.{k}": p.detach() for k, p in self.bank.named_parameters()}
         for name, optimizer in self._optimizers() if optimizers else ():

@@ -39,6 +39,8 @@ def fit(
 ) -> dict[str, Any]:
     """Trains what the learner trains; leaves it in its best validated state.
 
+    A learner that averages its base ends with the mean instead.
+
     Args:
         learner: What to update and how; its bank has the slots that `deal` says.
         data: The rows of each slot.
@@ -94,6 +96,8 @@ def fit(
             ]
             by_slot = learner.update(steps, run, schedule(run, update / num_updates))
             _check_finite(by_slot, update, data, learner, run)
+            if learner.average:
+                learner.add_to_mean(update, num_updates)
             losses.append(sum(by_slot.values()) / len(by_slot))
             tokens = torch.tensor(sum(step.num_tokens for step in steps))
             record["tokens"] += int(deal.ranks.sum(tokens))
@@ -110,6 +114,11 @@ def fit(
                     num_updates,
                     {"loss": losses[-1] if losses else None, "score": record["best_score"]},
                 )
+        if learner.average:
+            learner.take_mean()
+            scores = _scores(learner, deal, run) if validate else {}
+            mean = sum(scores.values()) / len(scores) if scores else None
+            record |= {"best_step": num_updates, "best_score": mean}
     if stopping is not None:
         stopping.restore()
     if record["best_step"] not in (None, num_updates):

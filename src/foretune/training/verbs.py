@@ -198,6 +198,9 @@ def _train(
         return {"history": [], "validation_score": best, "cost": cost}
     budget = method.budget(run, len(data))
     sampler = sampler_for(method, data, budget, learner.batches_per_update)
+    learner.average = method.average
+    if learner.average:  # a mean of weights that still move: the rate must not fall to zero
+        budget = budget.replace(schedule="constant")
     by_rows = method.pooled and learner.bank is None
     deal = replace(deal, by_rows=by_rows, sharded=base_is_sharded())
     record = fit(learner, data, sampler, budget, progress=progress, deal=deal)
