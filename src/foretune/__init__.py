@@ -23,6 +23,8 @@ _PUBLIC = {
     "NoRetraining": "foretune.methods.none",
     "Outcome": "foretune.training.outcome",
     "PEFTML": "foretune.methods.peft_ml",
+    "RTD": "foretune.methods.rtd",
+    "ReferenceStore": "foretune.adapters.reference_store",
     "Regression": "foretune.tasks.objectives",
     "Reptile": "foretune.methods.reptile",
     "Run": "foretune.run",
