@@ -14,9 +14,7 @@ from foretune.adapters.reference_store import Lookup, ReferenceStore
 from foretune.errors import UserError
 
 WORDS = [w for w in tiny_models.WORDS if len(w) > 1]
-TEXTS = [
-    {"text": " ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 8))} for i in range(1, 12)
-]
+TEXTS = [{"text": " ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 8))} for i in range(1, 12)]
 LABELLED = [
     {"prompt": f"the {a} {b}", "label": "red" if a in WORDS[:4] else "blue"}
     for a in WORDS
@@ -91,7 +89,9 @@ def test_order_of_the_entries_does_not_matter(heads):
     store, order = made(), torch.randperm(60, generator=torch.Generator().manual_seed(1))
     turned = ReferenceStore(store.keys[order], store.values[order], store.own, store.sources)
     lookup = {"neighbours": 7, "temperature": 3.0, "heads": heads}
-    torch.testing.assert_close(asked(turned, queries(), **lookup), asked(store, queries(), **lookup))
+    torch.testing.assert_close(
+        asked(turned, queries(), **lookup), asked(store, queries(), **lookup)
+    )
 
 
 def test_every_entry_twice_with_twice_the_neighbours_is_the_same():
@@ -284,9 +284,7 @@ def test_candidates_are_rotated_so_that_every_letter_is_right_as_often(permute):
     tokenizer = tiny_models.tokenizer(special=False)
     tokenizer.add_tokens(["A", "B", "C", "A.", "B.", "C.", "Answer:"])
     model = tiny_models.llama(vocab_size=len(tokenizer))
-    store = ReferenceStore.build(
-        model, CHOICE, tokenizer=tokenizer, permute_options=permute
-    )
+    store = ReferenceStore.build(model, CHOICE, tokenizer=tokenizer, permute_options=permute)
     assert len(store) == len(CHOICE) * (3 if permute else 1)
     assert list(store.labels) == ["A", "B", "C"]
     counts = [int((store.values == token).sum()) for token in store.labels.values()]
@@ -408,13 +406,16 @@ def test_an_adapter_counts_unless_it_is_off_and_its_name_does_not():
     model = adapted()
     store = built(model)
     store.check_model(adapted(name="mine"))
-    with pytest.raises(UserError, match="made with an adapter .* this model has no adapter"):
+    with pytest.raises(UserError, match=r"made with an adapter .* this model has no adapter"):
         store.check_model(tiny_models.llama())
-    with pytest.raises(UserError, match="made with an adapter .* this model has an adapter"):
+    with pytest.raises(UserError, match=r"made with an adapter .* this model has an adapter"):
         store.check_model(adapted(seed=1))
     with model.disable_adapter():
         built().check_model(model)
-        assert base_and_adapter(model) == {"base": fingerprint(tiny_models.llama()), "adapter": None}
+        assert base_and_adapter(model) == {
+            "base": fingerprint(tiny_models.llama()),
+            "adapter": None,
+        }
     with pytest.raises(UserError, match="made with no adapter"):
         built().check_model(model)
 

@@ -51,9 +51,7 @@ def ids(*texts):
 
 
 def hooks(model):
-    return sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()
-    )
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 # --- the mixture --------------------------------------------------------------------------------

@@ -32,9 +32,11 @@ def test_special_tokens_before_a_text_are_kept_and_those_after_it_are_not():
 def test_test_rows_take_the_labels_of_the_store():
     store = read(ROW, {"prompt": "a", "label": "blue"})
     assert read(ROW, like=store).values == store.values[:1]
-    with pytest.raises(UserError, match='row 2 has the label "green".*it has blue, red'):
+    with pytest.raises(UserError, match=r'row 2 has the label "green".*it has blue, red'):
         read(ROW, {"prompt": "a", "label": "green"}, like=store)
-    with pytest.raises(UserError, match="rows hold text, the store was made of prompt and label"):
+    with pytest.raises(
+        UserError, match=r"rows hold text, the store was made of prompt .or text. and label"
+    ):
         read({"text": "the cat"}, like=store)
 
 
@@ -42,9 +44,9 @@ def test_test_rows_take_the_labels_of_the_store():
     ("rows", "message"),
     [
         ([], "no rows"),
-        ([{}], "row 1: a row needs prompt and label; or .*this one has nothing"),
+        ([{}], "row 1: a row needs prompt .or text. and label; or .*this one has nothing"),
         ([ROW, {"prompt": "the"}], "row 2: a row needs .*this one has prompt"),
-        ([ROW, {"text": "the cat"}], "row 2 holds text, row 1 prompt and label"),
+        ([ROW, {"text": "the cat"}], "row 2 holds text, row 1 prompt .or text. and label"),
         ([{"prompt": " ", "label": "red"}], "row 1: prompt must be text, got ' '"),
         ([{"prompt": 3, "label": "red"}], "row 1: prompt must be text, got 3"),
         ([{"text": ["the"]}], "row 1: text must be text"),
@@ -73,3 +75,8 @@ def test_a_prompt_that_is_too_long_is_named():
 
 def test_whole_numbers_are_labels():
     assert list(read({"prompt": "a", "label": 7}).labels) == ["7"]
+
+
+def test_a_classification_row_calls_its_prompt_text():
+    named, called = read(ROW), read({"text": ROW["prompt"], "label": "red"})
+    assert (called.kind, called.texts, called.values) == ("label", named.texts, named.values)

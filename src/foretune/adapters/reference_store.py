@@ -85,6 +85,7 @@ class ReferenceStore:
         kind: What rows hold: "label", "choice", "completion" or "text".
         labels: Label → token, empty for running text.
         model: Fingerprints of the base and its adapter; see `base_and_adapter`.
+        name: Folder or hub id of the model, where it is known.
         lookup: How it is asked.
         tuned: What `tune` found; None before.
     """
@@ -100,6 +101,7 @@ class ReferenceStore:
         kind: str = "text",
         labels: Mapping[str, int] | None = None,
         model: Mapping[str, str | None] | None = None,
+        name: str | None = None,
         lookup: Lookup | None = None,
         tuned: Mapping[str, Any] | None = None,
     ) -> None:
@@ -107,6 +109,7 @@ class ReferenceStore:
         self.rows = [dict(row) for row in rows]
         self.kind, self.labels = kind, dict(labels or {})
         self.model = dict(model) if model is not None else None
+        self.name = name
         self.tuned = dict(tuned) if tuned is not None else None
         self.lookup = lookup or Lookup()
         _check_tensors(self)
@@ -314,12 +317,14 @@ class ReferenceStore:
         assert best is not None
         counts = torch.bincount(self.values, minlength=int(self.values.max()) + 1)
         prior = counts[wanted] / len(self)
+        counts_score, counts_mix = max((_mean_log((1 - m) * own + m * prior), m) for m in mixes)
         self.lookup = best[1]
         self.tuned = {
             **dataclasses.asdict(best[1]),
             "log_likelihood": best[0],
             "model_alone": _mean_log(own),
-            "with_counts": max(_mean_log((1 - m) * own + m * prior) for m in mixes),
+            "with_counts": counts_score,
+            "counts_mix": counts_mix,
             "entries": len(some),
         }
         return dict(self.tuned)
@@ -393,6 +398,7 @@ class ReferenceStore:
                 kind=about["kind"],
                 labels=about["labels"],
                 model=about["model"],
+                name=about["name"],
                 lookup=Lookup(**about["lookup"]),
                 tuned=about["tuned"],
             )
@@ -405,6 +411,7 @@ class ReferenceStore:
             "kind": self.kind,
             "labels": self.labels,
             "model": self.model,
+            "name": self.name,
             "lookup": dataclasses.asdict(self.lookup),
             "tuned": self.tuned,
             "entries": len(self),
@@ -424,6 +431,7 @@ class ReferenceStore:
 
     def _others(self, some: Tensor, k: int, heads: int) -> tuple[Tensor, Tensor]:
         """The nearest entries of other rows, (H, entries, K) each, of some entries."""
+        _check_heads(heads, self.keys.shape[1])
         found = [
             ExactIndex(part, self.sources).search(part[some], k, self.sources[some])
             for part in self.keys.chunk(heads, dim=1)

@@ -91,9 +91,7 @@ def generate_texts(
             for i, row in enumerate(new):
                 kept = _until_end(row, end)
                 text = tokenizer.decode(kept, skip_special_tokens=True)
-                found.append(
-                    Generated(prompt=some[i // repeats], text=text, token_ids=tuple(kept))
-                )
+                found.append(Generated(prompt=some[i // repeats], text=text, token_ids=tuple(kept)))
     return found
 
 

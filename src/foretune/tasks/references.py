@@ -13,7 +13,7 @@ from foretune.models.generation import prompt_ids
 from foretune.tasks.objectives.text import plain_ids
 
 KINDS = {
-    "label": "prompt and label",
+    "label": "prompt (or text) and label",
     "choice": "context, candidates and answer",
     "completion": "prompt and completion",
     "text": "text",
@@ -130,7 +130,13 @@ def prompt_and_label(row: Mapping[str, Any], kind: str, turn: int = 0) -> tuple[
     """The prompt of a row whose label counts, and the label."""
     if kind == "choice":
         return choice_prompt(row, turn)
-    return row["prompt"], str(row["label"])
+    return _prompt(row), str(row["label"])
+
+
+def _prompt(row: Mapping[str, Any]) -> str:
+    """The prompt of a row with a label; a classification row calls it its text."""
+    prompt: str = row["text"] if row.get("prompt") is None else row["prompt"]
+    return prompt
 
 
 def _add(
@@ -162,14 +168,14 @@ def _add(
 def _kind(row: Mapping[str, Any], place: int) -> str:
     """What a row is, its fields checked."""
     kind = next(
-        (k for k, needs in _NEEDS.items() if all(row.get(name) is not None for name in needs)), None
+        (k for k, needs in _NEEDS if all(row.get(name) is not None for name in needs)), None
     )
     if kind is None:
         has = ", ".join(k for k, v in row.items() if v is not None) or "nothing"
         wanted = "; or ".join(KINDS.values())
         raise UserError(f"row {place + 1}: a row needs {wanted}; this one has {has}")
     for name in ("prompt", "completion", "text"):
-        if name in _NEEDS[kind] and (not isinstance(row[name], str) or not row[name].strip()):
+        if row.get(name) is not None and (not isinstance(row[name], str) or not row[name].strip()):
             raise UserError(f"row {place + 1}: {name} must be text, got {row[name]!r:.40}")
     label = row.get("label")
     if kind == "label" and (
@@ -181,12 +187,13 @@ def _kind(row: Mapping[str, Any], place: int) -> str:
     return kind
 
 
-_NEEDS = {
-    "choice": ("context", "candidates", "answer"),
-    "label": ("prompt", "label"),
-    "completion": ("prompt", "completion"),
-    "text": ("text",),
-}
+_NEEDS = (
+    ("choice", ("context", "candidates", "answer")),
+    ("label", ("prompt", "label")),
+    ("label", ("text", "label")),
+    ("completion", ("prompt", "completion")),
+    ("text", ("text",)),
+)
 
 
 def _check_choice(row: Mapping[str, Any], place: int) -> None:
@@ -205,7 +212,7 @@ def _check_choice(row: Mapping[str, Any], place: int) -> None:
 def _label_ids(rows: Sequence[Mapping[str, Any]], kind: str, tokenizer: Any) -> dict[str, int]:
     """Label → the id of its first token, in the order of the alphabet."""
     if kind == "label":
-        names = {str(row["label"]): row["prompt"] for row in rows}
+        names = {str(row["label"]): _prompt(row) for row in rows}
     elif kind == "choice":
         most = max(len(row["candidates"]) for row in rows)
         names = dict.fromkeys(LETTERS[:most], "Answer:")
