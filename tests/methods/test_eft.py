@@ -356,6 +356,8 @@ def test_adapter_on_and_off_are_a_pair_in_one_set_of_weights() -> None:
     assert equal(pair, steered_law(EFT(beta=0.7), large, tuned, untuned))
     assert not equal(pair, law(large), 1e-2)
     assert [p.requires_grad for p in tuned.parameters()] == wanted
+    inside = tuned.get_base_model()  # peft has put the adapter into it
+    assert equal(steered_law(EFT(beta=0.7), large, tuned, inside), pair)
     with EFT(beta=0.7).steer(large, tuned=tuned):
         cached = large.generate(IDS, do_sample=False, **FREE)
         assert torch.equal(cached, large.generate(IDS, do_sample=False, use_cache=False, **FREE))
@@ -516,3 +518,140 @@ def test_models_that_are_no_decoders_are_refused(kind: str) -> None:
         foretune.decode(
             odd, "the cat", EFT(), tokenizer=tiny_models.tokenizer(), tuned=tuned, untuned=untuned
         )
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """large, tuned, untuned: model folders; adapter: a PEFT folder over untuned."""
+    root = tmp_path_factory.mktemp("models")
+    large, tuned, untuned = trio("llama")
+    for name, model in {"large": large, "tuned": tuned, "untuned": untuned}.items():
+        model.save_pretrained(root / name)
+        tiny_models.tokenizer().save_pretrained(root / name)
+    adapted = with_lora(copy.deepcopy(untuned))
+    adapted.peft_config["default"].base_model_name_or_path = str(root / "untuned")
+    adapted.save_pretrained(root / "adapter")
+    return root
+
+
+PROMPTS = ["the cat sat", "a dog", "one two three"]
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6}
+
+
+def test_decode_takes_models_and_folders_alike(folders: Any) -> None:
+    large, tuned, untuned = trio("llama")
+    names = {"tuned": str(folders / "tuned"), "untuned": folders / "untuned"}
+    from_folders = foretune.decode(str(folders / "large"), PROMPTS, EFT(), **names, **GREEDY)
+    from_models = foretune.decode(
+        large,
+        PROMPTS,
+        EFT(),
+        tokenizer=tiny_models.tokenizer(),
+        tuned=tuned,
+        untuned=untuned,
+        batch_size=2,
+        **GREEDY,
+    )
+    assert from_folders == from_models
+    assert [one.prompt for one in from_models] == PROMPTS
+    drafted = foretune.decode(
+        str(folders / "large"), PROMPTS, EFT(), **names, speculative=True, **GREEDY
+    )
+    assert drafted == from_models
+
+
+def test_an_adapter_folder_is_its_own_pair_and_may_be_given_its_base(folders: Any) -> None:
+    name = str(folders / "large")
+    alone = foretune.decode(name, PROMPTS, EFT(), tuned=folders / "adapter", **GREEDY)
+    untuned = small(3)
+    for base in (str(folders / "untuned"), untuned):
+        given = {"tuned": folders / "adapter", "untuned": base}
+        assert foretune.decode(name, PROMPTS, EFT(), **given, **GREEDY) == alone
+    assert not any("lora" in key for key in untuned.state_dict())  # left untouched
+    assert alone != foretune.decode(name, PROMPTS, EFT(beta=0), tuned=folders / "adapter", **GREEDY)
+
+
+def test_several_folders_with_weights(folders: Any) -> None:
+    name, both = str(folders / "large"), [str(folders / "tuned"), str(folders / "adapter")]
+    method = EFT(weights=(0.7, 0.3))
+    _, _, parts = method.load(name, tuned=both, untuned=str(folders / "untuned"))
+    large, tuned, untuned = trio("llama")
+    adapted = with_lora(copy.deepcopy(untuned))
+    with method.steer(large, **parts):
+        got = law(large)
+    delta = 0.7 * (law(tuned) - law(untuned)) + 0.3 * (law(adapted) - law(untuned))
+    assert equal(got, torch.log_softmax(law(large) + delta, -1))
+
+
+def test_prompts_of_their_own_follow_the_batches(folders: Any) -> None:
+    parts = {"tuned": str(folders / "tuned"), "untuned": str(folders / "untuned")}
+    own = {"tuned_prompts": ["red the cat sat on", "blue a dog", "green one two"]}
+    call = [str(folders / "large"), PROMPTS, EFT()]
+    whole = foretune.decode(*call, **parts, **own, **GREEDY)
+    assert foretune.decode(*call, **parts, **own, batch_size=1, **GREEDY) == whole
+    assert foretune.decode(*call, **parts, **own, speculative=True, **GREEDY) == whole
+    same = {"tuned_prompts": PROMPTS, "untuned_prompts": PROMPTS}
+    plain = foretune.decode(*call, **parts, **GREEDY)
+    assert foretune.decode(*call, **parts, **same, **GREEDY) == plain != whole
+
+
+def test_other_tokenizers_and_other_bases_are_refused(folders: Any, tmp_path: Any) -> None:
+    name, parts = str(folders / "large"), {"tuned": str(folders / "tuned")}
+    with pytest.raises(UserError, match="EFT needs a tuned model"):
+        foretune.decode(name, "the cat", EFT())
+    with pytest.raises(UserError, match="untuned is missing"):
+        foretune.decode(name, "the cat", EFT(), **parts)
+    with pytest.raises(UserError, match="3 prompts but 1 tuned_prompts"):
+        foretune.decode(name, PROMPTS, EFT(), **parts, tuned_prompts="the cat")
+    with pytest.raises(UserError, match="2 tuned models but 3 untuned"):
+        foretune.decode(name, "a", EFT(), tuned=[name, name], untuned=[name] * 3)
+    with pytest.raises(UserError, match='no option "num_beam"'):
+        foretune.decode(name, "a", EFT(), tuned=name, untuned=name, num_beam=3)
+    odd = tmp_path / "odd"
+    small(3).save_pretrained(odd)
+    text = tiny_models.tokenizer().backend_tokenizer.to_str()
+    for word in ("cat", "dog", "sat", "mat"):
+        text = text.replace(f'"{word}"', f'"{word}s"')
+    (tmp_path / "t.json").write_text(text)
+    transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "t.json")).save_pretrained(
+        odd
+    )
+    with pytest.raises(UserError, match="4 of 24 ids differ"):
+        foretune.decode(name, "a", EFT(), **parts, untuned=str(odd))
+
+
+def test_speculative_needs_one_vocabulary(folders: Any) -> None:
+    narrow = tiny_models.llama(seed=3, vocab_size=20, num_hidden_layers=1, **SHARP)
+    with pytest.raises(UserError, match="vocabulary of the large one, got 20 and 24 tokens"):
+        foretune.decode(
+            str(folders / "large"), "a", EFT(), tuned=narrow, untuned=narrow, speculative=True
+        )
+
+
+def test_an_adapter_of_another_base_is_refused(folders: Any, tmp_path: Any) -> None:
+    import json
+    import shutil
+
+    from foretune.adapters.fingerprint import fingerprint
+
+    adapter = tmp_path / "adapter"
+    shutil.copytree(folders / "adapter", adapter)
+    record = adapter / "base_fingerprint.json"
+    record.write_text(json.dumps({"base": fingerprint(small(3))}))
+    call = [str(folders / "large"), "a", EFT()]
+    foretune.decode(*call, tuned=adapter, **GREEDY)
+    record.write_text(json.dumps({"base": fingerprint(small(4))}))
+    with pytest.raises(UserError, match="trained on another base"):
+        foretune.decode(*call, tuned=adapter, **GREEDY)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": None})
+    )
+    with pytest.raises(UserError, match="names no base_model_name_or_path"):
+        foretune.decode(*call, tuned=adapter, **GREEDY)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no adapter_model.safetensors; no other format"):
+        foretune.decode(*call, tuned=adapter, **GREEDY)

@@ -260,8 +260,8 @@ class EFT:
 
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_options({k: v for k, v in options.items() if k != "max_new_tokens"})
-        own = {"tuned": tuned_prompts, "untuned": untuned_prompts}
-        own = {k: [v] if isinstance(v, str) else list(v) for k, v in own.items() if v is not None}
+        given = {"tuned": tuned_prompts, "untuned": untuned_prompts}
+        own = {k: [v] if isinstance(v, str) else list(v) for k, v in given.items() if v is not None}
         for kind, texts in own.items():
             if len(texts) != len(prompts):
                 raise UserError(f"{len(prompts)} prompts but {len(texts)} {kind}_prompts")
@@ -322,13 +322,8 @@ class EFT:
             tokenizers.append(own)
             downs.append(up if base is None or _is_adapter(name) else base)
         shared = shared_tokens(tokenizer, [one for one in tokenizers if one is not None])
-        same = all(one is downs[0] for one in downs)
-        return (
-            large,
-            tokenizer,
-            {"tuned": ups, "untuned": downs[:1] if same else downs}
-            | ({} if shared is None else {"shared": shared}),
-        )
+        resources = {"tuned": ups, "untuned": downs if loaded else None, "shared": shared}
+        return large, tokenizer, resources
 
     def _weights(self, count: int) -> tuple[float, ...]:
         return (1 / count,) * count if self.weights is None else self.weights
@@ -343,10 +338,15 @@ class EFT:
             )
         if self.weights is not None and len(self.weights) != len(ups):
             raise UserError(f"{len(self.weights)} weights for {len(ups)} tuned models")
-        # A tuned PeftModel in the place of an untuned model is meant without its adapter.
-        pairs = [
-            (one, hasattr(one, "disable_adapter") and any(one is up for up in ups)) for one in downs
-        ]
+        if len(downs) > 1 and all(one is downs[0] for one in downs):
+            downs = downs[:1]
+        # A PeftModel in the place of an untuned model, or the base inside it (which peft has put
+        # the adapter into), is meant without its adapter.
+        adapted = [one for one in ups if hasattr(one, "disable_adapter")]
+        pairs = []
+        for one in downs:
+            inside = [up for up in adapted if one is up or one is up.get_base_model()]
+            pairs.append((inside[0], True) if inside else (one, False))
         if untuned is None and not all(off for _, off in pairs):
             raise UserError(
                 "untuned is missing: what the tuned model was tuned from. Only a PeftModel is its "

@@ -12,7 +12,6 @@ that was filled without them is refused: the side models would see one token onl
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -126,16 +125,18 @@ class SideModels:
         inputs = self._inputs(side, kwargs, past, kept)
         _check_length(own, past, 0 if side.prompt is None else self._offset(side))
         takes = inspect.signature(side.bare.forward).parameters
-        inputs = {k: v for k, v in inputs.items() if k in takes or k != "position_ids"}
         inputs["input_ids"] = self._known(side, inputs["input_ids"])
-        if "logits_to_keep" in takes:
-            inputs["logits_to_keep"] = kept
         device = next(side.bare.parameters()).device
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        inputs = {
+            k: None if v is None else v.to(device)
+            for k, v in inputs.items()
+            if k in takes or k != "position_ids"
+        }
+        some = {"logits_to_keep": kept} if "logits_to_keep" in takes else {}
         self.side_forwards += 1
         off = side.model.disable_adapter() if side.adapter_off else contextlib.nullcontext()
         with off:
-            out = side.bare(**inputs, past_key_values=own, use_cache=own is not None)
+            out = side.bare(**inputs, **some, past_key_values=own, use_cache=own is not None)
         return out.logits[:, -kept:]
 
     def _inputs(
@@ -247,6 +248,7 @@ class _Carrier:
     """A cache with the caches of the side models, which follow all that is done to it."""
 
     sides: list[Any]
+    keys: list[tuple[int, bool, int]]
 
     def _all(self, what: str, *args: Any) -> None:
         getattr(super(), what)(*args)
@@ -269,11 +271,6 @@ class _Carrier:
         self._all("reset")
 
 
-@functools.cache
-def _carrier_of(cls: type) -> type:
-    return type(f"{cls.__name__}WithSides", (_Carrier, cls), {})
-
-
 def carry(cache: Any, keys: Sequence[tuple[int, bool, int]]) -> None:
     """Makes an empty cache take the sides' caches along, in place; checks one that does already.
 
@@ -285,17 +282,19 @@ def carry(cache: Any, keys: Sequence[tuple[int, bool, int]]) -> None:
     """
     if isinstance(cache, StaticCache):
         raise UserError("steering needs a dynamic cache; leave cache_implementation alone")
-    if isinstance(cache, _Carrier) and (cache.keys == list(keys) or cache.get_seq_length() > 0):
-        if cache.keys != list(keys):
-            raise UserError("this cache was filled beside other models: begin with a fresh one")
+    carries, filled = isinstance(cache, _Carrier), cache.get_seq_length() > 0
+    if carries and cache.keys == list(keys):
         return
-    if cache.get_seq_length() > 0:
+    if carries and filled:
+        raise UserError("this cache was filled beside other models: begin with a fresh one")
+    if filled:
         raise UserError(
             "this cache was filled without the side models: begin with a fresh one, or with "
             "past_key_values=None"
         )
-    if not isinstance(cache, _Carrier):
-        cache.__class__ = _carrier_of(type(cache))
+    if not carries:
+        cls = type(cache)
+        cache.__class__ = type(f"{cls.__name__}WithSides", (_Carrier, cls), {})
     # Without a config every layer keeps all tokens, also of sliding windows, and can be cropped.
     cache.sides = [DynamicCache() for _ in keys]
     cache.keys = list(keys)
