@@ -15,6 +15,7 @@ _PUBLIC = {
     "Choice": "foretune.tasks.objectives",
     "Classification": "foretune.tasks.objectives",
     "Comparison": "foretune.evaluation.adaptability",
+    "EFT": "foretune.methods.eft",
     "FOMAML": "foretune.methods.fomaml",
     "ForetuneError": "foretune.errors",
     "Full": "foretune.methods.full",

@@ -21,7 +21,8 @@ from foretune.adapters.fingerprint import base_and_adapter
 from foretune.errors import UserError
 from foretune.files import whole_folder, write_whole
 from foretune.linalg.nearest import ExactIndex, FaissIndex, Index, neighbour_weights, votes
-from foretune.models.output_states import bare_model, read_states
+from foretune.models.output_states import read_states
+from foretune.models.side_models import bare_model
 from foretune.run import above_zero, one_of, share, whole
 from foretune.tasks.references import References, read_references
 

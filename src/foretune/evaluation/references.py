@@ -15,7 +15,8 @@ from foretune.adapters.reference_store import Lookup, ReferenceStore
 from foretune.errors import UserError
 from foretune.evaluation.reference_controls import Progress, calibrated, laws, train_lora
 from foretune.linalg.logistic import logistic_probe
-from foretune.models.output_states import bare_model, read_states
+from foretune.models.output_states import read_states
+from foretune.models.side_models import bare_model
 from foretune.tasks.references import References, prompt_and_label, read_references
 
 

@@ -106,7 +106,7 @@ def encode(
     if tokenizer is None:
         raise UserError("the model comes without a tokenizer: give one")
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    room = getattr(model.config, "max_position_embeddings", None)  # type: ignore[union-attr]
+    room = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     longest = max(len(row) for row in rows)
     if room is not None and longest + max_new_tokens > room:
         raise UserError(
@@ -171,6 +171,38 @@ def check_options(options: dict[str, Any]) -> None:
     for name in options:
         if name not in known or name.startswith("_"):
             raise UserError(f'generate has no option "{name}".{did_you_mean(name, known)}')
+
+
+def shared_tokens(tokenizer: Any, others: Sequence[Any]) -> Tensor | None:
+    """Which ids are the same token for all tokenizers.
+
+    Args:
+        tokenizer: Of the model that decodes.
+        others: Of the models beside it.
+
+    Returns:
+        (ids,) bool; None where all ids are, or nothing is known.
+
+    Raises:
+        UserError: More than a tenth of the ids that all have differ: another tokenizer.
+    """
+    if tokenizer is None or not others:
+        return None
+    all_tokens = [_tokens(one) for one in (tokenizer, *others)]
+    size = min(len(tokens) for tokens in all_tokens)
+    same = torch.tensor([len({t[i] for t in all_tokens}) == 1 for i in range(size)])
+    if not same.float().mean() >= 0.9:
+        raise UserError(
+            f"the models read different tokens: {int((~same).sum())} of {size} ids differ; all "
+            "models must have one tokenizer"
+        )
+    return None if bool(same.all()) and len({len(t) for t in all_tokens}) == 1 else same
+
+
+def _tokens(tokenizer: Any) -> list[str | None]:
+    size = max(tokenizer.get_vocab().values()) + 1
+    tokens: list[str | None] = tokenizer.convert_ids_to_tokens(list(range(size)))
+    return tokens
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -17,14 +17,10 @@ from torch import Tensor, nn
 
 from foretune.errors import UserError
 from foretune.models.generation import device_of
+from foretune.models.side_models import bare_model
 
 LOGITS = 2**26  # numbers in the logits of one forward call: 256 MB
 TOKENS = 4096  # read in one forward call
-
-
-def bare_model(model: Any) -> Any:
-    """The transformers model inside a PeftModel, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def output_embeddings(model: Any) -> nn.Module:
