@@ -15,6 +15,7 @@ from foretune.allocator import keep_freed_memory
 from foretune.cli import (
     catalogue,
     compare_report,
+    datastore,
     doctor,
     generate,
     init,
@@ -59,6 +60,7 @@ app.command("adapt")(retrain_adapt.adapt)
 app.command("compare")(compare_report.compare)
 app.command("report")(compare_report.report)
 app.command("generate")(generate.generate)
+app.add_typer(datastore.app, name="datastore")
 app.command("ls")(catalogue.ls)
 app.command("show")(catalogue.show)
 app.command("cite")(catalogue.cite)

@@ -123,7 +123,7 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     Raises:
         UserError: The prompt is empty and no beginning-of-text token can stand for it.
     """
-    ids = list(tokenizer(prompt)["input_ids"])
+    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
     # Tokenizers of encoders close a text, after which a decoder has nothing to say.
     if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
         ids.pop()
