@@ -91,9 +91,10 @@ def test_without_faiss_it_is_said_what_brings_it(monkeypatch):
         FaissIndex(points())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1e-12])
 @pytest.mark.parametrize("far", [1e4, 9e3, 1e30])
-def test_far_neighbours_do_not_underflow(far):
-    weights = neighbour_weights(torch.tensor([[far, far, 2 * far]]), 1.0)
+def test_far_neighbours_neither_underflow_nor_overflow(far, temperature):
+    weights = neighbour_weights(torch.tensor([[far, far, 2 * far]]), temperature)
     assert weights.tolist() == [[0.5, 0.5, 0.0]]
 
 

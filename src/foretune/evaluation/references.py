@@ -149,9 +149,8 @@ class _Table:
         """The test rows with rows of the store before them, and how many."""
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(self.store.rows), generator=generator).tolist()
-        longest = max(len(text) for text in self.test.texts)
         if self.labels is None:
-            return self._behind([self.store.rows[i] for i in order], longest), shots
+            return self._behind([self.store.rows[i] for i in order]), shots
         for count in range(min(shots, len(order)), 0, -1):
             before = ""
             for row in (self.store.rows[i] for i in order[:count]):
@@ -163,20 +162,21 @@ class _Table:
                 return found, count
         return self.test, 0
 
-    def _behind(self, rows: Sequence[Mapping[str, Any]], longest: int) -> References:
+    def _behind(self, rows: Sequence[Mapping[str, Any]]) -> References:
         """Test texts behind as many tokens of the store's texts as there are positions for."""
-        room = (self.room or 2 * longest) - longest
+        longest = max(len(text) for text in self.test.texts)
+        room = self.room or 2 * longest
         before: list[int] = []
         for row in rows:
             one = read_references([row], self.tokenizer)
             before += [token for text in one.texts for token in text]
             if len(before) >= room:
                 break
-        before = before[:room]
         made = References(self.test.kind, {})
         parts = (self.test.texts, self.test.places, self.test.values)
         for i, (text, places, values) in enumerate(zip(*parts, strict=True)):
-            made.add([*before, *text], [p + len(before) for p in places], values, i)
+            some = before[: room - len(text)]
+            made.add([*some, *text], [p + len(some) for p in places], values, i)
         return made
 
     def class_of(self, tokens: Tensor) -> Tensor:
