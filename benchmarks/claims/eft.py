@@ -3,10 +3,10 @@
     python benchmarks/claims/eft.py ../shared/data            # about ten minutes of one core
     python benchmarks/publish.py                              # tables in docs/results/eft.md
 
-Facts, on a corpus that is made here: 384 entities with 2 relations to one of 64 values. Documents
+Facts, on a corpus that is made here: 128 entities with 2 relations to one of 64 values. Documents
 are statements ("e r v ." again and again) or streams of questions of which 15 % are answered, so
 that a base continues a question with another question. A small and a large Llama learn the corpus;
-32 entities teach each to answer "? e r" by "! v <eos>". Scored greedily on the 352 other entities:
+24 entities teach each to answer "? e r" by "! v <eos>". Scored greedily on the 104 other entities:
 `format` is the share of answers of that form, `accuracy` the share of these with the right value.
 Knowledge comes from pre-training, the form from fine-tuning, so EFT should have both.
 
@@ -42,9 +42,10 @@ from foretune.training.record import environment
 RESULT = Path(__file__).resolve().parents[1] / "results" / "eft.json"
 SEEDS = (0, 1, 2)
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-SPEAKERS = ("GLOUCESTER", "DUKE VINCENTIO", "KING RICHARD II")
+SPEAKERS = ("GLOUCESTER", "KING RICHARD II")
+SPEAKER_BETAS = (0.5, 1.0, 1.5)
 
-ENTITIES, RELATIONS, VALUES, SHOWN = 384, 2, 64, 32
+ENTITIES, RELATIONS, VALUES, SHOWN = 128, 2, 64, 24
 PAD, BOS, EOS, ASK, SAY, STOP = range(6)
 FIRST_ENTITY, FIRST_RELATION = 6, 6 + ENTITIES
 FIRST_VALUE = FIRST_RELATION + RELATIONS
@@ -70,7 +71,7 @@ def llama(hidden: int, layers: int, seed: int, vocabulary: int, heads: int = 4) 
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         pad_token_id=PAD,
         bos_token_id=1,
         eos_token_id=2,
@@ -131,7 +132,7 @@ def questions(values: Tensor, entities: Sequence[int]) -> tuple[Tensor, Tensor]:
     return torch.tensor(asked), torch.tensor(answers)
 
 
-def facts(seed: int, steps: int = 800) -> dict[str, Any]:
+def facts(seed: int, steps: int = 400) -> dict[str, Any]:
     """All figures of one seed."""
     rng = torch.Generator().manual_seed(1000 + seed)
     values = torch.randint(VALUES, (ENTITIES, RELATIONS), generator=rng)
@@ -142,7 +143,7 @@ def facts(seed: int, steps: int = 800) -> dict[str, Any]:
     labels[:, : asked.shape[1]] = -100
 
     def documents(_: int) -> tuple[Tensor, Tensor]:
-        ids = corpus(values, rng, 64)
+        ids = corpus(values, rng, 32)
         return ids, ids.masked_fill(ids == PAD, -100)
 
     def examples(_: int) -> tuple[Tensor, Tensor]:
@@ -171,7 +172,7 @@ def facts(seed: int, steps: int = 800) -> dict[str, Any]:
             rows[f"EFT up, beta 1, top_p {share:g}"] = answered(large, *test)
     with EFT().steer(small, tuned=large_tuned, untuned=large):
         rows["EFT down, beta 1"] = answered(small, *test)
-    return {"seed": seed, "rows": rows, "cost": cost(large, large_tuned, up, test[0][:40])}
+    return {"seed": seed, "rows": rows, "cost": cost(large, large_tuned, up, test[0][:12])}
 
 
 @torch.no_grad()
@@ -241,7 +242,7 @@ def speakers(seed: int, data: Path, names: Sequence[str] = SPEAKERS) -> dict[str
                 pad_token_id=0,
                 top_k=0,
             )
-            for _ in range(4)
+            for _ in range(2)
         ]
     )
     rng = torch.Generator().manual_seed(seed)
@@ -250,7 +251,7 @@ def speakers(seed: int, data: Path, names: Sequence[str] = SPEAKERS) -> dict[str
         some = written[torch.randint(len(written), (16,), generator=rng)]
         return some, some
 
-    small = train(llama(32, 2, seed, 512), stories, 500, 5e-3)
+    small = train(llama(32, 2, seed, 512), stories, 300, 5e-3)
     found = {}
     for name, split in lines.items():
         ids = {k: [tokenizer(t)["input_ids"][:256] for t in texts] for k, texts in split.items()}
@@ -266,13 +267,13 @@ def speakers(seed: int, data: Path, names: Sequence[str] = SPEAKERS) -> dict[str
                 picked = torch.randint(len(kept), (8,), generator=rng).tolist()
                 return padded([kept[i] for i in picked])
 
-            return train(copy.deepcopy(model), some, 60, 1e-3)
+            return train(copy.deepcopy(model), some, 40, 1e-3)
 
         small_tuned, large_tuned = tuned(small), tuned(large)
         rows["small tuned alone"] = nats(small_tuned, ids["test"])
         rows["large truly tuned"] = nats(large_tuned, ids["test"])
         on_known = {}
-        for beta in BETAS:
+        for beta in SPEAKER_BETAS:
             with EFT(beta=beta).steer(large, tuned=small_tuned, untuned=small):
                 rows[f"EFT up, beta {beta:g}"] = nats(large, ids["test"])
                 on_known[beta] = nats(large, known)
@@ -396,7 +397,7 @@ def speakers_table(result: dict[str, Any]) -> str:
         "large base",
         "small base",
         "small tuned alone",
-        *[f"EFT up, beta {beta:g}" for beta in BETAS if beta],
+        *[f"EFT up, beta {beta:g}" for beta in SPEAKER_BETAS],
         "EFT up, beta chosen",
         "large truly tuned",
         "EFT down, beta 1",
@@ -428,10 +429,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     result: dict[str, Any] = {"claim": "eft", "facts": [], "speakers": []}
     began = time.perf_counter()
-    for seed in SEEDS:
-        result["facts"].append(facts(seed))
-        result["speakers"].append(speakers(seed, given.data))
-        print(f"seed {seed}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    parts: dict[str, Callable[[int], dict[str, Any]]] = {
+        "facts": facts,
+        "speakers": lambda seed: speakers(seed, given.data),
+    }
+    for name, part in parts.items():
+        for seed in SEEDS:
+            result[name].append(part(seed))
+            print(f"{name}, seed {seed}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
+            print(json.dumps(result[name][-1]), file=sys.stderr, flush=True)
     result["environment"] = environment()
     result["seconds"] = round(time.perf_counter() - began)
     RESULT.write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
