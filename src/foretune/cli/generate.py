@@ -161,8 +161,10 @@ def _check_figure(
 
 @contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Warnings of ours as one line on stderr, without file and line of code."""
+    """Warnings as one line on stderr, without file and line of code, none for programmers."""
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_, **__: print(
             f"warning: {message}", file=sys.stderr
         )

@@ -89,9 +89,9 @@ def generate_texts(
             )
             new = ids[:, batch["input_ids"].shape[1] :].tolist()
             for i, row in enumerate(new):
-                kept = _until_end(row, end)
-                text = tokenizer.decode(kept, skip_special_tokens=True)
-                found.append(Generated(prompt=some[i // repeats], text=text, token_ids=tuple(kept)))
+                prompt, kept = some[i // repeats], _until_end(row, end)
+                text = _continuation(tokenizer, prompt_ids(tokenizer, prompt), kept)
+                found.append(Generated(prompt=prompt, text=text, token_ids=tuple(kept)))
     return found
 
 
@@ -249,6 +249,15 @@ def _prompts(path: Path) -> Iterator[str]:
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(f'{path}, line {number}: a row needs a text under "prompt"')
         yield row["prompt"]
+
+
+def _continuation(tokenizer: Any, before: list[int], new: list[int]) -> str:
+    """The text of `new` as it stands after the prompt: a decoder strips the first blank."""
+    head = tokenizer.decode(before, skip_special_tokens=True)
+    whole = tokenizer.decode([*before, *new], skip_special_tokens=True)
+    if whole.startswith(head):
+        return str(whole[len(head) :])
+    return str(tokenizer.decode(new, skip_special_tokens=True))
 
 
 def _until_end(row: list[int], ends: Sequence[int]) -> list[int]:
