@@ -62,7 +62,7 @@ def _fit(x: Tensor, y: Tensor, size: int, penalty: float) -> tuple[Tensor, Tenso
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
     return weight.detach(), bias.detach()
 
 
