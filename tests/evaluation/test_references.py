@@ -56,7 +56,7 @@ def test_perplexity_is_that_of_the_tokens_that_follow():
     losses = []
     for row in TEXTS[5:]:
         ids = torch.tensor([tokenizer()(row["text"])["input_ids"]])
-        losses += [float(model(ids, labels=ids).loss)] * (ids.shape[1] - 1)
+        losses += [model(ids, labels=ids).loss.item()] * (ids.shape[1] - 1)
     assert table["zero-shot"]["score"] == pytest.approx(math.exp(sum(losses) / len(losses)), 1e-3)
     methods = ["zero-shot", "token counts", "texts in the prompt", "LoRA", "RTD"]
     assert list(table) == methods and table["LoRA"]["trains"] and not table["RTD"]["trains"]
