@@ -156,10 +156,17 @@ def test_assisted_decoding_is_greedy(model, drafter):
     assert torch.equal(greedy, assisted)
 
 
-def test_with_an_adapter_it_is_called_and_generates_alike():
+@pytest.mark.parametrize("past_hooks", [False, True])
+def test_with_an_adapter_it_is_called_and_generates_alike(past_hooks, monkeypatch):
     import peft
 
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    if past_hooks:  # as some versions of peft do
+        monkeypatch.setattr(
+            peft.tuners.tuners_utils.BaseTuner, "forward", lambda m, **k: m.model.forward(**k)
+        )
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(tiny_models.llama(), config).eval()
     store, batch = store_of(model), ids()
     with RTD(mix=0.6).steer(model, store=store):

@@ -119,7 +119,7 @@ def rewritten_logits(model: Any, rewrite: Callable[[Tensor, Tensor], Tensor]) ->
             output.logits = rewrite(output.logits, states[:, -output.logits.shape[1] :])
         return output
 
-    # A PeftModel calls `forward` of the model inside, past its hooks, but generates with it.
+    # Some versions of peft call `forward` of the model inside, past its hooks.
     handles = [head.register_forward_pre_hook(catch), bare.register_forward_hook(change)]
     if bare is not model:
         handles.append(model.register_forward_hook(change))
