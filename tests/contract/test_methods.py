@@ -21,6 +21,7 @@ from linear_tasks import copy_of, equal_bits, family
 
 RETRAIN = [name for name in METHODS if method_class(name).verb == "retrain"]
 ADAPT = [name for name in METHODS if method_class(name).verb == "adapt"]
+DECODE = [name for name in METHODS if method_class(name).verb == "decode"]
 TRAINING = [name for name in RETRAIN if name != "none"]
 EPISODIC = [{"inner": "all", "inner_steps": 3}, {"inner": "adapter", "inner_steps": 3}]
 # Every form of a method: (name, fields). Rates that suit the linear family.
@@ -62,6 +63,12 @@ ADAPT_FORMS = [
     ("full", FAST),
     ("head", FAST),
     ("lora", {**FAST, "lora": {"r": 2, "lora_alpha": 2}}),
+]
+DECODE_FORMS = [
+    ("eft", {}),
+    ("rtd", {}),
+    ("rtd", {"neighbours": 4, "temperature": 2.0, "mix": 0.5, "heads": 2, "search": "faiss"}),
+    ("eft", {"beta": 0.5, "weights": [0.5, 1], "top_p": 0.9, "delta_clip": 5.0, "uncap": True}),
 ]
 # 12 steps: whole updates for 3 inner steps (Reptile) and for 3 + 1 (FOMAML).
 RUN = Run(steps=12, batch_size=4, eval_every=4, device="cpu", weight_decay=0.0)
@@ -107,7 +114,7 @@ def test_record_says_what_it_is(name):
     cls = method_class(name)
     assert cls.name == name
     assert cls.label
-    assert cls.verb in ("retrain", "adapt")
+    assert cls.verb in ("retrain", "adapt", "fuse", "prune", "decode")
     summary = cls.__doc__.splitlines()[0]
     assert 10 < len(summary) < 100 and not summary.startswith(cls.__name__ + "(")
     if cls.paper is not None:
@@ -116,7 +123,7 @@ def test_record_says_what_it_is(name):
     assert all(f"{f.name}:" in documented for f in dataclasses.fields(cls))
 
 
-@pytest.mark.parametrize(("name", "fields"), _named(FORMS + ADAPT_FORMS))
+@pytest.mark.parametrize(("name", "fields"), _named(FORMS + ADAPT_FORMS + DECODE_FORMS))
 def test_record_survives_json(name, fields):
     if "lora" in fields:
         fields = {**fields, "lora": {**fields["lora"], "target_modules": ("out", "body")}}
@@ -432,3 +439,46 @@ def test_adapters_are_saved_in_a_folder_each(name, fields, tmp_path):
     for folder in (tmp_path / "out").iterdir():
         file = "model.safetensors" if name == "full" else "adapter_model.safetensors"
         assert (folder / file).is_file()
+
+
+# --- decode -------------------------------------------------------------------------------------
+
+
+def _decode_resources(name, model):
+    """Side models or a store, as the method takes them, for that model."""
+    small = [tiny_models.gpt2(seed=s, n_layer=1, initializer_range=0.4) for s in (1, 2)]
+    rows = [{"text": "the cat sat on the mat"}, {"text": "a dog sat on the red mat"}]
+    store = foretune.ReferenceStore.build(model, rows, tokenizer=tiny_models.tokenizer())
+    return {"eft": {"tuned": small[0], "untuned": small[1]}, "rtd": {"store": store}}[name]
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_decoding_leaves_its_input_alone_and_is_reproducible(name):
+    model = tiny_models.llama(num_hidden_layers=1, initializer_range=0.4)
+    resources = _decode_resources(name, model)
+    models = [model, *(m for m in resources.values() if isinstance(m, torch.nn.Module))]
+    before, wanted = [copy_of(m) for m in models], [p.requires_grad for p in model.parameters()]
+    prompts = ["the cat sat", "a dog"]
+
+    def drawn(seed):
+        torch.manual_seed(seed + 7)
+        options = {"tokenizer": tiny_models.tokenizer(), "do_sample": True, "max_new_tokens": 8}
+        return foretune.decode(model, prompts, make(name), seed=seed, **options, **resources)
+
+    first = drawn(1)
+    assert [one.prompt for one in first] == prompts
+    assert first == drawn(1) != drawn(2)
+    assert all(equal_bits(m.state_dict(), b) for m, b in zip(models, before, strict=True))
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_decoding_refuses_a_method_of_another_verb_and_unknown_options(name):
+    model, options = tiny_models.llama(num_hidden_layers=1), {"tokenizer": tiny_models.tokenizer()}
+    with pytest.raises(UserError, match="decode takes a method whose verb is decode"):
+        foretune.decode(model, "a dog", make("lora"))
+    with pytest.raises(UserError, match='generate has no option "max_tokens"'):
+        foretune.decode(
+            model, "a dog", make(name), max_tokens=3, **options, **_decode_resources(name, model)
+        )

@@ -18,6 +18,8 @@ METHODS = {
     "full": "foretune.methods.full:Full",
     "head": "foretune.methods.head:Head",
     "lora": "foretune.methods.lora:LoRA",
+    "eft": "foretune.methods.eft:EFT",
+    "rtd": "foretune.methods.rtd:RTD",
 }
 
 

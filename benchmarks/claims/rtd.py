@@ -1,0 +1,344 @@
+"""RTD beside its rivals: labels that a model knows and does not say, and speakers of Shakespeare.
+
+    python benchmarks/claims/rtd.py [STORIES_FOLDER SPEAKERS_FILE]
+
+Without arguments the first part alone, which needs no data. It writes `results/rtd.json`; a part or
+seed that is in there is not measured again (`--again` does).
+
+*Labels.* Eight topics; a text is 14 words, 55 % from its topic and 45 % from what all topics share,
+then `<q>`, then the label of the topic. In pre-training the label is right in 35 % of texts, the
+first label in 45 %, any in 20 %: the state knows the topic, the output prefers the first label. A
+Llama of two layers learns that; the store and all rivals get 4096 texts with true labels.
+
+*Speakers.* A trained model of 260,000 parameters (children's stories) reads lines of one speaker;
+STORIES_FOLDER is what `claims/stories260k.py` writes, SPEAKERS_FILE is `speakers.jsonl.gz`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from foretune.adapters.reference_store import Lookup, ReferenceStore
+from foretune.evaluation.reference_controls import calibrated, laws, train_lora
+from foretune.evaluation.references import evaluate_store
+from foretune.linalg.logistic import logistic_probe
+from foretune.models.loading import load_model
+from foretune.recipes.datastore import rows_of
+from foretune.tasks.references import References
+from foretune.training.record import environment
+
+RESULT = Path(__file__).resolve().parents[1] / "results" / "rtd.json"
+TOPICS, WORDS, LENGTH = 8, 120, 14
+QUESTION, FIRST = WORDS, WORDS + 1  # token of <q>, of the first label
+LABELS = torch.arange(FIRST, FIRST + TOPICS)
+SIZES = (16, 64, 256, 1024, 4096)
+MIXES = (0.0, 0.1, 0.25, 0.5, 1.0)
+SEEDS = (0, 1, 2)
+STEPS, LORA_STEPS, SHOTS = 500, 300, 8
+SPEAKERS = ("ROMEO", "PETRUCHIO", "QUEEN MARGARET")
+CHARACTERS, SPEAKER_STEPS = 120, 60
+
+
+class Topics:
+    """The texts of one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+        topics = self.random.dirichlet(np.full(WORDS, 0.2), TOPICS)
+        shared = self.random.dirichlet(np.ones(WORDS))
+        self.law = 0.55 * topics + 0.45 * shared
+
+    def draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(words (count, 14), topics (count,))."""
+        topic = self.random.integers(TOPICS, size=count)
+        edges = self.law.cumsum(1)[topic]
+        drawn = self.random.random((count, LENGTH, 1)) * edges[:, None, -1:]
+        return (drawn > edges[:, None, :]).sum(-1), topic
+
+    def noisy(self, topic: np.ndarray) -> np.ndarray:
+        """Labels as pre-training has them."""
+        kind = self.random.random(len(topic))
+        anything = self.random.integers(TOPICS, size=len(topic))
+        return np.where(kind < 0.45, 0, np.where(kind < 0.8, topic, anything))
+
+    def bayes(self, words: np.ndarray, topic: np.ndarray) -> float:
+        """Accuracy of the best guess that there is."""
+        said = np.log(self.law)[:, words].sum(-1).argmax(0)
+        return float((said == topic).mean())
+
+
+def references(words: np.ndarray, topic: np.ndarray) -> References:
+    """Texts with `<q>` at their end, and the label that follows."""
+    made = References("label", {str(i): FIRST + i for i in range(TOPICS)})
+    for i, (some, one) in enumerate(zip(words.tolist(), topic.tolist(), strict=True)):
+        made.add([*some, QUESTION], [LENGTH], [FIRST + one], i)
+    return made
+
+
+def pretrained(topics: Topics, seed: int) -> Any:
+    """The model that has seen noisy labels."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=FIRST + TOPICS,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=(SHOTS + 1) * (LENGTH + 2),
+    )
+    model = transformers.LlamaForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, (step + 1) / 50) * (1 - step / STEPS)
+        words, topic = topics.draw(64)
+        ids = np.concatenate(
+            [words, np.full((64, 1), QUESTION), FIRST + topics.noisy(topic)[:, None]], 1
+        )
+        batch = torch.from_numpy(ids)
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model.eval()
+
+
+def with_shots(test: References, known: References) -> References:
+    """Test texts behind the first texts of the store and their labels."""
+    pairs = zip(known.texts[:SHOTS], known.values[:SHOTS], strict=True)
+    before = [token for text, value in pairs for token in (*text, *value)]
+    made = References("label", known.labels)
+    for i, text in enumerate(test.texts):
+        made.add([*before, *text], [len(before) + LENGTH], test.values[i], i)
+    return made
+
+
+def first_of(known: References, count: int) -> References:
+    """The first texts."""
+    made = References("label", known.labels)
+    for i in range(count):
+        made.add(known.texts[i], known.places[i], known.values[i], i)
+    return made
+
+
+def labels(seed: int) -> dict[str, Any]:
+    """One seed of the first part."""
+    topics = Topics(seed)
+    model = pretrained(topics, seed)
+    drawn, asked = topics.draw(SIZES[-1]), topics.draw(2000)
+    known, test = references(*drawn), references(*asked)
+    right = torch.from_numpy(asked[1])
+
+    def accuracy(law: torch.Tensor) -> float:
+        return float((law.argmax(-1) == right).float().mean())
+
+    states, alone = laws(model, test, LABELS)
+    own = alone.exp()
+    began = time.process_time()
+    store = ReferenceStore.of_references(model, known)
+    build = time.process_time() - began
+
+    def rtd(which: ReferenceStore, **fields: Any) -> float:
+        lookup = Lookup(**{"neighbours": 32, "mix": 1.0, **fields})
+        said = which.reference(states, lookup, FIRST + TOPICS).reference[:, LABELS]
+        # Among the labels alone, the model's law renormalised: it gives them nearly all anyway.
+        return accuracy((1 - lookup.mix) * own + lookup.mix * said)
+
+    began = time.process_time()
+    found = store.tune(sample=1000)
+    tuning = time.process_time() - began
+    tuned = {k: found[k] for k in ("neighbours", "temperature", "mix", "heads")}
+    began = time.process_time()
+    lora = train_lora(model, known, steps=LORA_STEPS, seed=seed)
+    training = (time.process_time() - began) / 3  # two trials and the training itself
+    automatic = [store.temperature(Lookup(heads=h)) for h in (1, 4)]
+    sizes = []
+    for size in SIZES:
+        part = ReferenceStore.of_references(model, first_of(known, size))
+        classes = part.values - FIRST
+        capped = rtd(part, neighbours=part.lookup.neighbours)
+        best = part.tune(sample=1000)
+        sizes.append(
+            {
+                "entries": size,
+                "automatic": capped,
+                "tuned": rtd(part, **{k: best[k] for k in tuned}),
+                "probe": accuracy(logistic_probe(part.keys, classes, states, TOPICS)),
+            }
+        )
+    return {
+        "seed": seed,
+        "methods": {
+            "zero-shot": accuracy(alone),
+            "calibrated": accuracy(calibrated(alone, laws(model, known, LABELS)[1])),
+            f"{SHOTS} in the prompt": accuracy(laws(model, with_shots(test, known), LABELS)[1]),
+            "logistic probe": sizes[-1]["probe"],
+            "LoRA": accuracy(laws(lora, test, LABELS)[1]),
+            "RTD": rtd(store),
+            "RTD, 4 heads": rtd(store, heads=4),
+            "RTD, tuned": rtd(store, **tuned),
+            "best possible": topics.bayes(*asked),
+        },
+        "cold": {
+            "RTD": rtd(store, temperature=automatic[0] / 30),
+            "RTD, 4 heads": rtd(store, heads=4, temperature=automatic[1] / 30),
+        },
+        "mix": {str(mix): rtd(store, mix=mix) for mix in MIXES},
+        "sizes": sizes,
+        "lookup": tuned,
+        "cpu_seconds": {"store": build, "tuning": tuning, "LoRA": training},
+    }
+
+
+def speaker(stories: Path, file: str, name: str, seed: int) -> dict[str, Any]:
+    """One speaker of the second part."""
+    model, tokenizer = load_model(stories, head="causal-lm")
+    parts = {}
+    for split in ("train", "test"):
+        texts = [row["text"][:CHARACTERS] for row in rows_of(file, task=name, split=split)]
+        parts[split] = [{"text": text} for text in texts if len(text) > 20]
+    store = ReferenceStore.build(model, parts["train"], tokenizer=tokenizer)
+    found = store.tune(sample=1000)
+    table = evaluate_store(
+        model, tokenizer, store, parts["test"], lora_steps=SPEAKER_STEPS, seed=seed
+    )
+    return {"speaker": name, "seed": seed, "tuned": found, **table}
+
+
+def measure(arguments: list[str]) -> None:
+    """Runs what is not in the result yet."""
+    torch.set_num_threads(1)
+    again = "--again" in arguments
+    paths = [argument for argument in arguments if argument != "--again"]
+    result: dict[str, Any] = {"claim": "rtd", "labels": [], "speakers": []}
+    if RESULT.is_file() and not again:
+        result = json.loads(RESULT.read_text("utf-8"))
+    for seed in SEEDS:
+        if all(run["seed"] != seed for run in result["labels"]):
+            result["labels"].append(labels(seed))
+            save(result)
+            print(json.dumps(result["labels"][-1]["methods"]), flush=True)
+    for seed, name in enumerate(SPEAKERS if paths else ()):
+        if all(run["speaker"] != name for run in result["speakers"]):
+            result["speakers"].append(speaker(Path(paths[0]), paths[1], name, seed))
+            save(result)
+            print(json.dumps(result["speakers"][-1]["rows"]), flush=True)
+
+
+def save(result: dict[str, Any]) -> None:
+    """Writes what there is, figures cut to what they are good for."""
+    short = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.5g}"))
+    short["environment"] = environment()
+    RESULT.write_text(json.dumps(short, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def grid(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def points(values: list[float]) -> str:
+    """Accuracies in per cent: the mean and the ends."""
+    return f"{100 * mean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def methods_table(result: dict[str, Any]) -> str:
+    """Every method on the labels."""
+    runs = result["labels"]
+    names = list(runs[0]["methods"])
+    return grid(
+        ["method", "accuracy, % (lowest to highest seed)"],
+        [[name, points([run["methods"][name] for run in runs])] for name in names],
+    )
+
+
+def sizes_table(result: dict[str, Any]) -> str:
+    """RTD and the probe by the size of the store."""
+    runs = result["labels"]
+    rows = []
+    for i, size in enumerate(SIZES):
+        cells = [
+            points([run["sizes"][i][k] for run in runs]) for k in ("automatic", "tuned", "probe")
+        ]
+        rows.append([str(size), *cells])
+    return grid(["entries", "RTD, automatic", "RTD, tuned", "logistic probe"], rows)
+
+
+def mix_table(result: dict[str, Any]) -> str:
+    """RTD by the share of the store."""
+    runs = result["labels"]
+    rows = [[key, points([run["mix"][key] for run in runs])] for key in runs[0]["mix"]]
+    return grid(["mix (λ)", "accuracy, %"], rows)
+
+
+def marks(result: dict[str, Any]) -> list[tuple[str, float, bool]]:
+    """(what should hold, the figure, whether it does), on the means over seeds."""
+    runs = result["labels"]
+
+    def over(get: Callable[[dict[str, Any]], float]) -> float:
+        return mean(get(run) for run in runs)
+
+    method = {name: over(lambda run, n=name: run["methods"][n]) for name in runs[0]["methods"]}
+    large, small = (over(lambda run, i=i: run["sizes"][i]["automatic"]) for i in (-1, 1))
+    cold = over(lambda run: run["cold"]["RTD, 4 heads"] - run["cold"]["RTD"])
+    heads = method["RTD, 4 heads"] - method["RTD"]
+    share = over(lambda run: run["cpu_seconds"]["store"] / run["cpu_seconds"]["LoRA"])
+    gain, lost = method["RTD"] - method["zero-shot"], method["RTD"] - method["LoRA"]
+    return [
+        ("RTD − zero-shot ≥ 0.4", gain, gain >= 0.4),
+        ("RTD − LoRA ≥ −0.04", lost, lost >= -0.04),
+        ("4096 entries − 64 entries ≥ −0.005", large - small, large - small >= -0.005),
+        ("4 heads − 1 head ≥ −0.01", heads, heads >= -0.01),
+        ("4 heads − 1 head ≥ 0 at a thirtieth of the temperature", cold, cold >= 0),
+        ("time of the store / time of one LoRA training < 0.2", share, share < 0.2),
+    ]
+
+
+def marks_table(result: dict[str, Any]) -> str:
+    """The marks set before the run."""
+    rows = [
+        [what, f"{figure:+.3f}", "yes" if ok else "**no**"] for what, figure, ok in marks(result)
+    ]
+    return grid(["mark", "figure", "held"], rows)
+
+
+def speakers_table(result: dict[str, Any]) -> str:
+    """Perplexity by speaker."""
+    runs = result["speakers"]
+    names = [row["method"] for row in runs[0]["rows"]]
+    rows = []
+    for i, name in enumerate(names):
+        rows.append([name, *(f"{run['rows'][i]['score']:.1f}" for run in runs)])
+    rows.append(["*mix chosen*", *(f"{run['tuned']['mix']:g}" for run in runs)])
+    rows.append(["*tokens scored*", *(str(run["examples"]) for run in runs)])
+    rows.append(["*entries*", *(str(run["entries"]) for run in runs)])
+    return grid(["perplexity", *(run["speaker"] for run in runs)], rows)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "methods": methods_table,
+    "sizes": sizes_table,
+    "mix": mix_table,
+    "marks": marks_table,
+    "speakers": speakers_table,
+}
+
+
+if __name__ == "__main__":
+    measure(sys.argv[1:])
