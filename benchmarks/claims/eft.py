@@ -12,8 +12,9 @@ Knowledge comes from pre-training, the form from fine-tuning, so EFT should have
 
 Speakers: stories260K (a trained Llama of 260,000 parameters) is the large model; the small one
 learns text that stories260K wrote; each is tuned on the lines of one speaker of Shakespeare.
-Scored by nats a token on lines of the test split. Rates, steps and sizes were settled on seeds and
-speakers that are not in the result; beta is chosen on a tenth of the training lines.
+Scored by nats a token on lines of the test split. Rates, steps and sizes of the facts were settled on
+another seed, those of the speakers were not searched for; beta is chosen on a tenth of the training
+lines.
 """
 
 from __future__ import annotations
@@ -410,7 +411,7 @@ def speakers_table(result: dict[str, Any]) -> str:
         rows.append(
             [who, *[f"{_mean(c):.3f}" for c in cells], f"{_mean(everything):.3f}", f"{spread:.3f}"]
         )
-    return _table(["model", *[n.title() for n in names], "mean", "range over seeds"], rows)
+    return _table(["model", *names, "mean", "range over seeds"], rows)
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {

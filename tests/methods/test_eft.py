@@ -623,6 +623,34 @@ def test_other_tokenizers_and_other_bases_are_refused(folders: Any, tmp_path: An
         foretune.decode(name, "a", EFT(), **parts, untuned=str(odd))
 
 
+def test_speculative_lets_the_first_tuned_model_draft(
+    folders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from foretune.models import generation
+
+    seen: list[Any] = []
+    plain = generation.generate_texts
+
+    def spy(*args: Any, **options: Any) -> Any:
+        seen.append(options.get("assistant_model"))
+        return plain(*args, **options)
+
+    monkeypatch.setattr(generation, "generate_texts", spy)
+    tuned, untuned = small(2), small(3)
+    for speculative in (True, False):
+        parts = {"tuned": tuned, "untuned": untuned, "speculative": speculative}
+        foretune.decode(str(folders / "large"), "a dog", EFT(), **parts, **GREEDY)
+    assert seen[0] is tuned and seen[1] is None
+
+
+def test_a_model_that_asks_for_a_static_cache_gets_a_dynamic_one() -> None:
+    large, tuned, untuned = trio("llama")
+    parts = {"tuned": tuned, "untuned": untuned, "tokenizer": tiny_models.tokenizer()}
+    plain = foretune.decode(large, PROMPTS, EFT(), **parts, **GREEDY)
+    large.generation_config.cache_implementation = "static"
+    assert foretune.decode(large, PROMPTS, EFT(), **parts, **GREEDY) == plain
+
+
 def test_speculative_needs_one_vocabulary(folders: Any) -> None:
     narrow = tiny_models.llama(seed=3, vocab_size=20, num_hidden_layers=1, **SHARP)
     with pytest.raises(UserError, match="vocabulary of the large one, got 20 and 24 tokens"):

@@ -131,8 +131,10 @@ def _drawing(sample: bool, temperature: float | None, beams: int) -> dict[str, A
         raise UserError(f"--temperature must be above 0, got {temperature:g}")
     drawn = sample or temperature is not None
     options: dict[str, Any] = {"do_sample": drawn, "num_beams": beams}
-    # The law is the model's own: no top-k that a generation config may bring along.
-    return options | ({"temperature": temperature or 1.0, "top_k": 0} if drawn else {})
+    # From the whole law: without the truncation that a model's generation config may bring along.
+    return options | (
+        {"temperature": temperature or 1.0, "top_k": 0, "top_p": 1.0} if drawn else {}
+    )
 
 
 def _betas(text: str | None, method: str | None) -> list[float] | None:

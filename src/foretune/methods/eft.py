@@ -272,6 +272,9 @@ class EFT:
             drafter = bare_model(_listed(resources["tuned"])[0])
             _check_drafter(drafter, bare_model(large))
             options["assistant_model"], batch_size = drafter, 1
+        if getattr(bare_model(large), "generation_config", None) is not None:
+            ask = bare_model(large).generation_config.cache_implementation
+            options |= {"cache_implementation": "dynamic"} if ask else {}
         found: list[Generated] = []
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)

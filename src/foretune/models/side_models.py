@@ -281,7 +281,7 @@ def carry(cache: Any, keys: Sequence[tuple[int, bool, int]]) -> None:
         UserError: A static cache, one filled without these sides, or one of other sides.
     """
     if isinstance(cache, StaticCache):
-        raise UserError("steering needs a dynamic cache; leave cache_implementation alone")
+        raise UserError('steering needs a dynamic cache: cache_implementation="dynamic"')
     carries, filled = isinstance(cache, _Carrier), cache.get_seq_length() > 0
     if carries and cache.keys == list(keys):
         return
