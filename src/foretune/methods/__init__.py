@@ -18,6 +18,11 @@ METHODS = {
     "full": "foretune.methods.full:Full",
     "head": "foretune.methods.head:Head",
     "lora": "foretune.methods.lora:LoRA",
+    "uncurl": "foretune.methods.uncurl:UNCURL",
+    "random-experts": "foretune.methods.random_experts:RandomExperts",
+    "frequency": "foretune.methods.frequency:Frequency",
+    "hc-smoe": "foretune.methods.hc_smoe:HCSMoE",
+    "reap": "foretune.methods.reap:REAP",
 }
 
 
