@@ -9,11 +9,12 @@ import transformers
 
 import tiny_models
 
+INNER = 24  # hidden units of an expert; not the hidden size, so that no axis is taken for another
 MIXTURE: dict[str, Any] = {
     **tiny_models.DECODER,
     "num_hidden_layers": 2,
-    "moe_intermediate_size": 12,
-    "intermediate_size": 12,
+    "moe_intermediate_size": INNER,
+    "intermediate_size": INNER,
     "num_experts_per_tok": 2,
     "initializer_range": 0.3,  # so that routers prefer some experts
 }
@@ -32,7 +33,7 @@ DEEPSEEK = {
 }
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 8}),
-    "qwen2-moe": ("Qwen2Moe", {"num_experts": 8, "shared_expert_intermediate_size": 12}),
+    "qwen2-moe": ("Qwen2Moe", {"num_experts": 8, "shared_expert_intermediate_size": 8}),
     "qwen3-moe": ("Qwen3Moe", {"num_experts": 8, "norm_topk_prob": True, "head_dim": 8}),
     "olmoe": ("Olmoe", {"num_experts": 8}),
     "gpt-oss": ("GptOss", {"num_local_experts": 8, "head_dim": 8}),
@@ -43,7 +44,7 @@ OVER_ALL = ("qwen2-moe", "olmoe", "switch")
 
 
 def mixture(family: str, *, seed: int = 0, **changes: Any) -> Any:
-    """A causal language model of that family with 8 experts, 2 for each token; or Switch, with 1."""
+    """A model of that family with 8 experts, of which a token is given to 2 (to 1 in Switch)."""
     if family == "switch":
         return switch(seed=seed, **changes)
     name, own = FAMILIES[family]
@@ -68,7 +69,7 @@ def switch(*, seed: int = 0, **changes: Any) -> Any:
         "vocab_size": tiny_models.VOCABULARY,
         "d_model": 16,
         "d_kv": 8,
-        "d_ff": 12,
+        "d_ff": INNER,
         "num_layers": 2,
         "num_decoder_layers": 2,
         "num_sparse_encoder_layers": 2,
@@ -79,7 +80,7 @@ def switch(*, seed: int = 0, **changes: Any) -> Any:
         "eos_token_id": 2,
         "decoder_start_token_id": 0,
         "router_bias": True,
-        "initializer_factor": 3.0,
+        "initializer_factor": 1.0,
     }
     config = transformers.SwitchTransformersConfig(**{**fields, **changes})
     with torch.random.fork_rng(devices=[]):
@@ -109,3 +110,18 @@ def logits(model: Any, *, count: int = 6) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=ids, **options).logits
     return found
+
+
+def loaded(cls: Any, folder: Any) -> Any:
+    """A model read by transformers, moved to memory of its own.
+
+    What is read lies where the file puts it, and kernels round differently by alignment.
+    """
+    return realigned(cls.from_pretrained(folder).eval())
+
+
+def realigned(model: Any) -> Any:
+    """The model with every tensor in memory of its own."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model

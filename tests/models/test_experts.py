@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -25,7 +26,7 @@ from foretune.models.expert_plan import (
     merge,
 )
 from foretune.models.expert_statistics import Collector, ExpertStatistics
-from foretune.models.experts import find_blocks
+from foretune.models.experts import find_blocks, routing_of
 from foretune.training.pruning import statistics_of
 
 FAMILIES = [*tiny_mixtures.FAMILIES, "switch"]
@@ -52,7 +53,7 @@ def seen(model: Any, ids: torch.Tensor, *, outputs: bool = False) -> dict[str, E
 
 
 def difference(a: Any, b: Any) -> float:
-    return float((a - b).abs().max())
+    return float((a - b).detach().abs().max())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -141,7 +142,7 @@ def test_switch_keeps_the_denominator_too() -> None:
 def test_parameters_fall_by_those_of_the_experts_and_their_router_rows(family: str) -> None:
     model = eager(family)
     blocks = find_blocks(model)
-    hidden, inner = 16, 12
+    hidden, inner = 16, tiny_mixtures.INNER
     matrices = 2 if family == "switch" else 3
     expert = matrices * hidden * inner + (2 * inner + hidden if family == "gpt-oss" else 0)
     row = hidden + (1 if family in ("gpt-oss", "switch") else 0)
@@ -159,7 +160,9 @@ def test_hidden_units_in_another_order_compute_the_same(family: str) -> None:
     for block in find_blocks(model):
         units, rest = block.read()
         units = units.clone()
-        units[3] = units[3][torch.randperm(12, generator=torch.Generator().manual_seed(0))]
+        units[3] = units[3][
+            torch.randperm(tiny_mixtures.INNER, generator=torch.Generator().manual_seed(0))
+        ]
         block.write(units, rest)
     assert difference(tiny_mixtures.logits(model), before) < 1e-5 * float(before.abs().max())
 
@@ -170,22 +173,18 @@ def test_merging_copies_of_one_expert_gives_that_expert(family: str) -> None:
     for block in find_blocks(model):
         units, rest = block.read()
         units, rest = units.clone(), rest.clone()
-        for copy in (1, 2, 3):  # the same function with its units in another order
-            order = torch.randperm(12, generator=torch.Generator().manual_seed(copy))
-            units[copy], rest[copy] = units[0][order], rest[0]
+        for e in (1, 2, 3):  # the same function with its units in another order
+            generator = torch.Generator().manual_seed(e)
+            order = torch.randperm(tiny_mixtures.INNER, generator=generator)
+            units[e], rest[e] = units[0][order], rest[0]
         block.write(units, rest)
     before = tiny_mixtures.logits(model)
     one = [0, 0, 0, 0, 1, 2, 3, 4]
     for align, near in ((True, True), (False, False)):
         plan = merge(one, [1.0, 3, 2, 0, 1, 1, 1, 1], router="remap", align=align)
-        changed = difference(tiny_mixtures.logits(pruned(copied(model), lambda _: plan)), before)
+        merged = pruned(copy.deepcopy(model), lambda _, plan=plan: plan)
+        changed = difference(tiny_mixtures.logits(merged), before)
         assert (changed < 1e-4 * float(before.abs().max())) == near
-
-
-def copied(model: Any) -> Any:
-    import copy
-
-    return copy.deepcopy(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -195,12 +194,13 @@ def test_a_smaller_mixture_is_a_plain_folder_that_loads_bit_for_bit(
     model = pruned(eager(family), lambda b: keep(highest(np.arange(8), 4, b.num_groups), 8))
     model.save_pretrained(tmp_path)
     seq2seq = family == "switch"
-    auto = (
-        transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
-    ).from_pretrained(tmp_path)
+    name = "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM"
+    auto = tiny_mixtures.loaded(getattr(transformers, name), tmp_path)
     if not seq2seq:
         auto.set_experts_implementation("eager")
-    assert torch.equal(tiny_mixtures.logits(auto.eval()), tiny_mixtures.logits(model))
+    assert torch.equal(
+        tiny_mixtures.logits(auto), tiny_mixtures.logits(tiny_mixtures.realigned(model))
+    )
     assert sum(p.numel() for p in auto.parameters()) == sum(p.numel() for p in model.parameters())
 
 
@@ -253,8 +253,6 @@ def test_statistics_are_those_of_the_block_itself(family: str) -> None:
         given = block.router(x[0] if family != "switch" else x)
         every = torch.stack([block.output(e, x[0]) for e in ALL])  # (E, N, H)
     found = collector.found[block.name]
-    from foretune.models.experts import routing_of
-
     routing = routing_of(given)
     assert routing is not None
     gates = torch.zeros(10, 8).scatter(1, routing.indices, routing.scores)
