@@ -12,7 +12,7 @@ import typer
 
 import foretune
 from foretune.allocator import keep_freed_memory
-from foretune.cli import catalogue, compare_report, doctor, init, plan, retrain_adapt, run
+from foretune.cli import catalogue, compare_report, doctor, init, plan, prune, retrain_adapt, run
 from foretune.cli.group import Group
 
 app = typer.Typer(
@@ -47,6 +47,7 @@ app.command("init")(init.init)
 app.command("plan")(plan.plan)
 app.command("retrain")(retrain_adapt.retrain)
 app.command("adapt")(retrain_adapt.adapt)
+app.command("prune")(prune.prune)
 app.command("compare")(compare_report.compare)
 app.command("report")(compare_report.report)
 app.command("ls")(catalogue.ls)

@@ -44,7 +44,7 @@ class ExpertStatistics:
     def empty(cls, num_experts: int, hidden_size: int | None) -> ExpertStatistics:
         """Zeros; with `hidden_size` those of outputs too."""
         e = num_experts
-        made = cls(0, *(np.zeros(e) for _ in range(3)), np.zeros((e, e)))
+        made = cls(0, np.zeros(e), np.zeros(e), np.zeros(e), np.zeros((e, e)))
         if hidden_size is not None:
             made.activation, made.activation_renormalised = np.zeros(e), np.zeros(e)
             made.output_sum = np.zeros((e, hidden_size))

@@ -128,6 +128,12 @@ def find_blocks(model: nn.Module) -> list[ExpertBlock]:
     return found
 
 
+def count_experts(model: nn.Module) -> list[int]:
+    """How many experts each block has, also where the router is one of those below."""
+    blocks = (getattr(module, "experts", None) for module in model.modules())
+    return [_count(experts) for experts in blocks if isinstance(experts, nn.Module)]
+
+
 def is_fused(experts: nn.Module) -> bool:
     """Whether the experts are 3-D tensors whose layout transformers states beside them."""
     pair = [getattr(experts, name, None) for name in ("gate_up_proj", "down_proj")]
@@ -252,7 +258,8 @@ def _write_fused(experts: Any, units: Tensor, rest: Tensor) -> None:
     set_tensor(experts, "gate_up_proj", joint.transpose(1, 2) if transposed else joint)
     set_tensor(experts, "down_proj", down if transposed else down.transpose(1, 2))
     if has_bias:
-        set_tensor(experts, "gate_up_proj_bias", _joined(*biases, experts).squeeze(-1))
+        gate, up = biases
+        set_tensor(experts, "gate_up_proj_bias", _joined(gate, up, experts).squeeze(-1))
     if rest.shape[1]:
         set_tensor(experts, "down_proj_bias", rest)
     experts.num_experts = len(units)
@@ -296,8 +303,8 @@ def _read_modules(experts: Any) -> tuple[Tensor, Tensor]:
 
 
 def _write_modules(experts: Any, units: Tensor, rest: Tensor) -> None:
-    keys = list(experts) if isinstance(experts, nn.ModuleDict) else list(range(len(experts)))
-    keys = [key for key in keys if len(_linears(experts[key])) >= 2]
+    held: Any = experts if isinstance(experts, nn.ModuleDict) else range(len(experts))
+    keys = [key for key in held if len(_linears(experts[key])) >= 2]
     for key in reversed(keys[len(units) :]):
         del experts[key]
     for network, unit, last in zip(_networks(experts), units, rest, strict=True):

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from foretune.errors import UserError
-from foretune.files import whole_folder
+from foretune.files import claim_model_folder, whole_folder
 from foretune.models.expert_plan import (
     PLAN_FILE,
     Plan,
@@ -33,21 +33,6 @@ from foretune.tasks.objectives import CausalLM
 from foretune.training.record import environment
 
 Rows = Sequence[str | Mapping[str, Any]]
-
-
-class PruneMethod(Protocol):
-    """What the driver asks of a method's record."""
-
-    name: str
-    label: str
-    experts: Any
-    needs_outputs: bool
-
-    def plan(
-        self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]
-    ) -> Plan: ...
-
-    def to_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -105,7 +90,7 @@ class Pruned:
                 folder holds no pruned model.
         """
         folder = Path(folder)
-        claim(folder, overwrite=overwrite)
+        claim_model_folder(folder, PLAN_FILE, overwrite=overwrite)
         with whole_folder(folder) as part:
             if self.loads_with == "transformers":
                 save_base(self.model, self.tokenizer, part)
@@ -117,27 +102,10 @@ class Pruned:
         return folder
 
 
-def claim(folder: Path, *, overwrite: bool) -> None:
-    """Raises UserError unless a pruned model may be written there."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; --out needs a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not overwrite:
-            raise UserError(
-                f"{folder} is not empty: --overwrite replaces a pruned model, another folder "
-                "leaves it alone"
-            )
-        if not (folder / PLAN_FILE).is_file():
-            raise UserError(
-                f"{folder} holds no pruned model (no {PLAN_FILE}): --overwrite does not remove it; "
-                "choose another folder"
-            )
-
-
 def prune_mixture(
     model: nn.Module | str | PathLike[str],
     rows: Rows,
-    method: PruneMethod,
+    method: Any,
     *,
     tokenizer: Any = None,
     batch_size: int = 8,
@@ -149,7 +117,7 @@ def prune_mixture(
         model: A mixture of experts, or its Hugging Face folder, which is read in its own dtype. A
             model is left as it is; its copy needs as much memory again.
         rows: Texts, or mappings with `text`, or `prompt` and `completion`.
-        method: A record whose verb is `prune`.
+        method: A record whose verb is `prune`: it has `experts`, `needs_outputs` and `plan`.
         tokenizer: Of a model that is given as such.
         batch_size: Rows in one forward pass.
         max_tokens: Longest row; what is beyond is cut.
@@ -181,7 +149,7 @@ def prune_mixture(
 def prune_with(
     model: nn.Module,
     statistics: dict[str, ExpertStatistics],
-    method: PruneMethod,
+    method: Any,
     *,
     tokenizer: Any = None,
     in_place: bool = False,
