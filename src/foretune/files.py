@@ -115,6 +115,33 @@ def claim_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
     return used and resume
 
 
+def claim_model_folder(folder: Path, mark: str, *, overwrite: bool) -> None:
+    """Makes sure that a model may be written as `folder`, which nothing is done to yet.
+
+    Args:
+        folder: Where.
+        mark: The file by which a folder of the same kind is known, which `overwrite` may replace.
+        overwrite: Whether the user said so.
+
+    Raises:
+        UserError: A file is there, or a folder with something in it that may not be replaced.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; --out needs a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(
+            f"{folder} is not empty: --overwrite replaces it if {mark} is in it, another folder "
+            "leaves it alone"
+        )
+    if not (folder / mark).is_file():
+        raise UserError(
+            f"{folder} holds no {mark}, so foretune did not write it: --overwrite does not remove "
+            "it; choose another folder"
+        )
+
+
 def _check_is_ours(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     if names.isdisjoint(OURS) and not any(CHECKPOINT.fullmatch(n) for n in names):

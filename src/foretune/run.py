@@ -94,9 +94,7 @@ class Run:
         at_least("max_grad_norm", self.max_grad_norm, 1e-12)
         share("warmup", self.warmup)
         one_of("schedule", self.schedule, ("linear", "cosine", "constant"))
-        if not isinstance(self.gradient_checkpointing, bool):
-            got = self.gradient_checkpointing
-            raise UserError(f"gradient_checkpointing must be true or false, got {got!r}")
+        flag("gradient_checkpointing", self.gradient_checkpointing)
         one_of("optimizer", self.optimizer, ("adamw", "adamw-8bit"))
         one_of("precision", self.precision, ("fp32", "bf16"))
 
@@ -131,6 +129,22 @@ def whole(name: str, value: Any, least: int, *, optional: bool = False) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{name} must be a whole number not below {least}, got {value!r}")
+
+
+def whole_numbers(name: str, value: Any) -> Any:
+    """A whole number above 0, several of them as a tuple, or None; raises UserError for others."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    several = tuple(value) if isinstance(value, (list, tuple)) else ()
+    if not several or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in several):
+        raise UserError(f"{name} must be a whole number above 0 or a list of them, got {value!r}")
+    return several
+
+
+def flag(name: str, value: Any) -> None:
+    """Raises UserError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name} must be true or false, got {value!r}")
 
 
 def above_zero(name: str, value: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 
 import foretune
 import linear_tasks
+import tiny_mixtures
 import tiny_models
 from foretune.errors import UserError
 from foretune.methods import METHODS, make, method_class
@@ -22,6 +23,7 @@ from linear_tasks import copy_of, equal_bits, family
 RETRAIN = [name for name in METHODS if method_class(name).verb == "retrain"]
 ADAPT = [name for name in METHODS if method_class(name).verb == "adapt"]
 DECODE = [name for name in METHODS if method_class(name).verb == "decode"]
+PRUNE = [name for name in METHODS if method_class(name).verb == "prune"]
 TRAINING = [name for name in RETRAIN if name != "none"]
 EPISODIC = [{"inner": "all", "inner_steps": 3}, {"inner": "adapter", "inner_steps": 3}]
 # Every form of a method: (name, fields). Rates that suit the linear family.
@@ -482,3 +484,50 @@ def test_decoding_refuses_a_method_of_another_verb_and_unknown_options(name):
         foretune.decode(
             model, "a dog", make(name), max_tokens=3, **options, **_decode_resources(name, model)
         )
+
+
+# --- prune --------------------------------------------------------------------------------------
+
+
+def _prune(name, model, **fields):
+    method = make(name, experts=3, **fields)
+    return foretune.prune(model, tiny_mixtures.rows(), method, tokenizer=tiny_models.tokenizer())
+
+
+@pytest.mark.parametrize("name", PRUNE)
+def test_pruning_leaves_its_input_alone(name):
+    model = tiny_mixtures.mixture("olmoe")
+    before, config = copy_of(model), model.config.to_dict()
+    result = _prune(name, model)
+    assert equal_bits(model.state_dict(), before)
+    assert model.config.to_dict() == config
+    assert result.size["after"]["experts"] == [3, 3]
+    assert result.size["after"]["parameters"] < result.size["before"]["parameters"]
+    known = json.loads(json.dumps(result.method.to_dict()))
+    assert known.pop("name") == name
+    assert make(name, **known) == result.method
+
+
+@pytest.mark.parametrize("name", PRUNE)
+def test_pruning_is_reproducible(name):
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    first, second = (_prune(name, tiny_mixtures.mixture("olmoe")) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.plan == second.plan
+    assert equal_bits(first.model.state_dict(), second.model.state_dict())
+
+
+@pytest.mark.parametrize("name", PRUNE)
+def test_a_pruned_model_is_saved_whole(name, tmp_path):
+    result = _prune(name, tiny_mixtures.mixture("olmoe"))
+    folder = result.save(tmp_path / "small")
+    assert not [p for p in tmp_path.iterdir() if p != folder]
+    loaded, _ = foretune.load_model(folder, head="causal-lm")
+    assert equal_bits(loaded.state_dict(), result.model.state_dict())
+
+
+@pytest.mark.parametrize("name", PRUNE)
+def test_pruning_is_refused_to_the_other_verbs(name):
+    with pytest.raises(UserError, match="whose verb is prune"):
+        foretune.fuse(linear_tasks.Net(), {}, make(name))

@@ -20,6 +20,7 @@ from foretune.cli import (
     generate,
     init,
     plan,
+    prune,
     retrain_adapt,
     run,
 )
@@ -57,6 +58,7 @@ app.command("init")(init.init)
 app.command("plan")(plan.plan)
 app.command("retrain")(retrain_adapt.retrain)
 app.command("adapt")(retrain_adapt.adapt)
+app.command("prune")(prune.prune)
 app.command("compare")(compare_report.compare)
 app.command("report")(compare_report.report)
 app.command("generate")(generate.generate)

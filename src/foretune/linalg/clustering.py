@@ -1,0 +1,66 @@
+"""Clusters of a few vectors or of a similarity matrix: exactly k of them, none empty, no seed."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+from scipy.cluster.hierarchy import cut_tree, linkage
+from scipy.cluster.vq import kmeans2
+
+
+def spectral(similarity: np.ndarray, k: int) -> list[int]:
+    """Normalised spectral clustering (Ng, Jordan, Weiss, NIPS 2001).
+
+    k-means on the rows of the k leading eigenvectors of D^(-1/2) S D^(-1/2), each row scaled to
+    length one. It starts from Ward's clusters of the same rows, so there is nothing to seed.
+
+    Args:
+        similarity: (n, n) symmetric, no entry below zero.
+        k: Number of clusters, 1 to n.
+
+    Returns:
+        The cluster of each of the n, numbered by first appearance.
+
+    >>> spectral(np.array([[1, 0.9, 0], [0.9, 1, 0], [0, 0, 1.0]]), 2)
+    [0, 0, 1]
+    """
+    if k in (1, len(similarity)):
+        return _trivial(len(similarity), k)
+    root = 1 / np.sqrt(similarity.sum(1).clip(1e-12))
+    _, vectors = np.linalg.eigh(root[:, None] * similarity * root[None, :])
+    rows = vectors[:, -k:]
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
+    start = cut_tree(linkage(rows, "ward"), n_clusters=k)[:, 0]
+    centres = np.stack([rows[start == c].mean(0) for c in range(k)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # k-means lost a cluster: Ward's stand instead
+        _, found = kmeans2(rows, centres, iter=100, minit="matrix")
+    return _numbered(found if len(set(found.tolist())) == k else start)
+
+
+def average_linkage(vectors: np.ndarray, k: int) -> list[int]:
+    """Agglomerative clustering by the mean Euclidean distance of two clusters' members.
+
+    Args:
+        vectors: (n, d).
+        k: Number of clusters, 1 to n.
+
+    Returns:
+        The cluster of each of the n, numbered by first appearance.
+
+    >>> average_linkage(np.array([[0.0], [5.0], [0.1]]), 2)
+    [0, 1, 0]
+    """
+    if k in (1, len(vectors)):
+        return _trivial(len(vectors), k)
+    return _numbered(cut_tree(linkage(vectors, "average"), n_clusters=k)[:, 0])
+
+
+def _trivial(n: int, k: int) -> list[int]:
+    return [0] * n if k == 1 else list(range(n))
+
+
+def _numbered(labels: np.ndarray) -> list[int]:
+    order: dict[int, int] = {}
+    return [order.setdefault(int(label), len(order)) for label in labels]
