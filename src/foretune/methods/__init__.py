@@ -18,6 +18,10 @@ METHODS = {
     "full": "foretune.methods.full:Full",
     "head": "foretune.methods.head:Head",
     "lora": "foretune.methods.lora:LoRA",
+    "smile": "foretune.methods.smile:SMILE",
+    "average": "foretune.methods.average:Average",
+    "task-arithmetic": "foretune.methods.task_arithmetic:TaskArithmetic",
+    "ties": "foretune.methods.ties:TIES",
 }
 
 
