@@ -90,6 +90,12 @@ def make_skeleton(base: Source, finetuned: Mapping[str, Source]) -> tuple[nn.Mod
     if not full or _class_name(full[0]) == type(model).__name__:
         return model, tokenizer
     with_head, _ = _loaded_copy(full[0])
+    kinds = [getattr(getattr(m, "config", None), "model_type", None) for m in (model, with_head)]
+    if kinds[0] != kinds[1] or kinds[0] is None:
+        raise UserError(
+            f"the base is a {type(model).__name__}, what was fine-tuned a "
+            f"{type(with_head).__name__}: give the model that it was tuned from"
+        )
     known = dict(model.named_parameters())
     prefix = getattr(with_head, "base_model_prefix", "")
     kept = tuple(f"{name}." for name in _heads_of(with_head))
