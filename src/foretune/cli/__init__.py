@@ -12,7 +12,16 @@ import typer
 
 import foretune
 from foretune.allocator import keep_freed_memory
-from foretune.cli import catalogue, compare_report, doctor, init, plan, retrain_adapt, run
+from foretune.cli import (
+    catalogue,
+    compare_report,
+    doctor,
+    fuse,
+    init,
+    plan,
+    retrain_adapt,
+    run,
+)
 from foretune.cli.group import Group
 
 app = typer.Typer(
@@ -49,6 +58,7 @@ app.command("retrain")(retrain_adapt.retrain)
 app.command("adapt")(retrain_adapt.adapt)
 app.command("compare")(compare_report.compare)
 app.command("report")(compare_report.report)
+app.command("fuse")(fuse.fuse)
 app.command("ls")(catalogue.ls)
 app.command("show")(catalogue.show)
 app.command("cite")(catalogue.cite)

@@ -1,0 +1,429 @@
+"""SMILE against static merges: MiniLM-L6 tuned on CLINC150 domains, in full and by LoRA.
+
+python benchmarks/claims/smile.py --data FOLDER/clinc150/clinc150.jsonl.gz
+
+Each of four domains (15 intents each) is learnt from 20 rows an intent, once by full fine-tuning of
+all but the embeddings and once by LoRA on the attention's query and value, each with a head of its
+own. The domains' models are fused; each domain's 450 test rows are scored with the domain's head.
+Nothing was chosen on test rows: the grid is shown whole, the gate from activations was settled on
+validation rows of seed 0 (`--look`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULT = Path(__file__).resolve().parents[1] / "results" / "smile.json"
+DOMAINS = ("banking", "credit_cards", "travel", "work")
+SHOTS, SAMPLES, STEPS, RATES = 20, 16, 80, {"full": 3e-4, "lora": 2e-3}
+GATES, RANKS = (1, 4, 16, 64, 384), (4, 16, 32, 128, 384)
+SIZES_7B = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)} | {
+    "gate": (14336, 4096),
+    "up": (14336, 4096),
+    "down": (4096, 14336),
+}
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def load(data: str, seed: int) -> tuple[Any, Any, Any]:
+    """(base with a fresh head, tokenizer, the tasks)."""
+    import foretune
+
+    source = foretune.Source(source=data, seed=seed)
+    tasks, _ = foretune.load_tasks(source, "classification")
+    tasks = tasks.subset(DOMAINS)
+    model, tokenizer = foretune.load_model(
+        "minilm", head="classification", num_labels=15, seed=seed
+    )
+    model.base_model.embeddings.requires_grad_(False)
+    objective = foretune.Classification(tokenizer).fit(tasks)
+    return model, tokenizer, tasks.with_objective(objective)
+
+
+def tune(model: Any, tasks: Any, kind: str, seed: int, folder: Path) -> dict[str, Path]:
+    """Fine-tunes each domain by foretune; name → its folder."""
+    import foretune
+
+    method = {
+        "full": foretune.Full(learning_rate=RATES["full"]),
+        "lora": foretune.LoRA(
+            learning_rate=RATES["lora"],
+            lora={"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]},
+        ),
+    }[kind]
+    run = foretune.Run(seed=seed, steps=STEPS, batch_size=16, device="cpu")
+    foretune.adapt(model, tasks, method, run, shots=SHOTS).save(folder)
+    return {name: folder / name for name in DOMAINS}
+
+
+def batches(tokenizer: Any, rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Iterator:
+    """(inputs, label ids) of rows sorted by length, 64 a batch."""
+    import torch
+
+    rows = sorted(rows, key=lambda row: len(row["text"]))
+    for start in range(0, len(rows), 64):
+        part = rows[start : start + 64]
+        inputs = tokenizer([row["text"] for row in part], padding=True, return_tensors="pt")
+        yield inputs, torch.tensor([labels.index(row["label"]) for row in part])
+
+
+class Test:
+    """The rows of one split, ready for many models."""
+
+    def __init__(self, tokenizer: Any, tasks: Any, split: str) -> None:
+        self.batches = {
+            task.name: list(
+                batches(tokenizer, list(task.split(split)), tasks.objective.labels[task.name])
+            )
+            for task in tasks
+        }
+
+    def accuracy(self, model: Any, task: str) -> float:
+        """Share of a task's rows that a model gets right."""
+        import torch
+
+        right = total = 0
+        with torch.no_grad():
+            for inputs, labels in self.batches[task]:
+                right += int((model(**inputs).logits.argmax(-1) == labels).sum())
+                total += len(labels)
+        return right / total
+
+    def fused(self, fused: Any) -> dict[str, Any]:
+        """Accuracy of each task under its own head, and where its tokens went."""
+        scores, used = {}, {}
+        for task in DOMAINS:
+            fused.set_task(task)
+            with fused.usage() as usage:
+                scores[task] = self.accuracy(fused.model, task)
+            used[task] = usage.mean()
+        return {"accuracy": scores, "usage": used if usage.layers else None}
+
+
+# --- variants -----------------------------------------------------------------------------------
+
+
+def truncated(fused: Any, k: int, gate_k: int) -> Any:
+    """The fusion of lower ranks: the first columns of one of full rank, which are the same."""
+    from torch import nn
+
+    from foretune.models.mixture import expert_layers
+
+    made = copy.deepcopy(fused)
+    for layer in expert_layers(made.model).values():
+        layer.up = nn.Parameter(layer.up[:, :, :k].contiguous())
+        layer.down = nn.Parameter(layer.down[:, :k].contiguous())
+        layer.gate = nn.Parameter(layer.gate[:, :gate_k].contiguous())
+    made.report["extra_parameters"] = sum(p.numel() for p in made.model.parameters()) - sum(
+        p.numel() for p in plain_of(made).parameters()
+    )
+    return made
+
+
+def plain_of(fused: Any) -> Any:
+    """The model of the base's size, for counting."""
+    from foretune.models.mixture import expert_layers, replace_module
+
+    plain = copy.deepcopy(fused.model)
+    for name, layer in expert_layers(plain).items():
+        replace_module(plain, name, layer.base)
+    for name, heads in fused.heads.items():
+        replace_module(plain, name, heads.heads[0])
+    return plain
+
+
+def variants(
+    base: Any, folders: Mapping[str, Path], kind: str, samples: Any, tokenizer: Any
+) -> Iterator[tuple[str, Any]]:
+    """(name, fused model) of all that is compared, one at a time."""
+    import foretune
+    from foretune import SMILE
+
+    yield "average", foretune.fuse(base, folders, foretune.Average())
+    yield "task-arithmetic", foretune.fuse(base, folders, foretune.TaskArithmetic())
+    yield "ties", foretune.fuse(base, folders, foretune.TIES())
+    whole = foretune.fuse(base, folders, SMILE(k=384, gate_k=384))
+    top = {"full": (32, 16), "lora": (8, 8)}[kind]
+    grid = {(32, g) for g in GATES} | {(k, 16) for k in RANKS} | {(384, 384)}
+    if kind == "lora":
+        grid = {(8, 1), (8, 2), (4, 8), (2, 4)}
+    for k, gate_k in sorted(grid | {top}):
+        yield f"token k={k} gate_k={gate_k}", truncated(whole, k, gate_k)
+    paper = truncated(whole, *top)
+    for top_k in (2, 4):
+        paper.routing.top_k = top_k
+        yield f"token top_k={top_k}", paper
+    paper.routing.top_k = 1
+    paper.routing.granularity = "sequence"
+    yield "sequence", paper
+    paper.routing.granularity = "task"
+    yield "task", paper
+    paper.routing.choose(None)
+    learnt = foretune.fuse(
+        base,
+        folders,
+        SMILE(k=top[0], gate_k=16, gate="activations"),
+        samples=samples,
+        tokenizer=tokenizer,
+    )
+    yield "activations, token", learnt
+    learnt.routing.granularity = "sequence"
+    yield "activations, sequence", learnt
+
+
+def seconds_per_token(models: Mapping[str, Callable[[], Any]], tokens: int) -> dict[str, float]:
+    """Median microseconds a token, the models taking turns."""
+    import torch
+
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    with torch.no_grad():
+        for _ in range(7):
+            for name, call in models.items():
+                start = time.process_time()
+                call()
+                taken[name].append((time.process_time() - start) / tokens * 1e6)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def one_seed(data: str, seed: int, work: Path, split: str = "test") -> dict[str, Any]:
+    """All numbers of one seed."""
+    import torch
+
+    torch.set_num_threads(1)
+    base, tokenizer, tasks = load(data, seed)
+    test = Test(tokenizer, tasks, split)
+    samples = {task.name: [r["text"] for r in spread(list(task.train), SAMPLES)] for task in tasks}
+    found: dict[str, Any] = {"seed": seed}
+    for kind in ("full", "lora"):
+        start = time.process_time()
+        folders = tune(base, tasks, kind, seed, work / f"{kind}-{seed}")
+        rows: dict[str, Any] = {}
+        timed: dict[str, Callable[[], Any]] = {}
+        print(f"seed {seed}, {kind}: tuned in {time.process_time() - start:.0f} s", file=sys.stderr)
+        import foretune
+
+        alone = {}
+        for task in DOMAINS:
+            # One model fused alone and whole is that model.
+            one = foretune.fuse(base, {task: folders[task]}, foretune.Average())
+            alone[task] = test.accuracy(one.model, task)
+        rows["individual"] = {"accuracy": alone}
+        inputs = test.batches[DOMAINS[0]][3][0]
+        timed["base"] = lambda: base(**inputs)
+        for name, fused in variants(base, folders, kind, samples, tokenizer):
+            began = time.process_time()
+            rows[name] = test.fused(fused) | {"extra": fused.report["extra_parameters"]}
+            if name in ("token k=32 gate_k=16", "token k=8 gate_k=8", "average"):
+                kept = copy.deepcopy(fused)
+                timed[name] = lambda kept=kept: kept.set_task(DOMAINS[0]).model(**inputs)
+            mean = sum(rows[name]["accuracy"].values()) / len(DOMAINS)
+            took = time.process_time() - began
+            print(f"  {name:28s} {100 * mean:5.1f}  ({took:.0f} s)", file=sys.stderr, flush=True)
+        found[kind] = rows
+        found[f"{kind}_microseconds_per_token"] = seconds_per_token(
+            timed, inputs["input_ids"].numel()
+        )
+        found["base_parameters"] = sum(p.numel() for p in base.parameters())
+    return found
+
+
+def spread(rows: Sequence[Any], count: int) -> list[Any]:
+    """So many rows, evenly spread."""
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+# --- a 7 B shape ---------------------------------------------------------------------------------
+
+
+def plan_7b(experts: int = 4, layers: int = 32) -> dict[str, Any]:
+    """What fusing four models of Mistral 7 B's shape adds, and how long one layer takes."""
+    import torch
+
+    from foretune.linalg.low_rank import svd_of_product, truncated_svd
+
+    def extra(k: int, gate_k: int) -> int:
+        sizes = SIZES_7B.values()
+        return layers * sum(experts * (k * (m + n) + gate_k * n) for m, n in sizes)
+
+    b, a, full = torch.randn(4096, 16), torch.randn(16, 14336), torch.randn(4096, 4096)
+    start = time.process_time()
+    svd_of_product(b, a)
+    lora = time.process_time() - start
+    start = time.process_time()
+    truncated_svd(full, 64)
+    return {
+        "experts": experts,
+        "extra_full_k64_gate8": extra(64, 8),
+        "extra_lora_k16_gate8": extra(16, 8),
+        "lora_layer_seconds": lora,
+        "full_layer_4096_seconds": time.process_time() - start,
+        "largest_layer_float32_gb": 14336 * 4096 * 4 / 1e9,
+    }
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def means(result: Mapping[str, Any], kind: str) -> dict[str, list[float]]:
+    """Variant → the mean accuracy over the domains, one for each seed."""
+    found: dict[str, list[float]] = {}
+    for seed in result["seeds"]:
+        for name, row in seed[kind].items():
+            scores = row["accuracy"].values()
+            found.setdefault(name, []).append(100 * sum(scores) / len(scores))
+    return found
+
+
+LABELS = {
+    "individual": "individual models, each on its domain",
+    "average": "average (control)",
+    "task-arithmetic": "task arithmetic, λ 0.4 (control)",
+    "ties": "TIES (control)",
+    "sequence": "the same, routed by sequence",
+    "task": "the same, told the task",
+    "activations, token": "gate from 16 texts a task, by token",
+    "activations, sequence": "gate from 16 texts a task, by sequence",
+}
+
+
+def main_table(result: Mapping[str, Any], kind: str) -> str:
+    """Accuracy of individual models, controls and SMILE's gates."""
+    found = means(result, kind)
+    paper = {"full": "token k=32 gate_k=16", "lora": "token k=8 gate_k=8"}[kind]
+    names = ["individual", "average", "task-arithmetic", "ties", paper]
+    names += ["sequence", "task", "activations, token", "activations, sequence"]
+    labels = LABELS | {paper: f"SMILE, the paper's gate ({paper.partition(' ')[2]})"}
+    lines = ["| | accuracy, % | each seed | % of individual | tokens to the own expert, % |"]
+    lines.append("|---|---|---|---|---|")
+    individual = found["individual"]
+    for name in names:
+        share = statistics.mean(100 * a / b for a, b in zip(found[name], individual, strict=True))
+        seeds = " / ".join(f"{value:.1f}" for value in found[name])
+        lines.append(
+            f"| {labels[name]} | {statistics.mean(found[name]):.1f} | {seeds} | {share:.1f} "
+            f"| {own(result, kind, name)} |"
+        )
+    return "\n".join(lines)
+
+
+def own(result: Mapping[str, Any], kind: str, name: str) -> str:
+    """Share of tokens that go to the task's own expert."""
+    rows = [seed[kind][name].get("usage") for seed in result["seeds"]]
+    if not all(rows):
+        return ""
+    shares = [usage[task][task] for usage in rows for task in usage]
+    return f"{100 * statistics.mean(shares):.0f}"
+
+
+def grid_table(result: Mapping[str, Any]) -> str:
+    """Rank of the expert and of the gate, full fine-tuning."""
+    found = means(result, "full")
+    individual = found["individual"]
+
+    def share(k: int, gate_k: int) -> str:
+        values = found.get(f"token k={k} gate_k={gate_k}")
+        if values is None:
+            return ""
+        return f"{statistics.mean(100 * a / b for a, b in zip(values, individual, strict=True)):.1f}"
+
+    lines = ["| k \\ gate_k | " + " | ".join(str(g) for g in GATES) + " |"]
+    lines.append("|---" * (len(GATES) + 1) + "|")
+    lines += [f"| {k} | " + " | ".join(share(k, g) for g in GATES) + " |" for k in RANKS]
+    more = [
+        f"top_k {n}: {statistics.mean(100 * a / b for a, b in zip(found[f'token top_k={n}'], individual, strict=True)):.1f}"
+        for n in (2, 4)
+    ]
+    return "\n".join([*lines, "", f"k=32, gate_k=16 with {'; '.join(more)}."])
+
+
+def usage_table(result: Mapping[str, Any], kind: str) -> str:
+    """Where each domain's tokens go under the paper's gate, mean over layers and seeds."""
+    paper = {"full": "token k=32 gate_k=16", "lora": "token k=8 gate_k=8"}[kind]
+    lines = ["| rows of | " + " | ".join(f"→ {d}" for d in DOMAINS) + " |"]
+    lines.append("|---" * (len(DOMAINS) + 1) + "|")
+    for task in DOMAINS:
+        cells = [
+            100 * statistics.mean(s[kind][paper]["usage"][task][to] for s in result["seeds"])
+            for to in DOMAINS
+        ]
+        lines.append(f"| {task} | " + " | ".join(f"{c:.0f} %" for c in cells) + " |")
+    return "\n".join(lines)
+
+
+def cost_table(result: Mapping[str, Any]) -> str:
+    """Parameters and time."""
+    base = result["seeds"][0]["base_parameters"]
+    lines = ["| | added parameters | share of the base | µs a token | × base |", "|---" * 5 + "|"]
+    for kind, name in (
+        ("full", "average"),
+        ("full", "token k=32 gate_k=16"),
+        ("lora", "token k=8 gate_k=8"),
+    ):
+        times = [seed[f"{kind}_microseconds_per_token"] for seed in result["seeds"]]
+        extra = result["seeds"][0][kind][name]["extra"]
+        label = "average" if name == "average" else f"SMILE, {kind}, {name.partition(' ')[2]}"
+        lines.append(
+            f"| {label} | {extra / 1e6:.2f} M | {100 * extra / base:.1f} % "
+            f"| {statistics.mean(t[name] for t in times):.0f} "
+            f"| {statistics.mean(t[name] / t['base'] for t in times):.2f} |"
+        )
+    plan = result["plan_7b"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Planned, not run: {plan['experts']} experts on the shapes of Mistral 7 B add "
+            f"{plan['extra_full_k64_gate8'] / 1e9:.2f} B parameters at k=64, gate_k=8 and "
+            f"{plan['extra_lora_k16_gate8'] / 1e9:.2f} B for LoRAs of rank 16; one layer takes "
+            f"{plan['lora_layer_seconds']:.2f} s of one core from a LoRA (4096 × 14336) and "
+            f"{plan['full_layer_4096_seconds']:.0f} s from a full checkpoint (4096 × 4096); the largest "
+            f"layer in float32 is {plan['largest_layer_float32_gb']:.2f} GB.",
+        ]
+    )
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "full": lambda result: main_table(result, "full"),
+    "lora": lambda result: main_table(result, "lora"),
+    "grid": grid_table,
+    "usage-full": lambda result: usage_table(result, "full"),
+    "usage-lora": lambda result: usage_table(result, "lora"),
+    "cost": cost_table,
+}
+
+
+def main() -> None:
+    """Runs the seeds that the result lacks, and writes it after each."""
+    import tempfile
+
+    from foretune.training.record import environment
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", required=True, help="clinc150.jsonl.gz")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--look", action="store_true", help="seed 0 on validation rows, no result")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        if options.look:
+            one_seed(options.data, 0, Path(work), "validation")
+            return
+        result: dict[str, Any] = {"claim": "smile", "domains": DOMAINS, "seeds": []}
+        result |= {"shots": SHOTS, "samples": SAMPLES, "steps": STEPS, "learning_rates": RATES}
+        for seed in range(options.seeds):
+            result["seeds"].append(one_seed(options.data, seed, Path(work)))
+        result |= {"plan_7b": plan_7b(), "environment": environment()}
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
