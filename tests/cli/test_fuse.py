@@ -57,12 +57,12 @@ def test_fuses_folders_and_says_what_came_out(folders: Path) -> None:
     assert shown[1].startswith("25 layers have experts, which keep ")
     assert shown[-1] == "Model: out"
     fused = foretune.load_fused("out")
-    in_python = foretune.fuse(
-        "base", {"one": "one", "two": "two"}, foretune.SMILE(k=4, gate_k=2)
-    )
+    in_python = foretune.fuse("base", {"one": "one", "two": "two"}, foretune.SMILE(k=4, gate_k=2))
     batch = {"input_ids": ids()}
     assert torch.equal(output(fused.model, batch), output(in_python.model, batch))
-    assert fused.tokenizer("the cat")["input_ids"] == tiny_models.tokenizer()("the cat")["input_ids"]
+    assert (
+        fused.tokenizer("the cat")["input_ids"] == tiny_models.tokenizer()("the cat")["input_ids"]
+    )
 
 
 @pytest.mark.parametrize("method", ["average", "task-arithmetic", "ties"])
@@ -128,7 +128,10 @@ def test_nothing_is_left_behind_by_a_failure(folders: Path) -> None:
         (["smile", "nobase", "one=one"], "no base in nobase: no such folder"),
         (["smile", "lora", "one=one"], "lora is an adapter, no base"),
         (["smile", "base", "one=base"], "no linear layer differs"),
-        (["smile", "base", "one=one", "gate=activations"], "needs samples of every task; none for one"),
+        (
+            ["smile", "base", "one=one", "gate=activations"],
+            "needs samples of every task; none for one",
+        ),
         (["ties", "base", "one=one", "--samples", "rows.jsonl"], "--samples is for smile"),
         (
             ["smile", "base", "three=one", "gate=activations", "--samples", "rows.jsonl"],

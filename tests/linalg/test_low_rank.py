@@ -33,9 +33,19 @@ def test_rank_beyond_the_matrix_of_factors_is_harmless() -> None:
     torch.testing.assert_close(u * s @ vh, b @ a, rtol=1e-4, atol=1e-5)
 
 
-def test_leading_direction_is_where_a_task_stands_out_not_where_all_are_large() -> None:
-    shared = torch.diag(torch.tensor([100.0, 1.0, 1.0]))
-    own = torch.diag(torch.tensor([100.0, 1.0, 5.0]))
-    [direction] = leading_directions(own, (shared + own) / 2, 1, ridge=1e-6)
+def test_leading_direction_is_where_a_group_stands_out_not_where_all_are_large() -> None:
+    torch.manual_seed(0)
+    scale = torch.tensor([10.0, 1.0, 1.0, 1.0])
+    plain, own = torch.randn(400, 4) * scale, torch.randn(400, 4) * scale
+    own[:, 2] *= 3
+    [_, [direction]] = leading_directions([plain, own], 1, ridge=1e-6)
     assert direction.abs().argmax() == 2
-    torch.testing.assert_close(direction[2].square() * 3.0, torch.tensor(1.0), rtol=1e-3, atol=0)
+    energy = [(rows @ direction).square().mean() for rows in (plain, own)]
+    torch.testing.assert_close(sum(energy) / 2, torch.tensor(1.0), rtol=1e-3, atol=0)
+    assert energy[1] > 4 * energy[0]
+
+
+def test_directions_beyond_the_span_of_the_rows_are_zero() -> None:
+    found = leading_directions([torch.eye(2, 6), -torch.eye(2, 6)], 4, ridge=0.1)
+    assert found.shape == (2, 4, 6)
+    assert found[:, :2].abs().sum() > 0 and found[:, 2:].abs().sum() == 0

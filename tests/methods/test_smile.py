@@ -38,7 +38,9 @@ def test_one_expert_of_full_rank_is_the_finetuned_model(family: str, k: int | No
     model = build()
     one = linears(model, 1)
     fused = foretune.fuse(model, {"a": one}, SMILE(k=k))
-    torch.testing.assert_close(output(fused.model, batch()), output(one, batch()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        output(fused.model, batch()), output(one, batch()), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -153,7 +155,9 @@ def test_order_of_the_experts_does_not_matter() -> None:
     one = foretune.fuse(model, finetuned, SMILE(k=4, gate_k=2, top_k=2))
     other = foretune.fuse(model, dict(reversed(finetuned.items())), SMILE(k=4, gate_k=2, top_k=2))
     batch = {"input_ids": ids()}
-    torch.testing.assert_close(output(one.model, batch), output(other.model, batch), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        output(one.model, batch), output(other.model, batch), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_layer_that_nothing_changed_stays_plain() -> None:
@@ -188,7 +192,9 @@ def test_lora_of_its_own_rank_loses_nothing() -> None:
     lora = adapted(base, 1, ["c_attn", "c_fc"], fan_in_fan_out=True)
     fused = foretune.fuse(base, {"a": lora}, SMILE(k=3))
     batch = {"input_ids": ids()}
-    torch.testing.assert_close(output(fused.model, batch), output(lora, batch), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        output(fused.model, batch), output(lora, batch), rtol=1e-4, atol=1e-5
+    )
     assert fused.report["energy_kept"] == pytest.approx(1.0)
 
 
@@ -206,7 +212,9 @@ def test_scaling_is_that_of_peft(config: dict, tmp_path: Path) -> None:
     batch = {"input_ids": ids()}
     for source in (lora, saved(lora, tmp_path / "lora")):
         fused = foretune.fuse(base, {"a": source}, SMILE())
-        torch.testing.assert_close(output(fused.model, batch), output(lora, batch), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            output(fused.model, batch), output(lora, batch), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_full_checkpoint_and_loras_of_other_layers_and_ranks_go_together() -> None:
@@ -220,7 +228,9 @@ def test_full_checkpoint_and_loras_of_other_layers_and_ranks_go_together() -> No
     for name, one in finetuned.items():
         fused.set_experts(name)
         batch = {"input_ids": ids()}
-        torch.testing.assert_close(output(fused.model, batch), output(one, batch), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            output(fused.model, batch), output(one, batch), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -230,7 +240,9 @@ def test_number_of_parameters_is_the_formula(bias: bool) -> None:
     assert fused.report["extra_parameters"] == 3 * (4 * (10 + 20) + 3 * 20 + 10 * bias)
 
 
-@pytest.mark.parametrize("method", [SMILE(), foretune.Average(), foretune.TIES()], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [SMILE(), foretune.Average(), foretune.TIES()], ids=lambda m: m.name
+)
 def test_what_is_fused_stays_bit_for_bit(method: Any) -> None:
     base = tiny_models.bert()
     finetuned = {"full": linears(base, 1), "lora": adapted(base, 2, ["query"])}
@@ -400,7 +412,9 @@ def test_every_task_keeps_its_head_and_its_labels(tmp_path: Path) -> None:
     for one in (fused, loaded):
         for name, model in finetuned.items():
             one.set_task(name)
-            torch.testing.assert_close(output(one.model, batch), output(model, batch), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                output(one.model, batch), output(model, batch), rtol=1e-4, atol=1e-4
+            )
             assert one.model.config.id2label == model.config.id2label
             labels = torch.zeros(3, dtype=torch.long)
             assert one.model(**batch, labels=labels).loss.isfinite()
@@ -419,7 +433,9 @@ def test_heads_of_loras_are_kept_too(tmp_path: Path) -> None:
     batch = {"input_ids": ids()}
     for name, lora in loras.items():
         fused.set_task(name)
-        torch.testing.assert_close(output(fused.model, batch), output(lora, batch), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            output(fused.model, batch), output(lora, batch), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_heads_that_are_all_alike_stay_one() -> None:
@@ -501,9 +517,18 @@ def test_fused_mixtures_of_experts_are_refused_unless_left_out() -> None:
     [
         (lambda m: {}, "nothing to fuse"),
         (lambda m: {"a": copy.deepcopy(m)}, "no linear layer differs"),
-        (lambda m: {"a": tiny_models.roberta()}, "base is a BertModel, what was fine-tuned a Roberta"),
-        (lambda m: {"a": linears(m, 1), "b": tiny_models.llama()}, "b is a Llama.*fuse models of one"),
-        (lambda m: {"a": tiny_models.bert(intermediate_size=24)}, "has no encoder.*of shape|has shape"),
+        (
+            lambda m: {"a": tiny_models.roberta()},
+            "base is a BertModel, what was fine-tuned a Roberta",
+        ),
+        (
+            lambda m: {"a": linears(m, 1), "b": tiny_models.llama()},
+            "b is a Llama.*fuse models of one",
+        ),
+        (
+            lambda m: {"a": tiny_models.bert(intermediate_size=24)},
+            "has no encoder.*of shape|has shape",
+        ),
         (lambda m: {"a": "no/such/folder"}, "no such folder"),
     ],
 )

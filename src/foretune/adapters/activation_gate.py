@@ -14,11 +14,10 @@ from foretune.models.fused import Fused
 from foretune.models.mixture import LowRankExperts, expert_layers, observe
 
 BATCH = 8  # texts a pass
+ROWS = 256  # tokens of a task that a layer remembers
 
 
-def set_gates(
-    fused: Fused, samples: Mapping[str, Sequence[Any]], rank: int, ridge: float
-) -> None:
+def set_gates(fused: Fused, samples: Mapping[str, Sequence[Any]], rank: int, ridge: float) -> None:
     """Makes each layer's gate anew from the inputs that it gets when the task's expert answers.
 
     Args:
@@ -30,28 +29,22 @@ def set_gates(
     Raises:
         UserError: Texts without a tokenizer.
     """
-    moments = {task: _Moments() for task in fused.names}
-    for task, moment in moments.items():
+    inputs = {task: _Inputs() for task in fused.names}
+    for task, seen in inputs.items():
         fused.set_task(task).set_experts(task)
-        with torch.no_grad(), observe(fused.model, moment):
+        with torch.no_grad(), observe(fused.model, seen):
             for batch in _batches(fused, samples[task]):
                 fused.model(**batch)
     fused.set_experts(None)
     for head in fused.heads.values():
         head.selected = None
     for name, layer in expert_layers(fused.model).items():
-        found = [moments[task].of(name) for task in fused.names]
-        mean = torch.stack([mean for mean, _ in found]).mean(0)
-        # Second moments about the mean of all tasks: where a task's own mean lies counts too.
-        about = [
-            second - torch.outer(own, mean) - torch.outer(mean, own) + torch.outer(mean, mean)
-            for own, second in found
-        ]
-        pooled = torch.stack(about).mean(0)
-        gate = torch.stack([leading_directions(m, pooled, rank, ridge) for m in about])
-        kind = {"device": layer.gate.device, "dtype": layer.gate.dtype}
-        layer.gate = nn.Parameter(gate.to(**kind))
-        layer.offset = nn.Parameter((gate @ mean.float()).to(**kind))
+        rows = [inputs[task].of(name) for task in fused.names]
+        # About the mean of all tasks, so that where a task's own mean lies counts too.
+        mean = torch.stack([r.mean(0) for r in rows]).mean(0)
+        gate = leading_directions([r - mean for r in rows], rank, ridge)
+        layer.offset = nn.Parameter((gate @ mean).to(layer.gate))
+        layer.gate = nn.Parameter(gate.to(layer.gate))
 
 
 def _batches(fused: Fused, rows: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
@@ -65,21 +58,20 @@ def _batches(fused: Fused, rows: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
         )
 
 
-class _Moments:
-    """Sums of x and x xᵀ for each layer over the tokens that are no padding."""
+class _Inputs:
+    """The first inputs of each layer, padding left out."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, tuple[float, Tensor, Tensor]] = {}
+        self.rows: dict[str, Tensor] = {}
 
     def __call__(self, name: str, layer: LowRankExperts, x: Tensor, p: Tensor) -> None:
         tokens = layer.routing.tokens(x)
-        rows = (x.reshape(-1, x.shape[-1]) if tokens is None else x[tokens]).cpu().double()
-        count, first, second = self.sums.get(name, (0.0, 0.0, 0.0))
-        self.sums[name] = (count + len(rows), first + rows.sum(0), second + rows.T @ rows)
+        rows = (x.reshape(-1, x.shape[-1]) if tokens is None else x[tokens]).float().cpu()
+        known = self.rows.get(name)
+        self.rows[name] = (rows if known is None else torch.cat([known, rows]))[:ROWS]
 
-    def of(self, name: str) -> tuple[Tensor, Tensor]:
-        """(mean, second moment) of a layer's inputs."""
-        if name not in self.sums:
+    def of(self, name: str) -> Tensor:
+        """(tokens, in)."""
+        if name not in self.rows:
             raise UserError(f"the samples never reach layer {name}; leave it out: exclude_modules")
-        count, first, second = self.sums[name]
-        return first / count, second / count
+        return self.rows[name]

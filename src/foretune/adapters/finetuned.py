@@ -181,14 +181,12 @@ def change_rest(
                 f"fused; exclude_modules=['{name}'] leaves it as in the base"
             )
         if average:
-            total = sum(change for change in changes if isinstance(change, Tensor))
-            parameter.add_((total / len(experts)).to(parameter.dtype))
+            known = torch.stack([change for change in changes if isinstance(change, Tensor)])
+            parameter.add_((known.sum(0) / len(experts)).to(parameter.dtype))
     return left
 
 
-def _or_none(
-    expert: Finetuned, name: str, parameter: Tensor, strict: bool
-) -> Tensor | str | None:
+def _or_none(expert: Finetuned, name: str, parameter: Tensor, strict: bool) -> Tensor | str | None:
     """The change of a parameter; "shape" for another shape, where that is no mistake."""
     value = expert.read(name)
     if not strict and value is not None and value.shape != parameter.shape:
@@ -329,7 +327,9 @@ def _live_adapter(name: str, model: Any, skeleton: nn.Module) -> Finetuned:
     active = model.active_adapters if isinstance(model.active_adapters, list) else None
     if active is not None and len(active) != 1:
         raise UserError(f"{name} has {len(active)} active adapters; activate one")
-    config = next(iter(model.peft_config.values())) if active is None else model.peft_config[active[0]]
+    config = (
+        next(iter(model.peft_config.values())) if active is None else model.peft_config[active[0]]
+    )
     tensors = get_peft_model_state_dict(model, adapter_name=(active or ["default"])[0])
     detached = {key: value.detach() for key, value in tensors.items()}
     return _adapter(name, config.to_dict(), detached, skeleton)
@@ -373,8 +373,9 @@ def _named(name: str, wanted: str, known: Mapping[str, Any], prefix: str) -> str
 def _scaling(config: Mapping[str, Any], layer: str, rank: int) -> float:
     from peft.utils.other import get_pattern_key
 
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns, layer), config.get("lora_alpha", rank))
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    default: float = config.get("lora_alpha", rank)
+    alpha = patterns.get(get_pattern_key(list(patterns), layer), default)
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 

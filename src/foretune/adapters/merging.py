@@ -52,7 +52,10 @@ def merge(
             changes = [_change(expert, name, parameter, model) for expert in experts]
             if all(change is None for change in changes):
                 continue
-            known = [torch.zeros_like(parameter, dtype=torch.float32) if c is None else c for c in changes]
+            known = [
+                torch.zeros_like(parameter, dtype=torch.float32) if c is None else c
+                for c in changes
+            ]
             parameter.add_(combine(known).to(parameter.dtype))
             merged += 1
     if not merged:

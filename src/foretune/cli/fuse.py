@@ -42,8 +42,8 @@ def fuse(
     settings = settings_of(result["method"])
     emit(f"Fused {', '.join(result['names'])} by {method}{f' ({settings})' if settings else ''}")
     if "layers" in result:
-        kept = 100 * result["energy_kept"]
-        emit(f"{result['layers']} layers have experts, which keep {kept:.1f} % of the changes' energy")
+        kept = f"{100 * result['energy_kept']:.1f} %"
+        emit(f"{result['layers']} layers have experts, which keep {kept} of the changes' energy")
     more = 100 * result["extra_parameters"] / result["base_parameters"]
     emit(f"{result['extra_parameters']:,} parameters more than the base, {more:.1f} %")
     if result["own_heads"]:

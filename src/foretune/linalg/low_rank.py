@@ -5,6 +5,8 @@ Both return (U, s, Vᵀ) of shapes (out, k), (k,), (k, in) in float32, singular 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,25 +44,33 @@ def svd_of_product(b: Tensor, a: Tensor, rank: int | None = None) -> Factors:
     return q_b @ u, s, vh @ q_a.T
 
 
-def leading_directions(moment: Tensor, pooled: Tensor, rank: int, ridge: float) -> Tensor:
-    """Directions in which one task's inputs have the most energy relative to all tasks' inputs.
+def leading_directions(groups: Sequence[Tensor], rank: int, ridge: float) -> Tensor:
+    """For each group of rows the directions in which it has more energy than the groups together.
 
-    The leading generalised eigenvectors of moment · v = λ · pooled · v, scaled so that the energy
-    of the pool along each is 1; λ is then the share of it that the task has.
+    With M_i = X_iᵀ X_i / n_i and their mean P: the leading generalised eigenvectors of
+    M_i v = λ P v, scaled so that the mean energy along each is 1. All is done within the span of
+    the rows, beyond which every group has the same (λ = 1).
 
     Args:
-        moment: (in, in), mean of x xᵀ over the task's inputs, about the pool's mean.
-        pooled: (in, in), the mean of all tasks' `moment`.
-        rank: How many directions.
-        ridge: Share of the pool's mean energy that is added to every direction of both, so that
+        groups: One (n_i, in) a group, about the mean of all.
+        rank: How many directions; fewer where the rows span fewer, the others zero.
+        ridge: Share of the mean energy of a direction that is added to M_i and P in each, so that
             directions hardly seen do not decide.
 
     Returns:
-        (rank, in).
+        (groups, rank, in) in float32.
     """
-    size = len(pooled)
-    floor = ridge * pooled.diagonal().mean().double() * torch.eye(size, dtype=torch.float64)
-    values, vectors = torch.linalg.eigh(pooled.double() + floor)
-    whiten = vectors / values.clamp_min(1e-30).sqrt()  # whitenᵀ (pooled + floor) whiten = 1
-    _, found = torch.linalg.eigh(whiten.T @ (moment.double() + floor) @ whiten)
-    return (whiten @ found[:, -rank:].flip(-1)).T.float()
+    _, s, basis = torch.linalg.svd(torch.cat(list(groups)).float(), full_matrices=False)
+    basis = basis[s > 1e-6 * s.max()].double()
+    within = [rows.double() @ basis.T for rows in groups]
+    moments = torch.stack([z.T @ z / len(z) for z in within])
+    pooled = moments.mean(0)
+    floor = ridge * pooled.trace() / groups[0].shape[1] * torch.eye(len(basis)).to(pooled)
+    lower = torch.linalg.cholesky(pooled + floor)
+    white = torch.linalg.solve_triangular(lower, moments + floor, upper=False)
+    white = torch.linalg.solve_triangular(lower, white.mT, upper=False)
+    vectors = torch.linalg.eigh(white).eigenvectors[..., -rank:].flip(-1)
+    found = torch.linalg.solve_triangular(lower.T, vectors, upper=True).mT @ basis
+    made = torch.zeros(len(groups), rank, basis.shape[1])
+    made[:, : found.shape[1]] = found.float()
+    return made

@@ -48,5 +48,8 @@ class Average:
         from foretune.adapters.merging import merge
 
         return merge(
-            base, finetuned, self.to_dict(), lambda changes: sum(changes[1:], changes[0]) / len(changes)
+            base,
+            finetuned,
+            self.to_dict(),
+            lambda changes: sum(changes[1:], changes[0]) / len(changes),
         )

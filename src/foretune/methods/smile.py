@@ -299,9 +299,7 @@ class SMILE:
         u, s, vh = (part.cpu() for part in found)
         return (u[:, :keep].clone(), s[:keep].clone(), vh[:keep].clone()), kept
 
-    def _rest(
-        self, model: nn.Module, experts: Sequence[Finetuned], handled: set[str]
-    ) -> list[str]:
+    def _rest(self, model: nn.Module, experts: Sequence[Finetuned], handled: set[str]) -> list[str]:
         """Parameters outside the fused layers that differ; averaged where that is wanted."""
         from foretune.adapters.finetuned import change_rest
 
@@ -347,9 +345,7 @@ def _generates(model: nn.Module) -> bool:
 
 def _matches(name: str, wanted: Sequence[str]) -> bool:
     """Whether a module is meant by its full name, the end of it, or a pattern."""
-    return any(
-        name == w or name.endswith(f".{w}") or fnmatch.fnmatchcase(name, w) for w in wanted
-    )
+    return any(name == w or name.endswith(f".{w}") or fnmatch.fnmatchcase(name, w) for w in wanted)
 
 
 def _shape(layer: Any) -> tuple[int, int]:

@@ -8,7 +8,8 @@ total magnitude wins; the changes of that sign are averaged, times λ, and added
 
 Deviations:
     - The trimming is done in each tensor by itself (`peft.utils.merge_utils.ties`), not over all
-      of a model's parameters, so that one tensor is in memory at a time. Heads are kept, one a task.
+      of a model's parameters, so that one tensor is in memory at a time.
+    - Heads are kept, one a task.
 """
 
 from __future__ import annotations

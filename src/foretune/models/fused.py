@@ -132,7 +132,8 @@ class Fused:
             "top_k": self.routing.top_k,
             "layers": list(expert_layers(self.model)),
             "heads": {
-                name: [_widths(head) for head in module.heads] for name, module in self.heads.items()
+                name: [_widths(head) for head in module.heads]
+                for name, module in self.heads.items()
             },
             "labels": self.labels,
             "report": self.report,
@@ -174,7 +175,9 @@ def load_fused(folder: str | Path) -> Fused:
     """
     folder = Path(folder)
     if not (folder / RECORD).is_file():
-        raise UserError(f"{folder} holds no fused model: it has no {RECORD}; foretune fuse makes one")
+        raise UserError(
+            f"{folder} holds no fused model: it has no {RECORD}; foretune fuse makes one"
+        )
     record = json.loads((folder / RECORD).read_text("utf-8"))
     model, tokenizer = load_base(folder, dtype="auto")
     routing = Routing(
@@ -194,7 +197,13 @@ def load_fused(folder: str | Path) -> Fused:
         replace_module(model, name, TaskHeads([head_with(first, t) for t in tensors], routing))
     labels = {task: {int(k): v for k, v in m.items()} for task, m in record["labels"].items()}
     fused = Fused(
-        model.eval(), record["names"], record["method"], routing, labels, record["report"], tokenizer
+        model.eval(),
+        record["names"],
+        record["method"],
+        routing,
+        labels,
+        record["report"],
+        tokenizer,
     )
     watch_mask(model, routing)
     return fused

@@ -1,11 +1,11 @@
 """A linear layer with low-rank experts beside it, and what all such layers of a model share.
 
-    symbol  here           shape          meaning
-    W_0     base           (out, in)      the layer as it was
-    V_iᵀ    down           (T, k, in)     what an expert reads
-    U_i S_i up             (T, out, k)    what it writes
-            gate           (T, g, in)     the directions whose energy in x speaks for an expert
-    b_i−b_0 bias           (T, out)
+symbol  here           shape          meaning
+W_0     base           (out, in)      the layer as it was
+V_iᵀ    down           (T, k, in)     what an expert reads
+U_i S_i up             (T, out, k)    what it writes
+        gate           (T, g, in)     the directions whose energy in x speaks for an expert
+b_i−b_0 bias           (T, out)
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Routing:
         if tasks is None:
             self.weights = None
             return
-        one = isinstance(tasks, str)
-        index = torch.tensor([self.index(name) for name in ([tasks] if one else tasks)])
+        wanted = [tasks] if isinstance(tasks, str) else list(tasks)
+        index = torch.tensor([self.index(name) for name in wanted])
         weights = F.one_hot(index, len(self.names)).float()
-        self.weights = weights[0] if one else weights
+        self.weights = weights[0] if isinstance(tasks, str) else weights
 
     def index(self, name: str) -> int:
         """An expert's number.
@@ -196,8 +196,8 @@ class LowRankExperts(nn.Module):
             return weights.expand(*(1,) * (x.dim() - 1), -1)
         if x.dim() < 2 or len(weights) != len(x):
             raise UserError(
-                f"{len(weights)} tasks were given where a layer sees {x.shape[0]} rows; give one for "
-                "all rows, or one for each"
+                f"{len(weights)} tasks were given where a layer sees {x.shape[0]} rows; give one "
+                "for all rows, or one for each"
             )
         return weights.view(len(weights), *(1,) * (x.dim() - 2), -1)
 
@@ -274,13 +274,14 @@ def observe(model: nn.Module, seen: Any) -> Iterator[None]:
 @contextmanager
 def count_usage(model: nn.Module, names: Sequence[str]) -> Iterator[Usage]:
     """Counts which experts are chosen while the block lasts; the result is filled at its end."""
-    usage, counts = Usage(list(names)), {}
+    usage = Usage(list(names))
+    counts: dict[str, Tensor] = {}
 
     def count(name: str, layer: LowRankExperts, x: Tensor, p: Tensor) -> None:
         shares = p.detach().float().expand(*x.shape[:-1], -1)
         tokens = layer.routing.tokens(x)
         shares = shares.reshape(-1, shares.shape[-1]) if tokens is None else shares[tokens]
-        counts[name] = counts.get(name, 0) + shares.sum(0).cpu()
+        counts[name] = counts.get(name, torch.zeros(1)) + shares.sum(0).cpu()
 
     with observe(model, count):
         yield usage

@@ -33,7 +33,7 @@ def parse_request(name: str, given: Sequence[str]) -> Request:
         UserError: No method of that name that fuses, no `=`, a name twice, or neither a field nor a
             folder.
     """
-    cls = method_class(name)
+    cls: Any = method_class(name)
     if cls.verb != "fuse":
         raise UserError(
             f'fuse takes a method whose verb is fuse, got "{name}", whose verb is {cls.verb}; see '
@@ -79,7 +79,9 @@ def read_samples(file: Path, names: Sequence[str], most: int) -> dict[str, list[
         if task not in found or len(found[task]) == most:
             continue
         if not isinstance(text, str):
-            raise UserError(f'{row.place}: samples need "task" and "text", got {", ".join(row.fields)}')
+            raise UserError(
+                f'{row.place}: samples need "task" and "text", got {", ".join(row.fields)}'
+            )
         found[task].append(text)
     absent = [name for name in names if not found[name]]
     if absent:
@@ -142,7 +144,9 @@ def _check_out(out: Path, overwrite: bool, used: Sequence[Path]) -> None:
         raise UserError(f"--out {out} is one of the models that are fused; choose another folder")
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if names and not overwrite:
-        raise UserError(f"{out} is not empty: --overwrite replaces it, another folder leaves it alone")
+        raise UserError(
+            f"{out} is not empty: --overwrite replaces it, another folder leaves it alone"
+        )
     if names and "fused.json" not in names:
         raise UserError(
             f"{out} holds no fused model ({', '.join(sorted(names)[:3])}, …): --overwrite does not "
