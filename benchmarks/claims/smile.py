@@ -24,7 +24,7 @@ from typing import Any
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "smile.json"
 DOMAINS = ("banking", "credit_cards", "travel", "work")
-SHOTS, SAMPLES, STEPS, ROWS, BLOCKS = 10, 15, 40, 60, 1
+SHOTS, SAMPLES, STEPS, ROWS, BLOCKS = 10, 15, 30, 60, 1
 RATES = {"full": 1e-3, "lora": 5e-3}
 GATES, RANKS = (1, 16, 64, 384), (4, 32, 384)
 SIZES_7B = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)} | {
@@ -35,6 +35,7 @@ SIZES_7B = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096,
 
 
 SHARED: list[Any] = []
+PAPERS = {"full": "token k=32 gate_k=16", "lora": "token k=8 gate_k=8"}  # the paper's gate
 
 # --- models -------------------------------------------------------------------------------------
 
@@ -265,43 +266,32 @@ def seconds_per_token(models: Mapping[str, Callable[[], Any]], tokens: int) -> d
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def one_seed(given: Given, seed: int) -> dict[str, Any]:
-    """All numbers of one seed."""
+def one_seed(given: Given, seed: int, kind: str) -> dict[str, Any]:
+    """All numbers of one seed and one kind of fine-tuning."""
     base, test = given.base(seed), Test(given)
-    found: dict[str, Any] = {"seed": seed, "base_parameters": given.parameters}
-    samples = {}
+    samples, start = {}, time.process_time()
     for task in DOMAINS:
-        rows = given.together(task, "train")
-        samples[task] = [{k: v[:SAMPLES] for k, v in rows.items() if k != "labels"}]
+        batch = given.together(task, "train")
+        samples[task] = [{k: v[:SAMPLES] for k, v in batch.items() if k != "labels"}]
+    tuned = {task: tune(base, given.together(task, "train"), kind, seed) for task in DOMAINS}
+    print(f"seed {seed}, {kind}: tuned in {time.process_time() - start:.0f} s", file=sys.stderr)
+    rows = {"individual": {"accuracy": {t: test.accuracy(m, t) for t, m in tuned.items()}}}
     inputs = {k: v for k, v in test.batches[DOMAINS[0]][0].items() if k != "labels"}
-    for kind in ("full", "lora"):
-        start = time.process_time()
-        tuned = {task: tune(base, given.together(task, "train"), kind, seed) for task in DOMAINS}
-        print(f"seed {seed}, {kind}: tuned in {time.process_time() - start:.0f} s", file=sys.stderr)
-        rows = {"individual": {"accuracy": {t: test.accuracy(m, t) for t, m in tuned.items()}}}
-        show("individual", rows)
-        timed: dict[str, Callable[[], Any]] = {"base": lambda: base(**inputs)}
-        for name, fused in variants(base, tuned, kind, samples):
-            rows[name] = test.fused(fused) | {"extra": fused.report["extra_parameters"]}
-            if name in ("token k=32 gate_k=16", "token k=8 gate_k=8", "average"):
-                kept = copy.deepcopy(fused).set_task(DOMAINS[0])
-                timed[name] = lambda kept=kept: kept.model(**inputs)
-            show(name, rows)
-        found[kind] = rows
-        tokens = inputs["attention_mask"].numel()
-        found[f"{kind}_microseconds_per_token"] = seconds_per_token(timed, tokens)
-    return found
+    timed: dict[str, Callable[[], Any]] = {"base": lambda: base(**inputs)}
+    for name, fused in variants(base, tuned, kind, samples):
+        rows[name] = test.fused(fused) | {"extra": fused.report["extra_parameters"]}
+        if name in (*PAPERS.values(), "average"):
+            kept = copy.deepcopy(fused).set_task(DOMAINS[0])
+            timed[name] = lambda kept=kept: kept.model(**inputs)
+        mean = sum(rows[name]["accuracy"].values()) / len(DOMAINS)
+        print(f"  {seed} {kind} {name:28s} {100 * mean:5.1f}", file=sys.stderr, flush=True)
+    tokens = inputs["attention_mask"].numel()
+    return {"rows": rows, "microseconds": seconds_per_token(timed, tokens)}
 
 
-def seed_of_shared(seed: int) -> dict[str, Any]:
+def of_shared(job: tuple[int, str]) -> dict[str, Any]:
     """`one_seed` in a forked process, which finds what the lower blocks said in memory."""
-    return one_seed(SHARED[0], seed)
-
-
-def show(name: str, rows: Mapping[str, Any]) -> None:
-    """One line of progress."""
-    mean = sum(rows[name]["accuracy"].values()) / len(DOMAINS)
-    print(f"  {name:28s} {100 * mean:5.1f}", file=sys.stderr, flush=True)
+    return one_seed(SHARED[0], *job)
 
 
 # --- a 7 B shape ---------------------------------------------------------------------------------
@@ -361,7 +351,7 @@ LABELS = {
 def main_table(result: Mapping[str, Any], kind: str) -> str:
     """Accuracy of individual models, controls and SMILE's gates."""
     found = means(result, kind)
-    paper = {"full": "token k=32 gate_k=16", "lora": "token k=8 gate_k=8"}[kind]
+    paper = PAPERS[kind]
     names = ["individual", "average", "task-arithmetic", "ties", paper]
     names += ["sequence", "task", "activations, token", "activations, sequence"]
     labels = LABELS | {paper: f"SMILE, the paper's gate ({paper.partition(' ')[2]})"}
@@ -410,7 +400,7 @@ def grid_table(result: Mapping[str, Any]) -> str:
 
 def usage_table(result: Mapping[str, Any], kind: str) -> str:
     """Where each domain's tokens go under the paper's gate, mean over layers and seeds."""
-    paper = {"full": "token k=32 gate_k=16", "lora": "token k=8 gate_k=8"}[kind]
+    paper = PAPERS[kind]
     lines = ["| rows of | " + " | ".join(f"→ {d}" for d in DOMAINS) + " |"]
     lines.append("|---" * (len(DOMAINS) + 1) + "|")
     for task in DOMAINS:
@@ -479,10 +469,18 @@ def main() -> None:
     given = Given(options.data)
     result: dict[str, Any] = {"claim": "smile", "domains": DOMAINS, "seeds": []}
     result |= {"shots": SHOTS, "samples": SAMPLES, "steps": STEPS, "rows": ROWS, "blocks": BLOCKS}
-    result |= {"learning_rates": RATES, "plan_7b": plan_7b(), "environment": environment()}
+    result |= {"learning_rates": RATES, "environment": environment()}
     SHARED.append(given)
+    jobs = [(seed, kind) for seed in range(options.seeds) for kind in ("full", "lora")]
     with multiprocessing.get_context("fork").Pool(options.processes) as pool:
-        result["seeds"] = pool.map(seed_of_shared, range(options.seeds))
+        found = dict(zip(jobs, pool.map(of_shared, jobs, chunksize=1), strict=True))
+    for seed in range(options.seeds):
+        row: dict[str, Any] = {"seed": seed, "base_parameters": given.parameters}
+        for kind in ("full", "lora"):
+            row[kind] = found[seed, kind]["rows"]
+            row[f"{kind}_microseconds_per_token"] = found[seed, kind]["microseconds"]
+        result["seeds"].append(row)
+    result["plan_7b"] = plan_7b()
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
