@@ -469,9 +469,12 @@ def test_layers_are_named_and_left_out() -> None:
     finetuned = tuned(model)
     some = foretune.fuse(model, finetuned, SMILE(target_modules=["query", "*.1.output.dense"]))
     assert len(expert_layers(some.model)) == 5
-    others = foretune.fuse(model, finetuned, SMILE(exclude_modules=["query", "encoder.layer.0.*"]))
-    names = set(expert_layers(others.model))
-    assert names and not any("query" in n or "layer.0." in n for n in names)
+    for exclude in (["query", "encoder.layer.0.*"], ["query", "encoder.layer.0"]):
+        others = foretune.fuse(model, finetuned, SMILE(exclude_modules=exclude, rest="average"))
+        names = set(expert_layers(others.model))
+        assert names and not any("query" in n or "layer.0." in n for n in names)
+        query = "encoder.layer.2.attention.self.query.weight"
+        assert torch.equal(others.model.get_parameter(query), model.get_parameter(query))
     with pytest.raises(UserError, match=r"target_modules=\['q_proj'\]; BertModel has: dense, key"):
         foretune.fuse(model, finetuned, SMILE(target_modules=["q_proj"]))
 
@@ -493,7 +496,7 @@ def test_multihead_attention_is_refused_unless_left_out() -> None:
     finetuned = {n: nudged(model, i) for i, n in enumerate("ab")}
     with pytest.raises(UserError, match=r"self_attn.* belongs to an nn\.MultiheadAttention"):
         foretune.fuse(model, finetuned, SMILE())
-    fused = foretune.fuse(model, finetuned, SMILE(exclude_modules=["*self_attn*"]))
+    fused = foretune.fuse(model, finetuned, SMILE(exclude_modules=["self_attn"]))
     assert len(expert_layers(fused.model)) == 2
 
 
@@ -624,6 +627,17 @@ def test_saving_leaves_the_model_as_it_was_and_the_base_loads_alone(tmp_path: Pa
     assert torch.equal(output(fused.model, batch), before)
     plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(output(plain, batch), output(model, batch))
+
+
+def test_saving_replaces_a_fused_model_and_nothing_else(tmp_path: Path) -> None:
+    model = _one_layer()
+    fused = foretune.fuse(model, tuned(model), SMILE())
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds no fused model \(notes\.txt"):
+        fused.save(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    fused.save(tmp_path / "x")
+    fused.save(tmp_path / "x")
 
 
 def test_base_and_models_in_half_precision_stay_so(tmp_path: Path) -> None:

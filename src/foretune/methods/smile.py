@@ -34,6 +34,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from foretune.errors import UserError
@@ -74,7 +75,7 @@ class SMILE:
             "average" takes the mean of the models.
         target_modules: Layers to fuse, by the end of their names or by pattern (`*.attention.*`);
             null for every linear layer.
-        exclude_modules: Layers left as in the base, likewise.
+        exclude_modules: Modules left as in the base with all that is in them, likewise.
     """
 
     k: int | None = 32
@@ -233,7 +234,7 @@ class SMILE:
                         f"{type(model).__name__} has: {', '.join(ends)}"
                     )
             found = {n: m for n, m in found.items() if _matches(n, self.target_modules)}
-        return {n: m for n, m in found.items() if not _matches(n, self.exclude_modules)}
+        return {n: m for n, m in found.items() if not _inside(n, self.exclude_modules)}
 
     def _layer(
         self, name: str, layer: Any, experts: Sequence[Finetuned], routing: Routing
@@ -306,7 +307,7 @@ class SMILE:
         return change_rest(
             model,
             experts,
-            lambda name: name in handled or _matches(name, self.exclude_modules),
+            lambda name: name in handled or _inside(name, self.exclude_modules),
             average=self.rest == "average",
         )
 
@@ -346,6 +347,11 @@ def _generates(model: nn.Module) -> bool:
 def _matches(name: str, wanted: Sequence[str]) -> bool:
     """Whether a module is meant by its full name, the end of it, or a pattern."""
     return any(name == w or name.endswith(f".{w}") or fnmatch.fnmatchcase(name, w) for w in wanted)
+
+
+def _inside(name: str, wanted: Sequence[str]) -> bool:
+    """Whether a module or parameter is, or lies in, a module that is meant."""
+    return any(_matches(part, wanted) for part in accumulate(name.split("."), "{}.{}".format))
 
 
 def _shape(layer: Any) -> tuple[int, int]:

@@ -111,9 +111,18 @@ class Fused:
         """Writes a model folder, with experts, heads and `fused.json` beside the base's files.
 
         The folder appears whole or not at all. `load_fused` reads it; for a method without experts
-        and heads (an average), so does transformers.
+        and heads (an average), so does transformers. A fused model that is there is replaced.
+
+        Raises:
+            UserError: Something else is in the folder.
         """
         folder = Path(folder)
+        held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        if held and RECORD not in held:
+            raise UserError(
+                f"{folder} holds no fused model ({', '.join(held[:3])}, …), so it is not replaced; "
+                "choose another folder"
+            )
         with whole_folder(folder) as part:
             with _without_experts(self):
                 save_base(self.model, self.tokenizer, part)
