@@ -24,7 +24,7 @@ from typing import Any
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "smile.json"
 DOMAINS = ("banking", "credit_cards", "travel", "work")
-SHOTS, SAMPLES, STEPS, ROWS, BLOCKS = 10, 15, 30, 60, 1
+SHOTS, SAMPLES, STEPS, ROWS, BLOCKS = 10, 15, 100, 60, 1
 RATES = {"full": 1e-3, "lora": 5e-3}
 GATES, RANKS = (1, 16, 64, 384), (4, 32, 384)
 SIZES_7B = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)} | {
@@ -276,6 +276,8 @@ def one_seed(given: Given, seed: int, kind: str) -> dict[str, Any]:
     tuned = {task: tune(base, given.together(task, "train"), kind, seed) for task in DOMAINS}
     print(f"seed {seed}, {kind}: tuned in {time.process_time() - start:.0f} s", file=sys.stderr)
     rows = {"individual": {"accuracy": {t: test.accuracy(m, t) for t, m in tuned.items()}}}
+    alone = 100 * sum(rows["individual"]["accuracy"].values()) / len(DOMAINS)
+    print(f"  {seed} {kind} individual {alone:5.1f}", file=sys.stderr, flush=True)
     inputs = {k: v for k, v in test.batches[DOMAINS[0]][0].items() if k != "labels"}
     timed: dict[str, Callable[[], Any]] = {"base": lambda: base(**inputs)}
     for name, fused in variants(base, tuned, kind, samples):

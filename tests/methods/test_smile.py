@@ -363,6 +363,27 @@ def test_gate_from_activations_tells_tasks_by_their_inputs() -> None:
     assert fused.report["notes"] == []
 
 
+def test_mean_that_all_tasks_share_does_not_hide_what_tells_them_apart() -> None:
+    model = _one_layer(size=8)
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(task: int) -> torch.Tensor:
+        x = torch.randn(200, 8, generator=generator) * 0.1
+        x[:, 0] = 1000 + 50 * x[:, 0]
+        x[:, 1 + task] *= 20
+        return x
+
+    fused = foretune.fuse(
+        model,
+        tuned(model, ("a", "b")),
+        SMILE(gate="activations", gate_k=1),
+        samples={"a": [{"input": rows(0)}], "b": [{"input": rows(1)}]},
+    )
+    for task in range(2):
+        chosen = _layer(fused).probabilities(rows(task)).argmax(-1)
+        assert (chosen == task).float().mean() > 0.8
+
+
 def test_gate_from_texts_needs_a_tokenizer_and_every_task() -> None:
     model = tiny_models.bert()
     finetuned = tuned(model, ("a", "b"))
@@ -462,6 +483,7 @@ def test_tied_output_embeddings_stay_tied() -> None:
     model = tiny_models.llama(tie_word_embeddings=True)
     fused = foretune.fuse(model, {n: nudged(model, i) for i, n in enumerate(NAMES)}, SMILE())
     assert fused.model.lm_head.weight is fused.model.model.embed_tokens.weight
+    assert "lm_head" not in expert_layers(fused.model)
 
 
 def test_layers_are_named_and_left_out() -> None:
