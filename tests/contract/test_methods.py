@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import foretune
+import fused_models
 import linear_tasks
 import tiny_mixtures
 import tiny_models
@@ -24,6 +25,7 @@ RETRAIN = [name for name in METHODS if method_class(name).verb == "retrain"]
 ADAPT = [name for name in METHODS if method_class(name).verb == "adapt"]
 DECODE = [name for name in METHODS if method_class(name).verb == "decode"]
 PRUNE = [name for name in METHODS if method_class(name).verb == "prune"]
+FUSE = [name for name in METHODS if method_class(name).verb == "fuse"]
 TRAINING = [name for name in RETRAIN if name != "none"]
 EPISODIC = [{"inner": "all", "inner_steps": 3}, {"inner": "adapter", "inner_steps": 3}]
 # Every form of a method: (name, fields). Rates that suit the linear family.
@@ -531,3 +533,57 @@ def test_a_pruned_model_is_saved_whole(name, tmp_path):
 def test_pruning_is_refused_to_the_other_verbs(name):
     with pytest.raises(UserError, match="whose verb is prune"):
         foretune.fuse(linear_tasks.Net(), {}, make(name))
+
+
+# --- fuse ---------------------------------------------------------------------------------------
+
+
+def _fuse(name, **fields):
+    base = tiny_models.bert(num_labels=3)
+    finetuned = {
+        "full": fused_models.linears(base, 1),
+        "lora": fused_models.adapted(base, 2, ["query"], modules_to_save=["classifier"]),
+    }
+    return base, finetuned, foretune.fuse(base, finetuned, make(name, **fields))
+
+
+@pytest.mark.parametrize("name", FUSE)
+def test_fusing_leaves_its_input_alone(name):
+    base, finetuned, fused = _fuse(name)
+    before = [copy_of(m) for m in (base, *finetuned.values())]
+    with torch.no_grad():
+        for parameter in fused.model.parameters():
+            parameter.add_(1.0)
+    after = [m.state_dict() for m in (base, *finetuned.values())]
+    assert all(equal_bits(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("name", FUSE)
+def test_fusing_twice_gives_the_same_bits_and_every_task_answers(name):
+    base, finetuned, first = _fuse(name)
+    state = torch.get_rng_state()
+    second = foretune.fuse(base, finetuned, make(name))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert equal_bits(first.model.state_dict(), second.model.state_dict())
+    assert first.names == ["full", "lora"]
+    for task in first.names:
+        said = fused_models.output(first.set_task(task).model, {"input_ids": fused_models.ids()})
+        assert said.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FUSE)
+def test_a_fused_model_is_saved_whole_and_loads_bit_for_bit(name, tmp_path):
+    fused = _fuse(name)[2]
+    loaded = foretune.load_fused(fused.save(tmp_path / "out"))
+    assert equal_bits(fused.model.state_dict(), loaded.model.state_dict())
+    assert make(**loaded.method) == make(name)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert not [p for p in (tmp_path / "out").iterdir() if p.suffix in (".bin", ".pt", ".pkl")]
+
+
+@pytest.mark.parametrize("name", FUSE)
+def test_a_method_that_fuses_is_no_method_of_another_verb(name):
+    with pytest.raises(UserError, match="fuse"):
+        foretune.prune(tiny_models.bert(), [], make(name))
+    with pytest.raises(UserError, match=f"{name} is no method to adapt with"):
+        foretune.adapt(linear_tasks.Net(), family(), make(name), RUN)

@@ -17,6 +17,7 @@ from foretune.cli import (
     compare_report,
     datastore,
     doctor,
+    fuse,
     generate,
     init,
     plan,
@@ -63,6 +64,7 @@ app.command("compare")(compare_report.compare)
 app.command("report")(compare_report.report)
 app.command("generate")(generate.generate)
 app.add_typer(datastore.app, name="datastore")
+app.command("fuse")(fuse.fuse)
 app.command("ls")(catalogue.ls)
 app.command("show")(catalogue.show)
 app.command("cite")(catalogue.cite)

@@ -25,6 +25,10 @@ METHODS = {
     "frequency": "foretune.methods.frequency:Frequency",
     "hc-smoe": "foretune.methods.hc_smoe:HCSMoE",
     "reap": "foretune.methods.reap:REAP",
+    "smile": "foretune.methods.smile:SMILE",
+    "average": "foretune.methods.average:Average",
+    "task-arithmetic": "foretune.methods.task_arithmetic:TaskArithmetic",
+    "ties": "foretune.methods.ties:TIES",
 }
 
 

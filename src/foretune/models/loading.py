@@ -133,7 +133,7 @@ def _build(
     config: Any,
     trust_remote_code: bool,
     seed: int,
-    dtype: Any = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> Any:
     if (Path(where) / "experts.json").is_file():
         from foretune.models.expert_plan import load_special, read_special
@@ -262,8 +262,18 @@ def save_base(model: nn.Module, tokenizer: Any, folder: str | Path) -> None:
         (folder / MODULE_FILE).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 
-def load_base(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+def load_base(
+    folder: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | str = torch.float32,
+) -> tuple[nn.Module, Any]:
     """Reads what `save_base` wrote, with the head that it was saved with.
+
+    Args:
+        folder: Where.
+        trust_remote_code: Run Python code that comes with the model.
+        dtype: Of the weights; "auto" for the one that they were saved in.
 
     Raises:
         UserError: The folder is no saved base.
@@ -275,7 +285,7 @@ def load_base(folder: str | Path, *, trust_remote_code: bool = False) -> tuple[n
         config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
         name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
         auto = getattr(transformers, name, transformers.AutoModel)
-        model = _build(auto, where, config, trust_remote_code, seed=0)
+        model = _build(auto, where, config, trust_remote_code, 0, dtype)
         return _freeze_as_saved(model, Path(where)), _load_tokenizer(where, trust_remote_code)
 
 

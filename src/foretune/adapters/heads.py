@@ -1,0 +1,56 @@
+"""The heads of fine-tuned models: one beside the other in the fused model, or one for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from foretune.adapters.finetuned import Finetuned
+from foretune.models.fused import head_with
+from foretune.models.mixture import Routing, TaskHeads, replace_module
+from foretune.models.surgery import has_fresh_head, head_modules
+
+
+def keep_heads(
+    model: nn.Module, experts: Sequence[Finetuned], routing: Routing
+) -> dict[str, dict[int, str]]:
+    """Gives a model every task's head, in place; one, where all are the same.
+
+    Returns:
+        Task → names of its classes by number, where the heads are kept and their names known.
+    """
+    if not has_fresh_head(model):
+        return {}
+    differ = False
+    heads: dict[str, list[dict[str, Tensor]]] = {}
+    for name in head_modules(model):
+        own = model.get_submodule(name).state_dict()
+        heads[name] = []
+        for expert in experts:
+            read = {key: expert.read(f"{name}.{key}") for key in own}
+            heads[name].append({k: own[k] if v is None else v for k, v in read.items()})
+        first = heads[name][0]
+        differ |= any(not _equal(first, other) for other in heads[name][1:])
+    for name, states in heads.items():
+        head = model.get_submodule(name)
+        made = [head_with(head, state) for state in states]
+        replace_module(model, name, TaskHeads(made, routing) if differ else made[0])
+    if not differ:
+        return {}
+    widths = {
+        e.name: _width(h) for e, h in zip(experts, next(reversed(heads.values())), strict=True)
+    }
+    generic = {e.name: {i: f"LABEL_{i}" for i in range(widths[e.name])} for e in experts}
+    return {
+        e.name: e.labels if len(e.labels) == widths[e.name] else generic[e.name] for e in experts
+    }
+
+
+def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(v.shape == other[k].shape and torch.equal(v, other[k]) for k, v in one.items())
+
+
+def _width(head: dict[str, Tensor]) -> int:
+    return len(list(head.values())[-1])

@@ -1,0 +1,170 @@
+"""`foretune fuse` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import foretune
+import tiny_models
+from foretune.cli import app
+from fused_models import adapted, ids, linears, output, saved
+
+HEAVY = ("torch", "transformers", "peft")
+
+
+def call(*args: str) -> Any:
+    return CliRunner().invoke(app, ["fuse", *args])
+
+
+def the_error(*args: str) -> str:
+    """The one line of a command that the user got wrong."""
+    result = call(*args)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == "" and "Traceback" not in result.output
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """base, one, two (full checkpoints), lora, and rows.jsonl in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    base = tiny_models.bert(num_labels=3)
+    saved(base, tmp_path / "base")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "base")
+    for seed, name in enumerate(("one", "two")):
+        saved(linears(base, seed), tmp_path / name)
+    saved(adapted(base, 5, ["query"], modules_to_save=["classifier"]), tmp_path / "lora")
+    rows = [{"task": t, "text": w} for t, w in (("one", "the cat"), ("two", "red dog"))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows * 3))
+    return tmp_path
+
+
+def test_fuses_folders_and_says_what_came_out(folders: Path) -> None:
+    result = call("smile", "base", "one=one", "two=two", "k=4", "gate_k=2", "--out", "out")
+    assert result.exit_code == 0, result.output
+    shown = result.stdout.splitlines()
+    assert shown[0].startswith("Fused one, two by smile (k=4, gate_k=2, top_k=1,")
+    assert shown[1].startswith("25 layers have experts, which keep ")
+    assert shown[-1] == "Model: out"
+    fused = foretune.load_fused("out")
+    in_python = foretune.fuse("base", {"one": "one", "two": "two"}, foretune.SMILE(k=4, gate_k=2))
+    batch = {"input_ids": ids()}
+    assert torch.equal(output(fused.model, batch), output(in_python.model, batch))
+    assert (
+        fused.tokenizer("the cat")["input_ids"] == tiny_models.tokenizer()("the cat")["input_ids"]
+    )
+
+
+@pytest.mark.parametrize("method", ["average", "task-arithmetic", "ties"])
+def test_static_merge_is_a_plain_folder(folders: Path, method: str) -> None:
+    import transformers
+
+    result = call(method, "base", "one=one", "two=two", "--out", "out", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["method"]["name"] == method and told["extra_parameters"] == 0
+    plain = transformers.BertForSequenceClassification.from_pretrained("out").eval()
+    batch = {"input_ids": ids()}
+    assert torch.equal(output(plain, batch), output(foretune.load_fused("out").model, batch))
+
+
+def test_loras_bring_their_heads_and_a_warning(folders: Path) -> None:
+    result = call("smile", "base", "one=one", "lora=lora", "--out", "out")
+    assert "Each task keeps its head: set_task(NAME) chooses it" in result.stdout
+    assert "Note: lora: LoRA. The gate from weights chose" in result.stdout
+
+
+def test_samples_make_the_gate(folders: Path) -> None:
+    changes = ["gate=activations", "gate_k=2", "--samples", "rows.jsonl", "--out", "out"]
+    result = call("smile", "base", "one=one", "two=two", *changes)
+    assert result.exit_code == 0, result.output
+    layer = foretune.load_fused("out").model.bert.encoder.layer[0].attention.self.query
+    assert layer.gate.shape == (2, 2, 16) and layer.offset.shape == (2, 2)
+
+
+def test_full_folder_is_refused_and_replaced_only_if_it_is_ours(folders: Path) -> None:
+    one = ("smile", "base", "one=one", "--out", "out")
+    assert call(*one).exit_code == 0
+    assert "out is not empty: --overwrite replaces it" in the_error(*one)
+    assert call(*one, "--overwrite").exit_code == 0
+    line = the_error("smile", "base", "one=one", "--out", "two", "--overwrite")
+    assert "two holds no fused model" in line and (folders / "two" / "config.json").is_file()
+    line = the_error("smile", "base", "one=one", "--out", "one", "--overwrite")
+    assert "--out one is one of the models that are fused" in line
+    assert "rows.jsonl is a file" in the_error("smile", "base", "one=one", "--out", "rows.jsonl")
+
+
+def test_nothing_is_left_behind_by_a_failure(folders: Path) -> None:
+    saved(tiny_models.bert(num_labels=3, intermediate_size=24), folders / "odd")
+    before = sorted(folders.iterdir())
+    assert "was not tuned from this base" in the_error(
+        "smile", "base", "one=one", "odd=odd", "--out", "out"
+    )
+    assert sorted(folders.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["lora", "base", "one=one"], 'got "lora", whose verb is adapt'),
+        (["smil", "base", "one=one"], 'Did you mean "smile"?'),
+        (["smile", "base", "one"], '"one" must read NAME=FOLDER or KEY=VALUE'),
+        (["smile", "base", "one=one", "one=two"], "one stands twice"),
+        (["smile", "base", "k=4"], "nothing to fuse: give NAME=FOLDER"),
+        (["smile", "base", "one=one", "gatek=4"], 'no field "gatek"'),
+        (["smile", "base", "one=one", "two=nowhere"], "no folder nowhere"),
+        (["smile", "base", "one=one", "k=zero"], "k must be a whole number"),
+        (["smile", "base", "one=one", "target_modules=query"], "must be a list of module names"),
+        (["smile", "nobase", "one=one"], "no base in nobase: no such folder"),
+        (["smile", "lora", "one=one"], "lora is an adapter, no base"),
+        (["smile", "base", "one=base"], "no linear layer differs"),
+        (
+            ["smile", "base", "one=one", "gate=activations"],
+            "needs samples of every task; none for one",
+        ),
+        (["ties", "base", "one=one", "--samples", "rows.jsonl"], "--samples is for smile"),
+        (
+            ["smile", "base", "three=one", "gate=activations", "--samples", "rows.jsonl"],
+            "rows.jsonl has no rows of task three; it has one, two",
+        ),
+        (
+            ["smile", "base", "one=one", "gate=activations", "--samples", "none.jsonl"],
+            "no such file or folder: none.jsonl",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(folders: Path, args: list[str], message: str) -> None:
+    assert message in the_error(*args, "--out", "out")
+    assert not (folders / "out").exists()
+
+
+def test_broken_weights_are_one_line(folders: Path) -> None:
+    (folders / "one" / "model.safetensors").write_bytes(b"no tensors")
+    assert "cannot read one/model.safetensors" in the_error(
+        "smile", "base", "one=one", "--out", "out"
+    )
+
+
+def test_pickled_weights_are_not_read(folders: Path) -> None:
+    (folders / "one" / "model.safetensors").rename(folders / "one" / "pytorch_model.bin")
+    assert "cannot load model" in the_error("smile", "base", "one=one", "--out", "out")
+
+
+def test_mistake_in_the_settings_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom foretune.cli import app\n"
+        "try: app(['fuse', 'smile', 'base', 'gatek=4', '--out', 'x'])\nexcept SystemExit: pass\n"
+        f"print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"
