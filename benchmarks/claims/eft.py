@@ -12,9 +12,9 @@ Knowledge comes from pre-training, the form from fine-tuning, so EFT should have
 
 Speakers: stories260K (a trained Llama of 260,000 parameters) is the large model; the small one
 learns text that stories260K wrote; each is tuned on the lines of one speaker of Shakespeare.
-Scored by nats a token on lines of the test split. Rates, steps and sizes of the facts were settled on
-another seed, those of the speakers were not searched for; beta is chosen on a tenth of the training
-lines.
+Scored by nats a token on lines of the test split. Rates, steps and sizes of the facts were settled
+on another seed, those of the speakers were not searched for; beta is chosen on a tenth of the
+training lines.
 """
 
 from __future__ import annotations
