@@ -36,7 +36,7 @@ def test_page_of_a_method_names_its_fields_and_no_others(name: str) -> None:
     page = DOCS / "methods" / f"{name}.md"
     fields = {field.name for field in dataclasses.fields(method_class(name))}
     assert first_column(page) == fields
-    assert len(page.read_text("utf-8").splitlines()) < 100
+    assert len(page.read_text("utf-8").splitlines()) < 110
 
 
 @pytest.mark.parametrize("name", METHODS)
