@@ -345,8 +345,8 @@ LABELS = {
     "ties": "TIES (control)",
     "sequence": "the same, routed by sequence",
     "task": "the same, told the task",
-    "activations, token": "gate from 16 texts a task, by token",
-    "activations, sequence": "gate from 16 texts a task, by sequence",
+    "activations, token": "gate from 15 texts a task, by token",
+    "activations, sequence": "gate from 15 texts a task, by sequence",
 }
 
 
@@ -439,7 +439,7 @@ def cost_table(result: Mapping[str, Any]) -> str:
             f"Planned, not run: {plan['experts']} experts on the shapes of Mistral 7 B add "
             f"{plan['extra_full_k64_gate8'] / 1e9:.2f} B parameters at k=64, gate_k=8 and "
             f"{plan['extra_lora_k16_gate8'] / 1e9:.2f} B for LoRAs of rank 16; one layer takes "
-            f"{plan['lora_layer_seconds']:.2f} s of one core from a LoRA (4096 × 14336) and "
+            f"{plan['lora_layer_seconds']:.3f} s of one core from a LoRA (4096 × 14336) and "
             f"{plan['full_layer_seconds']:.0f} s from a full checkpoint (1024 × 4096); the largest "
             f"layer in float32 is {plan['largest_layer_float32_gb']:.2f} GB.",
         ]

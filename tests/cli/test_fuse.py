@@ -81,7 +81,7 @@ def test_static_merge_is_a_plain_folder(folders: Path, method: str) -> None:
 def test_loras_bring_their_heads_and_a_warning(folders: Path) -> None:
     result = call("smile", "base", "one=one", "lora=lora", "--out", "out")
     assert "Each task keeps its head: set_task(NAME) chooses it" in result.stdout
-    assert "Note: lora: LoRA. The gate from weights chose" in result.stdout
+    assert "Note: lora: LoRA. On LoRA experts the gate from weights fell behind" in result.stdout
 
 
 def test_samples_make_the_gate(folders: Path) -> None:

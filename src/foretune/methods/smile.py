@@ -24,7 +24,7 @@ Deviations:
     - A LoRA expert is decomposed through its factors, exactly, without forming B A.
     - Embeddings' transposes (lm_head) and task heads get no experts: heads are kept, one a task.
     - Beside the paper's gate there are one from a few activations, routing by sequence and from
-      outside: on LoRA experts the paper's gate was no better than chance in our measurements.
+      outside: on LoRA experts the paper's gate fell behind plain averaging in our measurements.
 Silent in the paper:
     - Padding: it does not count for routing by sequence or for the usage that is told.
 """
@@ -190,8 +190,9 @@ class SMILE:
         notes = []
         if lora and self.gate == "weights" and self.routing != "task":
             notes.append(
-                f"{', '.join(lora)}: LoRA. The gate from weights chose LoRA experts about as well "
-                "as chance in our measurements; try gate=activations or routing=task"
+                f"{', '.join(lora)}: LoRA. On LoRA experts the gate from weights fell behind plain "
+                "averaging in our measurements; try gate=activations with routing=sequence, or "
+                "routing=task"
             )
         if left and self.rest == "base":
             notes.append(
