@@ -196,15 +196,18 @@ def test_uniform_weights_are_uniform() -> None:
     assert all(len(set(shares)) == 1 for shares in plan.weights)
 
 
-def test_centring_separates_an_expert_that_is_likely_everywhere() -> None:
+def test_centring_compares_what_varies_and_not_how_likely_an_expert_is() -> None:
     rng = np.random.default_rng(0)
-    logits = rng.normal(size=(400, 8)) + 50  # raw cosines are all near one
-    logits[:, 5] = logits[:, 0] + 0.05 * rng.normal(size=400)
-    found = statistics([1.0] * 8, logits)
+    logits = rng.normal(size=(400, 8)) + 5 * np.array([1, 1, 1, 1, -1, -1, -1, -1])
+    logits[:, 5] = (
+        logits[:, 0] - 10 + 0.05 * rng.normal(size=400)
+    )  # seldom, but for the same tokens
+    found = statistics([9, 9, 1, 1, 9, 1, 9, 1], logits)
     model = tiny_mixtures.mixture("mixtral")
-    assert (0, 5) in planned(model, found, "uncurl").groups
-    assert found.cosine().min() > 0.99 < found.correlation()[0, 5]
-    assert found.correlation()[0, 1] < 0.3
+    for centred in (True, False):
+        groups = planned(model, found, "uncurl", grouping="dominant", centred=centred).groups
+        assert any({0, 5} <= set(group) for group in groups) == centred
+    assert found.cosine()[0, 5] < 0 and found.correlation()[0, 5] > 0.99
 
 
 def test_the_groups_of_the_router_stay_equal() -> None:

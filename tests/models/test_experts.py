@@ -119,6 +119,12 @@ def test_how_a_router_normalises_is_read_off_its_answers(family: str, norm: bool
     assert {b.normalises for b in find_blocks(model)} == {"chosen" if norm else "all"}
 
 
+def test_weights_that_depend_on_no_other_expert_need_no_denominator() -> None:
+    """DeepSeek's are sigmoids, here neither summing to one nor from a softmax."""
+    model = tiny_mixtures.mixture("deepseek-v3", norm_topk_prob=False)
+    assert {b.normalises for b in find_blocks(model)} == {"chosen"}
+
+
 def test_switch_keeps_the_denominator_too() -> None:
     ids = torch.tensor([[7, 12]])
     decoder = torch.tensor([[0, 5]])
