@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from foretune.models.expert_plan import Plan
     from foretune.models.expert_statistics import ExpertStatistics
     from foretune.models.experts import ExpertBlock
-    from foretune.training.pruning import Pruned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +47,6 @@ class Frequency:
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}
-
-    def prune(self, model: Any, rows: Any, **options: Any) -> Pruned:
-        """See `foretune.prune`."""
-        from foretune.training.pruning import prune_mixture
-
-        return prune_mixture(model, rows, self, **options)
 
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]

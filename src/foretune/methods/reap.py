@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from foretune.models.expert_plan import Plan
     from foretune.models.expert_statistics import ExpertStatistics
     from foretune.models.experts import ExpertBlock
-    from foretune.training.pruning import Pruned
 
 PAPER = {
     "title": "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression",
@@ -70,12 +69,6 @@ class REAP:
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}
-
-    def prune(self, model: Any, rows: Any, **options: Any) -> Pruned:
-        """See `foretune.prune`."""
-        from foretune.training.pruning import prune_mixture
-
-        return prune_mixture(model, rows, self, **options)
 
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]
