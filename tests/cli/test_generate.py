@@ -171,7 +171,7 @@ class TestGenerate:
             (("large", "a dog", "betta=1", *EFT), 'eft has no field "betta"'),
             (("large", "a dog", "beta=x", *EFT), "beta must be a finite number, got 'x'"),
             (("large", "a", "dog", *EFT), "expected KEY=VALUE, got 'dog'"),
-            (("large", "a dog", "--method", "eft"), "EFT needs a tuned model"),
+            (("large", "a dog", "--method", "eft"), "eft needs --tuned FOLDER"),
             (("large", "a dog", "--method", "eft", "--tuned", "tuned"), "untuned is missing"),
             (("large", "a dog", "--tuned", "tuned"), "--tuned is of no use here: no --method"),
             (("large", "a dog", *EFT, "--store", "s"), "eft takes --tuned, --untuned"),

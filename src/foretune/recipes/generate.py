@@ -60,7 +60,7 @@ def check_resources(method: str | None, given: Mapping[str, Any]) -> dict[str, A
     """What is given of --tuned, --untuned, --store, for the method that takes it.
 
     Raises:
-        UserError: Something that this method does not take, or without a method.
+        UserError: Something that this method does not take, or lacks.
     """
     some = {key: value for key, value in given.items() if value}
     takes = getattr(method_class(method), "resources", ()) if method else ()
@@ -70,6 +70,8 @@ def check_resources(method: str | None, given: Mapping[str, Any]) -> dict[str, A
                 f"{method} takes {', '.join(f'--{k}' for k in takes)}" if method else "no --method"
             )
             raise UserError(f"--{key} is of no use here: {who}.{did_you_mean(key, takes)}")
+    if takes and takes[0] not in some:
+        raise UserError(f"{method} needs --{takes[0]} FOLDER: see foretune generate --help")
     return {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in some.items()}
 
 
