@@ -50,10 +50,10 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {"name": "none"},
     {"name": "standard"},
     {"name": "standard", "interpolate": 0.5},
+    {"name": "standard", "average": 0.5},
     {"name": "peft-ml"},
-    {"name": "peft-ml", "restart_every": 20},
     {"name": "peft-ml", "interpolate": 0.5},
-    {"name": "fomaml", "inner": "adapter", "inner_learning_rate": 1e-3},
+    {"name": "peft-ml", "average": 0.5},
 )
 CONTROLS = ("none", "standard")
 Trial = dict[str, Any]
