@@ -14,6 +14,12 @@ from foretune.recipes.yaml_io import parse_yaml
 RESOURCES = ("tuned", "untuned", "store")  # options that belong to a method, not to `generate`
 
 
+WHAT_IT_IS = {
+    "tuned": "a fine-tuned model or a PEFT folder",
+    "store": "foretune datastore build MODEL --rows FILE --out FOLDER makes one",
+}
+
+
 def decode_method(name: str, settings: Sequence[str]) -> Any:
     """The record of a decode method.
 
@@ -71,7 +77,7 @@ def check_resources(method: str | None, given: Mapping[str, Any]) -> dict[str, A
             )
             raise UserError(f"--{key} is of no use here: {who}.{did_you_mean(key, takes)}")
     if takes and takes[0] not in some:
-        raise UserError(f"{method} needs --{takes[0]} FOLDER: see foretune generate --help")
+        raise UserError(f"{method} needs --{takes[0]} FOLDER: {WHAT_IT_IS[takes[0]]}")
     return {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in some.items()}
 
 
