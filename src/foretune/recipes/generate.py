@@ -12,8 +12,6 @@ from foretune.methods import METHODS, make, method_class
 from foretune.recipes.yaml_io import parse_yaml
 
 RESOURCES = ("tuned", "untuned", "store")  # options that belong to a method, not to `generate`
-
-
 WHAT_IT_IS = {
     "tuned": "a fine-tuned model or a PEFT folder",
     "store": "foretune datastore build MODEL --rows FILE --out FOLDER makes one",
