@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,8 @@ class Adapted:
         cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, trainable_parameters (of
             one task).
         stopped: The step after which a task stopped early: {(task, draw): step}.
+        write: How a whole state is written: `write(model, folder)`. A method whose tasks differ
+            from the base in little has one of its own; `save_base` when None.
     """
 
     scores: dict[tuple[str, int], float]
@@ -135,6 +137,7 @@ class Adapted:
     models: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     stopped: dict[tuple[str, int], int] = field(default_factory=dict)
+    write: Callable[[nn.Module, Path], None] | None = None
 
     def first_draw(self) -> Adapted:
         """The part of the result that belongs to the first draw of each task."""
@@ -154,7 +157,10 @@ class Adapted:
                 write_adapter(part, self.config, tensors, self.base_fingerprint)
         for (task, draw), model in self.models.items():
             with whole_folder(folder / folder_name(task, draw)) as part:
-                save_base(model, None, part)
+                if self.write is None:
+                    save_base(model, None, part)
+                else:
+                    self.write(model, part)
         return folder
 
 

@@ -258,7 +258,7 @@ def adapt(
         done = ranks.first(lambda: _begin_adapting(out, method, run, about))
         slots = [slot for slot in slots if (slot.task, slot.draw) not in done]
     deal = deal_out(ranks, TaskData(slots, objective), run.batch_size, len(slots), pooled=False)
-    result = Adapted({}, {}, {}, {}, "")
+    result = Adapted({}, {}, {}, {}, "", write=getattr(method, "write", None))
     with torch.random.fork_rng(), metered() as cost, ranks.together():
         for wave in _waves(deal, _wave_size(model, slots, objective, method, run)):
             _adapt_wave(model, wave, objective, method, run, split, result, progress)
