@@ -98,6 +98,24 @@ def test_trials_never_adapt_to_what_they_were_retrained_on(monkeypatch):
     assert retrained[-1][0] == set(tasks.names)
 
 
+@pytest.mark.parametrize(("num_tasks", "shots", "draws"), [(6, 4, 6), (45, 4, 1), (6, None, 1)])
+def test_few_held_out_tasks_are_adapted_to_in_several_draws(monkeypatch, num_tasks, shots, draws):
+    found = []
+    real = verbs.adapt
+
+    def adapt(model, held, *args, **more):
+        done = real(model, held, *args, **more)
+        found.append(len(done.scores) / len(held))
+        return done
+
+    monkeypatch.setattr(verbs, "adapt", adapt)
+    choice = verbs.retrain(Net(), family(num_tasks), auto(shots=(shots,)), RUN).choice
+    assert found == [draws] * 2
+    for trial in choice["trials"]:
+        assert trial["score"] == pytest.approx(np.mean([*trial["by_task"].values()]))
+        assert all(len(scores) == draws for scores in trial["by_task"].values())
+
+
 def test_controls_stay_to_the_end():
     likes = [{"name": "peft-ml", **FAST, "lora": LORA, "as": f"like {i}"} for i in range(6)]
     bad = {"name": "standard", "learning_rate": 1e-9, "as": "slow"}
