@@ -123,8 +123,18 @@ def test_controls_stay_to_the_end():
     choice = foretune.retrain(Net(), family(6, offset=1.0), method, RUN).choice
     assert choice["rounds"]["none"] == 3
     assert choice["rounds"]["standard learning_rate=0.05"] == 3
-    assert choice["rounds"]["slow"] == 1  # of a control's forms the best one
+    assert choice["rounds"]["slow"] == 1  # of a control's rates the best one
     assert sorted(choice["rounds"][f"like {i}"] for i in range(6))[0] == 1
+
+
+def test_a_variant_of_a_control_does_not_stand_for_it():
+    good = {"name": "standard", **FAST, "average": 0.5, "as": "variant"}
+    plain = {"name": "standard", "learning_rate": 1e-9, "as": "plain"}
+    like = {"name": "standard", **FAST, "interpolate": 0.9, "as": "another"}
+    method = auto(candidates=[{"name": "none"}, plain, good, like], rounds=3)
+    choice = foretune.retrain(Net(), family(6, offset=0.1), method, RUN).choice
+    assert choice["chosen"] in ("variant", "another")
+    assert choice["rounds"]["plain"] == 3
 
 
 def test_the_exam_is_on_rows_that_nothing_has_learnt_from(monkeypatch):

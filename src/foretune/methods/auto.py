@@ -7,7 +7,7 @@ tasks can tell, if some of them play the unseen ones.
     round r = 0, 1, …    hold a part of the seen tasks out; retrain every candidate that is left on
                          the other ones, with budget · 2^r of the steps; adapt each base to the
                          tasks that were held out, as the user will; keep the better half, and
-                         the best form of each control (none, standard)
+                         the controls: none and plain standard
     in the end           retrain the best candidate on all seen tasks with all steps
 
 Paper: successive halving is of Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and
@@ -58,6 +58,7 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {"name": "peft-ml", "average": 0.5},
 )
 CONTROLS = ("none", "standard")
+VARIANTS = {"heads", "interpolate", "average"}  # with one of them standard is no control
 ADAPTATIONS = 12  # behind a candidate's score, at least, at each number of shots
 Trial = dict[str, Any]
 
@@ -330,13 +331,14 @@ def _better_half(ranked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The better half, and the best of each control.
 
     What a control reaches in the end is what a choice must not fall below, so it is measured with
-    all steps; in a short race many like candidates would push it out.
+    all steps; in a short race many like candidates, or its own variants, would push it out.
     """
     kept = list(ranked[: math.ceil(len(ranked) / 2)])
     for control in CONTROLS:
         of_it = [one for one in ranked if one["name"] == control]
-        if of_it and of_it[0] not in kept:
-            kept.append(of_it[0])
+        plain = [one for one in of_it if not VARIANTS & one.keys()] or of_it
+        if plain and plain[0] not in kept:
+            kept.append(plain[0])
     return kept
 
 
