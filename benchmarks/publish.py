@@ -1,6 +1,7 @@
 """Puts the comparison of a finished run into benchmarks/results/, and its table into the docs.
 
 python benchmarks/publish.py runs/bench-quickstart quickstart    # after a run
+python benchmarks/publish.py runs/a runs/b convai2               # one recipe, other methods in each
 python benchmarks/publish.py                                     # tables of the results there are
 python benchmarks/publish.py --check                             # are the tables up to date?
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from claims import regret
+from foretune.evaluation.statistics import pairs_and_means, verdict
 from foretune.evaluation.wording import Scale, counted, shots_label, shots_order
 from foretune.theory.experiment import markdown, tables
 
@@ -25,10 +27,10 @@ DOCS = HERE.parent / "docs"
 PAGES = (HERE.parent / "README.md", DOCS / "reproduce.md", *sorted(DOCS.glob("results/*.md")))
 
 
-def publish(run: Path, name: str) -> Path:
-    """Copies what is worth keeping of a run's comparison.json, with versions and machine."""
-    comparison = json.loads((run / "comparison.json").read_text("utf-8"))
-    record = json.loads((run / "run.json").read_text("utf-8"))
+def publish(runs: Sequence[Path], name: str) -> Path:
+    """Copies what is worth keeping of the runs' comparison.json, with versions and machine."""
+    comparison = joined([json.loads((run / "comparison.json").read_text("utf-8")) for run in runs])
+    record = json.loads((runs[0] / "run.json").read_text("utf-8"))
     kept = {key: value for key, value in comparison.items() if key != "recipe"}
     for base in kept["bases"]:
         base["path"] = None
@@ -43,6 +45,24 @@ def publish(run: Path, name: str) -> Path:
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(kept, separators=(",", ":")) + "\n", encoding="utf-8")
     return target
+
+
+def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One comparison of the bases of all parts, which ran apart on the same tasks and seeds."""
+    first, *others = parts
+    if not others:
+        return first
+    cells = [{(s["task"], s["shots"], s["seed"]) for s in part["scores"]} for part in parts]
+    if any(other != cells[0] for other in cells[1:]):
+        raise SystemExit("the runs are not of the same unseen tasks, shots and seeds")
+    bases = [base for part in parts for base in part["bases"]]
+    scores = [score for part in parts for score in part["scores"]]
+    pairs, means = pairs_and_means(scores, bases)
+    unit = first["adapt"].get("shots_unit", "rows")
+    found = verdict(pairs, means, bases, metric=first["metric"]["name"], shots_unit=unit)
+    recipe = "\n# and, run apart:\n".join(part["recipe"] for part in parts)
+    changed = {"bases": bases, "scores": scores, "pairs": pairs, "means": means, "verdict": found}
+    return {**first, **changed, "recipe": recipe}
 
 
 def smaller(spectrum: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -199,8 +219,8 @@ def with_tables(text: str) -> str:
 
 def main(arguments: list[str]) -> int:
     if arguments and arguments != ["--check"]:
-        run, name = arguments
-        print(publish(Path(run), name))
+        *runs, name = arguments
+        print(publish([Path(run) for run in runs], name))
     stale = [
         page
         for page in PAGES
