@@ -59,7 +59,7 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
 )
 CONTROLS = ("none", "standard")
 VARIANTS = {"heads", "interpolate", "average"}  # with one of them standard is no control
-ADAPTATIONS = 12  # behind a candidate's score, at least, at each number of shots
+ADAPTATIONS = 6  # behind a candidate's score, at least, at each number of shots
 Trial = dict[str, Any]
 
 
