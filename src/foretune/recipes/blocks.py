@@ -127,7 +127,7 @@ class AdaptBlock(RatesBlock):
     """How each base is adapted to the unseen tasks.
 
     Args:
-        method: "lora", "head" or "full".
+        method: "lora", "head", "full" or another method to adapt with.
         lora: Fields of `peft.LoraConfig`, for `method: lora`.
         fields: Other fields of the method.
         search_tasks: Tasks on which several rates are searched; they are taken from the seen
