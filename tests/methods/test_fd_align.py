@@ -149,6 +149,24 @@ def test_the_teacher_s_share_of_the_loss_is_weight_times_the_mean_divergence() -
     torch.testing.assert_close(more, 2.5 * one, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_forward_is_from_the_teacher_and_reverse_from_the_student(direction: Any) -> None:
+    model, tasks = world("clip")
+    learner, data = learner_of(model, tasks, FDAlign(weight=1.0, direction=direction))
+    chunk = batch_of(data)
+    with torch.no_grad():
+        for p in learner.base:
+            p.mul_(1.2)
+        before = torch.stack([learner.teacher[key] for key in keys_of(chunk)]).softmax(1)
+        now = learner.read(data.objective.features(learner.model, chunk), chunk).softmax(1)
+        p, q = (before, now) if direction == "forward" else (now, before)
+        expected = (p * (p / q).log()).sum(1)
+        plain = data.objective.losses(learner.model, chunk)
+        found = learner.row_losses(chunk, torch.device("cpu")) - plain
+    assert found.max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_the_authors_settings_are_turned_into_ours() -> None:
     method = FDAlign.official(learning_rate=1e-4)
     assert (method.weight, method.num_kept, method.num_prototypes) == (1.0, 60, 20)
