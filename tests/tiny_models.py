@@ -141,6 +141,31 @@ def vit(*, num_labels: int = 3, seed: int = 0, **changes: Any) -> Any:
     return _seeded(transformers.ViTForImageClassification, config, seed)
 
 
+def clip(*, seed: int = 0, dropout: float = 0.0, **changes: Any) -> Any:
+    """CLIPModel for images of 3 × 8 × 8 and the words of `tokenizer`."""
+    tower = {k: v for k, v in SIZES.items() if k != "pad_token_id"} | {"num_hidden_layers": 2}
+    text = {**tower, "bos_token_id": 1, "eos_token_id": 2, "attention_dropout": dropout}
+    config = transformers.CLIPConfig(
+        text_config={**text, **changes},
+        vision_config={
+            **{k: v for k, v in tower.items() if k not in ("vocab_size",)},
+            **{"image_size": 8, "patch_size": 4, "attention_dropout": dropout, **changes},
+        },
+        projection_dim=12,
+    )
+    return _seeded(transformers.CLIPModel, config, seed)
+
+
+def siglip(*, seed: int = 0) -> Any:
+    """SiglipModel for images of 3 × 8 × 8 and the words of `tokenizer`."""
+    tower = {k: v for k, v in SIZES.items() if k != "pad_token_id"} | {"num_hidden_layers": 2}
+    vision = {k: v for k, v in tower.items() if k not in ("vocab_size", "max_position_embeddings")}
+    config = transformers.SiglipConfig(
+        text_config=tower, vision_config={**vision, "image_size": 8, "patch_size": 4}
+    )
+    return _seeded(transformers.SiglipModel, config, seed)
+
+
 class Plain(nn.Module):
     """A convolution over time and a linear head: (n, channels, time) → (n, outputs)."""
 

@@ -68,6 +68,10 @@ ADAPT_FORMS = [
     ("head", FAST),
     ("lora", {**FAST, "lora": {"r": 2, "lora_alpha": 2}}),
 ]
+PROMPT_FORMS = [  # read labels by name, so they cannot adapt to the linear family
+    ("fd-align", {"weight": 2.0, "num_kept": 9, "direction": "reverse", "interpolate": 0.5}),
+    ("fd-align", {"lora": {"r": 2, "lora_alpha": 2}}),
+]
 DECODE_FORMS = [
     ("eft", {}),
     ("rtd", {}),
@@ -127,7 +131,9 @@ def test_record_says_what_it_is(name):
     assert all(f"{f.name}:" in documented for f in dataclasses.fields(cls))
 
 
-@pytest.mark.parametrize(("name", "fields"), _named(FORMS + ADAPT_FORMS + DECODE_FORMS))
+@pytest.mark.parametrize(
+    ("name", "fields"), _named(FORMS + ADAPT_FORMS + PROMPT_FORMS + DECODE_FORMS)
+)
 def test_record_survives_json(name, fields):
     if "lora" in fields:
         fields = {**fields, "lora": {**fields["lora"], "target_modules": ("out", "body")}}

@@ -24,6 +24,7 @@ from foretune.evaluation.verdict import verdict
 from foretune.files import write_whole
 from foretune.models.frozen_prefix import frozen_prefix
 from foretune.run import Run
+from foretune.tasks.rows import CLASSES
 from foretune.tasks.task import TaskCollection
 from foretune.training import verbs
 from foretune.training.data import TaskData, slot_of
@@ -146,7 +147,7 @@ def compare(
         }
         about.append(entry)
     pairs, means = pairs_and_means(scores, about)
-    unit = "rows per class" if objective.kind == "classification" else "rows"
+    unit = "rows per class" if objective.kind in CLASSES else "rows"
     return Comparison(
         {
             "format": FORMAT,
@@ -218,7 +219,7 @@ def zero_shot(
     objective = verbs.objective_of(unseen)
     if objective.num_outputs() is not None and objective.shared() is not objective:
         return []
-    data = TaskData([slot_of(task) for task in unseen], objective)
+    data = TaskData([slot_of(task) for task in unseen], verbs.bound(objective, model))
     with frozen_prefix(model, []):
         found = score_slots(model, data, "test")
     return [

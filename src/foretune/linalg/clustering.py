@@ -31,10 +31,28 @@ def spectral(similarity: np.ndarray, k: int) -> list[int]:
     _, vectors = np.linalg.eigh(root[:, None] * similarity * root[None, :])
     rows = vectors[:, -k:]
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
+    return k_means(rows, k)
+
+
+def k_means(rows: np.ndarray, k: int) -> list[int]:
+    """k-means that starts from Ward's clusters, which stand where k-means loses one.
+
+    Args:
+        rows: (n, d).
+        k: Number of clusters, 1 to n.
+
+    Returns:
+        The cluster of each of the n, numbered by first appearance.
+
+    >>> k_means(np.array([[0.0], [5.0], [0.1]]), 2)
+    [0, 1, 0]
+    """
+    if k in (1, len(rows)):
+        return _trivial(len(rows), k)
     start = cut_tree(linkage(rows, "ward"), n_clusters=k)[:, 0]
     centres = np.stack([rows[start == c].mean(0) for c in range(k)])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # k-means lost a cluster: Ward's stand instead
+        warnings.simplefilter("ignore")  # k-means lost a cluster
         _, found = kmeans2(rows, centres, iter=100, minit="matrix")
     return _numbered(found if len(set(found.tolist())) == k else start)
 

@@ -43,10 +43,20 @@ class RegressionBlock(Block):
     kind: Literal["regression"]
 
 
-ObjectiveBlock = ChoiceBlock | ClassificationBlock | CausalLMBlock | RegressionBlock
+class PromptsBlock(Block):
+    """A label for a text or an image, by the labels' names."""
+
+    kind: Literal["prompts"]
+    max_tokens: int = 128
+    templates: list[str] | None = None
+    temperature: float | None = None
+
+
+ObjectiveBlock = ChoiceBlock | ClassificationBlock | CausalLMBlock | RegressionBlock | PromptsBlock
 OBJECTIVES: dict[str, type[Block]] = {
     "choice": ChoiceBlock,
     "classification": ClassificationBlock,
     "causal-lm": CausalLMBlock,
     "regression": RegressionBlock,
+    "prompts": PromptsBlock,
 }

@@ -13,7 +13,9 @@ NEEDS = {
     "classification": "text with label, or x with y",
     "causal-lm": "text, or prompt with completion",
     "regression": "x with y",
+    "prompts": "text with label, or x with y",
 }
+CLASSES = ("classification", "prompts")  # kinds whose rows have one label each
 
 
 def task_of(row: Row, task_column: str) -> str:
@@ -54,14 +56,14 @@ def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> dict[str, Any]:
         _check_choice(example, row)
     elif kind == "causal-lm":
         _check_language(example, row)
-    elif kind == "classification" and "text" in example:
+    elif kind in CLASSES and "text" in example:
         _need(example, ("label",), row, kind)
         _check_text(example["text"], "text", row)
         _check_label(example["label"], "label", row)
     else:
         _need(example, ("x", "y"), row, kind)
         example["x"] = _array(example["x"], "x", row)
-        if kind == "classification":
+        if kind in CLASSES:
             example["y"] = _scalar(example["y"])
             _check_label(example["y"], "y", row)
         else:

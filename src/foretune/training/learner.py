@@ -20,6 +20,7 @@ from foretune.models.packing import packed
 from foretune.models.recompute import recomputed
 from foretune.models.surgery import head_modules
 from foretune.run import Run
+from foretune.tasks.batch import Batch
 from foretune.tasks.objectives import Objective
 from foretune.training.data import Step, TaskData
 from foretune.training.optim import SlotAdamW, adamw_of, eight_bit
@@ -191,7 +192,7 @@ class Learner:
         sums = torch.zeros(len(place), device=device)
         for chunk in step.chunks:
             with self.autocast():
-                losses = self.objective.losses(self.model, chunk.to(device))
+                losses = self.row_losses(chunk, device)
             losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
             weights = losses.new_tensor([self._weight(slot, counts, step) for slot in chunk.slots])
             (losses @ weights).backward()
@@ -204,6 +205,10 @@ class Learner:
         return {
             slot: total / counts[slot] for slot, total in zip(place, sums.tolist(), strict=True)
         }
+
+    def row_losses(self, chunk: Batch, device: torch.device) -> Tensor:
+        """(n,) the loss of each row; a method may add a term of its own."""
+        return self.objective.losses(self.model, chunk.to(device))
 
     def _weight(self, slot: int, counts: Mapping[int, int], step: Step) -> float:
         """What part a row of this slot has in the loss of the whole step."""

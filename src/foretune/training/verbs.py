@@ -22,6 +22,7 @@ from foretune.processes import base_is_sharded
 from foretune.run import Run
 from foretune.tasks.objectives import Objective
 from foretune.tasks.row_store import select
+from foretune.tasks.rows import CLASSES
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import (
@@ -76,7 +77,7 @@ def retrain(
     check_verb(method, "retrain")
     if hasattr(method, "choose"):
         return _retrain_chosen(model, tasks, method, run, tokenizer, progress)
-    objective = method.objective_for(objective_of(tasks).fit(tasks))
+    objective = method.objective_for(bound(objective_of(tasks).fit(tasks), model))
     data = TaskData.of(tasks, objective)
     given, model = model, fresh_copy(model, objective, run.seed)
     check_model(ranks, model)
@@ -149,7 +150,14 @@ def fresh_copy(model: nn.Module, objective: Objective, seed: int) -> nn.Module:
     """A copy of the model with a head that fits the objective."""
     model = copy.deepcopy(model)
     match_head(model, objective.num_outputs(), seed)
+    if hasattr(objective, "freeze"):
+        objective.freeze(model)
     return model
+
+
+def bound(objective: Objective, model: nn.Module) -> Objective:
+    """The objective with what it reads off the model before any training, if it reads anything."""
+    return objective.bind(model) if hasattr(objective, "bind") else objective
 
 
 @torch.no_grad()
@@ -244,7 +252,7 @@ def adapt(
     """
     run, ranks = run or Run(), join()
     check_verb(method, "adapt")
-    objective = objective_of(tasks).fit(tasks)
+    objective = bound(objective_of(tasks).fit(tasks), model)
     out = run.out
     every = run.eval_every if run.patience else 0
     run = run.replace(out=None, eval_every=every, tasks_per_step=None)
@@ -302,6 +310,8 @@ def _adapt_wave(
     stopping = EarlyStopping(learner, run.patience) if run.patience else None
     sampler = sampler_for(method, data, run)
     record = fit(learner, data, sampler, run, validate=False, stopping=stopping, progress=progress)
+    if base is not model:
+        interpolate(base, model, getattr(method, "interpolate", 1.0))
     for slot, step in stopping.stopped.items() if stopping else ():
         result.stopped[wave[slot].task, wave[slot].draw] = step
     with learner.ready():
@@ -359,7 +369,7 @@ def draw_shots(
 
 
 def _first(task: Task, order: list[int], shots: int, kind: str) -> list[int]:
-    if kind != "classification":
+    if kind not in CLASSES:
         return order[:shots]
     taken: dict[Any, int] = {}
     chosen = []

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from foretune.tasks.objectives.causal_lm import CausalLM
     from foretune.tasks.objectives.choice import Choice
     from foretune.tasks.objectives.classification import Classification
+    from foretune.tasks.objectives.prompts import PromptClassification
     from foretune.tasks.objectives.regression import Regression
     from foretune.tasks.task import TaskCollection
 
@@ -29,6 +30,7 @@ __all__ = [
     "Choice",
     "Classification",
     "Objective",
+    "PromptClassification",
     "Regression",
     "make_objective",
 ]
@@ -38,6 +40,7 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "classification": ("foretune.tasks.objectives.classification", "Classification"),
     "causal-lm": ("foretune.tasks.objectives.causal_lm", "CausalLM"),
     "regression": ("foretune.tasks.objectives.regression", "Regression"),
+    "prompts": ("foretune.tasks.objectives.prompts", "PromptClassification"),
 }
 """Kind → (module, class)."""
 

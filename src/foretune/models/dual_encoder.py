@@ -1,0 +1,131 @@
+"""Models that put inputs and texts into one space: CLIP, SigLIP, and sentence encoders.
+
+A dual encoder has an image tower and a text tower. In a sentence encoder the one tower reads both,
+an input's text and a label's prompt; an embedding is the mean over its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foretune.errors import UserError
+from foretune.models.calls import own_pass
+
+SENTENCE_TEMPERATURE = 0.05  # of encoders that were trained with cosines but have no logit_scale
+BATCH = 128
+
+
+def has_towers(model: nn.Module) -> bool:
+    """Whether the model has an image tower and a text tower, as CLIP and SigLIP have.
+
+    >>> has_towers(nn.Linear(2, 2))
+    False
+    """
+    return hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
+
+
+def embeddings(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(n, d) embeddings of inputs, of length one.
+
+    Args:
+        model: A dual encoder for `x` (n, channels, height, width), a sentence encoder for
+            `input_ids` and `attention_mask` (n, L).
+        inputs: Either.
+
+    Raises:
+        UserError: The model does not read such inputs.
+    """
+    kind = type(model).__name__
+    if "x" in inputs:
+        if not has_towers(model):
+            raise UserError(
+                f"arrays need a model with an image and a text tower (CLIP, SigLIP), got {kind}"
+            )
+        found = _vectors(model.get_image_features(pixel_values=inputs["x"]))  # type: ignore[operator]
+    else:
+        if has_towers(model):
+            raise UserError(
+                f"rows of text need a sentence encoder such as minilm, got {kind}, whose text "
+                "tower reads the labels and is not trained"
+            )
+        found = _pooled(model, inputs)
+    return F.normalize(found.float(), dim=-1)
+
+
+@torch.no_grad()
+def text_embeddings(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """(n, d) embeddings of texts, of length one, by the model in eval mode.
+
+    Args:
+        model: A dual encoder or a sentence encoder.
+        tokenizer: Its tokenizer.
+        texts: Any.
+
+    Raises:
+        UserError: There is no tokenizer.
+    """
+    if tokenizer is None:
+        raise UserError("label names are read by the model and need its tokenizer, got None")
+    config: Any = getattr(model, "config", None)
+    text_config = getattr(config, "text_config", config)
+    options = {"truncation": True, "return_tensors": "pt", "return_attention_mask": True}
+    options["max_length"] = getattr(text_config, "max_position_embeddings", 64)
+    # SigLIP was trained on texts that are filled up, and reads its last position.
+    options["padding"] = "max_length" if "siglip" in getattr(config, "model_type", "") else True
+    device = next(model.parameters()).device
+    found = []
+    with own_pass(model):
+        for start in range(0, len(texts), BATCH):
+            inputs = tokenizer(list(texts[start : start + BATCH]), **options).to(device)
+            call = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+            if has_towers(model):
+                found.append(_vectors(model.get_text_features(**call)))  # type: ignore[operator]
+            else:
+                found.append(_pooled(model, call))
+    return F.normalize(torch.cat(found).float(), dim=-1)
+
+
+def temperature_of(model: nn.Module) -> float:
+    """What cosines are divided by: the model's own exp(−logit_scale), 0.05 where it has none."""
+    scale = getattr(model, "logit_scale", None)
+    return SENTENCE_TEMPERATURE if scale is None else float((-scale.detach()).exp())
+
+
+def freeze_text(model: nn.Module) -> None:
+    """Freezes, in place, what embedding an input does not run: text tower, scales, a pooler."""
+    if has_towers(model):
+        for name, p in model.named_parameters():
+            if name.startswith(("text_model.", "text_projection.", "logit_")):
+                p.requires_grad_(False)
+        if hasattr(model, "visual_projection"):  # what `Head` then trains
+            model.head_modules = ["visual_projection"]  # type: ignore[assignment]
+        return
+    pooler = getattr(model, "pooler", None)
+    if isinstance(pooler, nn.Module):
+        pooler.requires_grad_(False)
+
+
+def _vectors(output: Any) -> Tensor:
+    """What `get_image_features` gives: a tensor, or since transformers 5 an output with one."""
+    found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return found
+
+
+def _pooled(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(n, d) mean over the tokens of a text of the last hidden states."""
+    mask = inputs["attention_mask"]
+    output = model(input_ids=inputs["input_ids"], attention_mask=mask)
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None:
+        raise UserError(
+            f"prompts need a model that returns hidden states (AutoModel), got "
+            f"{type(model).__name__}"
+        )
+    weights = mask.to(hidden.dtype).unsqueeze(-1)
+    pooled: Tensor = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return pooled

@@ -1,0 +1,223 @@
+"""`PromptClassification`: one label for an input, by what a model makes of the labels' names.
+
+    score(x, y) = cos(f(x), μ_y) / temperature        μ_y: mean over the templates of g("… y …")
+
+f embeds an input, g a text; g and so μ_y are those of the model before any training, so a model
+that nothing was trained of (zero-shot) and one that was are scored alike. Radford et al., "Learning
+transferable visual models from natural language supervision", ICML 2021, arXiv:2103.00020, 3.1.4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foretune.errors import UserError
+from foretune.linalg.prototypes import class_prototypes
+from foretune.models.dual_encoder import (
+    embeddings,
+    freeze_text,
+    has_towers,
+    temperature_of,
+    text_embeddings,
+)
+from foretune.models.routing import route
+from foretune.run import at_least
+from foretune.tasks.batch import Batch
+from foretune.tasks.objectives import text
+from foretune.tasks.objectives.classification import LEARNT, Classification, shown
+from foretune.tasks.objectives.regression import check_arrays, stack
+from foretune.tasks.task import TaskCollection
+
+IMAGES = tuple(
+    f"{of} {{}}."
+    for of in (
+        *("a photo of a", "a blurry photo of a", "a dark photo of a", "a bright photo of a"),
+        *(
+            "a close-up of a",
+            "a small picture of a",
+            "a large picture of a",
+            "a cropped photo of a",
+        ),
+        *("a black and white photo of a", "a colourful photo of a", "a drawing of a"),
+        *("a painting of a", "a sketch of a", "a sculpture of a", "a toy that shows a"),
+        *(
+            "a video frame with a",
+            "a photo of many of a",
+            "a photo of a clean",
+            "a photo of a dirty",
+        ),
+        *("a photo from above of a", "a photo at night of a", "a print of a"),
+        *("a logo with a", "an old photo of a"),
+    )
+)
+TEXTS = (
+    *("{}", "a text about {}", "this is about {}.", "the topic is {}.", "a question about {}"),
+    *("i want to talk about {}", "please help me with {}", "can you tell me about {}?"),
+    *("a short message on {}", "a long letter on {}", "a formal request concerning {}"),
+    *("an angry complaint about {}", "a friendly note about {}", "hey, {}!"),
+    *("someone asks: {}", "someone says: {}", "a spoken command: {}", "a headline: {}"),
+    *("a keyword: {}", "my problem is {}"),
+)
+
+
+@dataclass(frozen=True)
+class PromptClassification(Classification):
+    """A label for an image (`x`, `y`) or a text (`text`, `label`), by the labels' names.
+
+    There is no head: an input is as near to a class as its embedding is to that of prompts with
+    the class's name, so labels must be words; `_` in them is read as a blank.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        max_tokens: Longest text of an input, special tokens included; what is cut is its end.
+        templates: Texts with `{}` in the place of the name; None for a set of ours, 24 for images
+            or 20 for texts.
+        temperature: What cosines are divided by; None for exp(−logit_scale) of the model, 0.05
+            where it has none.
+        labels: The labels of each task, learnt by `fit`.
+        space: Not used.
+        embedded: (templates, labels, d) embeddings of the prompts of each task, made by `bind`.
+    """
+
+    _: KW_ONLY
+    templates: tuple[str, ...] | None = None
+    temperature: float | None = None
+    embedded: Mapping[str, Tensor] = field(
+        default_factory=dict, repr=False, hash=False, compare=False, metadata=LEARNT
+    )
+
+    kind: ClassVar[str] = "prompts"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("temperature", self.temperature, 1e-6)
+        if self.templates is None:
+            return
+        if isinstance(self.templates, str) or not self.templates:
+            raise UserError(f"templates must be a list of texts with {{}}, got {self.templates!r}")
+        for template in self.templates:
+            if not isinstance(template, str) or template.count("{}") != 1:
+                raise UserError(f"a template must hold {{}} once, got {template!r}")
+        object.__setattr__(self, "templates", tuple(self.templates))
+
+    @property
+    def head(self) -> str:
+        return "none"
+
+    def num_outputs(self) -> int | None:
+        return None
+
+    def shared(self) -> PromptClassification:
+        return self
+
+    def fit(self, tasks: TaskCollection) -> PromptClassification:
+        """Learns each task's labels from its training rows; what was bound before is forgotten."""
+        if not any("text" in row for task in tasks for row in task.train):
+            check_arrays(tasks, ("x",))
+        labels = {task.name: self._labels(task) for task in tasks}
+        return dataclasses.replace(self, labels=labels, space=None, embedded={})
+
+    def _label(self, row: Mapping[str, Any], where: str) -> Any:
+        name = "label" if "text" in row else "y"
+        value = row.get(name)
+        value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(
+                f'{where}: "{name}" must be the name of a class in words, got {value!r:.60}'
+            )
+        return value
+
+    def bind(self, model: nn.Module) -> PromptClassification:
+        """The objective with the embeddings of every task's prompts by this model, as it is now.
+
+        Args:
+            model: The model before it is adapted; it is not changed.
+        """
+        templates = self.templates or (IMAGES if has_towers(model) else TEXTS)
+        embedded: dict[str, Tensor] = {}
+        for task, labels in self.labels.items():
+            names = [str(label).replace("_", " ") for label in labels]
+            prompts = [template.replace("{}", name) for template in templates for name in names]
+            found = text_embeddings(model, self.tokenizer, prompts)
+            embedded[task] = found.view(len(templates), len(names), -1)
+        temperature = temperature_of(model) if self.temperature is None else self.temperature
+        return dataclasses.replace(
+            self, templates=templates, temperature=temperature, embedded=embedded
+        )
+
+    def freeze(self, model: nn.Module) -> None:
+        """Freezes, in place, what this objective never runs."""
+        freeze_text(model)
+
+    def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
+        known = self.labels.get(task)
+        if known is None:
+            raise UserError(f'the objective was not fitted on task "{task}"')
+        label = self._label(example, f'task "{task}"')
+        if label not in known:
+            raise UserError(f'task "{task}": label {label!r} is not one of {shown(known)}')
+        encoded: dict[str, Any] = {"label": known.index(label), "task": task}
+        if "text" not in example:
+            return {**encoded, "x": np.asarray(example["x"], dtype=np.float32)}
+        single = text.single_template(self.tokenizer)
+        ids = text.plain_ids(self.tokenizer, [text.text_of(example, "text", task)])[0]
+        ids = single.fill(ids[: single.room(self.max_tokens, "max_tokens")])
+        return {**encoded, "input_ids": ids}
+
+    def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
+        inputs = {"label": torch.tensor([row["label"] for row in rows])}
+        extra = {"tasks": tuple(row["task"] for row in rows)}
+        if "x" in rows[0]:
+            inputs["x"] = stack([row["x"] for row in rows])
+            return Batch(inputs, tuple(slots), len(rows), extra)
+        ids = [row["input_ids"] for row in rows]
+        inputs["input_ids"] = text.pad(ids, text.pad_id(self.tokenizer))
+        inputs["attention_mask"] = text.pad_mask(ids)
+        return Batch(inputs, tuple(slots), sum(map(len, ids)), extra)
+
+    def features(self, model: Any, batch: Batch) -> Tensor:
+        """(n, d) embeddings of the batch's inputs, of length one."""
+        with route(batch.slots):
+            return embeddings(model, batch.inputs)
+
+    def losses(self, model: Any, batch: Batch) -> Tensor:
+        return self.losses_of(self.features(model, batch), batch)
+
+    def losses_of(self, features: Tensor, batch: Batch) -> Tensor:
+        """(n,) cross entropy, given the embeddings (n, d)."""
+        return F.cross_entropy(self._read(features, batch), batch.inputs["label"], reduction="none")
+
+    def scores(self, model: Any, batch: Batch) -> Tensor:
+        picked = self._read(self.features(model, batch), batch).argmax(1)
+        return (picked == batch.inputs["label"]).float()
+
+    def _read(self, features: Tensor, batch: Batch) -> Tensor:
+        """(n, most labels of a task) logits, −inf beyond the labels of a row's own task."""
+        names = batch.extra["tasks"]
+        missing = [name for name in names if name not in self.embedded]
+        if missing:
+            raise UserError(
+                f'no prompts were embedded for task "{missing[0]}": objective.bind(model) does it'
+            )
+        assert self.temperature is not None  # `bind` has set it
+        width = max(len(known) for known in self.labels.values())
+        logits = features.new_full((len(names), width), -torch.inf)
+        for name in dict.fromkeys(names):
+            classes = class_prototypes(self.embedded[name]).to(features)
+            rows = torch.tensor([i for i, other in enumerate(names) if other == name])
+            own = features[rows] @ classes.T / self.temperature
+            logits[rows, : len(classes)] = own
+        return logits
+
+    def to_dict(self) -> dict[str, Any]:
+        templates = None if self.templates is None else list(self.templates)
+        known = {k: v for k, v in super().to_dict().items() if k != "space"}
+        return {**known, "templates": templates, "temperature": self.temperature}

@@ -1,0 +1,159 @@
+"""Classification by label names: what the model makes of prompts, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import foretune
+import tiny_models
+from foretune import PromptClassification, Task, TaskCollection
+from foretune.errors import UserError
+from foretune.tasks.objectives import make_objective
+from foretune.tasks.objectives.prompts import IMAGES, TEXTS
+from foretune.training.verbs import bound
+
+ROWS = [
+    {"text": "the red_cat sat", "label": "cat"},
+    {"text": "a dog", "label": "dog"},
+    {"text": "one two three", "label": "green_mat"},
+]
+FEW = [{"text": "the cat", "label": "cat"}, {"text": "a b c d e", "label": "dog"}]
+TASKS = TaskCollection((Task("many", ROWS, (), ROWS), Task("few", FEW, (), FEW)))
+
+
+def objective(**fields: Any) -> PromptClassification:
+    return PromptClassification(tiny_models.tokenizer(), **fields)
+
+
+def test_scores_are_those_of_mean_pooled_cosines_written_out() -> None:
+    model, tokenizer = tiny_models.bert(initializer_range=0.4), tiny_models.tokenizer()
+    made = objective(templates=("a {}", "the {} sat")).fit(TASKS).bind(model)
+
+    def embed(text: str) -> torch.Tensor:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        return F.normalize(model(ids).last_hidden_state.mean(1)[0], dim=-1)
+
+    rows = [made.encode(r, "many") for r in ROWS] + [made.encode(r, "few") for r in FEW]
+    batch = made.collate(rows, [0, 0, 0, 1, 1])
+    found = made.losses(model, batch)
+    for i, row in enumerate([*ROWS, *FEW]):
+        names = ["cat", "dog", "green mat"][: 3 if i < 3 else 2]
+        classes = [F.normalize(embed(f"a {n}") + embed(f"the {n} sat"), dim=-1) for n in names]
+        logits = torch.stack(classes) @ embed(row["text"]) / 0.05
+        label = names.index(row["label"].replace("_", " "))
+        torch.testing.assert_close(found[i], -logits.log_softmax(0)[label], rtol=1e-4, atol=1e-5)
+        assert made.scores(model, batch)[i] == float(logits.argmax() == label)
+
+
+def test_the_model_s_own_scale_is_the_temperature_unless_one_is_given() -> None:
+    model = tiny_models.clip()
+    rows = [{"x": np.zeros((3, 8, 8), "f4"), "y": "cat"}, {"x": np.ones((3, 8, 8), "f4"), "y": "a"}]
+    tasks = TaskCollection((Task("one", rows, (), rows),))
+    own = objective().fit(tasks).bind(model)
+    assert own.temperature == pytest.approx(1 / model.logit_scale.exp().item())
+    assert own.templates == IMAGES
+    assert objective(temperature=0.5).fit(tasks).bind(model).temperature == 0.5
+    assert objective().fit(TASKS).bind(tiny_models.bert()).templates == TEXTS
+
+
+def test_binding_leaves_the_model_alone() -> None:
+    model = tiny_models.bert().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    objective().fit(TASKS).bind(model)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_default_sets_are_distinct_and_hold_one_blank_each() -> None:
+    assert (len(set(IMAGES)), len(set(TEXTS))) == (24, 20)
+    assert all(template.count("{}") == 1 for template in (*IMAGES, *TEXTS))
+
+
+def test_the_record_survives_json() -> None:
+    made = objective(templates=["a {}"], temperature=0.1).fit(TASKS)
+    again = make_objective(tokenizer=made.tokenizer, **made.to_dict())
+    assert again == made and again.labels == made.labels
+
+
+def test_compare_scores_the_untouched_model_and_every_method() -> None:
+    tasks = TASKS.with_objective(objective(templates=("a {}",)))
+    run = foretune.Run(steps=2, batch_size=2, device="cpu")
+    model = tiny_models.bert(num_hidden_layers=1)
+    made = foretune.compare(
+        {"none": model}, tasks, adapt=foretune.FDAlign(), run=run, shots=(1,)
+    ).to_dict()
+    assert {(s["task"], s["shots"]) for s in made["scores"]} == {
+        (task, shots) for task in ("many", "few") for shots in (0, 1)
+    }
+
+
+@pytest.mark.parametrize("name", ["full", "head", "lora"])
+def test_other_methods_adapt_by_label_names_too(name: str) -> None:
+    rows = [{"x": np.full((3, 8, 8), i % 2, "f4"), "y": ("cat", "dog")[i % 2]} for i in range(4)]
+    tasks = TaskCollection((Task("one", rows, (), rows),), objective(templates=("a {}",)))
+    run = foretune.Run(steps=2, batch_size=2, device="cpu")
+    method = foretune.methods.make(name)
+    adapted = foretune.adapt(tiny_models.clip(), tasks, method, run)
+    assert set(adapted.scores) == {("one", 0)}
+    if name == "head":
+        assert list(adapted.tensors["one", 0]) == ["base_model.model.visual_projection.weight"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"templates": "a {}"}, "templates must be a list of texts"),
+        ({"templates": []}, "templates must be a list of texts"),
+        ({"templates": ["a photo"]}, "a template must hold {} once, got 'a photo'"),
+        ({"templates": ["{} {}"]}, "a template must hold {} once"),
+        ({"temperature": 0}, "temperature must be a number not below 1e-06, got 0"),
+    ],
+)
+def test_a_bad_field_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        objective(**fields)
+
+
+def test_a_label_without_a_name_is_refused_by_its_place() -> None:
+    rows = [{"x": np.zeros((3, 8, 8), "f4"), "y": 3}]
+    with pytest.raises(
+        UserError, match=r'task "one", train row 1: "y" must be the name of a class'
+    ):
+        objective().fit(TaskCollection((Task("one", rows),)))
+
+
+def test_a_missing_tokenizer_is_refused() -> None:
+    with pytest.raises(UserError, match="need its tokenizer, got None"):
+        PromptClassification().fit(TASKS).bind(tiny_models.bert())
+
+
+def test_inputs_that_the_model_does_not_read_are_refused() -> None:
+    made = objective(templates=("a {}",)).fit(TASKS)
+    clip = made.bind(tiny_models.clip())
+    batch = clip.collate([clip.encode(ROWS[0], "many")], [0])
+    with pytest.raises(UserError, match="rows of text need a sentence encoder such as minilm"):
+        clip.losses(tiny_models.clip(), batch)
+    rows = [{"x": np.zeros((3, 8, 8), "f4"), "y": "cat"}]
+    tasks = TaskCollection((Task("one", rows, (), rows),))
+    arrays = objective(templates=("a {}",)).fit(tasks).bind(tiny_models.bert())
+    with pytest.raises(UserError, match="arrays need a model with an image and a text tower"):
+        arrays.losses(tiny_models.bert(), arrays.collate([arrays.encode(rows[0], "one")], [0]))
+    with pytest.raises(UserError, match=r"hidden states \(AutoModel\), got BertForSequence"):
+        made.bind(tiny_models.bert(num_labels=2))
+
+
+def test_an_objective_without_prompts_says_what_makes_them() -> None:
+    made = objective().fit(TASKS)
+    batch = made.collate([made.encode(ROWS[0], "many")], [0])
+    with pytest.raises(UserError, match=r'task "many": objective.bind\(model\) does it'):
+        made.losses(tiny_models.bert(), batch)
+
+
+def test_bound_leaves_other_objectives_as_they_are() -> None:
+    plain = foretune.Classification(tiny_models.tokenizer())
+    assert bound(plain, tiny_models.bert()) is plain
