@@ -1,8 +1,8 @@
 """What an adapted model has that its base has not, as a small folder, and back onto the base.
 
-    core.safetensors   the tensors that may differ from the base's: cores, batch normalisation
-    core.json          method, fingerprint of the rest, labels, ranks where the base is not factored
-    README.md          what it is
+core.safetensors   the tensors that may differ from the base's: cores, batch normalisation
+core.json          method, fingerprint of the rest, labels, ranks where the base is not factored
+README.md          what it is
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def load_core(base: nn.Module, folder: Path | str) -> nn.Module:
     about = read_about(folder)
     model = copy.deepcopy(base)
     if about["factored"]:
-        tuckerize(model, ranks=about["factored"])
+        tuckerize(model, ranks=about["factored"], fit=False)
     try:
         tensors = safetensors.torch.load_file(str(Path(folder) / STATE))
     except (OSError, SafetensorError) as error:

@@ -4,7 +4,7 @@ Paper: "Efficient Source-Free Time-Series Adaptation via Parameter Subspace Dise
 2025, arXiv:2410.02147.
 
     symbol   here                     shape             meaning
-    W        layer.weight_matrix()    (out, in, K)      weight of a convolution
+    W        layer.weight    (out, in, K)      weight of a convolution
     T        layer.core               (r_out, r_in, K)  core; all that the target tunes
     V₁ V₂    out_factor, in_factor    (out, r) (in, r)  bases of its two channel modes, frozen
     RF       rank_factor                                r = C / RF

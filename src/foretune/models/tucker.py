@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from foretune.errors import UserError, did_you_mean
-from foretune.linalg.tucker import compose, hooi, ranks_of_energy
+from foretune.linalg.tucker import compose, hooi, possible, ranks_of_energy
 from foretune.models.calls import own_pass
 from foretune.models.surgery import head_modules
 from foretune.run import one_of, whole
@@ -38,6 +38,7 @@ class TuckerLayer(nn.Module):
     Args:
         layer: The layer; it is not changed.
         ranks: (r_out, r_in); None for a mode that is not factored.
+        fit: False leaves zeros, for weights that are read from a file afterwards.
 
     Attributes:
         core: T (r_out, r_in, *kernel).
@@ -47,11 +48,11 @@ class TuckerLayer(nn.Module):
         error: ‖W − Ŵ‖ / ‖W‖ when it was made.
     """
 
-    def __init__(self, layer: nn.Module, ranks: Ranks) -> None:
+    def __init__(self, layer: nn.Module, ranks: Ranks, *, fit: bool = True) -> None:
         super().__init__()
         weight: Any = layer.weight
         weight = weight.detach().T if isinstance(layer, Conv1D) else weight.detach()
-        core, (v1, v2), errors = hooi(weight, ranks)
+        core, (v1, v2), errors = hooi(weight, ranks) if fit else _zeros(weight, ranks)
         self.core = nn.Parameter(core)
         self.out_factor = None if v1 is None else nn.Parameter(v1)
         self.in_factor = None if v2 is None else nn.Parameter(v2)
@@ -87,14 +88,15 @@ class TuckerLayer(nn.Module):
     def _thin(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(*matrix.shape, *[1] * self.dims)
 
-    def weight_matrix(self) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
         """T ×₁ V₁ ×₂ V₂ (out, in, *kernel): the weight that this layer applies."""
         return compose(self.core, (self.out_factor, self.in_factor))
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
         """The plain layer that computes the same."""
-        weight = self.weight_matrix()
+        weight = self.weight
         kind, sizes = CONVOLUTIONS[self.dims][0], (weight.shape[1], weight.shape[0])
         options = {**self.options, "kernel_size": tuple(weight.shape[2:])} if self.dims else {}
         plain: Any = kind(*sizes, bias=self.bias is not None, **options).to(weight)
@@ -118,6 +120,7 @@ def tuckerize(
     ranks: Mapping[str, Sequence[int | None]] | None = None,
     energy: float | None = None,
     layers: str = "all",
+    fit: bool = True,
 ) -> dict[str, Ranks]:
     """Puts layers of a model into Tucker-2 form, in place; its head stays as it is.
 
@@ -131,6 +134,7 @@ def tuckerize(
         ranks: Or (r_out, r_in) by layer name; only these are factored.
         energy: Or the share of ‖W‖² that each mode's basis keeps of its unfolding.
         layers: "convolutions", "linear" or "all" of what the model has.
+        fit: False leaves zeros, for weights that are read from a file afterwards.
 
     Returns:
         (r_out, r_in) of every layer that was put into this form.
@@ -162,7 +166,7 @@ def tuckerize(
         if ranks is not None and name not in ranks:
             continue
         wanted = _ranks(layer, rank_factor, energy, name == first) if ranks is None else ranks[name]
-        tucker = TuckerLayer(layer, _factored(layer, wanted)).train(layer.training)
+        tucker = TuckerLayer(layer, _factored(layer, wanted), fit=fit).train(layer.training)
         _put(model, name, tucker)
         made[name] = tucker.ranks
     return made
@@ -227,7 +231,7 @@ def _factorable(model: nn.Module, layers: str) -> Iterator[tuple[str, nn.Module]
 
 
 def _dims(layer: nn.Module) -> int:
-    return {nn.Conv1d: 1, nn.Conv2d: 2}.get(type(layer), 0)
+    return 1 if isinstance(layer, nn.Conv1d) else 2 if isinstance(layer, nn.Conv2d) else 0
 
 
 def _channels(layer: Any) -> tuple[int, int]:
@@ -245,6 +249,14 @@ def _ranks(
     assert rank_factor is not None
     out, inner = _channels(layer)
     return max(1, out // rank_factor), inner if first else max(1, inner // rank_factor)
+
+
+def _zeros(weight: Tensor, ranks: Ranks) -> tuple[Tensor, list[Tensor | None], list[float]]:
+    cut = possible(weight, ranks)
+    sizes = zip(weight.shape, cut, strict=False)
+    factors = [None if rank is None else weight.new_zeros(size, rank) for size, rank in sizes]
+    core = [size if r is None else r for size, r in zip(weight.shape, cut, strict=False)]
+    return weight.new_zeros(*core, *weight.shape[2:]), factors, [1.0]
 
 
 def _factored(layer: Any, ranks: Sequence[int | None]) -> Ranks:

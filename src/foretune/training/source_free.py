@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -75,9 +74,10 @@ class SourceFreeLearner(Learner):
         self.token_budget = None  # diversity is of the whole batch
         self.steps = run.steps
 
-    def ready(self) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
         """Nothing is packed or left out: the classifier's input must come as it is."""
-        return contextlib.nullcontext()
+        yield
 
     def gradients(self, steps: Sequence[Step]) -> dict[int, float]:
         step = steps[0]

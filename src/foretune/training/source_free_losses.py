@@ -153,7 +153,9 @@ class Nrc:
         self.banks.renew(outputs, rows)
         p, scores = outputs.logits.softmax(1), self.banks.scores
         near = self.banks.nearest(rows, self.neighbours)  # (n, K)
-        beyond = self.banks.nearest(near.flatten(), self.neighbours).view(*near.shape, -1)
+        beyond = self.banks.nearest(near.flatten(), self.neighbours).view(
+            *near.shape, near.shape[1]
+        )
         mutual = (beyond == rows[:, None, None]).any(2)
         affinity = torch.where(mutual, 1.0, OTHERS)
         agree = (scores[near] * p[:, None]).sum(2)  # (n, K)

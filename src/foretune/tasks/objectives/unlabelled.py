@@ -86,7 +86,7 @@ class Unlabelled:
         stand_in = {**example, "y": self.labels[0], "label": self.labels[0]}
         encoded = self._known(task).encode(stand_in, task)
         # Only scoring reads it, and `fit` has seen that the rows that are scored have one.
-        encoded["label"] = self.labels.index(label) if known else IGNORED  # type: ignore[arg-type]
+        encoded["label"] = self.labels.index(label) if known else IGNORED
         return encoded
 
     def _known(self, task: str) -> Classification:
