@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -57,7 +58,7 @@ def test_sweeps_never_raise_the_error_and_begin_at_hosvd(shape):
     w = weight(shape, torch.float64)
     _, _, errors = hooi(w, RANKS[shape], tolerance=0.0)
     assert errors[0] == pytest.approx(relative_error(w, hosvd(w, RANKS[shape])))
-    assert all(b <= a + 1e-12 for a, b in zip(errors, errors[1:], strict=False))
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(errors))
 
 
 def test_sweeps_lower_the_error_where_hosvd_is_not_the_best():

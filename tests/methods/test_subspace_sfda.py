@@ -236,9 +236,9 @@ def test_state_of_another_base_is_refused(prepared, tmp_path):
     other = copy.deepcopy(prepared)
     with torch.no_grad():
         other.head.bias.add_(1)
-    with pytest.raises(UserError, match="belongs to another base .*: its weights are others"):
+    with pytest.raises(UserError, match=r"belongs to another base .*: its weights are others"):
         load_core(other, folder)
-    with pytest.raises(UserError, match="belongs to another base .*no blocks.0.0.core"):
+    with pytest.raises(UserError, match=r"belongs to another base .*no blocks.0.0.core"):
         load_core(TimeSeriesCNN(3, 3, mid=4, features=8), folder)
 
 
@@ -250,7 +250,7 @@ def test_broken_state_is_refused_in_one_line(prepared, tmp_path):
     (folder / "core.json").write_text("{")
     with pytest.raises(UserError, match=r"core.json is not readable"):
         load_core(prepared, folder)
-    with pytest.raises(UserError, match="holds no adapted state: it has no core.json"):
+    with pytest.raises(UserError, match=r"holds no adapted state: it has no core.json"):
         load_core(prepared, tmp_path)
 
 
@@ -336,7 +336,7 @@ def test_unlabelled_rows_are_checked():
     with pytest.raises(UserError, match="Unlabelled needs the source's labels"):
         Unlabelled(source=Classification())
     bad = Task("t", windows(3), (), [{**windows(1)[0], "y": "z"}])
-    with pytest.raises(UserError, match="test row 1: a row to be scored needs a label .* got 'z'"):
+    with pytest.raises(UserError, match=r"test row 1: a row to be scored needs a label .* got 'z'"):
         Unlabelled(source=fitted).fit(TaskCollection((bad,)))
     none = Task("t", [{"y": "a"}])
     with pytest.raises(UserError, match='train row 1: an array "x" is missing'):

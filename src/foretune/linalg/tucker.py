@@ -8,9 +8,9 @@
     V₁ V₂    factors      (out, r_out) (in, r_in)   None where a mode is not factored
 
 HOSVD takes each basis from its own unfolding of W (De Lathauwer, De Moor, Vandewalle, "A
-multilinear singular value decomposition", SIAM J. Matrix Anal. Appl. 2000); HOOI goes on from there,
-one basis at a time, and never makes the error larger (the same authors, "On the best rank-1 and
-rank-(R1, …, RN) approximation of higher-order tensors", same year).
+multilinear singular value decomposition", SIAM J. Matrix Anal. Appl. 2000); HOOI goes on from
+there, one basis at a time, and never makes the error larger (the same authors, "On the best rank-1
+and rank-(R1, …, RN) approximation of higher-order tensors", same year).
 """
 
 from __future__ import annotations

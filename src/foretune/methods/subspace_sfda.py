@@ -9,10 +9,10 @@ Paper: "Efficient Source-Free Time-Series Adaptation via Parameter Subspace Dise
     V₁ V₂    out_factor, in_factor    (out, r) (in, r)  bases of its two channel modes, frozen
     RF       rank_factor                                r = C / RF
 
-Source: train; W = T ×₁ V₁ ×₂ V₂ by HOOI (linalg/tucker.py); train all factors a little more. Target: T
-follows a source-free loss (training/source_free_losses.py); V₁, V₂ and the classifier stay. A change
-of W then lies in span(V₁) × span(V₂). The paper's PAC-Bayes argument: the fewer numbers may move, the
-smaller ‖W_target − W_source‖, the smaller the bound on the target's error.
+Source: train; W = T ×₁ V₁ ×₂ V₂ by HOOI (linalg/tucker.py); train all factors a little more.
+Target: T follows a source-free loss (training/source_free_losses.py); V₁, V₂ and the classifier
+stay. A change of W then lies in span(V₁) × span(V₂). The paper's PAC-Bayes argument: the fewer
+numbers may move, the smaller ‖W_target − W_source‖, the smaller the bound on the target's error.
 
 Deviations:
     - AdamW with the `Run`'s schedule; the suite of the paper's losses has Adam, and halves the rate
@@ -24,7 +24,7 @@ Silent in the sources at hand (abstract, reviews, summaries; no code is public):
     - What batch normalisation does on the target: `bn`. By default statistics follow the target,
       weights stay.
     - Ranks of the first layer: its input are the data's channels, which keep their full rank.
-    - Whether T is a second time orthogonalised after re-training: here it is not.
+    - Whether V₁ and V₂ are made orthonormal again after re-training: here they are not.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """An imputer of features over time: what MAPU trains on the source and keeps for the target.
 
 Ragab et al., "Source-Free Domain Adaptation with Temporal Imputation for Time Series Data" (MAPU),
-KDD 2023, arXiv:2307.07542: from the features of a window with one stretch masked, those of the whole window.
+KDD 2023, arXiv:2307.07542: from the features of a window with one stretch masked, those of the
+whole window.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The convolutional classifier for windows of sensors that the field's benchmarks use.
 
 Ragab et al., "AdaTime: A Benchmarking Suite for Domain Adaptation on Time Series Data", TKDD 2023,
-arXiv:2203.08321: three blocks of convolution, batch normalisation, ReLU and pooling, a mean over time and a
-linear classifier. Channels go in → mid → 2·mid → features.
+arXiv:2203.08321: three blocks of convolution, batch normalisation, ReLU and pooling, a mean over
+time and a linear classifier. Channels go in → mid → 2·mid → features.
 """
 
 from __future__ import annotations

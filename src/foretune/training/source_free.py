@@ -1,4 +1,4 @@
-"""`SourceFreeLearner`: adapt to rows without labels; `add_imputer`: what MAPU needs of the source."""
+"""`SourceFreeLearner`: adapt to rows without labels. `add_imputer`: what MAPU takes along."""
 
 from __future__ import annotations
 

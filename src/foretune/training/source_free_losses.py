@@ -6,9 +6,9 @@
     ŷ        pseudo_labels   (N,)       class of the nearest centroid, for all N target rows
     S, F     scores, features (N, ·)    banks: the newest p and g of every target row
 
-Papers: Liang, Hu, Feng, "Do We Really Need to Access the Source Data? Source Hypothesis Transfer for
-Unsupervised Domain Adaptation" (SHOT), ICML 2020, arXiv:2002.08546. Yang et al., "Exploiting the
-Intrinsic Neighborhood Structure for Source-free Domain Adaptation" (NRC), NeurIPS 2021,
+Papers: Liang, Hu, Feng, "Do We Really Need to Access the Source Data? Source Hypothesis Transfer
+for Unsupervised Domain Adaptation" (SHOT), ICML 2020, arXiv:2002.08546. Yang et al., "Exploiting
+the Intrinsic Neighborhood Structure for Source-free Domain Adaptation" (NRC), NeurIPS 2021,
 arXiv:2110.04202. Yang et al., "Attracting and Dispersing: A Simple Approach for Source-free Domain
 Adaptation" (AaD), NeurIPS 2022, arXiv:2205.04183. Ragab et al., "Source-Free Domain Adaptation with
 Temporal Imputation for Time Series Data" (MAPU), KDD 2023, arXiv:2307.07542.
@@ -78,7 +78,7 @@ def negative_diversity(logits: Tensor) -> Tensor:
 
 
 def pseudo_labels(features: Tensor, logits: Tensor) -> Tensor:
-    """SHOT's labels (N,): of the nearest centroid by cosine, centroids made twice (eq. 4 to 6).
+    """SHOT's labels (N,): of the nearest centroid by cosine, centroids made twice (eq. 4, 5).
 
     First each class's centroid is the mean of all features weighted by its probability; then it
     is the mean of the rows that were given the class. Only classes that some row predicts count.
@@ -135,7 +135,7 @@ class Banks:
 
 
 class Nrc:
-    """NRC: a prediction agrees with those of its neighbours, most with mutual ones (eq. 2 to 7)."""
+    """NRC: a prediction agrees with those of its neighbours, most with mutual ones."""
 
     refreshes = imputes = False
 
@@ -166,7 +166,7 @@ class Nrc:
 
 
 class Aad:
-    """AaD: predictions are drawn to those of neighbours and pushed from the batch's others (eq. 5)."""
+    """AaD: predictions are drawn to those of neighbours and pushed from others of the batch."""
 
     refreshes = imputes = False
 
