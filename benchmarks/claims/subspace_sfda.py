@@ -307,8 +307,19 @@ def _mean(rows: list[dict[str, Any]], key: str = "macro_f1") -> float | None:
 
 
 def _of(result: dict[str, Any], part: str, arm: str, share: str | None) -> list[dict[str, Any]]:
+    """The rows of one cell, of targets that every seed has."""
+    whole = _targets(result, part)
     rows = result["scores"]
-    return [r for r in rows if r["part"] == part and r["arm"] == arm and r.get("share") == share]
+    found = [r for r in rows if r["part"] == part and r["arm"] == arm and r["target"] in whole]
+    return [r for r in found if r.get("share") == share]
+
+
+def _targets(result: dict[str, Any], part: str) -> list[str]:
+    seeds: dict[str, set[int]] = {}
+    for row in result["scores"]:
+        if row["part"] == part:
+            seeds.setdefault(row["target"], set()).add(row["seed"])
+    return [target for target, known in seeds.items() if known == set(SEEDS)]
 
 
 def _seeds(rows: list[dict[str, Any]]) -> list[float]:
@@ -399,18 +410,17 @@ def har_table(result: dict[str, Any]) -> str:
     for arm in ("statistics alone", *[a for a, _, _ in (*arms(FACTORS), *more_arms())]):
         tuned = "0" if arm == "statistics alone" else _tuned(result, "har", arm)
         lines.append([arm, tuned, *[_cell(_of(result, "har", arm, share)) for share in shares]])
-    pairs = {r["target"] for r in result["scores"] if r["part"] == "har"}
-    seeds = {r["seed"] for r in result["scores"] if r["part"] == "har"}
+    pairs = _targets(result, "har")
     said = (
-        f"UCI HAR: macro-F1, %, mean of {len(pairs)} scenarios, ± standard deviation over "
-        f"{len(seeds)} seeds. 0.5 % is one window, 5 % eleven to thirteen."
+        f"UCI HAR: macro-F1, %, mean of {len(pairs)} scenarios ({', '.join(pairs)}), ± standard "
+        f"deviation over {len(SEEDS)} seeds. 0.5 % is one window, 5 % eleven to thirteen."
     )
     head = ["adapting by SHOT", "tuned", "0.5 %", "5 %", "100 %"]
     return f"{_markdown(head, lines)}\n\n{said}"
 
 
 def scenario_table(result: dict[str, Any]) -> str:
-    names = [f"{a}→{b}" for a, b in SCENARIOS]
+    names = _targets(result, "har")
     rows = [
         ("source only", "source only full", None),
         ("full, 5 %", "full", "5 %"),
