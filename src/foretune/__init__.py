@@ -41,11 +41,13 @@ _PUBLIC = {
     "SMILE": "foretune.methods.smile",
     "Source": "foretune.tasks.sources",
     "Standard": "foretune.methods.standard",
+    "SubspaceSFDA": "foretune.methods.subspace_sfda",
     "TIES": "foretune.methods.ties",
     "Task": "foretune.tasks.task",
     "TaskArithmetic": "foretune.methods.task_arithmetic",
     "TaskCollection": "foretune.tasks.task",
     "UNCURL": "foretune.methods.uncurl",
+    "Unlabelled": "foretune.tasks.objectives.unlabelled",
     "UserError": "foretune.errors",
     "adapt": "foretune.training.verbs",
     "compare": "foretune.evaluation.adaptability",
@@ -56,6 +58,7 @@ _PUBLIC = {
     "load_tasks": "foretune.tasks.sources",
     "prune": "foretune.verbs",
     "retrain": "foretune.training.verbs",
+    "tuckerize": "foretune.models.tucker",
 }
 
 __all__ = ["__version__", *_PUBLIC]

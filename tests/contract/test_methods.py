@@ -78,6 +78,10 @@ DECODE_FORMS = [
     ("rtd", {"neighbours": 4, "temperature": 2.0, "mix": 0.5, "heads": 2, "search": "faiss"}),
     ("eft", {"beta": 0.5, "weights": [0.5, 1], "top_p": 0.9, "delta_clip": 5.0, "uncap": True}),
 ]
+SOURCE_FREE_FORMS = [
+    ("subspace-sfda", {}),
+    ("subspace-sfda", {"loss": "aad", "tuned": "all", "rank_factor": None, "entropy": 0.5}),
+]
 # 12 steps: whole updates for 3 inner steps (Reptile) and for 3 + 1 (FOMAML).
 RUN = Run(steps=12, batch_size=4, eval_every=4, device="cpu", weight_decay=0.0)
 
@@ -132,7 +136,8 @@ def test_record_says_what_it_is(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "fields"), _named(FORMS + ADAPT_FORMS + PROMPT_FORMS + DECODE_FORMS)
+    ("name", "fields"),
+    _named(FORMS + ADAPT_FORMS + PROMPT_FORMS + DECODE_FORMS + SOURCE_FREE_FORMS),
 )
 def test_record_survives_json(name, fields):
     if "lora" in fields:
@@ -414,6 +419,14 @@ def test_a_task_does_not_notice_the_others(name, fields):
     for key in every.tensors:
         for k, value in every.tensors[key].items():
             torch.testing.assert_close(waves.tensors[key][k], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["subspace-sfda"])  # more of it in tests/methods
+def test_adapting_without_labels_is_refused_tasks_with_a_loss_of_labels(name):
+    with pytest.raises(UserError, match=f"{name} adapts to rows without labels"):
+        _adapt(name, {})
+    with pytest.raises(UserError, match=f"{name} is no method to retrain with"):
+        _retrain(name, {})
 
 
 @pytest.mark.parametrize("name", ["lora", "head"])

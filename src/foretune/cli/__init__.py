@@ -24,6 +24,7 @@ from foretune.cli import (
     prune,
     retrain_adapt,
     run,
+    sfda,
 )
 from foretune.cli.group import Group
 
@@ -65,6 +66,7 @@ app.command("fuse")(fuse.fuse)
 app.command("prune")(prune.prune)
 app.command("generate")(generate.generate)
 app.add_typer(datastore.app, name="datastore")
+app.add_typer(sfda.app, name="sfda")
 app.command("ls")(catalogue.ls)
 app.command("show")(catalogue.show)
 app.command("cite")(catalogue.cite)

@@ -19,6 +19,7 @@ METHODS = {
     "head": "foretune.methods.head:Head",
     "lora": "foretune.methods.lora:LoRA",
     "fd-align": "foretune.methods.fd_align:FDAlign",
+    "subspace-sfda": "foretune.methods.subspace_sfda:SubspaceSFDA",
     "eft": "foretune.methods.eft:EFT",
     "rtd": "foretune.methods.rtd:RTD",
     "uncurl": "foretune.methods.uncurl:UNCURL",

@@ -14,6 +14,7 @@ NEEDS = {
     "causal-lm": "text, or prompt with completion",
     "regression": "x with y",
     "prompts": "text with label, or x with y",
+    "unlabelled": "x",
 }
 CLASSES = ("classification", "prompts")  # kinds whose rows have one label each
 
@@ -61,9 +62,11 @@ def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> dict[str, Any]:
         _check_text(example["text"], "text", row)
         _check_label(example["label"], "label", row)
     else:
-        _need(example, ("x", "y"), row, kind)
+        _need(example, ("x",) if kind == "unlabelled" else ("x", "y"), row, kind)
         example["x"] = _array(example["x"], "x", row)
-        if kind in CLASSES:
+        if "y" not in example:
+            return example
+        if kind != "regression":
             example["y"] = _scalar(example["y"])
             _check_label(example["y"], "y", row)
         else:

@@ -109,7 +109,7 @@ def load_tasks(source: Source, kind: str) -> tuple[TaskCollection, TaskCollectio
     Args:
         source: Where they come from.
         kind: The kind of objective, which says what fields a row must have: "choice",
-            "classification", "causal-lm" or "regression".
+            "classification", "causal-lm", "regression" or "unlabelled" (an array `x` alone).
 
     Returns:
         Two collections that share no task; the second is None where `source.unseen` is.

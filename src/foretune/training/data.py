@@ -43,12 +43,14 @@ class Step:
         num_slots: Slots of the whole step, of which other processes may hold some.
         num_rows: Likewise.
         fillers: Batches of weight zero: calls of the model that other processes make too.
+        rows: The place of each row of the chunks in its slot, chunk after chunk.
     """
 
     chunks: tuple[Batch, ...]
     num_slots: int
     num_rows: int
     fillers: tuple[Batch, ...] = ()
+    rows: tuple[int, ...] = ()
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -147,16 +149,18 @@ class TaskData:
                 self.objective.sample(row, rngs[slot])
                 for row, (slot, _) in zip(rows, picks, strict=True)
             ]
-        slots = [slot for slot, _ in picks]
+        slots, places = [slot for slot, _ in picks], [i for _, i in picks]
         sizes = [self.objective.size(row) for row in rows]
         if some is not None:
             kept = some(sizes)
             rows, slots = [rows[i] for i in kept], [slots[i] for i in kept]
+            places = [places[i] for i in kept]
             sizes = [sizes[i] for i in kept]
         chunks = []
         for start, end in _chunks(sizes, budget):
             chunks.append(self.objective.collate(rows[start:end], slots[start:end]))
-        return Step(tuple(chunks), len({slot for slot, _ in picks}), len(picks))
+        num_slots = len({slot for slot, _ in picks})
+        return Step(tuple(chunks), num_slots, len(picks), rows=tuple(places))
 
 
 def _chunks(sizes: Sequence[int], budget: int | None) -> Iterator[tuple[int, int]]:

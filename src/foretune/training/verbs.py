@@ -304,7 +304,7 @@ def _adapt_wave(
 ) -> None:
     data = TaskData(wave, objective)
     base = model if method.shares_base else copy.deepcopy(model)
-    wanted = [p.requires_grad for p in base.parameters()]
+    wanted = {p: p.requires_grad for p in base.parameters()}
     torch.manual_seed(run.seed)
     learner: Learner = method.learner(base, objective, data.keys, run)
     stopping = EarlyStopping(learner, run.patience) if run.patience else None
@@ -334,7 +334,7 @@ def _adapt_wave(
     result.cost["trainable_parameters"] = per_task
     for key in ("tokens", "examples"):
         result.cost[key] = result.cost.get(key, 0) + record[key]
-    for p, trained in zip(base.parameters(), wanted, strict=True):
+    for p, trained in wanted.items():  # a method may have put others beside them
         p.requires_grad_(trained)
 
 

@@ -183,13 +183,13 @@ class Classification:
         return Batch(inputs, tuple(slots), sum(map(len, ids)), {})
 
     def losses(self, model: Any, batch: Batch) -> Tensor:
-        return F.cross_entropy(self._logits(model, batch), batch.inputs["label"], reduction="none")
+        return F.cross_entropy(self.logits(model, batch), batch.inputs["label"], reduction="none")
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
-        picked = self._logits(model, batch).argmax(1)
+        picked = self.logits(model, batch).argmax(1)
         return (picked == batch.inputs["label"]).float()
 
-    def _logits(self, model: Any, batch: Batch) -> Tensor:
+    def logits(self, model: Any, batch: Batch) -> Tensor:
         """(n, outputs) logits, −inf where an output is no label of the row's task."""
         inputs = batch.inputs
         with route(batch.slots):

@@ -1,0 +1,81 @@
+"""The convolutional classifier for windows of sensors that the field's benchmarks use.
+
+Ragab et al., "AdaTime: A Benchmarking Suite for Domain Adaptation on Time Series Data", TKDD 2023,
+arXiv:2203.08321: three blocks of convolution, batch normalisation, ReLU and pooling, a mean over
+time and a linear classifier. Channels go in → mid → 2·mid → features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from foretune.run import at_least, whole
+
+
+class TimeSeriesCNN(nn.Module):
+    """Three convolutional blocks and a linear head.
+
+    Args:
+        channels: Channels of a window.
+        classes: Labels.
+        mid: Channels of the first block.
+        features: Channels of the last block.
+        kernel_size: Of the first block's convolution; the others have 8.
+        stride: Of the first block's convolution.
+        dropout: After the first block.
+
+    Attributes:
+        sizes: The arguments; `TimeSeriesCNN(**sizes)` has the same shape.
+        temporal: Name of the module whose output is the sequence of features (n, features, T).
+    """
+
+    head_modules = ("head",)
+    temporal = "blocks"
+
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        *,
+        mid: int = 64,
+        features: int = 128,
+        kernel_size: int = 5,
+        stride: int = 1,
+        dropout: float = 0.5,
+    ) -> None:
+        for name, value in (("channels", channels), ("classes", classes), ("mid", mid)):
+            whole(name, value, 1)
+        at_least("dropout", dropout, 0)
+        super().__init__()
+        self.sizes: dict[str, Any] = {
+            "channels": channels,
+            "classes": classes,
+            "mid": mid,
+            "features": features,
+            "kernel_size": kernel_size,
+            "stride": stride,
+            "dropout": dropout,
+        }
+        self.blocks = nn.Sequential(
+            _block(channels, mid, kernel_size, stride, dropout),
+            _block(mid, 2 * mid, 8, 1, 0.0),
+            _block(2 * mid, features, 8, 1, 0.0),
+        )
+        self.pool = nn.AdaptiveAvgPool1d(1)
+        self.head = nn.Linear(features, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, channels, length) → (n, classes) logits."""
+        return self.head(self.pool(self.blocks(x)).flatten(1))
+
+
+def _block(inputs: int, outputs: int, kernel_size: int, stride: int, dropout: float) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(inputs, outputs, kernel_size, stride, padding=kernel_size // 2, bias=False),
+        nn.BatchNorm1d(outputs),
+        nn.ReLU(),
+        nn.MaxPool1d(2, 2, padding=1),
+        nn.Dropout(dropout),
+    )
