@@ -43,10 +43,20 @@ class RegressionBlock(Block):
     kind: Literal["regression"]
 
 
-ObjectiveBlock = ChoiceBlock | ClassificationBlock | CausalLMBlock | RegressionBlock
+class DenoisingBlock(Block):
+    """The noise in a noisy image."""
+
+    kind: Literal["denoising"]
+    num_steps: int = 1000
+    schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    score_draws: int = 4
+
+
+ObjectiveBlock = ChoiceBlock | ClassificationBlock | CausalLMBlock | RegressionBlock | DenoisingBlock
 OBJECTIVES: dict[str, type[Block]] = {
     "choice": ChoiceBlock,
     "classification": ClassificationBlock,
     "causal-lm": CausalLMBlock,
     "regression": RegressionBlock,
+    "denoising": DenoisingBlock,
 }
