@@ -126,7 +126,11 @@ class SparseDelta:
         own = sum(len(places) for name, places in kept.items() if not within(name, whole))
         if not own:
             smallest = min(
-                (p.detach().abs().min().item() for n, p in model.named_parameters() if n in indices),
+                (
+                    p.detach().abs().min().item()
+                    for n, p in model.named_parameters()
+                    if n in indices
+                ),
                 default=None,
             )
             raise UserError(

@@ -52,7 +52,9 @@ class DenoisingBlock(Block):
     score_draws: int = 4
 
 
-ObjectiveBlock = ChoiceBlock | ClassificationBlock | CausalLMBlock | RegressionBlock | DenoisingBlock
+ObjectiveBlock = (
+    ChoiceBlock | ClassificationBlock | CausalLMBlock | RegressionBlock | DenoisingBlock
+)
 OBJECTIVES: dict[str, type[Block]] = {
     "choice": ChoiceBlock,
     "classification": ClassificationBlock,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from foretune.adapters.sparse import SparseDelta
+from foretune.run import Run
 from foretune.tasks.objectives import Objective
 from foretune.training.data import Step
 from foretune.training.learner import Learner
 from foretune.training.ranks import Deal
-from foretune.run import Run
 
 
 class SparseLearner(Learner):
