@@ -50,8 +50,8 @@ ROWS = {"train": 200, "validation": 40, "test": 100}
 SEEDS, TUNING_SEED = (0, 1, 2), 10
 RATES = (5e-4, 2e-3, 8e-3)
 FRACTION = 0.1
-RUN = Run(steps=200, batch_size=32, schedule="cosine", warmup=0.05, eval_every=0, device="cpu")
-PRETRAIN = Run(steps=4000, batch_size=64, schedule="cosine", eval_every=0, device="cpu")
+RUN = Run(steps=150, batch_size=32, schedule="cosine", warmup=0.05, eval_every=0, device="cpu")
+PRETRAIN = Run(steps=2500, batch_size=32, schedule="cosine", eval_every=0, device="cpu")
 OLD_ROWS = 200  # of MNIST's test images on which what was known is measured
 ZEROED = {"smallest": (0.05, 0.1, 0.2, 0.3), "random": (0.1,), "largest": (0.1,)}
 
@@ -321,24 +321,27 @@ def main() -> None:
         "bases": [],
         "runs": [],
     }
-    bases = {}
-    for seed in (TUNING_SEED, *SEEDS):
-        bases[seed] = pretrained(old, seed)
-    starts = {seed: starts_of(base) for seed, base in bases.items()}
-    result["base_parameters"] = sum(p.numel() for p in bases[0].parameters())
-    result["tuning"] = tuned(starts[TUNING_SEED], options.data, RUN)
+    torch.manual_seed(0)
+    fresh = starts_of(Denoiser())
+    result["base_parameters"] = sum(p.numel() for p in fresh["base"].parameters())
+    first = alphabet(options.data, ALPHABETS[0], SEEDS[0])
+    same_rates = arms(dict.fromkeys(("full", "LoRA", "smallest", "largest", "random"), 1e-3))
+    result["memory"] = {
+        name: memory(fresh[same_rates[name][0]], same_rates[name][1], first)
+        for name in ("full", "LoRA", "SaRA")
+    }
+    print(result["memory"], flush=True)
+    result["tuning"] = tuned(starts_of(pretrained(old, TUNING_SEED)), options.data, RUN)
     result["rates"] = {
         kind: float(min(found, key=found.__getitem__)) for kind, found in result["tuning"].items()
     }
     chosen = arms(result["rates"])
-    first = alphabet(options.data, ALPHABETS[0], SEEDS[0])
-    result["memory"] = {
-        name: memory(starts[SEEDS[0]][chosen[name][0]], chosen[name][1], first)
-        for name in ("full", "LoRA", "SaRA")
-    }
-    sheet = {}
+    sheet: dict[str, np.ndarray] = {}
     for seed in SEEDS:
-        base = bases[seed]
+        base = pretrained(old, seed)
+        starts = starts_of(base)
+        if seed == SEEDS[0]:
+            sheet["base"] = draw_samples(base, OBJECTIVE, (1, SIDE, SIDE), 16)
         threshold = threshold_of(base, FRACTION)
         tasks = [alphabet(options.data, name, seed) for name in ALPHABETS]
         result["bases"].append(
@@ -352,17 +355,17 @@ def main() -> None:
         )
         for arm, (start, method) in chosen.items():
             for task in tasks:
-                row, model = one(arm, starts[seed][start], method, task, old, seed, threshold)
+                row, model = one(arm, starts[start], method, task, old, seed, threshold)
                 result["runs"].append(row)
                 if (seed, task.name) == (SEEDS[0], ALPHABETS[0]):
                     sheet[arm] = draw_samples(model, OBJECTIVE, (1, SIDE, SIDE), 16)
             print(json.dumps(row), flush=True)
-    result["cpu_seconds"] = round(time.process_time() - begun)
-    result["environment"] = environment()
+        result["cpu_seconds"] = round(time.process_time() - begun)
+        result["environment"] = environment()
+        if not options.quick:
+            RESULT.write_text(json.dumps(result, separators=(",", ":")) + "\n", "utf-8")
     if not options.quick:
-        RESULT.write_text(json.dumps(result, separators=(",", ":")) + "\n", "utf-8")
-        shown = {"base": draw_samples(bases[SEEDS[0]], OBJECTIVE, (1, SIDE, SIDE), 16)}
-        shown |= {arm: sheet[arm] for arm in ("full", "LoRA", "SaRA")}
+        shown = {name: sheet[name] for name in ("base", "full", "LoRA", "SaRA")}
         shown["data"] = np.stack([row["x"] for row in first.test[:16]])
         save_sheet(shown, FIGURE)
 

@@ -129,6 +129,7 @@ class AdaptBlock(RatesBlock):
     Args:
         method: "lora", "head" or "full".
         lora: Fields of `peft.LoraConfig`, for `method: lora`.
+        fields: Other fields of the method.
         search_tasks: Tasks on which several rates are searched; they are taken from the seen
             ones, a quarter of these at most, and no retraining meets them.
         shots: Training rows (a class, where there are classes) of an unseen task; "all" for all.
@@ -139,6 +140,7 @@ class AdaptBlock(RatesBlock):
 
     method: str = "lora"
     lora: dict[str, Any] | None = None
+    fields: dict[str, Any] = Field(default_factory=dict)
     steps: int = PLAIN.steps
     batch_size: int = PLAIN.batch_size
     warmup: float = PLAIN.warmup

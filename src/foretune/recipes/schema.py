@@ -111,7 +111,7 @@ class Recipe(Block):
                 candidates.append(fields)
         shots = [None if k == "all" else k for k in self.adapt.shots]
         adapting: dict[str, Any] = {
-            "adapt": {"name": self.adapt.method, **_lora(self.adapt)},
+            "adapt": {"name": self.adapt.method, **_fields(self.adapt)},
             "adapt_run": {k: v for k, v in self.adapt_run().to_dict().items() if k != "out"},
             "adapt_rates": self.adapt.rates,
             "shots": shots,
@@ -315,14 +315,15 @@ def _check_verb(method: str, verb: str, key: str) -> None:
 
 def adapt_record(block: AdaptBlock, learning_rate: float | None = None) -> Any:
     """The adapting method's record; without a learning rate, at its own default."""
-    fields: dict[str, Any] = _lora(block)
+    fields = _fields(block)
     if learning_rate is not None:
         fields["learning_rate"] = learning_rate
     return methods.make(block.method, **fields)
 
 
-def _lora(block: AdaptBlock) -> dict[str, Any]:
-    return {} if block.lora is None else {"lora": block.lora}
+def _fields(block: AdaptBlock) -> dict[str, Any]:
+    lora = {} if block.lora is None else {"lora": block.lora}
+    return {**lora, **block.fields}
 
 
 def run_of(block: RetrainBlock | AdaptBlock, **more: Any) -> Run:

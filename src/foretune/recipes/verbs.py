@@ -53,7 +53,7 @@ class SavedBase:
         if self.kind is None:
             raise UserError(
                 f"{self.folder} does not say what it was trained for (no {ABOUT}): give "
-                "--objective choice, classification, causal-lm or regression"
+                "--objective choice, classification, causal-lm, regression or denoising"
             )
         made = make_objective(tokenizer=None, **self.about["objective"])
         return with_tokenizer(made, tokenizer)
