@@ -27,6 +27,25 @@ def truncated_svd(matrix: Tensor, rank: int | None) -> Factors:
     return u[:, :keep].clone(), s[:keep].clone(), vh[:keep].clone()
 
 
+def nuclear_gradient(matrix: Tensor) -> Tensor:
+    """U Vᵀ of the matrix's thin SVD, singular values of zero left out.
+
+    It is a subgradient of the nuclear norm, the one of smallest norm (Watson, "Characterization of
+    the subdifferential of some matrix norms", 1992). The eigenvectors of the smaller Gram matrix
+    are enough, which takes a fraction of an SVD's time: U Vᵀ = (A Aᵀ)^(-1/2) A.
+
+    Args:
+        matrix: (out, in), any floating type.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return nuclear_gradient(matrix.T).T
+    a = matrix.double()  # the Gram matrix squares the singular values
+    squares, u = torch.linalg.eigh(a @ a.T)
+    some = squares > squares.max().clamp_min(0) * 1e-13
+    u = u[:, some]
+    return ((u / squares[some].sqrt()) @ (u.T @ a)).to(matrix.dtype)
+
+
 def svd_of_product(b: Tensor, a: Tensor, rank: int | None = None) -> Factors:
     """The singular triplets of B A, exactly, from two thin QRs and an r × r core.
 

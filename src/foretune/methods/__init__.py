@@ -20,6 +20,7 @@ METHODS = {
     "lora": "foretune.methods.lora:LoRA",
     "fd-align": "foretune.methods.fd_align:FDAlign",
     "subspace-sfda": "foretune.methods.subspace_sfda:SubspaceSFDA",
+    "sara": "foretune.methods.sara:SaRA",
     "eft": "foretune.methods.eft:EFT",
     "rtd": "foretune.methods.rtd:RTD",
     "uncurl": "foretune.methods.uncurl:UNCURL",

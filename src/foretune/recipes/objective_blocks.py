@@ -52,11 +52,28 @@ class PromptsBlock(Block):
     temperature: float | None = None
 
 
-ObjectiveBlock = ChoiceBlock | ClassificationBlock | CausalLMBlock | RegressionBlock | PromptsBlock
+class DenoisingBlock(Block):
+    """The noise in a noisy image."""
+
+    kind: Literal["denoising"]
+    num_steps: int = 1000
+    schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    score_draws: int = 4
+
+
+ObjectiveBlock = (
+    ChoiceBlock
+    | ClassificationBlock
+    | CausalLMBlock
+    | RegressionBlock
+    | PromptsBlock
+    | DenoisingBlock
+)
 OBJECTIVES: dict[str, type[Block]] = {
     "choice": ChoiceBlock,
     "classification": ClassificationBlock,
     "causal-lm": CausalLMBlock,
     "regression": RegressionBlock,
     "prompts": PromptsBlock,
+    "denoising": DenoisingBlock,
 }

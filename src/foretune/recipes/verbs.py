@@ -53,7 +53,7 @@ class SavedBase:
         if self.kind is None:
             raise UserError(
                 f"{self.folder} does not say what it was trained for (no {ABOUT}): give "
-                "--objective choice, classification, causal-lm, regression or prompts"
+                "--objective choice, classification, causal-lm, regression, prompts or denoising"
             )
         made = make_objective(tokenizer=None, **self.about["objective"])
         return with_tokenizer(made, tokenizer)

@@ -12,6 +12,7 @@ NEEDS = {
     "choice": "context with candidates and answer, or context with response",
     "classification": "text with label, or x with y",
     "causal-lm": "text, or prompt with completion",
+    "denoising": "x",
     "regression": "x with y",
     "prompts": "text with label, or x with y",
     "unlabelled": "x",
@@ -61,6 +62,9 @@ def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> dict[str, Any]:
         _need(example, ("label",), row, kind)
         _check_text(example["text"], "text", row)
         _check_label(example["label"], "label", row)
+    elif kind == "denoising":
+        _need(example, ("x",), row, kind)
+        example = {"x": _array(example["x"], "x", row)}
     else:
         _need(example, ("x",) if kind == "unlabelled" else ("x", "y"), row, kind)
         example["x"] = _array(example["x"], "x", row)

@@ -307,6 +307,11 @@ def _adapt_wave(
     wanted = {p: p.requires_grad for p in base.parameters()}
     torch.manual_seed(run.seed)
     learner: Learner = method.learner(base, objective, data.keys, run)
+    per_task = (
+        sum(p.numel() for p in learner.base)
+        if learner.bank is None
+        else (learner.bank.parameters_per_slot)
+    )
     stopping = EarlyStopping(learner, run.patience) if run.patience else None
     sampler = sampler_for(method, data, run)
     record = fit(learner, data, sampler, run, validate=False, stopping=stopping, progress=progress)
@@ -326,11 +331,6 @@ def _adapt_wave(
             result.tensors[rows.task, rows.draw] = peft_tensors(learner.bank, slot)
     else:
         result.models[wave[0].task, wave[0].draw] = base
-    per_task = (
-        sum(p.numel() for p in learner.base)
-        if learner.bank is None
-        else (learner.bank.parameters_per_slot)
-    )
     result.cost["trainable_parameters"] = per_task
     for key in ("tokens", "examples"):
         result.cost[key] = result.cost.get(key, 0) + record[key]

@@ -1,6 +1,6 @@
 """`Objective`: how examples become batches, one loss and one score for each example.
 
-The four kinds live in one file each; importing this one does not import torch.
+The kinds live in one file each; importing this one does not import torch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from foretune.tasks.objectives.causal_lm import CausalLM
     from foretune.tasks.objectives.choice import Choice
     from foretune.tasks.objectives.classification import Classification
+    from foretune.tasks.objectives.denoising import Denoising
     from foretune.tasks.objectives.prompts import PromptClassification
     from foretune.tasks.objectives.regression import Regression
     from foretune.tasks.task import TaskCollection
@@ -29,6 +30,7 @@ __all__ = [
     "CausalLM",
     "Choice",
     "Classification",
+    "Denoising",
     "Objective",
     "PromptClassification",
     "Regression",
@@ -39,6 +41,7 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "choice": ("foretune.tasks.objectives.choice", "Choice"),
     "classification": ("foretune.tasks.objectives.classification", "Classification"),
     "causal-lm": ("foretune.tasks.objectives.causal_lm", "CausalLM"),
+    "denoising": ("foretune.tasks.objectives.denoising", "Denoising"),
     "regression": ("foretune.tasks.objectives.regression", "Regression"),
     "prompts": ("foretune.tasks.objectives.prompts", "PromptClassification"),
 }

@@ -1,0 +1,88 @@
+"""Images that a denoising model draws, and a sheet of them side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from foretune.errors import UserError
+
+GAP = 2  # pixels between images
+
+
+@torch.no_grad()
+def draw_samples(
+    model: nn.Module, objective: Any, shape: Sequence[int], num: int = 16, *, seed: int = 0
+) -> np.ndarray:
+    """Images from noise, by ancestral sampling over all moments of the schedule.
+
+    Ho, Jain, Abbeel, arXiv:2006.11239, algorithm 2. The same seed starts two models from the same
+    noise.
+
+    Args:
+        model: Called as model(noisy, t); put back into the mode in which it was.
+        objective: A `foretune.Denoising`, the one that the model was trained with.
+        shape: Of one image: (channels, height, width).
+        num: How many.
+        seed: Seeds the noise.
+
+    Returns:
+        (num, *shape) float32, cut to −1..1.
+
+    Example:
+        >>> draw_samples(model, Denoising(), (1, 16, 16), 8)  # doctest: +SKIP
+    """
+    scheduler = objective.scheduler()
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn((num, *shape), generator=generator).to(device)
+    was_training = model.training
+    model.eval()
+    for t in reversed(range(objective.num_steps)):
+        answer = model(x, torch.full((num,), t, device=device))
+        noise = answer if isinstance(answer, torch.Tensor) else answer.sample
+        x = scheduler.step(noise, t, x, generator=generator).prev_sample
+    model.train(was_training)
+    return x.clamp(-1, 1).float().cpu().numpy()
+
+
+def save_sheet(rows: Mapping[str, np.ndarray], path: Path | str, *, scale: int = 3) -> Path:
+    """Writes grey images as one PNG, a line of them for each entry, in the order of the mapping.
+
+    Args:
+        rows: Name → (n, 1, height, width) in −1..1; the names are for the reader of the code.
+        path: Ends with .png.
+        scale: Screen pixels of a pixel.
+
+    Raises:
+        UserError: No images, or images of several sizes or with colours.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UserError(
+            "a sheet needs Pillow; pip install 'foretune[diffusion]' would do"
+        ) from error
+    shapes = {images.shape[1:] for images in rows.values()}
+    if len(shapes) != 1 or next(iter(shapes))[0] != 1:
+        raise UserError(
+            f"a sheet wants grey images (n, 1, height, width) of one size, got {shapes}"
+        )
+    _, height, width = next(iter(shapes))
+    most = max(len(images) for images in rows.values())
+    size = (len(rows) * (height + GAP) - GAP, most * (width + GAP) - GAP)
+    sheet = np.full(size, 128, dtype=np.uint8)
+    for i, images in enumerate(rows.values()):
+        for j, image in enumerate(images):
+            top, left = i * (height + GAP), j * (width + GAP)
+            grey = np.clip((image[0] + 1) * 127.5, 0, 255).round()
+            sheet[top : top + height, left : left + width] = grey.astype(np.uint8)
+    path = Path(path)
+    picture = Image.fromarray(sheet)
+    picture.resize((size[1] * scale, size[0] * scale), Image.Resampling.NEAREST).save(path)
+    return path

@@ -1,0 +1,154 @@
+"""`Denoising`: predict the noise in a noisy array, as denoising diffusion models learn to.
+
+Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, arXiv:2006.11239:
+x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε and the loss ‖ε − ε_θ(x_t, t)‖² (eq. 14). The schedules are those of
+diffusers, by its names.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foretune.errors import UserError
+from foretune.models.routing import route
+from foretune.run import one_of, whole
+from foretune.tasks.batch import Batch
+from foretune.tasks.objectives.regression import check_arrays, stack
+from foretune.tasks.task import TaskCollection
+
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoising:
+    """Predict the noise that was added to an array `x`, for instance an image (channels, h, w).
+
+    The model is called as model(noisy, t) and answers with an array like x, or with diffusers'
+    output that holds one. x should lie between −1 and 1. In training the moment t and the noise of
+    a row are drawn from the run's seed, so that two methods under one seed meet the same ones; a
+    row is scored at `score_draws` moments spread over all, with noise that depends on the row
+    alone. The loss is the mean squared error over the elements, the score its negative.
+
+    Args:
+        num_steps: Moments of the noise schedule.
+        schedule: Its shape: "linear", "scaled_linear" (linear in the roots) or
+            "squaredcos_cap_v2" (cosine).
+        score_draws: Moments at which a row is scored.
+    """
+
+    num_steps: int = 1000
+    schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    score_draws: int = 4
+
+    kind: ClassVar[str] = "denoising"
+    metric: ClassVar[str] = "negative denoising loss"
+    head: ClassVar[str] = "none"
+
+    def __post_init__(self) -> None:
+        whole("num_steps", self.num_steps, 1)
+        whole("score_draws", self.score_draws, 1)
+        one_of("schedule", self.schedule, SCHEDULES)
+
+    def chance(self) -> float | None:
+        return None
+
+    def num_outputs(self) -> int | None:
+        return None
+
+    def shared(self) -> Denoising:
+        return self
+
+    def fit(self, tasks: TaskCollection) -> Denoising:
+        """Checks that every row has an `x` of one shape; there is nothing to learn."""
+        check_arrays(tasks, ("x",))
+        self.scheduler()
+        return self
+
+    def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
+        x = np.asarray(example["x"], dtype=np.float32)
+        return {"x": x, "seed": zlib.crc32(x.tobytes())}
+
+    def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
+        """The row with the moment and the noise that this step trains on."""
+        noise = rng.standard_normal((1, *row["x"].shape), dtype=np.float32)
+        return {**row, "t": rng.integers(self.num_steps, size=1), "noise": noise}
+
+    def size(self, row: Mapping[str, Any]) -> int:
+        return 1
+
+    def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
+        """(n·k, …) x, noise, t: k draws of each row, 1 in training, `score_draws` otherwise."""
+        drawn = [row if "t" in row else self._fixed(row) for row in rows]
+        inputs = {
+            "x": stack([row["x"] for row in rows]),
+            "noise": torch.from_numpy(np.stack([row["noise"] for row in drawn])),
+            "t": torch.from_numpy(np.stack([row["t"] for row in drawn])),
+        }
+        return Batch(inputs, tuple(slots), len(rows), {})
+
+    def _fixed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        rng = np.random.default_rng(row["seed"])
+        places = (np.arange(self.score_draws) + rng.random(self.score_draws)) / self.score_draws
+        noise = rng.standard_normal((self.score_draws, *row["x"].shape), dtype=np.float32)
+        return {"t": (places * self.num_steps).astype(np.int64), "noise": noise}
+
+    def losses(self, model: Any, batch: Batch) -> Tensor:
+        x, noise, t = (batch.inputs[name] for name in ("x", "noise", "t"))
+        n, k = t.shape
+        clean = x[:, None].expand_as(noise).flatten(0, 1)
+        target, moments = noise.flatten(0, 1), t.flatten()
+        noisy = self.scheduler().add_noise(clean, target, moments)
+        with route(tuple(slot for slot in batch.slots for _ in range(k))):
+            answer = model(noisy, moments)
+        predicted = answer if isinstance(answer, Tensor) else answer.sample
+        if predicted.shape != target.shape:
+            raise UserError(
+                f"the model answers with {tuple(predicted.shape[1:])} for an array of "
+                f"{tuple(target.shape[1:])}; it must be the noise, of one shape with x"
+            )
+        return (predicted.float() - target).square().reshape(n, -1).mean(1)
+
+    def scores(self, model: Any, batch: Batch) -> Tensor:
+        return -self.losses(model, batch)
+
+    def scheduler(self) -> Any:
+        """The noise schedule as a `DDPMScheduler` of diffusers.
+
+        Raises:
+            UserError: diffusers is not installed.
+        """
+        return _scheduler(self.num_steps, self.schedule)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "num_steps": self.num_steps,
+            "schedule": self.schedule,
+            "score_draws": self.score_draws,
+        }
+
+
+@cache
+def _scheduler(num_steps: int, schedule: str) -> Any:
+    try:
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+    except ImportError as error:
+        raise UserError(
+            "objective denoising needs diffusers; pip install 'foretune[diffusion]' would do"
+        ) from error
+    # The ends are given for 1,000 steps; with fewer each step must add more to end in noise.
+    scale = 1000 / num_steps
+    return DDPMScheduler(
+        num_train_timesteps=num_steps,
+        beta_start=min(1e-4 * scale, 0.5),
+        beta_end=min(0.02 * scale, 0.999),
+        beta_schedule=schedule,
+    )
