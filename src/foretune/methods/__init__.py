@@ -18,6 +18,7 @@ METHODS = {
     "full": "foretune.methods.full:Full",
     "head": "foretune.methods.head:Head",
     "lora": "foretune.methods.lora:LoRA",
+    "forecast-peft": "foretune.methods.forecast_peft:ForecastPEFT",
     "eft": "foretune.methods.eft:EFT",
     "rtd": "foretune.methods.rtd:RTD",
     "uncurl": "foretune.methods.uncurl:UNCURL",

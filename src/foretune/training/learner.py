@@ -43,6 +43,7 @@ class Learner:
         learning_rate: Of the base; None keeps the base as it is.
         bank_learning_rate: Of the bank.
         pooled: Weight rows alike, not tasks.
+        not_decayed: Parameters of the base with one of these in their names have no weight decay.
 
     Attributes:
         average: Share of the updates, the last ones, over which the base's weights are averaged.
@@ -59,8 +60,9 @@ class Learner:
         learning_rate: float | None = None,
         bank_learning_rate: float = 0.0,
         pooled: bool = False,
+        not_decayed: Sequence[str] = (),
     ) -> None:
-        self.pooled = pooled
+        self.pooled, self.not_decayed = pooled, tuple(not_decayed)
         self.model, self.objective, self.bank = model, objective, bank
         self.learning_rate, self.bank_learning_rate = learning_rate, bank_learning_rate
         if learning_rate is None:
@@ -100,7 +102,7 @@ class Learner:
             self.mean = [torch.zeros_like(p) for p in self.base]
         if self.base:
             self.base_optimizer = adamw_of(
-                self.base, self.learning_rate or 0.0, run.weight_decay, run.optimizer
+                self._groups(), self.learning_rate or 0.0, run.weight_decay, run.optimizer
             )
         if self.bank is not None:
             parts = (self.bank.layers, self.bank.heads)  # a step may move one of them alone
@@ -110,6 +112,18 @@ class Learner:
                 lr=self.bank_learning_rate,
                 weight_decay=run.weight_decay,
             )
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The base's parameters for its optimiser, those without weight decay apart."""
+        decayed: dict[bool, list[Tensor]] = {True: [], False: []}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                decayed[not any(part in name for part in self.not_decayed)].append(p)
+        return [
+            {"params": parameters, **({} if decays else {"weight_decay": 0.0})}
+            for decays, parameters in decayed.items()
+            if parameters
+        ]
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:

@@ -296,7 +296,7 @@ def _adapt_wave(
 ) -> None:
     data = TaskData(wave, objective)
     base = model if method.shares_base else copy.deepcopy(model)
-    wanted = [p.requires_grad for p in base.parameters()]
+    wanted = {name: p.requires_grad for name, p in base.named_parameters()}
     torch.manual_seed(run.seed)
     learner: Learner = method.learner(base, objective, data.keys, run)
     stopping = EarlyStopping(learner, run.patience) if run.patience else None
@@ -324,8 +324,8 @@ def _adapt_wave(
     result.cost["trainable_parameters"] = per_task
     for key in ("tokens", "examples"):
         result.cost[key] = result.cost.get(key, 0) + record[key]
-    for p, trained in zip(base.parameters(), wanted, strict=True):
-        p.requires_grad_(trained)
+    for name, p in base.named_parameters():  # a method may have put in parts of its own
+        p.requires_grad_(wanted.get(name, True))
 
 
 def draw_shots(

@@ -1,6 +1,6 @@
 """`Objective`: how examples become batches, one loss and one score for each example.
 
-The four kinds live in one file each; importing this one does not import torch.
+The kinds live in one file each; importing this one does not import torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from foretune.tasks.objectives.causal_lm import CausalLM
     from foretune.tasks.objectives.choice import Choice
     from foretune.tasks.objectives.classification import Classification
+    from foretune.tasks.objectives.forecast import Forecast
     from foretune.tasks.objectives.regression import Regression
+    from foretune.tasks.objectives.scene_reconstruction import SceneReconstruction
     from foretune.tasks.task import TaskCollection
 
 __all__ = [
@@ -28,8 +30,10 @@ __all__ = [
     "CausalLM",
     "Choice",
     "Classification",
+    "Forecast",
     "Objective",
     "Regression",
+    "SceneReconstruction",
     "make_objective",
 ]
 
@@ -38,6 +42,11 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "classification": ("foretune.tasks.objectives.classification", "Classification"),
     "causal-lm": ("foretune.tasks.objectives.causal_lm", "CausalLM"),
     "regression": ("foretune.tasks.objectives.regression", "Regression"),
+    "forecast": ("foretune.tasks.objectives.forecast", "Forecast"),
+    "scene-reconstruction": (
+        "foretune.tasks.objectives.scene_reconstruction",
+        "SceneReconstruction",
+    ),
 }
 """Kind → (module, class)."""
 
