@@ -20,7 +20,7 @@ _PUBLIC = {
     "FOMAML": "foretune.methods.fomaml",
     "Forecast": "foretune.tasks.objectives",
     "ForecastMAE": "foretune.models.forecast_mae",
-    "ForecastMAEConfig": "foretune.models.forecast_mae",
+    "ForecastMAEConfig": "foretune.models.forecast_config",
     "ForecastPEFT": "foretune.methods.forecast_peft",
     "ForetuneError": "foretune.errors",
     "Frequency": "foretune.methods.frequency",

@@ -33,7 +33,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,51 +44,12 @@ from torch.nn import functional as F
 from foretune.errors import UserError
 from foretune.files import whole_folder
 from foretune.models.agent_encoder import AgentEncoder, DropPath, LaneEncoder, Mlp
-from foretune.run import share, whole
+from foretune.models.forecast_config import ForecastMAEConfig
 
 Scene = Mapping[str, Tensor]
 KINDS = 4
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 ARCHITECTURE = "ForecastMAE"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForecastMAEConfig:
-    """Sizes of a Forecast-MAE; the defaults are those of the released model for Argoverse 2.
-
-    Args:
-        width: Of a token; a multiple of 8 and of `num_heads`.
-        encoder_depth: Blocks of the encoder.
-        decoder_depth: Blocks of the decoder.
-        num_heads: Attention heads of a block.
-        drop_path: Share of the examples that skip the last block's branches; rises from 0.
-        history_steps: Observed steps of an agent.
-        future_steps: Steps to predict.
-        lane_points: Points of a lane.
-
-    Raises:
-        UserError: A value is out of range.
-    """
-
-    width: int = 128
-    encoder_depth: int = 4
-    decoder_depth: int = 4
-    num_heads: int = 8
-    drop_path: float = 0.2
-    history_steps: int = 50
-    future_steps: int = 60
-    lane_points: int = 20
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.name != "drop_path":
-                whole(field.name, getattr(self, field.name), 1)
-        share("drop_path", self.drop_path)
-        if self.width % 8 or self.width % self.num_heads:
-            raise UserError(
-                f"width must be a multiple of 8 and of num_heads {self.num_heads}, got {self.width}"
-            )
-        whole("history_steps", self.history_steps, 2)
 
 
 class Reconstruction(NamedTuple):
@@ -204,16 +164,32 @@ class ForecastMAE(nn.Module):
         The tokens have no positions yet.
         """
         present, lanes = scene["agent_present"], scene["lane_present"]
-        history = _embed(self.hist_embed, scene["history"], present, self.sizes.width)
-        lane = _embed(self.lane_embed, scene["lanes"], lanes, self.sizes.width)
+        history = self._embed(self.hist_embed, scene["history"], present, 3)
+        lane = self._embed(self.lane_embed, scene["lanes"], lanes, 2)
         tokens = torch.cat(
             [history + self.actor_type_embed[scene["kind"]], lane + self.lane_type_embed], 1
         )
         return (
             tokens,
-            torch.cat([scene["agent_pose"], scene["lane_pose"]], 1),
+            self._scaled(torch.cat([scene["agent_pose"], scene["lane_pose"]], 1), 2),
             torch.cat([present, lanes], 1),
         )
+
+    def positions(self, said: Tensor) -> Tensor:
+        """(…, 2 steps) of a prediction layer → (…, steps, 2) in m."""
+        return self.sizes.metres * said.unflatten(-1, (-1, 2))
+
+    def _scaled(self, features: Tensor, lengths: int) -> Tensor:
+        """The first numbers of a step are lengths."""
+        parts = [features[..., :lengths] / self.sizes.metres, features[..., lengths:]]
+        return torch.cat(parts, -1)
+
+    def _embed(self, encoder: nn.Module, features: Tensor, present: Tensor, lengths: int) -> Tensor:
+        """(B, N, d): tokens of those that are there, zeros for padding, which no norm may see."""
+        out = features.new_zeros(*present.shape, self.sizes.width)
+        if present.any():
+            out[present] = encoder(self._scaled(features[present], lengths)).to(out.dtype)
+        return out
 
     def reconstruct(self, scene: Scene) -> Reconstruction:
         """The pretext task: tokens that `keep_…` hides are predicted from the others."""
@@ -221,13 +197,13 @@ class ForecastMAE(nn.Module):
         num_agents = scene["kind"].shape[1]
         seen, pose, present = self.observed(scene)
         known = scene["agent_present"] & scene["future"][..., 2].any(-1)
-        future = _embed(self.future_embed, scene["future"], known, self.sizes.width)
+        future = self._embed(self.future_embed, scene["future"], known, 2)
         future = future + self.actor_type_embed[scene["kind"]]
 
         def joined(observed: Tensor, futures: Tensor) -> Tensor:
             return torch.cat([observed[:, :num_agents], futures, observed[:, num_agents:]], 1)
 
-        pose, present = joined(pose, scene["agent_pose"]), joined(present, known)
+        pose, present = joined(pose, pose[:, :num_agents]), joined(present, known)
         visible = torch.cat([scene[f"keep_{k}"] for k in ("history", "future", "lane")], 1)
         visible = visible & present
         x = joined(seen, future) + self.pos_embed(pose)
@@ -246,9 +222,9 @@ class ForecastMAE(nn.Module):
             x = block(x, present)
         x = self.decoder_norm(x)
         return Reconstruction(
-            self.history_pred(x[:, :num_agents]).unflatten(-1, (-1, 2)),
-            self.future_pred(x[:, num_agents : 2 * num_agents]).unflatten(-1, (-1, 2)),
-            self.lane_pred(x[:, 2 * num_agents :]).unflatten(-1, (-1, 2)),
+            self.positions(self.history_pred(x[:, :num_agents])),
+            self.positions(self.future_pred(x[:, num_agents : 2 * num_agents])),
+            self.positions(self.lane_pred(x[:, 2 * num_agents :])),
         )
 
     def forecast(self, scene: Scene) -> Forecasts:
@@ -277,14 +253,6 @@ def _position_mlp(width: int) -> nn.Sequential:
 def _blocks(config: ForecastMAEConfig, depth: int) -> nn.ModuleList:
     rates = torch.linspace(0, config.drop_path, depth).tolist()
     return nn.ModuleList(Block(config, rate) for rate in rates)
-
-
-def _embed(encoder: nn.Module, features: Tensor, present: Tensor, width: int) -> Tensor:
-    """(B, N, width): tokens of those that are there, zeros for padding, which no norm may see."""
-    out = features.new_zeros(*present.shape, width)
-    if present.any():
-        out[present] = encoder(features[present]).to(out.dtype)
-    return out
 
 
 def remove(model: ForecastMAE, names: Sequence[str]) -> None:

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretune.errors import UserError
+from foretune.models.forecast_config import ForecastMAEConfig
 from foretune.models.forecast_mae import (
     ARCHITECTURE,
     CONFIG_FILE,
     WEIGHTS_FILE,
     Block,
     ForecastMAE,
-    ForecastMAEConfig,
     Forecasts,
     Scene,
     remove,
@@ -128,7 +128,7 @@ class ModePrompts(nn.Module):
         for block in model.decoder_blocks:
             x = block(x, seen)
         x = model.decoder_norm(x).view(batch, modes, size + prompts, d)
-        trajectories = model.future_pred(x[:, :, num_agents]).unflatten(-1, (-1, 2))
+        trajectories = model.positions(model.future_pred(x[:, :, num_agents]))
         if prompts == 0:
             return Forecasts(trajectories, trajectories.new_zeros(batch, modes))
         return Forecasts(trajectories, self.prompt_score(x[:, :, size]).squeeze(-1))
@@ -163,10 +163,8 @@ class ModeHead(nn.Module):
             x = block(x, present)
         x = model.norm(x)
         modes = self.multimodal_proj(x[:, 0]).unflatten(-1, (-1, x.shape[-1]))
-        others = self.dense_predictor(x[:, 1:num_agents]).unflatten(-1, (-1, 2))
-        return Forecasts(
-            self.loc(modes).unflatten(-1, (-1, 2)), self.pi(modes).squeeze(-1), others
-        )
+        others = model.positions(self.dense_predictor(x[:, 1:num_agents]))
+        return Forecasts(model.positions(self.loc(modes)), self.pi(modes).squeeze(-1), others)
 
 
 def _mlp(*widths: int) -> nn.Sequential:

@@ -161,10 +161,10 @@ def _points(file: Path) -> np.ndarray:
 def _windows(
     points: np.ndarray, history_steps: int, steps: int, stride: int
 ) -> Iterator[tuple[str, Arrays]]:
-    tracks: dict[float, dict[float, np.ndarray]] = defaultdict(dict)
+    tracks: dict[float, dict[float, tuple[float, float]]] = defaultdict(dict)
     seen: dict[float, list[float]] = defaultdict(list)
-    for frame, agent, x, y in points:
-        tracks[agent][frame] = np.array([x, y])
+    for frame, agent, x, y in points.tolist():
+        tracks[agent][frame] = (x, y)
         seen[frame].append(agent)
     gaps = Counter(
         gap for track in tracks.values() for gap in np.diff(sorted(track)).tolist() if gap > 0
@@ -173,7 +173,7 @@ def _windows(
         return
     period = gaps.most_common(1)[0][0]
     begin, end = points[:, 0].min(), points[:, 0].max()
-    nowhere = np.full(2, np.nan)
+    nowhere = (np.nan, np.nan)
     for agent, track in tracks.items():
         for start in sorted(track)[::stride]:
             frames = [start + period * k for k in range(steps)]
