@@ -47,10 +47,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lane_points": 10,
         "radius": None,
         "pretrain_scenes": 2000,
-        "pretrain_steps": 250,
+        "pretrain_steps": 200,
         "train_scenes": 1000,
-        "test_scenes": 300,
-        "adapt_steps": 200,
+        "test_scenes": 200,
+        "adapt_steps": 100,
         "batch_size": 16,
     },
     "pedestrians": {
@@ -58,14 +58,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lane_points": 10,
         "radius": 4.0,
         "pretrain_scenes": 2000,
-        "pretrain_steps": 200,
+        "pretrain_steps": 100,
         "train_scenes": 200,
         "test_scenes": 100,
-        "adapt_steps": 60,
+        "adapt_steps": 40,
         "batch_size": 16,
     },
 }
-UNSEEN = ("crowds_zara01", "students003", "uni_examples")
+UNSEEN = ("crowds_zara01.txt.gz", "crowds_zara03.txt.gz", "uni_examples.txt.gz")
 PEFT = {"prompts": 8, "adapter_rank": 16}
 RATES = {"pretrain": 1e-3, "forecast-peft": 2e-3, "forecast-ft": 1e-3, "full": 1e-3, "lora": 2e-3}
 ARMS = {
@@ -190,7 +190,8 @@ def pedestrian_world(about: dict[str, Any], seed: int, data: Path | None) -> tup
     seen = Task("seen", evenly(every, about["pretrain_scenes"]))
     unseen = [
         Task(task.name, evenly(task.train, about["train_scenes"]), (), evenly(task.test, about["test_scenes"]))
-        for task in tracks(data / "eth_ucy").subset(UNSEEN)
+        for name in UNSEEN
+        for task in tracks(data / "eth_ucy" / name)
     ]
     return TaskCollection((seen,)), TaskCollection(tuple(t for t in unseen if t.train and t.test))
 
