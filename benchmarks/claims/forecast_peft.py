@@ -40,7 +40,14 @@ from foretune.tasks.task import Task, TaskCollection
 from foretune.training.record import environment
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "forecast_peft.json"
-SIZES = {"width": 48, "encoder_depth": 2, "decoder_depth": 2, "num_heads": 4, "drop_path": 0.0, "metres": 10.0}
+SIZES = {
+    "width": 48,
+    "encoder_depth": 2,
+    "decoder_depth": 2,
+    "num_heads": 4,
+    "drop_path": 0.0,
+    "metres": 10.0,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "junctions": {
         "steps": {"history_steps": 10, "future_steps": 12},
@@ -189,7 +196,12 @@ def pedestrian_world(about: dict[str, Any], seed: int, data: Path | None) -> tup
     every = [row for split in ("train", "validation", "test") for row in seen.split(split)]
     seen = Task("seen", evenly(every, about["pretrain_scenes"]))
     unseen = [
-        Task(task.name, evenly(task.train, about["train_scenes"]), (), evenly(task.test, about["test_scenes"]))
+        Task(
+            task.name,
+            evenly(task.train, about["train_scenes"]),
+            (),
+            evenly(task.test, about["test_scenes"]),
+        )
         for name in UNSEEN
         for task in tracks(data / "eth_ucy" / name)
     ]
@@ -263,7 +275,10 @@ def scene_table(result: dict[str, Any]) -> str:
         key = "minFDE1" if arm == "constant velocity" else "minFDE6"
         means = [
             statistics.mean(
-                row[key] for run in runs for row in run["rows"] if (row["arm"], row["task"]) == (arm, scene)
+                row[key]
+                for run in runs
+                for row in run["rows"]
+                if (row["arm"], row["task"]) == (arm, scene)
             )
             for scene in scenes
         ]

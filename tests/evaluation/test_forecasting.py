@@ -25,7 +25,12 @@ def drawn(seed=0, n=20, modes=6, steps=5):
     torch.manual_seed(seed)
     valid = torch.rand(n, steps) < 0.7
     valid[:, 0] = True
-    return 3 * torch.randn(n, modes, steps, 2), torch.randn(n, modes), torch.randn(n, steps, 2), valid
+    return (
+        3 * torch.randn(n, modes, steps, 2),
+        torch.randn(n, modes),
+        torch.randn(n, steps, 2),
+        valid,
+    )
 
 
 def test_by_hand():
@@ -62,7 +67,9 @@ def test_a_step_that_was_not_observed_is_not_read():
     traj, scores, truth, valid = drawn()
     spoilt = torch.where(valid[..., None], truth, float("nan"))
     for measure in (min_ade, min_fde, brier_min_fde):
-        assert torch.equal(measure(traj, scores, truth, valid), measure(traj, scores, spoilt, valid))
+        assert torch.equal(
+            measure(traj, scores, truth, valid), measure(traj, scores, spoilt, valid)
+        )
 
 
 def test_constant_velocity_forecasts_uniform_motion_exactly():

@@ -140,9 +140,7 @@ def test_prompts_biases_and_norms_do_not_decay():
 
 def test_training_comes_closer_to_the_scenes_it_learns_from():
     scenes = junctions(8, 5)
-    tasks = foretune.TaskCollection(
-        (foretune.Task("one", scenes, (), scenes),), Forecast(**STEPS)
-    )
+    tasks = foretune.TaskCollection((foretune.Task("one", scenes, (), scenes),), Forecast(**STEPS))
     base, method = forecast_mae(metres=10.0), make("forecast-peft", **PARTS, learning_rate=1e-2)
     few, many = (adapted(method, base, tasks, steps=steps, batch_size=8) for steps in (1, 25))
     assert many.scores["one", 0] > 0.7 * few.scores["one", 0]

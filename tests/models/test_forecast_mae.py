@@ -199,7 +199,10 @@ def test_padding_changes_nothing(kind, training):
 
 
 def test_scenes_without_lanes_and_scenes_of_one_agent_are_forecast():
-    bare = [{**row, "agents": row["agents"][:1], "kinds": [0], "lanes": np.zeros((0, 1, 2))} for row in ROWS]
+    bare = [
+        {**row, "agents": row["agents"][:1], "kinds": [0], "lanes": np.zeros((0, 1, 2))}
+        for row in ROWS
+    ]
     assert prompted()(batch_of(bare).inputs).trajectories.isfinite().all()
     head = forecast_mae()
     add_head(head)

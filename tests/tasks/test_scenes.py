@@ -190,9 +190,7 @@ def scenario(folder, name="x1", split="train", *, centerline=True, drop=()):
         if not (track == "20" and step in (70, 71))
     ]
     rows = [{k: v for k, v in row.items() if k not in drop} for row in rows]
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist(rows), place / f"scenario_{name}.parquet"
-    )
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), place / f"scenario_{name}.parquet")
     line = [{"x": float(x), "y": 1.0, "z": 0.0} for x in (0, 4, 10)]
     other = [{"x": float(x), "y": 3.0, "z": 0.0} for x in (0, 4, 10)]
     lane = {"centerline": line} if centerline else {}

@@ -19,7 +19,9 @@ Scenes = Annotated[
 ]
 Changes = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as steps=500 learning_rate=1e-3."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings, such as steps=500 learning_rate=1e-3."
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
 Replace = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]

@@ -76,12 +76,13 @@ def forecast_page(
     """
     header = tag("tr", *(tag("th", content(key)) for key in rows[0]))
     body = [
-        tag("tr", *(tag("td", content(f"{v:.3f}" if isinstance(v, float) else v)) for v in r.values()))
+        tag(
+            "tr",
+            *(tag("td", content(f"{v:.3f}" if isinstance(v, float) else v)) for v in r.values()),
+        )
         for r in rows
     ]
-    pictures = [
-        tag("figure", svg, tag("figcaption", content(caption))) for caption, svg in figures
-    ]
+    pictures = [tag("figure", svg, tag("figcaption", content(caption))) for caption, svg in figures]
     style = (
         "body{font-family:sans-serif;margin:2em;color:#1f2328}td,th{padding:.2em .8em;"
         "text-align:right}td:first-child,td:nth-child(2){text-align:left}"

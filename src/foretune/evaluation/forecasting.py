@@ -1,10 +1,10 @@
 """How good forecasts of trajectories are: pure functions, and what a model gets on a task.
 
-    symbol  shape          meaning
-    traj    (n, K, F, 2)   forecasts in m
-    scores  (n, K)         logits of the modes
-    truth   (n, F, 2)      what happened
-    valid   (n, F)         which steps were observed
+symbol  shape          meaning
+traj    (n, K, F, 2)   forecasts in m
+scores  (n, K)         logits of the modes
+truth   (n, F, 2)      what happened
+valid   (n, F)         which steps were observed
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Encoders of Forecast-MAE that turn one agent's track or one lane's polyline into one token.
 
-    symbol  here             meaning
-    n       tracks or lanes  those that are there; padding never comes here
-    t       steps
-    d       width            of a token
+symbol  here             meaning
+n       tracks or lanes  those that are there; padding never comes here
+t       steps
+d       width            of a token
 """
 
 from __future__ import annotations

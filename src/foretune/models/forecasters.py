@@ -250,7 +250,14 @@ def load_forecast_mae(folder: Path | str) -> ForecastMAE:
         put_forecaster(model, about["forecaster"])
         model.freeze_batch_norm = about["freeze_batch_norm"]
         safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as e:
+    except (
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        safetensors.SafetensorError,
+    ) as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"cannot load the Forecast-MAE in {folder}: {reason}") from e
     return model.eval()

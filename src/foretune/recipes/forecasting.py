@@ -142,9 +142,7 @@ def pretrain_folder(
         "out": str(out),
         "tasks": len(tasks),
         "scenes": sum(len(task.train) for task in tasks),
-        "validation_loss": None
-        if outcome.validation_score is None
-        else -outcome.validation_score,
+        "validation_loss": None if outcome.validation_score is None else -outcome.validation_score,
         "parameters": sum(p.numel() for p in outcome.model.parameters()),
         "cost": outcome.cost,
     }

@@ -122,7 +122,9 @@ def read_tracks(
     tasks = []
     for file in files:
         rows: dict[str, list[Arrays]] = {split: [] for split in SPLITS}
-        for split, row in _windows(_points(file), history_steps, history_steps + future_steps, stride):
+        for split, row in _windows(
+            _points(file), history_steps, history_steps + future_steps, stride
+        ):
             rows[split].append(row)
         if any(rows.values()):
             tasks.append(Task(file.name.split(".txt")[0], **rows))
@@ -184,10 +186,13 @@ def _windows(
                 continue
             others = [a for a in seen[frames[history_steps - 1]] if a != agent]
             agents = [[tracks[a].get(f, nowhere) for f in frames] for a in [agent, *others]]
-            yield split, {
-                "agents": np.array(agents, np.float32),
-                "kinds": np.ones(len(agents), np.int64),
-            }
+            yield (
+                split,
+                {
+                    "agents": np.array(agents, np.float32),
+                    "kinds": np.ones(len(agents), np.int64),
+                },
+            )
 
 
 def _split_of(first: float, last: float, begin: float, end: float) -> str | None:

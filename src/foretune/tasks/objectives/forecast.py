@@ -53,7 +53,9 @@ class Forecast(SceneObjective):
             return loss
         future = batch.inputs["future"][:, 1:]
         seen = (future[..., 2] > 0) & batch.inputs["agent_present"][:, 1:, None]
-        others = _smooth_l1(said.others.flatten(1, 2), future[..., :2].flatten(1, 2), seen.flatten(1))
+        others = _smooth_l1(
+            said.others.flatten(1, 2), future[..., :2].flatten(1, 2), seen.flatten(1)
+        )
         return loss + others
 
     def scores(self, model: Any, batch: Batch) -> Tensor:

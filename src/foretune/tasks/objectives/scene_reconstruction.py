@@ -52,7 +52,9 @@ class SceneReconstruction(SceneObjective):
         hidden = present & ~scene["keep_future"]
         loss = _mean(said.future - future[..., :2], (future[..., 2] > 0) & hidden[..., None])
         hidden = present & ~scene["keep_history"]
-        loss = loss + _mean(said.history - scene["past"], (scene["history"][..., 3] > 0) & hidden[..., None])
+        loss = loss + _mean(
+            said.history - scene["past"], (scene["history"][..., 3] > 0) & hidden[..., None]
+        )
         hidden = scene["lane_present"] & ~scene["keep_lane"]
         lanes = scene["lanes"]
         apart = (said.lanes - lanes[..., :2]).square()
