@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -55,7 +57,7 @@ def test_more_modes_are_never_worse(seed):
     said = drawn(seed)
     for measure in (min_ade, min_fde, missed):
         by_k = [measure(*said, k=k) for k in range(1, 7)]
-        assert all((b <= a).all() for a, b in zip(by_k, by_k[1:], strict=False))
+        assert all((b <= a).all() for a, b in itertools.pairwise(by_k))
         assert torch.equal(by_k[-1], measure(*said))
     rate = missed(*said).mean()
     assert 0 <= rate <= 1

@@ -12,8 +12,8 @@ import foretune
 from foretune.errors import UserError
 from foretune.methods import make
 from foretune.methods.forecast_peft import load_adapted
-from foretune.models.forecast_mae import ForecastMAE
 from foretune.models.forecast_config import ForecastMAEConfig
+from foretune.models.forecast_mae import ForecastMAE
 from foretune.models.forecasters import add_head
 from foretune.run import Run
 from foretune.tasks.junctions import junctions
@@ -21,6 +21,7 @@ from foretune.tasks.objectives import Forecast
 from linear_tasks import copy_of, equal_bits
 from tiny_scenes import PARTS, STEPS, batch_of, forecast_mae, scene_tasks
 
+NEW_PARTS = ("adapter", "prompt_mode", "prompt_scene", "prompt_score")
 RUN = Run(steps=3, batch_size=4, device="cpu", eval_every=0)
 PEFT = make("forecast-peft", **PARTS)
 FT = make("forecast-peft", **{**PARTS, "adapter_rank": 0, "train": "all"})
@@ -41,10 +42,7 @@ def test_trained_parameters_are_as_many_as_in_the_released_configuration():
     counted: dict[str, int] = {}
     for name, p in by_name.items():
         kind = next(
-            k
-            for k in ("adapter", "prompt_mode", "prompt_scene", "prompt_score", "future_pred")
-            + ("decoder_embed", "norm", "bias")
-            if k in name
+            k for k in (*NEW_PARTS, "future_pred", "decoder_embed", "norm", "bias") if k in name
         )
         counted[kind] = counted.get(kind, 0) + p.numel()
     assert counted == {
@@ -273,7 +271,7 @@ def test_bad_fields_are_refused_by_name(fields, message):
 
 
 def test_another_model_objective_or_a_second_adaptation_is_refused():
-    with pytest.raises(UserError, match="needs a Forecast-MAE .* got Linear"):
+    with pytest.raises(UserError, match=r"needs a Forecast-MAE .* got Linear"):
         PEFT.learner(nn.Linear(1, 1), Forecast(**STEPS), ["one"], RUN)
     with pytest.raises(UserError, match="objective Forecast, got regression"):
         PEFT.learner(forecast_mae(), foretune.Regression(), ["one"], RUN)

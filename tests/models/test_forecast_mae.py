@@ -49,7 +49,7 @@ def test_parameters_are_as_many_as_in_the_released_models():
     model = ForecastMAE(ForecastMAEConfig())
     add_prompts(model)
     assert count(model) == 2_784_933
-    parts = {k: 0 for k in ("adapter", "prompt_mode", "prompt_scene", "prompt_score")}
+    parts = dict.fromkeys(("adapter", "prompt_mode", "prompt_scene", "prompt_score"), 0)
     for name, p in model.named_parameters():
         for part in parts:
             parts[part] += p.numel() if part in name else 0
@@ -307,5 +307,5 @@ def test_a_second_forecaster_is_refused_and_a_pretrained_model_cannot_forecast()
         with pytest.raises(UserError, match="forecasts already"):
             add(model)
     assert equal_bits(model.state_dict(), before)
-    with pytest.raises(UserError, match="needs a Forecast-MAE .* got Linear"):
+    with pytest.raises(UserError, match=r"needs a Forecast-MAE .* got Linear"):
         add_prompts(torch.nn.Linear(1, 1))

@@ -97,7 +97,8 @@ def forecast_page(
         )
     )
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{content(title)}</title>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{content(title)}</title>"
         f"<style>{style}</style></head><body><h1>{content(title)}</h1>"
         f"{tag('table', header, *body)}<p>Metres. In the pictures: {legend}; the heading is up.</p>"
         f"{''.join(pictures)}</body></html>\n"

@@ -22,7 +22,8 @@ class ForecastMAEConfig:
         history_steps: Observed steps of an agent.
         future_steps: Steps to predict.
         lane_points: Points of a lane.
-        radius: Agents and lanes farther from the focal agent, in metres, are not seen; None for none.
+        radius: Agents and lanes farther from the focal agent, in metres, are not seen; None sees
+            all.
         metres: What is read and written as 1. More makes far positions small numbers, which trains
             in fewer steps; the released model has 1.
 

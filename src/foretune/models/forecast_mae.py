@@ -256,7 +256,7 @@ def _blocks(config: ForecastMAEConfig, depth: int) -> nn.ModuleList:
 
 
 def remove(model: ForecastMAE, names: Sequence[str]) -> None:
-    """Takes away parts that a forecaster never reads, so that they are neither saved nor counted."""
+    """Takes away parts that a forecaster never reads: neither saved nor counted."""
     for name in names:
         setattr(model, name, None)
 
