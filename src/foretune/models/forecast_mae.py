@@ -82,13 +82,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         """(B, S, d), (B, S) → (B, S, d)."""
-        parts = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in self._inputs())
-        out = F.scaled_dot_product_attention(*parts, attn_mask=visible[:, None, None, :])
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in layers)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None, :])
         mixed: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return mixed
-
-    def _inputs(self) -> tuple[nn.Module, ...]:
-        return self.q_proj, self.k_proj, self.v_proj
 
 
 class Block(nn.Module):

@@ -268,5 +268,8 @@ def put_forecaster(model: ForecastMAE, options: dict[str, Any] | None) -> None:
     """Makes the forecaster that a config describes; None for none."""
     if options is None:
         return
-    kind, fields = options["kind"], {k: v for k, v in options.items() if k != "kind"}
-    {"prompts": add_prompts, "head": add_head}[kind](model, **fields)
+    fields = {k: v for k, v in options.items() if k != "kind"}
+    if options["kind"] == "prompts":
+        add_prompts(model, **fields)
+    else:
+        add_head(model, **fields)

@@ -137,7 +137,7 @@ def pretrain_folder(
             asked.run,
             progress=progress,
         )
-    save_forecast_mae(outcome.model, out)  # type: ignore[arg-type]
+    save_forecast_mae(outcome.model, out)
     return {
         "out": str(out),
         "tasks": len(tasks),
