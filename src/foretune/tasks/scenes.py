@@ -231,7 +231,7 @@ def collected(path: Path, columns: Mapping[str, Any]) -> TaskCollection:
 def _unpadded(row: Arrays) -> Arrays:
     if row["agents"].ndim != 3:  # said in one line by check_scene
         return row
-    there: np.ndarray = ~np.isnan(row["agents"]).all((1, 2))
+    there = np.asarray(~np.isnan(row["agents"]).all((1, 2)))
     row = {k: v[there] if k != "lanes" and len(v) == len(there) else v for k, v in row.items()}
     if "kinds" in row:
         row["kinds"] = np.nan_to_num(row["kinds"]).astype(np.int64)
