@@ -10,7 +10,7 @@ pedestrians   FOLDER/trajnet_sdd (pretraining) and FOLDER/eth_ucy (unseen scenes
               steps.
 
 Small sizes: width 48, two blocks each, 8 prompts, adapters of rank 16. A seed that is in the
-result file already is not run again. Rates were set on junctions that no result is made of.
+result file already is not run again. Rates were not searched: they are usual ones, set beforehand.
 """
 
 from __future__ import annotations
