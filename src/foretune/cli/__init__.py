@@ -17,6 +17,7 @@ from foretune.cli import (
     compare_report,
     datastore,
     doctor,
+    forecast,
     fuse,
     generate,
     init,
@@ -67,6 +68,7 @@ app.command("prune")(prune.prune)
 app.command("generate")(generate.generate)
 app.add_typer(datastore.app, name="datastore")
 app.add_typer(sfda.app, name="sfda")
+app.add_typer(forecast.app, name="forecast")
 app.command("ls")(catalogue.ls)
 app.command("show")(catalogue.show)
 app.command("cite")(catalogue.cite)

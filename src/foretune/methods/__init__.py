@@ -21,6 +21,7 @@ METHODS = {
     "fd-align": "foretune.methods.fd_align:FDAlign",
     "subspace-sfda": "foretune.methods.subspace_sfda:SubspaceSFDA",
     "sara": "foretune.methods.sara:SaRA",
+    "forecast-peft": "foretune.methods.forecast_peft:ForecastPEFT",
     "eft": "foretune.methods.eft:EFT",
     "rtd": "foretune.methods.rtd:RTD",
     "uncurl": "foretune.methods.uncurl:UNCURL",

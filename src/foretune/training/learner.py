@@ -44,6 +44,7 @@ class Learner:
         learning_rate: Of the base; None keeps the base as it is.
         bank_learning_rate: Of the bank.
         pooled: Weight rows alike, not tasks.
+        not_decayed: Parameters of the base with one of these in their names have no weight decay.
 
     Attributes:
         average: Share of the updates, the last ones, over which the base's weights are averaged.
@@ -60,8 +61,9 @@ class Learner:
         learning_rate: float | None = None,
         bank_learning_rate: float = 0.0,
         pooled: bool = False,
+        not_decayed: Sequence[str] = (),
     ) -> None:
-        self.pooled = pooled
+        self.pooled, self.not_decayed = pooled, tuple(not_decayed)
         self.model, self.objective, self.bank = model, objective, bank
         self.learning_rate, self.bank_learning_rate = learning_rate, bank_learning_rate
         if learning_rate is None:
@@ -101,7 +103,7 @@ class Learner:
             self.mean = [torch.zeros_like(p) for p in self.base]
         if self.base:
             self.base_optimizer = adamw_of(
-                self.base, self.learning_rate or 0.0, run.weight_decay, run.optimizer
+                self._groups(), self.learning_rate or 0.0, run.weight_decay, run.optimizer
             )
         if self.bank is not None:
             parts = (self.bank.layers, self.bank.heads)  # a step may move one of them alone
@@ -111,6 +113,17 @@ class Learner:
                 lr=self.bank_learning_rate,
                 weight_decay=run.weight_decay,
             )
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The base's parameters for its optimiser, those without weight decay apart."""
+        if not self.not_decayed:
+            return [{"params": self.base}]
+        names = {p: name for name, p in self.model.named_parameters()}
+        apart = {p for p in self.base if any(part in names[p] for part in self.not_decayed)}
+        return [
+            {"params": [p for p in self.base if p not in apart]},
+            {"params": [p for p in self.base if p in apart], "weight_decay": 0.0},
+        ]
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:

@@ -14,12 +14,12 @@ from foretune.errors import UserError
 
 
 def adamw_of(
-    params: Sequence[Tensor], lr: float, weight_decay: float, kind: str
+    params: Sequence[Tensor] | list[dict[str, Any]], lr: float, weight_decay: float, kind: str
 ) -> torch.optim.Optimizer:
     """AdamW on plain parameters.
 
     Args:
-        params: What it moves.
+        params: What it moves, or groups of it.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
         kind: "adamw" (torch's fused kernel) or "adamw-8bit" (Dettmers et al. 2022,

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from foretune.tasks.objectives.choice import Choice
     from foretune.tasks.objectives.classification import Classification
     from foretune.tasks.objectives.denoising import Denoising
+    from foretune.tasks.objectives.forecast import Forecast
     from foretune.tasks.objectives.prompts import PromptClassification
     from foretune.tasks.objectives.regression import Regression
+    from foretune.tasks.objectives.scene_reconstruction import SceneReconstruction
     from foretune.tasks.task import TaskCollection
 
 __all__ = [
@@ -31,9 +33,11 @@ __all__ = [
     "Choice",
     "Classification",
     "Denoising",
+    "Forecast",
     "Objective",
     "PromptClassification",
     "Regression",
+    "SceneReconstruction",
     "make_objective",
 ]
 
@@ -44,6 +48,11 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "denoising": ("foretune.tasks.objectives.denoising", "Denoising"),
     "regression": ("foretune.tasks.objectives.regression", "Regression"),
     "prompts": ("foretune.tasks.objectives.prompts", "PromptClassification"),
+    "forecast": ("foretune.tasks.objectives.forecast", "Forecast"),
+    "scene-reconstruction": (
+        "foretune.tasks.objectives.scene_reconstruction",
+        "SceneReconstruction",
+    ),
 }
 """Kind → (module, class)."""
 

@@ -1,0 +1,57 @@
+"""The sizes of a Forecast-MAE; importing this does not import torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from foretune.errors import UserError
+from foretune.run import above_zero, share, whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastMAEConfig:
+    """Sizes of a Forecast-MAE; the defaults are those of the released model for Argoverse 2.
+
+    Args:
+        width: Of a token; a multiple of 8 and of `num_heads`.
+        encoder_depth: Blocks of the encoder.
+        decoder_depth: Blocks of the decoder.
+        num_heads: Attention heads of a block.
+        drop_path: Share of the examples that skip the last block's branches; rises from 0.
+        history_steps: Observed steps of an agent.
+        future_steps: Steps to predict.
+        lane_points: Points of a lane.
+        radius: Agents and lanes farther from the focal agent, in metres, are not seen; None sees
+            all.
+        metres: What is read and written as 1. More makes far positions small numbers, which trains
+            in fewer steps; the released model has 1.
+
+    Raises:
+        UserError: A value is out of range.
+    """
+
+    width: int = 128
+    encoder_depth: int = 4
+    decoder_depth: int = 4
+    num_heads: int = 8
+    drop_path: float = 0.2
+    history_steps: int = 50
+    future_steps: int = 60
+    lane_points: int = 20
+    radius: float | None = 150.0
+    metres: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name not in ("drop_path", "radius", "metres"):
+                whole(field.name, getattr(self, field.name), 1)
+        share("drop_path", self.drop_path)
+        above_zero("metres", self.metres)
+        if self.radius is not None:
+            above_zero("radius", self.radius)
+        if self.width % 8 or self.width % self.num_heads:
+            raise UserError(
+                f"width must be a multiple of 8 and of num_heads {self.num_heads}, got {self.width}"
+            )
+        whole("history_steps", self.history_steps, 2)
