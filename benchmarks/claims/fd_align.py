@@ -473,7 +473,7 @@ def draw(result: Mapping[str, Any]) -> str:
                 )
                 body.append(svg.line(*ends, ink.line))
                 spot = (place, top + side + 18) if across else (left - 26, place + 4)
-                body.append(svg.text(f"{100 * tick:.0f}", *spot, ink.muted, size=12))
+                body.append(svg.text(f"{100 * tick:.3g}", *spot, ink.muted, size=12))
         title = f"{kind}: shifted (up) against in distribution (right), %"
         body.append(svg.text(title, left, top + side + 38, ink.text, size=12))
         for arm, (across, up) in at.items():
