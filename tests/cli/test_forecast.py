@@ -172,7 +172,13 @@ def test_scenes_that_do_not_fit_the_model_are_named(world, tmp_path):
 
 
 def test_help_and_mistakes_do_not_import_torch():
-    for args in (["forecast", "--help"], ["forecast", "pretrain", "width=20", "--scenes", "x"]):
+    for args in (
+        ["forecast", "--help"],
+        ["forecast", "pretrain", "width=20", "--scenes", "x"],
+        ["forecast", "pretrain", "--scenes", "x"],
+        ["forecast", "adapt", "nope", "--scenes", "x"],
+        ["forecast", "eval", "nope", "--scenes", "x"],
+    ):
         code = (
             "import sys; from foretune.cli import app\n"
             f"try: app({args!r})\nexcept SystemExit: pass\n"

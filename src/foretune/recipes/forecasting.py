@@ -118,6 +118,7 @@ def pretrain_folder(
         overwrite: Replace a model that is there.
         console: Is told how it goes.
     """
+    _there(scenes)
     import torch
 
     import foretune
@@ -171,6 +172,7 @@ def adapt_folder(
         overwrite: Replace what is there.
         console: Is told how it goes.
     """
+    _there(base, scenes)
     import foretune
     from foretune.models.forecast_mae import save_forecast_mae
     from foretune.models.forecasters import add_head, load_forecast_mae
@@ -224,6 +226,7 @@ def evaluate_folder(
         pictures: Scenes of each task on it.
         overwrite: Replace the page.
     """
+    _there(folder, scenes)
     import foretune
     from foretune.evaluation.forecast_report import forecast_page, scene_figure
     from foretune.evaluation.forecasting import forecast_rows, measures
@@ -303,6 +306,13 @@ class _Adapted:
         if self.method.name == "full":
             return load_forecast_mae(place)
         return load_adapted(place, self.base)
+
+
+def _there(*paths: Path) -> None:
+    """Asked first: a mistyped path must not wait for torch."""
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"no such file or folder: {path}")
 
 
 def _steps(sizes: ForecastMAEConfig) -> dict[str, Any]:
