@@ -129,10 +129,12 @@ def test_a_folder_that_is_not_empty_is_kept_unless_told(world, tmp_path):
         (("adapt", "BASE", "prompts=0"), "prompts must be a whole number"),
         (("adapt", "BASE", "--method", "lora"), "one of forecast-peft, full; got 'lora'"),
         (("adapt", "BASE", "rank=4"), 'no setting "rank"; forecast-peft has modes'),
-        (("adapt", "NONE"), "holds no Forecast-MAE"),
+        (("adapt", "NONE"), "no such file or folder"),
+        (("adapt", "."), "holds no Forecast-MAE"),
         (("eval", "BASE"), "only pretrained and cannot forecast yet"),
         (("eval", "BASE", "--split", "dev"), "--split must be one of"),
-        (("eval", "NONE"), "holds no Forecast-MAE"),
+        (("eval", "NONE"), "no such file or folder"),
+        (("eval", "."), "holds no Forecast-MAE"),
     ],
 )
 def test_mistakes_are_one_line(world, tmp_path, args, message):
