@@ -34,6 +34,14 @@ both shakespeare tasks.source="$data/shakespeare/speakers.jsonl.gz"
 both python-docs
 both convai2 tasks.source="$data/convai2/valid.jsonl.gz"
 
+# What the rate of retraining is worth; not a collection of its own, so not called claims-.
+foretune run $here/clinc150.yaml tasks.source="$data/clinc150/clinc150.jsonl.gz" \
+    'retrain.methods=[{standard: {learning_rate: 2e-4, as: standard-2e-4}},
+      {standard: {learning_rate: 6e-4, as: standard-6e-4}}, standard,
+      {standard: {interpolate: 0.5, learning_rate: 6e-4, as: half-6e-4}},
+      {standard: {interpolate: 0.5, as: half-2e-3}}]' --out runs/claims/rates-clinc150 --resume
+python benchmarks/publish.py runs/claims/rates-clinc150 rates-clinc150
+
 claim spectrum-clinc150 clinc150 tasks.source="$data/clinc150/clinc150.jsonl.gz" tasks.rotate=false \
     seeds=1 'adapt.shots=[5]' 'spectrum={shots: 5, ranks: [1, 2, 4, 8, 16, 32]}' \
     'retrain.methods=[none, standard, {standard: {heads: per-task, as: standard-heads}}, peft-ml]'
