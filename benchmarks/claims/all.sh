@@ -43,7 +43,7 @@ foretune run $here/clinc150.yaml tasks.source="$data/clinc150/clinc150.jsonl.gz"
 python benchmarks/publish.py runs/claims/rates-clinc150 rates-clinc150
 
 claim spectrum-clinc150 clinc150 tasks.source="$data/clinc150/clinc150.jsonl.gz" tasks.rotate=false \
-    seeds=1 'adapt.shots=[5]' 'spectrum={shots: 5, ranks: [1, 2, 4, 8, 16, 32]}' \
+    seeds=1 retrain.learning_rate=6e-4 'adapt.shots=[5]' 'spectrum={shots: 5, ranks: [1, 2, 4, 8, 16, 32]}' \
     'retrain.methods=[none, standard, {standard: {heads: per-task, as: standard-heads}}, peft-ml]'
 
 # Ranks in retraining by ranks in adapting: the spectrum is the grid.
