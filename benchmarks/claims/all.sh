@@ -53,3 +53,8 @@ claim convai2-ranks convai2 tasks.source="$data/convai2/valid.jsonl.gz" 'adapt.s
       {peft-ml: {lora: {r: 4, lora_alpha: 8}, as: peft-ml-4}}, peft-ml,
       {peft-ml: {lora: {r: 16, lora_alpha: 32}, as: peft-ml-16}},
       {peft-ml: {form: last-layer, as: peft-ml-last}}]'
+
+# SaRA's entries as the adapters of PEFT-ML; a result of its own, outside the tables of the claims.
+foretune run $here/convai2_sparse.yaml tasks.source="$data/convai2/valid.jsonl.gz" \
+    --out runs/claims/sparse-convai2 --resume
+python benchmarks/publish.py runs/claims/sparse-convai2 sparse-convai2

@@ -32,6 +32,7 @@ EPISODIC = [{"inner": "all", "inner_steps": 3}, {"inner": "adapter", "inner_step
 FAST = {"learning_rate": 0.03}
 BETWEEN = {**FAST, "adapter_learning_rate": 0.03, "lora": {"r": 1, "lora_alpha": 1}}
 PEFT_ML_WITH_HEADS = ("peft-ml", {**BETWEEN, "heads": "per-task"})
+PEFT_ML_SPARSE = ("peft-ml", {**BETWEEN, "form": "sparse", "fraction": 0.3})
 FORMS = [
     ("none", {}),
     ("standard", FAST),
@@ -39,6 +40,7 @@ FORMS = [
     ("peft-ml", {**FAST, "adapter_learning_rate": 0.03, "lora": {"r": 1, "lora_alpha": 1}}),
     ("peft-ml", {**FAST, "adapter_learning_rate": 0.03, "form": "last-layer"}),
     PEFT_ML_WITH_HEADS,
+    PEFT_ML_SPARSE,
     ("peft-ml", {**BETWEEN, "penalty": 0.1}),
     ("peft-ml", {**BETWEEN, "adapter_dropout": 0.5}),
     ("peft-ml", {**BETWEEN, "restart_every": 3}),
@@ -191,7 +193,14 @@ def test_bad_lora_is_refused_by_name(name, fields, message):
     ("name", "fields", "message"),
     [
         ("standard", {"heads": "many"}, "heads must be one of shared, per-task; got 'many'"),
-        ("peft-ml", {"form": "prefix"}, "form must be one of lora, last-layer; got 'prefix'"),
+        (
+            "peft-ml",
+            {"form": "prefix"},
+            "form must be one of lora, last-layer, sparse; got 'prefix'",
+        ),
+        ("peft-ml", {"fraction": 0}, "fraction must be a number above 0, got 0"),
+        ("peft-ml", {"fraction": 1.5}, "fraction is a share between 0 and 1, got 1.5"),
+        ("peft-ml", {"fraction": "x"}, "fraction must be a number above 0, got 'x'"),
         ("reptile", {"inner": "head"}, "inner must be one of all, adapter; got 'head'"),
         ("fomaml", {"inner": "head"}, "inner must be one of all, adapter; got 'head'"),
         ("reptile", {"inner_steps": 0}, "inner_steps must be a whole number not below 1, got 0"),
@@ -333,7 +342,8 @@ def test_saved_base_gives_the_same_outputs(name, fields, tmp_path):
     folders = tmp_path / "out" / "adapters"
     assert folders.is_dir() == (outcome.bank is not None)
     moved = {"interpolate", "average"} & set(fields)  # away from the weights beside the adapters
-    assert (outcome.bank is not None) == (name == "peft-ml" and not moved)
+    kept = name == "peft-ml" and not moved and fields.get("form") != "sparse"
+    assert (outcome.bank is not None) == kept
 
 
 def _classification() -> TaskCollection:

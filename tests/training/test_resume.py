@@ -24,6 +24,9 @@ LORA = {"r": 2, "lora_dropout": 0.2}
 METHODS = {
     "peft-ml": foretune.PEFTML(learning_rate=0.05, adapter_learning_rate=0.05, lora=LORA),
     "standard": foretune.Standard(learning_rate=0.05, heads="per-task"),
+    "peft-ml-sparse": foretune.PEFTML(
+        learning_rate=0.05, adapter_learning_rate=0.05, form="sparse", restart_every=4
+    ),
     "reptile": foretune.Reptile(learning_rate=0.05, inner_learning_rate=0.05, inner_steps=2),
     "reptile-adapter": foretune.Reptile(
         learning_rate=0.05, inner_learning_rate=0.05, inner_steps=2, inner="adapter", lora=LORA

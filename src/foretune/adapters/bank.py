@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from foretune.adapters.config import lora_scale, matching_modules
 from foretune.adapters.lora import by_rows, by_slot, index_of, lora_conv1d, lora_linear
+from foretune.adapters.sparse import smallest_entries
+from foretune.adapters.sparse_slots import sparse_linear
 from foretune.errors import UserError
 from foretune.models.routing import Rows, current_rows
 
 
 class AdapterBank(nn.Module):
-    """One LoRA adapter and one copy of the head modules for each slot.
+    """One adapter, LoRA or sparse, and one copy of the head modules for each slot.
 
     Args:
         model: The base. Its own parameters are neither copied nor owned by the bank.
@@ -34,12 +36,16 @@ class AdapterBank(nn.Module):
             on which other slots there are.
         lora: Fields of a `peft.LoraConfig`; None for a bank of heads only.
             `target_modules=None` adapts every linear layer that the model lets train.
+        sparse: None for LoRA adapters. Otherwise each slot has a change of its own at this share
+            of the entries of the adapted layers, the smallest as the model is now, the same ones
+            for all slots; of `lora` only what chooses modules then counts.
         heads: Names of modules of which each slot has a full copy (PEFT's `modules_to_save`).
         fresh_heads: Draw the copies anew; False copies the base's own weights.
         seed: Seeds the fresh values.
 
     Raises:
-        UserError: `target_modules` or `heads` match nothing; the message lists what there is.
+        UserError: `target_modules` or `heads` match nothing, and the message lists what there is;
+            a sparse change of a convolution.
     """
 
     def __init__(
@@ -48,6 +54,7 @@ class AdapterBank(nn.Module):
         keys: Sequence[str],
         *,
         lora: Mapping[str, Any] | None = None,
+        sparse: float | None = None,
         heads: Sequence[str] = (),
         fresh_heads: bool = False,
         seed: int = 0,
@@ -67,8 +74,10 @@ class AdapterBank(nn.Module):
             )
         self.layers = nn.ModuleDict()
         if self.lora is not None:
-            for name in matching_modules(model, self.lora, self.head_names):
-                layer = _LoRALayer(modules[name], len(self.keys), self.lora)
+            names = matching_modules(model, self.lora, self.head_names)
+            for name, layer in _layers(
+                {name: modules[name] for name in names}, len(self.keys), self.lora, sparse
+            ):
                 self.layers[_escaped(name)] = layer
         self.heads = nn.ModuleDict(
             {_escaped(name): _HeadCopies(modules[name], len(self.keys)) for name in self.head_names}
@@ -78,7 +87,7 @@ class AdapterBank(nn.Module):
 
     @property
     def layer_names(self) -> list[str]:
-        """Full names of the modules that carry a LoRA adapter."""
+        """Full names of the modules that carry an adapter."""
         return [_plain(name) for name in self.layers]
 
     @property
@@ -93,7 +102,7 @@ class AdapterBank(nn.Module):
 
     @torch.no_grad()
     def reset(self, slots: Sequence[int] | range, seed: int | None = None) -> None:
-        """Fresh adapters (A uniform as in PEFT, B zero) and heads for these slots."""
+        """Fresh adapters (A uniform as in PEFT, B zero; or no change) and heads for these slots."""
         seed = self._seed if seed is None else seed
         # SFC64, because a bank for a thousand tasks is half a billion draws.
         rngs = [np.random.Generator(np.random.SFC64(_seed_of(seed, self.keys[s]))) for s in slots]
@@ -121,7 +130,7 @@ class AdapterBank(nn.Module):
 
     @contextlib.contextmanager
     def bare(self) -> Iterator[None]:
-        """Inside the block no LoRA adapter is added; heads stay those of their slots."""
+        """Inside the block no adapter is added; heads stay those of their slots."""
         layers = [self._layer(name) for name in self.layer_names]
         try:
             for layer in layers:
@@ -133,6 +142,8 @@ class AdapterBank(nn.Module):
 
     def add_penalty(self, slots: Sequence[int], weight: float) -> None:
         """Adds the gradient of weight · Σ ‖s·B A‖²_F over these slots and all layers to `.grad`.
+
+        Of sparse changes it is that of weight · Σ ‖S‖²_F.
 
         Args:
             slots: Ascending.
@@ -148,11 +159,11 @@ class AdapterBank(nn.Module):
 
     def mean_delta(self, name: str, slots: Sequence[int]) -> Tensor:
         """The mean over slots of what their adapters add to the weight of module `name`."""
-        return self._layer(name).mean_delta(list(slots))
+        return self._lora_layer(name).mean_delta(list(slots))
 
     def factors(self, name: str, slot: int) -> tuple[Tensor, Tensor]:
         """Slot's (A, B) in PEFT's shapes: (r, in) and (out, r), or those of a convolution."""
-        layer = self._layer(name)
+        layer = self._lora_layer(name)
         if layer.is_conv:
             return layer.a[slot], layer.b[slot][..., None]
         return layer.a[slot], layer.b[slot].T
@@ -167,8 +178,13 @@ class AdapterBank(nn.Module):
         """Slot's copy of the parameters of head module `name`."""
         return {_plain(k): v[slot] for k, v in self._head(name).stacked.items()}
 
-    def _layer(self, name: str) -> _LoRALayer:
+    def _layer(self, name: str) -> _LoRALayer | _SparseLayer:
         layer = self.layers[_escaped(name)]
+        assert isinstance(layer, (_LoRALayer, _SparseLayer))
+        return layer
+
+    def _lora_layer(self, name: str) -> _LoRALayer:
+        layer = self._layer(name)
         assert isinstance(layer, _LoRALayer)
         return layer
 
@@ -262,6 +278,63 @@ class _LoRALayer(nn.Module):
             return torch.einsum("tor,trik->oik", b, a) * (self.scale / len(slots))
         product = b.flatten(0, 1).T @ a.flatten(0, 1) * (self.scale / len(slots))
         return product.T if self.transposed else product
+
+
+class _SparseLayer(nn.Module):
+    """The stacked sparse changes of one nn.Linear or transformers' Conv1D."""
+
+    def __init__(self, module: nn.Module, num_slots: int, places: Tensor) -> None:
+        super().__init__()
+        weight: Any = module.weight
+        self.transposed = not isinstance(module, nn.Linear)
+        self.off = False
+        self.values = _zeros(weight, num_slots, len(places))
+        self.register_buffer("places", places)
+
+    @torch.no_grad()
+    def reset(self, slots: Sequence[int] | range, rngs: Sequence[np.random.Generator]) -> None:
+        """No change; nothing is drawn."""
+        self.values[list(slots)] = 0
+
+    def forward_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The forward that takes the place of the module's own."""
+        plain = type(module).forward
+
+        def forward(x: Tensor) -> Tensor:
+            rows = current_rows()
+            if rows is None or self.off:
+                return plain(module, x)
+            weight: Any = module.weight.T if self.transposed else module.weight
+            return sparse_linear(x, weight, module.bias, self.values, self.places, rows)  # type: ignore[arg-type]
+
+        return forward
+
+    @torch.no_grad()
+    def add_penalty(self, index: slice | list[int], weight: float) -> None:
+        """∇ ‖S‖² = 2 S."""
+        if self.values.grad is not None:
+            self.values.grad[index] += 2 * weight * self.values[index]
+
+
+def _layers(
+    modules: Mapping[str, nn.Module], num_slots: int, lora: Mapping[str, Any], sparse: float | None
+) -> Iterator[tuple[str, nn.Module]]:
+    """The adapted layer of each of these modules, by name."""
+    if sparse is None:
+        for name, module in modules.items():
+            yield name, _LoRALayer(module, num_slots, lora)
+        return
+    weights: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        if isinstance(module, nn.Conv1d):
+            raise UserError(
+                f"{name} is a convolution, and sparse adapters change linear layers alone: name "
+                "the linear layers in lora target_modules, or use form lora"
+            )
+        weight: Any = module.weight
+        weights[name] = weight if isinstance(module, nn.Linear) else weight.T
+    for name, places in smallest_entries(weights, sparse).items():
+        yield name, _SparseLayer(modules[name], num_slots, places)
 
 
 def _zeros(like: Tensor, *shape: int) -> nn.Parameter:

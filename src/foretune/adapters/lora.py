@@ -183,9 +183,9 @@ class _LoRALinear(torch.autograd.Function):
                 gx = torch.zeros_like(x) if weight is None else gy @ weight
                 add_expanded_(gx, gh, present(a, layout, x.dtype), layout, 1.0)
             if need_a:
-                ga = _given(a, outer(gh, x, layout), layout)
+                ga = given(a, outer(gh, x, layout), layout)
         if need_b:
-            gb = _given(bt, outer(h, gy, layout).mul_(scale), layout)
+            gb = given(bt, outer(h, gy, layout).mul_(scale), layout)
         if need_w:
             gw = gy.T @ x
         if need_bias:
@@ -198,7 +198,7 @@ def present(stacked: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     return (stacked if layout.slots is None else stacked[layout.slots]).to(dtype)
 
 
-def _given(stacked: Tensor, grad: Tensor, layout: Layout) -> Tensor | None:
+def given(stacked: Tensor, grad: Tensor, layout: Layout) -> Tensor | None:
     """The gradient to return for a stacked parameter; None when it has been added to `.grad`."""
     grad = grad.to(stacked.dtype)
     if layout.slots is None:

@@ -75,13 +75,43 @@ def threshold_of(model: nn.Module, fraction: float, leave_out: Sequence[str] = (
         for name, p in model.named_parameters()
         if p.requires_grad and not within(name, leave_out)
     ]
+    return threshold_among(sizes, fraction)
+
+
+def threshold_among(sizes: Sequence[Tensor], fraction: float) -> float:
+    """The threshold below which this share of the entries of flat tensors lies, ties apart."""
     if not sizes:
         return 0.0
-    every = torch.cat(sizes)
+    every = torch.cat(list(sizes))
     count = round(fraction * len(every))
     if count >= len(every):
         return torch.nextafter(every.max(), every.new_tensor(torch.inf)).item()
     return every.kthvalue(count + 1).values.item()
+
+
+def smallest_entries(weights: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
+    """Where the smallest entries in absolute value of all these weights together lie.
+
+    Args:
+        weights: Each by its name.
+        fraction: Share of all entries; above 0, at most 1.
+
+    Returns:
+        Name → (m,) places in the flattened weight; weights without any are left out.
+
+    Raises:
+        UserError: No entry at all: too many are equal, or the share is too small.
+    """
+    sizes = {name: w.detach().abs().flatten().float() for name, w in weights.items()}
+    threshold = threshold_among(list(sizes.values()), fraction)
+    found = {name: _places(size < threshold) for name, size in sizes.items()}
+    found = {name: places for name, places in found.items() if len(places)}
+    if not found:
+        raise UserError(
+            f"fraction {fraction:g} of the adapted layers' weights is no entry at all (none is "
+            f"below {threshold:g} in absolute value): raise fraction"
+        )
+    return found
 
 
 class SparseDelta:

@@ -8,7 +8,8 @@ arXiv:2410.22264.
 
     symbol   here           meaning
     W        model          weights that every task shares, all of them trained
-    θ_t      bank slot t    adapter of task t: LoRA factors (A_t, B_t), or the task's own head
+    θ_t      bank slot t    adapter of task t: LoRA factors (A_t, B_t), the task's own head, or a
+                            sparse change S_t
 
 W and all θ_t descend together. By the envelope theorem the gradient of the inner minimum with
 respect to W is the partial gradient at the present θ_t, so there is no second-order term. θ_t
@@ -30,6 +31,10 @@ Beyond the paper, all off by default:
     - `average`: the mean of W over the last updates instead of the last W (Izmailov et al.,
       "Averaging weights leads to wider optima and better generalization", UAI 2018,
       arXiv:1803.05407). The controls have it too.
+    - `form="sparse"`: θ_t is the task's own change S_t at the `fraction` of the adapted layers'
+      entries that is smallest in the given model; these places are the same for all tasks and stay.
+      The choice is SaRA's (Hu et al., arXiv:2409.06633, eq. 2), without its nuclear term and its
+      reselection. S_t starts at zero.
 Silent in the paper:
     - Whether heads are shared; the authors' language code gives each task its own. Here a task
       has one where the tasks' label sets differ, and where `heads` says so.
@@ -68,13 +73,18 @@ class PEFTML:
     Args:
         learning_rate: Of the base.
         adapter_learning_rate: Of the adapters and of heads of their own.
-        form: "lora" for LoRA adapters; "last-layer" for a head of each task as its adapter.
+        form: "lora" for LoRA adapters; "last-layer" for a head of each task as its adapter;
+            "sparse" for a change of each task at the smallest entries.
         heads: "shared" for one head over the labels of all tasks, where they are the same;
             "per-task" for one head a task beside its LoRA adapter (where the model has no head, a
             copy of its last linear layer).
         lora: A `peft.LoraConfig` or a mapping of its fields. Without `target_modules` every
             linear layer that the model lets train is adapted.
-        penalty: λ of λ · Σ ‖s·B_t A_t‖²_F over the adapted layers, added to each task's loss.
+            Of form "sparse" it says the layers alone.
+        fraction: Of form "sparse": share of the adapted layers' entries, the smallest in absolute
+            value, that a task changes.
+        penalty: λ of λ · Σ ‖s·B_t A_t‖²_F over the adapted layers, added to each task's loss;
+            ‖S_t‖²_F where the form is "sparse".
         adapter_dropout: Share of the steps that train the bare base, without adapters.
         restart_every: Steps after which, in the mean, a task's adapter starts afresh; the adapters
             then keep their full learning rate, as in adapting. None for never.
@@ -85,9 +95,10 @@ class PEFTML:
 
     learning_rate: float = 1e-4
     adapter_learning_rate: float = 1e-3
-    form: Literal["lora", "last-layer"] = "lora"
+    form: Literal["lora", "last-layer", "sparse"] = "lora"
     heads: Literal["shared", "per-task"] = "shared"
     lora: Any = field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
+    fraction: float = 0.1
     penalty: float = 0.0
     adapter_dropout: float = 0.0
     restart_every: int | None = None
@@ -103,9 +114,11 @@ class PEFTML:
     def __post_init__(self) -> None:
         above_zero("learning_rate", self.learning_rate)
         above_zero("adapter_learning_rate", self.adapter_learning_rate)
-        one_of("form", self.form, ("lora", "last-layer"))
+        one_of("form", self.form, ("lora", "last-layer", "sparse"))
         one_of("heads", self.heads, ("shared", "per-task"))
         object.__setattr__(self, "lora", lora_fields(self.lora))
+        above_zero("fraction", self.fraction)
+        share("fraction", self.fraction)
         at_least("penalty", self.penalty, 0)
         share("adapter_dropout", self.adapter_dropout)
         whole("restart_every", self.restart_every, 1, optional=True)
@@ -113,14 +126,14 @@ class PEFTML:
         share("average", self.average)
         if self.form == "last-layer" and (self.penalty or self.adapter_dropout):
             raise UserError(
-                "penalty and adapter_dropout are about LoRA adapters, which form last-layer has "
-                "not: leave them at 0, or use form lora"
+                "penalty and adapter_dropout are about LoRA or sparse adapters, which form "
+                "last-layer has not: leave them at 0, or use form lora"
             )
 
     @property
     def keeps_adapters(self) -> bool:
-        """Adapters belong to the weights beside which they were trained."""
-        return self.interpolate == 1 and not self.average
+        """Adapters belong to the weights they were trained beside; sparse ones have no file."""
+        return self.form != "sparse" and self.interpolate == 1 and not self.average
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}
@@ -142,7 +155,15 @@ class PEFTML:
         return BetweenLearner(
             model,
             objective,
-            bank=make_bank(model, objective, keys, run.seed, lora=lora, head_copies=own_heads),
+            bank=make_bank(
+                model,
+                objective,
+                keys,
+                run.seed,
+                lora=lora,
+                sparse=self.fraction if self.form == "sparse" else None,
+                head_copies=own_heads,
+            ),
             learning_rate=self.learning_rate,
             bank_learning_rate=self.adapter_learning_rate,
             penalty=self.penalty,

@@ -311,13 +311,16 @@ def make_bank(
     seed: int,
     *,
     lora: Mapping[str, Any] | None = None,
+    sparse: float | None = None,
     head_copies: bool = False,
 ) -> AdapterBank:
-    """A bank with LoRA adapters, heads of their own, or both.
+    """A bank with adapters (LoRA, or sparse ones of that share), heads of their own, or both.
 
     A slot has a head of its own, freshly drawn, where the tasks' label sets differ. `head_copies`
     asks for one in any case; it then starts as the base's.
     """
     labels_differ = objective.num_outputs() is not None and objective.shared() is not objective
     heads = head_modules(model) if labels_differ or head_copies else []
-    return AdapterBank(model, keys, lora=lora, heads=heads, fresh_heads=labels_differ, seed=seed)
+    return AdapterBank(
+        model, keys, lora=lora, sparse=sparse, heads=heads, fresh_heads=labels_differ, seed=seed
+    )
