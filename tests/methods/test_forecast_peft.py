@@ -279,3 +279,13 @@ def test_another_model_objective_or_a_second_adaptation_is_refused():
     add_head(model)
     with pytest.raises(UserError, match="forecasts already"):
         adapted(model=model)
+
+
+def test_the_winner_is_the_mode_nearest_on_average_not_at_the_end():
+    batch = batch_of(junctions(1, 3))
+    truth = batch.inputs["future"][0, 0, :, :2]
+    steady, late = truth + 1.0, truth + 5.0
+    late[-1] = truth[-1]
+    model = Fixed(torch.stack([late, steady]), torch.zeros(2))
+    Forecast(**STEPS).losses(model, batch).sum().backward()
+    assert [bool(g.abs().sum() > 0) for g in model.trajectories.grad] == [False, True]

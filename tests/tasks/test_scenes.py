@@ -312,3 +312,34 @@ def test_wrong_files_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", agents=np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="cannot read"):
         load_scenes(tmp_path / "a.npz", **LOAD)
+
+
+def test_a_change_of_length_needs_three_observed_steps():
+    row = junctions(1, 2)[0]
+    row["agents"][1, 4] = np.nan
+    history = in_focal_frame(row, HISTORY)["history"][1]
+    assert not history[4:7, 2].any()  # the steps into 4, out of it, and the first one with no other
+    assert not history[4:6, :2].any()
+
+
+def test_only_hidden_parts_are_to_be_reconstructed():
+    from foretune.models.forecast_mae import Reconstruction
+
+    objective = SceneReconstruction(**STEPS)
+    rows = [objective.encode(row, "") for row in junctions(3, 5)]
+    batch = objective.collate(rows, [0] * 3)
+    scene = batch.inputs
+
+    class Spoilt:
+        def reconstruct(self, scene):
+            def wrong(truth, keep):
+                return truth + 9.0 * keep[:, :, None, None]
+
+            return Reconstruction(
+                wrong(scene["past"], scene["keep_history"]),
+                wrong(scene["future"][..., :2], scene["keep_future"]),
+                wrong(scene["lanes"][..., :2], scene["keep_lane"]),
+            )
+
+    assert scene["keep_future"].any() and scene["keep_history"].any()
+    assert objective.losses(Spoilt(), batch).abs().max() == 0

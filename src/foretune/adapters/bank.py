@@ -250,10 +250,13 @@ class _LoRALayer(nn.Module):
 
         def forward(x: Tensor) -> Tensor:
             rows = current_rows()
-            if rows is None or self.off:
+            if rows is None or self.off or not x.numel():
                 return plain(module, x)
             if self.is_conv:
-                return plain(module, x) + lora_conv1d(x, module, self.a, self.b, self.scale, rows)  # type: ignore[arg-type]
+                turned = getattr(module, "channels_last", False)
+                x_conv = x.mT if turned else x
+                added = lora_conv1d(x_conv, module, self.a, self.b, self.scale, rows)  # type: ignore[arg-type]
+                return plain(module, x) + (added.mT if turned else added)
             weight: Any = module.weight.T if self.transposed else module.weight
             dropout = self.dropout if module.training else 0.0
             return lora_linear(x, weight, module.bias, self.a, self.b, self.scale, rows, dropout)  # type: ignore[arg-type]

@@ -115,6 +115,8 @@ class Conv3(nn.Conv1d):
         bias: Whether there is one.
     """
 
+    channels_last = True  # read by the adapter bank
+
     def __init__(self, inputs: int, outputs: int, stride: int = 1, bias: bool = True) -> None:
         super().__init__(inputs, outputs, 3, stride=stride, padding=1, bias=bias)
 

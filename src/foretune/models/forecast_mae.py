@@ -45,6 +45,7 @@ from foretune.errors import UserError
 from foretune.files import whole_folder
 from foretune.models.agent_encoder import AgentEncoder, DropPath, LaneEncoder, Mlp
 from foretune.models.forecast_config import ForecastMAEConfig
+from foretune.models.routing import current_rows, route
 
 Scene = Mapping[str, Tensor]
 KINDS = 4
@@ -186,7 +187,8 @@ class ForecastMAE(nn.Module):
         """(B, N, d): tokens of those that are there, zeros for padding, which no norm may see."""
         out = features.new_zeros(*present.shape, self.sizes.width)
         if present.any():
-            out[present] = encoder(self._scaled(features[present], lengths)).to(out.dtype)
+            with route(_owners(present)):
+                out[present] = encoder(self._scaled(features[present], lengths)).to(out.dtype)
         return out
 
     def reconstruct(self, scene: Scene) -> Reconstruction:
@@ -242,6 +244,15 @@ class ForecastMAE(nn.Module):
     def forward(self, scene: Scene) -> Reconstruction | Forecasts:
         """Forecasts where there is a forecaster, the pretext task where there is none."""
         return self.reconstruct(scene) if self.forecaster is None else self.forecast(scene)
+
+
+def _owners(present: Tensor) -> list[int] | None:
+    """The task of each token that is there: scenes have unlike numbers of agents and lanes."""
+    rows = current_rows()
+    if rows is None:
+        return None
+    counts = present.sum(1).tolist()
+    return [slot for slot, n in zip(rows.slots, counts, strict=True) for _ in range(n)]
 
 
 def _position_mlp(width: int) -> nn.Sequential:

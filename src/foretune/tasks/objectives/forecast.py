@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foretune.linalg.displacement import displacements
+from foretune.models.routing import route
 from foretune.run import above_zero
 from foretune.tasks.batch import Batch
 from foretune.tasks.objectives.scene_batch import SceneObjective
@@ -42,7 +43,8 @@ class Forecast(SceneObjective):
         above_zero("regression", self.regression)
 
     def losses(self, model: Any, batch: Batch) -> Tensor:
-        said = model(batch.inputs)
+        with route(batch.slots):
+            said = model(batch.inputs)
         truth, valid = focal_future(batch)
         average, _ = displacements(said.trajectories.detach().float(), truth, valid)
         winner = average.argmin(1)
@@ -59,7 +61,9 @@ class Forecast(SceneObjective):
         return loss + others
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
-        _, final = displacements(model(batch.inputs).trajectories.float(), *focal_future(batch))
+        with route(batch.slots):
+            said = model(batch.inputs)
+        _, final = displacements(said.trajectories.float(), *focal_future(batch))
         return -final.amin(1)
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foretune.models.routing import route
 from foretune.run import at_least
 from foretune.tasks.batch import Batch
 from foretune.tasks.objectives.scene_batch import SceneObjective, lane_hidden, masks
@@ -46,7 +47,8 @@ class SceneReconstruction(SceneObjective):
 
     def losses(self, model: Any, batch: Batch) -> Tensor:
         scene = batch.inputs
-        said = model.reconstruct(scene)
+        with route(batch.slots):
+            said = model.reconstruct(scene)
         present = scene["agent_present"]
         future = scene["future"]
         hidden = present & ~scene["keep_future"]
