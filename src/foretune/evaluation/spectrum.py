@@ -81,12 +81,17 @@ def measure(
 
 @torch.no_grad()
 def singular_values(base: nn.Module, changed: nn.Module) -> dict[str, list[float]]:
-    """Singular values of (changed − base) for every linear layer that moved, relative to ‖W‖_F."""
+    """Singular values of (changed − base) for every linear layer that moved, relative to ‖W‖_F.
+
+    A head of another width is a fresh one: it has no change to speak of.
+    """
     found = {}
     others = linear_modules(changed)
     for name, layer in linear_modules(base).items():
         before: Any = layer.weight
         after: Any = others[name].weight
+        if after.shape != before.shape:
+            continue
         delta = (after - before).flatten(1)
         if delta.any():
             spectrum = torch.linalg.svdvals(delta.double()) / before.double().norm()
