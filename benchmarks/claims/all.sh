@@ -55,6 +55,6 @@ claim convai2-ranks convai2 tasks.source="$data/convai2/valid.jsonl.gz" 'adapt.s
       {peft-ml: {form: last-layer, as: peft-ml-last}}]'
 
 # SaRA's entries as the adapters of PEFT-ML; a result of its own, outside the tables of the claims.
-foretune run $here/convai2_sparse.yaml tasks.source="$data/convai2/valid.jsonl.gz" \
+foretune run $here/sparse-convai2.yaml tasks.source="$data/convai2/valid.jsonl.gz" \
     --out runs/claims/sparse-convai2 --resume
 python benchmarks/publish.py runs/claims/sparse-convai2 sparse-convai2
