@@ -275,7 +275,9 @@ def test_a_killed_process_ends_the_job_and_nothing_is_lost(
 ) -> None:
     killed = launch(place, *RETRAIN, KILL=f"{victim} 35")
     assert killed.returncode != 0
-    assert "another process of this job has ended" in killed.stderr
+    told = ("another process of this job has ended", "closing signal SIGTERM")
+    # The survivor says it, unless the launcher has seen it first and stops the survivor.
+    assert any(words in killed.stderr for words in told)
     assert f"Signal {int(signal.SIGKILL)} (SIGKILL)" in killed.stderr
     assert {path.name for path in (place / "out").glob("checkpoint-*")} >= {"checkpoint-30"}
     resumed = launch(place, *RETRAIN, "--resume", processes=processes)
