@@ -249,3 +249,17 @@ def test_it_is_another_retraining_than_without_a_change_and_with_lora():
         )
     ]
     assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+
+
+@pytest.mark.parametrize("sparse", [None, 0.2], ids=["lora", "sparse"])
+def test_a_layer_that_gets_nothing_gives_nothing(sparse):
+    """A scene without lanes has no rows for the lanes' encoder."""
+    model = Net()
+    bank = AdapterBank(model, ["a", "b"], lora={} if sparse else {"r": 2}, sparse=sparse)
+    layer = model.get_submodule("body")
+    x = torch.zeros(0, 4, requires_grad=True)
+    with bank.attached(), route([0, 1]):
+        y = layer(x)
+    y.sum().backward()
+    assert y.shape == (0, layer.out_features)
+    assert x.grad is not None

@@ -25,7 +25,6 @@ def forecaster(kind):
         add_head(model, modes=3, spread=True)
     else:
         add_prompts(model, modes=3, prompts=4, adapter_rank=0)
-    model.freeze_batch_norm = True
     return model.eval()
 
 

@@ -16,9 +16,10 @@ from foretune import Classification, Full, LoRA, Run, SubspaceSFDA, Task, TaskCo
 from foretune.adapters.core_state import load_core
 from foretune.errors import UserError
 from foretune.linalg.tucker import mode_product, unfold
+from foretune.models.surgery import batch_norms
 from foretune.models.time_series_cnn import TimeSeriesCNN
 from foretune.models.tucker import core_parameters, tucker_layers, tuckerize
-from foretune.training.source_free import add_imputer, batch_norms
+from foretune.training.source_free import add_imputer
 
 RUN = Run(steps=4, batch_size=6, eval_every=0, device="cpu", weight_decay=0.0)
 LOSSES = ("shot", "nrc", "aad", "mapu")

@@ -93,3 +93,33 @@ def test_a_variant_must_beat_every_rival(publish: ModuleType, rival: float, beat
     row = regret.variant_row("one", 8, regret.matrices(found, 8))
     assert row["variant"] == "episodes"
     assert row["beats_all"] == beats  # none is a control, no rival
+
+
+def test_runs_apart_are_joined_as_if_they_were_one(publish: ModuleType) -> None:
+    whole = json.loads((publish.RESULTS / "claims-convai2.json").read_text("utf-8"))
+    names = [base["name"] for base in whole["bases"]]
+    parts = [
+        {
+            **whole,
+            "bases": [base for base in whole["bases"] if base["name"] in some],
+            "scores": [score for score in whole["scores"] if score["base"] in some],
+        }
+        for some in (names[:5], names[5:])
+    ]
+    for part in parts:
+        part["pairs"] = part["means"] = []
+    joined = publish.joined(parts)
+    assert [base["name"] for base in joined["bases"]] == names
+    pairs, means = publish.pairs_and_means(whole["scores"], whole["bases"])
+    assert joined["means"] == means
+    assert joined["pairs"] == pairs
+    metric = whole["metric"]["name"]
+    said = publish.verdict(pairs, means, whole["bases"], metric=metric, shots_unit="rows")
+    assert joined["verdict"] == said
+
+
+def test_runs_of_unlike_tasks_are_not_joined(publish: ModuleType) -> None:
+    first, second = result({"none": 0}), result({"standard": 0.1})
+    second["scores"] = second["scores"][:-1]
+    with pytest.raises(SystemExit, match="not of the same unseen tasks"):
+        publish.joined([first, second])

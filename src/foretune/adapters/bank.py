@@ -305,7 +305,7 @@ class _SparseLayer(nn.Module):
 
         def forward(x: Tensor) -> Tensor:
             rows = current_rows()
-            if rows is None or self.off:
+            if rows is None or self.off or not x.numel():
                 return plain(module, x)
             weight: Any = module.weight.T if self.transposed else module.weight
             return sparse_linear(x, weight, module.bias, self.values, self.places, rows)  # type: ignore[arg-type]

@@ -118,14 +118,19 @@ class ForecastPEFT:
         forecaster = check_pretrained(model)
         forecaster.base_fingerprint = fingerprint(model)
         self.install(forecaster)
-        return Learner(model, objective, learning_rate=self.learning_rate, not_decayed=NOT_DECAYED)
+        return Learner(
+            model,
+            objective,
+            learning_rate=self.learning_rate,
+            not_decayed=NOT_DECAYED,
+            frozen_statistics=self.freeze_bn,
+        )
 
     def install(self, model: ForecastMAE) -> None:
         """Puts the new parts into a pretrained model, in place, and freezes what stays."""
         from foretune.models.forecasters import add_prompts
 
         add_prompts(model, modes=self.modes, prompts=self.prompts, adapter_rank=self.adapter_rank)
-        model.freeze_batch_norm = self.freeze_bn
         wanted = set(self.trained_names(model))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in wanted)

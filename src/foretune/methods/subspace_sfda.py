@@ -146,9 +146,8 @@ class SubspaceSFDA:
 
     def _let_train(self, model: nn.Module) -> None:
         """Leaves `requires_grad` to what this form tunes, of what the model lets train."""
-        from foretune.models.surgery import head_modules
+        from foretune.models.surgery import batch_norms, head_modules
         from foretune.models.tucker import core_parameters
-        from foretune.training.source_free import batch_norms
 
         weights = {f"{name}.{p}" for name in batch_norms(model) for p in ("weight", "bias")}
         wanted = set(core_parameters(model)) if self.tuned == "core" else set()
@@ -171,7 +170,7 @@ class SubspaceSFDA:
 
     def _tuned_state(self, model: nn.Module, factored: dict[str, Any]) -> list[str]:
         """The names of the state that differs from the given model's, however much was trained."""
-        from foretune.training.source_free import batch_norms
+        from foretune.models.surgery import batch_norms
 
         state = list(model.state_dict())
         moved = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -146,16 +146,7 @@ class ForecastMAE(nn.Module):
         self.history_pred = nn.Linear(d, 2 * config.history_steps)
         self.lane_pred = nn.Linear(d, 2 * config.lane_points)
         self.forecaster: nn.Module | None = None
-        self.freeze_batch_norm = False
         self.base_fingerprint = ""  # of the pretrained model, once something was put into it
-
-    def train(self, mode: bool = True) -> ForecastMAE:
-        """As `nn.Module.train`; frozen batch norms go on with their running statistics."""
-        super().train(mode)
-        for module in self.modules() if self.freeze_batch_norm else ():
-            if isinstance(module, nn.BatchNorm1d):
-                module.eval()
-        return self
 
     def observed(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens (B, A + L, d), poses (B, A + L, 4), present (B, A + L)) of histories and lanes.
@@ -286,5 +277,4 @@ def describe(model: ForecastMAE) -> dict[str, Any]:
         "architecture": ARCHITECTURE,
         "sizes": dataclasses.asdict(model.sizes),
         "forecaster": forecaster,
-        "freeze_batch_norm": model.freeze_batch_norm,
     }

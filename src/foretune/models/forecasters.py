@@ -249,7 +249,6 @@ def load_forecast_mae(folder: Path | str) -> ForecastMAE:
             )
         model = ForecastMAE(ForecastMAEConfig(**about["sizes"]))
         put_forecaster(model, about["forecaster"])
-        model.freeze_batch_norm = about["freeze_batch_norm"]
         safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
     except (
         OSError,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.pytorch_utils import Conv1D
 
 from foretune.errors import UserError
@@ -238,3 +239,8 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Name → layer for each linear layer: `nn.Linear`, transformers' `Conv1D`, `nn.Conv1d`."""
     kinds: tuple[Any, ...] = (nn.Linear, Conv1D, nn.Conv1d)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → layer of all batch normalisations."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}

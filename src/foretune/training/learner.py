@@ -18,7 +18,7 @@ from foretune.errors import UserError
 from foretune.models.frozen_prefix import frozen_prefix
 from foretune.models.packing import packed
 from foretune.models.recompute import recomputed
-from foretune.models.surgery import head_modules
+from foretune.models.surgery import batch_norms, head_modules
 from foretune.run import Run
 from foretune.tasks.batch import Batch
 from foretune.tasks.objectives import Objective
@@ -45,6 +45,8 @@ class Learner:
         bank_learning_rate: Of the bank.
         pooled: Weight rows alike, not tasks.
         not_decayed: Parameters of the base with one of these in their names have no weight decay.
+        frozen_statistics: Batch norms work with their running statistics, which stay. With a bank
+            they always do: tasks share a step, and an adapter is for the base as it stands.
 
     Attributes:
         average: Share of the updates, the last ones, over which the base's weights are averaged.
@@ -62,6 +64,7 @@ class Learner:
         bank_learning_rate: float = 0.0,
         pooled: bool = False,
         not_decayed: Sequence[str] = (),
+        frozen_statistics: bool = False,
     ) -> None:
         self.pooled, self.not_decayed = pooled, tuple(not_decayed)
         self.model, self.objective, self.bank = model, objective, bank
@@ -69,6 +72,8 @@ class Learner:
         if learning_rate is None:
             model.requires_grad_(False)
         self.base = [p for p in model.parameters() if p.requires_grad]
+        frozen_statistics = frozen_statistics or bank is not None
+        self.frozen_norms = list(batch_norms(model).values()) if frozen_statistics else []
         self.average = 0.0
         self.mean: list[Tensor] = []
         self.base_optimizer: torch.optim.Optimizer | None = None
@@ -203,6 +208,8 @@ class Learner:
         place = {slot: i for i, slot in enumerate(sorted(counts))}
         device = next(self.model.parameters()).device
         sums = torch.zeros(len(place), device=device)
+        for module in self.frozen_norms:
+            module.eval()
         for chunk in step.chunks:
             with self.autocast():
                 losses = self.row_losses(chunk, device)

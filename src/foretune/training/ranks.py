@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from foretune.errors import ForetuneError, LostProcessError, UserError
+from foretune.models.surgery import batch_norms
 from foretune.processes import local_rank, num_processes, process_rank
 from foretune.training.data import Pick, Step, TaskData
 from foretune.training.sharding import whole
@@ -359,8 +360,8 @@ def check_layers(ranks: Ranks, model: nn.Module) -> None:
     """Raises UserError if the model keeps statistics of batches of which a process sees a part."""
     if ranks.size == 1:
         return
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+    for name, module in batch_norms(model).items():
+        if module.track_running_stats:
             raise UserError(
                 f"{name} ({type(module).__name__}) mixes the rows of a batch, which several "
                 "processes do not share: train it in one process, or with a norm of each row"

@@ -11,12 +11,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from foretune.errors import UserError
 from foretune.models.calls import own_pass
 from foretune.models.imputer import Imputer
-from foretune.models.surgery import head_modules
+from foretune.models.surgery import batch_norms, head_modules
 from foretune.run import Run
 from foretune.tasks.batch import Batch
 from foretune.tasks.objectives.unlabelled import Unlabelled
@@ -174,11 +173,6 @@ def _of_rows(features: Tensor, batch: Batch) -> Tensor:
         f"the head reads features of shape {tuple(features.shape)}; it needs (rows, channels), or "
         "(rows, tokens, channels) of a text"
     )
-
-
-def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Name → layer of all batch normalisations."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
 class ImputerLearner(Learner):

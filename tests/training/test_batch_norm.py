@@ -1,0 +1,69 @@
+"""Batch norms: what several tasks share in one step must not be their batch statistics."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import foretune
+from foretune import Classification, Run, Task, TaskCollection
+from foretune.models.surgery import batch_norms
+from foretune.models.time_series_cnn import TimeSeriesCNN
+
+RUN = Run(steps=4, batch_size=6, eval_every=2, device="cpu")
+LORA = {"r": 2, "lora_alpha": 4}
+
+
+def tasks(*names):
+    """Windows whose level differs greatly from task to task."""
+    made = []
+    for name in names:
+        rng = np.random.default_rng(list(name.encode()))
+        level = 5 * rng.normal()
+        rows = [
+            {"x": (level + (i % 3) + rng.normal(size=(3, 24))).astype("f4"), "y": "abc"[i % 3]}
+            for i in range(18)
+        ]
+        made.append(Task(name, rows[:9], rows[9:12], rows[12:]))
+    collection = TaskCollection(tuple(made))
+    return collection.with_objective(Classification().fit(collection))
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.manual_seed(0)
+    model = TimeSeriesCNN(3, 3, mid=4, features=8, dropout=0.0)
+    method = foretune.Standard(learning_rate=1e-2)
+    return foretune.retrain(model, tasks("far", "near"), method, RUN).model.eval()
+
+
+def statistics(model):
+    return torch.cat([norm.running_mean for norm in batch_norms(model).values()])
+
+
+def test_an_adapter_does_not_depend_on_who_shares_the_step(base):
+    lora = foretune.LoRA(lora=LORA, learning_rate=1e-2)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    alone = foretune.adapt(base, tasks("one"), lora, RUN)
+    together = foretune.adapt(base, tasks("two", "one", "three"), lora, RUN)
+    assert alone.tensors["one", 0]
+    for name, tensor in alone.tensors["one", 0].items():
+        torch.testing.assert_close(together.tensors["one", 0][name], tensor, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+    assert together.scores["one", 0] == pytest.approx(alone.scores["one", 0])
+
+
+@pytest.mark.parametrize(
+    ("method", "stay"),
+    [
+        (foretune.PEFTML(lora=LORA), True),
+        (foretune.FOMAML(inner="adapter", lora=LORA, inner_steps=2), True),
+        (foretune.Standard(), False),
+    ],
+    ids=["peft-ml", "episodes", "standard"],
+)
+def test_statistics_stay_where_each_task_has_an_adapter(base, method, stay):
+    """Also after a validation in between, which calls `train()` on the whole model."""
+    retrained = foretune.retrain(base, tasks("one", "two"), method, RUN).model
+    assert torch.equal(statistics(retrained), statistics(base)) == stay
