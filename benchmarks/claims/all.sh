@@ -34,27 +34,34 @@ both shakespeare tasks.source="$data/shakespeare/speakers.jsonl.gz"
 both python-docs
 both convai2 tasks.source="$data/convai2/valid.jsonl.gz"
 
-# What the rate of retraining is worth; not a collection of its own, so not called claims-.
-foretune run $here/clinc150.yaml tasks.source="$data/clinc150/clinc150.jsonl.gz" \
-    'retrain.methods=[{standard: {learning_rate: 2e-4, as: standard-2e-4}},
-      {standard: {learning_rate: 6e-4, as: standard-6e-4}}, standard,
-      {standard: {interpolate: 0.5, learning_rate: 6e-4, as: half-6e-4}},
-      {standard: {interpolate: 0.5, as: half-2e-3}}]' --out runs/claims/rates-clinc150 --resume
-python benchmarks/publish.py runs/claims/rates-clinc150 rates-clinc150
+# The others are results of their own, not collections, and so not called claims-.
+# alone NAME RECIPE SETTING...
+alone() {
+    name=$1 recipe=$2
+    shift 2
+    foretune run $here/"$recipe".yaml "$@" --out runs/claims/"$name" --resume
+    python benchmarks/publish.py runs/claims/"$name" "$name"
+}
 
-claim spectrum-clinc150 clinc150 tasks.source="$data/clinc150/clinc150.jsonl.gz" tasks.rotate=false \
-    seeds=1 retrain.learning_rate=6e-4 'adapt.shots=[5]' 'spectrum={shots: 5, ranks: [1, 2, 4, 8, 16, 32]}' \
+# What the rate of retraining is worth.
+alone rates-clinc150 clinc150 tasks.source="$data/clinc150/clinc150.jsonl.gz" \
+    'retrain.methods=[{standard: {learning_rate: 2e-4, as: standard-2e-4}},
+      {standard: {learning_rate: 6e-4, as: standard-6e-4}}, {standard: {learning_rate: 2e-3}},
+      {standard: {interpolate: 0.5, learning_rate: 6e-4, as: half-6e-4}},
+      {standard: {interpolate: 0.5, learning_rate: 2e-3, as: half-2e-3}}]'
+
+alone spectrum-clinc150 clinc150 tasks.source="$data/clinc150/clinc150.jsonl.gz" tasks.rotate=false \
+    seeds=1 retrain.learning_rate=6e-4 'adapt.shots=[5]' \
+    'spectrum={shots: 5, ranks: [1, 2, 4, 8, 16, 32]}' \
     'retrain.methods=[none, standard, {standard: {heads: per-task, as: standard-heads}}, peft-ml]'
 
 # Ranks in retraining by ranks in adapting: the spectrum is the grid.
-claim convai2-ranks convai2 tasks.source="$data/convai2/valid.jsonl.gz" 'adapt.shots=[40]' \
+alone convai2-ranks convai2 tasks.source="$data/convai2/valid.jsonl.gz" 'adapt.shots=[40]' \
     'spectrum={shots: 40, ranks: [1, 4, 8, 16]}' \
     'retrain.methods=[none, standard, {peft-ml: {lora: {r: 1, lora_alpha: 2}, as: peft-ml-1}},
       {peft-ml: {lora: {r: 4, lora_alpha: 8}, as: peft-ml-4}}, peft-ml,
       {peft-ml: {lora: {r: 16, lora_alpha: 32}, as: peft-ml-16}},
       {peft-ml: {form: last-layer, as: peft-ml-last}}]'
 
-# SaRA's entries as the adapters of PEFT-ML; a result of its own, outside the tables of the claims.
-foretune run $here/sparse-convai2.yaml tasks.source="$data/convai2/valid.jsonl.gz" \
-    --out runs/claims/sparse-convai2 --resume
-python benchmarks/publish.py runs/claims/sparse-convai2 sparse-convai2
+# SaRA's entries as the adapters of PEFT-ML.
+alone sparse-convai2 sparse-convai2 tasks.source="$data/convai2/valid.jsonl.gz"

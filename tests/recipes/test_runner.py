@@ -188,6 +188,60 @@ def test_turns_must_be_complete(recipe: Recipe) -> None:
         load_recipe("my.yaml", [*SMALL, "tasks.rotate=true", "tasks.unseen=[t1]"])
 
 
+def test_a_retraining_rate_is_tried_by_adapting_to_tasks_that_the_trial_did_not_meet(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = "adapt.learning_rate=1e-2"
+    overrides = [*SMALL, one, "adapt.learning_rates=null", "adapt.shots=[2, all]"]
+    searching = load_recipe("my.yaml", overrides)
+    setup = set_up(searching, SILENT)
+    assert len(setup.seen) == 3 and set(setup.search.names) < set(setup.seen.names)
+    met: list[set[str]] = []
+    real = foretune.retrain
+
+    def watched(model: Any, tasks: Any, *args: Any, **more: Any) -> Any:
+        met.append(set(tasks.names))
+        return real(model, tasks, *args, **more)
+
+    monkeypatch.setattr(foretune, "retrain", watched, raising=False)
+    base = run_recipe(searching)["bases"][1]
+    rest = set(setup.seen.names) - set(setup.search.names)
+    everything = set(setup.seen.names)
+    # none; then two trials and the final retraining of standard and of PEFT-ML
+    assert met == [everything, rest, rest, everything, rest, rest, everything]
+
+    for trial in base["retrain"]["searched"]:
+        run = searching.retrain_run().replace(steps=2)
+        tried = foretune.Standard(learning_rate=trial["learning_rate"])
+        outcome = real(setup.model, setup.seen.without(setup.search.names), tried, run)
+        scores: list[float] = []
+        for shots, draws in ((2, 6), (None, 1)):
+            adapted = foretune.adapt(
+                outcome.model,
+                setup.search,
+                searching.adapt_record(1e-2),
+                searching.adapt_run(),
+                shots=shots,
+                draws=draws,
+                split="validation",
+            )
+            assert len(adapted.scores) == draws
+            scores += adapted.scores.values()
+        assert trial["score"] == pytest.approx(np.mean(scores))
+
+
+def test_held_out_tasks_without_validation_rows_are_refused_before_anything_is_trained(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **fields: object) -> None:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(foretune, "retrain", fail, raising=False)
+    overrides = [*SMALL, "tasks.validation=0", "retrain.methods=[standard]"]
+    with pytest.raises(UserError, match=r"those have none: set tasks\.validation, or give one"):
+        run_recipe(load_recipe("my.yaml", overrides))
+
+
 def test_rates_of_adapting_are_searched_on_tasks_that_no_retraining_meets(recipe: Recipe) -> None:
     setup = set_up(recipe, SILENT)
     assert len(setup.search) == 1 and len(setup.seen) == 2

@@ -19,6 +19,7 @@ from torch import nn
 
 import foretune
 from foretune.errors import UserError
+from foretune.evaluation import held_out
 from foretune.evaluation.statistics import pairs_and_means
 from foretune.evaluation.verdict import verdict
 from foretune.files import write_whole
@@ -186,30 +187,17 @@ def search_rate(
     """The method at the best of several learning rates, and every trial.
 
     A trial adapts to seen tasks with the same shots and scores their validation rows; a rate's
-    score is the mean over tasks and numbers of shots.
+    score is the mean over tasks, draws and numbers of shots.
     """
     if not learning_rates:
         return adapt, []
     if len(learning_rates) == 1 or seen is None:
         return dataclasses.replace(adapt, learning_rate=learning_rates[0]), []
-    usable = [task.name for task in seen if task.validation and task.train]
-    if not usable:
-        raise UserError(
-            "learning_rates are searched on validation rows, and the seen tasks have none"
-        )
-    tasks = seen.subset(usable)
-    searched: list[dict[str, Any]] = []
-    for rate in learning_rates:
-        method = dataclasses.replace(adapt, learning_rate=rate)
-        found: list[float] = []
-        for k in shots:
-            done = verbs.adapt(
-                model, tasks, method, run, shots=k, split="validation", progress=progress
-            )
-            found += done.scores.values()
-        searched.append({"learning_rate": rate, "score": sum(found) / len(found)})
-    best = max(searched, key=lambda trial: trial["score"])
-    return dataclasses.replace(adapt, learning_rate=best["learning_rate"]), searched
+    tasks = held_out.usable(seen)
+    trials = held_out.try_rates(model, tasks, adapt, learning_rates, run, shots, progress)
+    chosen = held_out.best(trials)["learning_rate"]
+    searched = [{key: trial[key] for key in ("learning_rate", "score")} for trial in trials]
+    return dataclasses.replace(adapt, learning_rate=chosen), searched
 
 
 def zero_shot(

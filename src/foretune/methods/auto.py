@@ -59,7 +59,6 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
 )
 CONTROLS = ("none", "standard")
 VARIANTS = {"heads", "interpolate", "average"}  # with one of them standard is no control
-ADAPTATIONS = 6  # behind a candidate's score, at least, at each number of shots
 Trial = dict[str, Any]
 
 
@@ -151,7 +150,7 @@ class Auto:
         alive = list(self.candidates)
         for number in range(self.rounds):
             held = groups[number % len(groups)]
-            seen, exam = _without(tasks, held), self._exam(tasks, held, run.seed)
+            seen, exam = tasks.without(held), self._exam(tasks, held, run.seed)
             steps = max(1, round(run.steps * min(1.0, self.budget * 2**number)))
             part = run.replace(out=None, resume=False, overwrite=False, steps=steps)
             for together in _by_training(alive):
@@ -234,34 +233,12 @@ class Auto:
 
     def _examine(self, base: nn.Module, exam: TaskCollection, seed: int, progress: Any) -> Trial:
         """Adapts a base to the held-out tasks at every number of shots; the best rate's scores."""
-        from foretune.training.verbs import adapt
+        from foretune.evaluation.held_out import best, try_rates
 
         run = Run(**self.adapt_run).replace(seed=seed, out=None, resume=False, overwrite=False)
-        draws = math.ceil(ADAPTATIONS / len(exam))
-        best: Trial = {}
-        rates: list[float | None] = [*self.adapt_rates] or [None]
-        for rate in rates:
-            record = _record(self.adapt)
-            if rate is not None:
-                record = dataclasses.replace(record, learning_rate=rate)
-            by_task: dict[str, list[float]] = {name: [] for name in exam.names}
-            for k in self.shots:
-                done = adapt(
-                    base,
-                    exam,
-                    record,
-                    run,
-                    shots=k,
-                    draws=1 if k is None else draws,
-                    split="validation",
-                    progress=progress,
-                )
-                for (task, _), score in done.scores.items():
-                    by_task[task].append(score)
-            mean = sum(map(sum, by_task.values())) / sum(map(len, by_task.values()))
-            if not best or mean > best["score"]:
-                best = {"score": mean, "learning_rate": rate, "by_task": by_task}
-        return best
+        method = _record(self.adapt)
+        trials = try_rates(base, exam, method, self.adapt_rates, run, self.shots, progress)
+        return best(trials)
 
 
 def label(candidate: Mapping[str, Any]) -> str:
@@ -293,10 +270,6 @@ def _parts(tasks: TaskCollection, folds: int, seed: int) -> list[list[str]]:
     if len(tasks) < 2:
         raise UserError("auto holds seen tasks out to choose on, and there is only one seen task")
     return tasks.groups(math.ceil(len(tasks) / min(folds, len(tasks))), seed)
-
-
-def _without(tasks: TaskCollection, held: Sequence[str]) -> TaskCollection:
-    return tasks.subset([name for name in tasks.names if name not in set(held)])
 
 
 def _by_training(candidates: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:

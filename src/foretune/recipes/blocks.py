@@ -102,7 +102,9 @@ class RetrainBlock(RatesBlock):
         methods: Names, or one-key mappings of a name to its fields:
             `{peft-ml: {form: last-layer, as: peft-ml-last}}`. `as` is the name that is shown;
             `learning_rates` there is searched instead of the block's.
-        search_steps: Steps of each trial of the search; None: all of them.
+        search_steps: Steps of each trial of the search; None: all of them. A trial's base is
+            adapted to the `adapt.search_tasks`, which it does not meet; the method then retrains
+            on all seen tasks, unless rates of adapting are searched on them too.
 
     The other fields are those of `foretune.Run`.
     """
@@ -131,7 +133,7 @@ class AdaptBlock(RatesBlock):
         lora: Fields of `peft.LoraConfig`, for `method: lora`.
         fields: Other fields of the method.
         search_tasks: Tasks on which several rates are searched; they are taken from the seen
-            ones, a quarter of these at most, and no retraining meets them.
+            ones, a quarter of these at most, and no base that is tried on them met them.
         shots: Training rows (a class, where there are classes) of an unseen task; "all" for all.
         draws: Draws of the shots for each repeat.
 
@@ -156,6 +158,11 @@ class AdaptBlock(RatesBlock):
     search_tasks: int = Field(default=8, ge=1)
     shots: list[int | Literal["all"]] = Field(default=[8, 40], min_length=1)
     draws: int = Field(default=1, ge=1)
+
+    @property
+    def row_counts(self) -> list[int | None]:
+        """The shots as the verbs take them: None for all rows."""
+        return [None if shots == "all" else shots for shots in self.shots]
 
     @model_validator(mode="after")
     def _shots_are_positive(self) -> AdaptBlock:

@@ -128,7 +128,7 @@ def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:
     )
     step = watch.seconds_an_update() * watch.updates / run.steps
     together = min(run.tasks_per_step or len(setup.seen), len(setup.seen))
-    trials = len(entry.rates) if len(entry.rates) > 1 else 0
+    trials = _trials(setup.recipe, entry)
     steps = setup.recipe.seeds * block.steps + trials * (block.search_steps or block.steps)
     validations = (setup.recipe.seeds + trials) * _validations(block.eval_every, block.steps)
     rows = sum(min(len(task.validation), block.eval_rows or math.inf) for task in setup.seen)
@@ -140,6 +140,13 @@ def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:
         seconds=steps * step + validations * rows * per_row,
         peak_memory_mb=timed.cost.get("peak_memory_mb"),
     )
+
+
+def _trials(recipe: Recipe, entry: MethodEntry) -> int:
+    """Trials of a retraining rate in the whole run."""
+    if len(entry.rates) < 2 or not takes_rate(entry.method):
+        return 0
+    return len(entry.rates) * (recipe.seeds if recipe.tasks.rotate else 1)
 
 
 def _choosing_cost(entry: MethodEntry, cost: Cost, costs: Sequence[Cost]) -> Cost:
@@ -159,6 +166,8 @@ def _choosing_cost(entry: MethodEntry, cost: Cost, costs: Sequence[Cost]) -> Cos
 
 
 def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
+    from foretune.evaluation.held_out import num_draws
+
     block, recipe = setup.recipe.adapt, setup.recipe
     run = recipe.adapt_run().replace(eval_every=0)
     record = recipe.adapt_record(block.rates[0] if block.rates else None)
@@ -170,8 +179,12 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
     step = watch.seconds_an_update()
     repeats = len(recipe.entries) * recipe.seeds
     adaptations = repeats * len(block.shots) * block.draws
-    searches = repeats * len(block.rates) if len(block.rates) > 1 else 0
-    searched = len(setup.search) / len(unseen)
+    # A trial adapts with several draws to a few tasks, and at every rate.
+    turns = recipe.seeds if recipe.tasks.rotate else 1
+    bases = sum(_trials(recipe, entry) for entry in recipe.entries)
+    bases += turns * len(recipe.entries) if len(block.rates) > 1 else 0
+    searches = bases * len(block.shots) * max(1, len(block.rates))
+    searched = len(setup.search) * num_draws(len(setup.search)) / len(unseen)
     test_rows = sum(len(task.test) for task in unseen)
     per_row = step / (len(unseen) * run.batch_size) * FORWARD_SHARE
     return Cost(

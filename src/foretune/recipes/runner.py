@@ -107,7 +107,8 @@ def retrain_one(
     setup = set_up(recipe, console)
     rate, searched = search_rate(setup, entry, out, console)
     record = entry.record(rate)
-    outcome = retrain(setup, record, recipe.retrain_run(out=out, resume=True), console, name)
+    run = recipe.retrain_run(out=out, resume=True)
+    outcome = retrain(setup, setup.seen, record, run, console, name)
     return {
         "base": str(out / "base"),
         "method": record.to_dict(),
@@ -168,7 +169,7 @@ def compare_repeat(
             need_unseen(setup),
             adapt=setup.recipe.adapt_record(),
             run=setup.recipe.adapt_run(seed=seed),
-            shots=tuple(None if shots == "all" else shots for shots in block.shots),
+            shots=tuple(block.row_counts),
             draws=block.draws,
             seen=setup.search,
             learning_rates=tuple(block.rates),

@@ -109,16 +109,20 @@ class Recipe(Block):
                 candidates.append({**fields, "as": name, "learning_rate": rate})
             if not rates:
                 candidates.append(fields)
-        shots = [None if k == "all" else k for k in self.adapt.shots]
         adapting: dict[str, Any] = {
             "adapt": {"name": self.adapt.method, **_fields(self.adapt)},
             "adapt_run": {k: v for k, v in self.adapt_run().to_dict().items() if k != "out"},
             "adapt_rates": self.adapt.rates,
-            "shots": shots,
+            "shots": self.adapt.row_counts,
             "group_column": self.tasks.group_column,
         }
         chosen = {**adapting, **auto.fields, "candidates": candidates}
         return dataclasses.replace(auto, fields=chosen, rates=[])
+
+    @property
+    def searches(self) -> bool:
+        """Whether a rate of a retraining is searched."""
+        return any(len(entry.rates) > 1 and takes_rate(entry.method) for entry in self.entries)
 
     def source(self, repeat: int = 0) -> Source:
         """The `tasks:` block as what `load_tasks` takes in that repeat."""

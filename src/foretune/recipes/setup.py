@@ -24,8 +24,9 @@ class Setup:
         model: The model before any retraining.
         tokenizer: None for arrays.
         seen: Tasks to learn from, with their objective.
-        search: Tasks on which the rates of adapting are searched, which no retraining meets; the
-            seen ones where nothing is searched.
+        search: Tasks on which rates are searched, by adapting to them a base that did not meet
+            them. They are none of the seen ones where rates of adapting are searched, because
+            these are chosen for the final bases; else they are some of the seen ones.
         unseen: Tasks to adapt to, with their objective; None when the recipe sets none aside.
     """
 
@@ -43,8 +44,8 @@ class Setup:
             return 1
         size = self.recipe.tasks.unseen
         assert isinstance(size, int)  # Source sees to it
-        searched = 0 if self.search is self.seen else len(self.search)
-        return -(-(len(self.seen) + searched + len(self.unseen)) // size)
+        known = {*self.seen.names, *self.search.names}
+        return -(-(len(known) + len(self.unseen)) // size)
 
 
 def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
@@ -53,7 +54,7 @@ def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
     searched = search_names(recipe, seen)
     about = f"tasks: {_counted(seen)} seen"
     if searched:
-        about += f", of which {len(searched)} only choose the rate of adapting"
+        about += f", of which {len(searched)} choose the learning rates"
     console.say(about + (f", {_counted(unseen)} unseen" if unseen else ""))
     # Label spaces are learnt before there is a tokenizer, because the head's width depends on them.
     objective = make_objective(recipe.objective.kind, None, **recipe.objective_fields())
@@ -64,10 +65,9 @@ def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
     if unseen is not None:
         own = with_tokenizer(objective.fit(unseen), tokenizer)
         unseen = unseen.with_objective(own)
-    search = seen
-    if searched:
-        search = seen.subset(searched)
-        seen = seen.subset([name for name in seen.names if name not in set(searched)])
+    search = seen.subset(searched) if searched else seen
+    if len(recipe.adapt.rates) > 1:
+        seen = seen.without(searched)
     setup = Setup(recipe, model, tokenizer, seen, search, unseen)
     if recipe.seeds % setup.turns:
         raise UserError(
@@ -83,16 +83,16 @@ def read_tasks(recipe: Recipe, repeat: int = 0) -> tuple[TaskCollection, TaskCol
 
 
 def search_names(recipe: Recipe, seen: TaskCollection) -> list[str]:
-    """The seen tasks that only choose the rate of adapting; none where one rate is given.
+    """The seen tasks that choose learning rates; none where nothing is searched.
 
-    Searched on tasks that a base was retrained on, the rate would be the one that changes it least.
+    On tasks that it was retrained on, a base says little about how well it adapts.
     """
-    if len(recipe.adapt.rates) < 2:
+    if len(recipe.adapt.rates) < 2 and not recipe.searches:
         return []
     if len(seen) < 2:
         raise UserError(
-            "adapt.learning_rates are searched on a task that no retraining meets, and there is "
-            "only one seen task: give one learning_rate"
+            "learning_rates are searched on a seen task that no trial retrains on, and there is "
+            "only one seen task: give one learning_rate to retrain with and one to adapt with"
         )
     number = min(recipe.adapt.search_tasks, max(1, len(seen) // 4))
     chosen = set(random.Random(recipe.tasks.seed).sample(sorted(seen.names), number))

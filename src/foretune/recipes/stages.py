@@ -16,6 +16,7 @@ from foretune.recipes.console import Console
 from foretune.recipes.schema import MethodEntry, takes_rate
 from foretune.recipes.setup import Setup
 from foretune.run import Run
+from foretune.tasks.task import TaskCollection
 
 DONE = "stage.json"
 
@@ -28,10 +29,11 @@ def base_folder(out: Path, entry: MethodEntry, seed: int) -> Path:
 def search_rate(
     setup: Setup, entry: MethodEntry, folder: Path, console: Console
 ) -> tuple[float | None, list[dict[str, Any]]]:
-    """(the best learning rate, every trial) on validation rows of seen tasks.
+    """(the best learning rate, every trial).
 
-    Each trial is a short retraining from the same model under the first seed. A trial that
-    diverges has the score None. Trials are written down one by one.
+    Each trial is a retraining from the same model under the first seed, without the tasks to search
+    on, to which its base is adapted then as to the unseen ones. A trial that diverges has the
+    score None. Trials are written down one by one.
     """
     if not takes_rate(entry.method) or not entry.rates:
         return None, []
@@ -66,7 +68,7 @@ def retrain_stage(
         return done
     record = entry.record(rate)
     run = setup.recipe.retrain_run(seed=seed, out=folder, resume=True)
-    outcome = retrain(setup, record, run, console, f"{entry.name}, seed {seed}")
+    outcome = retrain(setup, setup.seen, record, run, console, f"{entry.name}, seed {seed}")
     used = rate if rate is not None else getattr(record, "learning_rate", None)
     stage = {
         "name": entry.name,
@@ -97,11 +99,13 @@ def _whole_cost(outcome: Any) -> dict[str, Any]:
     return cost
 
 
-def retrain(setup: Setup, record: Any, run: Run, console: Console, label: str) -> Any:
+def retrain(
+    setup: Setup, seen: TaskCollection, record: Any, run: Run, console: Console, label: str
+) -> Any:
     """`foretune.retrain` under a bar; returns its outcome."""
     with console.bar(label) as progress:
         outcome = foretune.retrain(
-            setup.model, setup.seen, record, run, tokenizer=setup.tokenizer, progress=progress
+            setup.model, seen, record, run, tokenizer=setup.tokenizer, progress=progress
         )
     score = outcome.validation_score
     known = "" if score is None else f", validation score {score:.4f}"
@@ -110,23 +114,30 @@ def retrain(setup: Setup, record: Any, run: Run, console: Console, label: str) -
 
 
 def _trial(setup: Setup, entry: MethodEntry, rate: float, console: Console) -> float | None:
-    steps = setup.recipe.retrain.search_steps or setup.recipe.retrain.steps
-    run = setup.recipe.retrain_run().replace(steps=min(steps, setup.recipe.retrain.steps))
+    from foretune.evaluation import held_out
+
+    recipe, exam = setup.recipe, held_out.usable(setup.search)
+    steps = recipe.retrain.search_steps or recipe.retrain.steps
+    run = recipe.retrain_run().replace(steps=min(steps, recipe.retrain.steps))
+    label = f"{entry.name}, trying learning_rate={rate:g}"
+    block, adapting = recipe.adapt, recipe.adapt_run()
+    rounds = len(block.shots) * max(1, len(block.rates))
     try:
-        outcome = retrain(
-            setup, entry.record(rate), run, console, f"{entry.name}, trying learning_rate={rate:g}"
-        )
+        seen = setup.seen.without(exam.names)
+        outcome = retrain(setup, seen, entry.record(rate), run, console, label)
+        with console.bar(f"{label}: adapting", rounds=rounds) as progress:
+            method = recipe.adapt_record()
+            trials = held_out.try_rates(
+                outcome.model, exam, method, block.rates, adapting, block.row_counts, progress
+            )
     except (UserError, LostProcessError):
         raise
     except ForetuneError as error:
         console.say(f"{entry.name}: {error}")
         return None
-    if outcome.validation_score is None:
-        raise UserError(
-            "learning_rates are searched on validation rows, and the seen tasks have none: set "
-            "tasks.validation, or one learning_rate"
-        )
-    return float(outcome.validation_score)
+    score = float(held_out.best(trials)["score"])
+    console.say(f"{label}: {score:.4f} after adapting to {len(exam)} held-out tasks")
+    return score
 
 
 def read_json(path: Path) -> Any:

@@ -95,6 +95,11 @@ class TaskCollection:
         """The tasks of these names, in this order."""
         return replace(self, tasks=tuple(self[name] for name in names))
 
+    def without(self, names: Iterable[str]) -> TaskCollection:
+        """All tasks but those of these names."""
+        left_out = set(names)
+        return self.subset([name for name in self.names if name not in left_out])
+
     def with_objective(self, objective: Objective) -> TaskCollection:
         """The same tasks under another objective."""
         return replace(self, objective=objective)
