@@ -113,12 +113,14 @@ def table(result: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     collection = result["collection"]
     turns = f" in each of {collection['turns']} turns" if "turns" in collection else ""
-    seeds = counted(1 + max(score["seed"] for score in result["scores"]), "seed")
+    repeats = counted(1 + max(score["seed"] for score in result["scores"]), "repeat")
+    pairs, levels, metric = result["pairs"], result["means"], result["metric"]["name"]
+    said = verdict(pairs, levels, result["bases"], metric=metric, shots_unit=unit)
     lines += [
         "",
         f"{scale.axis.capitalize()}; differences with 95 % intervals; "
-        f"{collection['num_seen']} tasks seen, {collection['num_unseen']} unseen{turns}, {seeds}; "
-        f"seconds of CPU time of one retraining. {result['verdict']['sentence']}",
+        f"{collection['num_seen']} tasks seen, {collection['num_unseen']} unseen{turns}, {repeats}; "
+        f"seconds of CPU time of one retraining. {said['sentence']}",
     ]
     return "\n".join(lines)
 

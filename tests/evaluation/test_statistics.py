@@ -225,7 +225,7 @@ def test_verdict_of_a_clear_win():
     start = r"Take PEFT-ML: \+[5-7]\.\d points over Standard \(95 % interval \+\d\.\d to \+\d\.\d\)"
     assert re.match(start, found["sentence"])
     assert "over the model as it is (+" in found["sentence"]
-    assert found["sentence"].endswith("with 16 rows a task, 24 unseen tasks, 3 seeds.")
+    assert found["sentence"].endswith("with 16 rows a task, 24 unseen tasks, 3 repeats.")
 
 
 def test_verdict_of_a_clear_loss_keeps_the_model_and_says_by_how_much():

@@ -205,7 +205,7 @@ class _Judge:
         return text
 
     def _where(self, name: str) -> str:
-        """'with 16 rows a task, 24 unseen tasks, 3 seeds'."""
+        """'with 16 rows a task, 24 unseen tasks, 3 repeats'."""
         found = self._contrasts(name, [other for other in self.ranked if other != name])
         where = shots_phrase(self.shots, self.shots_unit)
         if not found:
@@ -214,7 +214,7 @@ class _Judge:
         few = f" (fewer than {FEW_TASKS}, too few to be sure of anything)"
         return (
             f"{where}, {counted(tasks, 'unseen task')}{few if tasks < FEW_TASKS else ''}, "
-            f"{counted(min(one.num_seeds for one in found), 'seed')}"
+            f"{counted(min(one.num_seeds for one in found), 'repeat')}"
         )
 
     def _alone(self, name: str) -> str:

@@ -97,8 +97,8 @@ def choice_sentences(bases: Sequence[Mapping[str, Any]]) -> list[str]:
     >>> choice_sentences([{"label": "auto", "choices": [{"chosen": "standard", "above": [above]}]}])
     ['auto took standard: not clearly better on 9 held-out seen tasks than none.']
     >>> choice = {"chosen": "standard", "above": [above]}
-    >>> choice_sentences([{"label": "auto", "choices": [choice, choice]}])[0][:42]
-    'auto took, in 2 seeds, standard in 2; in 0'
+    >>> choice_sentences([{"label": "auto", "choices": [choice, choice]}])[0][:48]
+    'auto took, in 2 retrainings, standard in 2; in 0'
     """
     found = []
     for base in bases:
@@ -110,8 +110,8 @@ def choice_sentences(bases: Sequence[Mapping[str, Any]]) -> list[str]:
             which = ", ".join(f"{name} in {number}" for name, number in taken.most_common())
             clear = sum(all(row["low"] > 0 for row in choice["above"]) for choice in choices)
             found.append(
-                f"{base['label']} took, in {len(choices)} seeds, {which}; in {clear} of them it "
-                "was clearly better than all others on the held-out seen tasks."
+                f"{base['label']} took, in {len(choices)} retrainings, {which}; in {clear} of "
+                "them it was clearly better than all others on the held-out seen tasks."
             )
     return found
 

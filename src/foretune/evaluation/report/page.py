@@ -108,9 +108,9 @@ def _facts(view: View) -> str:
     if "num_unseen" in collection:
         turns = f" in each of {collection['turns']} turns" if "turns" in collection else ""
         parts.append(f"measured on {counted(collection['num_unseen'], 'unseen task')}{turns}")
-    seeds = {row["seed"] for row in comparison["scores"]}
+    repeats = {row["seed"] for row in comparison["scores"]}
     steps = f" for {counted(adapt['steps'], 'step')}" if adapt.get("steps") else ""
-    parts.append(f"each adapted with {adapt['method']}{steps}, {counted(len(seeds), 'seed')}")
+    parts.append(f"each adapted with {adapt['method']}{steps}, {counted(len(repeats), 'repeat')}")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}."
 
