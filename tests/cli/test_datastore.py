@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import tiny_models
-from foretune.cli import app
+from command_line import call, the_error, the_json
 
 WORDS = [w for w in tiny_models.WORDS if len(w) > 1]
 TEXTS = [{"text": " ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 8))} for i in range(1, 12)]
@@ -24,25 +22,6 @@ LABELLED = [
     for a in WORDS
     for b in ("sat", "on", "two")
 ]
-
-
-def call(*args: object) -> Any:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-def the_json(*args: object) -> Any:
-    result = call(*args, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-def the_error(*args: object) -> str:
-    result = call(*args)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    [line] = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 def write(path, rows):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
+import command_line
 import tiny_models
-from foretune.cli import app
+
+call = partial(command_line.call, "adapt")
+
 
 TEXTS = [
     {"task": task, "split": split, "text": f"{word} sat on the mat", "label": word}
@@ -19,10 +22,6 @@ TEXTS = [
     for split in ("train", "test")
     for word in ("cat", "dog")
 ]
-
-
-def call(*args: object) -> Any:
-    return CliRunner().invoke(app, ["adapt", *map(str, args)])
 
 
 @pytest.fixture

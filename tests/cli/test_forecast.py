@@ -7,35 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from foretune.cli import app
+from command_line import call, the_error, the_json
 from foretune.tasks.scenes import save_scenes
 from tiny_scenes import scene_tasks
 
 SIZES = "width=16 encoder_depth=1 decoder_depth=1 num_heads=2 history_steps=10 future_steps=12"
 TINY = [*SIZES.split(), "lane_points=10", "steps=2", "batch_size=4"]
-
-
-def call(*args: object) -> Any:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-def the_json(*args: object) -> Any:
-    result = call(*args, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-def the_error(*args: object) -> str:
-    result = call(*args)
-    assert result.exit_code == 2, result.output
-    line = str(result.stderr).strip()
-    assert line.startswith("error: ") and "\n" not in line
-    return line
 
 
 @pytest.fixture(scope="module")

@@ -5,33 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
+import command_line
 import foretune
 import tiny_models
-from foretune.cli import app
 from fused_models import adapted, ids, linears, output, saved
 
+call = partial(command_line.call, "fuse")
+the_error = partial(command_line.the_error, "fuse")
+
+
 HEAVY = ("torch", "transformers", "peft")
-
-
-def call(*args: str) -> Any:
-    return CliRunner().invoke(app, ["fuse", *args])
-
-
-def the_error(*args: str) -> str:
-    """The one line of a command that the user got wrong."""
-    result = call(*args)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == "" and "Traceback" not in result.output
-    line = result.stderr.splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
 
 
 @pytest.fixture

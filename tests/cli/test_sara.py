@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
+import command_line
 import tiny_models
 from foretune import load_sparse
-from foretune.cli import app
 from foretune.models.loading import load_base, load_module, save_base
 
 MODEL = """\
@@ -34,19 +33,9 @@ def build():
     torch.manual_seed(0)
     return Net()
 """
+call = partial(command_line.call, "adapt")
+the_error = partial(command_line.the_error, "adapt")
 SARA = ("method=sara", "fields.fraction=0.2", "steps=2", "learning_rate=0.01")
-
-
-def call(*args: str) -> Any:
-    return CliRunner().invoke(app, ["adapt", *args])
-
-
-def the_error(*args: str) -> str:
-    """The one line of a command that the user got wrong."""
-    result = call(*args)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == "" and "Traceback" not in result.output
-    return str(result.stderr.splitlines()[-1])
 
 
 @pytest.fixture

@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from foretune.cli import app
+from command_line import call, the_error, the_json
 
 LABELS = np.array(["sit", "walk", "run"])
-
-
-def call(*args: object) -> Any:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-def the_json(*args: object) -> Any:
-    result = call(*args, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-def the_error(*args: object) -> str:
-    result = call(*args)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    line = result.stderr.splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
 
 
 def arrays(shift=0.0, count=36, seed=0):
