@@ -209,6 +209,16 @@ def given(stacked: Tensor, grad: Tensor, layout: Layout) -> Tensor | None:
     return None
 
 
+def autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three in autocast's type, where it is on: a Function of our own must see to it."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -238,10 +248,7 @@ def lora_linear(
     Raises:
         ValueError: The vectors of x are no multiple of the number of rows.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    x, weight, bias = autocast(x, weight, bias)
     layout = Layout.of(rows, x.numel() // x.shape[-1], a.shape[0])
     if rows.order is None and dropout == 0:
         flat = x.reshape(-1, x.shape[-1])

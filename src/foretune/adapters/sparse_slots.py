@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretune.adapters.lora import Layout, by_rows, given, present
+from foretune.adapters.lora import Layout, autocast, by_rows, given, present
 from foretune.models.routing import Rows
 
 
@@ -101,10 +101,7 @@ def sparse_linear(
     Raises:
         ValueError: The vectors of x are no multiple of the number of rows.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    x, weight, bias = autocast(x, weight, bias)
     layout = Layout.of(rows, x.numel() // x.shape[-1], values.shape[0])
     by_task = x if rows.order is None else by_rows(x, rows.order, len(rows.slots))
     flat = by_task.reshape(-1, x.shape[-1])
