@@ -119,8 +119,8 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"{scale.axis.capitalize()}; differences with 95 % intervals; "
-        f"{collection['num_seen']} tasks seen, {collection['num_unseen']} unseen{turns}, {repeats}; "
-        f"seconds of CPU time of one retraining. {said['sentence']}",
+        f"{collection['num_seen']} tasks seen, {collection['num_unseen']} unseen{turns}, "
+        f"{repeats}; seconds of CPU time of one retraining. {said['sentence']}",
     ]
     return "\n".join(lines)
 

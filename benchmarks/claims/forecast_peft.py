@@ -8,6 +8,9 @@ junctions     made up (`foretune.tasks.junctions`): which exits are open only th
 pedestrians   FOLDER/trajnet_sdd (pretraining) and FOLDER/eth_ucy (unseen scenes to adapt to):
               text files of lines `frame id x y`, in metres, 0.4 s a step. 8 history and 12 future
               steps.
+places        both ideas together: drone scenes are seen tasks, a forecaster whose decoder is kept
+              is retrained on them with an adapter for each place in the bank, and by the controls;
+              then LoRA adapts each base to all six ETH/UCY scenes.
 
 Small sizes: width 48, two blocks each, 8 prompts, adapters of rank 16. A seed that is in the
 result file already is not run again. Rates were not searched: they are usual ones, set beforehand.
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import json
 import statistics
 import sys
@@ -30,10 +34,11 @@ import torch
 
 import foretune
 from foretune.evaluation.forecasting import forecast_rows, measures
+from foretune.evaluation.statistics import paired_difference
 from foretune.methods import make
 from foretune.models.forecast_config import ForecastMAEConfig
 from foretune.models.forecast_mae import ForecastMAE
-from foretune.models.forecasters import add_head
+from foretune.models.forecasters import add_head, add_prompts
 from foretune.tasks.junctions import junctions
 from foretune.tasks.scene_readers import load_scenes
 from foretune.tasks.task import Task, TaskCollection
@@ -71,6 +76,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "adapt_steps": 40,
         "batch_size": 16,
     },
+    "places": {
+        "steps": {"history_steps": 8, "future_steps": 12},
+        "lane_points": 10,
+        "radius": 4.0,
+        "pretrain_scenes": 2000,
+        "pretrain_steps": 100,
+        "train_scenes": 100,
+        "test_scenes": 100,
+        "retrain_steps": 150,
+        "tasks_per_step": 8,
+        "rows_a_task": 2,
+        "adapt_steps": 40,
+        "batch_size": 16,
+        "shots": [16, None],
+    },
 }
 UNSEEN = ("crowds_zara01.txt.gz", "crowds_zara03.txt.gz", "uni_examples.txt.gz")
 PEFT = {"prompts": 8, "adapter_rank": 16}
@@ -92,6 +112,12 @@ SPREAD_ARMS = (
     "from scratch, spread modes",
     "LoRA and a head",
 )
+RETRAINERS = {
+    "standard retraining": {"name": "standard"},
+    "PEFT-ML": {"name": "peft-ml", "lora": {"r": 8, "lora_alpha": 16}},
+    "Reptile": {"name": "reptile"},
+    "FOMAML": {"name": "fomaml"},
+}
 WORLDS = {"junctions": tuple(ARMS), "pedestrians": SPREAD_ARMS}
 
 
@@ -192,20 +218,70 @@ def tracks(folder: Path) -> TaskCollection:
 def pedestrian_world(about: dict[str, Any], seed: int, data: Path | None) -> tuple[Any, Any]:
     if data is None:
         raise SystemExit("pedestrians need --data FOLDER, which holds trajnet_sdd and eth_ucy")
-    seen = tracks(data / "trajnet_sdd").pooled()
-    every = [row for split in ("train", "validation", "test") for row in seen.split(split)]
-    seen = Task("seen", evenly(every, about["pretrain_scenes"]))
-    unseen = [
+    seen = pooled(tracks(data / "trajnet_sdd"), about["pretrain_scenes"])
+    return TaskCollection((seen,)), unseen_scenes(data, UNSEEN, about)
+
+
+def pooled(places: TaskCollection, most: int) -> Task:
+    """One task of all scenes of all places, for the pretext task."""
+    task = places.pooled()
+    every = [row for split in ("train", "validation", "test") for row in task.split(split)]
+    return Task("seen", evenly(every, most))
+
+
+def unseen_scenes(data: Path, names: Sequence[str], about: dict[str, Any]) -> TaskCollection:
+    """The ETH/UCY files of these names, a task each."""
+    tasks = [
         Task(
             task.name,
             evenly(task.train, about["train_scenes"]),
             (),
             evenly(task.test, about["test_scenes"]),
         )
-        for name in UNSEEN
+        for name in names
         for task in tracks(data / "eth_ucy" / name)
     ]
-    return TaskCollection((seen,)), TaskCollection(tuple(t for t in unseen if t.train and t.test))
+    return TaskCollection(tuple(task for task in tasks if task.train and task.test))
+
+
+def place_rows(part: str, seed: int, data: Path | None) -> tuple[float, list[dict[str, Any]]]:
+    """(CPU seconds of pretraining, minFDE6 of each base, unseen scene and number of windows)."""
+    about = SETTINGS[part]
+    if data is None:
+        raise SystemExit("places need --data FOLDER, which holds trajnet_sdd and eth_ucy")
+    began = time.process_time()
+    drone = tracks(data / "trajnet_sdd")
+    _, model = pretrained(part, TaskCollection((pooled(drone, about["pretrain_scenes"]),)), seed)
+    spent = round(time.process_time() - began, 1)
+    torch.manual_seed(seed)
+    add_prompts(model, modes=6, prompts=PEFT["prompts"], adapter_rank=0)
+    objective = foretune.Forecast(**about["steps"], radius=about["radius"])
+    names = sorted(path.name for path in (data / "eth_ucy").iterdir())
+    unseen = unseen_scenes(data, names, about).with_objective(objective)
+    bases = {}
+    for arm, fields in RETRAINERS.items():
+        began = time.process_time()
+        bases[arm] = foretune.retrain(
+            model,
+            drone.with_objective(objective),
+            make(**fields, learning_rate=1e-3),
+            run_of(part, seed, about["retrain_steps"]).replace(
+                tasks_per_step=about["tasks_per_step"], batch_size=about["rows_a_task"]
+            ),
+        )
+        print(part, seed, arm, f"{time.process_time() - began:.0f} s", file=sys.stderr, flush=True)
+    found = foretune.compare(
+        bases,
+        unseen,
+        adapt=foretune.LoRA(learning_rate=RATES["lora"]),
+        run=run_of(part, seed, about["adapt_steps"]),
+        shots=about["shots"],
+    )
+    rows = [
+        {"arm": s["base"], "task": s["task"], "shots": s["shots"], "minFDE6": -s["score"]}
+        for s in found.to_dict()["scores"]
+    ]
+    return spent, rows
 
 
 def evenly(rows: Sequence[Any], most: int) -> list[Any]:
@@ -216,6 +292,15 @@ WORLD: dict[str, Callable[..., tuple[Any, Any]]] = {
     "junctions": junction_world,
     "pedestrians": pedestrian_world,
 }
+
+
+def arm_rows(part: str, seed: int, data: Path | None) -> tuple[float, list[dict[str, Any]]]:
+    """(CPU seconds of pretraining, a row for each arm and unseen task)."""
+    began = time.process_time()
+    seen, unseen = WORLD[part](SETTINGS[part], seed, data)
+    fresh, model = pretrained(part, seen, seed)
+    spent = round(time.process_time() - began, 1)
+    return spent, adapted_rows(part, unseen, {"scratch": fresh, "pretrained": model}, seed)
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -289,6 +374,35 @@ def scene_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def place_table(result: dict[str, Any]) -> str:
+    """minFDE6 of each base before and after adapting, and against standard retraining."""
+    runs = [run for run in result["runs"] if run["part"] == "places"]
+    shots = SETTINGS["places"]["shots"]
+    scenes = sorted({row["task"] for run in runs for row in run["rows"]})
+
+    def matrix(arm: str, k: int | None) -> list[list[float]]:
+        by_scene = {
+            (run["seed"], row["task"]): row["minFDE6"]
+            for run in runs
+            for row in run["rows"]
+            if (row["arm"], row["shots"]) == (arm, k)
+        }
+        return [[by_scene[run["seed"], scene] for run in runs] for scene in scenes]
+
+    head = ["0 windows", *("all windows" if k is None else f"{k} windows" for k in shots)]
+    lines = [
+        f"| base | {' | '.join(head)} | − standard, {head[-1]} |",
+        "|---" * (len(head) + 2) + "|",
+    ]
+    for arm in RETRAINERS:
+        means = [statistics.mean(itertools.chain(*matrix(arm, k))) for k in (0, *shots)]
+        found = paired_difference(matrix(arm, None), matrix("standard retraining", None))
+        against = f"{found.difference:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+        against = "" if arm == "standard retraining" else against
+        lines.append(f"| {arm} | {' | '.join(f'{mean:.2f}' for mean in means)} | {against} |")
+    return "\n".join(lines)
+
+
 def marks_table(result: dict[str, Any]) -> str:
     """The marks that were set before the run, and what came out."""
 
@@ -317,6 +431,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "junctions": junction_table,
     "marks": marks_table,
     "pedestrians": pedestrian_table,
+    "places": place_table,
     "scenes": scene_table,
 }
 
@@ -324,7 +439,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, help="holds trajnet_sdd/ and eth_ucy/")
-    parser.add_argument("--parts", nargs="+", default=list(WORLD), choices=list(WORLD))
+    parser.add_argument("--parts", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
@@ -336,11 +451,8 @@ def main() -> None:
         for seed in given.seeds:
             if any((run["part"], run["seed"]) == (part, seed) for run in result["runs"]):
                 continue
-            began = time.process_time()
-            seen, unseen = WORLD[part](SETTINGS[part], seed, given.data)
-            fresh, model = pretrained(part, seen, seed)
-            spent = round(time.process_time() - began, 1)
-            rows = adapted_rows(part, unseen, {"scratch": fresh, "pretrained": model}, seed)
+            run = place_rows if part == "places" else arm_rows
+            spent, rows = run(part, seed, given.data)
             result["runs"].append(
                 {"part": part, "seed": seed, "pretrain_seconds": spent, "rows": rows}
             )
