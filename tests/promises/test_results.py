@@ -78,6 +78,8 @@ def test_regret_is_the_way_to_the_best_in_hindsight(
     expected = scores["peft-ml"].mean() - scores["standard"].mean()
     assert row["regret"] == pytest.approx(expected)
     assert row["minus_standard"] == (0, 0, 0)
+    # peft-ml is the best whichever task is left out
+    assert row["regret_without"] == pytest.approx(row["regret"])
     assert row["minus_none"][1] > 0
     assert "below standard retraining in 0 cells, below none in 0; above them in 0 and 1" in (
         regret.regret_table()
@@ -93,6 +95,16 @@ def test_a_variant_must_beat_every_rival(publish: ModuleType, rival: float, beat
     row = regret.variant_row("one", 8, regret.matrices(found, 8))
     assert row["variant"] == "episodes"
     assert row["beats_all"] == beats  # none is a control, no rival
+
+
+def test_a_best_method_by_luck_on_one_task_is_not_the_best_without_it(publish: ModuleType) -> None:
+    regret = importlib.import_module("claims.regret")
+    steady, lucky = np.full((4, 1), 0.5), np.array([[0.4], [0.4], [0.4], [1.0]])
+    assert lucky.mean() > steady.mean()
+    # Without the lucky task `steady` is picked for it; `lucky` is picked for each of the others.
+    assert regret.best_without({"steady": steady, "lucky": lucky}) == pytest.approx(
+        (0.5 + 3 * 0.4) / 4
+    )
 
 
 def test_runs_apart_are_joined_as_if_they_were_one(publish: ModuleType) -> None:
