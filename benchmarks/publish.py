@@ -194,7 +194,7 @@ def with_tables(text: str) -> str:
     """A page with each part between `<!-- KIND NAME -->` and `<!-- end -->` made anew.
 
     Kinds: `results` and `spectrum` of a comparison, `theory` of a panel of an experiment, `claim`
-    of a table that `claims/NAME.py` makes of its own result, `regret` and `variants` of all claims.
+    of a table that a script of `claims/` makes of its result, `regret` and `variants` of them all.
     """
     made: dict[str, Callable[[], str]] = {
         "regret of auto": regret.regret_table,
@@ -207,7 +207,7 @@ def with_tables(text: str) -> str:
         if "claim" in result:
             tables_of = importlib.import_module(f"claims.{result['claim']}").TABLES
             for name, write in tables_of.items():
-                made[f"claim {result['claim']} {name}"] = partial(write, result)
+                made[f"claim {path.stem} {name}"] = partial(write, result)
             continue
         made[f"results {path.stem}"] = partial(table, result)
         made[f"spectrum {path.stem}"] = partial(spectrum_table, result)

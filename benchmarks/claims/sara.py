@@ -1,6 +1,7 @@
 """SaRA on a small diffusion model: digits are known, alphabets are new.
 
     python benchmarks/claims/sara.py --data FOLDER        # benchmarks/results/sara.json
+    python benchmarks/claims/sara.py --data FOLDER --network unet     # …/sara_unet.json, diffusers
     python benchmarks/claims/sara.py --data FOLDER --quick    # tries the logic, writes nothing
 
 A residual network of linear layers (16 x 16 pixels, 100 moments) learns MNIST, anew for each seed.
@@ -8,8 +9,9 @@ It is then adapted to three Omniglot alphabets, by everything, by LoRA, and by a
 entries: the smallest (SaRA and its parts), the largest, random ones. The seed also draws the images
 of each alphabet, the noise and their order. The learning rate of full fine-tuning, of LoRA and of
 each kind of entries is chosen on the validation images of a fourth alphabet, with a base of its
-own; SaRA's variants share that of the smallest entries. FOLDER holds `images/mnist.npz` and
-`images/omniglot_images_background_small{1,2}.zip`.
+own; SaRA's variants share that of the smallest entries. A UNet of diffusers does the same with
+fewer steps, alphabets and arms, because a step takes twelve times as long. FOLDER holds
+`images/mnist.npz` and `images/omniglot_images_background_small{1,2}.zip`.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from foretune.training.record import environment
 from foretune.training.scoring import score_slots
 
 HERE = Path(__file__).resolve().parents[1]
-RESULT, FIGURE = HERE / "results" / "sara.json", HERE.parent / "docs" / "figures" / "sara.png"
+RESULTS, FIGURE = HERE / "results", HERE.parent / "docs" / "figures" / "sara.png"
 SIDE, WIDTH, BLOCKS, MOMENT = 16, 128, 4, 64
 ALPHABETS = ("Greek", "Korean", "Sanskrit")
 TUNED_ON = "Early_Aramaic"
@@ -51,7 +53,7 @@ SEEDS, TUNING_SEED = (0, 1, 2), 10
 RATES = (5e-4, 2e-3, 8e-3)
 FRACTION = 0.1
 RUN = Run(steps=150, batch_size=32, schedule="cosine", warmup=0.05, eval_every=0, device="cpu")
-PRETRAIN = Run(steps=2500, batch_size=32, schedule="cosine", eval_every=0, device="cpu")
+PRETRAIN = RUN.replace(warmup=Run().warmup)
 OLD_ROWS = 200  # of MNIST's test images on which what was known is measured
 ZEROED = {"smallest": (0.05, 0.1, 0.2, 0.3), "random": (0.1,), "largest": (0.1,)}
 
@@ -136,6 +138,46 @@ class Denoiser(nn.Module):
         return (self.gate(moment) * flat + self.outer(h)).view_as(noisy)
 
 
+def unet() -> nn.Module:
+    """A small UNet of diffusers: convolutions, group norms, attention."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=SIDE,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """What is adapted, and how much of the experiment is done with it."""
+
+    build: Callable[[], nn.Module]
+    result: str
+    pretrain_steps: int
+    alphabets: tuple[str, ...] = ALPHABETS
+    left_out: tuple[str, ...] = ()
+    figure: bool = False
+
+
+NETWORKS = {
+    "residual": Network(build=Denoiser, result="sara", pretrain_steps=2500, figure=True),
+    "unet": Network(
+        build=unet,
+        result="sara_unet",
+        pretrain_steps=1200,
+        alphabets=ALPHABETS[:2],
+        left_out=("smallest alone", "SaRA, no reselection"),
+    ),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entries(SaRA):
     """As many entries, chosen otherwise; `threshold` then only names what `reselect` would use."""
@@ -160,8 +202,8 @@ def ranked(model: nn.Module, kind: str) -> dict[str, Tensor]:
 
 
 def lora_of(base: nn.Module, budget: int) -> nn.Module:
-    """The base with peft's LoRA on all linear layers, of the rank nearest the budget."""
-    names = [n for n, m in base.named_modules() if isinstance(m, nn.Linear)]
+    """The base with peft's LoRA on all its matrices, of the rank nearest the budget."""
+    names = [n for n, m in base.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     made = {}
     for rank in range(1, 17):
         torch.manual_seed(0)
@@ -172,12 +214,12 @@ def lora_of(base: nn.Module, budget: int) -> nn.Module:
     return made[min(made)]
 
 
-def pretrained(old: Task, seed: int) -> nn.Module:
+def pretrained(network: Network, old: Task, seed: int, run: Run) -> nn.Module:
     """A base that has learnt the digits."""
     torch.manual_seed(seed)
     tasks = TaskCollection((old,), OBJECTIVE)
-    method, run = Full(learning_rate=2e-3), PRETRAIN.replace(seed=seed)
-    adapted = foretune.adapt(Denoiser(), tasks, method, run)
+    method, run = Full(learning_rate=2e-3), run.replace(seed=seed)
+    adapted = foretune.adapt(network.build(), tasks, method, run)
     print("pretrained", adapted.scores, flush=True)
     return adapted.models[old.name, 0]
 
@@ -198,6 +240,7 @@ def arms(rates: Mapping[str, float]) -> dict[str, tuple[str, Any]]:
         "LoRA": ("lora", Full(learning_rate=rates["LoRA"])),
         "SaRA": ("base", SaRA(**plain)),
         "SaRA, no nuclear term": ("base", SaRA(**plain, nuclear=0.0)),
+        "SaRA, no reselection": ("base", SaRA(**plain, reselect=None)),
         "smallest alone": ("base", SaRA(**plain, **off)),
     }
     for kind in ("largest", "random"):
@@ -231,15 +274,15 @@ def zeroing(base: nn.Module, old: Task) -> list[dict[str, Any]]:
     return found
 
 
-def memory(start: nn.Module, method: Any, task: Task) -> dict[str, int]:
+def memory(start: nn.Module, method: Any, task: Task, run: Run) -> dict[str, int]:
     """Bytes after one real step: gradients at their most, those kept, the optimiser's state."""
     from foretune.training.ranks import Deal
 
     model = copy.deepcopy(start)
     data = TaskData([SlotRows(task.name, task.train, (), ())], OBJECTIVE)
-    learner = method.learner(model, OBJECTIVE, data.keys, RUN)
+    learner = method.learner(model, OBJECTIVE, data.keys, run)
     learner.place(torch.device("cpu"), Deal(data))
-    learner.start(RUN)
+    learner.start(run)
     seen = {"peak": 0}
 
     def held() -> int:
@@ -252,7 +295,7 @@ def memory(start: nn.Module, method: Any, task: Task) -> dict[str, int]:
                 lambda _: seen.update(peak=max(seen["peak"], held()))
             )
     with learner.ready():
-        step = data.step([(0, i) for i in range(RUN.batch_size)], "train", train=True, seed=[0])
+        step = data.step([(0, i) for i in range(run.batch_size)], "train", train=True, seed=[0])
         learner.gradients([step])
         kept = held()
         learner.base_optimizer.step()
@@ -263,17 +306,17 @@ def memory(start: nn.Module, method: Any, task: Task) -> dict[str, int]:
 
 
 def one(
-    name: str, start: nn.Module, method: Any, task: Task, old: Task, seed: int, threshold: float
+    name: str, start: nn.Module, method: Any, task: Task, old: Task, threshold: float, run: Run
 ) -> tuple[dict[str, Any], nn.Module]:
     """One arm on one alphabet: what is kept of it, and the model."""
     begun = time.process_time()
     tasks = TaskCollection((task,), OBJECTIVE)
-    adapted = foretune.adapt(start, tasks, method, RUN.replace(seed=seed))
+    adapted = foretune.adapt(start, tasks, method, run)
     model = adapted.models[task.name, 0]
     found = {
         "arm": name,
         "alphabet": task.name,
-        "seed": seed,
+        "seed": run.seed,
         "new": -adapted.scores[task.name, 0],
         "old": loss_on(model, old),
         "trained": adapted.cost["trainable_parameters"],
@@ -313,46 +356,49 @@ def tuned(starts: Mapping[str, nn.Module], data: Path, run: Run) -> dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--network", choices=list(NETWORKS), default="residual")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    global RUN, PRETRAIN
+    network = NETWORKS[options.network]
+    run, before = RUN, PRETRAIN.replace(steps=network.pretrain_steps)
     if options.quick:
-        RUN, PRETRAIN = RUN.replace(steps=2, batch_size=2), PRETRAIN.replace(steps=3)
+        run, before = run.replace(steps=2, batch_size=2), before.replace(steps=3)
     begun = time.process_time()
     old = digits(options.data, 6000, OLD_ROWS)
     result: dict[str, Any] = {
         "claim": "sara",
         "rows": ROWS,
-        "steps": RUN.steps,
-        "batch_size": RUN.batch_size,
-        "pretrain_steps": PRETRAIN.steps,
+        "steps": run.steps,
+        "batch_size": run.batch_size,
+        "pretrain_steps": before.steps,
         "bases": [],
         "runs": [],
     }
     torch.manual_seed(0)
-    fresh = starts_of(Denoiser())
+    fresh = starts_of(network.build())
     result["base_parameters"] = sum(p.numel() for p in fresh["base"].parameters())
-    first = alphabet(options.data, ALPHABETS[0], SEEDS[0])
+    first = alphabet(options.data, network.alphabets[0], SEEDS[0])
     same_rates = arms(dict.fromkeys(("full", "LoRA", "smallest", "largest", "random"), 1e-3))
     result["memory"] = {
-        name: memory(fresh[same_rates[name][0]], same_rates[name][1], first)
+        name: memory(fresh[same_rates[name][0]], same_rates[name][1], first, run)
         for name in ("full", "LoRA", "SaRA")
     }
     print(result["memory"], flush=True)
-    result["tuning"] = tuned(starts_of(pretrained(old, TUNING_SEED)), options.data, RUN)
+    tuning_base = pretrained(network, old, TUNING_SEED, before)
+    result["tuning"] = tuned(starts_of(tuning_base), options.data, run)
     result["rates"] = {
         kind: float(min(found, key=found.__getitem__)) for kind, found in result["tuning"].items()
     }
-    chosen = arms(result["rates"])
+    chosen = {n: arm for n, arm in arms(result["rates"]).items() if n not in network.left_out}
     sheet: dict[str, np.ndarray] = {}
     for seed in SEEDS:
-        base = pretrained(old, seed)
+        base = pretrained(network, old, seed, before)
         starts = starts_of(base)
         if seed == SEEDS[0]:
             sheet["base"] = draw_samples(base, OBJECTIVE, (1, SIDE, SIDE), 16)
         threshold = threshold_of(base, FRACTION)
-        tasks = [alphabet(options.data, name, seed) for name in ALPHABETS]
+        tasks = [alphabet(options.data, name, seed) for name in network.alphabets]
         result["bases"].append(
             {
                 "seed": seed,
@@ -364,16 +410,19 @@ def main() -> None:
         )
         for arm, (start, method) in chosen.items():
             for task in tasks:
-                row, model = one(arm, starts[start], method, task, old, seed, threshold)
+                row, model = one(
+                    arm, starts[start], method, task, old, threshold, run.replace(seed=seed)
+                )
                 result["runs"].append(row)
-                if (seed, task.name) == (SEEDS[0], ALPHABETS[0]):
+                if (seed, task.name) == (SEEDS[0], network.alphabets[0]):
                     sheet[arm] = draw_samples(model, OBJECTIVE, (1, SIDE, SIDE), 16)
             print(json.dumps(row), flush=True)
         result["cpu_seconds"] = round(time.process_time() - begun)
         result["environment"] = environment()
         if not options.quick:
-            RESULT.write_text(json.dumps(result, separators=(",", ":")) + "\n", "utf-8")
-    if not options.quick:
+            target = RESULTS / f"{network.result}.json"
+            target.write_text(json.dumps(result, separators=(",", ":")) + "\n", "utf-8")
+    if network.figure and not options.quick:
         shown = {name: sheet[name] for name in ("base", "full", "LoRA", "SaRA")}
         shown["data"] = np.stack([row["x"] for row in first.test[:16]])
         save_sheet(shown, FIGURE)
