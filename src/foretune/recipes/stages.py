@@ -115,6 +115,7 @@ def retrain(
 
 def _trial(setup: Setup, entry: MethodEntry, rate: float, console: Console) -> float | None:
     from foretune.evaluation import held_out
+    from foretune.evaluation.wording import counted
 
     recipe, exam = setup.recipe, held_out.usable(setup.search)
     steps = recipe.retrain.search_steps or recipe.retrain.steps
@@ -136,7 +137,8 @@ def _trial(setup: Setup, entry: MethodEntry, rate: float, console: Console) -> f
         console.say(f"{entry.name}: {error}")
         return None
     score = float(held_out.best(trials)["score"])
-    console.say(f"{label}: {score:.4f} after adapting to {len(exam)} held-out tasks")
+    tasks = counted(len(exam), "held-out task")
+    console.say(f"{label}: {score:.4f} after adapting to {tasks}")
     return score
 
 
