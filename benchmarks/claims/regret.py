@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from foretune.evaluation.statistics import paired_difference
+from foretune.evaluation.wording import counted
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 CONTROLS = ("none", "standard")
@@ -157,7 +158,7 @@ def variants_table() -> str:
     lines += [
         "",
         f"Above all four rivals, each with its whole interval: {len(beaten)} of {len(rows)} cells, "
-        f"in {len(set(beaten))} collections. The variant of a row is the best of that row in "
+        f"in {counted(len(set(beaten)), 'collection')}. The variant of a row is the best of that row in "
         "hindsight, which favours it; the intervals are not corrected for that.",
     ]
     return "\n".join(lines)
