@@ -22,6 +22,8 @@ from foretune.training import verbs
 from foretune.training.loop import Progress
 from foretune.training.outcome import Outcome
 
+FULL_TASKS = 8  # fully fine-tuned, one after the other: enough for means of singular values
+
 
 def measure(
     bases: Mapping[str, nn.Module | Outcome],
@@ -32,7 +34,7 @@ def measure(
     run: Run,
     shots: int | None,
     ranks: Sequence[int] = (1, 2, 4, 8),
-    max_tasks: int = 8,
+    max_tasks: int = FULL_TASKS,
     rates: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:

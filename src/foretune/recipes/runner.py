@@ -204,7 +204,8 @@ def spectrum_stage(
     from foretune.methods import make
 
     lora = setup.recipe.adapt.lora
-    with console.bar("spectrum", rounds=len(setup.recipe.entries) * len(block.ranks)) as progress:
+    trainings = len(block.ranks) + min(spectrum.FULL_TASKS, len(need_unseen(setup)))
+    with console.bar("spectrum", rounds=len(setup.recipe.entries) * trainings) as progress:
         measured = spectrum.measure(
             SavedBases(out, setup.recipe.entries, 0),
             need_unseen(setup),
