@@ -158,8 +158,8 @@ def variants_table() -> str:
     lines += [
         "",
         f"Above all four rivals, each with its whole interval: {len(beaten)} of {len(rows)} cells, "
-        f"in {counted(len(set(beaten)), 'collection')}. The variant of a row is the best of that row "
-        "in hindsight, which favours it; the intervals are not corrected for that.",
+        f"in {counted(len(set(beaten)), 'collection')}. The variant of a row is the best of that "
+        "row in hindsight, which favours it; the intervals are not corrected for that.",
     ]
     return "\n".join(lines)
 
