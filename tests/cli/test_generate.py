@@ -12,10 +12,9 @@ import peft
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
+import command_line
 import tiny_models
-from foretune.cli import app
 
 HEAVY = ("torch", "transformers", "peft")
 
@@ -62,22 +61,16 @@ EFT = ("--method", "eft", "--tuned", "tuned", "--untuned", "untuned")
 
 
 def call(*args: str, stdin: str | None = None) -> Any:
-    return CliRunner().invoke(app, ["generate", *args, *SHORT], input=stdin)
+    return command_line.call("generate", *args, *SHORT, stdin=stdin)
 
 
 def told(*args: str, stdin: str | None = None) -> list[str]:
-    result = call(*args, "--json", stdin=stdin)
-    assert result.exit_code == 0, result.output
-    return [one["text"] for one in json.loads(result.stdout)["results"]]
+    found = command_line.the_json("generate", *args, *SHORT, stdin=stdin)
+    return [one["text"] for one in found["results"]]
 
 
 def the_error(*args: str) -> str:
-    result = call(*args)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    [line] = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line
+    return command_line.the_error("generate", *args, *SHORT)
 
 
 @pytest.mark.usefixtures("here")
