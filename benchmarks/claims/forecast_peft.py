@@ -92,7 +92,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "shots": [16, None],
     },
 }
-UNSEEN = ("crowds_zara01.txt.gz", "crowds_zara03.txt.gz", "uni_examples.txt.gz")
 PEFT = {"prompts": 8, "adapter_rank": 16}
 RATES = {"pretrain": 1e-3, "forecast-peft": 2e-3, "forecast-ft": 1e-3, "full": 1e-3, "lora": 2e-3}
 ARMS = {
@@ -219,7 +218,7 @@ def pedestrian_world(about: dict[str, Any], seed: int, data: Path | None) -> tup
     if data is None:
         raise SystemExit("pedestrians need --data FOLDER, which holds trajnet_sdd and eth_ucy")
     seen = pooled(tracks(data / "trajnet_sdd"), about["pretrain_scenes"])
-    return TaskCollection((seen,)), unseen_scenes(data, UNSEEN, about)
+    return TaskCollection((seen,)), unseen_scenes(data, about)
 
 
 def pooled(places: TaskCollection, most: int) -> Task:
@@ -229,8 +228,8 @@ def pooled(places: TaskCollection, most: int) -> Task:
     return Task("seen", evenly(every, most))
 
 
-def unseen_scenes(data: Path, names: Sequence[str], about: dict[str, Any]) -> TaskCollection:
-    """The ETH/UCY files of these names, a task each."""
+def unseen_scenes(data: Path, about: dict[str, Any]) -> TaskCollection:
+    """The six ETH/UCY scenes, a task each."""
     tasks = [
         Task(
             task.name,
@@ -238,8 +237,8 @@ def unseen_scenes(data: Path, names: Sequence[str], about: dict[str, Any]) -> Ta
             (),
             evenly(task.test, about["test_scenes"]),
         )
-        for name in names
-        for task in tracks(data / "eth_ucy" / name)
+        for path in sorted((data / "eth_ucy").iterdir())
+        for task in tracks(path)
     ]
     return TaskCollection(tuple(task for task in tasks if task.train and task.test))
 
@@ -256,8 +255,7 @@ def place_rows(part: str, seed: int, data: Path | None) -> tuple[float, list[dic
     torch.manual_seed(seed)
     add_prompts(model, modes=6, prompts=PEFT["prompts"], adapter_rank=0)
     objective = foretune.Forecast(**about["steps"], radius=about["radius"])
-    names = sorted(path.name for path in (data / "eth_ucy").iterdir())
-    unseen = unseen_scenes(data, names, about).with_objective(objective)
+    unseen = unseen_scenes(data, about).with_objective(objective)
     bases = {}
     for arm, fields in RETRAINERS.items():
         began = time.process_time()

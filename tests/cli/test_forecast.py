@@ -103,7 +103,6 @@ def test_a_folder_that_is_not_empty_is_kept_unless_told(world, tmp_path):
         ),
         (("pretrain", "width=20"), "width must be a multiple of 8"),
         (("pretrain", "steps"), '"steps" must read KEY=VALUE'),
-        (("pretrain", "steps=2", "steps=3"), "steps stands twice"),
         (("pretrain", "steps=0"), "steps must be a whole number not below 1"),
         (("pretrain", "learning_rate=0"), "learning_rate must be a number above 0"),
         (("adapt", "BASE", "prompts=0"), "prompts must be a whole number"),

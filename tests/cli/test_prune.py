@@ -119,7 +119,7 @@ def test_rows_are_cut_by_split_and_task(place: Path) -> None:
         ("uncurl mix experts=9 --rows task.jsonl --out x", "from 2 to 8, got 9"),
         ("uncurl mix experts=[4,4,4] --rows task.jsonl --out x", "3 numbers, the model has 2"),
         ("uncurl mix expert=4 --rows task.jsonl --out x", 'Did you mean "experts"?'),
-        ("uncurl mix experts --rows task.jsonl --out x", "must read key=value"),
+        ("uncurl mix experts --rows task.jsonl --out x", "must read KEY=VALUE"),
         ("uncurl mix router=rows --rows task.jsonl --out x", "router must be one of mean"),
         ("uncrul mix --rows task.jsonl --out x", 'Did you mean "uncurl"?'),
         ("lora mix --rows task.jsonl --out x", 'no method to prune with called "lora"'),

@@ -194,10 +194,10 @@ def test_a_used_folder_is_not_written_over_without_being_told(place, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["step=3"], 'no setting "step"; there are .* Did you mean "steps"?'),
+        (["step=3"], 'no setting "step"; subspace-sfda has .* Did you mean "steps"?'),
         (["loss=tent"], "loss must be one of shot, nrc, aad, mapu; got 'tent'"),
         (["steps=0"], "steps must be a whole number not below 1, got 0"),
-        (["steps"], "must read key=value"),
+        (["steps"], "must read KEY=VALUE"),
     ],
 )
 def test_bad_settings_are_named(place, tmp_path, changes, message):

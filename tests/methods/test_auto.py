@@ -98,7 +98,7 @@ def test_trials_never_adapt_to_what_they_were_retrained_on(monkeypatch):
     assert retrained[-1][0] == set(tasks.names)
 
 
-@pytest.mark.parametrize(("num_tasks", "shots", "draws"), [(6, 4, 3), (18, 4, 1), (6, None, 1)])
+@pytest.mark.parametrize(("num_tasks", "shots", "draws"), [(6, 4, 3), (24, 4, 1), (6, None, 1)])
 def test_few_held_out_tasks_are_adapted_to_in_several_draws(monkeypatch, num_tasks, shots, draws):
     found = []
     real = verbs.adapt

@@ -81,7 +81,7 @@ class Auto:
     """
 
     candidates: Any = CANDIDATES
-    folds: int = 3
+    folds: int = 4
     rounds: int = 3
     budget: float = 0.25
     adapt: Any = field(default_factory=lambda: {"name": "lora"})

@@ -13,7 +13,7 @@ from foretune.files import claim_model_folder, whole_folder, write_whole
 from foretune.methods import make, method_class
 from foretune.models.forecast_config import ForecastMAEConfig
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.yaml_io import parse_yaml
+from foretune.recipes.overrides import method_and_run
 from foretune.run import Run, above_zero
 
 SUMMARY = "forecasts.json"
@@ -21,42 +21,6 @@ ADAPTING = ("forecast-peft", "full")
 RUN_FIELDS = tuple(
     f.name for f in dataclasses.fields(Run) if f.name not in ("seed", "out", "resume", "overwrite")
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What `key=value` settings say.
-
-    Args:
-        own: Fields of the model's sizes or of the method.
-        run: Fields of the run.
-    """
-
-    own: dict[str, Any]
-    run: dict[str, Any]
-
-
-def parse_settings(given: Sequence[str], fields: Sequence[str], of: str) -> Settings:
-    """Sorts `KEY=VALUE` into fields of the model or method and fields of the run.
-
-    Raises:
-        UserError: No `=`, a key twice, or an unknown key.
-    """
-    own: dict[str, Any] = {}
-    run: dict[str, Any] = {}
-    for part in given:
-        key, equals, value = part.partition("=")
-        if not equals or not key:
-            raise UserError(f'setting "{part}" must read KEY=VALUE, such as steps=500')
-        if key in own or key in run:
-            raise UserError(f"{key} stands twice")
-        if key not in fields and key not in RUN_FIELDS:
-            raise UserError(
-                f'no setting "{key}"; {of} has {", ".join(fields)}; the run has '
-                f"{', '.join(RUN_FIELDS)}.{did_you_mean(key, [*fields, *RUN_FIELDS])}"
-            )
-        (own if key in fields else run)[key] = parse_yaml(value, f'setting "{part}"')
-    return Settings(own, run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +39,11 @@ def pretraining(changes: Sequence[str], seed: int) -> Pretraining:
         UserError: A setting is unknown or out of range.
     """
     sizes = [f.name for f in dataclasses.fields(ForecastMAEConfig)]
-    found = parse_settings(changes, [*sizes, "learning_rate"], "the model")
-    rate = found.own.pop("learning_rate", 1e-3)
+    own, run = method_and_run(changes, "the model", [*sizes, "learning_rate"], RUN_FIELDS)
+    rate = own.pop("learning_rate", 1e-3)
     above_zero("learning_rate", rate)
-    run = Run(**{"schedule": "cosine", "batch_size": 32, **found.run}, seed=seed)
-    return Pretraining(ForecastMAEConfig(**found.own), rate, run)
+    asked = Run(**{"schedule": "cosine", "batch_size": 32, **run}, seed=seed)
+    return Pretraining(ForecastMAEConfig(**own), rate, asked)
 
 
 def adapting(name: str, changes: Sequence[str], seed: int) -> tuple[Any, Run]:
@@ -93,12 +57,11 @@ def adapting(name: str, changes: Sequence[str], seed: int) -> tuple[Any, Run]:
             f"--method is one of {', '.join(ADAPTING)}; got {name!r}.{did_you_mean(name, ADAPTING)}"
         )
     fields = [f.name for f in dataclasses.fields(method_class(name))]
-    found = parse_settings(changes, fields, name)
-    own = found.own if name == "forecast-peft" else {"learning_rate": 1e-3, **found.own}
-    run = Run(
-        **{"schedule": "cosine", "batch_size": 16, "weight_decay": 1e-4, **found.run}, seed=seed
-    )
-    return make(name, **own), run
+    own, run = method_and_run(changes, name, fields, RUN_FIELDS)
+    if name == "full":
+        own = {"learning_rate": 1e-3, **own}
+    usual = {"schedule": "cosine", "batch_size": 16, "weight_decay": 1e-4}
+    return make(name, **own), Run(**{**usual, **run}, seed=seed)
 
 
 def pretrain_folder(

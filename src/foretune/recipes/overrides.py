@@ -1,11 +1,11 @@
-"""`retrain.steps=10` on the command line, written over what a recipe says."""
+"""`retrain.steps=10` on the command line: written over a recipe, or for a method and its run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from foretune.errors import UserError
+from foretune.errors import UserError, did_you_mean
 from foretune.recipes.yaml_io import parse_yaml
 
 EXCLUSIVE = {
@@ -39,13 +39,40 @@ def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[st
         dotted, equals, text = override.partition("=")
         keys = dotted.strip().split(".")
         if not equals or not all(keys):
-            raise UserError(f'override "{override}" must read key=value, such as retrain.steps=100')
+            raise UserError(
+                f'setting "{override}" must read KEY=VALUE, the value in YAML: 100, [8, 32]'
+            )
         block = _set(changed, keys, parse_yaml(text, f'override "{override}"'), override)
         # Of two keys that exclude each other, the one on the command line replaces the recipe's.
         other = EXCLUSIVE.get(".".join(keys), "")
         if other not in override_keys(overrides):
             block.pop(other.rpartition(".")[2], None)
     return changed
+
+
+def method_and_run(
+    changes: Sequence[str], of: str, fields: Sequence[str], run_fields: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sorts `key=value` settings into (fields of a method or model, fields of the run).
+
+    Args:
+        changes: As for `apply_overrides`.
+        of: What has the fields, for the message.
+        fields: Its fields.
+        run_fields: Those of the run.
+
+    Raises:
+        UserError: As `apply_overrides`; a key that neither has.
+    """
+    given = apply_overrides({}, changes)
+    for key in given:
+        if key not in fields and key not in run_fields:
+            raise UserError(
+                f'no setting "{key}"; {of} has {", ".join(fields)}; the run has '
+                f"{', '.join(run_fields)}.{did_you_mean(key, [*fields, *run_fields])}"
+            )
+    own = {key: value for key, value in given.items() if key in fields}
+    return own, {key: value for key, value in given.items() if key not in fields}
 
 
 def override_keys(overrides: Sequence[str]) -> set[str]:

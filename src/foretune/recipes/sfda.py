@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foretune.errors import UserError, did_you_mean
+from foretune.errors import UserError
 from foretune.files import claim_model_folder, whole_folder
 from foretune.methods.subspace_sfda import SubspaceSFDA
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.overrides import apply_overrides
+from foretune.recipes.overrides import method_and_run
 from foretune.run import Run
 from foretune.tasks.task import Task, TaskCollection
 from foretune.tasks.windows import read_windows
@@ -41,17 +41,9 @@ def settings(changes: Sequence[str], seed: int) -> tuple[SubspaceSFDA, Run]:
     Raises:
         UserError: No such field, or a value out of range.
     """
-    given = apply_overrides({}, changes)
     fields = [f.name for f in dataclasses.fields(SubspaceSFDA)]
-    for name in given:
-        if name not in (*fields, *RUN_FIELDS):
-            raise UserError(
-                f'no setting "{name}"; there are {", ".join((*fields, *RUN_FIELDS))}.'
-                f"{did_you_mean(name, (*fields, *RUN_FIELDS))}"
-            )
-    method = SubspaceSFDA(**{k: v for k, v in given.items() if k in fields})
-    run = ADAPT | {k: v for k, v in given.items() if k in RUN_FIELDS}
-    return method, Run(seed=seed, eval_every=0, **run)
+    own, run = method_and_run(changes, SubspaceSFDA.name, fields, RUN_FIELDS)
+    return SubspaceSFDA(**own), Run(seed=seed, eval_every=0, **(ADAPT | run))
 
 
 def prepare_folder(
