@@ -107,6 +107,18 @@ def test_a_best_method_by_luck_on_one_task_is_not_the_best_without_it(publish: M
     )
 
 
+def test_the_lead_of_the_best_of_many_equal_methods_is_luck(publish: ModuleType) -> None:
+    regret = importlib.import_module("claims.regret")
+
+    rng = np.random.default_rng(1)
+    equal = {f"m{i}": rng.normal(0, 0.05, (25, 1)) for i in range(10)}
+    lead, luck = regret.leads(equal)
+    # E[max] of 10 standard normals is 1.54; a mean of 25 has a fifth of the spread.
+    assert luck == pytest.approx(1.54 * 0.05 / 5, rel=0.35)
+    assert lead < 2 * luck
+    assert regret.leads({**equal, "m0": equal["m0"] + 0.5}) == (0, 0)  # nobody is near it
+
+
 def test_runs_apart_are_joined_as_if_they_were_one(publish: ModuleType) -> None:
     whole = json.loads((publish.RESULTS / "claims-convai2.json").read_text("utf-8"))
     names = [base["name"] for base in whole["bases"]]
