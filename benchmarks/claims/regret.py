@@ -193,6 +193,7 @@ def variants_table() -> str:
     beaten = [row["collection"] for row in rows if row["beats_all"]]
     lead, luck = (100 * float(np.mean(column)) for column in zip(*ahead, strict=True))
     more = sum(one > by_luck for one, by_luck in ahead)
+    middle = float(np.median(spreads))
     lines += [
         "",
         f"Above all four rivals, each with its whole interval: {len(beaten)} of {len(rows)} cells, "
@@ -201,9 +202,9 @@ def variants_table() -> str:
         "all methods is on average "
         f"{lead:.2f} points above the mean of those not clearly below it; were these equally good, "
         f"luck alone would put the best {luck:.2f} above their mean. It leads by more than that in "
-        f"{more} of {len(rows)} cells. From task to task two methods differ by a standard deviation "
-        f"of {np.median(spreads):.1f} points (median over cells), so that one point between them "
-        f"shows in {POWER * np.median(spreads) ** 2:.0f} unseen tasks (5 % level, 80 % power).",
+        f"{more} of {len(rows)} cells. From task to task two methods differ by a standard "
+        f"deviation of {middle:.1f} points (median over cells), so that one point "
+        f"between them shows in {POWER * middle**2:.0f} unseen tasks (5 % level, power 80 %).",
     ]
     return "\n".join(lines)
 
