@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,16 @@ def test_plan_counts_without_leaving_anything(recipe: Recipe) -> None:
     assert peft_ml.parameters["adapter"] > 0
     assert plan.adapt is not None
     assert not recipe.folder.exists()
+
+
+def test_plan_times_tasks_whose_first_rows_lack_a_label(recipe: Recipe) -> None:
+    rows = 40
+    y = np.tile(np.repeat([0, 1], rows // 2), 5)  # a task's first twenty rows are of one class
+    x = np.random.default_rng(0).normal(size=(len(y), 4)).astype(np.float32)
+    split = np.tile([*["train"] * (rows - 1), "test"], 5)
+    task = np.repeat([f"t{i}" for i in range(5)], rows)
+    np.savez("data.npz", task=task, x=x, y=np.array(["no", "yes"])[y], split=split)
+    assert plan_recipe(recipe).adapt is not None
 
 
 def test_plan_prints_and_gives_json(recipe: Recipe) -> None:
@@ -319,5 +330,12 @@ def test_run_prints_a_table_and_the_verdict(recipe: Recipe) -> None:
     assert "PEFT-ML" in shown.stdout
     assert "runs/my-run/report.html" in shown.stdout
     assert "standard" not in shown.stderr.splitlines()[0]
+    said = shown.stdout.splitlines()[-1].removeprefix("New tasks, adapted as here: ")
+    write_data(Path("new.npz"), ["a"])
+    command = shlex.split(said.replace("NEW.jsonl", "new.npz"))
+    assert "steps=3" in command  # as in the run
+    done = call(*command[1:])
+    assert done.exit_code == 0, done.output
+    assert (Path("adapters") / "a" / "adapter_config.json").is_file()
     resumed = call("run", "my.yaml", *SMALL, "--resume", "--json")
     assert json.loads(resumed.stdout)["out"] == "runs/my-run"

@@ -62,7 +62,12 @@ def test_convai2_has_forty_unseen_personas() -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("retrain.stepz=3", 'unknown key "retrain.stepz" in my.yaml. Did you mean "steps"?'),
+        (
+            "retrain.stepz=3",
+            'unknown key "retrain.stepz" in my.yaml. Did you mean "retrain.steps"?',
+        ),
+        ("steps=3", 'unknown key "steps" in my.yaml. Did you mean retrain.steps or adapt.steps?'),
+        ("adapt.xyz=3", 'unknown key "adapt.xyz" in my.yaml. Known here: '),
         ("retrain.steps=ten", "\"retrain.steps\" in my.yaml must be a whole number, got 'ten'"),
         ("retrain.steps=yes", "must be a whole number, got True"),
         ("retrain.steps=0", "my.yaml: retrain.steps must be a whole number not below 1, got 0"),
@@ -78,13 +83,13 @@ def test_convai2_has_forty_unseen_personas() -> None:
         ("objective.kind=choise", 'Did you mean "choice"?'),
         (
             "objective.scorin=x",
-            'unknown key "objective.scorin" in my.yaml. Did you mean "scoring"?',
+            'unknown key "objective.scorin" in my.yaml. Did you mean "objective.scoring"?',
         ),
         ("objective=null", '"objective"'),
         ("model.file=my.py", "needs either name"),
         ("tasks.unseen=true", "must be a whole number or a list or text, got True"),
         ("name=a/b", '"name"'),
-        ("spectrum.rank=3", 'Did you mean "ranks"?'),
+        ("spectrum.rank=3", 'Did you mean "spectrum.ranks"?'),
     ],
 )
 def test_mistake_has_its_own_line(override: str, says: str) -> None:

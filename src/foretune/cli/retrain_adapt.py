@@ -22,7 +22,9 @@ from foretune.cli.output import (
 def retrain(
     recipe: Annotated[str, typer.Argument(help="A packaged recipe (foretune ls) or a YAML file.")],
     changes: Overrides = None,
-    method: Annotated[str, typer.Option(help="One of the recipe's methods.")] = "peft-ml",
+    method: Annotated[
+        str, typer.Option(help="One of the recipe's methods, or another that retrains, as it is.")
+    ] = "peft-ml",
     out: Annotated[Path | None, typer.Option(help="Folder; runs/METHOD by default.")] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,

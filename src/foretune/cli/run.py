@@ -43,6 +43,7 @@ def run(
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
         from foretune.recipes.runner import run_recipe
+        from foretune.recipes.verbs import adapt_command
 
         comparison = run_recipe(loaded, resume=resume, overwrite=overwrite, console=StderrConsole())
     if json:
@@ -50,6 +51,7 @@ def run(
         return
     emit(comparison_text(comparison))
     emit(f"\nReport: {loaded.folder / 'report.html'}")
+    emit(f"New tasks, adapted as here: {adapt_command(loaded, comparison)}")
 
 
 def _run_experiment(recipe: TheoryRecipe, resume: bool, overwrite: bool, json: bool) -> None:

@@ -47,7 +47,7 @@ def method_class(name: str) -> type:
     """
     if name not in METHODS:
         raise UserError(
-            f'no method "{name}"; there are {", ".join(METHODS)}.{did_you_mean(name, METHODS)}'
+            f'no method "{name}"; known: {", ".join(METHODS)}.{did_you_mean(name, METHODS)}'
         )
     module, _, cls = METHODS[name].partition(":")
     return getattr(importlib.import_module(module), cls)

@@ -82,8 +82,12 @@ def _sentence(
     error, dotted = errors[0], ".".join(path)
     kind = error["type"]
     if _is_unknown(error):
-        known = known_keys(path[:-1])
-        hint = did_you_mean(path[-1], known) or f" Known here: {', '.join(known)}."
+        known, block = known_keys(path[:-1]), "".join(f"{key}." for key in path[:-1])
+        inside = [f"{key}.{dotted}" for key in known if dotted in known_keys((key,))]
+        if len(path) == 1 and inside:
+            return f'unknown key "{dotted}" {place}. Did you mean {" or ".join(inside)}?'
+        hint = did_you_mean(path[-1], known).replace('"', f'"{block}', 1)
+        hint = hint or f" Known here: {', '.join(known)}."
         return f'unknown key "{dotted}" {place}.{hint}'
     if kind.startswith("missing") or kind == "union_tag_not_found":
         missing = dotted if kind.startswith("missing") else f"{dotted}.kind"

@@ -223,9 +223,12 @@ def _validations(eval_every: int | None, steps: int) -> int:
 
 
 def _trimmed(tasks: TaskCollection, batch_size: int) -> TaskCollection:
-    """As many training rows as the timed steps read, so that nothing else is timed."""
+    """As many training rows as the timed steps read, so that nothing else is timed.
+
+    A training row stands in for the test: the label of a real one may be in none of those kept.
+    """
     rows = batch_size * (1 + TIMED_STEPS)
-    small = tuple(Task(t.name, train=t.train[:rows], test=t.test[:1]) for t in tasks)
+    small = tuple(Task(t.name, train=t.train[:rows], test=t.train[:1]) for t in tasks)
     return dataclasses.replace(tasks, tasks=small)
 
 

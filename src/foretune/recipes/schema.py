@@ -245,7 +245,8 @@ def _known_keys(raw: dict[str, Any]) -> Any:
         blocks["objective"] = OBJECTIVES[objective["kind"]]
 
     def known(path: Sequence[str]) -> list[str]:
-        return list((blocks[path[0]] if path else Recipe).model_fields)
+        block = blocks.get(path[0]) if path else Recipe
+        return list(block.model_fields) if block else []
 
     return known
 

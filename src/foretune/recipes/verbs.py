@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import prepare_folder
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.runner import finish
-from foretune.recipes.schema import adapt_record, parse_block, run_of
+from foretune.recipes.schema import Recipe, adapt_record, parse_block, run_of
 from foretune.recipes.setup import with_tokenizer
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.sources import Source, load_tasks
@@ -134,6 +135,31 @@ def adapt_folder(
         "mean": sum(scores.values()) / len(scores) if scores else None,
         "cost": adapted.cost,
     }
+
+
+def adapt_command(recipe: Recipe, comparison: Mapping[str, Any]) -> str:
+    """The `foretune adapt` that adapts a run's best base to new tasks as the run did.
+
+    The best by the verdict; where that cannot tell, the highest mean with most rows.
+    """
+    verdict = comparison["verdict"]
+    best = (
+        verdict["best"]
+        or max(
+            (row for row in comparison["means"] if row["shots"] == verdict["shots"]),
+            key=lambda row: row["mean"],
+        )["base"]
+    )
+    base = next(base for base in comparison["bases"] if base["name"] == best)
+    own = recipe.adapt.model_dump(
+        mode="json",
+        exclude_defaults=True,
+        exclude={"shots", "draws", "search_tasks", "learning_rates", "learning_rate"},
+    )
+    own["learning_rate"] = base["adapt"]["learning_rate"]
+    settings = [f"{key}={json.dumps(value)}" for key, value in own.items() if value is not None]
+    words = [str(recipe.folder / base["path"]), "--tasks", "NEW.jsonl", "--out", "adapters"]
+    return shlex.join(["foretune", "adapt", *words, *settings])
 
 
 def compare_folders(
