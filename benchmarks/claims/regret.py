@@ -144,8 +144,8 @@ def regret_table() -> str:
     for row in rows:
         lines.append(
             f"| {row['collection']} | {shown(row['shots'])} | {100 * row['auto']:.1f} "
-            f"| {row['best']} {100 * row['best_score']:.1f} | {100 * row['regret']:.1f} "
-            f"| {100 * row['regret_by_luck']:.1f} | {100 * row['regret_without']:.1f} "
+            f"| {row['best']} {100 * row['best_score']:.1f} | {100 * row['regret']:z.1f} "
+            f"| {100 * row['regret_by_luck']:.1f} | {100 * row['regret_without']:z.1f} "
             f"| {points(row['minus_none'])} "
             f"| {points(row['minus_standard'])} |"
         )
