@@ -29,7 +29,17 @@ both() {
 both har tasks.source=$made/har.npz
 both omniglot-pairs tasks.source=$made/omniglot-pairs.npz
 both mnist-pairs tasks.source=$made/mnist-pairs.npz
-both clinc150 tasks.source="$data/clinc150/clinc150.jsonl.gz"
+claim clinc150 clinc150 tasks.source="$data/clinc150/clinc150.jsonl.gz"
+# The recipe searches rates, which `auto` does not: each rate that a search took is a candidate.
+claim clinc150-auto clinc150 tasks.source="$data/clinc150/clinc150.jsonl.gz" \
+    retrain.learning_rates=null 'retrain.methods=[{auto: {candidates: [
+      none, {standard: {learning_rate: 6e-4}}, {standard: {learning_rate: 2e-4, as: standard-2e-4}},
+      {standard: {interpolate: 0.5, learning_rate: 6e-4, as: standard-half}},
+      {standard: {average: 0.5, learning_rate: 2e-4, as: standard-average}},
+      {peft-ml: {learning_rate: 6e-4, lora: {r: 8, lora_alpha: 16}}},
+      {peft-ml: {learning_rate: 2e-4, lora: {r: 8, lora_alpha: 16}, as: peft-ml-2e-4}},
+      {reptile: {learning_rate: 2e-4, inner_learning_rate: 1e-3}},
+      {fomaml: {learning_rate: 6e-4, inner_learning_rate: 1e-3}}]}}]'
 both shakespeare tasks.source="$data/shakespeare/speakers.jsonl.gz"
 both python-docs
 both convai2 tasks.source="$data/convai2/valid.jsonl.gz"
