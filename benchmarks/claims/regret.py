@@ -130,7 +130,7 @@ def variant_row(name: str, shots: int | None, scores: Scores) -> dict[str, Any]:
         "variant": best,
         "score": variants[best],
         "against": {r: (d.difference, d.low, d.high) for r, d in against.items()},
-        "beats_all": all(d.low > 0 for d in against.values()),
+        "beats_all": len(against) == len(RIVALS) and all(d.low > 0 for d in against.values()),
     }
 
 

@@ -16,7 +16,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 UNFINISHED = ".unfinished-"
 RECIPE = "config.yaml"
 OURS = (
-    *(RECIPE, "run.json", "comparison.json", "foretune.json", "scores.json"),
+    *(RECIPE, "run.json", "comparison.json", "foretune.json", "scores.json", "choice.json"),
     *("adapters", "base", "bases"),
 )
 

@@ -82,7 +82,7 @@ def test_unknown_key_names_key_and_file(tmp_path: Path) -> None:
     assert "  steps:" in text
     path.write_text(text.replace("  steps:", "  stepz:", 1))
     line = the_error(call("run", str(path)))
-    assert line == f'error: unknown key "retrain.stepz" in {path}. Did you mean "steps"?'
+    assert line == f'error: unknown key "retrain.stepz" in {path}. Did you mean "retrain.steps"?'
 
 
 def test_bad_yaml_names_the_line(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 import foretune
 from foretune.evaluation.held_out import best, try_rates
 from foretune.run import Run
+from foretune.training.loop import DivergedError
 from linear_tasks import Net, family
 
 
@@ -31,3 +34,29 @@ def test_a_comparison_adapts_at_the_rate_that_did_best_on_the_held_out_tasks():
     scores = {trial["learning_rate"]: trial["score"] for trial in found["searched"]}
     assert list(scores) == list(rates)
     assert found["learning_rate"] == max(scores, key=scores.__getitem__) == 1e-2
+
+
+def test_a_rate_that_diverges_is_passed_over():
+    run = Run(steps=5, batch_size=4, eval_every=0, device="cpu")
+    trials = try_rates(Net(), family(2), foretune.LoRA(lora={"r": 1}), (1e30, 1e-2), run, (8,))
+    assert trials[0]["score"] is None and "learning_rate" in trials[0]["reason"]
+    assert best(trials)["learning_rate"] == 1e-2
+    with pytest.raises(DivergedError, match="every learning rate"):
+        best(trials[:1])
+
+
+def test_a_trial_does_not_stop_early_on_the_rows_that_it_is_scored_on():
+    method, shots = foretune.LoRA(lora={"r": 1}), (8,)
+    run = Run(steps=20, batch_size=4, eval_every=1, device="cpu")
+    plain = try_rates(Net(), family(2), method, (0.3,), run, shots)
+    assert try_rates(Net(), family(2), method, (0.3,), run.replace(patience=1), shots) == plain
+
+
+def test_each_number_of_shots_counts_once_whatever_its_draws():
+    run = Run(steps=5, batch_size=4, eval_every=0, device="cpu")
+    method = foretune.LoRA(lora={"r": 1})
+    few, every, both = (
+        try_rates(Net(), family(2), method, (1e-2,), run, shots)[0]["score"]
+        for shots in ((4,), (None,), (4, None))
+    )
+    assert both == pytest.approx((few + every) / 2)

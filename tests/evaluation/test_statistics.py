@@ -116,6 +116,13 @@ def test_p_value_equals_scipy_on_task_means():
     assert paired_difference(a, b).p_value == pytest.approx(expected)
 
 
+def test_ties_leave_the_test_exact():
+    a = np.zeros((14, 1))
+    a[:5, 0] = [0.1, 0.2, 0.3, 0.4, 0.5]
+    # Five of five moved tasks: 2 of the 2 ** 5 signs are as far out.
+    assert paired_difference(a, np.zeros((14, 1))).p_value == pytest.approx(2 / 2**5)
+
+
 def test_wins_losses_ties_are_counted_over_tasks_and_forgive_rounding():
     a = np.array([[0.1 + 0.2], [0.5], [0.2], [0.9]])
     b = np.array([[0.3], [0.4], [0.6], [0.1]])

@@ -282,3 +282,31 @@ def test_bad_tasks_are_named():
     )
     with pytest.raises(UserError, match=r"tasks\.validation"):
         foretune.retrain(Net(), bare, auto(), RUN)
+
+
+def test_a_half_that_lacks_a_label_is_not_cut_off():
+    rng = np.random.default_rng(0)
+
+    def rows(labels: str) -> list[dict[str, object]]:
+        return [{"x": rng.normal(size=4).astype(np.float32), "y": y} for y in labels]
+
+    # One "c" a task: whichever half it falls to, the other has none.
+    cut = [Task(f"t{i}", rows("abababababc"), rows("abab"), rows("ab")) for i in range(4)]
+    tasks = TaskCollection(tuple(cut), foretune.Classification())
+    chosen = auto(candidates=[{"name": "none"}, {"name": "standard"}])
+    outcome = verbs.retrain(Net(), tasks, chosen, RUN.replace(steps=4))
+    assert len(outcome.choice["trials"]) == 2
+
+
+def test_a_choice_begun_on_other_tasks_is_not_taken_up(tmp_path):
+    run = RUN.replace(out=tmp_path, steps=4)
+    verbs.retrain(Net(), family(4), auto(), run)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(UserError, match="other settings or tasks"):
+        verbs.retrain(Net(), family(4, prefix="other"), auto(), run.replace(resume=True))
+
+
+def test_a_task_held_out_twice_counts_once():
+    choice = verbs.retrain(Net(), family(2), auto(rounds=3), RUN.replace(steps=4)).choice
+    assert choice["num_held_out"] == 2
+    assert all(above["num_tasks"] <= 2 for above in choice["above"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from foretune.errors import UserError
 from foretune.run import Run
 from foretune.tasks.task import TaskCollection
 from foretune.training import verbs
-from foretune.training.loop import Progress
+from foretune.training.loop import DivergedError, Progress
 
 ADAPTATIONS = 6  # behind a score, at least, at each number of shots: one draw has too much luck
 
@@ -58,39 +59,54 @@ def try_rates(
         tasks: Tasks that it was not retrained on; `usable` ones.
         method: The adapting method.
         rates: Its learning rates; empty for its own.
-        run: Seed and budget of each adaptation.
+        run: Seed and budget of each adaptation, which has no patience here: it would stop on the
+            very rows that the trial is scored on.
         shots: Numbers of rows with which it is done; None for all.
         progress: Called during each adaptation.
 
     Returns:
         `learning_rate` (None: the method's own), `by_task` (its scores on validation rows, a
-        number of shots after the other) and `score`, the mean of them all, for each rate.
+        number of shots after the other) and `score`, the mean over numbers of shots of their
+        means, for each rate; of one that diverged `score` is None, and `reason` says why.
     """
-    found = []
+    found: list[dict[str, Any]] = []
+    run = run.replace(patience=None)
     wanted: list[float | None] = [*rates] or [None]
     for rate in wanted:
         record = method if rate is None else dataclasses.replace(method, learning_rate=rate)
         by_task: dict[str, list[float]] = {name: [] for name in tasks.names}
-        for k in shots:
-            draws = 1 if k is None else num_draws(len(tasks))
-            done = verbs.adapt(
-                base,
-                tasks,
-                record,
-                run,
-                shots=k,
-                draws=draws,
-                split="validation",
-                progress=progress,
-            )
-            for (task, _), score in done.scores.items():
-                by_task[task].append(score)
-        scores = [score for own in by_task.values() for score in own]
-        mean = sum(scores) / len(scores)
+        means = []
+        try:
+            for k in shots:
+                draws = 1 if k is None else num_draws(len(tasks))
+                done = verbs.adapt(
+                    base,
+                    tasks,
+                    record,
+                    run,
+                    shots=k,
+                    draws=draws,
+                    split="validation",
+                    progress=progress,
+                )
+                for (task, _), score in done.scores.items():
+                    by_task[task].append(score)
+                means.append(statistics.fmean(done.scores.values()))
+        except DivergedError as error:
+            found.append({"learning_rate": rate, "score": None, "reason": str(error)})
+            continue
+        mean = statistics.fmean(means)
         found.append({"learning_rate": rate, "score": mean, "by_task": by_task})
     return found
 
 
 def best(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The trial with the highest score; of equals the first."""
-    return max(trials, key=lambda trial: trial["score"])
+    """The trial with the highest score; of equals the first.
+
+    Raises:
+        DivergedError: All of them diverged.
+    """
+    whole = [trial for trial in trials if trial["score"] is not None]
+    if not whole:
+        raise DivergedError(f"adapting diverged at every learning rate: {trials[-1]['reason']}")
+    return max(whole, key=lambda trial: trial["score"])

@@ -96,11 +96,12 @@ def paired_difference(
     scale = max(np.abs(left).max(), np.abs(right).max()) or 1.0
     per_task = difference.mean(axis=1) / scale
     per_task = np.round(per_task / RELATIVE_ZERO) * RELATIVE_ZERO
+    moved = per_task[per_task != 0]  # with zeros scipy leaves the exact distribution
     return PairedDifference(
         difference=float(difference.mean()),
         low=low,
         high=high,
-        p_value=float(stats.wilcoxon(per_task).pvalue) if per_task.any() else 1.0,
+        p_value=float(stats.wilcoxon(moved).pvalue) if moved.size else 1.0,
         wins=int((per_task > 0).sum()),
         losses=int((per_task < 0).sum()),
         ties=int((per_task == 0).sum()),

@@ -30,6 +30,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from foretune.errors import UserError
@@ -39,7 +40,7 @@ from foretune.run import Run, above_zero, share, whole
 if TYPE_CHECKING:
     from torch import nn
 
-    from foretune.tasks.task import TaskCollection
+    from foretune.tasks.task import Task, TaskCollection
 
 PAPER = {
     "title": "Non-stochastic Best Arm Identification and Hyperparameter Optimization",
@@ -144,9 +145,12 @@ class Auto:
         from foretune.training.ranks import join
         from foretune.training.record import metered
 
+        if tasks.objective is not None:
+            tasks = tasks.with_objective(tasks.objective.fit(tasks))
         groups = _parts(tasks, self.folds, run.seed)
         file = None if run.out is None else run.out / "choice.json"
-        trials: list[Trial] = join().first(lambda: _read(file, self, run))
+        about = _about(self, run, tasks)
+        trials: list[Trial] = join().first(lambda: _read(file, about))
         alive = list(self.candidates)
         for number in range(self.rounds):
             held = groups[number % len(groups)]
@@ -164,7 +168,7 @@ class Auto:
                         {"candidate": label(one), "round": number, "steps": steps, **scores}
                     )
                 trials[-1]["cost"] = cost | trials[-1].get("cost", {})
-                _write(file, self, run, trials)
+                _write(file, about, trials)
             ranked = _ranked(alive, trials)
             alive = _better_half(ranked)
         return _record(ranked[0]), _summary(ranked, trials, tasks, groups[: self.rounds])
@@ -173,7 +177,8 @@ class Auto:
         """The tasks held out, with many rows to be scored on.
 
         No trial retrains on them, so half of their training rows may stand beside the validation
-        rows; not so where they will be adapted to with all rows.
+        rows; not so where they will be adapted to with all rows, or where such a half would lack a
+        label of the other.
         """
         from foretune.tasks.row_store import join
         from foretune.tasks.splits import carve
@@ -190,7 +195,9 @@ class Auto:
                     seed=seed,
                     group_column=self.group_column,
                 )
-                train, exam = half.train, join([half.test, exam])
+                halved = Task(task.name, half.train, join([half.test, exam]))
+                if _fits(tasks, halved):
+                    train, exam = halved.train, halved.validation
             if train and exam:
                 found.append(Task(task.name, train, exam))
         if not found:
@@ -234,11 +241,15 @@ class Auto:
     def _examine(self, base: nn.Module, exam: TaskCollection, seed: int, progress: Any) -> Trial:
         """Adapts a base to the held-out tasks at every number of shots; the best rate's scores."""
         from foretune.evaluation.held_out import best, try_rates
+        from foretune.training.loop import DivergedError
 
         run = Run(**self.adapt_run).replace(seed=seed, out=None, resume=False, overwrite=False)
         method = _record(self.adapt)
         trials = try_rates(base, exam, method, self.adapt_rates, run, self.shots, progress)
-        return best(trials)
+        try:
+            return best(trials)
+        except DivergedError as error:
+            return {"score": None, "reason": str(error)}
 
 
 def label(candidate: Mapping[str, Any]) -> str:
@@ -264,6 +275,17 @@ def _fields(given: Any) -> dict[str, Any]:
 
 def _record(fields: Mapping[str, Any]) -> Any:
     return make(**{key: value for key, value in fields.items() if key != "as"})
+
+
+def _fits(tasks: TaskCollection, task: Task) -> bool:
+    """Whether the objective takes the task as it is cut."""
+    if tasks.objective is None:
+        return True
+    try:
+        tasks.objective.fit(dataclasses.replace(tasks, tasks=(task,)))
+    except UserError:
+        return False
+    return True
 
 
 def _parts(tasks: TaskCollection, folds: int, seed: int) -> list[list[str]]:
@@ -355,42 +377,43 @@ def _above(best: Sequence[Trial], other: Sequence[Trial]) -> dict[str, Any] | No
     """How far the best is above another on the tasks of the rounds that both took part in."""
     from foretune.evaluation.statistics import paired_difference
 
-    a, b = [], []
+    a: dict[str, list[float]] = {}  # a task may be held out in more rounds than one
+    b: dict[str, list[float]] = {}
     for one, two in zip(best, other, strict=False):
         if two["score"] is None:
             return None
         for task, scores in one["by_task"].items():
-            a.append([sum(scores) / len(scores)])
-            b.append([sum(two["by_task"][task]) / len(two["by_task"][task])])
-    found = paired_difference(a, b)
+            a.setdefault(task, []).extend(scores)
+            b.setdefault(task, []).extend(two["by_task"][task])
+    found = paired_difference([[fmean(own)] for own in a.values()], [[fmean(b[t])] for t in a])
     kept = ("difference", "low", "high", "p_value", "num_tasks")
     return {"over": other[0]["candidate"], **{key: getattr(found, key) for key in kept}}
 
 
-def _read(file: Path | None, method: Auto, run: Run) -> list[Trial]:
+def _read(file: Path | None, about: Any) -> list[Trial]:
     """The trials that an interrupted choice left."""
     if file is None or not file.is_file():
         return []
     saved: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    if saved["about"] != _about(method, run):
+    if saved["about"] != about:
         raise UserError(
-            f"{file} was begun with other settings: resume with the same, or start again with "
-            "--overwrite"
+            f"{file} was begun with other settings or tasks: resume with the same, or start again "
+            "with --overwrite"
         )
     return list(saved["trials"])
 
 
-def _write(file: Path | None, method: Auto, run: Run, trials: Sequence[Trial]) -> None:
+def _write(file: Path | None, about: Any, trials: Sequence[Trial]) -> None:
     from foretune.files import write_whole
     from foretune.processes import process_rank
 
     if file is not None and process_rank() == 0:
-        text = json.dumps({"about": _about(method, run), "trials": list(trials)}, indent=1)
+        text = json.dumps({"about": about, "trials": list(trials)}, indent=1)
         write_whole(file, text)
 
 
-def _about(method: Auto, run: Run) -> Any:
+def _about(method: Auto, run: Run, tasks: TaskCollection) -> Any:
     fields = run.to_dict()
     for name in ("out", "resume", "overwrite", "device", "tasks_per_wave"):
         fields.pop(name)
-    return json.loads(json.dumps([method.to_dict(), fields]))
+    return json.loads(json.dumps([method.to_dict(), fields, tasks.names]))

@@ -21,6 +21,7 @@ from foretune.recipes.stages import (
     retrain,
     retrain_stage,
     search_rate,
+    whole_cost,
     write_json,
 )
 
@@ -114,7 +115,7 @@ def retrain_one(
         "method": record.to_dict(),
         "validation_score": outcome.validation_score,
         "searched": searched,
-        "cost": outcome.cost,
+        "cost": whole_cost(outcome),
     }
 
 
@@ -126,7 +127,7 @@ def find_entry(recipe: Recipe, name: str) -> MethodEntry:
         if entry.name == name:
             return entry
     if name in METHODS:
-        return MethodEntry(name=name, method=name, fields={}, rates=recipe.retrain.rates)
+        return recipe.with_method(name)
     names = [entry.name for entry in recipe.entries]
     raise UserError(
         f'no method "{name}" in the recipe ({", ".join(names)}) or in foretune ls.'

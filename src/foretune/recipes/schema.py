@@ -89,6 +89,11 @@ class Recipe(Block):
         found = [_entry(item, self.retrain.rates) for item in self.retrain.methods]
         return [self._choosing(e, found) if e.method == "auto" else e for e in found]
 
+    def with_method(self, name: str) -> MethodEntry:
+        """An entry for a method that the recipe does not list, with the method's own defaults."""
+        entry = MethodEntry(name=name, method=name, fields={}, rates=self.retrain.rates)
+        return self._choosing(entry, self.entries) if name == "auto" else entry
+
     def _choosing(self, auto: MethodEntry, entries: list[MethodEntry]) -> MethodEntry:
         """`auto` adapts as the recipe does, and chooses among its other methods if told no others.
 

@@ -271,7 +271,7 @@ def _trained(
         outcome = foretune.retrain(
             model, source, method, run.replace(steps=steps), progress=progress
         )
-    trained: nn.Module = outcome.model
+    trained: nn.Module = outcome.model.cpu()  # scored and factorised here, on rows in memory
     return trained
 
 

@@ -80,7 +80,7 @@ def retrain_stage(
             "learning_rate": used,
             "searched": searched,
             "validation_score": outcome.validation_score,
-            **_whole_cost(outcome),
+            **whole_cost(outcome),
         },
     }
     if outcome.choice is not None:
@@ -90,7 +90,7 @@ def retrain_stage(
     return stage
 
 
-def _whole_cost(outcome: Any) -> dict[str, Any]:
+def whole_cost(outcome: Any) -> dict[str, Any]:
     """What a retraining cost, with the trials of a method that chose among others."""
     cost: dict[str, Any] = dict(outcome.cost)
     if outcome.choice is not None:

@@ -156,8 +156,13 @@ def adapt_command(recipe: Recipe, comparison: Mapping[str, Any]) -> str:
         exclude_defaults=True,
         exclude={"shots", "draws", "search_tasks", "learning_rates", "learning_rate"},
     )
-    own["learning_rate"] = base["adapt"]["learning_rate"]
-    settings = [f"{key}={json.dumps(value)}" for key, value in own.items() if value is not None]
+    if base["adapt"]["learning_rate"] is not None:
+        own["learning_rate"] = base["adapt"]["learning_rate"]
+    of_rows = {"task_column", "group_column", "columns", "num_candidates", "candidate_pool"}
+    of_rows |= {"candidates_from", "candidate_seed"}
+    data = recipe.tasks.model_dump(mode="json", exclude_defaults=True, include=of_rows)
+    own |= {f"tasks.{key}": value for key, value in data.items()}
+    settings = [f"{key}={json.dumps(value)}" for key, value in own.items()]
     words = [str(recipe.folder / base["path"]), "--tasks", "NEW.jsonl", "--out", "adapters"]
     return shlex.join(["foretune", "adapt", *words, *settings])
 

@@ -79,6 +79,7 @@ def retrain(
         return _retrain_chosen(model, tasks, method, run, tokenizer, progress)
     objective = method.objective_for(bound(objective_of(tasks).fit(tasks), model))
     data = TaskData.of(tasks, objective)
+    share = getattr(method, "interpolate", 1.0)
     given, model = model, fresh_copy(model, objective, run.seed)
     check_model(ranks, model)
     check_layers(ranks, model)
@@ -93,7 +94,7 @@ def retrain(
                 model = whole_model(model, fresh_copy(given, objective, run.seed))
                 if learner is not None and learner.bank is not None:
                     learner.bank.onto(model)
-            interpolate(model, given, getattr(method, "interpolate", 1.0))
+            interpolate(model, given, share)
         else:
             assert run.out is not None
             record = {**finished, "history": read_back(run.out, learner, model)}
@@ -107,7 +108,8 @@ def retrain(
         objective=objective,
         tokenizer=tokenizer or getattr(objective, "tokenizer", None),
         history=record["history"],
-        validation_score=record["validation_score"],
+        # Of a base that was taken back half-way it would be the score of another one.
+        validation_score=record["validation_score"] if share == 1 else None,
         cost=record["cost"] if finished is not None else ranks.total_cost(cost) | record["cost"],
         tasks=data.keys,
     )
