@@ -145,7 +145,7 @@ def adapt_folder(
     model = load_forecast_mae(base)
     tasks = _load(scenes, model.sizes).with_objective(foretune.Forecast(**_steps(model.sizes)))
     if method.name == "full":
-        add_head(model)
+        add_head(model, spread=True)  # beginning alike, its modes stay alike
     with console.bar(f"adapting to {len(tasks)} tasks", rounds=len(tasks)) as progress:
         adapted = foretune.adapt(model, tasks, method, run, shots=shots, progress=progress)
     folders = {task.name: folder_name(task.name) for task in tasks}
