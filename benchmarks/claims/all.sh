@@ -30,7 +30,7 @@ both har tasks.source=$made/har.npz
 both omniglot-pairs tasks.source=$made/omniglot-pairs.npz
 both mnist-pairs tasks.source=$made/mnist-pairs.npz
 claim clinc150 clinc150 tasks.source="$data/clinc150/clinc150.jsonl.gz"
-# The recipe searches rates, which `auto` does not: each rate that a search took is a candidate.
+# `auto` would try each of three rates of each method: only those that a search took are candidates.
 claim clinc150-auto clinc150 tasks.source="$data/clinc150/clinc150.jsonl.gz" \
     retrain.learning_rates=null 'retrain.methods=[{auto: {candidates: [
       none, {standard: {learning_rate: 6e-4}}, {standard: {learning_rate: 2e-4, as: standard-2e-4}},

@@ -133,7 +133,8 @@ def test_interpolation_lies_on_the_line(share):
         torch.testing.assert_close(p, a + share * (b - a), rtol=1e-5, atol=1e-7)
     assert (bank is not None) == (share == 1)
     same = foretune.Standard(learning_rate=0.02, interpolate=share)
-    outcome = foretune.retrain(Net(), family(3), same, RUN)
+    outcome = foretune.retrain(Net(), family(3), same, RUN.replace(eval_every=5))
+    assert (outcome.validation_score is None) == (share != 1)  # that was of another base
     if share == 0:
         assert _distance([p.detach() for p in outcome.model.parameters()], start) == 0
 
