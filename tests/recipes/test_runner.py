@@ -17,7 +17,7 @@ from foretune.cli.output import comparison_text
 from foretune.errors import ForetuneError, UserError
 from foretune.recipes.console import SILENT
 from foretune.recipes.plan import plan_recipe
-from foretune.recipes.runner import find_entry, run_recipe
+from foretune.recipes.runner import find_entry, retrain_one, run_recipe
 from foretune.recipes.schema import Recipe, load_recipe
 from foretune.recipes.setup import set_up
 from foretune.recipes.templates import template_text
@@ -105,6 +105,23 @@ def test_interrupted_run_continues_to_the_same_scores(
         with pytest.raises(KeyboardInterrupt):
             run_recipe(recipe)
     assert run_recipe(recipe, resume=True)["scores"] == undisturbed["scores"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_rows_that_changed_under_a_run_are_noticed(recipe: Recipe, whole: bool) -> None:
+    """Its stages would be read back, and the comparison be one of two collections."""
+
+    def run(**more: bool) -> None:
+        if whole:
+            run_recipe(recipe, **more)
+        else:
+            retrain_one(recipe, "none", Path("one"), **more)
+
+    run()
+    data = dict(np.load("data.npz"))
+    np.savez("data.npz", **{**data, "y": 1 - data["y"]})
+    with pytest.raises(UserError, match="was begun with other rows of task"):
+        run(resume=True)
 
 
 def test_repeats_are_kept_apart(recipe: Recipe) -> None:

@@ -197,6 +197,32 @@ def test_resuming_another_run_is_refused(finished, tmp_path):
         tasks = family().subset(["task0", "task1"])
         foretune.retrain(Net(), tasks, METHODS["peft-ml"], _run(tmp_path, resume=True))
 
+    for inputs, message in _other_inputs():
+        with pytest.raises(UserError, match=message):
+            foretune.retrain(*inputs, METHODS["peft-ml"], _run(tmp_path, resume=True))
+
+
+def _other_inputs():
+    """(model, tasks) that differ from what `_retrain` takes in one respect, and what is said."""
+    tasks = family()
+    shifted = foretune.Task("task1", _shifted(tasks["task1"].train), *_rest(tasks["task1"]))
+    swapped = foretune.Task("task2", tasks["task2"].train[::-1], *_rest(tasks["task2"]))
+    for task in (shifted, swapped):
+        several = tuple(task if other.name == task.name else other for other in tasks)
+        message = f'was begun with other rows of task "{task.name}": resume'
+        yield (Net(), foretune.TaskCollection(several, tasks.objective)), message
+    yield (Net(seed=1), tasks), "was begun with another model: resume"
+
+
+def _shifted(rows):
+    """The same rows with the targets of their neighbours."""
+    ys = [row["y"] for row in rows]
+    return [{**row, "y": y} for row, y in zip(rows, ys[1:] + ys[:1], strict=True)]
+
+
+def _rest(task):
+    return task.validation, task.test
+
 
 # --- adapt ---------------------------------------------------------------------------------------
 
@@ -240,7 +266,7 @@ def test_adapting_is_resumed_wave_by_wave(method, tmp_path):
 
 def test_scores_of_another_base_are_not_taken_over(tmp_path):
     _adapt(tmp_path)
-    with pytest.raises(UserError, match="was begun with base="):
+    with pytest.raises(UserError, match="was begun with another model"):
         _adapt(tmp_path, model=Net(seed=1), resume=True)
 
 
@@ -249,6 +275,24 @@ def test_a_resumed_subset_tells_its_own_tasks_alone(tmp_path):
     adapted, updates = _adapt(tmp_path, names=["task1"], resume=True)
     assert updates == 0
     assert set(adapted.scores) == {("task1", 0), ("task1", 1)}
+
+
+def test_scores_of_other_rows_are_not_taken_over(tmp_path):
+    """Nor those of a task that was added when the run was resumed before."""
+    _adapt(tmp_path, names=["task0"])
+    _adapt(tmp_path, names=["task1"], resume=True)
+    tasks = family()
+    other = foretune.Task("task1", _shifted(tasks["task1"].train), *_rest(tasks["task1"]))
+    run = Run(steps=3, batch_size=4, device="cpu", out=tmp_path, tasks_per_wave=1, resume=True)
+    with pytest.raises(UserError, match='begun with other rows of task "task1"'):
+        foretune.adapt(
+            Net(),
+            foretune.TaskCollection((other,), tasks.objective),
+            foretune.LoRA(lora={"r": 2}),
+            run,
+            shots=4,
+            draws=2,
+        )
 
 
 def test_a_number_sign_in_a_task_name_is_no_draw(tmp_path):

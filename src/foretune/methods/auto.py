@@ -149,8 +149,10 @@ class Auto:
             tasks = tasks.with_objective(tasks.objective.fit(tasks))
         groups = _parts(tasks, self.folds, run.seed)
         file = None if run.out is None else run.out / "choice.json"
-        about = _about(self, run, tasks)
-        trials: list[Trial] = join().first(lambda: _read(file, about))
+        trials: list[Trial] = []
+        about: dict[str, Any] = {}
+        if file is not None:
+            about, trials = join().first(lambda: _begun(file, self, run, model, tasks))
         alive = list(self.candidates)
         for number in range(self.rounds):
             held = groups[number % len(groups)]
@@ -390,17 +392,21 @@ def _above(best: Sequence[Trial], other: Sequence[Trial]) -> dict[str, Any] | No
     return {"over": other[0]["candidate"], **{key: getattr(found, key) for key in kept}}
 
 
-def _read(file: Path | None, about: Any) -> list[Trial]:
-    """The trials that an interrupted choice left."""
-    if file is None or not file.is_file():
-        return []
+def _begun(
+    file: Path, method: Auto, run: Run, model: nn.Module, tasks: TaskCollection
+) -> tuple[dict[str, Any], list[Trial]]:
+    """What this choice depends on, and the trials that an interrupted one of the same left."""
+    from foretune.training.resume import check_same, inputs_of
+
+    assert tasks.objective is not None  # `retrain` sees to it
+    about = {"method": method.to_dict(), "run": run.to_dict(), "tasks": tasks.names}
+    about = json.loads(json.dumps({**about, **inputs_of(model, tasks, tasks.objective)}))
+    if not file.is_file():
+        return about, []
     saved: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    if saved["about"] != about:
-        raise UserError(
-            f"{file} was begun with other settings or tasks: resume with the same, or start again "
-            "with --overwrite"
-        )
-    return list(saved["trials"])
+    for part in about:
+        check_same(file.parent, part, saved["about"].get(part), about[part])
+    return about, list(saved["trials"])
 
 
 def _write(file: Path | None, about: Any, trials: Sequence[Trial]) -> None:
@@ -410,10 +416,3 @@ def _write(file: Path | None, about: Any, trials: Sequence[Trial]) -> None:
     if file is not None and process_rank() == 0:
         text = json.dumps({"about": about, "trials": list(trials)}, indent=1)
         write_whole(file, text)
-
-
-def _about(method: Auto, run: Run, tasks: TaskCollection) -> Any:
-    fields = run.to_dict()
-    for name in ("out", "resume", "overwrite", "device", "tasks_per_wave"):
-        fields.pop(name)
-    return json.loads(json.dumps([method.to_dict(), fields, tasks.names]))

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from foretune.errors import UserError
 from foretune.files import RECIPE, claim_folder, write_whole
 from foretune.processes import num_processes
 from foretune.recipes.yaml_io import parse_yaml
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from foretune.tasks.task import Task
+
+T = TypeVar("T")
+INPUTS = "inputs.json"
 MOVABLE = ("out", "device")  # what may change between a run and its continuation
 
 
@@ -36,11 +46,41 @@ def prepare_folder(
             write_whole(folder / RECIPE, config)
         return folder
 
+    return _first(prepare)
+
+
+def check_inputs(folder: Path, model: nn.Module, tasks: Iterable[Task]) -> None:
+    """Writes down the model and the rows of a run, or checks that it was begun with these.
+
+    The recipe does not tell: a file may have changed under its name.
+
+    Raises:
+        UserError: The folder was begun with another model or other rows of a task.
+    """
+    from foretune.adapters.fingerprint import fingerprint
+    from foretune.tasks.digest import row_digests
+    from foretune.training.resume import check_same
+
+    def check() -> None:
+        inputs = {"model": fingerprint(model), "rows": row_digests(tasks)}
+        path = folder / INPUTS
+        if not path.is_file():
+            write_whole(path, json.dumps(inputs, indent=1))
+            return
+        begun = json.loads(path.read_text("utf-8"))
+        for part in inputs:
+            check_same(folder, part, begun.get(part), inputs[part])
+
+    _first(check)
+
+
+def _first(work: Callable[[], T]) -> T:
+    """Does it on the first of several processes."""
     if num_processes() == 1:
-        return prepare()
+        return work()
     from foretune.training.ranks import join
 
-    return join().first(prepare)
+    return join().first(work)
 
 
 def _check_same(folder: Path, config: str) -> None:

@@ -10,7 +10,7 @@ import foretune
 from foretune.errors import UserError, did_you_mean
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.folder import prepare_folder
+from foretune.recipes.folder import check_inputs, prepare_folder
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.model_card import model_card
 from foretune.recipes.schema import MethodEntry, Recipe
@@ -53,7 +53,7 @@ def run_recipe(
         )
     out = prepare_folder(recipe.folder, resume=resume, overwrite=overwrite, config=recipe.to_yaml())
     first = setup = set_up(recipe, console)
-    need_unseen(first)
+    check_inputs(out, first.model, [*first.known, *need_unseen(first)])
     repeats: list[dict[str, Any]] = []
     for seed in range(recipe.seeds):
         if seed and recipe.tasks.rotate:
@@ -106,6 +106,7 @@ def retrain_one(
     config = recipe.to_yaml()
     prepare_folder(out, resume=resume, overwrite=overwrite, config=config)
     setup = set_up(recipe, console)
+    check_inputs(out, setup.model, setup.known)
     rate, searched = search_rate(setup, entry, out, console)
     record = entry.record(rate)
     run = recipe.retrain_run(out=out, resume=True)

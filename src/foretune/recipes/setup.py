@@ -12,7 +12,7 @@ from foretune.recipes.console import Console
 from foretune.recipes.schema import Recipe
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.sources import load_tasks
-from foretune.tasks.task import SPLITS, TaskCollection
+from foretune.tasks.task import SPLITS, Task, TaskCollection
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,18 @@ class Setup:
     unseen: TaskCollection | None
 
     @property
+    def known(self) -> list[Task]:
+        """The tasks to learn from and to search on."""
+        return list({task.name: task for task in (*self.seen, *self.search)}.values())
+
+    @property
     def turns(self) -> int:
         """Repeats after which each task has been an unseen one, where they take turns; else 1."""
         if not self.recipe.tasks.rotate or self.unseen is None:
             return 1
         size = self.recipe.tasks.unseen
         assert isinstance(size, int)  # Source sees to it
-        known = {*self.seen.names, *self.search.names}
-        return -(-(len(known) + len(self.unseen)) // size)
+        return -(-(len(self.known) + len(self.unseen)) // size)
 
 
 def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:

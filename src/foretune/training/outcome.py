@@ -37,6 +37,8 @@ class Outcome:
         cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, trainable_parameters.
         tasks: Names of the seen tasks.
         choice: What `auto` tried, the scores, the cost and how sure it is; None for other methods.
+        inputs: With a folder, digests of the given model and of the rows, by which a run that is
+            resumed is known.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class Outcome:
     cost: dict[str, Any] = field(default_factory=dict)
     tasks: Sequence[str] = ()
     choice: dict[str, Any] | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path | str) -> Path:
         """Writes `base/`, `adapters/<task>/`, run.json, metrics.jsonl and a model card.
@@ -71,6 +74,7 @@ class Outcome:
         """What run.json holds."""
         return {
             "finished": True,
+            **self.inputs,
             "method": self.method.to_dict(),
             "run": self.run.to_dict(),
             "objective": self.objective.to_dict(),

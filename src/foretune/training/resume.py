@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from foretune.adapters.bank import AdapterBank
+from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import load_adapter
 from foretune.errors import UserError
 from foretune.files import write_whole
 from foretune.models.loading import load_weights
 from foretune.run import Run
+from foretune.tasks.digest import row_digests
+from foretune.tasks.objectives import Objective
+from foretune.tasks.task import Task
 from foretune.training.learner import Learner
 from foretune.training.outcome import Adapted, folder_name
 from foretune.training.ranks import Ranks
@@ -26,14 +32,24 @@ SCORES_OF_RANK = ".scores-{}.json"  # until all processes have finished
 MOVABLE = ("out", "resume", "overwrite", "device", "tasks_per_wave")
 
 
-def begin(folder: Path, method: Any, run: Run, **about: Any) -> dict[str, Any] | None:
+def inputs_of(model: nn.Module, tasks: Iterable[Task], objective: Objective) -> dict[str, Any]:
+    """What a result depends on beside method and run, as `begin` writes it down."""
+    return {
+        "model": fingerprint(model),
+        "objective": objective.to_dict(),
+        "rows": row_digests(tasks),
+    }
+
+
+def begin(folder: Path, method: Any, run: Run, about: Mapping[str, Any]) -> dict[str, Any] | None:
     """Writes down what is about to run here, or checks that it is what was begun here.
 
     Args:
         folder: May hold a run already, to be resumed.
         method: The method's record.
         run: The run.
-        **about: What else must be the same, JSON-able.
+        about: What else must be the same, JSON-able. Of "rows", the digest of each task's rows,
+            only the tasks of both are compared, and those that are new are added.
 
     Returns:
         The record of a run that has finished here, else None.
@@ -54,21 +70,32 @@ def begin(folder: Path, method: Any, run: Run, **about: Any) -> dict[str, Any] |
             f"{file} is no readable record of a run ({error}); start again with --overwrite"
         ) from error
     for part in wanted:
-        if part in begun:
-            _check_same(folder, part, begun[part], wanted[part])
-    return begun if begun.get("finished") else None
+        check_same(folder, part, begun.get(part), wanted[part])
+    if begun.get("finished"):
+        return begun
+    rows = {**begun.get("rows", {}), **wanted.get("rows", {})}
+    if rows != begun.get("rows", {}):
+        write_whole(file, json.dumps({**begun, "rows": rows}, indent=1))
+    return None
 
 
-def _check_same(folder: Path, part: str, begun: Any, wanted: Any) -> None:
+def check_same(folder: Path, part: str, begun: Any, wanted: Any) -> None:
+    """Raises UserError where one part of a record differs from that of what was begun here."""
     if not (isinstance(begun, Mapping) and isinstance(wanted, Mapping)):
         begun, wanted = {part: begun}, {part: wanted}
     for name in dict.fromkeys([*wanted, *begun]):
-        if name not in MOVABLE and begun.get(name) != wanted.get(name):
-            raise UserError(
-                f"{folder} was begun with {name}={str(begun.get(name))[:80]}, this run has "
-                f"{name}={str(wanted.get(name))[:80]}: resume with the same, or start again with "
-                "--overwrite"
-            )
+        was, now = begun.get(name), wanted.get(name)
+        if was == now or name in MOVABLE or (part == "rows" and None in (was, now)):
+            continue
+        if part == "rows":
+            what = f'other rows of task "{name}"'
+        elif part == "model":
+            what = "another model"
+        else:
+            what = f"{name}={str(was)[:80]}, this run has {name}={str(now)[:80]}"
+        raise UserError(
+            f"{folder} was begun with {what}: resume with the same, or start again with --overwrite"
+        )
 
 
 def read_back(folder: Path, learner: Learner | None, model: Any) -> list[dict[str, Any]]:

@@ -38,7 +38,14 @@ from foretune.training.loop import Progress, fit
 from foretune.training.outcome import Adapted, Outcome, save_adapters
 from foretune.training.ranks import Deal, check_layers, check_model, connected, deal_out, join
 from foretune.training.record import free_memory, metered
-from foretune.training.resume import TaskDraw, begin, collect_scores, read_back, save_wave
+from foretune.training.resume import (
+    TaskDraw,
+    begin,
+    collect_scores,
+    inputs_of,
+    read_back,
+    save_wave,
+)
 from foretune.training.scoring import score_slots
 from foretune.training.sharding import whole_model
 from foretune.training.stopping import EarlyStopping
@@ -83,7 +90,7 @@ def retrain(
     given, model = model, fresh_copy(model, objective, run.seed)
     check_model(ranks, model)
     check_layers(ranks, model)
-    finished = ranks.first(lambda: _begin_retraining(method, run, data.keys))
+    inputs, finished = ranks.first(lambda: _begin_retraining(method, run, given, tasks, objective))
     deal = deal_out(ranks, data, run.batch_size, run.tasks_per_step, pooled=method.pooled)
     with torch.random.fork_rng(), metered() as cost, connected():
         torch.manual_seed(run.seed)
@@ -112,6 +119,7 @@ def retrain(
         validation_score=record["validation_score"] if share == 1 else None,
         cost=record["cost"] if finished is not None else ranks.total_cost(cost) | record["cost"],
         tasks=data.keys,
+        inputs=inputs,
     )
     if run.out is not None:
         _save(outcome, deal, run.out, save=finished is None)
@@ -140,12 +148,15 @@ def _retrain_chosen(
     return outcome
 
 
-def _begin_retraining(method: Any, run: Run, keys: Sequence[str]) -> dict[str, Any] | None:
-    """Claims the folder; the record of a run that has finished there."""
+def _begin_retraining(
+    method: Any, run: Run, model: nn.Module, tasks: TaskCollection, objective: Objective
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Claims the folder; what the run depends on, and the record of one that has finished there."""
     if run.out is None:
-        return None
+        return {}, None
     claim_folder(run.out, resume=run.resume, overwrite=run.overwrite)
-    return begin(run.out, method, run, tasks=list(keys))
+    inputs = {"tasks": tasks.names, **inputs_of(model, tasks, objective)}
+    return inputs, begin(run.out, method, run, inputs)
 
 
 def fresh_copy(model: nn.Module, objective: Objective, seed: int) -> nn.Module:
@@ -264,7 +275,7 @@ def adapt(
     wanted = [(slot.task, slot.draw) for slot in slots]
     done: dict[TaskDraw, tuple[float, int]] = {}
     if out is not None:
-        about = {"shots": shots, "split": split, "base": fingerprint(model)}
+        about = {"shots": shots, "split": split, **inputs_of(model, tasks, objective)}
         done = ranks.first(lambda: _begin_adapting(out, method, run, about))
         slots = [slot for slot in slots if (slot.task, slot.draw) not in done]
     deal = deal_out(ranks, TaskData(slots, objective), run.batch_size, len(slots), pooled=False)
@@ -290,7 +301,7 @@ def _begin_adapting(
 ) -> dict[TaskDraw, tuple[float, int]]:
     """Claims the folder; score and rows of each task that was finished there."""
     claim_folder(out, resume=run.resume, overwrite=run.overwrite)
-    begin(out, method, run, **about)
+    begin(out, method, run, about)
     return collect_scores(out)
 
 
