@@ -141,6 +141,13 @@ def whole_numbers(name: str, value: Any) -> Any:
     return several
 
 
+def listed(name: str, value: Any) -> list[Any]:
+    """A list or tuple as a list; raises UserError for all else."""
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{name} must be a list, got {value!r}")
+    return list(value)
+
+
 def flag(name: str, value: Any) -> None:
     """Raises UserError unless `value` is true or false."""
     if not isinstance(value, bool):

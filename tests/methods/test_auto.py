@@ -267,6 +267,13 @@ def test_same_seed_same_choice():
         ({"budget": 1.5}, "budget"),
         ({"adapt": {"name": "peft-ml"}}, '"peft-ml" is none'),
         ({"shots": ()}, "at least one number of shots"),
+        ({"shots": 8}, "shots must be a list, got 8"),
+        ({"shots": ["all"]}, "shots must be a whole number"),
+        ({"adapt_rates": 0.1}, "adapt_rates must be a list"),
+        ({"adapt_rates": [0]}, "adapt_rates must be a number above 0"),
+        ({"adapt_run": {"stepz": 1}}, 'no field "stepz".*"steps"'),
+        ({"adapt_run": 3}, "a mapping of its fields; got 3"),
+        ({"candidates": "none"}, "candidates must be a list"),
     ],
 )
 def test_bad_fields_are_named(fields, message):

@@ -16,7 +16,7 @@ from foretune.cli import app
 from foretune.cli.output import comparison_text
 from foretune.errors import ForetuneError, UserError
 from foretune.recipes.console import SILENT
-from foretune.recipes.plan import plan_recipe
+from foretune.recipes.plan import Plan, Stopwatch, plan_recipe
 from foretune.recipes.runner import find_entry, retrain_one, run_recipe
 from foretune.recipes.schema import Recipe, load_recipe
 from foretune.recipes.setup import set_up
@@ -296,8 +296,6 @@ def test_auto_chooses_among_the_recipes_own_methods(recipe: Recipe) -> None:
     assert base["config"]["adapt_run"]["steps"] == 3
     assert base["config"]["shots"] == [2]
     assert base["retrain"]["tokens"] > 0
-    plan = plan_recipe(chosen)
-    assert plan.retrain[3].seconds > plan.retrain[2].seconds
 
 
 def test_auto_may_have_candidates_of_its_own(recipe: Recipe) -> None:
@@ -311,6 +309,31 @@ def test_auto_may_have_candidates_of_its_own(recipe: Recipe) -> None:
         load_recipe("my.yaml", [*SMALL, bad])
     with pytest.raises(UserError, match="at least 2 candidates"):
         load_recipe("my.yaml", [*SMALL, "retrain.methods=[none, auto]"])
+
+
+def test_the_plan_of_auto_counts_its_trials(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one second a step: a whole training and, in a round, a quarter of one a candidate."""
+    monkeypatch.setattr(Stopwatch, "seconds_an_update", lambda self: 1.0)
+
+    def plan(methods: str) -> Plan:
+        return plan_recipe(load_recipe("my.yaml", [*SMALL, f"retrain.methods={methods}"]))
+
+    fixed = "{standard: {learning_rate: 1e-3}}"
+    one, auto = plan(f"[{fixed}]"), plan(f"[{{auto: {{rounds: 1, candidates: [none, {fixed}]}}}}]")
+    assert auto.retrain[0].seconds == pytest.approx(1.5 * one.retrain[0].seconds)
+    assert one.adapt is not None and auto.adapt is not None
+    # A step is of two tasks; two candidates adapt to one, in six draws, at each of the rates.
+    steps = 3 * len(recipe.adapt.rates)
+    assert auto.adapt.seconds - one.adapt.seconds == pytest.approx(steps * 2 * 6 / 2)
+
+
+@pytest.mark.parametrize("item", ["5", "{standard: 5}", "{standard: {learning_rates: 0.1}}"])
+def test_bad_candidates_of_auto_are_named(recipe: Recipe, item: str) -> None:
+    bad = f"retrain.methods=[{{auto: {{candidates: [none, {item}]}}}}]"
+    with pytest.raises(UserError, match=r"an item of retrain\.methods is|must be a list"):
+        load_recipe("my.yaml", [*SMALL, bad])
 
 
 def test_find_entry_guesses(recipe: Recipe) -> None:

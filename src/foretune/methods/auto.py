@@ -33,9 +33,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from foretune.errors import UserError
+from foretune.errors import UserError, did_you_mean
 from foretune.methods import make
-from foretune.run import Run, above_zero, share, whole
+from foretune.run import Run, above_zero, listed, share, whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,7 +97,7 @@ class Auto:
     paper: ClassVar[dict[str, Any] | None] = PAPER
 
     def __post_init__(self) -> None:
-        found = [_fields(candidate) for candidate in self.candidates]
+        found = [_fields(candidate) for candidate in listed("candidates", self.candidates)]
         if len(found) < 2:
             raise UserError(f"auto chooses among at least 2 candidates, got {len(found)}")
         names = [label(candidate) for candidate in found]
@@ -114,15 +114,18 @@ class Auto:
         adapt = _fields(self.adapt)
         if _record(adapt).verb != "adapt":
             raise UserError(f'auto adapts by a method that adapts, "{adapt["name"]}" is none')
-        if not self.shots:
+        rates, shots = listed("adapt_rates", self.adapt_rates), listed("shots", self.shots)
+        for rate in rates:
+            above_zero("adapt_rates", rate)
+        for number in shots:
+            whole("shots", number, 1, optional=True)
+        if not shots:
             raise UserError("auto needs at least one number of shots, got none")
-        given = self.adapt_run.to_dict() if isinstance(self.adapt_run, Run) else self.adapt_run
-        Run(**given)
         object.__setattr__(self, "candidates", found)
         object.__setattr__(self, "adapt", adapt)
-        object.__setattr__(self, "adapt_run", dict(given))
-        object.__setattr__(self, "adapt_rates", list(self.adapt_rates))
-        object.__setattr__(self, "shots", list(self.shots))
+        object.__setattr__(self, "adapt_run", _run_fields(self.adapt_run))
+        object.__setattr__(self, "adapt_rates", rates)
+        object.__setattr__(self, "shots", shots)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}
@@ -272,6 +275,20 @@ def _fields(given: Any) -> dict[str, Any]:
         return fields
     if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
         raise UserError(f'a method is a record, or a mapping with its "name"; got {given!r}')
+    return dict(given)
+
+
+def _run_fields(given: Any) -> dict[str, Any]:
+    """A `Run`, or a mapping of its fields, as the mapping."""
+    if isinstance(given, Run):
+        return given.to_dict()
+    if not isinstance(given, Mapping):
+        raise UserError(f"adapt_run is a Run, or a mapping of its fields; got {given!r}")
+    known = [f.name for f in dataclasses.fields(Run)]
+    for name in given:
+        if name not in known:
+            raise UserError(f'a Run has no field "{name}".{did_you_mean(name, known)}')
+    Run(**given)
     return dict(given)
 
 

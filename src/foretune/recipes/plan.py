@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +36,7 @@ class Cost:
     parameters: dict[str, int]
     step_seconds: float | None
     seconds: float
-    peak_memory_mb: float | None
+    peak_memory_mb: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +90,8 @@ def plan_recipe(recipe: Recipe, console: Console = SILENT) -> Plan:
     costs = []
     for entry in recipe.entries:
         console.say(f"{entry.name}: timing {TIMED_STEPS} steps")
-        costs.append(_retrain_cost(setup, entry))
-    costs = [
-        _choosing_cost(entry, cost, costs) if entry.method == "auto" else cost
-        for entry, cost in zip(recipe.entries, costs, strict=True)
-    ]
+        cost = _choosing_cost if entry.method == "auto" else _retrain_cost
+        costs.append(cost(setup, entry))
     adapt = None
     if setup.unseen is not None:
         console.say(f"{recipe.adapt.method}: timing {TIMED_STEPS} steps")
@@ -113,9 +109,7 @@ def plan_recipe(recipe: Recipe, console: Console = SILENT) -> Plan:
 def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:
     block = setup.recipe.retrain
     if not takes_rate(entry.method):  # it trains nothing
-        return Cost(
-            name=entry.name, parameters={}, step_seconds=None, seconds=0.0, peak_memory_mb=None
-        )
+        return Cost(name=entry.name, parameters={}, step_seconds=None, seconds=0.0)
     run = setup.recipe.retrain_run().replace(eval_every=0)
     tasks = _trimmed(setup.seen, run.batch_size)
 
@@ -149,20 +143,28 @@ def _trials(recipe: Recipe, entry: MethodEntry) -> int:
     return len(entry.rates) * (recipe.seeds if recipe.tasks.rotate else 1)
 
 
-def _choosing_cost(entry: MethodEntry, cost: Cost, costs: Sequence[Cost]) -> Cost:
-    """What `auto` takes, when a candidate takes what the recipe's own methods do in the mean.
-
-    The adaptations of its trials are not counted.
-    """
+def _choosing_cost(setup: Setup, entry: MethodEntry) -> Cost:
+    """What `auto` trains with: a candidate takes what the methods among them do in the mean."""
     record = entry.record()
-    timed = [c.seconds for c in costs if c.step_seconds is not None]
+    names = dict.fromkeys(one["name"] for one in record.candidates if takes_rate(one["name"]))
+    timed = [
+        _retrain_cost(setup, MethodEntry(name=name, method=name, fields={}, rates=[]))
+        for name in names
+    ]
     if not timed:
-        return cost
-    left, trained = len(record.candidates), 1.0
-    for number in range(record.rounds):
-        trained += left * min(1.0, record.budget * 2**number)
-        left = math.ceil(left / 2)
-    return dataclasses.replace(cost, seconds=trained * sum(timed) / len(timed))
+        return Cost(name=entry.name, parameters={}, step_seconds=None, seconds=0.0)
+    trained = 1 + sum(
+        number * min(1.0, record.budget * 2**turn) for turn, number in enumerate(_rounds(record))
+    )
+    largest = max(timed, key=lambda cost: cost.peak_memory_mb or 0)
+    step = sum(cost.step_seconds or 0 for cost in timed) / len(timed)
+    seconds = trained * sum(cost.seconds for cost in timed) / len(timed)
+    return dataclasses.replace(largest, name=entry.name, step_seconds=step, seconds=seconds)
+
+
+def _rounds(auto: Any) -> list[int]:
+    """How many candidates are tried in each round of `auto`, controls that stay not counted."""
+    return [math.ceil(len(auto.candidates) / 2**number) for number in range(auto.rounds)]
 
 
 def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
@@ -183,15 +185,18 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
     turns = recipe.seeds if recipe.tasks.rotate else 1
     bases = sum(_trials(recipe, entry) for entry in recipe.entries)
     bases += turns * len(recipe.entries) if len(block.rates) > 1 else 0
-    searches = bases * len(block.shots) * max(1, len(block.rates))
-    searched = len(setup.search) * num_draws(len(setup.search)) / len(unseen)
+    searched = bases * len(setup.search) * num_draws(len(setup.search))
+    for auto in (entry.record() for entry in recipe.entries if entry.method == "auto"):
+        held = math.ceil(len(setup.seen) / min(auto.folds, len(setup.seen)))
+        searched += recipe.seeds * sum(_rounds(auto)) * held * num_draws(held)
+    searches = searched / len(unseen) * len(block.shots) * max(1, len(block.rates))
     test_rows = sum(len(task.test) for task in unseen)
     per_row = step / (len(unseen) * run.batch_size) * FORWARD_SHARE
     return Cost(
         name=block.method,
         parameters={"adapter": int(timed.cost.get("trainable_parameters") or 0)},
         step_seconds=step,
-        seconds=block.steps * step * (adaptations + searches * searched)
+        seconds=block.steps * step * (adaptations + searches)
         + (adaptations + repeats) * test_rows * per_row,
         peak_memory_mb=timed.cost.get("peak_memory_mb"),
     )

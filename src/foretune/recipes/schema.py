@@ -26,7 +26,7 @@ from foretune.recipes.messages import user_error
 from foretune.recipes.objective_blocks import OBJECTIVES, ObjectiveBlock
 from foretune.recipes.overrides import apply_overrides, override_keys
 from foretune.recipes.yaml_io import dump_yaml, parse_yaml
-from foretune.run import Run
+from foretune.run import Run, listed
 from foretune.tasks.sources import Source
 
 B = TypeVar("B", bound=Block)
@@ -256,15 +256,19 @@ def _known_keys(raw: dict[str, Any]) -> Any:
     return known
 
 
-def _entry(item: str | dict[str, Any], rates: list[float]) -> MethodEntry:
+def _entry(item: Any, rates: list[float]) -> MethodEntry:
     if isinstance(item, str):
         return MethodEntry(name=item, method=item, fields={}, rates=rates)
-    if len(item) != 1:
-        raise UserError(f"an item of retrain.methods has one name, got {', '.join(item) or 'none'}")
-    [(method, fields)] = item.items()
+    fields = next(iter(item.values()), None) if isinstance(item, dict) else None
+    if not isinstance(item, dict) or len(item) != 1 or not isinstance(fields, (dict, type(None))):
+        raise UserError(
+            "an item of retrain.methods is a name, or one name with its fields "
+            f"({{peft-ml: {{penalty: 0.1}}}}); got {item!r}"
+        )
+    [method] = item
     fields = dict(fields or {})
     name = fields.pop("as", method)
-    own = fields.pop("learning_rates", None)
+    own = listed(f"{name}.learning_rates", fields.pop("learning_rates", []))
     if "learning_rate" in fields:
         own = [fields.pop("learning_rate")]
     return MethodEntry(name=str(name), method=method, fields=fields, rates=own or rates)
