@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from foretune.theory.experiment import markdown, tables
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 DOCS = HERE.parent / "docs"
+KINDS = "results|spectrum|theory|claim|regret|variants"
 PAGES = (HERE.parent / "README.md", DOCS / "reproduce.md", *sorted(DOCS.glob("results/*.md")))
 
 
@@ -97,7 +99,7 @@ def table(result: dict[str, Any]) -> str:
     scale = Scale(result["metric"]["name"])
     means = {(mean["base"], mean["shots"]): mean for mean in result["means"]}
     adapted = [k for k in shots if k != 0]
-    most = [k for k in adapted if k][-1]
+    most = ([k for k in adapted if k] or adapted)[-1]
     columns = [("none", most), *[("standard", k) for k in adapted]]
     head = ["base", *[shots_label(k, unit) for k in shots]]
     head += [f"− {control}, {shots_label(k, unit)}" for control, k in columns]
@@ -211,16 +213,22 @@ def with_tables(text: str) -> str:
             continue
         made[f"results {path.stem}"] = partial(table, result)
         made[f"spectrum {path.stem}"] = partial(spectrum_table, result)
-    for mark, write in made.items():
-        start, end = f"<!-- {mark} -->\n", "<!-- end -->"
-        before, found, rest = text.partition(start)
-        if found:
-            text = before + found + write() + "\n" + end + rest.partition(end)[2]
-    return text
+
+    def write(mark: re.Match[str]) -> str:
+        if mark["name"] not in made:
+            raise SystemExit(f"<!-- {mark['name']} --> names no table that a result has")
+        return f"<!-- {mark['name']} -->\n{made[mark['name']]()}\n<!-- end -->"
+
+    marks = re.findall(rf"<!-- (?:{KINDS}) .* -->|<!-- end -->", text)
+    if [mark == "<!-- end -->" for mark in marks] != [False, True] * (len(marks) // 2):
+        raise SystemExit(f"a table has no mark of its end, or an end no table: {marks}")
+    return re.sub(rf"<!-- (?P<name>(?:{KINDS}) .*) -->\n(?s:.*?)<!-- end -->", write, text)
 
 
 def main(arguments: list[str]) -> int:
-    if arguments and arguments != ["--check"]:
+    if len(arguments) == 1 and arguments != ["--check"]:
+        raise SystemExit(__doc__)
+    if len(arguments) > 1:
         *runs, name = arguments
         print(publish([Path(run) for run in runs], name))
     stale = [

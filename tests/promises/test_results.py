@@ -29,9 +29,12 @@ def test_tables_are_those_of_the_results(publish: ModuleType) -> None:
         assert publish.with_tables(page.read_text("utf-8")) == page.read_text("utf-8")
 
 
-@pytest.mark.parametrize("name", ["quickstart", "theory-linear"])
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [("quickstart", "results quickstart"), ("theory-linear", "theory theory-linear rank-at-test")],
+)
 def test_a_table_older_than_its_result_is_noticed(
-    publish: ModuleType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    publish: ModuleType, name: str, mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (publish.RESULTS / f"{name}.json").read_text("utf-8")
     result = json.loads(text)
@@ -42,10 +45,23 @@ def test_a_table_older_than_its_result_is_noticed(
             row.update({k: [2 * x for x in v] for k, v in row.items() if isinstance(v, list)})
     (tmp_path / f"{name}.json").write_text(json.dumps(result))
     monkeypatch.setattr(publish, "RESULTS", tmp_path)
-    assert any(
-        publish.with_tables(page.read_text("utf-8")) != page.read_text("utf-8")
-        for page in publish.PAGES
-    )
+    pages = "".join(page.read_text("utf-8") for page in publish.PAGES)
+    shown = pages[pages.index(f"<!-- {mark} -->") :].partition("<!-- end -->")
+    assert publish.with_tables(shown[0] + shown[1]) != shown[0] + shown[1]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<!-- results no-such-run -->\n<!-- end -->\n",
+        "<!-- results quickstart -->\nText that would be lost.\n",
+        "<!-- results quickstart -->\n<!-- results convai2 -->\n<!-- end -->\n",
+        "<!-- end -->\n",
+    ],
+)
+def test_a_mark_that_makes_no_table_is_refused(publish: ModuleType, page: str) -> None:
+    with pytest.raises(SystemExit, match=r"names no table|has no mark of its end"):
+        publish.with_tables(page)
 
 
 def result(scores: dict[str, float], spread: float = 0.01) -> dict[str, Any]:
