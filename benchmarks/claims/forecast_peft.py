@@ -94,6 +94,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 PEFT = {"prompts": 8, "adapter_rank": 16}
 RATES = {"pretrain": 1e-3, "forecast-peft": 2e-3, "forecast-ft": 1e-3, "full": 1e-3, "lora": 2e-3}
+HELD = {"settings": SETTINGS, "sizes": SIZES, "peft": PEFT, "rates": RATES}
 ARMS = {
     "Forecast-PEFT": ("forecast-peft", "pretrained", {}),
     "Forecast-FT": ("forecast-ft", "pretrained", {}),
@@ -439,6 +440,17 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+def of_these_settings(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without the runs that were made under other settings than these."""
+    held = json.loads(json.dumps(HELD))
+    same = all(result.get(key) == held[key] for key in held if key != "settings")
+    parts = [part for part in SETTINGS if result["settings"].get(part) == held["settings"][part]]
+    runs = [run for run in result["runs"] if same and run["part"] in parts]
+    for part, seed in [(r["part"], r["seed"]) for r in result["runs"] if r not in runs]:
+        print(f"{part}, seed {seed}: made under other settings, is run again")
+    return {**result, "runs": runs}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, help="holds trajnet_sdd/ and eth_ucy/")
@@ -449,7 +461,7 @@ def main() -> None:
     torch.set_num_threads(1)
     result: dict[str, Any] = {"claim": "forecast_peft", "runs": []}
     if given.out.exists():
-        result = json.loads(given.out.read_text("utf-8"))
+        result = of_these_settings(json.loads(given.out.read_text("utf-8")))
     for part in given.parts:
         for seed in given.seeds:
             if any((run["part"], run["seed"]) == (part, seed) for run in result["runs"]):
@@ -459,7 +471,7 @@ def main() -> None:
             result["runs"].append(
                 {"part": part, "seed": seed, "pretrain_seconds": spent, "rows": rows}
             )
-            result |= {"settings": SETTINGS, "sizes": SIZES, "peft": PEFT, "rates": RATES}
+            result |= HELD
             result["environment"] = environment() | {"threads": torch.get_num_threads()}
             given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

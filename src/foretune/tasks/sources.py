@@ -202,10 +202,13 @@ def _read(source: Source, kind: str) -> tuple[RowStore, dict[str, tuple[array[in
 
 
 def _read_second(second: Source, kind: str, seen: list[Task]) -> list[Task]:
-    if second.source in {task.name for task in seen} and not Path(second.source).exists():
+    names = [task.name for task in seen]
+    guess = did_you_mean(second.source, names)
+    if guess and not Path(second.source).exists():
         raise UserError(
-            f'unseen="{second.source}" would be a second source; to set the task of that name '
-            f'aside write a list: unseen=["{second.source}"]'
+            f'unseen="{second.source}" would be a second source, and there is none; to set tasks '
+            f'aside by name write a list, such as unseen=["{second.source}"].'
+            + ("" if second.source in names else guess)
         )
     return _read_tasks(second, kind)
 
