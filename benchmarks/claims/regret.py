@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from foretune.evaluation.statistics import paired_difference
+from foretune.evaluation.verdict import CONTROLS
 from foretune.evaluation.wording import counted
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-CONTROLS = ("none", "standard")
 RIVALS = ("standard", "peft-ml", "reptile", "fomaml")
 PUBLISHED = {"none", "standard", "standard-heads", "peft-ml", "peft-ml-last", "reptile", "fomaml"}
 RESAMPLES = 4000

@@ -21,6 +21,7 @@ from foretune.recipes.runner import find_entry, retrain_one, run_recipe
 from foretune.recipes.schema import Recipe, load_recipe
 from foretune.recipes.setup import set_up
 from foretune.recipes.templates import template_text
+from foretune.training.loop import DivergedError
 
 MODEL = """
 from torch import nn
@@ -142,11 +143,15 @@ def test_diverged_trial_is_passed_over(recipe: Recipe, monkeypatch: pytest.Monke
 
     def diverges(model: Any, tasks: Any, method: Any, run: Any, **more: Any) -> Any:
         if getattr(method, "learning_rate", 0) == 2e-4:
-            raise ForetuneError("the loss is nan")
+            raise error
         return real(model, tasks, method, run, **more)
 
     monkeypatch.setattr(foretune, "retrain", diverges, raising=False)
-    standard = run_recipe(recipe)["bases"][1]
+    error: ForetuneError = ForetuneError("the disk is full")
+    with pytest.raises(ForetuneError, match="disk"):  # which says nothing of a rate
+        run_recipe(recipe)
+    error = DivergedError("the loss is nan")
+    standard = run_recipe(recipe, resume=True)["bases"][1]
     assert standard["retrain"]["learning_rate"] == 5e-5
     assert standard["retrain"]["searched"][1]["score"] is None
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from foretune.evaluation.verdict import FEW_TASKS, verdict
+from foretune.evaluation.verdict import CONTROLS, FEW_TASKS, verdict
 from foretune.evaluation.wording import shots_label, shots_order
 
 __all__ = ["holm", "mean_interval", "paired_difference", "pairs_and_means", "verdict"]
@@ -158,7 +158,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def pairs_and_means(
     scores_records: Iterable[Mapping[str, Any]],
     bases: Sequence[Mapping[str, Any]],
-    controls: Sequence[str] = ("none", "standard"),
+    controls: Sequence[str] = CONTROLS,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Every base against every other at each number of shots, and every base's mean.
 

@@ -34,6 +34,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from foretune.errors import UserError, did_you_mean
+from foretune.evaluation.verdict import CONTROLS
 from foretune.methods import make
 from foretune.run import Run, above_zero, listed, share, whole
 
@@ -58,7 +59,6 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {"name": "peft-ml", "interpolate": 0.5},
     {"name": "peft-ml", "average": 0.5},
 )
-CONTROLS = ("none", "standard")
 VARIANTS = {"heads", "interpolate", "average"}  # with one of them standard is no control
 Trial = dict[str, Any]
 

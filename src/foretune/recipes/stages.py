@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import foretune
-from foretune.errors import ForetuneError, LostProcessError, UserError
+from foretune.errors import UserError
 from foretune.processes import process_rank
 from foretune.recipes.console import Console
 from foretune.recipes.schema import MethodEntry, takes_rate
@@ -116,6 +116,7 @@ def retrain(
 def _trial(setup: Setup, entry: MethodEntry, rate: float, console: Console) -> float | None:
     from foretune.evaluation import held_out
     from foretune.evaluation.wording import counted
+    from foretune.training.loop import DivergedError
 
     recipe, exam = setup.recipe, held_out.usable(setup.search)
     steps = recipe.retrain.search_steps or recipe.retrain.steps
@@ -131,9 +132,7 @@ def _trial(setup: Setup, entry: MethodEntry, rate: float, console: Console) -> f
             trials = held_out.try_rates(
                 outcome.model, exam, method, block.rates, adapting, block.row_counts, progress
             )
-    except (UserError, LostProcessError):
-        raise
-    except ForetuneError as error:
+    except DivergedError as error:
         console.say(f"{entry.name}: {error}")
         return None
     score = float(held_out.best(trials)["score"])
