@@ -169,7 +169,28 @@ def spectrum_table(result: dict[str, Any]) -> str:
             )
             + " |"
         )
+    if spectrum.get("costs"):
+        lines += ["", *rank_costs(spectrum)]
     return "\n".join(lines)
+
+
+def rank_costs(spectrum: dict[str, Any]) -> list[str]:
+    """What adapting one task costs at each rank and with all weights, the mean over bases."""
+    ranks = [*spectrum["ranks"], None]
+    of_rank = {r: [cost for cost in spectrum["costs"] if cost["rank"] == r] for r in ranks}
+    rows: dict[str, Callable[[dict[str, Any]], float]] = {
+        "trained parameters of a task": lambda cost: cost["trainable_parameters"],
+        "tokens of a task": lambda cost: cost["tokens"] / cost["num_tasks"],
+        "CPU seconds of a task": lambda cost: cost["cpu_seconds"] / cost["num_tasks"],
+        "peak memory, MB": lambda cost: cost["peak_memory_mb"],
+    }
+    head = ["adapting", *[f"rank {r}" for r in ranks[:-1]], "all weights"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for label, of in rows.items():
+        means = [sum(map(of, of_rank[r])) / len(of_rank[r]) for r in ranks]
+        cells = [f"{mean:.1f}" if label.startswith("CPU") else f"{mean:,.0f}" for mean in means]
+        lines.append("| " + " | ".join([label, *cells]) + " |")
+    return lines
 
 
 def ninety(values: Sequence[float]) -> int:

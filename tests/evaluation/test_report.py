@@ -64,6 +64,10 @@ def comparison(
         {"base": n, "task": task(t), "rank": rank, "score": offset + 0.1 * rank}
         for n, t, rank in product(names, range(2), (1, 2, 4))
     ]
+    costs = [
+        {"base": n, "rank": rank, "num_tasks": 2, **cost, "trainable_parameters": 100 * (rank or 9)}
+        for n, rank in product(names, (1, 2, 4, None))
+    ]
     values = [{"base": n, "task": task(0), "module": "m", "values": [2.0, 1.0]} for n in names]
     return {
         "format": 1,
@@ -77,7 +81,13 @@ def comparison(
         "scores": records,
         "pairs": pairs,
         "means": means,
-        "spectrum": {"shots": 16, "ranks": [1, 2, 4], "rows": rows, "singular_values": values}
+        "spectrum": {
+            "shots": 16,
+            "ranks": [1, 2, 4],
+            "rows": rows,
+            "costs": costs,
+            "singular_values": values,
+        }
         if spectrum
         else None,
         "verdict": verdict(pairs, means, bases, metric=metric),
@@ -195,6 +205,13 @@ def test_curves_stand_apart_without_colour(tmp_path):
     dashes = re.findall(r"<polyline[^>]*?stroke-linejoin:round(;stroke-dasharray:[^\"]*)?", picture)
     assert len(set(dashes)) == 7
     assert "var(--" not in picture
+
+
+def test_cost_stands_beside_the_score_of_each_rank(tmp_path):
+    _, page = written(comparison(names=("none", "peft-ml")), tmp_path)
+    same = "2 tasks81.2 s1.23 M812 MB"  # cells follow each other
+    assert f"PEFT-MLrank 110.0{same}100 rank 220.0{same}200" in page.text
+    assert f"all weights–{same}900" in page.text
 
 
 DEGENERATE = {

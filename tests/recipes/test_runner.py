@@ -129,6 +129,12 @@ def test_repeats_are_kept_apart(recipe: Recipe) -> None:
     comparison = run_recipe(recipe.model_copy(update={"seeds": 2}))
     assert {score["seed"] for score in comparison["scores"]} == {0, 1}
     assert {pair["num_seeds"] for pair in comparison["pairs"]} == {2}
+    # Each searches its rates of adapting: one search for all would give every repeat its luck.
+    read = [json.loads(p.read_text()) for p in sorted((recipe.folder / "repeats").iterdir())]
+    searched = [repeat["bases"][1]["adapt"]["searched"] for repeat in read]
+    assert len(searched[0]) == len(searched[1]) == 2 and searched[0] != searched[1]
+    chosen = [repeat["bases"][1]["adapt"]["learning_rate"] for repeat in read]
+    assert comparison["bases"][1]["adapt"]["learning_rates"] == chosen
 
 
 def test_second_run_into_the_folder_is_refused(recipe: Recipe) -> None:
@@ -270,8 +276,8 @@ def test_held_out_tasks_without_validation_rows_are_refused_before_anything_is_t
         raise AssertionError("trained")
 
     monkeypatch.setattr(foretune, "retrain", fail, raising=False)
-    overrides = [*SMALL, "tasks.validation=0", "retrain.methods=[standard]"]
-    with pytest.raises(UserError, match=r"those have none: set tasks\.validation, or give one"):
+    overrides = [*SMALL, "tasks.validation=0", "retrain.methods=[standard]", "adapt.shots=[all]"]
+    with pytest.raises(UserError, match=r"of which they have none: set tasks\.validation"):
         run_recipe(load_recipe("my.yaml", overrides))
 
 

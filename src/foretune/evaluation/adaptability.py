@@ -74,7 +74,6 @@ def compare(
     draws: int = 1,
     seen: TaskCollection | None = None,
     learning_rates: Sequence[float] = (),
-    rates: Mapping[str, float] | None = None,
     keep: Path | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -89,7 +88,6 @@ def compare(
         draws: Independent draws of the shots.
         seen: Tasks on whose validation rows the learning rate is searched.
         learning_rates: Candidates, the same for every base; empty for the method's own rate.
-        rates: Rates that are known already, by base; those bases are not searched again.
         keep: Folder for the adapters at the last of `shots` (first draw), `<base>/<task>`; None
             forgets them.
         progress: Called with (update, updates, figures) during each adaptation.
@@ -117,9 +115,7 @@ def compare(
     for name in bases:
         given = bases[name]
         model = given.model if isinstance(given, Outcome) else given
-        rate = (rates or {}).get(name)
-        candidates = learning_rates if rate is None else [rate]
-        method, searched = search_rate(model, seen, adapt, candidates, run, shots, progress)
+        method, searched = search_rate(model, seen, adapt, learning_rates, run, shots, progress)
         scores += zero_shot(name, model, unseen, draws)
         cost: dict[str, Any] = {}
         for k in shots:

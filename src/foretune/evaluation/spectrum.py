@@ -20,7 +20,7 @@ from foretune.run import Run
 from foretune.tasks.task import TaskCollection
 from foretune.training import verbs
 from foretune.training.loop import Progress
-from foretune.training.outcome import Outcome
+from foretune.training.outcome import Adapted, Outcome
 
 FULL_TASKS = 8  # fully fine-tuned, one after the other: enough for means of singular values
 
@@ -53,10 +53,12 @@ def measure(
         progress: Called during each adaptation.
 
     Returns:
-        "rows": score of each base, task and rank; "singular_values": of each base, task and
-        module, divided by the Frobenius norm of the module's weight.
+        "rows": score of each base, task and rank; "costs": of each base and rank (None: full
+        fine-tuning), over `num_tasks` tasks, trainable parameters those of one; "singular_values":
+        of each base, task and module, divided by the Frobenius norm of the module's weight.
     """
     rows: list[dict[str, Any]] = []
+    costs: list[dict[str, Any]] = []
     values: list[dict[str, Any]] = []
     scale = adapt.lora.get("lora_alpha", 8) / adapt.lora.get("r", 8)
     for name in bases:
@@ -71,14 +73,26 @@ def measure(
                 {"base": name, "task": task, "rank": rank, "score": score}
                 for (task, _), score in found.scores.items()
             ]
+            costs.append(_cost(name, rank, found))
         few = unseen.subset(unseen.names[:max_tasks])
         tuned = verbs.adapt(model, few, full, run, shots=shots, progress=progress)
+        costs.append(_cost(name, None, tuned))
         for (task, _), changed in tuned.models.items():
             values += [
                 {"base": name, "task": task, "module": module, "values": found_values}
                 for module, found_values in singular_values(model, changed).items()
             ]
-    return {"shots": shots, "ranks": list(ranks), "rows": rows, "singular_values": values}
+    return {
+        "shots": shots,
+        "ranks": list(ranks),
+        "rows": rows,
+        "costs": costs,
+        "singular_values": values,
+    }
+
+
+def _cost(base: str, rank: int | None, adapted: Adapted) -> dict[str, Any]:
+    return {"base": base, "rank": rank, "num_tasks": len(adapted.scores), **adapted.cost}
 
 
 @torch.no_grad()

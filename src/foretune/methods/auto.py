@@ -41,7 +41,7 @@ from foretune.run import Run, above_zero, listed, share, whole
 if TYPE_CHECKING:
     from torch import nn
 
-    from foretune.tasks.task import Task, TaskCollection
+    from foretune.tasks.task import TaskCollection
 
 PAPER = {
     "title": "Non-stochastic Best Arm Identification and Hyperparameter Optimization",
@@ -145,6 +145,7 @@ class Auto:
         Raises:
             UserError: One seen task, or those held out have no rows to be scored on.
         """
+        from foretune.evaluation.held_out import exam
         from foretune.training.ranks import join
         from foretune.training.record import metered
 
@@ -159,7 +160,8 @@ class Auto:
         alive = list(self.candidates)
         for number in range(self.rounds):
             held = groups[number % len(groups)]
-            seen, exam = tasks.without(held), self._exam(tasks, held, run.seed)
+            seen, own = tasks.without(held), tasks.subset(held)
+            rows = exam(own, self.shots, run.seed, self.group_column)
             steps = max(1, round(run.steps * min(1.0, self.budget * 2**number)))
             part = run.replace(out=None, resume=False, overwrite=False, steps=steps)
             for together in _by_training(alive):
@@ -167,7 +169,7 @@ class Auto:
                 if all((label(one), number) in known for one in together):
                     continue
                 with metered() as cost:
-                    found = self._try(model, seen, exam, together, part, progress)
+                    found = self._try(model, seen, rows, together, part, progress)
                 for one, scores in zip(together, found, strict=True):
                     trials.append(
                         {"candidate": label(one), "round": number, "steps": steps, **scores}
@@ -178,45 +180,11 @@ class Auto:
             alive = _better_half(ranked)
         return _record(ranked[0]), _summary(ranked, trials, tasks, groups[: self.rounds])
 
-    def _exam(self, tasks: TaskCollection, held: Sequence[str], seed: int) -> TaskCollection:
-        """The tasks held out, with many rows to be scored on.
-
-        No trial retrains on them, so half of their training rows may stand beside the validation
-        rows; not so where they will be adapted to with all rows, or where such a half would lack a
-        label of the other.
-        """
-        from foretune.tasks.row_store import join
-        from foretune.tasks.splits import carve
-        from foretune.tasks.task import Task
-
-        found = []
-        for task in (tasks[name] for name in held):
-            train, exam = task.train, task.validation
-            if None not in self.shots:
-                half = carve(
-                    Task(task.name, train),
-                    validation=0,
-                    test=0.5,
-                    seed=seed,
-                    group_column=self.group_column,
-                )
-                halved = Task(task.name, half.train, join([half.test, exam]))
-                if _fits(tasks, halved):
-                    train, exam = halved.train, halved.validation
-            if train and exam:
-                found.append(Task(task.name, train, exam))
-        if not found:
-            raise UserError(
-                "auto chooses on rows of seen tasks that it does not adapt to, and those held out "
-                "have none: set tasks.validation"
-            )
-        return dataclasses.replace(tasks, tasks=tuple(found))
-
     def _try(
         self,
         model: nn.Module,
         seen: TaskCollection,
-        exam: TaskCollection,
+        rows: TaskCollection,
         together: Sequence[Mapping[str, Any]],
         run: Run,
         progress: Any,
@@ -239,18 +207,18 @@ class Auto:
             if kept != 1:
                 base = copy.deepcopy(base)
                 interpolate(base, model, kept)
-            found.append(self._examine(base, exam, run.seed, progress))
+            found.append(self._examine(base, rows, run.seed, progress))
         found[-1]["cost"] = {"tokens": outcome.cost.get("tokens", 0)}
         return found
 
-    def _examine(self, base: nn.Module, exam: TaskCollection, seed: int, progress: Any) -> Trial:
+    def _examine(self, base: nn.Module, rows: TaskCollection, seed: int, progress: Any) -> Trial:
         """Adapts a base to the held-out tasks at every number of shots; the best rate's scores."""
         from foretune.evaluation.held_out import best, try_rates
         from foretune.training.loop import DivergedError
 
         run = Run(**self.adapt_run).replace(seed=seed, out=None, resume=False, overwrite=False)
         method = _record(self.adapt)
-        trials = try_rates(base, exam, method, self.adapt_rates, run, self.shots, progress)
+        trials = try_rates(base, rows, method, self.adapt_rates, run, self.shots, progress)
         try:
             return best(trials)
         except DivergedError as error:
@@ -294,17 +262,6 @@ def _run_fields(given: Any) -> dict[str, Any]:
 
 def _record(fields: Mapping[str, Any]) -> Any:
     return make(**{key: value for key, value in fields.items() if key != "as"})
-
-
-def _fits(tasks: TaskCollection, task: Task) -> bool:
-    """Whether the objective takes the task as it is cut."""
-    if tasks.objective is None:
-        return True
-    try:
-        tasks.objective.fit(dataclasses.replace(tasks, tasks=(task,)))
-    except UserError:
-        return False
-    return True
 
 
 def _parts(tasks: TaskCollection, folds: int, seed: int) -> list[list[str]]:

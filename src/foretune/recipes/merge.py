@@ -48,7 +48,10 @@ def merge_repeats(repeats: Sequence[dict[str, Any]], turns: int = 1) -> dict[str
 
 
 def _mean_base(bases: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The first repeat's base, with the mean cost of all and what each repeat chose."""
+    """The first repeat's base, with the mean cost of all and what each repeat chose.
+
+    `learning_rate` and `searched` are the first repeat's, `learning_rates` those of all.
+    """
     merged = dict(bases[0])
     if merged.pop("choice", None) is not None:
         merged["choices"] = [
@@ -66,4 +69,5 @@ def _mean_base(bases: Sequence[dict[str, Any]]) -> dict[str, Any]:
         }
         peaks = [cost["peak_memory_mb"] for cost in costs if cost.get("peak_memory_mb")]
         merged[stage] = {**costs[0], **means, **({"peak_memory_mb": max(peaks)} if peaks else {})}
+        merged[stage]["learning_rates"] = [cost.get("learning_rate") for cost in costs]
     return merged

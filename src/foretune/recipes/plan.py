@@ -182,9 +182,8 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
     repeats = len(recipe.entries) * recipe.seeds
     adaptations = repeats * len(block.shots) * block.draws
     # A trial adapts with several draws to a few tasks, and at every rate.
-    turns = recipe.seeds if recipe.tasks.rotate else 1
     bases = sum(_trials(recipe, entry) for entry in recipe.entries)
-    bases += turns * len(recipe.entries) if len(block.rates) > 1 else 0
+    bases += repeats if len(block.rates) > 1 else 0
     searched = bases * len(setup.search) * num_draws(len(setup.search))
     for auto in (entry.record() for entry in recipe.entries if entry.method == "auto"):
         held = math.ceil(len(setup.seen) / min(auto.folds, len(setup.seen)))

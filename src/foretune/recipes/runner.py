@@ -58,9 +58,8 @@ def run_recipe(
     for seed in range(recipe.seeds):
         if seed and recipe.tasks.rotate:
             setup = set_up(recipe, console, repeat=seed)
-        rates = adapt_rates(repeats[0]) if repeats and setup is first else {}
         stages = retrain_all(setup, out, seed, console)
-        repeats.append(compare_repeat(setup, out, seed, stages, rates, console))
+        repeats.append(compare_repeat(setup, out, seed, stages, console))
     comparison = merge_repeats(repeats, first.turns)
     comparison |= {
         "title": recipe.name,
@@ -141,17 +140,18 @@ def compare_repeat(
     out: Path,
     seed: int,
     stages: Mapping[str, dict[str, Any]],
-    rates: Mapping[str, float],
     console: Console,
 ) -> dict[str, Any]:
     """Adapts the bases of one seed to the unseen tasks: the comparison of this repeat.
+
+    Rates of adapting are searched in each repeat anew, so that the luck of the search is a part of
+    what repeats differ by.
 
     Args:
         setup: Tasks and model.
         out: The run's folder.
         seed: Of this repeat.
         stages: What each retraining says of itself.
-        rates: The rates that an earlier repeat found, by base; empty: they are searched.
         console: Is told how it goes.
     """
     path = out / "repeats" / f"seed-{seed}.json"
@@ -161,7 +161,7 @@ def compare_repeat(
         return done
     block = setup.recipe.adapt
     entries = setup.recipe.entries
-    trials = len(block.rates) if len(block.rates) > 1 and not rates else 0
+    trials = len(block.rates) if len(block.rates) > 1 else 0
     with console.bar(
         f"adapting {len(entries)} bases, seed {seed}",
         rounds=len(entries) * len(block.shots) * (1 + trials),
@@ -175,7 +175,6 @@ def compare_repeat(
             draws=block.draws,
             seen=setup.search,
             learning_rates=tuple(block.rates),
-            rates=rates,
             keep=out / "adapters" if seed == 0 else None,
             progress=progress,
         ).to_dict()

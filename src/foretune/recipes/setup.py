@@ -25,8 +25,9 @@ class Setup:
         tokenizer: None for arrays.
         seen: Tasks to learn from, with their objective.
         search: Tasks on which rates are searched, by adapting to them a base that did not meet
-            them. They are none of the seen ones where rates of adapting are searched, because
-            these are chosen for the final bases; else they are some of the seen ones.
+            them, with many rows to be scored on (`held_out.exam`). They are none of the seen ones
+            where rates of adapting are searched, because these are chosen for the final bases;
+            else they are some of the seen ones.
         unseen: Tasks to adapt to, with their objective; None when the recipe sets none aside.
     """
 
@@ -40,7 +41,7 @@ class Setup:
     @property
     def known(self) -> list[Task]:
         """The tasks to learn from and to search on."""
-        return list({task.name: task for task in (*self.seen, *self.search)}.values())
+        return list({task.name: task for task in (*self.search, *self.seen)}.values())
 
     @property
     def turns(self) -> int:
@@ -54,6 +55,8 @@ class Setup:
 
 def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
     """Reads the tasks, then the model: bad data should not have to wait for a model."""
+    from foretune.evaluation.held_out import exam
+
     seen, unseen = read_tasks(recipe, repeat)
     searched = search_names(recipe, seen)
     about = f"tasks: {_counted(seen)} seen"
@@ -69,7 +72,10 @@ def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
     if unseen is not None:
         own = with_tokenizer(objective.fit(unseen), tokenizer)
         unseen = unseen.with_objective(own)
-    search = seen.subset(searched) if searched else seen
+    search = seen
+    if searched:
+        own, group = seen.subset(searched), recipe.tasks.group_column
+        search = exam(own, recipe.adapt.row_counts, recipe.tasks.seed, group)
     if len(recipe.adapt.rates) > 1:
         seen = seen.without(searched)
     setup = Setup(recipe, model, tokenizer, seen, search, unseen)

@@ -118,7 +118,7 @@ def _trial(setup: Setup, entry: MethodEntry, rate: float, console: Console) -> f
     from foretune.evaluation.wording import counted
     from foretune.training.loop import DivergedError
 
-    recipe, exam = setup.recipe, held_out.usable(setup.search)
+    recipe, exam = setup.recipe, setup.search
     steps = recipe.retrain.search_steps or recipe.retrain.steps
     run = recipe.retrain_run().replace(steps=min(steps, recipe.retrain.steps))
     label = f"{entry.name}, trying learning_rate={rate:g}"

@@ -53,7 +53,7 @@ def few_shot_curves(view: View, width: int, ink: Ink) -> Figure:
 
 
 def spectrum_scores(view: View, width: int, ink: Ink) -> Figure:
-    """Mean score when each task's change is cut to a rank, one line a base."""
+    """Mean score with adapters of each rank, one line a base."""
     scores, look = view.rank_scores(), styles(view, ink)
     ranks = sorted({rank for _, rank in scores})
     series = [
@@ -73,7 +73,7 @@ def spectrum_scores(view: View, width: int, ink: Ink) -> Figure:
         [str(rank) for rank in ranks],
         width,
         ink,
-        title=f"Mean {view.scale.metric} against the rank that a task's change is cut to",
+        title=f"Mean {view.scale.metric} against the rank of the adapters",
         description="A line that is high on the left belongs to a base that needs little change.",
         x_title="rank kept",
         y_title=view.scale.axis,

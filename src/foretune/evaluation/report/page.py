@@ -62,6 +62,7 @@ def _page(view: View) -> str:
         differences=_differences(view),
         tasks=_tasks(view),
         costs=[_costs(base) for base in view.bases],
+        rank_costs=_rank_costs(view),
         searches=_searches(view),
         choices=_choices(view),
         took=choice_sentences(view.bases),
@@ -187,14 +188,32 @@ def _costs(base: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cost(base: Mapping[str, Any], stage: str) -> list[str]:
     cost = base.get(stage) or {}
+    rates = cost.get("learning_rates") or [cost.get("learning_rate")]
+    known = dict.fromkeys(f"{rate:g}" for rate in rates if rate is not None)
+    return [", ".join(known) or "–", *_cost_cells(cost)]
+
+
+def _cost_cells(cost: Mapping[str, Any]) -> list[str]:
     writers = {
-        "learning_rate": lambda value: f"{value:g}",
         "seconds": _duration,
         "tokens": _large,
         "peak_memory_mb": lambda mb: f"{mb / 1024:.1f} GB" if mb >= 1024 else f"{mb:.0f} MB",
         "trainable_parameters": _large,
     }
     return ["–" if cost.get(k) is None else write(cost[k]) for k, write in writers.items()]
+
+
+def _rank_costs(view: View) -> list[dict[str, Any]]:
+    """Each base's score and cost at each rank of the spectrum, and with all weights."""
+    scores = view.rank_scores()
+    found: dict[str, list[list[str]]] = {name: [] for name in view.names}
+    for cost in (view.comparison.get("spectrum") or {}).get("costs") or []:
+        own = scores.get((cost["base"], cost["rank"]))
+        level = "–" if own is None else view.scale.level(sum(own) / len(own))
+        rank = "all weights" if cost["rank"] is None else f"rank {cost['rank']}"
+        tasks = counted(cost["num_tasks"], "task")
+        found[cost["base"]].append([rank, level, tasks, *_cost_cells(cost)])
+    return [{"label": view.labels[name], "rows": rows} for name, rows in found.items() if rows]
 
 
 def _duration(seconds: float) -> str:
