@@ -243,7 +243,7 @@ def with_tables(text: str) -> str:
     marks = re.findall(rf"<!-- (?:{KINDS}) .* -->|<!-- end -->", text)
     if [mark == "<!-- end -->" for mark in marks] != [False, True] * (len(marks) // 2):
         raise SystemExit(f"a table has no mark of its end, or an end no table: {marks}")
-    return re.sub(rf"<!-- (?P<name>(?:{KINDS}) .*) -->\n(?s:.*?)<!-- end -->", write, text)
+    return re.sub(rf"<!-- (?P<name>(?:{KINDS}) .*) -->[ \t]*\n(?s:.*?)<!-- end -->", write, text)
 
 
 def main(arguments: list[str]) -> int:

@@ -444,7 +444,9 @@ def of_these_settings(result: dict[str, Any]) -> dict[str, Any]:
     """A result without the runs that were made under other settings than these."""
     held = json.loads(json.dumps(HELD))
     same = all(result.get(key) == held[key] for key in held if key != "settings")
-    parts = [part for part in SETTINGS if result["settings"].get(part) == held["settings"][part]]
+    parts = [
+        part for part in SETTINGS if result.get("settings", {}).get(part) == held["settings"][part]
+    ]
     runs = [run for run in result["runs"] if same and run["part"] in parts]
     for part, seed in [(r["part"], r["seed"]) for r in result["runs"] if r not in runs]:
         print(f"{part}, seed {seed}: made under other settings, is run again")

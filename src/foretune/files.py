@@ -15,6 +15,7 @@ from foretune.errors import ForetuneError, UserError
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 UNFINISHED = ".unfinished-"
 RECIPE = "config.yaml"
+INPUTS = "inputs.json"  # digests of the model and the rows of a recipe's run
 OURS = (
     *(RECIPE, "run.json", "comparison.json", "foretune.json", "scores.json", "choice.json"),
     *("adapters", "base", "bases"),
@@ -99,8 +100,8 @@ def claim_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
         raise UserError("--resume keeps what is in the folder, --overwrite removes it: choose one")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; --out needs a folder")
-    # A recipe alone was left by a run that failed before it began: nothing is lost.
-    used = folder.is_dir() and any(path.name != RECIPE for path in folder.iterdir())
+    # These alone were left by a run that failed before its first result: nothing is lost.
+    used = folder.is_dir() and any(p.name not in (RECIPE, INPUTS) for p in folder.iterdir())
     if used and not (resume or overwrite):
         raise UserError(
             f"{folder} is not empty: --resume continues what was begun there, --overwrite removes "

@@ -123,6 +123,24 @@ def test_rows_that_changed_under_a_run_are_noticed(recipe: Recipe, whole: bool) 
     np.savez("data.npz", **{**data, "y": 1 - data["y"]})
     with pytest.raises(UserError, match="was begun with other rows of task"):
         run(resume=True)
+    write_data(Path("data.npz"), [f"t{i}" for i in range(6)])
+    with pytest.raises(UserError, match="was begun with tasks="):
+        run(resume=True)
+
+
+def test_a_run_that_failed_before_its_first_result_may_be_begun_anew(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **fields: object) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(foretune, "retrain", fail, raising=False)
+        with pytest.raises(RuntimeError):
+            run_recipe(recipe)
+    data = dict(np.load("data.npz"))
+    np.savez("data.npz", **{**data, "y": 1 - data["y"]})
+    assert run_recipe(load_recipe("my.yaml", [*SMALL, "retrain.batch_size=2"]))["scores"]
 
 
 def test_repeats_are_kept_apart(recipe: Recipe) -> None:
@@ -325,7 +343,7 @@ def test_auto_may_have_candidates_of_its_own(recipe: Recipe) -> None:
 def test_the_plan_of_auto_counts_its_trials(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one second a step: a whole training and, in a round, a quarter of one a candidate."""
+    """With one second a step: a whole training, and a quarter of one for each that trains."""
     monkeypatch.setattr(Stopwatch, "seconds_an_update", lambda self: 1.0)
 
     def plan(methods: str) -> Plan:
@@ -333,7 +351,7 @@ def test_the_plan_of_auto_counts_its_trials(
 
     fixed = "{standard: {learning_rate: 1e-3}}"
     one, auto = plan(f"[{fixed}]"), plan(f"[{{auto: {{rounds: 1, candidates: [none, {fixed}]}}}}]")
-    assert auto.retrain[0].seconds == pytest.approx(1.5 * one.retrain[0].seconds)
+    assert auto.retrain[0].seconds == pytest.approx(1.25 * one.retrain[0].seconds)
     assert one.adapt is not None and auto.adapt is not None
     # A step is of two tasks; two candidates adapt to one, in six draws, at each of the rates.
     steps = 3 * len(recipe.adapt.rates)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import UserDict, deque
+from datetime import date
+from decimal import Decimal
+
 import numpy as np
 import pytest
 import torch
 
-from foretune.tasks.digest import row_digests
 from foretune.tasks.row_store import RowStore
+from foretune.tasks.sources import Source, load_tasks
 from foretune.tasks.task import Task
 
 ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -15,7 +19,7 @@ ROWS = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
 
 
 def digest(*splits):
-    return row_digests([Task("t", *splits)])["t"]
+    return Task("t", *splits).digest
 
 
 def test_equal_rows_have_one_digest_wherever_they_lie():
@@ -47,5 +51,41 @@ def test_any_change_of_an_array_shows(other):
     assert digest([{"x": other}]) != digest([{"x": ARRAY}])
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (UserDict(a=1), UserDict(a=2)),
+        ({"x": {1: 0, "a": 0}}, {"x": {1: 0, "a": 1}}),
+        ({(0, 1): 0}, {(0, 1): 1}),
+        ({"x": torch.ones(2, dtype=torch.bfloat16)}, {"x": torch.zeros(2, dtype=torch.bfloat16)}),
+        ({"x": torch.eye(2).to_sparse()}, {"x": torch.ones(2, 2).to_sparse()}),
+        ({"x": deque([[1], [1, 2]])}, {"x": deque([[1], [1, 3]])}),
+        ({"x": np.array(["a", None])}, {"x": np.array(["b", None])}),
+        ({"x": date(2026, 1, 1)}, {"x": date(2026, 1, 2)}),
+        ({"x": Decimal(1)}, {"x": Decimal(2)}),
+        ({"x": {"a", "b"}}, {"x": {"a", "c"}}),
+        ({"x": np.int64(1)}, {"x": np.int64(2)}),
+        ({"x": [ARRAY]}, {"x": [ARRAY + 1]}),
+    ],
+)
+def test_rows_of_any_kind_have_a_digest_of_their_own(one, other):
+    assert digest([one]) == digest([one]) != digest([other])
+
+
 def test_an_object_without_values_counts_by_its_class():
     assert digest([{"x": object()}]) == digest([{"x": object()}])
+
+
+def test_candidates_that_were_drawn_anew_show(tmp_path, monkeypatch):
+    """Their texts are not put together for it."""
+    monkeypatch.setattr("foretune.tasks.row_store.IN_MEMORY_BYTES", 100)
+    file = tmp_path / "replies.jsonl"
+    rows = [f'{{"task": "t{i % 2}", "context": "c{i}", "response": "r{i}"}}' for i in range(60)]
+    file.write_text("\n".join(rows))
+
+    def drawn(seed):
+        source = Source(source=str(file), num_candidates=4, candidate_seed=seed)
+        return [task.digest for task in load_tasks(source, "choice")[0]]
+
+    assert drawn(0) == drawn(0)
+    assert all(one != other for one, other in zip(drawn(0), drawn(1), strict=True))

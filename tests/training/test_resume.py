@@ -277,6 +277,34 @@ def test_a_resumed_subset_tells_its_own_tasks_alone(tmp_path):
     assert set(adapted.scores) == {("task1", 0), ("task1", 1)}
 
 
+def test_classes_of_tasks_that_are_added_are_no_other_objective(tmp_path):
+    rows = [{"x": [float(i), 1.0, 0.0, 0.0], "y": i % 3} for i in range(12)]
+    tasks = foretune.TaskCollection(
+        tuple(foretune.Task(name, rows, (), rows) for name in "ab"), foretune.Classification()
+    )
+    run = Run(steps=2, batch_size=4, device="cpu", out=tmp_path)
+    for names, resume in (("a", False), ("ab", True), ("a", True)):
+        adapted = foretune.adapt(
+            Net(), tasks.subset(names), foretune.Head(), run.replace(resume=resume), shots=2
+        )
+        assert {task for task, _ in adapted.scores} == set(names)
+
+
+def test_a_head_that_is_replaced_anyway_is_no_other_model(tmp_path):
+    def model(seed):
+        torch.manual_seed(seed)
+        whole = torch.nn.Sequential(base, torch.nn.Linear(4, 7))
+        whole.head_modules = ["1"]
+        return whole
+
+    rows = [{"x": [float(i), 1.0, 0.0, 0.0], "y": i % 3} for i in range(12)]
+    tasks = foretune.TaskCollection((foretune.Task("a", rows, rows),), foretune.Classification())
+    base = torch.nn.Linear(4, 4)
+    method = METHODS["standard"]
+    foretune.retrain(model(0), tasks, method, _run(tmp_path))
+    foretune.retrain(model(1), tasks, method, _run(tmp_path, resume=True))
+
+
 def test_scores_of_other_rows_are_not_taken_over(tmp_path):
     """Nor those of a task that was added when the run was resumed before."""
     _adapt(tmp_path, names=["task0"])

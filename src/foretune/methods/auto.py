@@ -164,7 +164,7 @@ class Auto:
             rows = exam(own, self.shots, run.seed, self.group_column)
             steps = max(1, round(run.steps * min(1.0, self.budget * 2**number)))
             part = run.replace(out=None, resume=False, overwrite=False, steps=steps)
-            for together in _by_training(alive):
+            for together in by_training(alive):
                 known = {(trial["candidate"], trial["round"]) for trial in trials}
                 if all((label(one), number) in known for one in together):
                     continue
@@ -270,7 +270,7 @@ def _parts(tasks: TaskCollection, folds: int, seed: int) -> list[list[str]]:
     return tasks.groups(math.ceil(len(tasks) / min(folds, len(tasks))), seed)
 
 
-def _by_training(candidates: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+def by_training(candidates: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """Candidates that differ in `interpolate` alone come out of one training."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for candidate in candidates:
@@ -370,16 +370,20 @@ def _begun(
     file: Path, method: Auto, run: Run, model: nn.Module, tasks: TaskCollection
 ) -> tuple[dict[str, Any], list[Trial]]:
     """What this choice depends on, and the trials that an interrupted one of the same left."""
-    from foretune.training.resume import check_same, inputs_of
+    from foretune.training.resume import MOVABLE, check_same, inputs_of, read_record
+    from foretune.training.verbs import fresh_copy
 
     assert tasks.objective is not None  # `retrain` sees to it
-    about = {"method": method.to_dict(), "run": run.to_dict(), "tasks": tasks.names}
-    about = json.loads(json.dumps({**about, **inputs_of(model, tasks, tasks.objective)}))
+    fields = method.to_dict()
+    fields["adapt_run"] = {k: v for k, v in fields["adapt_run"].items() if k not in MOVABLE}
+    about = {"method": fields, "run": run.to_dict(), "tasks": tasks.names}
+    about["objective"] = tasks.objective.to_dict()
+    about |= inputs_of(fresh_copy(model, tasks.objective, run.seed), tasks)
+    about = json.loads(json.dumps(about))
     if not file.is_file():
         return about, []
-    saved: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    for part in about:
-        check_same(file.parent, part, saved["about"].get(part), about[part])
+    saved = read_record(file)
+    check_same(file.parent, saved["about"], about)
     return about, list(saved["trials"])
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from foretune.errors import UserError
-from foretune.files import RECIPE, claim_folder, write_whole
+from foretune.files import INPUTS, RECIPE, claim_folder, write_whole
 from foretune.processes import num_processes
 from foretune.recipes.yaml_io import parse_yaml
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from foretune.tasks.task import Task
 
 T = TypeVar("T")
-INPUTS = "inputs.json"
 MOVABLE = ("out", "device")  # what may change between a run and its continuation
 
 
@@ -43,13 +42,14 @@ def prepare_folder(
         if continued and config is not None:
             _check_same(folder, config)
         elif config is not None:
+            (folder / INPUTS).unlink(missing_ok=True)
             write_whole(folder / RECIPE, config)
         return folder
 
     return _first(prepare)
 
 
-def check_inputs(folder: Path, model: nn.Module, tasks: Iterable[Task]) -> None:
+def check_inputs(folder: Path, model: nn.Module, tasks: Sequence[Task]) -> None:
     """Writes down the model and the rows of a run, or checks that it was begun with these.
 
     The recipe does not tell: a file may have changed under its name.
@@ -57,19 +57,16 @@ def check_inputs(folder: Path, model: nn.Module, tasks: Iterable[Task]) -> None:
     Raises:
         UserError: The folder was begun with another model or other rows of a task.
     """
-    from foretune.adapters.fingerprint import fingerprint
-    from foretune.tasks.digest import row_digests
-    from foretune.training.resume import check_same
+    from foretune.training.resume import check_same, inputs_of, read_record
 
     def check() -> None:
-        inputs = {"model": fingerprint(model), "rows": row_digests(tasks)}
+        names = sorted(task.name for task in tasks)
+        inputs = {"tasks": names, **inputs_of(model, tasks)}
         path = folder / INPUTS
-        if not path.is_file():
+        if path.is_file():
+            check_same(folder, read_record(path), inputs)
+        else:
             write_whole(path, json.dumps(inputs, indent=1))
-            return
-        begun = json.loads(path.read_text("utf-8"))
-        for part in inputs:
-            check_same(folder, part, begun.get(part), inputs[part])
 
     _first(check)
 

@@ -144,27 +144,41 @@ def _trials(recipe: Recipe, entry: MethodEntry) -> int:
 
 
 def _choosing_cost(setup: Setup, entry: MethodEntry) -> Cost:
-    """What `auto` trains with: a candidate takes what the methods among them do in the mean."""
+    """What `auto` trains with, if every candidate has the same chance to stay.
+
+    Candidates that differ in their rate alone cost the same, and one of them is timed.
+    """
+    from foretune.methods.auto import by_training
+
     record = entry.record()
-    names = dict.fromkeys(one["name"] for one in record.candidates if takes_rate(one["name"]))
-    timed = [
-        _retrain_cost(setup, MethodEntry(name=name, method=name, fields={}, rates=[]))
-        for name in names
-    ]
-    if not timed:
+    known: dict[str, Cost] = {}
+    timed = []
+    for candidate, *_ in by_training(record.candidates):
+        fields = {k: v for k, v in candidate.items() if k not in ("name", "as", "learning_rate")}
+        kind = f"{candidate['name']} {fields}"
+        if kind not in known:
+            one = MethodEntry(name=kind, method=candidate["name"], fields=fields, rates=[])
+            known[kind] = _retrain_cost(setup, one)
+        timed.append(known[kind])
+    seconds = sum(cost.seconds for cost in timed)
+    trained = [cost for cost in timed if cost.step_seconds is not None]
+    if not trained:
         return Cost(name=entry.name, parameters={}, step_seconds=None, seconds=0.0)
-    trained = 1 + sum(
-        number * min(1.0, record.budget * 2**turn) for turn, number in enumerate(_rounds(record))
-    )
-    largest = max(timed, key=lambda cost: cost.peak_memory_mb or 0)
-    step = sum(cost.step_seconds or 0 for cost in timed) / len(timed)
-    seconds = trained * sum(cost.seconds for cost in timed) / len(timed)
-    return dataclasses.replace(largest, name=entry.name, step_seconds=step, seconds=seconds)
+    whole = seconds / len(trained)  # the one that is chosen, with all steps
+    for turn, share in enumerate(_left(record)):
+        whole += share * min(1.0, record.budget * 2**turn) * seconds
+    largest = max(trained, key=lambda cost: cost.peak_memory_mb or 0)
+    step = sum(cost.step_seconds or 0 for cost in trained) / len(trained)
+    return dataclasses.replace(largest, name=entry.name, step_seconds=step, seconds=whole)
 
 
-def _rounds(auto: Any) -> list[int]:
-    """How many candidates are tried in each round of `auto`, controls that stay not counted."""
-    return [math.ceil(len(auto.candidates) / 2**number) for number in range(auto.rounds)]
+def _left(auto: Any) -> list[float]:
+    """The share of the candidates in each round of `auto`: halves, and the controls that stay."""
+    number = len(auto.candidates)
+    left = [number]
+    for _ in range(1, auto.rounds):
+        left.append(min(number, math.ceil(left[-1] / 2) + 1))
+    return [one / number for one in left]
 
 
 def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
@@ -187,7 +201,8 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
     searched = bases * len(setup.search) * num_draws(len(setup.search))
     for auto in (entry.record() for entry in recipe.entries if entry.method == "auto"):
         held = math.ceil(len(setup.seen) / min(auto.folds, len(setup.seen)))
-        searched += recipe.seeds * sum(_rounds(auto)) * held * num_draws(held)
+        tried = sum(_left(auto)) * len(auto.candidates)
+        searched += recipe.seeds * tried * held * num_draws(held)
     searches = searched / len(unseen) * len(block.shots) * max(1, len(block.rates))
     test_rows = sum(len(task.test) for task in unseen)
     per_row = step / (len(unseen) * run.batch_size) * FORWARD_SHARE

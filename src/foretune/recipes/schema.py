@@ -268,7 +268,7 @@ def _entry(item: Any, rates: list[float]) -> MethodEntry:
     [method] = item
     fields = dict(fields or {})
     name = fields.pop("as", method)
-    own = listed(f"{name}.learning_rates", fields.pop("learning_rates", []))
+    own = listed(f"{name}.learning_rates", fields.pop("learning_rates", None) or [])
     if "learning_rate" in fields:
         own = [fields.pop("learning_rate")]
     return MethodEntry(name=str(name), method=method, fields=fields, rates=own or rates)

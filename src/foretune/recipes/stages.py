@@ -132,10 +132,10 @@ def _trial(setup: Setup, entry: MethodEntry, rate: float, console: Console) -> f
             trials = held_out.try_rates(
                 outcome.model, exam, method, block.rates, adapting, block.row_counts, progress
             )
+        score = float(held_out.best(trials)["score"])
     except DivergedError as error:
         console.say(f"{entry.name}: {error}")
         return None
-    score = float(held_out.best(trials)["score"])
     tasks = counted(len(exam), "held-out task")
     console.say(f"{label}: {score:.4f} after adapting to {tasks}")
     return score

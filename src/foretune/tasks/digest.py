@@ -4,32 +4,75 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from foretune.tasks.task import SPLITS, Task
+from foretune.tasks.drawn_rows import DrawnRows
 
 
-def row_digests(tasks: Iterable[Task]) -> dict[str, str]:
-    """{name of a task: 16 hexadecimal digits}; equal for equal rows in the same order and split."""
-    return {task.name: _digest(task) for task in tasks}
+def digest_of(splits: Mapping[str, Sequence[Any]]) -> str:
+    """16 hexadecimal digits, equal for equal rows in the same order and splits.
 
-
-def _digest(task: Task) -> str:
+    An object that has no value of its own to show counts by its class alone.
+    """
     digest = hashlib.blake2b(digest_size=8)
-    for split in SPLITS:
-        digest.update(f"{split} {len(task.split(split))}\n".encode())
-        for row in task.split(split):
-            digest.update(json.dumps(row, sort_keys=True, default=_plain).encode())
+    for name, rows in splits.items():
+        digest.update(f"{name} {len(rows)}\n".encode())
+        for row in _stored(rows):
+            digest.update(_text(row).encode())
     return digest.hexdigest()
 
 
+def _stored(rows: Sequence[Any]) -> Iterator[Any]:
+    """The rows, or what they are made of: texts of drawn candidates take long to put together."""
+    if not isinstance(rows, DrawnRows):
+        yield from rows
+        return
+    for row, number in zip(rows.undrawn, rows.numbers.tolist(), strict=True):
+        yield [row, rows.drawings[number]]
+
+
+def _text(row: Any) -> str:
+    try:
+        return json.dumps(row, sort_keys=True, default=_plain)
+    except TypeError:  # keys that JSON has not, or of several types
+        return json.dumps(_keyed(row), sort_keys=True, default=_plain)
+
+
+def _keyed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {repr(key): _keyed(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_keyed(one) for one in value]
+    return value
+
+
 def _plain(value: Any) -> Any:
-    """What JSON has no word for: an array by type, shape and values, all else by its class."""
+    """What JSON has no word for."""
     import numpy as np
 
-    array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
-    if array.dtype == object:  # its repr may hold an address
-        return type(value).__name__
-    values = hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=8).hexdigest()
-    return [str(array.dtype), list(array.shape), values]
+    if isinstance(value, Mapping):
+        return _keyed(value)
+    if hasattr(value, "detach"):
+        return _of_tensor(value)
+    if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
+        array = np.asarray(value)
+        if array.dtype.hasobject:
+            return [str(array.dtype), array.tolist()]
+        return [str(array.dtype), list(array.shape), _hash(np.ascontiguousarray(array).tobytes())]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    shown = repr(value)
+    return type(value).__name__ if " at 0x" in shown else shown
+
+
+def _of_tensor(tensor: Any) -> list[Any]:
+    import torch
+
+    whole = tensor.detach().cpu().to_dense().resolve_conj().contiguous()
+    values = whole.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), _hash(values)]
+
+
+def _hash(values: bytes) -> str:
+    return hashlib.blake2b(values, digest_size=8).hexdigest()

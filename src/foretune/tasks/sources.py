@@ -11,7 +11,7 @@ from typing import Any
 from foretune.errors import UserError, did_you_mean
 from foretune.run import at_least, one_of
 from foretune.tasks.candidates import draw_candidates
-from foretune.tasks.readers import Row, read_rows
+from foretune.tasks.readers import HUB_ID, Row, read_rows
 from foretune.tasks.row_store import RowStore
 from foretune.tasks.rows import NEEDS, example_of, split_of, task_of
 from foretune.tasks.splits import carve, cut_train, draw_tasks
@@ -204,7 +204,9 @@ def _read(source: Source, kind: str) -> tuple[RowStore, dict[str, tuple[array[in
 def _read_second(second: Source, kind: str, seen: list[Task]) -> list[Task]:
     names = [task.name for task in seen]
     guess = did_you_mean(second.source, names)
-    if guess and not Path(second.source).exists():
+    if HUB_ID.fullmatch(second.source) or second.source == PYTHON_DOCS:
+        guess = ""  # it may well be a source
+    if (guess or second.source in names) and not Path(second.source).exists():
         raise UserError(
             f'unseen="{second.source}" would be a second source, and there is none; to set tasks '
             f'aside by name write a list, such as unseen=["{second.source}"].'

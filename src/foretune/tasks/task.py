@@ -43,6 +43,13 @@ class Task:
     def __len__(self) -> int:
         return sum(len(self.split(name)) for name in SPLITS)
 
+    @cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits, equal for equal rows in the same order and splits."""
+        from foretune.tasks.digest import digest_of  # which knows this module's types
+
+        return digest_of({name: self.split(name) for name in SPLITS})
+
 
 @dataclass(frozen=True)
 class TaskCollection:

@@ -37,8 +37,8 @@ class Outcome:
         cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, trainable_parameters.
         tasks: Names of the seen tasks.
         choice: What `auto` tried, the scores, the cost and how sure it is; None for other methods.
-        inputs: With a folder, digests of the given model and of the rows, by which a run that is
-            resumed is known.
+        inputs: With a folder, what a run is known by when it is resumed: tasks, objective, and
+            digests of the model that it began with and of the rows.
     """
 
     model: nn.Module

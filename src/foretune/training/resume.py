@@ -17,8 +17,6 @@ from foretune.errors import UserError
 from foretune.files import write_whole
 from foretune.models.loading import load_weights
 from foretune.run import Run
-from foretune.tasks.digest import row_digests
-from foretune.tasks.objectives import Objective
 from foretune.tasks.task import Task
 from foretune.training.learner import Learner
 from foretune.training.outcome import Adapted, folder_name
@@ -32,13 +30,9 @@ SCORES_OF_RANK = ".scores-{}.json"  # until all processes have finished
 MOVABLE = ("out", "resume", "overwrite", "device", "tasks_per_wave")
 
 
-def inputs_of(model: nn.Module, tasks: Iterable[Task], objective: Objective) -> dict[str, Any]:
-    """What a result depends on beside method and run, as `begin` writes it down."""
-    return {
-        "model": fingerprint(model),
-        "objective": objective.to_dict(),
-        "rows": row_digests(tasks),
-    }
+def inputs_of(model: nn.Module, tasks: Iterable[Task]) -> dict[str, Any]:
+    """Model and rows as a record has them: what a result depends on and no settings tell."""
+    return {"model": fingerprint(model), "rows": {task.name: task.digest for task in tasks}}
 
 
 def begin(folder: Path, method: Any, run: Run, about: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -48,8 +42,8 @@ def begin(folder: Path, method: Any, run: Run, about: Mapping[str, Any]) -> dict
         folder: May hold a run already, to be resumed.
         method: The method's record.
         run: The run.
-        about: What else must be the same, JSON-able. Of "rows", the digest of each task's rows,
-            only the tasks of both are compared, and those that are new are added.
+        about: What else must be the same, JSON-able. Of "rows" only the tasks of both are compared,
+            and those that are new are added.
 
     Returns:
         The record of a run that has finished here, else None.
@@ -63,29 +57,44 @@ def begin(folder: Path, method: Any, run: Run, about: Mapping[str, Any]) -> dict
     if not file.is_file():
         write_whole(file, json.dumps({"finished": False, **wanted}, indent=1))
         return None
-    try:
-        begun: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{file} is no readable record of a run ({error}); start again with --overwrite"
-        ) from error
-    for part in wanted:
-        check_same(folder, part, begun.get(part), wanted[part])
+    begun = read_record(file)
+    check_same(folder, begun, wanted)
     if begun.get("finished"):
         return begun
-    rows = {**begun.get("rows", {}), **wanted.get("rows", {})}
-    if rows != begun.get("rows", {}):
+    rows = {**begun.get("rows", {}), **wanted["rows"]}
+    if rows != begun.get("rows"):
         write_whole(file, json.dumps({**begun, "rows": rows}, indent=1))
     return None
 
 
-def check_same(folder: Path, part: str, begun: Any, wanted: Any) -> None:
-    """Raises UserError where one part of a record differs from that of what was begun here."""
+def read_record(file: Path) -> dict[str, Any]:
+    """What an interrupted run wrote down.
+
+    Raises:
+        UserError: It is no JSON.
+    """
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{file} is no readable record of a run ({error}); start again with --overwrite"
+        ) from error
+    return found
+
+
+def check_same(folder: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises UserError where a record differs from that of what was begun here."""
+    for part in wanted:
+        _check_part(folder, part, begun.get(part), wanted[part])
+
+
+def _check_part(folder: Path, part: str, begun: Any, wanted: Any) -> None:
     if not (isinstance(begun, Mapping) and isinstance(wanted, Mapping)):
         begun, wanted = {part: begun}, {part: wanted}
     for name in dict.fromkeys([*wanted, *begun]):
         was, now = begun.get(name), wanted.get(name)
-        if was == now or name in MOVABLE or (part == "rows" and None in (was, now)):
+        added = part == "rows" and None in (was, now)
+        if was == now or added or (part == "run" and name in MOVABLE):
             continue
         if part == "rows":
             what = f'other rows of task "{name}"'

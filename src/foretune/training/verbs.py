@@ -20,7 +20,7 @@ from foretune.files import claim_folder, write_whole
 from foretune.models.surgery import match_head
 from foretune.processes import base_is_sharded
 from foretune.run import Run
-from foretune.tasks.objectives import Objective
+from foretune.tasks.objectives import Objective, settings_of
 from foretune.tasks.row_store import select
 from foretune.tasks.rows import CLASSES
 from foretune.tasks.task import Task, TaskCollection
@@ -90,7 +90,7 @@ def retrain(
     given, model = model, fresh_copy(model, objective, run.seed)
     check_model(ranks, model)
     check_layers(ranks, model)
-    inputs, finished = ranks.first(lambda: _begin_retraining(method, run, given, tasks, objective))
+    inputs, finished = ranks.first(lambda: _begin_retraining(method, run, model, tasks, objective))
     deal = deal_out(ranks, data, run.batch_size, run.tasks_per_step, pooled=method.pooled)
     with torch.random.fork_rng(), metered() as cost, connected():
         torch.manual_seed(run.seed)
@@ -155,7 +155,8 @@ def _begin_retraining(
     if run.out is None:
         return {}, None
     claim_folder(run.out, resume=run.resume, overwrite=run.overwrite)
-    inputs = {"tasks": tasks.names, **inputs_of(model, tasks, objective)}
+    about = {"tasks": tasks.names, "objective": objective.to_dict()}
+    inputs = {**about, **inputs_of(model, tasks)}
     return inputs, begin(run.out, method, run, inputs)
 
 
@@ -275,7 +276,9 @@ def adapt(
     wanted = [(slot.task, slot.draw) for slot in slots]
     done: dict[TaskDraw, tuple[float, int]] = {}
     if out is not None:
-        about = {"shots": shots, "split": split, **inputs_of(model, tasks, objective)}
+        # Tasks may be added later, and with them labels; these are the rows'.
+        own = settings_of(objective)
+        about = {"shots": shots, "split": split, "objective": own, **inputs_of(model, tasks)}
         done = ranks.first(lambda: _begin_adapting(out, method, run, about))
         slots = [slot for slot in slots if (slot.task, slot.draw) not in done]
     deal = deal_out(ranks, TaskData(slots, objective), run.batch_size, len(slots), pooled=False)

@@ -144,6 +144,13 @@ def make_objective(kind: str, tokenizer: Any = None, **fields: Any) -> Objective
     return made
 
 
+def settings_of(objective: Objective) -> dict[str, Any]:
+    """The objective's `to_dict` without what it learnt from rows."""
+    fields: Any = dataclasses.fields(objective)  # type: ignore[arg-type]
+    learnt = {f.name for f in fields if f.metadata.get("learnt")}
+    return {name: value for name, value in objective.to_dict().items() if name not in learnt}
+
+
 def __getattr__(name: str) -> Any:
     for module, cls in OBJECTIVES.values():
         if cls == name:
