@@ -212,6 +212,9 @@ def _other_inputs():
         message = f'was begun with other rows of task "{task.name}": resume'
         yield (Net(), foretune.TaskCollection(several, tasks.objective)), message
     yield (Net(seed=1), tasks), "was begun with another model: resume"
+    other = Net()
+    other.register_buffer("mean", torch.ones(1))
+    yield (other, tasks), "was begun with another model: resume"
 
 
 def _shifted(rows):

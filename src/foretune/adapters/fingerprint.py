@@ -12,19 +12,21 @@ from torch import Tensor, nn
 from foretune.errors import UserError
 
 
-def fingerprint(model: nn.Module, leave_out: Sequence[str] = ()) -> str:
+def fingerprint(model: nn.Module, leave_out: Sequence[str] = (), *, buffers: bool = False) -> str:
     """A digest of names, shapes, types and values of the parameters.
 
     Args:
         model: The base.
         leave_out: Modules that an adapter replaces by its own copies (heads).
+        buffers: Of the buffers too, such as the statistics of batch norms.
 
     Returns:
         40 hexadecimal digits; equal for equal weights, whatever device they are on.
     """
+    more = model.named_buffers() if buffers else ()
     kept = (
         (name, p)
-        for name, p in model.named_parameters()
+        for name, p in (*model.named_parameters(), *more)
         if not any(name == m or name.startswith(f"{m}.") for m in leave_out)
     )
     return _digest(kept)

@@ -32,7 +32,10 @@ MOVABLE = ("out", "resume", "overwrite", "device", "tasks_per_wave")
 
 def inputs_of(model: nn.Module, tasks: Iterable[Task]) -> dict[str, Any]:
     """Model and rows as a record has them: what a result depends on and no settings tell."""
-    return {"model": fingerprint(model), "rows": {task.name: task.digest for task in tasks}}
+    return {
+        "model": fingerprint(model, buffers=True),
+        "rows": {task.name: task.digest for task in tasks},
+    }
 
 
 def begin(folder: Path, method: Any, run: Run, about: Mapping[str, Any]) -> dict[str, Any] | None:
