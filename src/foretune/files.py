@@ -16,10 +16,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 UNFINISHED = ".unfinished-"
 RECIPE = "config.yaml"
 INPUTS = "inputs.json"  # digests of the model and the rows of a recipe's run
-OURS = (
-    *(RECIPE, "run.json", "comparison.json", "foretune.json", "scores.json", "choice.json"),
-    *("adapters", "base", "bases"),
-)
+MARK = ".foretune"  # in every folder that a run has claimed
 
 
 @contextlib.contextmanager
@@ -86,6 +83,41 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Makes sure that `folder` may be claimed; nothing is done to it yet.
+
+    Returns:
+        Whether something is in it.
+
+    Raises:
+        UserError: Something is in it and neither `resume` nor `overwrite` was asked for, or both
+            were, or `overwrite` would delete what no run of foretune's has claimed.
+    """
+    if resume and overwrite:
+        raise UserError("--resume keeps what is in the folder, --overwrite removes it: choose one")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; --out needs a folder")
+    # These alone were left by a run that failed before its first result: nothing is lost.
+    early = (RECIPE, INPUTS, MARK)
+    used = folder.is_dir() and any(path.name not in early for path in folder.iterdir())
+    if used and not (resume or overwrite):
+        raise UserError(
+            f"{folder} is not empty: --resume continues what was begun there, --overwrite removes "
+            "it, another folder leaves it alone"
+        )
+    if used and overwrite:
+        here = Path.cwd().resolve()
+        if folder.resolve() in (here, *here.parents):
+            raise UserError(f"{folder} holds the current folder: --overwrite does not remove it")
+        if not (folder / MARK).is_file():
+            names = sorted(path.name for path in folder.iterdir())
+            raise UserError(
+                f"{folder} was not made by a run of foretune's (it holds {', '.join(names[:3])}, "
+                f"… and no {MARK}): --overwrite does not remove it; choose another folder"
+            )
+    return used
+
+
 def claim_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
     """Makes sure that `folder` exists and may be written to.
 
@@ -93,26 +125,15 @@ def claim_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
         Whether it holds a run to be continued.
 
     Raises:
-        UserError: Something is in it and neither `resume` nor `overwrite` was asked for, or both
-            were, or `overwrite` would delete what is no run of foretune's.
+        UserError: As `check_folder`.
     """
-    if resume and overwrite:
-        raise UserError("--resume keeps what is in the folder, --overwrite removes it: choose one")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; --out needs a folder")
-    # These alone were left by a run that failed before its first result: nothing is lost.
-    used = folder.is_dir() and any(p.name not in (RECIPE, INPUTS) for p in folder.iterdir())
-    if used and not (resume or overwrite):
-        raise UserError(
-            f"{folder} is not empty: --resume continues what was begun there, --overwrite removes "
-            "it, another folder leaves it alone"
-        )
-    if used and overwrite:
-        _check_is_ours(folder)
-        with disk_errors(folder):
-            shutil.rmtree(folder)
+    used = check_folder(folder, resume=resume, overwrite=overwrite)
     with disk_errors(folder):
+        if used and overwrite:
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if not used or overwrite:
+            (folder / MARK).touch()
     return used and resume
 
 
@@ -140,15 +161,6 @@ def claim_model_folder(folder: Path, mark: str, *, overwrite: bool) -> None:
         raise UserError(
             f"{folder} holds no {mark}, so foretune did not write it: --overwrite does not remove "
             "it; choose another folder"
-        )
-
-
-def _check_is_ours(folder: Path) -> None:
-    names = {path.name for path in folder.iterdir()}
-    if names.isdisjoint(OURS) and not any(CHECKPOINT.fullmatch(n) for n in names):
-        raise UserError(
-            f"{folder} holds no foretune run ({', '.join(sorted(names)[:3])}, …): --overwrite does "
-            "not remove it; choose another folder"
         )
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from foretune.errors import UserError
+
+DEVICE = r"(cpu|cuda|mps|xpu|npu|hpu)(:\d+)?"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class Run:
         token_budget: Tokens in one forward and backward pass. A batch with more is split and the
             gradients of its parts are added up: less memory, the same result. None: as many as
             keep the widest activation under 32 MB on a CPU, all of them on other devices.
-        device: A torch device such as "cpu" or "cuda"; None takes what accelerate finds.
+        device: "cpu", "cuda", "cuda:1", "mps" …; None takes what accelerate finds.
         gradient_checkpointing: Keep of each transformer block its input alone and compute the rest
             again in the backward pass: less memory, a third more time, the same result.
         tasks_per_wave: Unseen tasks that are adapted at the same time; None for as many as have
@@ -95,6 +98,11 @@ class Run:
         share("warmup", self.warmup)
         one_of("schedule", self.schedule, ("linear", "cosine", "constant"))
         flag("gradient_checkpointing", self.gradient_checkpointing)
+        known = isinstance(self.device, str) and re.fullmatch(DEVICE, self.device)
+        if self.device is not None and not known:
+            raise UserError(
+                f"device must be cpu, cuda, cuda:1, mps or the like, got {self.device!r}"
+            )
         one_of("optimizer", self.optimizer, ("adamw", "adamw-8bit"))
         one_of("precision", self.precision, ("fp32", "bf16"))
 

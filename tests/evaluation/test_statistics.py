@@ -296,6 +296,8 @@ def test_verdict_of_one_base_and_of_all_rows_only():
     assert found["sentence"].startswith("Only PEFT-ML was measured")
     _, means = pairs_and_means(scores({"none": 0}, num_tasks=3, shots=(None,)), BASES)
     assert verdict([], means, BASES)["shots"] is None
+    _, means = pairs_and_means(scores({"none": 0}, num_tasks=3, shots=(0, None)), BASES)
+    assert verdict([], means, BASES)["shots"] is None  # 0 is before adapting
 
 
 @pytest.mark.parametrize("effects", [(0.0, 0.02, 0.08), (0.0, 0.08, 0.03), (0.0, -0.1, -0.02)])

@@ -237,6 +237,7 @@ def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch):
 def test_overwrite_replaces_what_a_killed_choice_left(tmp_path):
     """Until the final retraining begins there is nothing but its trials."""
     (tmp_path / "choice.json").write_text('{"about": {}, "trials": []}')
+    (tmp_path / ".foretune").touch()
     run = RUN.replace(out=tmp_path, overwrite=True, steps=4)
     foretune.retrain(Net(), family(4), auto(), run)
     assert json.loads((tmp_path / "choice.json").read_text())["trials"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import foretune
@@ -160,6 +162,22 @@ def test_second_run_into_the_folder_is_refused(recipe: Recipe) -> None:
     (recipe.folder / "x").write_text("")
     with pytest.raises(UserError, match="--resume"):
         run_recipe(recipe)
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_has_data_and_a_model(recipe: Recipe) -> None:
+    run_recipe(recipe)
+    for bad in ("tasks.source=none.npz", "model.file=none.py", "model.args={nope: 1}"):
+        with pytest.raises(UserError):
+            run_recipe(load_recipe("my.yaml", [*SMALL, bad]), overwrite=True)
+        assert (recipe.folder / "report.html").is_file()
+
+
+def test_a_model_that_cannot_take_the_rows_is_named_with_their_shape(recipe: Recipe) -> None:
+    data = dict(np.load("data.npz"))
+    np.savez("data.npz", **{**data, "x": data["x"].repeat(2, axis=1)})
+    with pytest.raises(UserError, match=r"model\.file cannot .* shape \(8,\): mat1 and mat2"):
+        run_recipe(recipe)
+    assert not recipe.folder.exists()
 
 
 def test_diverged_trial_is_passed_over(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,6 +416,68 @@ def test_the_verbs_chain_through_folders(recipe: Recipe) -> None:
     page.unlink()
     assert call("report", "cmp").exit_code == 0
     assert page.is_file()
+
+
+def test_a_runs_own_bases_are_compared_and_told_apart_by_their_paths(recipe: Recipe) -> None:
+    run_recipe(recipe)
+    write_data(Path("new.npz"), ["a", "b"])
+    bases = [
+        str(recipe.folder / "bases" / name / "seed-0" / "base") for name in ("none", "peft-ml")
+    ]
+    options = ["--tasks", "new.npz", "--shots", "2", "--out", "cmp", "--json"]
+    compared = call("compare", *bases, "steps=2", *options)
+    assert compared.exit_code == 0, compared.output
+    names = [base["name"] for base in json.loads(compared.stdout)["bases"]]
+    assert names == ["none/seed-0", "peft-ml/seed-0"]
+    twice = call("compare", bases[0], bases[0], "--tasks", "new.npz", "--out", "twice")
+    assert twice.exit_code == 2 and "is given twice" in twice.stderr
+
+
+def test_the_page_of_a_run_says_how_its_result_is_loaded(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_recipe(recipe)
+    monkeypatch.chdir(recipe.folder)
+    for folder in (".", "bases/peft-ml/seed-0"):
+        [code] = re.findall("```python\n(.*?)```", Path(folder, "README.md").read_text(), re.S)
+        found: dict[str, Any] = {}
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            exec(code, found)
+        assert found["base"](torch.zeros(1, 4)).shape == (1, 2)
+    assert found.keys() >= {"base"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "says"),
+    [
+        ("adapters/peft-ml/{}", "is an adapter: give the base that it belongs to"),
+        ("bases/peft-ml", "is no base: .* did you mean .*bases/peft-ml/seed-0/base"),
+        (".", "is no base: .* did you mean .*base"),
+    ],
+)
+def test_a_folder_that_is_no_base_is_told_what_it_is(
+    recipe: Recipe, folder: str, says: str
+) -> None:
+    run_recipe(recipe)
+    task = next((recipe.folder / "adapters" / "peft-ml").iterdir()).name
+    given = str(recipe.folder / folder.format(task))
+    told = call("adapt", given, "--tasks", "data.npz", "--out", "new")
+    assert told.exit_code == 2 and re.search(says, told.stderr), told.stderr
+
+
+def test_adapting_without_test_rows_says_that_nothing_was_scored(recipe: Recipe) -> None:
+    run_recipe(recipe)
+    base = str(recipe.folder / "bases" / "none" / "seed-0" / "base")
+    whole = ["steps=2", "tasks.test=0", "tasks.validation=0", "--tasks", "data.npz", "--out", "all"]
+    assert "nothing was scored" in call("adapt", base, *whole).stdout
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:1", "mps"])
+def test_a_device_that_is_not_here_is_refused(recipe: Recipe, device: str) -> None:
+    told = call("run", "my.yaml", *SMALL, f"device={device}")
+    assert told.exit_code == 2
+    assert f"device={device}" in told.stderr or f"got '{device}'" in told.stderr
 
 
 def test_run_prints_a_table_and_the_verdict(recipe: Recipe) -> None:

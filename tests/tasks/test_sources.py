@@ -168,6 +168,21 @@ def test_missing_splits_are_carved_from_train(tmp_path: Path) -> None:
     assert len({row["text"] for split in SPLITS for row in task.split(split)}) == 100
 
 
+def test_a_rare_label_keeps_a_training_row(tmp_path: Path) -> None:
+    """Whatever the draw: held out alone it could be neither learnt nor scored."""
+    for seed in range(12):
+        rows = [*labelled(count=10), {"task": "a", "text": "oh no", "label": "complaint"}]
+        task = load(write(tmp_path / "d.jsonl", rows), seed=seed)["a"]
+        assert {row["label"] for row in task.train} == {0, 1, "complaint"}
+        assert sum(sizes(task)) == 11 and len(task.validation) <= 1 and len(task.test) <= 2
+
+
+def test_numeric_names_of_unseen_tasks_may_be_numbers(tmp_path: Path) -> None:
+    source = write(tmp_path / "d.jsonl", [row for t in (1, 2, 3) for row in labelled(str(t))])
+    _, unseen = load_tasks(Source(source=source, unseen=[1, "3"]), "classification")  # type: ignore[list-item]
+    assert unseen is not None and unseen.names == ["1", "3"]
+
+
 def test_dialogues_are_carved_whole_and_the_last_are_test(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", dialogues("a", num=10) + dialogues("b", num=10))
     task = load(path, "choice", num_candidates=3)["a"]
@@ -177,7 +192,7 @@ def test_dialogues_are_carved_whole_and_the_last_are_test(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("count", "expected"), [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1))])
 def test_carving_never_empties_train(tmp_path: Path, count: int, expected: tuple[int, ...]) -> None:
-    task = load(write(tmp_path / "d.jsonl", labelled(count=count)))["a"]
+    task = load(write(tmp_path / "d.jsonl", labelled(count=count, label=0)))["a"]
     assert sizes(task) == expected
 
 

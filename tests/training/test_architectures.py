@@ -70,6 +70,7 @@ def test_the_whole_way_and_back_by_stock_loaders(name, tmp_path):
     assert set(adapted.scores) == {("c", 0), ("d", 0)}
 
     base = getattr(transformers, auto).from_pretrained(tmp_path / "run" / "base")
+    assert f"from transformers import {auto}\n" in (tmp_path / "run" / "README.md").read_text()
     for key, value in outcome.model.state_dict().items():
         torch.testing.assert_close(base.state_dict()[key], value)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "new" / "c")

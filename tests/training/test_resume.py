@@ -58,7 +58,7 @@ def _retrain(name="peft-ml", out=None, *, stop_at=None, **changes):
 
 
 def _names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir()} - {".foretune"}
 
 
 def _checkpoints(folder: Path) -> list[str]:
@@ -344,9 +344,29 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"is not empty: --resume continues what was begun there"):
         _retrain(out=tmp_path)
-    with pytest.raises(UserError, match=r"holds no foretune run \(thesis.txt"):
+    with pytest.raises(UserError, match=r"was not made by a run .*thesis.txt"):
         _retrain(out=tmp_path, overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_project_with_names_of_ours_is_not_overwritten(tmp_path):
+    for name in ("config.yaml", "run.json", "thesis.txt"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "adapters").mkdir()
+    with pytest.raises(UserError, match="was not made by a run"):
+        _retrain(out=tmp_path, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("config.yaml", "run.json", "thesis.txt", "adapters")
+    }
+
+
+def test_the_current_folder_is_not_overwritten(tmp_path, monkeypatch):
+    _retrain(out=tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out" / "base")
+    for out in (tmp_path / "out", Path("..")):
+        with pytest.raises(UserError, match="holds the current folder"):
+            _retrain(out=out, overwrite=True)
+    assert (tmp_path / "out" / "run.json").is_file()
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):

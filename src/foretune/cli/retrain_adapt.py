@@ -95,4 +95,6 @@ def adapt(
     rows = [[task, f"{score:.3f}"] for task, score in result["scores"].items()]
     if rows:
         emit(table(["task", result["metric"]], [*rows, ["mean", f"{result['mean']:.3f}"]]))
+    else:
+        emit("No task has test rows: nothing was scored.")
     emit(f"Adapters: {out}")

@@ -24,6 +24,7 @@ from foretune.evaluation.statistics import pairs_and_means
 from foretune.evaluation.verdict import verdict
 from foretune.files import write_whole
 from foretune.models.frozen_prefix import frozen_prefix
+from foretune.models.loading_code import class_name
 from foretune.run import Run
 from foretune.tasks.rows import CLASSES
 from foretune.tasks.task import TaskCollection
@@ -136,7 +137,7 @@ def compare(
             cost = _summed(cost, adapted.cost)
         if keep is not None:
             adapted.first_draw().save(keep / name)
-        entry = _about(name, given)
+        entry = {**_about(name, given), "model_class": class_name(model)}
         entry["adapt"] = {
             "learning_rate": getattr(method, "learning_rate", None),
             "searched": searched,

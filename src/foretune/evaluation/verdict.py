@@ -107,7 +107,7 @@ def verdict(
     """
     known = sorted({row["shots"] for row in means}, key=shots_order)
     if shots is None:
-        shots = max((k for k in known if k is not None), default=None)
+        shots = max((k for k in known if k), default=None if None in known else 0)
     if shots not in known:
         raise ValueError(f"nothing was measured at {shots} shots; there are {known}")
     return _Judge(pairs, means, bases, shots, Scale(metric), shots_unit).verdict()

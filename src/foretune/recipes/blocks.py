@@ -56,7 +56,7 @@ class TasksBlock(Block):
     source: str
     task_column: str = "task"
     group_column: str | None = None
-    unseen: int | list[str] | str | None = None
+    unseen: int | list[str | int] | str | None = None
     rotate: bool = False
     validation: float = 0.1
     test: float = 0.2

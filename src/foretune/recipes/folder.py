@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from foretune.errors import UserError
-from foretune.files import INPUTS, RECIPE, claim_folder, write_whole
+from foretune.files import INPUTS, RECIPE, check_folder, claim_folder, write_whole
 from foretune.processes import num_processes
 from foretune.recipes.yaml_io import parse_yaml
 
@@ -21,27 +21,41 @@ T = TypeVar("T")
 MOVABLE = ("out", "device")  # what may change between a run and its continuation
 
 
-def prepare_folder(
-    folder: Path, *, resume: bool, overwrite: bool, config: str | None = None
-) -> Path:
-    """Makes the folder ready to be written to.
+def check_place(folder: Path, *, resume: bool, overwrite: bool, config: str | None = None) -> None:
+    """Refuses early what `prepare_folder` would refuse; nothing is done to the folder yet.
 
     Args:
         folder: Where the results go.
         resume: Keep what is in it.
         overwrite: Remove what is in it.
-        config: The resolved recipe, which a resumed run must share; written into the folder.
+        config: The resolved recipe, which a resumed run must share.
 
     Raises:
-        UserError: Something is in it and neither was asked for, both were, or the folder was begun
-            with another recipe.
+        UserError: Something is in it and neither was asked for, both were, the folder was begun
+            with another recipe, or no run of foretune's has made it.
     """
+
+    def check() -> None:
+        used = check_folder(folder, resume=resume, overwrite=overwrite)
+        if used and resume and config is not None:
+            _check_same(folder, config)
+
+    _first(check)
+
+
+def prepare_folder(
+    folder: Path, *, resume: bool, overwrite: bool, config: str | None = None
+) -> Path:
+    """Makes the folder ready to be written to; the recipe is written into it.
+
+    Raises:
+        UserError: As `check_place`.
+    """
+    check_place(folder, resume=resume, overwrite=overwrite, config=config)
 
     def prepare() -> Path:
         continued = claim_folder(folder, resume=resume, overwrite=overwrite)
-        if continued and config is not None:
-            _check_same(folder, config)
-        elif config is not None:
+        if config is not None and not continued:
             (folder / INPUTS).unlink(missing_ok=True)
             write_whole(folder / RECIPE, config)
         return folder

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from foretune.models.loading_code import loading_code
+
 
 def model_card(comparison: dict[str, Any]) -> str:
     """The card, in Markdown, with the front matter that the hub reads."""
@@ -38,11 +40,7 @@ def model_card(comparison: dict[str, Any]) -> str:
         *(f"| {b['label']} | {b['method']} | `{b.get('path') or '-'}` |" for b in bases.values()),
         "",
         "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModel",
-        "",
-        f'base = AutoModel.from_pretrained("{path}")',
-        f'model = PeftModel.from_pretrained(base, "adapters/{chosen["name"]}/{some_task}")',
+        *loading_code(chosen["model_class"], path, f"adapters/{chosen['name']}/{some_task}"),
         "```",
         "",
     ]

@@ -10,7 +10,7 @@ import foretune
 from foretune.errors import UserError, did_you_mean
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.folder import check_inputs, prepare_folder
+from foretune.recipes.folder import check_inputs, check_place, prepare_folder
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.model_card import model_card
 from foretune.recipes.schema import MethodEntry, Recipe
@@ -51,9 +51,13 @@ def run_recipe(
         raise UserError(
             "the spectrum is measured in one process: leave out spectrum, or launch one"
         )
-    out = prepare_folder(recipe.folder, resume=resume, overwrite=overwrite, config=recipe.to_yaml())
+    place: Any = {"resume": resume, "overwrite": overwrite, "config": recipe.to_yaml()}
+    check_place(recipe.folder, **place)
     first = setup = set_up(recipe, console)
-    check_inputs(out, first.model, [*first.known, *need_unseen(first)])
+    tasks = [*first.known, *need_unseen(first)]
+    # Only now, when data and model are there, may what is in the folder go.
+    out = prepare_folder(recipe.folder, **place)
+    check_inputs(out, first.model, tasks)
     repeats: list[dict[str, Any]] = []
     for seed in range(recipe.seeds):
         if seed and recipe.tasks.rotate:
@@ -103,8 +107,9 @@ def retrain_one(
     """
     entry = find_entry(recipe, name)
     config = recipe.to_yaml()
-    prepare_folder(out, resume=resume, overwrite=overwrite, config=config)
+    check_place(out, resume=resume, overwrite=overwrite, config=config)
     setup = set_up(recipe, console)
+    prepare_folder(out, resume=resume, overwrite=overwrite, config=config)
     check_inputs(out, setup.model, setup.known)
     rate, searched = search_rate(setup, entry, out, console)
     record = entry.record(rate)

@@ -11,6 +11,7 @@ from foretune.errors import UserError
 from foretune.recipes.console import Console
 from foretune.recipes.schema import Recipe
 from foretune.tasks.objectives import make_objective
+from foretune.tasks.readers import one_line
 from foretune.tasks.sources import load_tasks
 from foretune.tasks.task import SPLITS, Task, TaskCollection
 
@@ -69,6 +70,8 @@ def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
     model, tokenizer = load(recipe, fitted, seen)
     console.say(f"model: {recipe.model.name or recipe.model.file}")
     seen = seen.with_objective(with_tokenizer(fitted, tokenizer))
+    if recipe.model.file is not None:
+        _check_forward(model, seen)
     if unseen is not None:
         own = with_tokenizer(objective.fit(unseen), tokenizer)
         unseen = unseen.with_objective(own)
@@ -132,6 +135,32 @@ def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, An
         trainable_layers=block.trainable_layers,
         trust_remote_code=block.trust_remote_code,
     )
+
+
+def _check_forward(model: Any, tasks: TaskCollection) -> None:
+    """Shows the user's model one row.
+
+    Raises:
+        UserError: It cannot take the row, or its output does not fit the objective.
+    """
+    import torch
+
+    from foretune.training.data import TaskData
+    from foretune.training.verbs import fresh_copy, objective_of
+
+    objective = objective_of(tasks)
+    data = TaskData.of(tasks, objective)
+    tried = fresh_copy(model, objective, 0).eval()
+    [batch] = data.step([(0, 0)], "train", train=False, seed=[0]).chunks
+    try:
+        with torch.no_grad():
+            objective.losses(tried, batch)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shape = getattr(data.slots[0].train[0].get("x"), "shape", None)
+        raise UserError(
+            f"the model of model.file cannot be trained on these rows, whose x has the shape "
+            f"{shape}: {one_line(error)}"
+        ) from error
 
 
 def head_of(objective: Any, tasks: TaskCollection) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +15,7 @@ import foretune
 from foretune.errors import UserError
 from foretune.recipes.blocks import AdaptBlock, TasksBlock
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.folder import prepare_folder
+from foretune.recipes.folder import check_place, prepare_folder
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.runner import finish
 from foretune.recipes.schema import Recipe, adapt_record, parse_block, run_of
@@ -75,10 +77,21 @@ def find_base(folder: Path) -> SavedBase:
     if not folder.is_dir():
         raise UserError(f"no base in {folder}: no such folder")
     place = folder / "base" if (folder / "base").is_dir() else folder
+    if not (place / "config.json").is_file() and not (place / ABOUT).is_file():
+        raise UserError(_no_base(place))
     about = place / ABOUT
     name = folder.resolve().parent.name if folder.name == "base" else folder.resolve().name
     known = json.loads(about.read_text("utf-8")) if about.is_file() else {}
     return SavedBase(name, place, known)
+
+
+def _no_base(folder: Path) -> str:
+    """Why a folder is no base, and which one may be meant."""
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder} is an adapter: give the base that it belongs to"
+    inside = sorted(path.parent for path in folder.glob("**/base/foretune.json"))
+    meant = f"; did you mean {inside[0]}?" if inside else ""
+    return f"{folder} is no base: it holds neither config.json nor {ABOUT}{meant}"
 
 
 def adapt_folder(
@@ -198,11 +211,12 @@ def compare_folders(
     block, source = settings(tasks, changes)
     bases = _named([find_base(folder) for folder in folders])
     kind = _one_kind(bases, objective)
-    prepare_folder(out, resume=resume, overwrite=overwrite)
+    check_place(out, resume=resume, overwrite=overwrite)
     collection, _ = load_tasks(source, kind)
     first = next(iter(bases.values()))
     loaded = _Loaded(bases)
     fitted = first.objective(objective, loaded.tokenizer(first.name)).fit(collection)
+    prepare_folder(out, resume=resume, overwrite=overwrite)
     with console.bar(
         f"adapting {len(bases)} bases to {len(collection)} tasks", rounds=len(bases) * len(shots)
     ) as progress:
@@ -274,15 +288,19 @@ class _Loaded(Mapping[str, Any]):
 
 
 def _named(bases: Sequence[SavedBase]) -> dict[str, SavedBase]:
-    named: dict[str, SavedBase] = {}
-    for base in bases:
-        if base.name in named:
-            raise UserError(
-                f"two bases are called {base.name} ({named[base.name].folder}, {base.folder}): "
-                "rename one folder"
-            )
-        named[base.name] = base
-    return named
+    """The bases by name; where names are the same, with so much of their paths that they differ."""
+    paths = [base.folder.resolve().parts for base in bases]
+    for path, base in zip(paths, bases, strict=True):
+        if paths.count(path) > 1:
+            raise UserError(f"{base.folder} is given twice")
+    names = [base.name for base in bases]
+    if len(set(names)) < len(names):
+        # `bases/peft-ml/seed-0/base` and `bases/none/seed-0/base` differ in the third from the end.
+        depth = next(d for d in itertools.count(1) if len({p[-d:] for p in paths}) == len(paths))
+        names = ["/".join(p for p in path[-depth:] if p != "base") for path in paths]
+    return {
+        name: dataclasses.replace(base, name=name) for name, base in zip(names, bases, strict=True)
+    }
 
 
 def _one_kind(bases: Mapping[str, SavedBase], objective: str | None) -> str:

@@ -13,7 +13,7 @@ from foretune.run import at_least, one_of
 from foretune.tasks.candidates import draw_candidates
 from foretune.tasks.readers import HUB_ID, Row, read_rows
 from foretune.tasks.row_store import RowStore
-from foretune.tasks.rows import NEEDS, example_of, split_of, task_of
+from foretune.tasks.rows import CLASSES, NEEDS, example_of, split_of, task_of
 from foretune.tasks.splits import carve, cut_train, draw_tasks
 from foretune.tasks.task import SPLITS, Task, TaskCollection
 
@@ -75,6 +75,10 @@ class Source:
                 object.__setattr__(self, name, str(getattr(self, name)))
         if not isinstance(self.source, str) or not self.source.strip():
             raise UserError(f"source must be a path or a dataset's name, got {self.source!r}")
+        if isinstance(self.unseen, list):  # a task named 7 is called "7"
+            given: list[Any] = self.unseen
+            names = [str(n) if type(n) is int else n for n in given]
+            object.__setattr__(self, "unseen", names)
         _check_unseen(self.unseen)
         at_least("turn", self.turn, 0)
         if self.turn is not None and not isinstance(self.unseen, int):
@@ -264,6 +268,7 @@ def _finish(
             test=source.test,
             seed=source.seed,
             group_column=source.group_column,
+            labelled=kind in CLASSES,
         )
         if not task.train:
             raise UserError(f'task "{task.name}" has no train rows, only {_counts(task)}')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from foretune.errors import UserError
 from foretune.tasks.responses import group_of
@@ -20,12 +21,14 @@ def carve(
     test: float = 0.2,
     seed: int = 0,
     group_column: str | None = None,
+    labelled: bool = False,
 ) -> Task:
     """The task with validation and test rows taken from train where it has none.
 
     Where rows have a group, whole groups move and the last ones are taken (the latest dialogues
     are what a deployed model meets next); else rows are drawn with the seed. Test comes first.
-    At least one row or group stays in train, so a task that is too small keeps all of them there.
+    At least one row or group stays in train, so a task that is too small keeps all of them there;
+    of a label, too, where rows have labels.
 
     Args:
         task: Any task.
@@ -33,6 +36,7 @@ def carve(
         test: The same for test.
         seed: Seeds the draw, together with the task's name.
         group_column: As in `draw_candidates`.
+        labelled: Rows have a label each.
     """
     units = _units(task, group_column, seed)
     num_test = 0 if task.test else _share(len(units), test, len(units) - 1)
@@ -42,16 +46,38 @@ def carve(
     if num_test + num_validation == 0:
         return task
     middle, end = len(units) - num_test - num_validation, len(units) - num_test
+    train, between, last = units[:middle], units[middle:end], units[end:]
+    if labelled:
+        _keep_labels(task, train, [between, last])
 
     def rows(some: list[Sequence[int]]) -> Sequence[Example]:
         return select(task.train, sorted(i for unit in some for i in unit))
 
     return replace(
         task,
-        train=rows(units[:middle]),
-        validation=rows(units[middle:end]) if num_validation else task.validation,
-        test=rows(units[end:]) if num_test else task.test,
+        train=rows(train),
+        validation=rows(between) if num_validation else task.validation,
+        test=rows(last) if num_test else task.test,
     )
+
+
+def _keep_labels(task: Task, train: list[Sequence[int]], held: list[list[Sequence[int]]]) -> None:
+    """Moves units to train, in place, until it has every label that is held out."""
+    known = {label_of(task.train[i]) for unit in train for i in unit}
+    for part in held:
+        for unit in list(part):
+            new = {label_of(task.train[i]) for i in unit} - known
+            if new:
+                part.remove(unit)
+                train.append(unit)
+                known |= new
+
+
+def label_of(row: Example) -> Any:
+    """The label of a row that has one."""
+    import numpy as np
+
+    return row["label"] if "label" in row else np.asarray(row["y"]).item()
 
 
 def cut_train(task: Task, max_rows: int | None, seed: int = 0) -> Task:

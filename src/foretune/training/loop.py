@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from foretune.errors import ForetuneError
+from foretune.errors import ForetuneError, UserError
 from foretune.run import Run
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import Sampler, TaskData
@@ -141,10 +141,22 @@ def schedule(run: Run, done: float) -> float:
 
 
 def make_accelerator(run: Run) -> Accelerator:
-    """Accelerate's device and precision for this run; runs of one process may differ in both."""
+    """Accelerate's device and precision for this run; runs of one process may differ in both.
+
+    Raises:
+        UserError: The run wants a device that is not here.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = "bf16" if run.precision == "bf16" else "no"
-    return Accelerator(mixed_precision=precision, cpu=run.device == "cpu")
+    kind, _, number = (run.device or "").partition(":")
+    if kind == "cuda" and number and int(number) < torch.cuda.device_count():
+        torch.cuda.set_device(int(number))
+    accelerator = Accelerator(mixed_precision=precision, cpu=kind == "cpu")
+    found = accelerator.device
+    missing = kind == "cuda" and int(number or 0) >= torch.cuda.device_count()
+    if missing or (kind and kind != found.type):
+        raise UserError(f"device={run.device} is not here: torch finds {found.type}; leave it out")
+    return accelerator
 
 
 def _restored(learner: Learner, store: CheckpointStore) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import peft_config, peft_tensors, write_adapter
 from foretune.files import whole_folder, write_whole
 from foretune.models.loading import save_base
+from foretune.models.loading_code import class_name, loading_code
 from foretune.run import Run
 from foretune.tasks.objectives import Objective
 from foretune.training.record import environment
@@ -105,13 +106,13 @@ class Outcome:
                 f"{self.validation_score:.4f}.\n"
             )
         )
+        code = "\n".join(loading_code(class_name(self.model), "base"))
         return (
             f"---\nlibrary_name: transformers\ntags: [foretune, {method.name}]\n---\n\n"
             f"# A base retrained by {method.label}\n\n"
             f"Retrained with foretune by {method.label}{source}, in {self.run.steps} steps with "
             f"seed {self.run.seed}.\n{score}\n"
-            "```python\nfrom transformers import AutoModel\n\n"
-            'base = AutoModel.from_pretrained("base")\n```\n'
+            f"```python\n{code}\n```\n"
         )
 
 
@@ -187,6 +188,7 @@ def folder_name(task: str, draw: int = 0) -> str:
     """
     safe = "".join(c if c.isalnum() or c in "-_. " else "_" for c in task).strip() or "_"
     safe = "_" + safe[1:] if safe.startswith(".") else safe
+    safe = safe.encode()[:150].decode(errors="ignore")  # file systems take 255 bytes
     if safe != task:
         safe = f"{safe}-{hashlib.blake2b(task.encode(), digest_size=3).hexdigest()}"
     return safe if draw == 0 else f"{safe}-draw{draw}"

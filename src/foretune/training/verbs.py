@@ -23,6 +23,7 @@ from foretune.run import Run
 from foretune.tasks.objectives import Objective, settings_of
 from foretune.tasks.row_store import select
 from foretune.tasks.rows import CLASSES
+from foretune.tasks.splits import label_of
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import (
@@ -390,8 +391,7 @@ def _first(task: Task, order: list[int], shots: int, kind: str) -> list[int]:
     taken: dict[Any, int] = {}
     chosen = []
     for i in order:
-        row = task.train[i]
-        label = row["label"] if "label" in row else np.asarray(row["y"]).item()
+        label = label_of(task.train[i])
         if taken.setdefault(label, 0) < shots:
             taken[label] += 1
             chosen.append(i)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,6 +16,7 @@ from foretune.evaluation.report.svg import DARK, LIGHT, PAGE, Ink
 from foretune.evaluation.report.view import View
 from foretune.evaluation.verdict import Contrast
 from foretune.evaluation.wording import choice_sentences, counted, p_text, shots_phrase
+from foretune.models.loading_code import loading_code
 
 WIDE_PX, NARROW_PX = 720, 340  # The page shows one or the other, so that text stays readable.
 
@@ -275,15 +275,8 @@ def _load(view: View) -> list[tuple[str, str, Sequence[str]]]:
     """Label, path and code of every base that was kept on disk, the recommended one first."""
     kept = [base for base in view.bases if base.get("path")]
     kept.sort(key=lambda base: base["name"] != view.best)
-    return [(base["label"], base["path"], _code(str(base["path"]))) for base in kept]
+    return [(base["label"], base["path"], _code(base)) for base in kept]
 
 
-def _code(path: str) -> list[str]:
-    # json's quoting is Python's here, and survives quotes and backslashes in a path.
-    return [
-        "from transformers import AutoModel",
-        "from peft import PeftModel",
-        "",
-        f"base = AutoModel.from_pretrained({json.dumps(path, ensure_ascii=False)})",
-        'model = PeftModel.from_pretrained(base, "adapters/TASK")',
-    ]
+def _code(base: Mapping[str, Any]) -> list[str]:
+    return loading_code(base.get("model_class", "AutoModel"), str(base["path"]), "adapters/TASK")

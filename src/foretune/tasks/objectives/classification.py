@@ -120,7 +120,8 @@ class Classification:
                 if label not in known:
                     raise UserError(
                         f'task "{task.name}": label {label!r} of {split} row {i + 1} is in none of '
-                        f"its training rows, which have {shown(known)}"
+                        f"its training rows, which have {shown(known)}: give it one there, or "
+                        "leave it out"
                     )
         return known
 
