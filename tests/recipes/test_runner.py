@@ -363,6 +363,7 @@ def test_the_plan_of_auto_counts_its_trials(
 ) -> None:
     """With one second a step: a whole training, and a quarter of one for each that trains."""
     monkeypatch.setattr(Stopwatch, "seconds_an_update", lambda self: 1.0)
+    monkeypatch.setattr("foretune.recipes.plan.FORWARD_SHARE", 0.0)
 
     def plan(methods: str) -> Plan:
         return plan_recipe(load_recipe("my.yaml", [*SMALL, f"retrain.methods={methods}"]))

@@ -204,14 +204,15 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
         tried = sum(_left(auto)) * len(auto.candidates)
         searched += recipe.seeds * tried * held * num_draws(held)
     searches = searched / len(unseen) * len(block.shots) * max(1, len(block.rates))
-    test_rows = sum(len(task.test) for task in unseen)
+    rows = (adaptations + repeats) * sum(len(task.test) for task in unseen)
+    known = sum(len(task.validation) for task in setup.search) / len(setup.search)
+    rows += searches * len(unseen) * known  # a trial scores the rows of its task
     per_row = step / (len(unseen) * run.batch_size) * FORWARD_SHARE
     return Cost(
         name=block.method,
         parameters={"adapter": int(timed.cost.get("trainable_parameters") or 0)},
         step_seconds=step,
-        seconds=block.steps * step * (adaptations + searches)
-        + (adaptations + repeats) * test_rows * per_row,
+        seconds=block.steps * step * (adaptations + searches) + rows * per_row,
         peak_memory_mb=timed.cost.get("peak_memory_mb"),
     )
 
