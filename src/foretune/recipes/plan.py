@@ -204,7 +204,7 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
         tried = sum(_left(auto)) * len(auto.candidates)
         searched += recipe.seeds * tried * held * num_draws(held)
     searches = searched / len(unseen) * len(block.shots) * max(1, len(block.rates))
-    rows = (adaptations + repeats) * sum(len(task.test) for task in unseen)
+    rows: float = (adaptations + repeats) * sum(len(task.test) for task in unseen)
     known = sum(len(task.validation) for task in setup.search) / len(setup.search)
     rows += searches * len(unseen) * known  # a trial scores the rows of its task
     per_row = step / (len(unseen) * run.batch_size) * FORWARD_SHARE
