@@ -143,7 +143,7 @@ def test_sigkill_and_resume_equals_undisturbed(killed, moment):
         with safe_open(file, "pt") as opened:
             abouts.append(opened.metadata()["about"])
     assert abouts[0] == abouts[1]
-    finished = {"base", "adapters", "metrics.jsonl", "README.md", "run.json"}
+    finished = {".foretune", "base", "adapters", "metrics.jsonl", "README.md", "run.json"}
     assert set(told[moment]["after"]) == finished
 
 
