@@ -16,6 +16,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 UNFINISHED = ".unfinished-"
 RECIPE = "config.yaml"
 INPUTS = "inputs.json"  # digests of the model and the rows of a recipe's run
+MODULE_FILE = "foretune_module.json"  # beside the weights of a module that is not Hugging Face's
 MARK = ".foretune"  # in every folder that a run has claimed
 
 

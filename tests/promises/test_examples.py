@@ -32,7 +32,7 @@ TEXTS = {
 def test_example_model_file_builds_a_module() -> None:
     file = ROOT / "examples" / "arrays_model.py"
     assert isinstance(load_module(file, width=16), nn.Module)
-    assert len(file.read_text("utf-8").splitlines()) <= 16
+    assert len(file.read_text("utf-8").splitlines()) <= 20
 
 
 def test_example_of_the_python_api_runs(tmp_path: Path) -> None:

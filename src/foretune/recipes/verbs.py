@@ -13,6 +13,7 @@ from typing import Any
 
 import foretune
 from foretune.errors import UserError
+from foretune.files import MODULE_FILE
 from foretune.recipes.blocks import AdaptBlock, TasksBlock
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import check_place, prepare_folder
@@ -77,7 +78,7 @@ def find_base(folder: Path) -> SavedBase:
     if not folder.is_dir():
         raise UserError(f"no base in {folder}: no such folder")
     place = folder / "base" if (folder / "base").is_dir() else folder
-    if not (place / "config.json").is_file() and not (place / ABOUT).is_file():
+    if not any((place / file).is_file() for file in ("config.json", MODULE_FILE, ABOUT)):
         raise UserError(_no_base(place))
     about = place / ABOUT
     name = folder.resolve().parent.name if folder.name == "base" else folder.resolve().name
