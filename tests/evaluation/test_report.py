@@ -53,6 +53,7 @@ def comparison(
             "method": name,
             "label": label(name),
             "config": {},
+            "model_class": "BertModel",
             "path": None if name == "none" else f'bases/{name}/"quoted"/base',
             "retrain": None if name == "none" else cost,
             "adapt": cost,

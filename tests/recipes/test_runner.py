@@ -446,7 +446,6 @@ def test_the_page_of_a_run_says_how_its_result_is_loaded(
             patch.chdir(folder)
             exec(code, found)
         assert found["base"](torch.zeros(1, 4)).shape == (1, 2)
-    assert found.keys() >= {"base"}
 
 
 @pytest.mark.parametrize(
@@ -474,7 +473,7 @@ def test_adapting_without_test_rows_says_that_nothing_was_scored(recipe: Recipe)
     assert "nothing was scored" in call("adapt", base, *whole).stdout
 
 
-@pytest.mark.parametrize("device", ["banana", "cuda:1", "mps"])
+@pytest.mark.parametrize("device", ["banana", "cuda:99", "npu"])
 def test_a_device_that_is_not_here_is_refused(recipe: Recipe, device: str) -> None:
     told = call("run", "my.yaml", *SMALL, f"device={device}")
     assert told.exit_code == 2

@@ -51,7 +51,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_whole_way_and_back_by_stock_loaders(name, tmp_path):
+def test_the_whole_way_and_back_by_stock_loaders(name, tmp_path, monkeypatch):
     build, objective, task, auto = CASES[name]
     torch.manual_seed(0)
     made = objective(None if task is images else tiny_models.tokenizer())
@@ -70,7 +70,11 @@ def test_the_whole_way_and_back_by_stock_loaders(name, tmp_path):
     assert set(adapted.scores) == {("c", 0), ("d", 0)}
 
     base = getattr(transformers, auto).from_pretrained(tmp_path / "run" / "base")
-    assert f"from transformers import {auto}\n" in (tmp_path / "run" / "README.md").read_text()
+    page = (tmp_path / "run" / "README.md").read_text()
+    shown = {}
+    monkeypatch.chdir(tmp_path / "run")
+    exec(page.partition("```python\n")[2].partition("```")[0], shown)
+    assert type(shown["base"]) is type(base)
     for key, value in outcome.model.state_dict().items():
         torch.testing.assert_close(base.state_dict()[key], value)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "new" / "c")

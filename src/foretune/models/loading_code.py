@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import json
 
-AUTO = {
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForImageClassification": "AutoModelForImageClassification",
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-}
-
 
 def class_name(model: object) -> str | None:
-    """The class of a Hugging Face model by its name; None for any other module."""
-    return type(model).__name__ if hasattr(model, "save_pretrained") else None
+    """The class of transformers that loads the model; None where foretune's own loader must."""
+    package = type(model).__module__.partition(".")[0]
+    return type(model).__name__ if package == "transformers" else None
 
 
 def loading_code(name: str | None, base: str, adapter: str | None = None) -> list[str]:
@@ -27,16 +20,15 @@ def loading_code(name: str | None, base: str, adapter: str | None = None) -> lis
         adapter: A PEFT folder on it, if any.
 
     >>> loading_code("BertModel", "base")[1:]
-    ['', 'base = AutoModel.from_pretrained("base")']
+    ['', 'base = BertModel.from_pretrained("base")']
     """
     where = json.dumps(base, ensure_ascii=False)  # its quoting is Python's here
     if name is None:
         imports = ["from foretune.models.loading import load_base"]
         lines = [f"base, _ = load_base({where})"]
     else:
-        auto = next((auto for end, auto in AUTO.items() if name.endswith(end)), "AutoModel")
-        imports = [f"from transformers import {auto}"]
-        lines = [f"base = {auto}.from_pretrained({where})"]
+        imports = [f"from transformers import {name}"]
+        lines = [f"base = {name}.from_pretrained({where})"]
     if adapter is not None:
         imports.insert(0, "from peft import PeftModel")
         shown = json.dumps(adapter, ensure_ascii=False)

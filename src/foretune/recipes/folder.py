@@ -36,8 +36,7 @@ def check_place(folder: Path, *, resume: bool, overwrite: bool, config: str | No
     """
 
     def check() -> None:
-        used = check_folder(folder, resume=resume, overwrite=overwrite)
-        if used and resume and config is not None:
+        if check_folder(folder, resume=resume, overwrite=overwrite) and resume and config:
             _check_same(folder, config)
 
     _first(check)
@@ -51,11 +50,12 @@ def prepare_folder(
     Raises:
         UserError: As `check_place`.
     """
-    check_place(folder, resume=resume, overwrite=overwrite, config=config)
 
     def prepare() -> Path:
         continued = claim_folder(folder, resume=resume, overwrite=overwrite)
-        if config is not None and not continued:
+        if continued and config:
+            _check_same(folder, config)
+        elif config:
             (folder / INPUTS).unlink(missing_ok=True)
             write_whole(folder / RECIPE, config)
         return folder

@@ -77,8 +77,8 @@ def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
         unseen = unseen.with_objective(own)
     search = seen
     if searched:
-        own, group = seen.subset(searched), recipe.tasks.group_column
-        search = exam(own, recipe.adapt.row_counts, recipe.tasks.seed, group)
+        block, shots = recipe.tasks, recipe.adapt.row_counts
+        search = exam(seen.subset(searched), shots, block.seed, block.group_column)
     if len(recipe.adapt.rates) > 1:
         seen = seen.without(searched)
     setup = Setup(recipe, model, tokenizer, seen, search, unseen)

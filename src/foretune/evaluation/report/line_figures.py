@@ -75,7 +75,7 @@ def spectrum_scores(view: View, width: int, ink: Ink) -> Figure:
         ink,
         title=f"Mean {view.scale.metric} against the rank of the adapters",
         description="A line that is high on the left belongs to a base that needs little change.",
-        x_title="rank kept",
+        x_title="rank",
         y_title=view.scale.axis,
         factor=view.scale.factor,
     )
