@@ -207,6 +207,11 @@ def test_spectrum_is_measured_when_asked_for(recipe: Recipe) -> None:
     asked = load_recipe("my.yaml", [*SMALL, "spectrum={shots: 4, ranks: [1, 2]}"])
     spectrum = run_recipe(asked)["spectrum"]
     assert {row["rank"] for row in spectrum["rows"]} == {1, 2}
+    costs = {cost["rank"]: cost for cost in spectrum["costs"] if cost["base"] == "standard"}
+    # Rank 1 on 4 × 6 and 6 × 2 weights, twice that at rank 2; the head is a part of all weights.
+    parameters = {rank: cost["trainable_parameters"] for rank, cost in costs.items()}
+    assert parameters == {1: 18, 2: 36, None: 44}
+    assert all(cost["tokens"] > 0 and cost["num_tasks"] == 2 for cost in costs.values())
 
 
 def test_plan_counts_without_leaving_anything(recipe: Recipe) -> None:

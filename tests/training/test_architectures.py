@@ -71,6 +71,7 @@ def test_the_whole_way_and_back_by_stock_loaders(name, tmp_path, monkeypatch):
 
     base = getattr(transformers, auto).from_pretrained(tmp_path / "run" / "base")
     page = (tmp_path / "run" / "README.md").read_text()
+    assert f"from transformers import {type(base).__name__}\n" in page
     shown = {}
     monkeypatch.chdir(tmp_path / "run")
     exec(page.partition("```python\n")[2].partition("```")[0], shown)
