@@ -54,6 +54,7 @@ def comparison(
             "label": label(name),
             "config": {},
             "model_class": "BertModel",
+            "num_labels": None,
             "path": None if name == "none" else f'bases/{name}/"quoted"/base',
             "retrain": None if name == "none" else cost,
             "adapt": cost,

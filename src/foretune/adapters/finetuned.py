@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from foretune.adapters.peft_format import check_base
+from foretune.adapters.peft_format import LABELS_FILE, check_base
 from foretune.errors import UserError
 from foretune.models.loading import load_base
 from foretune.models.mixture import TaskHeads
@@ -318,7 +318,11 @@ def _adapter_folder(name: str, folder: Path, skeleton: nn.Module) -> Finetuned:
         tensors = safetensors.torch.load_file(file)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read {file}: {' '.join(str(error).split())[:200]}") from error
-    return _adapter(name, config, tensors, skeleton)
+    found = _adapter(name, config, tensors, skeleton)
+    if (folder / LABELS_FILE).is_file():
+        labels = json.loads((folder / LABELS_FILE).read_text("utf-8"))
+        found.labels = {i: str(label) for i, label in enumerate(labels)}
+    return found
 
 
 def _live_adapter(name: str, model: Any, skeleton: nn.Module) -> Finetuned:

@@ -39,13 +39,13 @@ def keep_heads(
         replace_module(model, name, TaskHeads(made, routing) if differ else made[0])
     if not differ:
         return {}
-    widths = {
-        e.name: _width(h) for e, h in zip(experts, next(reversed(heads.values())), strict=True)
-    }
-    generic = {e.name: {i: f"LABEL_{i}" for i in range(widths[e.name])} for e in experts}
-    return {
-        e.name: e.labels if len(e.labels) == widths[e.name] else generic[e.name] for e in experts
-    }
+    names = {}
+    for expert, state in zip(experts, next(reversed(heads.values())), strict=True):
+        width = _width(state)
+        names[expert.name] = {i: f"LABEL_{i}" for i in range(width)}
+        if len(expert.labels) <= width:  # a head may be wider than its task has labels
+            names[expert.name] |= expert.labels
+    return names
 
 
 def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

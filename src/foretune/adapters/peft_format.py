@@ -17,6 +17,7 @@ from foretune.errors import UserError
 
 PREFIX = "base_model.model."
 FINGERPRINT_FILE = "base_fingerprint.json"
+LABELS_FILE = "labels.json"
 
 
 def peft_config(bank: AdapterBank, model: nn.Module, base: str | None) -> dict[str, Any]:

@@ -98,3 +98,8 @@ def adapt(
     else:
         emit("No task has test rows: nothing was scored.")
     emit(f"Adapters: {out}")
+    if result["num_labels"] is not None:
+        emit(
+            f"A task has more labels than the base's head has outputs: load the base with "
+            f"num_labels={result['num_labels']}, ignore_mismatched_sizes=True"
+        )

@@ -138,6 +138,7 @@ def compare(
         if keep is not None:
             adapted.first_draw().save(keep / name)
         entry = {**_about(name, given), "model_class": class_name(model)}
+        entry["num_labels"] = adapted.num_labels
         entry["adapt"] = {
             "learning_rate": getattr(method, "learning_rate", None),
             "searched": searched,

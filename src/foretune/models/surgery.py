@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,12 @@ def reset_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
         model.num_labels = num_labels  # type: ignore[assignment]
 
 
+def head_width(model: nn.Module) -> int | None:
+    """Outputs of the model's head; None for a head without a linear layer."""
+    parts = [m for name in head_modules(model) for m in model.get_submodule(name).modules()]
+    return next((m.out_features for m in reversed(parts) if isinstance(m, nn.Linear)), None)
+
+
 def match_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
     """Gives the model a fresh head if its own has not that many outputs; None leaves it alone.
 
@@ -108,8 +114,7 @@ def match_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
     """
     if num_labels is None:
         return
-    parts = [m for name in head_modules(model) for m in model.get_submodule(name).modules()]
-    width = next((m.out_features for m in reversed(parts) if isinstance(m, nn.Linear)), None)
+    width = head_width(model)
     if width == num_labels or width is None:
         return
     if not has_fresh_head(model):
@@ -119,6 +124,16 @@ def match_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
             "model so that the head can be made anew"
         )
     reset_head(model, num_labels, seed)
+
+
+def name_outputs(model: nn.Module, labels: Sequence[object]) -> None:
+    """Writes the labels of a head's first outputs into the model's config, if it has either."""
+    config: Any = getattr(model, "config", None)
+    if not labels or not hasattr(config, "id2label") or not has_fresh_head(model):
+        return
+    generic = [f"LABEL_{i}" for i in range(len(labels), config.num_labels)]
+    config.id2label = dict(enumerate([*map(str, labels), *generic]))
+    config.label2id = {name: i for i, name in config.id2label.items()}
 
 
 def _spread(model: nn.Module) -> float | None:

@@ -40,7 +40,12 @@ def model_card(comparison: dict[str, Any]) -> str:
         *(f"| {b['label']} | {b['method']} | `{b.get('path') or '-'}` |" for b in bases.values()),
         "",
         "```python",
-        *loading_code(chosen["model_class"], path, f"adapters/{chosen['name']}/{some_task}"),
+        *loading_code(
+            chosen["model_class"],
+            path,
+            f"adapters/{chosen['name']}/{some_task}",
+            chosen["num_labels"],
+        ),
         "```",
         "",
     ]

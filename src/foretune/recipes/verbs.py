@@ -147,6 +147,7 @@ def adapt_folder(
         "metric": fitted.metric,
         "scores": scores,
         "mean": sum(scores.values()) / len(scores) if scores else None,
+        "num_labels": adapted.num_labels,
         "cost": adapted.cost,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from foretune.adapters.bank import AdapterBank
 from foretune.adapters.fingerprint import fingerprint
-from foretune.adapters.peft_format import peft_config, peft_tensors, write_adapter
+from foretune.adapters.peft_format import LABELS_FILE, peft_config, peft_tensors, write_adapter
 from foretune.files import whole_folder, write_whole
 from foretune.models.loading import save_base
 from foretune.models.loading_code import class_name, loading_code
+from foretune.models.surgery import name_outputs
 from foretune.run import Run
 from foretune.tasks.objectives import Objective
 from foretune.training.record import environment
@@ -62,14 +63,26 @@ class Outcome:
         """
         folder = Path(folder)
         with whole_folder(folder / "base") as part:
+            name_outputs(self.model, getattr(self.objective, "space", None) or ())
             save_base(self.model, self.tokenizer, part)
             (part / "foretune.json").write_text(json.dumps(self._about_base(), indent=1))
-        if self.bank is not None:
-            save_adapters(self.bank, self.model, folder / "adapters", str(folder / "base"))
+        self.save_adapters(folder)
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(h) + "\n" for h in self.history))
         write_whole(folder / "README.md", self._card())
         write_whole(folder / "run.json", json.dumps(self.record(), indent=1))
         return folder
+
+    def save_adapters(self, folder: Path) -> None:
+        """Writes every slot of the bank as a PEFT folder, `adapters/<task>/`."""
+        if self.bank is None:
+            return
+        config = peft_config(self.bank, self.model, str(folder / "base"))
+        mark = fingerprint(self.model, self.bank.head_names)
+        labels = labels_of(self.objective, self.bank.keys)
+        for slot, task in enumerate(self.bank.keys):
+            with whole_folder(folder / "adapters" / folder_name(task)) as part:
+                write_adapter(part, config, peft_tensors(self.bank, slot), mark)
+                _write_labels(part, labels.get(task))
 
     def record(self) -> dict[str, Any]:
         """What run.json holds."""
@@ -130,6 +143,9 @@ class Adapted:
         cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, trainable_parameters (of
             one task).
         stopped: The step after which a task stopped early: {(task, draw): step}.
+        labels: Each task's labels in the order of its outputs; empty where outputs are no labels.
+        num_labels: Outputs of the heads where a task has more labels than the base's head outputs,
+            which then has to be loaded so wide; else None.
         write: How a whole state is written: `write(model, folder)`. A method whose tasks differ
             from the base in little has one of its own; `save_base` when None.
     """
@@ -142,6 +158,8 @@ class Adapted:
     models: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     stopped: dict[tuple[str, int], int] = field(default_factory=dict)
+    labels: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    num_labels: int | None = None
     write: Callable[[nn.Module, Path], None] | None = None
 
     def first_draw(self) -> Adapted:
@@ -160,22 +178,29 @@ class Adapted:
         for (task, draw), tensors in self.tensors.items():
             with whole_folder(folder / folder_name(task, draw)) as part:
                 write_adapter(part, self.config, tensors, self.base_fingerprint)
+                _write_labels(part, self.labels.get(task))
         for (task, draw), model in self.models.items():
             with whole_folder(folder / folder_name(task, draw)) as part:
                 if self.write is None:
+                    name_outputs(model, self.labels.get(task, ()))
                     save_base(model, None, part)
                 else:
                     self.write(model, part)
+                _write_labels(part, self.labels.get(task))
         return folder
 
 
-def save_adapters(bank: AdapterBank, model: nn.Module, folder: Path, base: str | None) -> None:
-    """Every slot of the bank as a PEFT folder."""
-    config = peft_config(bank, model, base)
-    mark = fingerprint(model, bank.head_names)
-    for slot, key in enumerate(bank.keys):
-        with whole_folder(folder / folder_name(key)) as part:
-            write_adapter(part, config, peft_tensors(bank, slot), mark)
+def labels_of(objective: Objective, tasks: Iterable[str]) -> dict[str, tuple[Any, ...]]:
+    """Task → labels of its outputs, in their order; empty where outputs are no labels."""
+    if not hasattr(objective, "output_labels"):
+        return {}
+    return {task: objective.output_labels(task) for task in tasks}
+
+
+def _write_labels(folder: Path, labels: Sequence[Any] | None) -> None:
+    if labels is not None:
+        text = json.dumps(list(labels), ensure_ascii=False)
+        (folder / LABELS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def folder_name(task: str, draw: int = 0) -> str:

@@ -17,7 +17,7 @@ from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
 from foretune.files import claim_folder, write_whole
-from foretune.models.surgery import match_head
+from foretune.models.surgery import head_width, match_head
 from foretune.processes import base_is_sharded
 from foretune.run import Run
 from foretune.tasks.objectives import Objective, settings_of
@@ -36,7 +36,7 @@ from foretune.training.data import (
 )
 from foretune.training.learner import Learner
 from foretune.training.loop import Progress, fit
-from foretune.training.outcome import Adapted, Outcome, save_adapters
+from foretune.training.outcome import Adapted, Outcome, labels_of
 from foretune.training.ranks import Deal, check_layers, check_model, connected, deal_out, join
 from foretune.training.record import free_memory, metered
 from foretune.training.resume import (
@@ -163,11 +163,33 @@ def _begin_retraining(
 
 def fresh_copy(model: nn.Module, objective: Objective, seed: int) -> nn.Module:
     """A copy of the model with a head that fits the objective."""
+    return _copy_with_head(model, objective, objective.num_outputs(), seed)
+
+
+def _copy_with_head(
+    model: nn.Module, objective: Objective, outputs: int | None, seed: int
+) -> nn.Module:
     model = copy.deepcopy(model)
-    match_head(model, objective.num_outputs(), seed)
+    match_head(model, outputs, seed)
     if hasattr(objective, "freeze"):
         objective.freeze(model)
     return model
+
+
+def _to_adapt(model: nn.Module, objective: Objective, seed: int) -> tuple[nn.Module, Objective]:
+    """A copy of a base that can be adapted, and the form of the objective for its head.
+
+    A head that all tasks are to share but that the base does not have is none it could have learnt,
+    so each task gets one of its own. Heads are as wide as the base's, so that stock loaders put
+    them there, unless a task has more labels.
+    """
+    outputs = objective.num_outputs()
+    if outputs is not None:
+        width = head_width(model)
+        if width != outputs and hasattr(objective, "local"):
+            objective = objective.local()
+            outputs = max(width or 0, objective.num_outputs() or 0)
+    return _copy_with_head(model, objective, outputs, seed), objective
 
 
 def bound(objective: Objective, model: nn.Module) -> Objective:
@@ -193,7 +215,7 @@ def _save(outcome: Outcome, deal: Deal, out: Path, *, save: bool) -> None:
     """Each process writes its own tasks' adapters, then the first one everything else."""
     with deal.ranks.together():
         if save and outcome.bank is not None and deal.ranks.rank > 0:
-            save_adapters(outcome.bank, outcome.model, out / "adapters", str(out / "base"))
+            outcome.save_adapters(out)
 
     def finish() -> None:
         if save:
@@ -271,7 +293,8 @@ def adapt(
     out = run.out
     every = run.eval_every if run.patience else 0
     run = run.replace(out=None, eval_every=every, tasks_per_step=None)
-    model = fresh_copy(model, objective, run.seed)
+    given = model
+    model, objective = _to_adapt(given, objective, run.seed)
     check_model(ranks, model)
     slots = list(draw_shots(tasks, objective.kind, shots, draws, run.seed))
     wanted = [(slot.task, slot.draw) for slot in slots]
@@ -284,6 +307,9 @@ def adapt(
         slots = [slot for slot in slots if (slot.task, slot.draw) not in done]
     deal = deal_out(ranks, TaskData(slots, objective), run.batch_size, len(slots), pooled=False)
     result = Adapted({}, {}, {}, {}, "", write=getattr(method, "write", None))
+    result.labels = labels_of(objective, tasks.names)
+    if objective.num_outputs() is not None and head_width(model) != head_width(given):
+        result.num_labels = head_width(model)
     with torch.random.fork_rng(), metered() as cost, ranks.together():
         for wave in _waves(deal, _wave_size(model, slots, objective, method, run)):
             _adapt_wave(model, wave, objective, method, run, split, result, progress)

@@ -279,4 +279,4 @@ def _load(view: View) -> list[tuple[str, str, Sequence[str]]]:
 
 
 def _code(base: Mapping[str, Any]) -> list[str]:
-    return loading_code(base["model_class"], str(base["path"]), "adapters/TASK")
+    return loading_code(base["model_class"], str(base["path"]), "adapters/TASK", base["num_labels"])

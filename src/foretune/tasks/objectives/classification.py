@@ -81,6 +81,14 @@ class Classification:
         union = sort_labels(label for known in self.labels.values() for label in known)
         return dataclasses.replace(self, space=union)
 
+    def local(self) -> Classification:
+        """The form whose ids are a task's own, for a head of each task's own."""
+        return dataclasses.replace(self, space=None)
+
+    def output_labels(self, task: str) -> tuple[Label, ...]:
+        """The labels of a head's outputs in a task, in their order; outputs beyond mean nothing."""
+        return self.labels[task] if self.space is None else self.space
+
     def fit(self, tasks: TaskCollection) -> Classification:
         """Learns each task's labels from its training rows.
 
