@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import transformers
 
 import foretune
 import tiny_models
-from foretune import PEFTML, Classification, Full, LoRA, Run, Standard, Task, TaskCollection
+from command_line import call
+from foretune import PEFTML, SMILE, Classification, Full, LoRA, Run, Standard, Task, TaskCollection
+from foretune.recipes.model_card import model_card
 
 WORDS = ["the", "cat", "dog", "house", "tree", "car", "red", "blue", "green", "runs"]
 STEPS = Run(steps=4, batch_size=4, device="cpu")
@@ -92,6 +95,40 @@ def test_more_labels_than_the_base(base, tmp_path):
         assert accuracy(wide, unseen, name, labels) == adapted.scores[name, 0]
 
 
+def test_the_page_of_a_comparison_loads_the_wide_head(base, tmp_path, monkeypatch):
+    shutil.copytree(base.run.out / "base", tmp_path / "base")
+    unseen = collection(few=["no", "yes"], many="abcdefg")
+    lora = LoRA(lora={"r": 2})
+    run, keep = STEPS, tmp_path / "adapters"
+    comparison = foretune.compare(
+        {"base": base}, unseen, adapt=lora, run=run, shots=(1,), keep=keep
+    ).to_dict()
+    monkeypatch.chdir(tmp_path)
+    comparison["bases"][0]["path"] = "base"
+    exec(model_card(comparison).partition("```python\n")[2].partition("```")[0], shown := {})
+    assert shown["model"].get_base_model().classifier.modules_to_save.default.out_features == 7
+
+
+def test_adapt_says_how_to_load_a_wide_head(base, tmp_path):
+    rows = [dict(row, task="new") for row in task("new", "abcdefg").train]
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--tasks", str(tmp_path / "new.jsonl"), "--out", str(tmp_path / "out"), "steps=1"]
+    told = call("adapt", str(base.run.out / "base"), *words)
+    assert told.exit_code == 0
+    assert "load the base with num_labels=7, ignore_mismatched_sizes=True" in told.stdout
+
+
+def test_fusing_knows_the_labels(base, tmp_path):
+    unseen = collection(c=["no", "yes"], d=["high", "low", "middle"])
+    run = STEPS.replace(out=tmp_path)
+    foretune.adapt(base.model, unseen, LoRA(lora={"r": 2}), run)
+    folders = {name: tmp_path / name for name in unseen.names}
+    fused = foretune.fuse(base.run.out / "base", folders, SMILE())
+    spare = {i: f"LABEL_{i}" for i in range(5)}
+    assert fused.labels["c"] == spare | {0: "no", 1: "yes"}
+    assert fused.labels["d"] == spare | {0: "high", 1: "low", 2: "middle"}
+
+
 def test_a_head_that_the_base_never_had_is_in_the_adapter(tmp_path):
     """One label set in all tasks, which would share the base's head; but that is wider."""
     model = tiny_models.bert(num_labels=4)
@@ -110,6 +147,10 @@ def test_labels_stand_in_the_config_of_whole_models(tmp_path):
     outcome = foretune.retrain(tiny_models.bert(num_labels=3), seen, Standard(), run)
     config = transformers.AutoConfig.from_pretrained(tmp_path / "run" / "base")
     assert config.id2label == {0: "3", 1: "no", 2: "yes"} and config.label2id["yes"] == 2
+
+    known = collection(c=["no", "yes"]).with_objective(outcome.objective)
+    adapted = foretune.adapt(outcome.model, known, LoRA(lora={"r": 2}), STEPS)
+    assert adapted.labels == {"c": (3, "no", "yes")}, "the base's head, with its own labels"
 
     new = collection(c=["high", "low"])
     foretune.adapt(outcome.model, new, Full(), STEPS.replace(out=tmp_path / "full"))
