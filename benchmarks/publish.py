@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from claims import regret
@@ -68,22 +69,26 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def smaller(spectrum: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A spectrum whose singular values are the means over tasks."""
+    """A spectrum whose changes are the means over tasks."""
     if spectrum is None:
         return None
-    found: dict[tuple[str, str], list[list[float]]] = {}
-    for row in spectrum["singular_values"]:
-        found.setdefault((row["base"], row["module"]), []).append(row["values"])
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in spectrum["changes"]:
+        found.setdefault((row["base"], row["module"]), []).append(row)
     means = [
         {
             "base": base,
             "task": "mean",
             "module": module,
-            "values": [round(sum(column) / len(lists), 7) for column in zip(*lists, strict=True)],
+            "values": [
+                round(fmean(column), 7) for column in zip(*(r["values"] for r in rows), strict=True)
+            ],
+            "norm": round(fmean(row["norm"] for row in rows), 7),
+            "rank_90": fmean(row["rank_90"] for row in rows),
         }
-        for (base, module), lists in found.items()
+        for (base, module), rows in found.items()
     ]
-    return {**spectrum, "singular_values": means}
+    return {**spectrum, "changes": means}
 
 
 def without_folder(line: str) -> str:
@@ -153,9 +158,7 @@ def spectrum_table(result: dict[str, Any]) -> str:
     for base in result["bases"]:
         means = [sum(s) / len(s) for s in (scores[base["name"], rank] for rank in ranks)]
         needed = next(r for r, mean in zip(ranks, means, strict=True) if mean >= max(means) - 0.01)
-        values = [v["values"] for v in spectrum["singular_values"] if v["base"] == base["name"]]
-        held = [ninety(v) for v in values]
-        sizes = [sum(x * x for x in v) ** 0.5 for v in values]
+        changes = [change for change in spectrum["changes"] if change["base"] == base["name"]]
         lines.append(
             "| "
             + " | ".join(
@@ -163,8 +166,8 @@ def spectrum_table(result: dict[str, Any]) -> str:
                     base["label"],
                     *[scale.level(mean) for mean in means],
                     str(needed),
-                    f"{sum(held) / len(held):.1f}" if held else "",
-                    f"{sum(sizes) / len(sizes):.4f}" if sizes else "",
+                    f"{fmean(change['rank_90'] for change in changes):.1f}" if changes else "",
+                    f"{fmean(change['norm'] for change in changes):.4f}" if changes else "",
                 ]
             )
             + " |"
@@ -191,17 +194,6 @@ def rank_costs(spectrum: dict[str, Any]) -> list[str]:
         cells = [f"{mean:.1f}" if label.startswith("CPU") else f"{mean:,.0f}" for mean in means]
         lines.append("| " + " | ".join([label, *cells]) + " |")
     return lines
-
-
-def ninety(values: Sequence[float]) -> int:
-    """How many singular values hold 90 % of their sum of squares."""
-    squares = [value * value for value in values]
-    total, held = sum(squares), 0.0
-    for count, square in enumerate(squares, 1):
-        held += square
-        if held >= 0.9 * total:
-            return count
-    return len(squares)
 
 
 def theory_table(result: dict[str, Any], name: str) -> str:

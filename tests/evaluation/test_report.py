@@ -88,7 +88,7 @@ def comparison(
             "ranks": [1, 2, 4],
             "rows": rows,
             "costs": costs,
-            "singular_values": values,
+            "changes": values,
         }
         if spectrum
         else None,

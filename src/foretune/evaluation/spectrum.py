@@ -23,6 +23,7 @@ from foretune.training.loop import Progress
 from foretune.training.outcome import Adapted, Outcome
 
 FULL_TASKS = 8  # fully fine-tuned, one after the other: enough for means of singular values
+KEPT = 64  # singular values of a change that are written down
 
 
 def measure(
@@ -54,8 +55,8 @@ def measure(
 
     Returns:
         "rows": score of each base, task and rank; "costs": of each base and rank (None: full
-        fine-tuning), over `num_tasks` tasks, trainable parameters those of one; "singular_values":
-        of each base, task and module, divided by the Frobenius norm of the module's weight.
+        fine-tuning), over `num_tasks` tasks, trainable parameters those of one; "changes": what
+        `changes` says of each base and task.
     """
     rows: list[dict[str, Any]] = []
     costs: list[dict[str, Any]] = []
@@ -79,15 +80,15 @@ def measure(
         costs.append(_cost(name, None, tuned))
         for (task, _), changed in tuned.models.items():
             values += [
-                {"base": name, "task": task, "module": module, "values": found_values}
-                for module, found_values in singular_values(model, changed).items()
+                {"base": name, "task": task, "module": module, **change}
+                for module, change in changes(model, changed).items()
             ]
     return {
         "shots": shots,
         "ranks": list(ranks),
         "rows": rows,
         "costs": costs,
-        "singular_values": values,
+        "changes": values,
     }
 
 
@@ -96,10 +97,14 @@ def _cost(base: str, rank: int | None, adapted: Adapted) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def singular_values(base: nn.Module, changed: nn.Module) -> dict[str, list[float]]:
-    """Singular values of (changed − base) for every linear layer that moved, relative to ‖W‖_F.
+def changes(base: nn.Module, changed: nn.Module) -> dict[str, dict[str, Any]]:
+    """Of every linear layer that moved, the spectrum of (changed − base).
 
-    A head of another width is a fresh one: it has no change to speak of.
+    Returns:
+        Module → "values": the largest singular values, at most `KEPT`; "norm": that of the whole
+        change; both divided by ‖W‖_F; "rank_90": how many singular values, of all there are, hold
+        90 % of the sum of squares. A head of another width is a fresh one: it has no change to
+        speak of.
     """
     found = {}
     others = linear_modules(changed)
@@ -110,6 +115,11 @@ def singular_values(base: nn.Module, changed: nn.Module) -> dict[str, list[float
             continue
         delta = (after - before).flatten(1)
         if delta.any():
-            spectrum = torch.linalg.svdvals(delta.double()) / before.double().norm()
-            found[name] = [round(v, 8) for v in spectrum.tolist()[:64]]
+            values = torch.linalg.svdvals(delta.double()) / before.double().norm()
+            held = (values**2).cumsum(0)
+            found[name] = {
+                "values": [round(v, 8) for v in values.tolist()[:KEPT]],
+                "norm": round(values.norm().item(), 8),
+                "rank_90": int((held < 0.9 * held[-1]).sum()) + 1,
+            }
     return found

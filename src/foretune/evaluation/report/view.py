@@ -116,7 +116,7 @@ class View:
     def singular_values(self) -> dict[str, list[float]]:
         """Each base's singular values relative to the largest, averaged over modules and tasks."""
         found: dict[str, list[Sequence[float]]] = defaultdict(list)
-        for row in (self.comparison.get("spectrum") or {}).get("singular_values") or []:
+        for row in (self.comparison.get("spectrum") or {}).get("changes") or []:
             if row["values"] and row["values"][0] > 0:
                 found[row["base"]].append([value / row["values"][0] for value in row["values"]])
         return {base: _ragged_mean(curves) for base, curves in found.items()}
