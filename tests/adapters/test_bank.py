@@ -7,6 +7,7 @@ import copy
 import peft
 import pytest
 import torch
+from torch import nn
 
 import tiny_models
 from foretune.adapters.bank import AdapterBank
@@ -266,3 +267,21 @@ def test_a_model_that_drops_rows_is_told_so():
     bank = _bank(model)
     with pytest.raises(ValueError, match="mixes or drops rows"), bank.attached(), route((0, 1)):
         model(torch.randn(3, 3, 8, dtype=torch.float64))
+
+
+def test_adapters_inside_a_transformer_encoder_count_when_it_is_scored():
+    """torch's fast path reads the weights of `linear1` and `linear2` without calling them."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    names = ["layers.0.linear1", "layers.0.linear2"]
+    bank = AdapterBank(model, ["a"], lora={"r": 2, "target_modules": names})
+    x = torch.randn(3, 5, 8)
+    with torch.no_grad():
+        before = model(x)
+        for name in names:
+            a, b = bank.factors(name, 0)
+            bank.set_factors(name, 0, torch.randn_like(a), torch.randn_like(b))
+        with bank.attached(), route((0, 0, 0)):
+            adapted = model(x)
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert not torch.allclose(before, adapted)

@@ -116,6 +116,9 @@ class AdapterBank(nn.Module):
     def attached(self) -> Iterator[AdapterBank]:
         """Inside the block, the model's forward passes under `route` go through the bank."""
         patched: list[nn.Module] = []
+        # torch's fused encoder layer reads its linear layers' weights instead of calling them
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             for name, module in self._modules_of.items():
                 if "forward" in vars(module):
@@ -125,6 +128,7 @@ class AdapterBank(nn.Module):
                 patched.append(module)
             yield self
         finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
             for module in patched:
                 del module.forward
 

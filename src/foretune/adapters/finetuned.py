@@ -321,7 +321,7 @@ def _adapter_folder(name: str, folder: Path, skeleton: nn.Module) -> Finetuned:
     found = _adapter(name, config, tensors, skeleton)
     if (folder / LABELS_FILE).is_file():
         labels = json.loads((folder / LABELS_FILE).read_text("utf-8"))
-        found.labels = {i: str(label) for i, label in enumerate(labels)}
+        found.labels = {i: str(label) for i, label in enumerate(labels) if label is not None}
     return found
 
 

@@ -131,8 +131,8 @@ def name_outputs(model: nn.Module, labels: Sequence[object]) -> None:
     config: Any = getattr(model, "config", None)
     if not labels or not hasattr(config, "id2label") or not has_fresh_head(model):
         return
-    generic = [f"LABEL_{i}" for i in range(len(labels), config.num_labels)]
-    config.id2label = dict(enumerate([*map(str, labels), *generic]))
+    names = {i: f"LABEL_{i}" for i in range(config.num_labels)}
+    config.id2label = names | {i: str(v) for i, v in enumerate(labels) if v is not None}
     config.label2id = {name: i for i, name in config.id2label.items()}
 
 

@@ -85,9 +85,13 @@ class Classification:
         """The form whose ids are a task's own, for a head of each task's own."""
         return dataclasses.replace(self, space=None)
 
-    def output_labels(self, task: str) -> tuple[Label, ...]:
-        """The labels of a head's outputs in a task, in their order; outputs beyond mean nothing."""
-        return self.labels[task] if self.space is None else self.space
+    def output_labels(self, task: str) -> tuple[Label | None, ...]:
+        """The labels of a head's outputs in a task, in their order; outputs beyond mean nothing.
+
+        None for a label that the task has not: its output does not count in loss and score either.
+        """
+        known = self.labels[task]
+        return known if self.space is None else tuple(v if v in known else None for v in self.space)
 
     def fit(self, tasks: TaskCollection) -> Classification:
         """Learns each task's labels from its training rows.
