@@ -30,6 +30,13 @@ def images(name: str) -> Task:
     return Task(name, train=rows, validation=rows[:2], test=rows[2:])
 
 
+def distilbert() -> transformers.PreTrainedModel:
+    config = transformers.DistilBertConfig(
+        vocab_size=len(tiny_models.tokenizer()), dim=8, hidden_dim=16, n_layers=2, n_heads=2
+    )
+    return transformers.DistilBertForSequenceClassification(config).eval()
+
+
 CASES = {
     "gpt2": (tiny_models.gpt2, CausalLM, prompts, "AutoModelForCausalLM"),
     "llama": (tiny_models.llama, CausalLM, prompts, "AutoModelForCausalLM"),
@@ -41,6 +48,7 @@ CASES = {
         labels,
         "AutoModelForSequenceClassification",
     ),
+    "distilbert": (distilbert, Classification, labels, "AutoModelForSequenceClassification"),
     "vit": (
         lambda: tiny_models.vit(num_labels=2),
         Classification,

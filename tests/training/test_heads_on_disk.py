@@ -14,7 +14,7 @@ import transformers
 
 import foretune
 import tiny_models
-from command_line import call
+from command_line import call, the_error
 from foretune import PEFTML, SMILE, Classification, Full, LoRA, Run, Standard, Task, TaskCollection
 from foretune.recipes.model_card import model_card
 
@@ -164,3 +164,31 @@ def test_adapters_of_seen_tasks_have_labels_too(base):
     assert json.loads((folder / "b" / "labels.json").read_text()) == ["x", "y", "z"]
     config = transformers.AutoConfig.from_pretrained(base.run.out / "base")
     assert config.id2label[0] == "LABEL_0", "the tasks' labels are their own: the base has none"
+
+
+def test_bases_with_other_tokens_or_labels_are_not_compared(tmp_path):
+    """All bases are given the same token and label ids: those of the first."""
+    folders = {}
+    for name, own in {
+        "one": ["no", "yes"],
+        "labels": ["high", "low"],
+        "tokens": ["no", "yes"],
+    }.items():
+        seen = collection(a=own, b=own)
+        if name == "tokens":
+            seen.objective.tokenizer.add_tokens(["other"])
+        folders[name] = tmp_path / name / "base"
+        foretune.retrain(
+            tiny_models.bert(num_labels=2), seen, Standard(), STEPS.replace(out=tmp_path / name)
+        )
+    (tmp_path / "x.jsonl").write_text(
+        "".join(
+            json.dumps({"task": "c", "text": f"{i} {word}", "label": "yes" if i % 2 else "no"})
+            + "\n"
+            for i, word in enumerate(WORDS * 3)
+        )
+    )
+    words = ["--tasks", tmp_path / "x.jsonl", "--out", tmp_path / "out", "--shots", "1", "steps=1"]
+    for other, reason in (("labels", "for other labels"), ("tokens", "another tokenizer")):
+        assert reason in the_error("compare", folders["one"], folders[other], *words)
+        assert not (tmp_path / "out").exists()

@@ -62,7 +62,8 @@ def _declared_head(model: nn.Module) -> list[str]:
     for name in HEADS:
         head = getattr(model, name, None)
         if isinstance(head, nn.Module) and any(True for _ in head.parameters()):
-            return [name]
+            before = f"pre_{name}"  # DistilBERT's head has two parts
+            return [before, name] if isinstance(getattr(model, before, None), nn.Module) else [name]
     return []
 
 

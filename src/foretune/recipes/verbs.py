@@ -217,7 +217,7 @@ def compare_folders(
     collection, _ = load_tasks(source, kind)
     first = next(iter(bases.values()))
     loaded = _Loaded(bases)
-    fitted = first.objective(objective, loaded.tokenizer(first.name)).fit(collection)
+    fitted = first.objective(objective, _one_tokenizer(loaded)).fit(collection)
     prepare_folder(out, resume=resume, overwrite=overwrite)
     with console.bar(
         f"adapting {len(bases)} bases to {len(collection)} tasks", rounds=len(bases) * len(shots)
@@ -303,6 +303,33 @@ def _named(bases: Sequence[SavedBase]) -> dict[str, SavedBase]:
     return {
         name: dataclasses.replace(base, name=name) for name, base in zip(names, bases, strict=True)
     }
+
+
+def _one_tokenizer(loaded: _Loaded) -> Any:
+    """The tokenizer of all bases, which read the same rows.
+
+    Raises:
+        UserError: Bases have other tokens, or heads for other labels, than the first one.
+    """
+    first, *others = loaded
+    tokenizer = loaded.tokenizer(first)
+    for other in others:
+        if _vocabulary(loaded.tokenizer(other)) != _vocabulary(tokenizer):
+            raise UserError(
+                f"{other} has another tokenizer than {first}, and all bases are given the same "
+                "tokens: compare bases of one model"
+            )
+        spaces = [loaded.bases[n].about.get("objective", {}).get("space") for n in (first, other)]
+        if None not in spaces and spaces[0] != spaces[1]:
+            raise UserError(
+                f"the head of {other} is for other labels than that of {first}: compare bases that "
+                "were retrained on the same labels"
+            )
+    return tokenizer
+
+
+def _vocabulary(tokenizer: Any) -> Any:
+    return None if tokenizer is None else tokenizer.get_vocab()
 
 
 def _one_kind(bases: Mapping[str, SavedBase], objective: str | None) -> str:
