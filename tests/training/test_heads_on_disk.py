@@ -7,10 +7,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
 import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import foretune
 import tiny_models
@@ -115,7 +118,11 @@ def test_adapt_says_how_to_load_a_wide_head(base, tmp_path):
     words = ["--tasks", str(tmp_path / "new.jsonl"), "--out", str(tmp_path / "out"), "steps=1"]
     told = call("adapt", str(base.run.out / "base"), *words)
     assert told.exit_code == 0
-    assert "load the base with num_labels=7, ignore_mismatched_sizes=True" in told.stdout
+    code = told.stdout.partition("load them like this:\n")[2]
+    exec(code, shown := {})
+    assert shown["model"].get_base_model().classifier.modules_to_save.default.out_features == 7
+    full = foretune.adapt(base.model, collection(new="abcdefg"), Full(), STEPS)
+    assert full.num_labels is None, "a whole model brings its head"
 
 
 def test_fusing_knows_the_labels(base, tmp_path):
@@ -192,3 +199,14 @@ def test_bases_with_other_tokens_or_labels_are_not_compared(tmp_path):
     for other, reason in (("labels", "for other labels"), ("tokens", "another tokenizer")):
         assert reason in the_error("compare", folders["one"], folders[other], *words)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_shared_head_of_unknown_width_stays_the_bases():
+    """Of a head without `nn.Linear` nothing tells that it does not fit."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(8, 4), nn.ReLU(), Conv1D(2, 8))
+    rows = [{"x": np.full(4, i, dtype=np.float32), "y": i % 2} for i in range(8)]
+    tasks = [Task(name, train=rows, validation=rows[:2], test=rows[2:]) for name in "cd"]
+    unseen = TaskCollection(tasks, Classification())
+    adapted = foretune.adapt(model, unseen, LoRA(lora={"r": 2, "target_modules": ["0"]}), STEPS)
+    assert {key.partition(".lora_")[0] for key in adapted.tensors["c", 0]} == {"base_model.model.0"}

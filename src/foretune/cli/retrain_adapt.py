@@ -99,7 +99,5 @@ def adapt(
         emit("No task has test rows: nothing was scored.")
     emit(f"Adapters: {out}")
     if result["num_labels"] is not None:
-        emit(
-            f"A task has more labels than the base's head has outputs: load the base with "
-            f"num_labels={result['num_labels']}, ignore_mismatched_sizes=True"
-        )
+        emit("A task has more labels than the base's head has outputs, so load them like this:")
+        emit("\n".join(result["code"]))

@@ -14,6 +14,7 @@ from typing import Any
 import foretune
 from foretune.errors import UserError
 from foretune.files import MODULE_FILE
+from foretune.models.loading_code import class_name, loading_code
 from foretune.recipes.blocks import AdaptBlock, TasksBlock
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import check_place, prepare_folder
@@ -123,6 +124,8 @@ def adapt_folder(
         overwrite: Empty `out` first.
         console: Is told how it goes.
     """
+    from foretune.training.outcome import folder_name
+
     block, source = settings(tasks, changes)
     found = find_base(base)
     known = objective or found.kind
@@ -148,6 +151,12 @@ def adapt_folder(
         "scores": scores,
         "mean": sum(scores.values()) / len(scores) if scores else None,
         "num_labels": adapted.num_labels,
+        "code": loading_code(
+            class_name(model),
+            str(found.folder),
+            str(out / folder_name(collection.names[0])),
+            adapted.num_labels,
+        ),
         "cost": adapted.cost,
     }
 

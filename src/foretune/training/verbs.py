@@ -186,7 +186,7 @@ def _to_adapt(model: nn.Module, objective: Objective, seed: int) -> tuple[nn.Mod
     outputs = objective.num_outputs()
     if outputs is not None:
         width = head_width(model)
-        if width != outputs and hasattr(objective, "local"):
+        if width not in (None, outputs) and hasattr(objective, "local"):
             objective = objective.local()
             outputs = max(width or 0, objective.num_outputs() or 0)
     return _copy_with_head(model, objective, outputs, seed), objective
@@ -214,7 +214,7 @@ def interpolate(model: nn.Module, given: nn.Module, share: float) -> None:
 def _save(outcome: Outcome, deal: Deal, out: Path, *, save: bool) -> None:
     """Each process writes its own tasks' adapters, then the first one everything else."""
     with deal.ranks.together():
-        if save and outcome.bank is not None and deal.ranks.rank > 0:
+        if save and deal.ranks.rank > 0:
             outcome.save_adapters(out)
 
     def finish() -> None:
@@ -308,8 +308,10 @@ def adapt(
     deal = deal_out(ranks, TaskData(slots, objective), run.batch_size, len(slots), pooled=False)
     result = Adapted({}, {}, {}, {}, "", write=getattr(method, "write", None))
     result.labels = labels_of(objective, tasks.names)
-    if objective.num_outputs() is not None and head_width(model) != head_width(given):
-        result.num_labels = head_width(model)
+    # Whole models bring their head; adapters are put on the base's.
+    if method.shares_base and objective.num_outputs() is not None:
+        width = head_width(model)
+        result.num_labels = None if width == head_width(given) else width
     with torch.random.fork_rng(), metered() as cost, ranks.together():
         for wave in _waves(deal, _wave_size(model, slots, objective, method, run)):
             _adapt_wave(model, wave, objective, method, run, split, result, progress)
