@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from foretune.models.forecast_config import ForecastMAEConfig
-from foretune.models.forecast_mae import ForecastMAE
-from foretune.tasks.junctions import FUTURE_STEPS, HISTORY_STEPS, LANE_POINTS, junctions
+from foretune.forecasting.config import ForecastMAEConfig
+from foretune.forecasting.junctions import FUTURE_STEPS, HISTORY_STEPS, LANE_POINTS, junctions
+from foretune.forecasting.model import ForecastMAE
 from foretune.tasks.objectives import Forecast, Objective
 from foretune.tasks.task import Task, TaskCollection
 

@@ -295,7 +295,7 @@ def score(model: Any, sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]
 
 def probe(world: Mapping[str, Any]) -> dict[str, float]:
     """Logistic regression on the untouched embeddings: it has no say on classes without rows."""
-    from foretune.linalg.logistic import logistic_probe
+    from foretune.decoding.logistic import logistic_probe
 
     model = world["model"]
     inputs, classes = few_shot_inputs(world)

@@ -3,8 +3,8 @@
     python benchmarks/claims/forecast_peft.py --data FOLDER   # results/forecast_peft.json
     python benchmarks/claims/forecast_peft.py --parts junctions --seeds 0 --out FILE
 
-junctions     made up (`foretune.tasks.junctions`): which exits are open only the lanes tell, which
-              one is taken is chance. Needs no data.
+junctions     made up (`foretune.forecasting.junctions`): which exits are open only the lanes tell,
+              which one is taken is chance. Needs no data.
 pedestrians   FOLDER/trajnet_sdd (pretraining) and FOLDER/eth_ucy (unseen scenes to adapt to):
               text files of lines `frame id x y`, in metres, 0.4 s a step. 8 history and 12 future
               steps.
@@ -33,14 +33,14 @@ from typing import Any
 import torch
 
 import foretune
-from foretune.evaluation.forecasting import forecast_rows, measures
 from foretune.evaluation.statistics import paired_difference
+from foretune.forecasting.config import ForecastMAEConfig
+from foretune.forecasting.forecasters import add_head, add_prompts
+from foretune.forecasting.junctions import junctions
+from foretune.forecasting.measures import forecast_rows, measures
+from foretune.forecasting.model import ForecastMAE
+from foretune.forecasting.readers import load_scenes
 from foretune.methods import make
-from foretune.models.forecast_config import ForecastMAEConfig
-from foretune.models.forecast_mae import ForecastMAE
-from foretune.models.forecasters import add_head, add_prompts
-from foretune.tasks.junctions import junctions
-from foretune.tasks.scene_readers import load_scenes
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training.record import environment
 

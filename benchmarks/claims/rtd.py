@@ -28,13 +28,13 @@ import numpy as np
 import torch
 import transformers
 
-from foretune.adapters.reference_store import Lookup, ReferenceStore
-from foretune.evaluation.reference_controls import calibrated, laws, train_lora
-from foretune.evaluation.references import evaluate_store
-from foretune.linalg.logistic import logistic_probe
+from foretune.decoding.datastore_folders import rows_of
+from foretune.decoding.logistic import logistic_probe
+from foretune.decoding.reference_store import Lookup, ReferenceStore
+from foretune.decoding.references import References
+from foretune.decoding.store_controls import calibrated, laws, train_lora
+from foretune.decoding.store_table import evaluate_store
 from foretune.models.loading import load_model
-from foretune.recipes.datastore import rows_of
-from foretune.tasks.references import References
 from foretune.training.record import environment
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "rtd.json"

@@ -189,7 +189,7 @@ def truncated(fused: Any, k: int, gate_k: int) -> Any:
     """The fusion of lower ranks: the first columns of one of full rank, which are the same."""
     from torch import nn
 
-    from foretune.models.mixture import expert_layers
+    from foretune.fusion.mixture import expert_layers
 
     made = copy.deepcopy(fused)
     for layer in expert_layers(made.model).values():
@@ -204,7 +204,7 @@ def truncated(fused: Any, k: int, gate_k: int) -> Any:
 
 def plain_of(fused: Any) -> Any:
     """The model of the base's size, for counting."""
-    from foretune.models.mixture import expert_layers, replace_module
+    from foretune.fusion.mixture import expert_layers, replace_module
 
     plain = copy.deepcopy(fused.model)
     for name, layer in expert_layers(plain).items():

@@ -32,12 +32,12 @@ from torch import nn
 
 import foretune
 from foretune import Classification, Run, Standard, SubspaceSFDA, Task, TaskCollection, Unlabelled
-from foretune.evaluation.classes import class_report
-from foretune.models.time_series_cnn import TimeSeriesCNN
-from foretune.models.tucker import core_parameters, count_macs, tuckerize
+from foretune.source_free.classes import class_report
+from foretune.source_free.learner import SourceFreeLearner, add_imputer
+from foretune.source_free.losses import Shot
+from foretune.source_free.time_series_cnn import TimeSeriesCNN
+from foretune.source_free.tucker import core_parameters, count_macs, tuckerize
 from foretune.training.record import environment
-from foretune.training.source_free import SourceFreeLearner, add_imputer
-from foretune.training.source_free_losses import Shot
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "subspace_sfda.json"
 SEEDS = (0, 1, 2)

@@ -37,9 +37,9 @@ from torch import Tensor
 
 import foretune
 from foretune.methods import make
-from foretune.models.expert_statistics import Collector
-from foretune.models.experts import find_blocks
-from foretune.training.pruning import prune_with
+from foretune.pruning.experts import find_blocks
+from foretune.pruning.prune import prune_with
+from foretune.pruning.statistics import Collector
 from foretune.training.record import environment
 
 HERE = Path(__file__).resolve().parent

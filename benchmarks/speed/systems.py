@@ -26,7 +26,7 @@ from foretune.models.routing import route
 from foretune.run import Run
 from foretune.tasks.batch import Batch
 from foretune.training.data import SlotRows, Step, TaskData
-from foretune.training.learner import Learner, usual_token_budget
+from foretune.training.learners.joint import Learner, usual_token_budget
 
 RATE = 1e-5
 RUN = Run(max_grad_norm=None, weight_decay=0.01)

@@ -46,7 +46,7 @@ def prune(model: nn.Module | str | PathLike[str], rows: Any, method: Any, **opti
         UserError: A method of another verb, a model without experts, or a number of experts that
             the architecture cannot have.
     """
-    from foretune.training.pruning import prune_mixture
+    from foretune.pruning.prune import prune_mixture
 
     _check_verb(method, "prune")
     return prune_mixture(model, rows, method, **options)

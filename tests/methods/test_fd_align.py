@@ -16,8 +16,8 @@ from foretune import FDAlign, PromptClassification, Run, Task, TaskCollection
 from foretune.errors import UserError
 from foretune.methods import make
 from foretune.models import dual_encoder
-from foretune.training.aligned import AlignedLearner, keys_of
 from foretune.training.data import TaskData, slot_of
+from foretune.training.learners.fd_align import AlignedLearner, keys_of
 from foretune.training.loop import fit
 from foretune.training.ranks import Deal
 from foretune.training.scoring import score_slots

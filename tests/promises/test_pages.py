@@ -12,7 +12,7 @@ import typer
 
 from foretune.cli import app
 from foretune.recipes.schema import packaged_recipes
-from foretune.recipes.theory_recipe import load_any
+from foretune.theory.recipe import load_any
 from promises.pages import PAGES, ROOT, blocks, inline, name_of, shell_lines
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ import pytest
 import foretune
 from foretune.recipes.schema import load_recipe, packaged_recipes
 from foretune.recipes.templates import TEMPLATES
-from foretune.recipes.theory_recipe import load_any
+from foretune.theory.recipe import load_any
 
 ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = re.compile(r"\.git|\.venv|runs|build|dist|\w*_*cache_*|\.\w+_cache|.*\.egg-info")

@@ -8,7 +8,7 @@ import torch
 import foretune
 from foretune.errors import UserError
 from foretune.run import Run
-from foretune.training.learner import Learner
+from foretune.training.learners.joint import Learner
 from linear_tasks import Net, family
 
 RUN = Run(steps=12, batch_size=4, eval_every=4, device="cpu", weight_decay=0.0)

@@ -9,7 +9,7 @@ import torch
 import foretune
 from foretune import Classification, Run, Task, TaskCollection
 from foretune.models.surgery import batch_norms
-from foretune.models.time_series_cnn import TimeSeriesCNN
+from foretune.source_free.time_series_cnn import TimeSeriesCNN
 
 RUN = Run(steps=4, batch_size=6, eval_every=2, device="cpu")
 LORA = {"r": 2, "lora_alpha": 4}

@@ -14,7 +14,7 @@ from foretune.run import Run
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training import verbs
 from foretune.training.data import TaskData
-from foretune.training.learner import Learner, make_bank, usual_token_budget
+from foretune.training.learners.joint import Learner, make_bank, usual_token_budget
 from linear_tasks import Net, equal_bits, family
 
 WORDS = ["the", "red", "blue", "green", "cat", "dog", "a", "big", "small", "runs", "sits"]

@@ -18,7 +18,7 @@ from foretune.tasks.objectives.regression import Regression
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import PerTaskSampler, PooledSampler, TaskData
-from foretune.training.learner import Learner
+from foretune.training.learners.joint import Learner
 from foretune.training.loop import DivergedError, fit, schedule
 from foretune.training.verbs import sampler_for
 from linear_tasks import Net, copy_of, equal_bits, family

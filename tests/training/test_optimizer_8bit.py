@@ -12,7 +12,7 @@ import tiny_models
 from foretune.errors import UserError
 from foretune.run import Run
 from foretune.tasks.objectives.regression import Regression
-from foretune.training.learner import Learner
+from foretune.training.learners.joint import Learner
 from foretune.training.optim import adamw_of
 from linear_tasks import Net, family
 

@@ -47,7 +47,7 @@ def compare(
         raise UserError("compare needs at least one base's folder")
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
-        from foretune.recipes.verbs import compare_folders
+        from foretune.recipes.on_folders import compare_folders
 
         comparison = compare_folders(
             folders,

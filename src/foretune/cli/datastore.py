@@ -40,7 +40,7 @@ def build(
 
     one_of("--key-type", key_type, ("float32", "float16", "bfloat16"))
     with quiet_stdout():
-        from foretune.recipes.datastore import build_folder
+        from foretune.decoding.datastore_folders import build_folder
 
         result = build_folder(
             model,
@@ -73,7 +73,7 @@ def tune(
 ) -> None:
     """Choose neighbours, temperature and mix on the store, one row left out at a time."""
     with quiet_stdout():
-        from foretune.recipes.datastore import tune_folder
+        from foretune.decoding.datastore_folders import tune_folder
 
         found = tune_folder(store, heads=heads, sample=sample, seed=seed)
     if json:
@@ -115,12 +115,12 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Score the store, and what else could be done with its rows, on other rows."""
-    from foretune.recipes.generate import decode_method
+    from foretune.decoding.prompts import decode_method
 
     decode_method("rtd", changes or [])
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
-        from foretune.recipes.datastore import evaluate_folder
+        from foretune.decoding.datastore_folders import evaluate_folder
 
         result = evaluate_folder(
             store,

@@ -37,12 +37,12 @@ def pretrain(
     json: Json = False,
 ) -> None:
     """Pretrain a Forecast-MAE: hidden histories, futures and lanes are predicted from the rest."""
-    from foretune.recipes.forecasting import pretraining
+    from foretune.forecasting.folders import pretraining
 
     asked = pretraining(changes or [], seed)
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
-        from foretune.recipes.forecasting import pretrain_folder
+        from foretune.forecasting.folders import pretrain_folder
 
         result = pretrain_folder(asked, scenes, out, overwrite=overwrite, console=StderrConsole())
     if json:
@@ -71,12 +71,12 @@ def adapt(
     json: Json = False,
 ) -> None:
     """Adapt a pretrained model to each task of the scenes."""
-    from foretune.recipes.forecasting import adapting
+    from foretune.forecasting.folders import adapting
 
     record, run = adapting(method, changes or [], seed)
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
-        from foretune.recipes.forecasting import adapt_folder
+        from foretune.forecasting.folders import adapt_folder
 
         result = adapt_folder(
             base,
@@ -113,7 +113,7 @@ def evaluate(
 
     one_of("--split", split, ("train", "validation", "test"))
     with quiet_stdout():
-        from foretune.recipes.forecasting import evaluate_folder
+        from foretune.forecasting.folders import evaluate_folder
 
         result = evaluate_folder(
             model,

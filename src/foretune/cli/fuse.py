@@ -29,7 +29,7 @@ def fuse(
     json: Json = False,
 ) -> None:
     """Fuse fine-tuned models over one base into one, without training."""
-    from foretune.recipes.fuse import fuse_folders, parse_request, settings_of
+    from foretune.fusion.folders import fuse_folders, parse_request, settings_of
 
     request = parse_request(method, given)
     with quiet_stdout():

@@ -67,7 +67,7 @@ def generate(
     json: Json = False,
 ) -> None:
     """Continue prompts, plainly or with another law of the next token."""
-    from foretune.recipes.generate import check_resources, decode_method, split_words
+    from foretune.decoding.prompts import check_resources, decode_method, split_words
 
     prompt, settings = split_words(words or [], method, prompts is not None)
     if method is None and settings:
@@ -83,7 +83,7 @@ def generate(
     options |= _drawing(sample, temperature, beams)
     _check_figure(out, betas, oracle, overwrite)
     with quiet_stdout(), _warnings_as_lines():
-        from foretune.models.generation import read_prompts
+        from foretune.decoding.generation import read_prompts
 
         if prompt is None and prompts is None and sys.stdin.isatty():
             raise UserError('no prompt: foretune generate MODEL "text", --prompts FILE, or stdin')
@@ -97,11 +97,11 @@ def generate(
         if betas is not None:
             if read or speculative:
                 raise UserError("--beta-sweep takes the same prompts for all and drafts nothing")
-            from foretune.recipes.beta_sweep import figure, sweep, table_rows
+            from foretune.decoding.beta_sweep import figure, sweep, table_rows
 
             rows = sweep(model, texts, record, betas, resources, oracle, **options)
         else:
-            from foretune.recipes.generate import generate as run
+            from foretune.decoding.prompts import generate as run
 
             drafting = {"speculative": True} if speculative else {}
             result = run(

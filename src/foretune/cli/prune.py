@@ -38,7 +38,7 @@ def prune(
     json: Json = False,
 ) -> None:
     """Prune a mixture of experts for one task."""
-    from foretune.recipes.pruning import prune_folder, prune_method
+    from foretune.pruning.folders import prune_folder, prune_method
     from foretune.run import above_zero
 
     record = prune_method(method, changes or [])

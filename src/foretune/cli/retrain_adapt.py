@@ -75,7 +75,7 @@ def adapt(
     """Adapt a base to new tasks; one PEFT folder for each."""
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
-        from foretune.recipes.verbs import adapt_folder
+        from foretune.recipes.on_folders import adapt_folder
 
         result = adapt_folder(
             base,

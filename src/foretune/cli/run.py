@@ -20,7 +20,7 @@ from foretune.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from foretune.recipes.theory_recipe import TheoryRecipe
+    from foretune.theory.recipe import TheoryRecipe
 
 
 def run(
@@ -32,7 +32,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Retrain, adapt to unseen tasks, compare, report; or an experiment."""
-    from foretune.recipes.theory_recipe import TheoryRecipe, load_any
+    from foretune.theory.recipe import TheoryRecipe, load_any
 
     loaded = load_any(recipe, changes or [])
     if out is not None:
@@ -42,8 +42,8 @@ def run(
         return
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
+        from foretune.recipes.on_folders import adapt_command
         from foretune.recipes.runner import run_recipe
-        from foretune.recipes.verbs import adapt_command
 
         comparison = run_recipe(loaded, resume=resume, overwrite=overwrite, console=StderrConsole())
     if json:
@@ -57,8 +57,8 @@ def run(
 def _run_experiment(recipe: TheoryRecipe, resume: bool, overwrite: bool, json: bool) -> None:
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
-        from foretune.recipes.theory_recipe import run_theory
         from foretune.theory.experiment import tables
+        from foretune.theory.recipe import run_theory
 
         result = run_theory(recipe, resume=resume, overwrite=overwrite, console=StderrConsole())
     if json:

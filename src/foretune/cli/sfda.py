@@ -50,7 +50,7 @@ def prepare(
     one_of("--layers", layers, ("all", "convolutions", "linear"))
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
-        from foretune.recipes.sfda import prepare_folder
+        from foretune.source_free.folders import prepare_folder
 
         result = prepare_folder(
             model,
@@ -105,7 +105,7 @@ def adapt(
     """Tune the cores on rows of a target; labels are not read."""
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
-        from foretune.recipes.sfda import adapt_folder
+        from foretune.source_free.folders import adapt_folder
 
         result = adapt_folder(
             prepared,
@@ -142,7 +142,7 @@ def evaluate(
     if report is not None and report.exists() and not overwrite:
         raise UserError(f"{report} exists: --overwrite replaces it")
     with quiet_stdout():
-        from foretune.recipes.sfda import eval_folder
+        from foretune.source_free.folders import eval_folder
 
         result: dict[str, Any] = eval_folder(
             adapted, rows, base=base, domain=domain, split=split, report=report
@@ -150,7 +150,7 @@ def evaluate(
     if json:
         emit_json(result)
         return
-    from foretune.evaluation.report.shift import shift_rows
+    from foretune.source_free.shift import shift_rows
 
     head = ["class", "rows", "F1 before", "F1 after", "difference"]
     emit(table(head, shift_rows(result["before"], result["after"])))

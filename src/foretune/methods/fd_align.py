@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from foretune.tasks.objectives import Objective
-    from foretune.training.learner import Learner
+    from foretune.training.learners.joint import Learner
 
 PAPER = {
     "title": "FD-Align: Feature Discrimination Alignment for Fine-tuning Pre-Trained Models in "
@@ -133,8 +133,8 @@ class FDAlign:
     ) -> Learner:
         from foretune.linalg.prototypes import representatives, spurious_prototypes
         from foretune.tasks.objectives.prompts import PromptClassification
-        from foretune.training.aligned import AlignedLearner
-        from foretune.training.learner import make_bank
+        from foretune.training.learners.fd_align import AlignedLearner
+        from foretune.training.learners.joint import make_bank
 
         if not isinstance(objective, PromptClassification):
             raise UserError(

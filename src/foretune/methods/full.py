@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from foretune.tasks.objectives import Objective
-    from foretune.training.learner import Learner
+    from foretune.training.learners.joint import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,6 @@ class Full:
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        from foretune.training.learner import Learner
+        from foretune.training.learners.joint import Learner
 
         return Learner(model, objective, learning_rate=self.learning_rate)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from foretune.tasks.objectives import Objective
-    from foretune.training.learner import Learner
+    from foretune.training.learners.joint import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Head:
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        from foretune.training.learner import Learner, make_bank
+        from foretune.training.learners.joint import Learner, make_bank
 
         bank = make_bank(model, objective, keys, run.seed, head_copies=True)
         return Learner(model, objective, bank=bank, bank_learning_rate=self.learning_rate)

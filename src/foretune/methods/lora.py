@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from foretune.tasks.objectives import Objective
-    from foretune.training.learner import Learner
+    from foretune.training.learners.joint import Learner
 
 PAPER = {
     "title": "LoRA: Low-Rank Adaptation of Large Language Models",
@@ -61,7 +61,7 @@ class LoRA:
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        from foretune.training.learner import Learner, make_bank
+        from foretune.training.learners.joint import Learner, make_bank
 
         bank = make_bank(model, objective, keys, run.seed, lora=self.lora)
         return Learner(model, objective, bank=bank, bank_learning_rate=self.learning_rate)

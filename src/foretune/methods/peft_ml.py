@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from foretune.tasks.objectives import Objective
-    from foretune.training.learner import Learner
+    from foretune.training.learners.joint import Learner
 
 PAPER = {
     "title": "Provable Meta-Learning with Low-Rank Adaptations",
@@ -147,8 +147,8 @@ class PEFTML:
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        from foretune.training.between import BetweenLearner
-        from foretune.training.learner import make_bank
+        from foretune.training.learners.joint import make_bank
+        from foretune.training.learners.peft_ml import BetweenLearner
 
         lora = None if self.form == "last-layer" else self.lora
         own_heads = lora is None or self.heads == "per-task"

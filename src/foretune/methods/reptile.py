@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from foretune.tasks.objectives import Objective
-    from foretune.training.learner import Learner
+    from foretune.training.learners.joint import Learner
 
 PAPER = {
     "title": "On First-Order Meta-Learning Algorithms",
@@ -90,8 +90,8 @@ class Reptile:
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        from foretune.training.episodes import EpisodicLearner
-        from foretune.training.learner import make_bank
+        from foretune.training.learners.episodic import EpisodicLearner
+        from foretune.training.learners.joint import make_bank
 
         lora = self.lora if self.inner == "adapter" else None
         bank = make_bank(model, objective, keys, run.seed, lora=lora)

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from foretune.tasks.objectives import Objective
-    from foretune.training.learner import Learner
+    from foretune.training.learners.joint import Learner
 
 PAPER = {
     "title": "SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank "
@@ -106,7 +106,7 @@ class SaRA:
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
         from foretune.adapters.sparse import SparseDelta, own_heads
-        from foretune.training.sparse import SparseLearner
+        from foretune.training.learners.sara import SparseLearner
 
         heads = own_heads(model, objective.num_outputs())
         indices, threshold = self.support(model, heads)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from foretune.tasks.objectives import Objective
-    from foretune.training.learner import Learner
+    from foretune.training.learners.joint import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Standard:
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        from foretune.training.learner import Learner, make_bank
+        from foretune.training.learners.joint import Learner, make_bank
 
         bank = None
         if self.heads == "per-task":

@@ -136,7 +136,7 @@ def _build(
     dtype: torch.dtype | str = torch.float32,
 ) -> Any:
     if (Path(where) / "experts.json").is_file():
-        from foretune.models.expert_plan import load_special, read_special
+        from foretune.pruning.plan import load_special, read_special
 
         about = read_special(Path(where))
         if about is not None:

@@ -14,7 +14,7 @@ from foretune.errors import ForetuneError, UserError
 from foretune.run import Run
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import Sampler, TaskData
-from foretune.training.learner import Learner
+from foretune.training.learners.joint import Learner
 from foretune.training.ranks import Deal
 from foretune.training.sharding import gathered, local
 from foretune.training.stopping import EarlyStopping

@@ -18,7 +18,7 @@ from foretune.files import write_whole
 from foretune.models.loading import load_weights
 from foretune.run import Run
 from foretune.tasks.task import Task
-from foretune.training.learner import Learner
+from foretune.training.learners.joint import Learner
 from foretune.training.outcome import Adapted, folder_name
 from foretune.training.ranks import Ranks
 

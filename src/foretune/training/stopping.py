@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from foretune.training.data import Pick
-from foretune.training.learner import Learner
+from foretune.training.learners.joint import Learner
 
 
 @dataclass

@@ -34,7 +34,7 @@ from foretune.training.data import (
     TaskData,
     number_of,
 )
-from foretune.training.learner import Learner
+from foretune.training.learners.joint import Learner
 from foretune.training.loop import Progress, fit
 from foretune.training.outcome import Adapted, Outcome, labels_of
 from foretune.training.ranks import Deal, check_layers, check_model, connected, deal_out, join

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from foretune.forecasting.objective import Forecast
+    from foretune.forecasting.pretraining import SceneReconstruction
     from foretune.tasks.batch import Batch
     from foretune.tasks.objectives.causal_lm import CausalLM
     from foretune.tasks.objectives.choice import Choice
     from foretune.tasks.objectives.classification import Classification
     from foretune.tasks.objectives.denoising import Denoising
-    from foretune.tasks.objectives.forecast import Forecast
     from foretune.tasks.objectives.prompts import PromptClassification
     from foretune.tasks.objectives.regression import Regression
-    from foretune.tasks.objectives.scene_reconstruction import SceneReconstruction
     from foretune.tasks.task import TaskCollection
 
 __all__ = [
@@ -48,9 +48,9 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "denoising": ("foretune.tasks.objectives.denoising", "Denoising"),
     "regression": ("foretune.tasks.objectives.regression", "Regression"),
     "prompts": ("foretune.tasks.objectives.prompts", "PromptClassification"),
-    "forecast": ("foretune.tasks.objectives.forecast", "Forecast"),
+    "forecast": ("foretune.forecasting.objective", "Forecast"),
     "scene-reconstruction": (
-        "foretune.tasks.objectives.scene_reconstruction",
+        "foretune.forecasting.pretraining",
         "SceneReconstruction",
     ),
 }

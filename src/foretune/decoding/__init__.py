@@ -1,0 +1,1 @@
+"""Decoding with other models or stored references: EFT, RTD. A wing."""

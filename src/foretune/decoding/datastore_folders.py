@@ -1,0 +1,137 @@
+"""`foretune datastore`: a store of references on folders and files."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from foretune.decoding.prompts import decode_method
+from foretune.errors import UserError
+from foretune.recipes.console import SILENT, Console
+from foretune.tasks.readers import read_rows
+
+
+def rows_of(source: str, *, task: str | None = None, split: str | None = None) -> list[Any]:
+    """The rows of a file, of one task or split where that is asked for.
+
+    Args:
+        source: A path or a dataset, as in a recipe's `tasks.source`.
+        task: Rows whose `task` it is; None for all.
+        split: Rows whose `split` it is; None for all.
+
+    Raises:
+        UserError: No file, or no such row.
+    """
+    found, tasks, splits = [], set(), set()
+    for row in read_rows(source):
+        its_split = row.fields.get("split", row.split)
+        tasks.add(row.fields.get("task"))
+        splits.add(its_split)
+        if task in (None, row.fields.get("task")) and split in (None, its_split):
+            found.append(row.fields)
+    if not found:
+        wanted = ", ".join(f"{k} {v}" for k, v in (("task", task), ("split", split)) if v)
+        has = sorted(str(one) for one in (tasks if task else splits) if one is not None)
+        raise UserError(
+            f"{source} has no row"
+            + (f" of {wanted}; it has {', '.join(has[:8])}" if wanted else "")
+        )
+    return found
+
+
+def build_folder(
+    model: str, rows: str, out: Path, *, task: str | None, split: str | None, **options: Any
+) -> dict[str, Any]:
+    """Builds a store and saves it.
+
+    Args:
+        model: A model folder, a hub id, or a PEFT folder.
+        rows: A path or a dataset.
+        out: The store's folder.
+        task: As of `rows_of`.
+        split: As of `rows_of`.
+        options: `overwrite`, and what `ReferenceStore.build` takes.
+    """
+    from foretune.decoding.peft_model import load_generator
+    from foretune.decoding.reference_store import ReferenceStore, check_place
+
+    overwrite = options.pop("overwrite")
+    check_place(out, overwrite=overwrite)
+    found = rows_of(rows, task=task, split=split)
+    loaded, tokenizer = load_generator(model)
+    began = time.perf_counter()
+    store = ReferenceStore.build(loaded, found, tokenizer=tokenizer, **options)
+    seconds = time.perf_counter() - began
+    store.name = str(Path(model).resolve()) if Path(model).is_dir() else model
+    store.save(out, overwrite=overwrite)
+    return {
+        "out": str(out),
+        "kind": store.kind,
+        "rows": len(found),
+        "entries": len(store),
+        "hidden_size": store.keys.shape[1],
+        "labels": list(store.labels),
+        "megabytes": round(store.keys.nbytes / 2**20, 2),
+        "seconds": round(seconds, 3),
+    }
+
+
+def tune_folder(folder: Path, *, heads: int | None, sample: int, seed: int) -> dict[str, Any]:
+    """Tunes a store and writes what was found into its folder."""
+    from foretune.decoding.reference_store import ReferenceStore
+
+    store = ReferenceStore.load(folder)
+    if heads is not None:
+        store.lookup = dataclasses.replace(store.lookup, heads=heads)
+    found = store.tune(sample=sample, seed=seed)
+    store.save_lookup(folder)
+    return found
+
+
+def evaluate_folder(
+    folder: Path,
+    rows: str,
+    changes: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    task: str | None = None,
+    split: str | None = None,
+    console: Console = SILENT,
+    **options: Any,
+) -> dict[str, Any]:
+    """Scores a store and its rivals on rows.
+
+    Args:
+        folder: The store's.
+        rows: A path or a dataset.
+        changes: `key=value` for the fields of RTD.
+        model: A model folder; None for the one that the store names.
+        task: As of `rows_of`.
+        split: As of `rows_of`.
+        console: Is told how LoRA goes.
+        options: What `evaluate_store` takes.
+    """
+    record = decode_method("rtd", changes)
+    from foretune.decoding.peft_model import load_generator
+    from foretune.decoding.reference_store import ReferenceStore
+    from foretune.decoding.store_table import evaluate_store
+
+    store = ReferenceStore.load(folder)
+    found = rows_of(rows, task=task, split=split)
+    name = model if model is not None else store.name
+    if name is None:
+        raise UserError(f"{folder} does not say which model it was made with: give --model")
+    loaded, tokenizer = load_generator(name)
+    with console.bar("training LoRA, a rival", rounds=3) as progress:
+        return evaluate_store(
+            loaded,
+            tokenizer,
+            store,
+            found,
+            lookup=record.lookup(store),
+            progress=progress,
+            **options,
+        )

@@ -1,0 +1,239 @@
+"""Rows as references: texts, the positions in them that count, and the token that follows each."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from foretune.decoding.generation import prompt_ids
+from foretune.errors import UserError
+from foretune.tasks.objectives.text import plain_ids
+
+KINDS = {
+    "label": "prompt (or text) and label",
+    "choice": "context, candidates and answer",
+    "completion": "prompt and completion",
+    "text": "text",
+}
+LETTERS = string.ascii_uppercase
+
+
+@dataclass(frozen=True)
+class References:
+    """What is read of rows.
+
+    Args:
+        kind: "label", "choice", "completion" or "text".
+        labels: Label → the id of its first token; empty where every token counts.
+        texts: Token ids that a model reads.
+        places: Positions of each text that count.
+        values: The token that follows each of these.
+        sources: The row of each text, from 0.
+    """
+
+    kind: str
+    labels: dict[str, int]
+    texts: list[list[int]] = field(default_factory=list)
+    places: list[list[int]] = field(default_factory=list)
+    values: list[list[int]] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether one label follows each text, as opposed to running text."""
+        return self.kind in ("label", "choice")
+
+    def add(self, text: list[int], places: list[int], values: list[int], source: int) -> None:
+        """Puts one text in."""
+        self.texts.append(text)
+        self.places.append(places)
+        self.values.append(values)
+        self.sources.append(source)
+
+
+def read_references(
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    max_tokens: int | None = None,
+    permute_options: bool = False,
+    like: References | None = None,
+) -> References:
+    """Tokenises rows of one kind.
+
+    `prompt` with `label`: the first token of the label, after the last of the prompt. `context`,
+    `candidates`, `answer`: likewise, the label is the letter of the right candidate. `prompt` with
+    `completion`: every token of the completion, end of text included. `text`: every next token;
+    a text longer than `max_tokens` is cut into pieces.
+
+    Args:
+        rows: The rows.
+        tokenizer: Of the model that will read them.
+        max_tokens: Positions that the model has; None for no bound.
+        permute_options: One text for each rotation of a row's candidates, so that no letter is
+            right more often than another.
+        like: References whose kind and labels these must have.
+
+    Raises:
+        UserError: No rows, rows of several kinds, labels that begin with the same token, a prompt
+            that is too long; the message names the row.
+    """
+    if not rows:
+        raise UserError("no rows to make references of")
+    if tokenizer is None:
+        raise UserError("rows are texts, and the model comes without a tokenizer: give one")
+    kinds = [_kind(row, i) for i, row in enumerate(rows)]
+    kind = kinds[0]
+    for i, other in enumerate(kinds):
+        if other != kind:
+            raise UserError(f"row {i + 1} holds {KINDS[other]}, row 1 {KINDS[kind]}")
+    if like is not None and like.kind != kind:
+        raise UserError(f"rows hold {KINDS[kind]}, the store was made of {KINDS[like.kind]}")
+    labels = like.labels if like is not None else _label_ids(rows, kind, tokenizer)
+    found = References(kind, dict(labels))
+    for i, row in enumerate(rows):
+        turns = len(row["candidates"]) if kind == "choice" and permute_options else 1
+        for turn in range(turns):
+            before = len(found.texts)
+            _add(found, row, i, tokenizer, max_tokens, turn)
+            longest = max((len(text) for text in found.texts[before:]), default=0)
+            if max_tokens is not None and longest > max_tokens:
+                raise UserError(
+                    f"row {i + 1} has {longest} tokens, the model reads {max_tokens}; shorten it"
+                )
+    if not any(found.values):
+        raise UserError("a text needs two tokens or more, one to predict from the other")
+    return found
+
+
+def choice_prompt(row: Mapping[str, Any], turn: int = 0) -> tuple[str, str]:
+    """The prompt of a choice row and the letter that answers it.
+
+    Args:
+        row: `context` (text or turns), `candidates`, `answer`.
+        turn: By how many places the candidates are rotated.
+
+    >>> choice_prompt({"context": "1 + 1?", "candidates": ["one", "two"], "answer": 1}, turn=1)
+    ('1 + 1?\\nA. two\\nB. one\\nAnswer:', 'A')
+    """
+    context, candidates = row["context"], row["candidates"]
+    lines = [context] if isinstance(context, str) else list(context)
+    turned = [*candidates[turn:], *candidates[:turn]]
+    lines += [f"{letter}. {text}" for letter, text in zip(LETTERS, turned, strict=False)]
+    return "\n".join([*lines, "Answer:"]), LETTERS[(row["answer"] - turn) % len(candidates)]
+
+
+def prompt_and_label(row: Mapping[str, Any], kind: str, turn: int = 0) -> tuple[str, str]:
+    """The prompt of a row whose label counts, and the label."""
+    if kind == "choice":
+        return choice_prompt(row, turn)
+    return _prompt(row), str(row["label"])
+
+
+def _prompt(row: Mapping[str, Any]) -> str:
+    """The prompt of a row with a label; a classification row calls it its text."""
+    prompt: str = row["text"] if row.get("prompt") is None else row["prompt"]
+    return prompt
+
+
+def _add(
+    found: References, row: Any, source: int, tokenizer: Any, max_tokens: int | None, turn: int
+) -> None:
+    if found.kind == "text":
+        ids = prompt_ids(tokenizer, row["text"])
+        step = max_tokens or len(ids)
+        for start in range(0, len(ids) - 1, step):
+            piece = ids[start : start + step + 1]
+            found.add(piece[:-1], list(range(len(piece) - 1)), piece[1:], source)
+    elif found.kind == "completion":
+        ids = prompt_ids(tokenizer, row["prompt"])
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        after = [*plain_ids(tokenizer, [row["completion"]])[0], *end]
+        places = list(range(len(ids) - 1, len(ids) + len(after) - 1))
+        found.add([*ids, *after][:-1], places, after, source)
+    else:
+        prompt, label = prompt_and_label(row, found.kind, turn)
+        if label not in found.labels:
+            raise UserError(
+                f'row {source + 1} has the label "{label}", which the store does not have; it has '
+                f"{', '.join(list(found.labels)[:8])}"
+            )
+        ids = prompt_ids(tokenizer, prompt)
+        found.add(ids, [len(ids) - 1], [found.labels[label]], source)
+
+
+def _kind(row: Mapping[str, Any], place: int) -> str:
+    """What a row is, its fields checked."""
+    kind = next(
+        (k for k, needs in _NEEDS if all(row.get(name) is not None for name in needs)), None
+    )
+    if kind is None:
+        has = ", ".join(k for k, v in row.items() if v is not None) or "nothing"
+        wanted = "; or ".join(KINDS.values())
+        raise UserError(f"row {place + 1}: a row needs {wanted}; this one has {has}")
+    for name in ("prompt", "completion", "text"):
+        if row.get(name) is not None and (not isinstance(row[name], str) or not row[name].strip()):
+            raise UserError(f"row {place + 1}: {name} must be text, got {row[name]!r:.40}")
+    label = row.get("label")
+    if kind == "label" and (
+        isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip()
+    ):
+        raise UserError(f"row {place + 1}: label must be text or a whole number, got {label!r:.40}")
+    if kind == "choice":
+        _check_choice(row, place)
+    return kind
+
+
+_NEEDS = (
+    ("choice", ("context", "candidates", "answer")),
+    ("label", ("prompt", "label")),
+    ("label", ("text", "label")),
+    ("completion", ("prompt", "completion")),
+    ("text", ("text",)),
+)
+
+
+def _check_choice(row: Mapping[str, Any], place: int) -> None:
+    candidates, answer = row["candidates"], row["answer"]
+    if not isinstance(candidates, list) or not 2 <= len(candidates) <= len(LETTERS):
+        raise UserError(
+            f"row {place + 1}: candidates must be a list of 2 to {len(LETTERS)}, got "
+            f"{candidates!r:.40}"
+        )
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(candidates):
+        raise UserError(
+            f"row {place + 1}: answer must be from 0 to {len(candidates) - 1}, got {answer!r:.40}"
+        )
+
+
+def _label_ids(rows: Sequence[Mapping[str, Any]], kind: str, tokenizer: Any) -> dict[str, int]:
+    """Label → the id of its first token, in the order of the alphabet."""
+    if kind == "label":
+        names = {str(row["label"]): _prompt(row) for row in rows}
+    elif kind == "choice":
+        most = max(len(row["candidates"]) for row in rows)
+        names = dict.fromkeys(LETTERS[:most], "Answer:")
+    else:
+        return {}
+    found = {name: _first_token(tokenizer, name, names[name]) for name in sorted(names)}
+    for (one, a), (other, b) in pairwise(sorted(found.items(), key=lambda item: item[1])):
+        if a == b:
+            raise UserError(
+                f'labels "{one}" and "{other}" begin with the same token: rename one, since only '
+                "the first token of a label is looked up"
+            )
+    return found
+
+
+def _first_token(tokenizer: Any, label: str, prompt: str) -> int:
+    """The first token of a label as it follows a prompt, after a blank unless there is one."""
+    ids = plain_ids(tokenizer, [label if prompt[-1].isspace() else f" {label}"])[0]
+    # Tokenizers that put a blank before every text would begin with that blank alone.
+    if not ids or not tokenizer.decode(ids[:1]).strip():
+        ids = plain_ids(tokenizer, [label])[0]
+    if not ids:
+        raise UserError(f'label "{label}" has no token')
+    return ids[0]

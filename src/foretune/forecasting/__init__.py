@@ -1,0 +1,1 @@
+"""Trajectory forecasting: Forecast-MAE and Forecast-PEFT. A wing."""

@@ -1,0 +1,104 @@
+"""What the two objectives on scenes share: checking, encoding and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+
+from foretune.forecasting.scenes import check_scene, in_focal_frame
+from foretune.run import above_zero, whole
+from foretune.tasks.batch import Batch
+from foretune.tasks.task import SPLITS, TaskCollection
+
+AGENT = ("history", "past", "future", "kind", "agent_pose", "keep_history", "keep_future")
+LANE = ("lanes", "lane_pose", "keep_lane")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneObjective:
+    """An objective whose rows are scenes (`foretune.forecasting.scenes`)."""
+
+    history_steps: int = 50
+    future_steps: int = 60
+    radius: float | None = 150.0
+
+    head: ClassVar[str] = "none"
+
+    def __post_init__(self) -> None:
+        whole("history_steps", self.history_steps, 2)
+        whole("future_steps", self.future_steps, 1)
+        if self.radius is not None:
+            above_zero("radius", self.radius)
+
+    def chance(self) -> float | None:
+        return None
+
+    def num_outputs(self) -> int | None:
+        return None
+
+    def shared(self) -> Self:
+        return self
+
+    def fit(self, tasks: TaskCollection) -> Self:
+        """Checks every scene; there is nothing to learn."""
+        for task in tasks:
+            for split in SPLITS:
+                for i, row in enumerate(task.split(split)):
+                    where = f'task "{task.name}", {split} scene {i + 1}'
+                    check_scene(row, where, self.history_steps, self.future_steps)
+        return self
+
+    def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
+        row: dict[str, Any] = in_focal_frame(example, self.history_steps, self.radius)
+        # Every other agent keeps its history, the rest their future: what validation scores.
+        return row | masks(row, np.arange(len(row["kind"])) % 2 == 1, lane_hidden(row, None))
+
+    def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
+        return row
+
+    def size(self, row: Mapping[str, Any]) -> int:
+        return 2 * len(row["kind"]) + len(row["lanes"])
+
+    def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
+        inputs = {name: _padded([row[name] for row in rows]) for name in AGENT + LANE}
+        inputs["agent_present"] = _present([len(row["kind"]) for row in rows])
+        inputs["lane_present"] = _present([len(row["lanes"]) for row in rows])
+        return Batch(inputs, tuple(slots), sum(map(self.size, rows)), {})
+
+
+def lane_hidden(row: Mapping[str, Any], rng: np.random.Generator | None) -> np.ndarray:
+    """Half of the lanes: drawn, or every other one."""
+    order = np.arange(len(row["lanes"])) if rng is None else rng.permutation(len(row["lanes"]))
+    hidden: np.ndarray = order % 2 == 1
+    return hidden
+
+
+def masks(
+    row: Mapping[str, Any], history_hidden: np.ndarray, lane_is_hidden: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Complementary masks: an agent with a future shows its history or its future, not both."""
+    has_future = row["future"][..., 2].any(-1)
+    return {
+        "keep_history": ~(history_hidden & has_future),
+        "keep_future": history_hidden & has_future,
+        "keep_lane": ~lane_is_hidden,
+    }
+
+
+def _padded(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    """(n, most, …), zeros after the end of the shorter ones."""
+    most = max(len(a) for a in arrays)
+    full = next((a for a in arrays if len(a)), arrays[0])
+    out = np.zeros((len(arrays), most, *full.shape[1:]), full.dtype)
+    for place, a in zip(out, arrays, strict=True):
+        if len(a):
+            place[: len(a)] = a
+    return torch.from_numpy(out)
+
+
+def _present(counts: Sequence[int]) -> torch.Tensor:
+    return torch.arange(max(counts)) < torch.tensor(counts)[:, None]

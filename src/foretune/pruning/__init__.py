@@ -1,0 +1,1 @@
+"""Pruning mixtures of experts: UNCURL, and its controls. A wing."""

@@ -1,0 +1,58 @@
+"""Frequency: keep the experts that the task's tokens are sent to most often, drop the others.
+
+The plainest control of expert pruning, and the one that UNCURL's paper reports as losing accuracy.
+
+    symbol   here         shape   meaning
+    f        frequency    (E,)    how often the router chose each expert on the task's rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from foretune.run import flag, whole_numbers
+
+if TYPE_CHECKING:
+    from foretune.pruning.experts import ExpertBlock
+    from foretune.pruning.plan import Plan
+    from foretune.pruning.statistics import ExpertStatistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frequency:
+    """Keep the experts that the router chooses most often on the task.
+
+    Args:
+        experts: How many each block keeps: one number, a list with one for each block, None for
+            half of them.
+        keep_denominator: For routers whose softmax runs over all experts (Qwen2-MoE, OLMoE,
+            Switch): let the dropped ones go on counting in it, so that the weights of those kept
+            do not grow. Only foretune loads such a model.
+    """
+
+    experts: int | Sequence[int] | None = None
+    keep_denominator: bool = False
+
+    name: ClassVar[str] = "frequency"
+    label: ClassVar[str] = "frequency pruning"
+    verb: ClassVar[str] = "prune"
+    paper: ClassVar[dict[str, Any] | None] = None
+    needs_outputs: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experts", whole_numbers("experts", self.experts))
+        flag("keep_denominator", self.keep_denominator)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}
+
+    def plan(
+        self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]
+    ) -> Plan:
+        """Keeps argmax f of each block."""
+        from foretune.pruning.plan import keep_highest
+
+        scores = {name: found.frequency for name, found in statistics.items()}
+        return keep_highest(blocks, self.experts, scores, keep_denominator=self.keep_denominator)

@@ -1,0 +1,58 @@
+"""Random experts: keep some drawn by a seed. What every method of pruning must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from foretune.run import flag, whole, whole_numbers
+
+if TYPE_CHECKING:
+    from foretune.pruning.experts import ExpertBlock
+    from foretune.pruning.plan import Plan
+    from foretune.pruning.statistics import ExpertStatistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomExperts:
+    """Keep experts drawn at random, the control of every method of pruning.
+
+    Args:
+        experts: How many each block keeps: one number, a list with one for each block, None for
+            half of them.
+        keep_denominator: For routers whose softmax runs over all experts (Qwen2-MoE, OLMoE,
+            Switch): let the dropped ones go on counting in it, so that the weights of those kept
+            do not grow. Only foretune loads such a model.
+        seed: Of the draw.
+    """
+
+    experts: int | Sequence[int] | None = None
+    keep_denominator: bool = False
+    seed: int = 0
+
+    name: ClassVar[str] = "random-experts"
+    label: ClassVar[str] = "random experts"
+    verb: ClassVar[str] = "prune"
+    paper: ClassVar[dict[str, Any] | None] = None
+    needs_outputs: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experts", whole_numbers("experts", self.experts))
+        flag("keep_denominator", self.keep_denominator)
+        whole("seed", self.seed, 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}
+
+    def plan(
+        self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]
+    ) -> Plan:
+        """Keeps the first of a random order of each block's experts."""
+        import numpy as np
+
+        from foretune.pruning.plan import keep_highest
+
+        rng = np.random.default_rng(self.seed)
+        scores = {block.name: rng.random(block.num_experts) for block in blocks}
+        return keep_highest(blocks, self.experts, scores, keep_denominator=self.keep_denominator)

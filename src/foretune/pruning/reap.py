@@ -1,0 +1,86 @@
+"""REAP: drop the experts whose weighted outputs are smallest where they are used.
+
+    S_j = (1 / |X_j|) Σ_{t ∈ X_j}  g_j(t) · ‖f_j(t)‖₂
+
+Paper: Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", ICLR
+2026, arXiv:2510.13999.
+
+    symbol   here         shape   meaning
+    X_j      frequency    (E,)    the tokens that the router sends to expert j (here their number)
+    g_j(t)                        the weight with which token t takes expert j
+    f_j(t)                        what expert j makes of token t
+    Σ g‖f‖   activation   (E,)    the sum above
+
+Deviations:
+    - an expert that no token was sent to has the score 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from foretune.run import flag, whole_numbers
+
+if TYPE_CHECKING:
+    from foretune.pruning.experts import ExpertBlock
+    from foretune.pruning.plan import Plan
+    from foretune.pruning.statistics import ExpertStatistics
+
+PAPER = {
+    "title": "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression",
+    "authors": "Mike Lasby and Ivan Lazarevich and Nish Sinnadurai and Sean Lie and "
+    "Yani Ioannou and Vithursan Thangarasa",
+    "year": 2026,
+    "venue": "ICLR",
+    "arxiv": "2510.13999",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class REAP:
+    """Keep the experts with the largest router-weighted activation norm on the task.
+
+    Args:
+        experts: How many each block keeps: one number, a list with one for each block, None for
+            half of them.
+        keep_denominator: For routers whose softmax runs over all experts (Qwen2-MoE, OLMoE,
+            Switch): let the dropped ones go on counting in it, so that the weights of those kept
+            do not grow. Only foretune loads such a model.
+        renormalise: Scale the weights of the experts chosen for a token to sum to one before
+            they are averaged, as the authors' code does since March 2026.
+    """
+
+    experts: int | Sequence[int] | None = None
+    keep_denominator: bool = False
+    renormalise: bool = True
+
+    name: ClassVar[str] = "reap"
+    label: ClassVar[str] = "REAP"
+    verb: ClassVar[str] = "prune"
+    paper: ClassVar[dict[str, Any] | None] = PAPER
+    needs_outputs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experts", whole_numbers("experts", self.experts))
+        flag("keep_denominator", self.keep_denominator)
+        flag("renormalise", self.renormalise)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}
+
+    def plan(
+        self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]
+    ) -> Plan:
+        """Keeps argmax S of each block."""
+        from foretune.pruning.plan import keep_highest
+
+        scores = {name: self.score(found) for name, found in statistics.items()}
+        return keep_highest(blocks, self.experts, scores, keep_denominator=self.keep_denominator)
+
+    def score(self, found: ExpertStatistics) -> Any:
+        """(E,) S."""
+        total = found.activation_renormalised if self.renormalise else found.activation
+        assert total is not None
+        return total / found.frequency.clip(1)

@@ -1,0 +1,1 @@
+"""Source-free adaptation of classifiers of time series: subspace SFDA. A wing."""

@@ -1,0 +1,214 @@
+"""Subspace SFDA: adapt a factorised classifier to unlabelled rows by its small Tucker cores alone.
+
+Paper: "Efficient Source-Free Time-Series Adaptation via Parameter Subspace Disentanglement", ICLR
+2025, arXiv:2410.02147.
+
+    symbol   here                     shape             meaning
+    W        layer.weight    (out, in, K)      weight of a convolution
+    T        layer.core               (r_out, r_in, K)  core; all that the target tunes
+    V₁ V₂    out_factor, in_factor    (out, r) (in, r)  bases of its two channel modes, frozen
+    RF       rank_factor                                r = C / RF
+
+Source: train; W = T ×₁ V₁ ×₂ V₂ by HOOI (source_free/hooi.py); train all factors a little more.
+Target: T follows a source-free loss (source_free/losses.py); V₁, V₂ and the classifier
+stay. A change of W then lies in span(V₁) × span(V₂). The paper's PAC-Bayes argument: the fewer
+numbers may move, the smaller ‖W_target − W_source‖, the smaller the bound on the target's error.
+
+Deviations:
+    - AdamW with the `Run`'s schedule; the suite of the paper's losses has Adam, and halves the rate
+      every 50 epochs. The source is trained without label smoothing.
+    - Losses: see source_free/losses.py for what is mended there.
+    - MAPU's imputer is trained after the classifier, on its frozen features, not beside it.
+    - Beyond the paper: Conv2d and linear layers (there T is the r × r core of LoRA-XS).
+Silent in the sources at hand (abstract, reviews, summaries; no code is public):
+    - What batch normalisation does on the target: `bn`. By default statistics follow the target,
+      weights stay.
+    - Ranks of the first layer: its input are the data's channels, which keep their full rank.
+    - Whether V₁ and V₂ are made orthonormal again after re-training: here they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from foretune.errors import UserError
+from foretune.run import Run, above_zero, at_least, one_of, whole
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from foretune.source_free.learner import SourceFreeLearner
+    from foretune.source_free.losses import SourceFreeLoss
+    from foretune.tasks.objectives import Objective
+
+PAPER = {
+    "title": "Efficient Source-Free Time-Series Adaptation via Parameter Subspace Disentanglement",
+    "authors": "Gaurav Patel and Christopher Sandino and Behrooz Mahasseni and Ellen L Zippi and "
+    "Erdrin Azemi and Ali Moin and Juri Minxha",
+    "year": 2025,
+    "venue": "ICLR",
+    "arxiv": "2410.02147",
+}
+# Of the time-series suite for human activities: (shot, mapu).
+ENTROPY = {"shot": 0.6709, "mapu": 0.05897}
+DIVERSITY = {"shot": 0.8969, "mapu": 0.2759}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubspaceSFDA:
+    """Tune only the cores of a factorised classifier on rows without labels.
+
+    Args:
+        learning_rate: Of what is tuned.
+        loss: "shot", "nrc", "aad", or "mapu" (for a model with an imputer: `add_imputer`).
+        tuned: "core" for the Tucker cores, "all" for everything but the classifier, "batch-norm"
+            for the weights of batch normalisation.
+        bn: Batch normalisation: "stats" lets its statistics follow the target, "affine" tunes its
+            weights too, "frozen" keeps both as they are. `tuned` "all" and "batch-norm" tune
+            the weights unless frozen.
+        rank_factor: RF: layers that are not in Tucker form yet are put into it, a mode of C
+            channels with rank C // RF. None leaves the model's layers as they are.
+        entropy: Weight of the predictions' entropy (shot, mapu); None for the loss's own.
+        diversity: Weight of the entropy of their mean (shot, mapu); None likewise.
+        pseudo_labels: Weight of the cross entropy with the pseudo-labels (shot).
+        imputation: Weight of the imputation (mapu).
+        neighbours: K of nrc and aad.
+        decay: β of aad's λ = (1 + 10·share of the steps)^−β.
+    """
+
+    learning_rate: float = 1e-3
+    loss: Literal["shot", "nrc", "aad", "mapu"] = "shot"
+    tuned: Literal["core", "all", "batch-norm"] = "core"
+    bn: Literal["stats", "frozen", "affine"] = "stats"
+    rank_factor: int | None = 4
+    entropy: float | None = None
+    diversity: float | None = None
+    pseudo_labels: float = 0.3312
+    imputation: float = 0.5
+    neighbours: int = 5
+    decay: float = 10.0
+
+    name: ClassVar[str] = "subspace-sfda"
+    label: ClassVar[str] = "subspace SFDA"
+    verb: ClassVar[str] = "adapt"
+    paper: ClassVar[dict[str, Any] | None] = PAPER
+    shares_base: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        above_zero("learning_rate", self.learning_rate)
+        one_of("loss", self.loss, ("shot", "nrc", "aad", "mapu"))
+        one_of("tuned", self.tuned, ("core", "all", "batch-norm"))
+        one_of("bn", self.bn, ("stats", "frozen", "affine"))
+        whole("rank_factor", self.rank_factor, 1, optional=True)
+        at_least("entropy", self.entropy, 0)
+        at_least("diversity", self.diversity, 0)
+        for name in ("pseudo_labels", "imputation", "decay"):
+            if getattr(self, name) is None:
+                raise UserError(f"{name} must be a number not below 0, got None")
+            at_least(name, getattr(self, name), 0)
+        whole("neighbours", self.neighbours, 1)
+        if self.tuned == "batch-norm" and self.bn == "frozen":
+            raise UserError("tuned batch-norm with bn frozen tunes nothing: choose bn affine")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}
+
+    def learner(
+        self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
+    ) -> SourceFreeLearner:
+        from foretune.source_free.learner import SourceFreeLearner
+        from foretune.source_free.tucker import tucker_layers, tuckerize
+        from foretune.source_free.unlabelled import Unlabelled
+
+        if not isinstance(objective, Unlabelled):
+            raise UserError(
+                f"{self.name} adapts to rows without labels: give the tasks an objective "
+                "Unlabelled(source=…) with the source's labels"
+            )
+        factored: dict[str, Any] = {}
+        if self.rank_factor is not None and not tucker_layers(model):
+            factored = tuckerize(model, rank_factor=self.rank_factor)
+        self._let_train(model)
+        model.tuned_state = self._tuned_state(model, factored)  # type: ignore[assignment]
+        model.factored_here = factored  # type: ignore[assignment]
+        model.source_labels = list(objective.labels)  # type: ignore[assignment]
+        return SourceFreeLearner(
+            model,
+            objective,
+            learning_rate=self.learning_rate,
+            loss=self._loss(model),
+            bn=self.bn,
+        )
+
+    def _let_train(self, model: nn.Module) -> None:
+        """Leaves `requires_grad` to what this form tunes, of what the model lets train."""
+        from foretune.models.surgery import batch_norms, head_modules
+        from foretune.source_free.tucker import core_parameters
+
+        weights = {f"{name}.{p}" for name in batch_norms(model) for p in ("weight", "bias")}
+        wanted = set(core_parameters(model)) if self.tuned == "core" else set()
+        if self.tuned == "all":
+            fixed = (*head_modules(model), "imputer")
+            names = [name for name, _ in model.named_parameters()]
+            wanted = {n for n in names if not n.startswith(tuple(f"{m}." for m in fixed))}
+        if self.bn == "affine" or self.tuned == "batch-norm":
+            wanted |= weights
+        if self.bn == "frozen":
+            wanted -= weights
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad and name in wanted)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError(
+                f"tuned={self.tuned} finds nothing in {type(model).__name__} that may train: cores "
+                "come with a rank_factor or from `foretune sfda prepare`, batch-norm needs such "
+                "layers"
+            )
+
+    def _tuned_state(self, model: nn.Module, factored: dict[str, Any]) -> list[str]:
+        """The names of the state that differs from the given model's, however much was trained."""
+        from foretune.models.surgery import batch_norms
+
+        state = list(model.state_dict())
+        moved = {name for name, p in model.named_parameters() if p.requires_grad}
+        running = tuple(f"{name}." for name in batch_norms(model))
+        if running and self.bn != "frozen":
+            parameters = dict(model.named_parameters())
+            moved |= {n for n in state if n.startswith(running) and n not in parameters}
+        inside = tuple(f"{name}." for name in factored)
+        return [n for n in state if n in moved or (inside and n.startswith(inside))]
+
+    def _loss(self, model: nn.Module) -> SourceFreeLoss:
+        from foretune.source_free.losses import Aad, Mapu, Nrc, Shot
+
+        if self.loss == "nrc":
+            return Nrc(neighbours=self.neighbours)
+        if self.loss == "aad":
+            return Aad(neighbours=self.neighbours, decay=self.decay)
+        entropy = ENTROPY[self.loss] if self.entropy is None else self.entropy
+        diversity = DIVERSITY[self.loss] if self.diversity is None else self.diversity
+        if self.loss == "shot":
+            return Shot(entropy=entropy, diversity=diversity, labels=self.pseudo_labels)
+        if not hasattr(model, "imputer"):
+            raise UserError(
+                "loss mapu needs an imputer trained on the source: `foretune sfda prepare "
+                "--imputer`, or add_imputer(model, source, run)"
+            )
+        return Mapu(entropy=entropy, diversity=diversity, imputation=self.imputation)
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Writes what adapting changed: core.safetensors, core.json and README.md."""
+        from foretune.source_free.core_state import write_core
+
+        known: Any = model
+        write_core(
+            folder,
+            model,
+            known.tuned_state,
+            factored=known.factored_here,
+            method=self.to_dict(),
+            about={"labels": known.source_labels},
+        )

@@ -1,0 +1,1 @@
+"""How each training method makes its gradients."""

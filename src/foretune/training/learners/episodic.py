@@ -1,0 +1,165 @@
+"""`EpisodicLearner`: adapt for a few steps, then move the base by what that told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from foretune.adapters.bank import AdapterBank
+from foretune.errors import UserError
+from foretune.run import Run
+from foretune.tasks.objectives import Objective
+from foretune.training.data import PerTaskSampler, Step, TaskData
+from foretune.training.learners.joint import Learner
+from foretune.training.optim import SlotAdamW
+from foretune.training.ranks import Deal
+from foretune.training.scoring import score_slots
+
+
+class EpisodicLearner(Learner):
+    """Each update adapts to the tasks of an episode and derives the base's gradient from it.
+
+    With `inner_all=False` the bank's adapters start afresh and are trained on the frozen base, all
+    tasks of the episode at once. With `inner_all=True` the base's own weights are trained (and
+    the bank's heads, if it has one), and an episode is of one task.
+
+    Args:
+        model: The base.
+        objective: Losses and scores.
+        bank: Adapters and heads of the inner steps; None when there are none.
+        learning_rate: Of the base (outer AdamW).
+        inner_learning_rate: Of the inner AdamW, which starts afresh in each episode.
+        inner_steps: Updates of the inner loop, one batch each.
+        inner_all: Whether the inner loop trains all weights of the base.
+        query: True takes the gradient at the adapted point on one more batch (FOMAML), False the
+            way that the inner loop went (Reptile).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        bank: AdapterBank | None,
+        learning_rate: float,
+        inner_learning_rate: float,
+        inner_steps: int,
+        inner_all: bool,
+        query: bool,
+    ) -> None:
+        super().__init__(model, objective, bank=bank, learning_rate=learning_rate)
+        self.inner_learning_rate, self.inner_steps = inner_learning_rate, inner_steps
+        self.inner_all, self.query = inner_all, query
+        self.batches_per_update = inner_steps + query
+
+    def place(self, device: torch.device, deal: Deal) -> None:
+        if deal.sharded:
+            raise UserError(
+                "an inner loop needs the whole base in every process: train Reptile and FOMAML "
+                "without FSDP"
+            )
+        super().place(device, deal)
+
+    def start(self, run: Run) -> None:
+        super().start(run)
+        self.bank_optimizer = None  # the bank lives for one episode only
+
+    def gradients(self, steps: Sequence[Step]) -> dict[int, float]:
+        before = [p.detach().clone() for p in self.base] if self.inner_all else []
+        ranks = 1 if self.deal is None else self.deal.ranks.size
+        seed = torch.initial_seed() // ranks  # the same on all of them
+        by_slot = self._adapt(steps[: self.inner_steps], seed)
+        if self.query:
+            by_slot = self.backward(steps[-1])
+            if self.bank is not None:
+                self.bank.zero_grad()
+        elif self.inner_all and by_slot:
+            for p, start in zip(self.base, before, strict=True):
+                p.grad = start - p.detach()
+        elif by_slot:
+            self._way_of_adapters(sorted(by_slot), steps[0].num_slots)
+        _restore(self.base, before)
+        return by_slot
+
+    def _adapt(self, steps: Sequence[Step], seed: int) -> dict[int, float]:
+        """The inner loop; leaves the adapted values in place."""
+        present = sorted(set(steps[0].slots))
+        inner: list[torch.optim.AdamW] = []
+        slots: SlotAdamW | None = None
+        if self.bank is not None:
+            self.bank.reset(present, seed)
+            slots = SlotAdamW(self.bank.parameters(), self.inner_learning_rate, weight_decay=0.0)
+        if self.inner_all:
+            inner = [
+                torch.optim.AdamW(self.base, self.inner_learning_rate, weight_decay=0.0, fused=True)
+            ]
+        by_slot: dict[int, float] = {}
+        with _frozen([] if self.inner_all else self.base):
+            for step in steps if present else ():
+                by_slot = self.backward(step)
+                for optimizer in inner:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if slots is not None:
+                    slots.step_slots(present, grad_scale=step.num_slots)
+        return by_slot
+
+    @torch.no_grad()
+    def _way_of_adapters(self, present: Sequence[int], num_slots: int) -> None:
+        """Reptile's outer gradient if the inner loop moved adapters: W − mean_t (W + s·B_t A_t).
+
+        The part of it that `present` makes, when the mean is over `num_slots`.
+        """
+        assert self.bank is not None
+        modules = dict(self.model.named_modules())
+        for name in self.bank.layer_names:
+            weight = modules[name].weight
+            if weight.requires_grad:
+                share = len(present) / num_slots
+                weight.grad = -share * self.bank.mean_delta(name, present)
+
+    def score(self, data: TaskData, split: str, max_rows: int | None) -> dict[int, float]:
+        """Scores each task after the inner loop on its own training rows: what the base is for."""
+        sizes = [len(slot.train) for slot in data.slots]
+        scores: dict[int, float] = {}
+        groups = [[s] for s in range(len(data))] if self.inner_all else [list(range(len(data)))]
+        before = [p.detach().clone() for p in self.base] if self.inner_all else []
+        # Four rows a task and inner step, always the same ones.
+        sampler = PerTaskSampler(sizes, 4, None, 0, data.keys)
+        for group in groups:
+            steps = []
+            for i in range(self.inner_steps):
+                picks = [pick for pick in sampler.picks(i) if pick[0] in group]
+                steps.append(
+                    data.step(picks, "train", train=True, seed=[0, i], budget=self.token_budget)
+                )
+            with torch.enable_grad(), torch.random.fork_rng():
+                torch.manual_seed(0)
+                self._adapt(steps, seed=0)
+            only = group[0] if self.inner_all else None
+            scores |= score_slots(
+                self.model, data, split, max_rows, budget=self.token_budget, only=only
+            )
+            _restore(self.base, before)
+        return scores
+
+
+@contextmanager
+def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside the block these parameters take no gradient."""
+    try:
+        for p in parameters:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+@torch.no_grad()
+def _restore(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for p, value in zip(parameters, values, strict=bool(values)):
+        p.copy_(value)

@@ -1,0 +1,108 @@
+"""`AlignedLearner`: adapt, and hold on to how the model reads what no class depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from foretune.adapters.bank import AdapterBank
+from foretune.errors import UserError
+from foretune.linalg.prototypes import Direction, divergence
+from foretune.models.calls import own_pass
+from foretune.tasks.batch import Batch
+from foretune.tasks.objectives.prompts import PromptClassification
+from foretune.training.data import TaskData
+from foretune.training.learners.joint import Learner
+from foretune.training.ranks import Deal
+
+ROWS = 64  # that the teacher reads together
+
+
+class AlignedLearner(Learner):
+    """The joint learner with weight · KL of the read-outs by prototypes, now and at the beginning.
+
+    The teacher is the model before its first step. It never moves, so it reads each training row
+    once, in eval mode and without adapters, and only its logits are kept: there is no second model.
+
+    Args:
+        model: The base.
+        objective: Losses and scores.
+        prototypes: (k, d) of each slot, of length one.
+        weight: Of the divergence in each row's loss; 0 leaves it out.
+        direction: As in `divergence`.
+        bank: Adapters, or None.
+        learning_rate: Of the base; None keeps it as it is.
+        bank_learning_rate: Of the bank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: PromptClassification,
+        *,
+        prototypes: Sequence[Tensor],
+        weight: float,
+        direction: Direction,
+        bank: AdapterBank | None = None,
+        learning_rate: float | None = None,
+        bank_learning_rate: float = 0.0,
+    ) -> None:
+        super().__init__(
+            model,
+            objective,
+            bank=bank,
+            learning_rate=learning_rate,
+            bank_learning_rate=bank_learning_rate,
+        )
+        self.prompts, self.prototypes = objective, prototypes
+        self.weight, self.direction = weight, direction
+        self.teacher: dict[tuple[int, bytes], Tensor] = {}
+
+    def place(self, device: torch.device, deal: Deal) -> None:
+        if deal.sharded:
+            raise UserError("FD-Align needs the whole base in every process: adapt without FSDP")
+        super().place(device, deal)
+        if self.weight:
+            self._teach(deal.own, device)
+
+    def _teach(self, data: TaskData, device: torch.device) -> None:
+        """Keeps the logits of every training row; the model has not moved yet."""
+        picks = [(s, i) for s in range(len(data)) for i in range(data.num_rows(s, "train"))]
+        with own_pass(self.model):
+            for start in range(0, len(picks), ROWS):
+                part = picks[start : start + ROWS]
+                for chunk in data.step(part, "train", train=False, seed=[0]).chunks:
+                    with self.autocast():  # no bank is attached yet
+                        features = self.prompts.features(self.model, chunk.to(device))
+                    logits = self.read(features, chunk)
+                    self.teacher |= zip(keys_of(chunk), logits.cpu(), strict=True)
+
+    def read(self, features: Tensor, chunk: Batch) -> Tensor:
+        """(n, k) logits of the read-out by each row's spurious prototypes."""
+        vectors = torch.stack([self.prototypes[slot] for slot in chunk.slots]).to(features)
+        assert self.prompts.temperature is not None
+        return torch.einsum("nd,nkd->nk", features, vectors) / self.prompts.temperature
+
+    def row_losses(self, chunk: Batch, device: torch.device) -> Tensor:
+        moved = chunk.to(device)
+        features = self.prompts.features(self.model, moved)
+        losses = self.prompts.losses_of(features, moved)
+        if not self.weight:
+            return losses
+        teacher = torch.stack([self.teacher[key] for key in keys_of(chunk)]).to(features)
+        return losses + self.weight * divergence(
+            self.read(features, chunk), teacher, self.direction
+        )
+
+
+def keys_of(batch: Batch) -> list[tuple[int, bytes]]:
+    """What tells the rows of a batch apart: slot and content, whatever they are padded to."""
+    if "x" in batch.inputs:
+        rows = [x.numpy().tobytes() for x in batch.inputs["x"]]
+    else:
+        lengths = batch.inputs["attention_mask"].sum(1).tolist()
+        ids = batch.inputs["input_ids"]
+        rows = [row[:n].numpy().tobytes() for row, n in zip(ids, lengths, strict=True)]
+    return list(zip(batch.slots, rows, strict=True))

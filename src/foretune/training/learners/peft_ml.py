@@ -1,0 +1,88 @@
+"""`BetweenLearner`: PEFT-ML, with what takes it towards standard retraining or towards adapting."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from foretune.adapters.bank import AdapterBank
+from foretune.tasks.objectives import Objective
+from foretune.training.data import Step
+from foretune.training.learners.joint import Learner
+
+
+class BetweenLearner(Learner):
+    """The joint learner whose adapters are held small, left out at times, or started anew.
+
+    Args:
+        model: The base.
+        objective: Losses and scores.
+        bank: The adapters.
+        learning_rate: Of the base.
+        bank_learning_rate: Of the bank. Where adapters are started anew it stays at its full
+            height, as it will when an unseen task begins.
+        penalty: λ of λ · Σ ‖s·B_t A_t‖²_F, which is added to the loss of each task.
+        adapter_dropout: Share of the steps that train the base (and heads) without LoRA adapters.
+        restart_every: Steps after which, in the mean, a task gets a fresh adapter; None for never.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        bank: AdapterBank,
+        learning_rate: float,
+        bank_learning_rate: float,
+        penalty: float,
+        adapter_dropout: float,
+        restart_every: int | None,
+    ) -> None:
+        super().__init__(
+            model,
+            objective,
+            bank=bank,
+            learning_rate=learning_rate,
+            bank_learning_rate=bank_learning_rate,
+        )
+        self.adapters, self.penalty = bank, penalty
+        self.adapter_dropout, self.restart_every = adapter_dropout, restart_every
+
+    def bank_rate(self, rate: float) -> float:
+        return self.bank_learning_rate if self.restart_every else super().bank_rate(rate)
+
+    def gradients(self, steps: Sequence[Step]) -> dict[int, float]:
+        ranks = 1 if self.deal is None else self.deal.ranks.size
+        number = torch.initial_seed() // ranks  # of this update, the same on all of them
+        if random.Random(number).random() < self.adapter_dropout:
+            with self.adapters.bare():
+                losses = self.backward(steps[0])
+            self.adapters.layers.zero_grad()  # without gradients they do not move
+            return losses
+        present = sorted(set(steps[0].slots))
+        self._restart(present, number)
+        losses = self.backward(steps[0])
+        if self.penalty and present:
+            self.adapters.add_penalty(present, self.penalty / steps[0].num_slots)
+        return losses
+
+    def _restart(self, present: Sequence[int], number: int) -> None:
+        """A fresh adapter for each of these slots with the probability 1 / restart_every.
+
+        Tasks restart at different times, so the base meets adapters of every age in one step, and
+        a run that is resumed need not know when the last restart was.
+        """
+        if not self.restart_every:
+            return
+        chosen = [
+            slot
+            for slot in present
+            if random.Random(f"{number}/{self.adapters.keys[slot]}").random()
+            < 1 / self.restart_every
+        ]
+        self.adapters.reset(chosen, number)
+        assert self.bank_optimizer is not None
+        self.bank_optimizer.forget(chosen)

@@ -1,0 +1,117 @@
+"""The table of a store: every rival is scored on the same rows, the way that it says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import tiny_models
+from foretune.decoding.reference_store import Lookup, ReferenceStore
+from foretune.decoding.references import read_references
+from foretune.decoding.store_controls import calibrated, laws, train_lora
+from foretune.decoding.store_table import evaluate_store
+from foretune.errors import UserError
+
+WORDS = [w for w in tiny_models.WORDS if len(w) > 1]
+ROWS = [{"prompt": f"the {b} {a}", "label": f"{a}"} for a in ("red", "blue") for b in WORDS]
+TEXTS = [{"text": " ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 8))} for i in range(1, 9)]
+
+
+def tokenizer():
+    return tiny_models.tokenizer(special=False)
+
+
+def by_method(result):
+    return {row["method"]: row for row in result["rows"]}
+
+
+def test_accuracy_of_the_model_alone_is_counted_by_hand():
+    model = tiny_models.llama()
+    store = ReferenceStore.build(model, ROWS[::2], tokenizer=tokenizer())
+    table = by_method(evaluate_store(model, tokenizer(), store, ROWS[1::2], lora_steps=0, shots=0))
+    ids = torch.tensor([store.labels["blue"], store.labels["red"]])
+    right, losses = [], []
+    for row in ROWS[1::2]:
+        logits = (
+            model(torch.tensor([tokenizer()(row["prompt"])["input_ids"]]))
+            .logits[0, -1, ids]
+            .detach()
+        )
+        wanted = ["blue", "red"].index(row["label"])
+        right.append(int(logits.argmax()) == wanted)
+        losses.append(-float(torch.log_softmax(logits, -1)[wanted]))
+    assert table["zero-shot"]["score"] == pytest.approx(sum(right) / len(right))
+    assert table["zero-shot"]["log_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    # The state holds the colour, so whatever reads it gets it right.
+    assert table["logistic probe"]["score"] > 0.9
+    assert list(table) == ["zero-shot", "calibrated", "logistic probe", "RTD"]
+
+
+def test_perplexity_is_that_of_the_tokens_that_follow():
+    model = tiny_models.gpt2()
+    store = ReferenceStore.build(model, TEXTS[:5], tokenizer=tokenizer())
+    table = by_method(evaluate_store(model, tokenizer(), store, TEXTS[5:], lora_steps=2))
+    losses = []
+    for row in TEXTS[5:]:
+        ids = torch.tensor([tokenizer()(row["text"])["input_ids"]])
+        losses += [model(ids, labels=ids).loss.item()] * (ids.shape[1] - 1)
+    assert table["zero-shot"]["score"] == pytest.approx(math.exp(sum(losses) / len(losses)), 1e-3)
+    methods = ["zero-shot", "token counts", "texts in the prompt", "LoRA", "RTD"]
+    assert list(table) == methods and table["LoRA"]["trains"] and not table["RTD"]["trains"]
+
+
+def test_a_store_with_nothing_mixed_in_is_the_model_alone():
+    model = tiny_models.llama()
+    store = ReferenceStore.build(model, TEXTS[:5], tokenizer=tokenizer())
+    found = evaluate_store(
+        model, tokenizer(), store, TEXTS[5:], lookup=Lookup(mix=0.0), lora_steps=0, shots=0
+    )
+    table = by_method(found)
+    assert table["RTD"]["score"] == pytest.approx(table["zero-shot"]["score"], rel=1e-6)
+
+
+def test_calibration_takes_away_what_the_model_prefers():
+    seen = torch.tensor([[0.9, 0.1], [0.7, 0.3]]).log()
+    law = calibrated(torch.tensor([[0.8, 0.2]]).log(), seen)
+    torch.testing.assert_close(law.exp(), torch.tensor([[0.5, 0.5]]))
+
+
+def test_lora_learns_the_rows_and_leaves_the_model_alone():
+    model = tiny_models.llama(initializer_range=0.3)
+    known = read_references(ROWS, tokenizer())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    adapted = train_lora(model, known, steps=20, seed=0, rates=(2e-2,))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert laws(adapted, known, None)[1].mean() > laws(model, known, None)[1].mean() + 0.5
+
+
+def test_an_adapted_model_is_not_adapted_again():
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(tiny_models.llama(), config).eval()
+    store = ReferenceStore.build(model, TEXTS[:5], tokenizer=tokenizer())
+    table = by_method(evaluate_store(model, tokenizer(), store, TEXTS[5:], lora_steps=2))
+    assert "LoRA" not in table and "RTD" in table
+
+
+def test_what_is_in_the_prompt_fits_into_the_positions():
+    rows = [{"prompt": " ".join(WORDS[:12]), "label": w} for w in ("red", "blue")] * 4
+    model = tiny_models.llama()
+    store = ReferenceStore.build(model, rows, tokenizer=tokenizer())
+    table = by_method(evaluate_store(model, tokenizer(), store, rows, lora_steps=0))
+    assert "4 in the prompt" in table  # 64 positions, 13 tokens each, 12 for the row itself
+
+
+def test_another_model_or_a_store_without_rows_is_refused():
+    model = tiny_models.llama()
+    store = ReferenceStore.build(model, TEXTS, tokenizer=tokenizer())
+    with pytest.raises(UserError, match="made with another base"):
+        evaluate_store(tiny_models.llama(seed=1), tokenizer(), store, TEXTS)
+    store.rows = []
+    with pytest.raises(UserError, match="no rows beside it"):
+        evaluate_store(model, tokenizer(), store, TEXTS)

@@ -1,0 +1,169 @@
+"""`foretune forecast` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command_line import call, the_error, the_json
+from foretune.forecasting.scenes import save_scenes
+from tiny_scenes import scene_tasks
+
+SIZES = "width=16 encoder_depth=1 decoder_depth=1 num_heads=2 history_steps=10 future_steps=12"
+TINY = [*SIZES.split(), "lane_points=10", "steps=2", "batch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    save_scenes(folder / "s.npz", scene_tasks(6))
+    scenes = ("--scenes", folder / "s.npz")
+    assert call("forecast", "pretrain", *TINY, *scenes, "--out", folder / "base").exit_code == 0
+    for method, changes in (
+        ("forecast-peft", ("modes=3", "prompts=2", "adapter_rank=2")),
+        ("full", ()),
+    ):
+        out = ("--out", folder / method, "--method", method)
+        told = call("forecast", "adapt", folder / "base", "steps=2", *changes, *scenes, *out)
+        assert told.exit_code == 0, told.output
+        assert "minFDE (m)" in told.stdout and "parameters of each task" in told.stdout
+    return folder
+
+
+@pytest.mark.parametrize(("method", "modes"), [("forecast-peft", 3), ("full", 6)])
+def test_an_adapted_folder_is_measured_beside_constant_velocity(world, tmp_path, method, modes):
+    page = tmp_path / "page.html"
+    rows = the_json(
+        *("forecast", "eval", world / method, "--scenes", world / "s.npz", "--out", page),
+        *("--pictures", "1"),
+    )["rows"]
+    assert [(r["model"], r["task"], r["scenes"]) for r in rows] == [
+        (m, t, 2) for t in ("one", "two") for m in (method, "constant velocity")
+    ]
+    assert all(f"minFDE{modes}" in row and f"MR{modes}" in row for row in rows)
+    assert page.read_text().count("<svg") == 2
+    assert "is there already" in the_error(
+        "forecast", "eval", world / method, "--scenes", world / "s.npz", "--out", page
+    )
+
+
+def test_eval_prints_a_table(world):
+    told = call("forecast", "eval", world / "forecast-peft", "--scenes", world / "s.npz")
+    assert told.exit_code == 0
+    assert told.stdout.splitlines()[0].split()[:3] == ["model", "task", "scenes"]
+
+
+def test_a_folder_of_one_task_that_is_a_model_is_measured_on_all(world):
+    rows = the_json("forecast", "eval", world / "full" / "one", "--scenes", world / "s.npz")["rows"]
+    assert {row["task"] for row in rows} == {"one", "two"}
+
+
+def test_a_base_that_moved_is_found_by_its_option(world, tmp_path):
+    shutil.copytree(world / "forecast-peft", tmp_path / "a")
+    summary = tmp_path / "a" / "forecasts.json"
+    about = json.loads(summary.read_text())
+    summary.write_text(json.dumps({**about, "base": str(tmp_path / "gone")}))
+    asked = ("forecast", "eval", tmp_path / "a", "--scenes", world / "s.npz")
+    assert "say where it is by --base" in the_error(*asked)
+    assert the_json(*asked, "--base", world / "base")["rows"]
+
+
+def test_a_folder_that_is_not_empty_is_kept_unless_told(world, tmp_path):
+    scenes = ("--scenes", world / "s.npz")
+    before = (world / "base" / "model.safetensors").read_bytes()
+    for args in (
+        ("pretrain", *TINY, *scenes, "--out", world / "base"),
+        ("adapt", world / "base", *scenes, "--out", world / "forecast-peft"),
+    ):
+        assert "is not empty: --overwrite replaces it" in the_error("forecast", *args)
+    assert (world / "base" / "model.safetensors").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    told = the_error(
+        "forecast", "pretrain", *TINY, *scenes, "--out", tmp_path / "mine", "--overwrite"
+    )
+    assert "foretune did not write it" in told
+    shutil.copytree(world / "base", tmp_path / "old")
+    again = ("pretrain", *TINY, "warmup=0.2", *scenes, "--out", tmp_path / "old")
+    assert the_json("forecast", *again, "--overwrite")["tasks"] == 2
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ("pretrain", "wdth=16"),
+            'no setting "wdth"; the model has width, .* Did you mean "width"?',
+        ),
+        (("pretrain", "width=20"), "width must be a multiple of 8"),
+        (("pretrain", "steps"), '"steps" must read KEY=VALUE'),
+        (("pretrain", "steps=0"), "steps must be a whole number not below 1"),
+        (("pretrain", "learning_rate=0"), "learning_rate must be a number above 0"),
+        (("adapt", "BASE", "prompts=0"), "prompts must be a whole number"),
+        (("adapt", "BASE", "--method", "lora"), "one of forecast-peft, full; got 'lora'"),
+        (("adapt", "BASE", "rank=4"), 'no setting "rank"; forecast-peft has modes'),
+        (("adapt", "NONE"), "no such file or folder"),
+        (("adapt", "."), "holds no Forecast-MAE"),
+        (("eval", "BASE"), "only pretrained and cannot forecast yet"),
+        (("eval", "BASE", "--split", "dev"), "--split must be one of"),
+        (("eval", "NONE"), "no such file or folder"),
+        (("eval", "."), "holds no Forecast-MAE"),
+    ],
+)
+def test_mistakes_are_one_line(world, tmp_path, args, message):
+    import re
+
+    given = [world / "base" if a == "BASE" else tmp_path / "x" if a == "NONE" else a for a in args]
+    out = ("--out", tmp_path / "out") if args[0] != "eval" else ()
+    told = the_error("forecast", *given, "--scenes", world / "s.npz", *out)
+    assert re.search(message, told), told
+    assert not (tmp_path / "out").exists()
+
+
+def test_scenes_that_do_not_fit_the_model_are_named(world, tmp_path):
+    steps = [t for t in TINY if not t.startswith("future")]
+    told = the_error(
+        "forecast",
+        "pretrain",
+        *steps,
+        "future_steps=5",
+        "--scenes",
+        world / "s.npz",
+        "--out",
+        tmp_path / "o",
+    )
+    assert 'task "one", train scene 1: agents must have the shape (agents, 15, 2)' in told
+    told = the_error(
+        "forecast",
+        "adapt",
+        world / "base",
+        "--scenes",
+        tmp_path / "no.npz",
+        "--out",
+        tmp_path / "o",
+    )
+    assert "no such file or folder" in told
+    assert not (tmp_path / "o").exists()
+
+
+def test_help_and_mistakes_do_not_import_torch():
+    for args in (
+        ["forecast", "--help"],
+        ["forecast", "pretrain", "width=20", "--scenes", "x"],
+        ["forecast", "pretrain", "--scenes", "x"],
+        ["forecast", "adapt", "nope", "--scenes", "x"],
+        ["forecast", "eval", "nope", "--scenes", "x"],
+    ):
+        code = (
+            "import sys; from foretune.cli import app\n"
+            f"try: app({args!r})\nexcept SystemExit: pass\n"
+            "print([m for m in ('torch', 'numpy', 'peft') if m in sys.modules])"
+        )
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert said.stdout.splitlines()[-1] == "[]", said

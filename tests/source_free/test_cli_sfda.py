@@ -1,0 +1,297 @@
+"""`foretune sfda prepare`, `adapt` and `eval` as a user types them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from command_line import call, the_error, the_json
+
+LABELS = np.array(["sit", "walk", "run"])
+
+
+def arrays(shift=0.0, count=36, seed=0):
+    rng = np.random.default_rng(seed)
+    y = np.arange(count) % 3
+    wave = np.sin(np.arange(24) * (0.4 + 0.5 * y[:, None]) + rng.uniform(0, 6, (count, 1)))
+    x = np.stack([wave, shift + 0.5 * wave, np.roll(wave, 3, 1)], 1)
+    return (x + 0.3 * rng.normal(size=x.shape)).astype("f4"), y
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with rows of two domains, AdaTime's files, a prepared model and an adapted state."""
+    folder = tmp_path_factory.mktemp("sfda")
+    split = np.array(["train"] * 24 + ["test"] * 12)
+    (x, y), (tx, ty) = arrays(), arrays(0.7, seed=1)
+    np.savez(folder / "source.npz", x=x, y=LABELS[y], split=split)
+    np.savez(folder / "target.npz", x=tx, y=LABELS[ty], split=split)
+    np.savez(folder / "bare.npz", x=tx[:24])
+    np.savez(
+        folder / "both.npz",
+        x=np.concatenate([x, tx]),
+        y=LABELS[np.concatenate([y, ty])],
+        split=np.tile(split, 2),
+        task=np.repeat(["ann", "bob"], 36),
+    )
+    (folder / "ada").mkdir()
+    for name, (a, b) in {"1": (x, y), "2": (tx, ty)}.items():
+        for part, chosen in {"train": slice(24), "test": slice(24, 36)}.items():
+            saved = {"samples": torch.from_numpy(a[chosen]), "labels": torch.from_numpy(b[chosen])}
+            torch.save(saved, folder / "ada" / f"{part}_{name}.pt")
+    made = the_json(
+        *("sfda", "prepare", "new", "--rows", folder / "source.npz"),
+        *("--out", folder / "prepared", "--steps", 8, "--batch-size", 12),
+        *("--rank-factor", 8, "--imputer"),
+    )
+    assert made["labels"] == ["run", "sit", "walk"] and made["core"] < made["parameters"][1]
+    assert made["macs"][1] < 0.2 * made["macs"][0]
+    assert made["accuracy"][1] > 0.3
+    told = the_json(
+        *("sfda", "adapt", folder / "prepared", "steps=3", "batch_size=8"),
+        *("--rows", folder / "bare.npz", "--out", folder / "adapted"),
+    )
+    assert told["rows"] == 24 and told["tuned"] == made["core"]
+    return folder
+
+
+def test_adapted_folder_is_small_and_says_what_it_is(place):
+    files = {p.name: p.stat().st_size for p in (place / "adapted").iterdir()}
+    assert set(files) == {"core.safetensors", "core.json", "README.md"}
+    assert sum(files.values()) < 0.5 * (place / "prepared" / "model.safetensors").stat().st_size
+    assert "foretune" in (place / "adapted" / "README.md").read_text()
+
+
+def test_eval_shows_every_class_before_and_after(place):
+    result = call("sfda", "eval", place / "adapted", "--rows", place / "target.npz")
+    assert result.exit_code == 0, result.output
+    head, *lines = result.stdout.splitlines()
+    assert head.split() == ["class", "rows", "F1", "before", "F1", "after", "difference"]
+    names = [line.split()[0] for line in lines]
+    assert names == ["run", "sit", "walk", "macro-F1", "accuracy"]
+
+
+def test_eval_agrees_with_the_python_api(place):
+    told = the_json("sfda", "eval", place / "adapted", "--rows", place / "target.npz")
+    from foretune.source_free.core_state import load_core
+    from foretune.source_free.tucker_format import load_tucker
+
+    base, about = load_tucker(place / "prepared")
+    (x, y) = arrays(0.7, seed=1)
+    for model, key in ((base, "before"), (load_core(base, place / "adapted"), "after")):
+        with torch.no_grad():
+            said = model(torch.from_numpy(x[24:])).argmax(1).tolist()
+        right = [about["labels"][s] == LABELS[t] for s, t in zip(said, y[24:], strict=True)]
+        assert told[key]["accuracy"] == pytest.approx(sum(right) / 12)
+        assert sum(c["rows"] for c in told[key]["classes"]) == told[key]["rows"] == 12
+
+
+def test_report_is_one_page_with_a_picture(place, tmp_path):
+    page = tmp_path / "shift.html"
+    args = ("sfda", "eval", place / "adapted", "--rows", place / "target.npz", "--report", page)
+    assert call(*args).exit_code == 0
+    text = page.read_text()
+    assert (
+        "<svg" in text
+        and "macro-F1" in text
+        and "walk" in text
+        and "http" not in text.replace("http://www.w3.org", "")
+    )
+    assert "exists: --overwrite replaces it" in the_error(*args)
+    assert call(*args, "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize("source", ["both", "ada"])
+def test_domains_of_one_source_are_chosen_by_name(place, tmp_path, source):
+    rows = place / ("both.npz" if source == "both" else "ada")
+    first, second = ("ann", "bob") if source == "both" else ("1", "2")
+    made = the_json(
+        *("sfda", "prepare", "new", "--rows", rows, "--domain", first, "--steps", 1),
+        *("--out", tmp_path / "p", "--epochs", 1, "--batch-size", 24),
+    )
+    assert made["domain"] == first
+    told = the_json(
+        *("sfda", "adapt", tmp_path / "p", "steps=1", "loss=nrc", "--rows", rows),
+        *("--domain", second, "--out", tmp_path / "a", "--max-rows", 5),
+    )
+    assert (told["domain"], told["rows"]) == (second, 5)
+    scored = the_json("sfda", "eval", tmp_path / "a", "--rows", rows, "--domain", second)
+    assert scored["after"]["rows"] == 12
+    assert "domains" in the_error("sfda", "eval", tmp_path / "a", "--rows", rows)
+    assert "has no domain" in the_error(
+        "sfda", "eval", tmp_path / "a", "--rows", rows, "--domain", "zoe"
+    )
+
+
+def test_adatime_and_arrays_give_the_same_windows(place):
+    from foretune.source_free.windows import read_windows
+
+    one, other = read_windows(str(place / "ada"), "2"), read_windows(str(place / "target.npz"))
+    assert len(one.train) == len(other.train) == 24 and len(one.test) == 12
+    for a, b in zip(one.train, other.train, strict=True):
+        assert np.array_equal(a["x"], b["x"]) and LABELS[a["y"]] == b["y"]
+
+
+def test_every_loss_and_form_runs(place, tmp_path):
+    for i, changes in enumerate(
+        [["loss=aad"], ["loss=mapu", "bn=affine"], ["tuned=all"], ["tuned=batch-norm"]]
+    ):
+        told = the_json(
+            *("sfda", "adapt", place / "prepared", "steps=1", *changes),
+            *("--rows", place / "bare.npz", "--out", tmp_path / str(i)),
+        )
+        assert told["tuned"] > 0
+
+
+def test_same_seed_writes_the_same_bytes(place, tmp_path):
+    for name in ("a", "b"):
+        the_json(
+            *("sfda", "adapt", place / "prepared", "steps=3", "batch_size=8"),
+            *("--rows", place / "bare.npz", "--out", tmp_path / name),
+        )
+    one, other = ((tmp_path / n / "core.safetensors").read_bytes() for n in ("a", "b"))
+    assert one == other == (place / "adapted" / "core.safetensors").read_bytes()
+
+
+def test_a_base_of_the_user_s_own_file_is_prepared(place, tmp_path):
+    from foretune.models.loading import load_module, save_base
+
+    (tmp_path / "net.py").write_text(
+        "import torch\n\n\ndef build():\n    return torch.nn.Sequential(torch.nn.Conv1d(3, 8, 3), "
+        "torch.nn.ReLU(), torch.nn.AdaptiveAvgPool1d(1), torch.nn.Flatten(), "
+        "torch.nn.Linear(8, 3))\n"
+    )
+    save_base(load_module(tmp_path / "net.py"), None, tmp_path / "base")
+    made = the_json(
+        *("sfda", "prepare", tmp_path / "base", "--rows", place / "source.npz"),
+        *("--out", tmp_path / "p", "--epochs", 1, "--rank-factor", 2),
+    )
+    assert made["ranks"] == {"0": [4, 3]}
+    told = the_json(
+        *("sfda", "adapt", tmp_path / "p", "steps=1", "--rows", place / "bare.npz"),
+        *("--out", tmp_path / "a"),
+    )
+    assert told["tuned"] == 4 * 3 * 3
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+def test_a_used_folder_is_not_written_over_without_being_told(place, tmp_path):
+    args = ("sfda", "adapt", place / "prepared", "steps=1", "--rows", place / "bare.npz", "--out")
+    assert "is not empty: --overwrite replaces it" in the_error(*args, place / "adapted")
+    assert "foretune did not write it" in the_error(*args, place / "prepared", "--overwrite")
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in the_error(*args, tmp_path / "file")
+    prepare = ("sfda", "prepare", "new", "--rows", place / "source.npz", "--out")
+    assert "is not empty" in the_error(*prepare, place / "prepared")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["step=3"], 'no setting "step"; subspace-sfda has .* Did you mean "steps"?'),
+        (["loss=tent"], "loss must be one of shot, nrc, aad, mapu; got 'tent'"),
+        (["steps=0"], "steps must be a whole number not below 1, got 0"),
+        (["steps"], "must read KEY=VALUE"),
+    ],
+)
+def test_bad_settings_are_named(place, tmp_path, changes, message):
+    line = the_error(
+        *("sfda", "adapt", place / "prepared", *changes, "--rows", place / "bare.npz"),
+        *("--out", tmp_path / "a"),
+    )
+    import re
+
+    assert re.search(message, line), line
+    assert not (tmp_path / "a").exists()
+
+
+def test_bad_rows_are_named_and_leave_nothing_behind(place, tmp_path):
+    def refused(name, **columns):
+        np.savez(tmp_path / name, **columns)
+        line = the_error(
+            *("sfda", "adapt", place / "prepared", "steps=1", "--rows", tmp_path / name),
+            *("--out", tmp_path / "a"),
+        )
+        assert not (tmp_path / "a").exists()
+        return line
+
+    x, _ = arrays()
+    assert "no such file" in the_error(
+        *("sfda", "adapt", place / "prepared", "--rows", "none.npz", "--out", tmp_path / "a")
+    )
+    assert "row 1: x missing" in refused("1.npz", z=x)
+    assert "a window is an array x (channels, length), got x of shape (24,)" in refused(
+        "2.npz", x=x[:, 0]
+    )
+    assert "windows of 2 channels, the source had 3" in refused("3.npz", x=x[:, :2])
+    broken = x.copy()
+    broken[3, 0, 0] = np.nan
+    assert "row 4: x holds NaN or infinity" in refused("4.npz", x=broken)
+    assert "no training rows of target" in refused("5.npz", x=x, split=["test"] * len(x))
+
+
+def test_rows_without_or_with_unknown_labels_cannot_be_scored(place, tmp_path):
+    assert "y missing" in the_error(
+        "sfda", "eval", place / "adapted", "--rows", place / "bare.npz", "--split", "train"
+    )
+    x, y = arrays()
+    np.savez(tmp_path / "odd.npz", x=x, y=np.where(y == 0, "fly", LABELS[y]), split=["test"] * 36)
+    line = the_error("sfda", "eval", place / "adapted", "--rows", tmp_path / "odd.npz")
+    assert "needs a label of the source" in line and "'fly'" in line
+    assert "no rows of split validation" in the_error(
+        *("sfda", "eval", place / "adapted", "--rows", place / "target.npz"),
+        *("--split", "validation"),
+    )
+    assert "split must be one of" in the_error(
+        "sfda", "eval", place / "adapted", "--rows", place / "target.npz", "--split", "best"
+    )
+
+
+def test_folders_that_are_something_else_are_named(place, tmp_path):
+    rows = ("--rows", place / "target.npz")
+    assert "no such folder" in the_error("sfda", "adapt", tmp_path / "x", *rows)
+    assert "is no prepared model: it has no sfda.json" in the_error(
+        "sfda", "adapt", place / "adapted", *rows, "--out", tmp_path / "a"
+    )
+    assert "holds no adapted state" in the_error("sfda", "eval", place / "prepared", *rows)
+    copied = tmp_path / "broken"
+    copied.mkdir()
+    (copied / "sfda.json").write_text("{}")
+    assert "sfda.json is not readable" in the_error(
+        "sfda", "adapt", copied, *rows, "--out", tmp_path / "a"
+    )
+    (copied / "sfda.json").write_bytes((place / "prepared" / "sfda.json").read_bytes())
+    (copied / "model.safetensors").write_bytes(b"x")
+    assert "model.safetensors does not fit" in the_error(
+        "sfda", "adapt", copied, *rows, "--out", tmp_path / "a"
+    )
+
+
+def test_a_pickle_that_runs_code_is_refused(place, tmp_path):
+    torch.save({"samples": LABELS, "labels": [print]}, tmp_path / "train_1.pt")
+    line = the_error("sfda", "prepare", "new", "--rows", tmp_path, "--out", tmp_path / "p")
+    assert "is no dict of tensors samples and labels" in line
+
+
+def test_bad_options_are_refused(place, tmp_path):
+    prepare = ("sfda", "prepare", "new", "--rows", place / "source.npz", "--out", tmp_path / "p")
+    assert "--learning-rate must be a number above 0" in the_error(*prepare, "--learning-rate", 0)
+    assert "--layers must be one of" in the_error(*prepare, "--layers", "conv")
+    assert "has no layer to factor" in the_error(*prepare, "--layers", "linear", "--steps", 0)
+    assert not (tmp_path / "p").exists()
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys\nfrom foretune.cli import app\n"
+        "try:\n    app(['sfda', 'adapt', '--help'])\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
