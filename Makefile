@@ -39,6 +39,7 @@ check: lint types imports docs
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/ruff check --preview --select D,DOC501 --ignore D105,D107 src
 
 types: setup
 	$(BIN)/mypy

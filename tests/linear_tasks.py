@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foretune.tasks.objectives import Regression
+from foretune.tasks.objectives.regression import Regression
 from foretune.tasks.task import Task, TaskCollection
 
 MODULE = """\

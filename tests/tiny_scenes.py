@@ -9,8 +9,8 @@ import torch
 from foretune.forecasting.config import ForecastMAEConfig
 from foretune.forecasting.junctions import FUTURE_STEPS, HISTORY_STEPS, LANE_POINTS, junctions
 from foretune.forecasting.model import ForecastMAE
-from foretune.tasks.objectives import Forecast, Objective
-from foretune.tasks.task import Task, TaskCollection
+from foretune.forecasting.objective import Forecast
+from foretune.tasks.task import Objective, Task, TaskCollection
 
 STEPS = {"history_steps": HISTORY_STEPS, "future_steps": FUTURE_STEPS}
 PARTS = {"modes": 3, "prompts": 4, "adapter_rank": 2}

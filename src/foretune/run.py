@@ -139,7 +139,7 @@ def whole(name: str, value: Any, least: int, *, optional: bool = False) -> None:
         raise UserError(f"{name} must be a whole number not below {least}, got {value!r}")
 
 
-def whole_numbers(name: str, value: Any) -> Any:
+def check_ints(name: str, value: Any) -> Any:
     """A whole number above 0, several of them as a tuple, or None; raises UserError for others."""
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value

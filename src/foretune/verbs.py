@@ -1,15 +1,23 @@
-"""The verbs that train nothing: `fuse`, `prune`, `decode`. A method's file holds what each does."""
+"""The verbs that train nothing: `fuse`, `prune`, `decode`. Each calls the method's own record."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from foretune.errors import UserError
+from foretune.method import Method, check_verb
 
 if TYPE_CHECKING:
     from torch import nn
+
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+class FuseMethod(Method, Protocol[Result_co]):
+    """A method whose verb is `fuse`."""
+
+    fuse: Any  # called as fuse(base, finetuned, **options); options differ from method to method
 
 
 def fuse(
@@ -18,7 +26,7 @@ def fuse(
     method: Any,
     **options: Any,
 ) -> Any:
-    """Several fine-tuned models over one base become one model.
+    """Fuses several fine-tuned models over one base into one model.
 
     Args:
         base: What all were tuned from: a model, or its Hugging Face folder.
@@ -29,12 +37,12 @@ def fuse(
     Raises:
         UserError: A method of another verb, nothing to fuse, or models that do not fit the base.
     """
-    _check_verb(method, "fuse")
+    check_verb(method, "fuse")
     return method.fuse(base, finetuned, **options)
 
 
 def prune(model: nn.Module | str | PathLike[str], rows: Any, method: Any, **options: Any) -> Any:
-    """A mixture of experts becomes a smaller one for one task.
+    """Prunes a mixture of experts for one task.
 
     Args:
         model: A model, or its Hugging Face folder.
@@ -46,10 +54,8 @@ def prune(model: nn.Module | str | PathLike[str], rows: Any, method: Any, **opti
         UserError: A method of another verb, a model without experts, or a number of experts that
             the architecture cannot have.
     """
-    from foretune.pruning.prune import prune_mixture
-
-    _check_verb(method, "prune")
-    return prune_mixture(model, rows, method, **options)
+    check_verb(method, "prune")
+    return method.prune(model, rows, **options)
 
 
 def decode(
@@ -58,7 +64,7 @@ def decode(
     method: Any,
     **options: Any,
 ) -> Any:
-    """Generates with another distribution of the next token; no weight changes.
+    """Generates from another next-token distribution; no weight changes.
 
     Args:
         model: A causal language model, or its Hugging Face folder.
@@ -70,15 +76,5 @@ def decode(
     Raises:
         UserError: A method of another verb, or side models or stores that do not fit the model.
     """
-    _check_verb(method, "decode")
+    check_verb(method, "decode")
     return method.decode(model, prompts, **options)
-
-
-def _check_verb(method: Any, verb: str) -> None:
-    got = getattr(method, "verb", None)
-    if got == verb:
-        return
-    was = f'"{method.name}", whose verb is {got}' if got else f"a {type(method).__name__}"
-    raise UserError(
-        f"{verb} takes a method whose verb is {verb}, got {was}; see foretune ls methods"
-    )

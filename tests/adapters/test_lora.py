@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foretune.adapters.lora import Layout, lora_linear
-from foretune.models.routing import Rows
+from foretune.models.layout import RowSlots
 
 IN, OUT, R, SLOTS = 10, 12, 3, 5
 
@@ -55,14 +55,14 @@ def both(tensors, rows, context=contextlib.nullcontext):
 
 
 ROWS = {
-    "uniform": Rows((0, 0, 1, 1, 2, 2, 3, 3, 4, 4)),
-    "unlike": Rows((0, 1, 1, 1, 2, 3, 3, 4)),
-    "absent": Rows((1, 1, 3)),
-    "neighbours absent": Rows((2, 2, 3, 3)),
-    "unsorted": Rows((3, 0, 3, 1, 1)),
-    "one": Rows((2,)),
-    "without padding": Rows((0, 0, 2, 2, 4), (3, 1, 2, 5, 1)),
-    "without padding, uniform": Rows((0, 1, 2, 3, 4), (2, 2, 2, 2, 2)),
+    "uniform": RowSlots((0, 0, 1, 1, 2, 2, 3, 3, 4, 4)),
+    "unlike": RowSlots((0, 1, 1, 1, 2, 3, 3, 4)),
+    "absent": RowSlots((1, 1, 3)),
+    "neighbours absent": RowSlots((2, 2, 3, 3)),
+    "unsorted": RowSlots((3, 0, 3, 1, 1)),
+    "one": RowSlots((2,)),
+    "without padding": RowSlots((0, 0, 2, 2, 4), (3, 1, 2, 5, 1)),
+    "without padding, uniform": RowSlots((0, 1, 2, 3, 4), (2, 2, 2, 2, 2)),
 }
 
 
@@ -80,7 +80,7 @@ def test_on_random_layouts():
     for _ in range(20):
         slots = tuple(sorted(random.choices(range(SLOTS), k=random.randint(1, 9))))
         lengths = tuple(random.randint(1, 6) for _ in slots)
-        ours, reference = both(inputs(torch.float64, (1, sum(lengths))), Rows(slots, lengths))
+        ours, reference = both(inputs(torch.float64, (1, sum(lengths))), RowSlots(slots, lengths))
         for one, other in zip(ours, reference, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
@@ -104,7 +104,7 @@ def test_gradients_of_chunks_add_up_where_slots_are_absent():
     tensors = inputs(torch.float64, (2, 4))
     x, weight, bias, a, b = tensors
     for slots in ((0, 1), (1, 3)):
-        lora_linear(x, weight, bias, a, b, 0.7, Rows(slots)).sum().backward()
+        lora_linear(x, weight, bias, a, b, 0.7, RowSlots(slots)).sum().backward()
     got = a.grad.clone(), b.grad.clone()
     for t in tensors:
         t.grad = None
@@ -115,7 +115,7 @@ def test_gradients_of_chunks_add_up_where_slots_are_absent():
 
 def test_dropout_drops_the_adapters_input_alone():
     tensors = inputs(torch.float64, (4, 50))
-    rows = Rows((0, 1, 2, 3))
+    rows = RowSlots((0, 1, 2, 3))
     with torch.no_grad():
         kept = lora_linear(*tensors, 0.7, rows, dropout=0.0)
         none = lora_linear(*tensors[:4], torch.zeros_like(tensors[4]), 0.7, rows, dropout=0.5)
@@ -128,14 +128,14 @@ def test_a_frozen_base_gets_no_gradient():
     x, weight, bias, a, b = inputs(torch.float64, (3, 4))
     weight.requires_grad_(False)
     bias.requires_grad_(False)
-    lora_linear(x, weight, bias, a, b, 0.7, Rows((0, 1, 4))).sum().backward()
+    lora_linear(x, weight, bias, a, b, 0.7, RowSlots((0, 1, 4))).sum().backward()
     assert weight.grad is None
     assert a.grad is not None
 
 
 @pytest.mark.parametrize(
     ("rows", "vectors"),
-    [(Rows((0, 1, 2)), 10), (Rows((0, 1), (3, 4)), 8), (Rows((0, 1), (3, 4)), 14)],
+    [(RowSlots((0, 1, 2)), 10), (RowSlots((0, 1), (3, 4)), 8), (RowSlots((0, 1), (3, 4)), 14)],
 )
 def test_vectors_that_belong_to_no_row_are_refused(rows, vectors):
     with pytest.raises(ValueError, match=f"{vectors} vectors where the batch has"):

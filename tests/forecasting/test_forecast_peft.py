@@ -15,9 +15,9 @@ from foretune.forecasting.forecast_peft import load_adapted
 from foretune.forecasting.forecasters import add_head
 from foretune.forecasting.junctions import junctions
 from foretune.forecasting.model import ForecastMAE
+from foretune.forecasting.objective import Forecast
 from foretune.methods import make
 from foretune.run import Run
-from foretune.tasks.objectives import Forecast
 from linear_tasks import copy_of, equal_bits
 from tiny_scenes import PARTS, STEPS, batch_of, forecast_mae, scene_tasks
 

@@ -17,9 +17,9 @@ from foretune.forecasting.measures import (
     min_fde,
     missed,
 )
+from foretune.forecasting.objective import Forecast
 from foretune.forecasting.report import forecast_page, scene_figure
 from foretune.forecasting.scenes import in_focal_frame
-from foretune.tasks.objectives import Forecast
 from tiny_scenes import STEPS
 
 

@@ -15,7 +15,7 @@ from foretune.forecasting.encoders import Conv3, NeighbourAttention
 from foretune.forecasting.forecasters import add_head, add_prompts, load_forecast_mae
 from foretune.forecasting.junctions import junctions
 from foretune.forecasting.model import ForecastMAE, save_forecast_mae
-from foretune.tasks.objectives import SceneReconstruction
+from foretune.forecasting.pretraining import SceneReconstruction
 from linear_tasks import copy_of, equal_bits
 from tiny_scenes import PARTS, STEPS, batch_of, forecast_mae
 

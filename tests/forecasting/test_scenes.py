@@ -12,9 +12,11 @@ import pytest
 
 from foretune.errors import UserError
 from foretune.forecasting.junctions import junctions
+from foretune.forecasting.objective import Forecast
+from foretune.forecasting.pretraining import SceneReconstruction
 from foretune.forecasting.readers import load_scenes, read_argoverse2, resampled
 from foretune.forecasting.scenes import in_focal_frame, save_scenes
-from foretune.tasks.objectives import Forecast, SceneReconstruction, make_objective
+from foretune.tasks.objectives import make_objective
 from foretune.tasks.task import Task, TaskCollection
 from tiny_scenes import STEPS
 

@@ -12,7 +12,7 @@ import foretune
 from foretune.errors import UserError
 from foretune.methods.auto import Auto
 from foretune.run import Run
-from foretune.tasks.objectives import Regression
+from foretune.tasks.objectives.regression import Regression
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training import verbs
 from linear_tasks import Net, equal_bits, family

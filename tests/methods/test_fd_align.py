@@ -17,7 +17,7 @@ from foretune.errors import UserError
 from foretune.methods import make
 from foretune.models import dual_encoder
 from foretune.training.data import TaskData, slot_of
-from foretune.training.learners.fd_align import AlignedLearner, keys_of
+from foretune.training.learners.fd_align import FDAlignLearner, keys_of
 from foretune.training.loop import fit
 from foretune.training.ranks import Deal
 from foretune.training.scoring import score_slots
@@ -63,7 +63,7 @@ def world(kind: str = "clip", **changes: Any) -> tuple[nn.Module, TaskCollection
 
 def learner_of(
     model: nn.Module, tasks: TaskCollection, method: FDAlign, run: Run = RUN
-) -> tuple[AlignedLearner, TaskData]:
+) -> tuple[FDAlignLearner, TaskData]:
     """A learner in place, its teacher told, nothing moved yet."""
     objective = bound(tasks.objective.fit(tasks), model)
     model = fresh_copy(model, objective, 0)
@@ -78,7 +78,7 @@ def batch_of(data: TaskData, picks: Any = ((0, 0), (0, 1), (0, 4), (1, 2))) -> A
     return data.step(list(picks), "train", train=False, seed=[0]).chunks[0]
 
 
-def gradients(learner: AlignedLearner, loss: Tensor) -> list[Tensor | None]:
+def gradients(learner: FDAlignLearner, loss: Tensor) -> list[Tensor | None]:
     return list(torch.autograd.grad(loss, learner.base, allow_unused=True))
 
 

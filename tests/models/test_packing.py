@@ -13,8 +13,8 @@ import tiny_models
 from foretune.adapters.bank import AdapterBank
 from foretune.models import packing
 from foretune.models.frozen_prefix import frozen_prefix
-from foretune.models.grouped_calls import rows_by_length
-from foretune.models.packing import Packing, packed
+from foretune.models.layout import Packing, rows_by_length
+from foretune.models.packing import packed
 from foretune.models.recompute import recomputed
 from foretune.models.routing import route
 

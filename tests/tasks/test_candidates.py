@@ -15,8 +15,9 @@ import pytest
 from foretune.errors import UserError
 from foretune.tasks import candidates
 from foretune.tasks.candidates import draw_candidates
+from foretune.tasks.example import SPLITS
 from foretune.tasks.sources import Source, load_tasks
-from foretune.tasks.task import SPLITS, Task, TaskCollection
+from foretune.tasks.task import Task, TaskCollection
 
 
 def write(path: Path, rows: list[Any]) -> str:

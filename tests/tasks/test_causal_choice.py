@@ -15,7 +15,9 @@ from foretune.models.counted import logits_at
 from foretune.models.packing import packed
 from foretune.models.routing import route
 from foretune.run import Run
-from foretune.tasks.objectives import CausalLM, Choice, shared_context
+from foretune.tasks.objectives import shared_context
+from foretune.tasks.objectives.causal_lm import CausalLM
+from foretune.tasks.objectives.choice import Choice
 from foretune.tasks.task import Task, TaskCollection
 
 TOKENIZER = tiny_models.tokenizer()

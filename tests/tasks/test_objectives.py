@@ -16,14 +16,11 @@ from torch import nn
 import tiny_models
 from foretune.errors import UserError
 from foretune.models.routing import current_rows
-from foretune.tasks.objectives import (
-    CausalLM,
-    Choice,
-    Classification,
-    Regression,
-    make_objective,
-    text,
-)
+from foretune.tasks.objectives import make_objective, text
+from foretune.tasks.objectives.causal_lm import CausalLM
+from foretune.tasks.objectives.choice import Choice
+from foretune.tasks.objectives.classification import Classification
+from foretune.tasks.objectives.regression import Regression
 from foretune.tasks.task import Task, TaskCollection
 
 TOKENIZER = tiny_models.tokenizer()

@@ -16,11 +16,12 @@ import pytest
 from foretune.errors import ForetuneError, UserError
 from foretune.tasks import row_store, scratch
 from foretune.tasks.drawn_rows import DrawnRows
+from foretune.tasks.example import SPLITS
 from foretune.tasks.leakage import find_leaks
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.row_store import RowStore, StoredRows, View, select
 from foretune.tasks.sources import Source, load_tasks
-from foretune.tasks.task import SPLITS, TaskCollection
+from foretune.tasks.task import TaskCollection
 
 Load = Callable[..., tuple[TaskCollection, TaskCollection | None]]
 

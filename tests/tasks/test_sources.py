@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from foretune.errors import UserError
+from foretune.tasks.example import SPLITS
 from foretune.tasks.sources import Source, load_tasks
-from foretune.tasks.task import SPLITS, Task, TaskCollection
+from foretune.tasks.task import Task, TaskCollection
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("FORETUNE_DATA", ROOT.parent / "shared" / "data"))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.templates import template_text
-from foretune.tasks.objectives import Regression
+from foretune.tasks.objectives.regression import Regression
 from foretune.training.data import SlotRows, TaskData
 from foretune.training.ranks import Deal, Ranks, deal_out
 

@@ -24,7 +24,8 @@ from foretune.adapters.lora import by_rows, by_slot, index_of, lora_conv1d, lora
 from foretune.adapters.sparse import smallest_entries
 from foretune.adapters.sparse_slots import sparse_linear
 from foretune.errors import UserError
-from foretune.models.routing import Rows, current_rows
+from foretune.models.layout import RowSlots
+from foretune.models.routing import current_rows
 
 
 class AdapterBank(nn.Module):
@@ -398,7 +399,7 @@ class _HeadCopies(nn.Module):
 
         return forward
 
-    def _per_slot(self, module: nn.Module, rows: Rows, args: Any, kwargs: Any) -> Tensor:
+    def _per_slot(self, module: nn.Module, rows: RowSlots, args: Any, kwargs: Any) -> Tensor:
         num_rows = len(rows.slots)
         if rows.order is not None:
             args, kwargs = _map((args, kwargs), lambda t: by_rows(t, rows.order, num_rows))  # type: ignore[arg-type]
@@ -413,7 +414,7 @@ class _HeadCopies(nn.Module):
         y = torch.cat(outputs, 0 if rows.tokens is None else 1)
         return y if rows.inverse is None else by_rows(y, rows.inverse, num_rows)
 
-    def _copies(self, rows: Rows) -> list[dict[str, Tensor]]:
+    def _copies(self, rows: RowSlots) -> list[dict[str, Tensor]]:
         """The parameters of each slot that is present, by name.
 
         Selected and unbound once: indexing slot by slot would give each slot a gradient of the size

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foretune.models.routing import Rows
+from foretune.models.layout import RowSlots
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Layout:
     num_slots: int
 
     @classmethod
-    def of(cls, rows: Rows, num_vectors: int, num_slots: int) -> Layout:
+    def of(cls, rows: RowSlots, num_vectors: int, num_slots: int) -> Layout:
         """The layout of `rows`, sorted by slot, when they have so many vectors (tokens) together.
 
         Raises:
@@ -226,7 +226,7 @@ def lora_linear(
     a: Tensor,
     bt: Tensor,
     scale: float,
-    rows: Rows,
+    rows: RowSlots,
     dropout: float = 0.0,
 ) -> Tensor:
     """A linear layer with one LoRA adapter for each slot.
@@ -263,7 +263,7 @@ def lora_linear(
 
 
 def lora_conv1d(
-    x: Tensor, conv: torch.nn.Conv1d, a: Tensor, b: Tensor, scale: float, rows: Rows
+    x: Tensor, conv: torch.nn.Conv1d, a: Tensor, b: Tensor, scale: float, rows: RowSlots
 ) -> Tensor:
     """The adapters' part of a one-dimensional convolution: a (slots, r, in, k), b (slots, out, r).
 
@@ -283,7 +283,7 @@ def lora_conv1d(
     return delta if rows.inverse is None else delta[rows.inverse]
 
 
-def by_slot(x: Tensor, rows: Rows) -> Sequence[Tensor]:
+def by_slot(x: Tensor, rows: RowSlots) -> Sequence[Tensor]:
     """The parts of x that belong to each slot; x is sorted by slot.
 
     Args:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from foretune.adapters.lora import Layout, autocast, by_rows, given, present
-from foretune.models.routing import Rows
+from foretune.models.layout import RowSlots
 
 
 def changed(weight: Tensor, value: Tensor, places: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class _SparseLinear(torch.autograd.Function):
 
 
 def sparse_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, places: Tensor, rows: Rows
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, places: Tensor, rows: RowSlots
 ) -> Tensor:
     """A linear layer with one sparse change for each slot.
 

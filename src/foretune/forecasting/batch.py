@@ -12,7 +12,8 @@ import torch
 from foretune.forecasting.scenes import check_scene, in_focal_frame
 from foretune.run import above_zero, whole
 from foretune.tasks.batch import Batch
-from foretune.tasks.task import SPLITS, TaskCollection
+from foretune.tasks.example import SPLITS
+from foretune.tasks.task import TaskCollection
 
 AGENT = ("history", "past", "future", "kind", "agent_pose", "keep_history", "keep_future")
 LANE = ("lanes", "lane_pose", "keep_lane")

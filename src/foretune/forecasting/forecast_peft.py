@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from foretune.forecasting.model import ForecastMAE
-    from foretune.tasks.objectives import Objective
+    from foretune.tasks.task import Objective
     from foretune.training.learners.joint import Learner
 
 TRAINED = ("prompt", "adapter", "bias", "norm", "future_pred", "decoder_embed")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from foretune.forecasting.displacement import displacements
-from foretune.tasks.objectives import Objective
+from foretune.tasks.task import Objective
 
 MISSED_M = 2.0
 Said = tuple[Tensor, Tensor, Tensor, Tensor]  # traj, scores, truth, valid

@@ -13,7 +13,8 @@ import numpy as np
 
 from foretune.errors import UserError
 from foretune.forecasting.scenes import Arrays, collected, read_npz
-from foretune.tasks.task import SPLITS, Task, TaskCollection
+from foretune.tasks.example import SPLITS
+from foretune.tasks.task import Task, TaskCollection
 
 TRAIN, VALIDATION = 0.5, 0.6  # of a recording's time; the rest is test
 AV2_KINDS = {"vehicle": 0, "bus": 0, "pedestrian": 1, "cyclist": 2, "motorcyclist": 2}

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from foretune.errors import UserError
-from foretune.tasks.task import SPLITS, Task, TaskCollection
+from foretune.tasks.example import SPLITS
+from foretune.tasks.task import Task, TaskCollection
 
 MOVED_M = 0.1  # a shorter way says nothing of a heading
 COLUMNS = ("agents", "kinds", "headings", "lanes")

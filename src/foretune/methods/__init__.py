@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from typing import Any
 
+from foretune.entry_points import entry_point
 from foretune.errors import UserError, did_you_mean
 
 METHODS = {
@@ -49,8 +49,8 @@ def method_class(name: str) -> type:
         raise UserError(
             f'no method "{name}"; known: {", ".join(METHODS)}.{did_you_mean(name, METHODS)}'
         )
-    module, _, cls = METHODS[name].partition(":")
-    return getattr(importlib.import_module(module), cls)
+    record_class: type = entry_point(METHODS[name])
+    return record_class
 
 
 def make(name: str, **fields: Any) -> Any:

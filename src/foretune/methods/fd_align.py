@@ -47,7 +47,7 @@ from foretune.run import Run, above_zero, at_least, one_of, share, whole
 if TYPE_CHECKING:
     from torch import nn
 
-    from foretune.tasks.objectives import Objective
+    from foretune.tasks.task import Objective
     from foretune.training.learners.joint import Learner
 
 PAPER = {
@@ -133,7 +133,7 @@ class FDAlign:
     ) -> Learner:
         from foretune.linalg.prototypes import representatives, spurious_prototypes
         from foretune.tasks.objectives.prompts import PromptClassification
-        from foretune.training.learners.fd_align import AlignedLearner
+        from foretune.training.learners.fd_align import FDAlignLearner
         from foretune.training.learners.joint import make_bank
 
         if not isinstance(objective, PromptClassification):
@@ -153,7 +153,7 @@ class FDAlign:
         bank = None
         if self.lora is not None:
             bank = make_bank(model, objective, keys, run.seed, lora=self.lora)
-        return AlignedLearner(
+        return FDAlignLearner(
             model,
             objective,
             # A slot's key is its task's name, with #draw behind it from the second draw on.

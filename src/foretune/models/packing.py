@@ -14,20 +14,18 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from foretune.models.calls import agree, own_pass, replaced_forward
-from foretune.models.grouped_calls import grouped_calls, lengths_of, rows_by_length
-from foretune.models.routing import Rows, current_packing, current_rows, routed
+from foretune.models.calls import agree, eval_no_grad, replaced_forward
+from foretune.models.grouped_calls import grouped_calls, lengths_of
+from foretune.models.layout import MoveTokens, Packing
+from foretune.models.routing import current_packing, current_rows, routed
 from foretune.models.surgery import block_list
 
 NAME = "foretune-packed"  # of the attention function, for transformers
@@ -35,178 +33,6 @@ WORTH = 0.9  # a batch in which this share of the positions are tokens is left a
 
 logger = logging.getLogger("foretune")
 _SAID: set[str] = set()
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows of like lengths.
-
-    Args:
-        rows: (b,) their indices in the padded batch.
-        length: The longest of them.
-        take: (b · length,) place of each of their positions among all tokens; padding takes 0.
-        padding: (p,) positions of the above that are padding.
-    """
-
-    rows: Tensor
-    length: int
-    take: Tensor
-    padding: Tensor
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How the tokens of a padded batch lie one after the other, rows sorted by slot.
-
-    Args:
-        lengths: Tokens of each row, in the order of the padded batch.
-        width: Length that the rows are padded to.
-        order: Indices of the rows, in the order in which their tokens lie.
-        device: Where the index tensors go.
-    """
-
-    lengths: tuple[int, ...]
-    width: int
-    order: tuple[int, ...]
-    device: torch.device
-    _kept: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """(N,) flat position in the padded batch of each token."""
-        parts = [np.arange(self.lengths[i]) + i * self.width for i in self.order]
-        return self._index(np.concatenate(parts))
-
-    @cached_property
-    def places(self) -> Tensor:
-        """(n · width,) place of each padded position among the tokens; padding gets 0."""
-        places = torch.zeros(len(self.lengths) * self.width, dtype=torch.long)
-        places[self.tokens.cpu()] = torch.arange(len(self.tokens))
-        return places.to(self.device)
-
-    @cached_property
-    def padding(self) -> Tensor:
-        """(p,) flat positions of the padded batch that are padding."""
-        lengths = np.array(self.lengths)[:, None]
-        return self._index(np.flatnonzero(np.arange(self.width)[None, :] >= lengths))
-
-    @cached_property
-    def groups(self) -> list[Group]:
-        """The rows, grouped by length for attention."""
-        starts = dict(
-            zip(self.order, np.cumsum([0, *(self.lengths[i] for i in self.order)]), strict=False)
-        )
-        found = []
-        for rows in rows_by_length(self.lengths):
-            lengths = np.array([self.lengths[i] for i in rows])
-            columns = np.arange(lengths.max())[None, :]
-            inside = columns < lengths[:, None]
-            take = np.where(inside, np.array([starts[i] for i in rows])[:, None] + columns, 0)
-            padding = np.flatnonzero(~inside)
-            found.append(
-                Group(
-                    self._index(np.array(rows)),
-                    int(lengths.max()),
-                    self._index(take.ravel()),
-                    self._index(padding),
-                )
-            )
-        return found
-
-    @cached_property
-    def group_places(self) -> Tensor:
-        """(N,) place of each token among the positions of all groups, one group after the other."""
-        found = np.zeros(len(self.tokens), dtype=np.int64)
-        start = 0
-        for group in self.groups:
-            take = group.take.cpu().numpy()
-            real = np.ones(len(take), dtype=bool)
-            real[group.padding.cpu().numpy()] = False
-            found[take[real]] = np.flatnonzero(real) + start
-            start += len(take)
-        return self._index(found)
-
-    @cached_property
-    def group_padding(self) -> Tensor:
-        """Positions of all groups, one after the other, that are padding."""
-        starts = np.cumsum([0, *(len(g.take) for g in self.groups)])
-        parts = [g.padding + int(s) for g, s in zip(self.groups, starts, strict=False)]
-        return torch.cat(parts)
-
-    @cached_property
-    def group_take(self) -> Tensor:
-        return torch.cat([group.take for group in self.groups])
-
-    def rows(self, rows: Rows | None) -> Rows | None:
-        """Which slot owns each token."""
-        if rows is None:
-            return None
-        slots = tuple(rows.slots[i] for i in self.order)
-        return Rows(slots, tuple(self.lengths[i] for i in self.order))
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(n, width, …) → (1, N, …); a leading dimension of 1 stands for n equal rows."""
-        if x.shape[0] != len(self.lengths):
-            x = x.expand(len(self.lengths), *x.shape[1:])
-        return _Move.apply(x.flatten(0, 1), self.tokens, self.places, self.padding, False)[None]
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """(1, N, …) → (n, width, …), zero where there is padding."""
-        flat = _Move.apply(x[0], self.places, self.tokens, self.padding, True)
-        return flat.unflatten(0, (len(self.lengths), self.width))
-
-    def packed_input(self, value: Any) -> Any:
-        """What a block is given beside hidden states, with everything per token packed.
-
-        The same tensor is packed once for all blocks.
-        """
-        if isinstance(value, tuple):
-            return tuple(self.packed_input(v) for v in value)
-        if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != self.width:
-            return value
-        if value.shape[0] not in (1, len(self.lengths)):
-            return value
-        if id(value) not in self._kept:
-            self._kept[id(value)] = (value, self.pack(value))  # held, so that the id stays its own
-        return self._kept[id(value)][1]
-
-    def masks(self, mask: Tensor | None) -> list[Tensor | None]:
-        """The part of the model's mask (n or 1, heads or 1, width, width) for each group."""
-        if mask is None:
-            return [None] * len(self.groups)
-        if id(mask) not in self._kept:
-            self._kept[id(mask)] = (mask, [_part(mask, group) for group in self.groups])
-        found: list[Tensor | None] = self._kept[id(mask)][1]
-        return found
-
-    def _index(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(self.device)
-
-
-def _part(mask: Tensor, group: Group) -> Tensor | None:
-    rows = mask if mask.shape[0] == 1 else mask.index_select(0, group.rows)
-    queries = slice(None) if mask.shape[2] == 1 else slice(group.length)
-    part = rows[:, :, queries, : group.length]
-    return None if part.dtype == torch.bool and bool(part.all()) else part
-
-
-class _Move(torch.autograd.Function):
-    """y[i] = x[take[i]], where `back` is the other way round; no gradient at padding."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, take: Tensor, back: Tensor, padding: Tensor, pads: bool
-    ) -> Tensor:
-        ctx.save_for_backward(back, padding)
-        ctx.pads = pads
-        y = x.index_select(0, take)
-        return y.index_fill_(0, padding, 0) if pads else y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        back, padding = ctx.saved_tensors
-        gx = grads[0].index_select(0, back)
-        return (gx if ctx.pads else gx.index_fill_(0, padding, 0)), None, None, None, None
 
 
 def packed_attention(
@@ -237,7 +63,7 @@ def packed_attention(
         )
         return found
     gathered = [
-        _Move.apply(
+        MoveTokens.apply(
             x[0].transpose(0, 1),
             packing.group_take,
             packing.group_places,
@@ -253,7 +79,7 @@ def packed_attention(
         q, k, v = (x[i].unflatten(0, (-1, group.length)).transpose(1, 2) for x in gathered)
         y, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)
         outputs.append(y.flatten(0, 1))
-    y = _Move.apply(
+    y = MoveTokens.apply(
         torch.cat(outputs), packing.group_places, packing.group_take, packing.group_padding, False
     )
     return y[None], None
@@ -369,7 +195,7 @@ class _PackedCalls:
         """Whether the model gives the same for a few made-up rows with and without padding."""
         inputs = made_up_rows(self.model)
         served = self._served
-        with own_pass(self.model), routed(None, None):
+        with eval_no_grad(self.model), routed(None, None):
             try:
                 short = self.model(**inputs)
             except (ValueError, IndexError, TypeError, RuntimeError, AttributeError):

@@ -131,7 +131,7 @@ def prune_folder(
 
     given, tokenizer = opened(model, None)
     blocks = find_blocks(given)
-    counts_of(method.experts, blocks, grouped=getattr(method, "router", None) != "remap")
+    counts_of(method.experts, blocks, grouped=not method.keeps_router)
     methods = [method, *(_controls(method) if compare else [])]
     sizes: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens}
     bench = Bench(data, tokenizer, recover, learning_rate, sizes)

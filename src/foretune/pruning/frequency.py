@@ -9,10 +9,11 @@ The plainest control of expert pruning, and the one that UNCURL's paper reports 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from foretune.run import flag, whole_numbers
+from foretune.pruning.method import ExpertPruning
+from foretune.run import check_ints, flag
 
 if TYPE_CHECKING:
     from foretune.pruning.experts import ExpertBlock
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frequency:
+class Frequency(ExpertPruning):
     """Keep the experts that the router chooses most often on the task.
 
     Args:
@@ -37,16 +38,10 @@ class Frequency:
 
     name: ClassVar[str] = "frequency"
     label: ClassVar[str] = "frequency pruning"
-    verb: ClassVar[str] = "prune"
-    paper: ClassVar[dict[str, Any] | None] = None
-    needs_outputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "experts", whole_numbers("experts", self.experts))
+        object.__setattr__(self, "experts", check_ints("experts", self.experts))
         flag("keep_denominator", self.keep_denominator)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
 
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]

@@ -23,10 +23,11 @@ Deviations:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from foretune.run import flag, one_of, whole_numbers
+from foretune.pruning.method import ExpertPruning
+from foretune.run import check_ints, flag, one_of
 
 if TYPE_CHECKING:
     from foretune.pruning.experts import ExpertBlock
@@ -44,7 +45,7 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class HCSMoE:
+class HCSMoE(ExpertPruning):
     """Merge experts whose mean outputs are near each other.
 
     Args:
@@ -62,17 +63,17 @@ class HCSMoE:
 
     name: ClassVar[str] = "hc-smoe"
     label: ClassVar[str] = "HC-SMoE"
-    verb: ClassVar[str] = "prune"
     paper: ClassVar[dict[str, Any] | None] = PAPER
     needs_outputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "experts", whole_numbers("experts", self.experts))
+        object.__setattr__(self, "experts", check_ints("experts", self.experts))
         one_of("router", self.router, ("mean", "dominant", "remap"))
         flag("align", self.align)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
+    @property
+    def keeps_router(self) -> bool:
+        return self.router == "remap"
 
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]

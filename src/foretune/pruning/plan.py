@@ -349,31 +349,25 @@ def save_special(model: nn.Module, folder: Path) -> None:
     safetensors.torch.save_model(model, str(folder / WEIGHTS_FILE))
 
 
-def read_special(folder: Path) -> dict[str, Any] | None:
-    """What experts.json says of a folder that needs foretune to be loaded; None for others."""
-    path = folder / PLAN_FILE
-    if not path.is_file():
-        return None
-    try:
-        about: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return None if about["loads_with"] == "transformers" else about
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no list of experts that foretune wrote: {error!r}") from error
-
-
-def load_special(auto: Any, config: Any, folder: Path, about: Mapping[str, Any], dtype: Any) -> Any:
-    """The model of a folder that `save_special` wrote.
+def load_pruned(auto: Any, config: Any, folder: Path, dtype: Any) -> nn.Module | None:
+    """The model of a folder that `save_special` wrote; None for one that transformers loads.
 
     Args:
         auto: A class of transformers with `from_config`.
         config: Of the folder.
-        folder: Where.
-        about: What `read_special` returned.
+        folder: Holds experts.json and the weights.
         dtype: Of the weights; "auto" for that of the folder.
 
     Raises:
-        UserError: Weights that are not there or do not fit the list of experts.
+        UserError: experts.json is not foretune's, or the weights are missing or do not fit it.
     """
+    path = folder / PLAN_FILE
+    try:
+        about: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if about["loads_with"] == "transformers":
+            return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no list of experts that foretune wrote: {error!r}") from error
     plan = {name: BlockPlan.from_dict(fields) for name, fields in about["blocks"].items()}
     for name in COUNTS:
         if isinstance(getattr(config, name, None), int):
@@ -391,7 +385,8 @@ def load_special(auto: Any, config: Any, folder: Path, about: Mapping[str, Any],
         raise UserError(
             f"{folder / WEIGHTS_FILE} does not fit {folder / PLAN_FILE}: {reason}"
         ) from error
-    return model
+    loaded: nn.Module = model
+    return loaded
 
 
 def _unaligned(plan: BlockPlan) -> BlockPlan:

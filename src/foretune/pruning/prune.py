@@ -29,7 +29,7 @@ from foretune.pruning.plan import (
 )
 from foretune.pruning.statistics import Collector, ExpertStatistics
 from foretune.tasks.batch import Batch
-from foretune.tasks.objectives import CausalLM
+from foretune.tasks.objectives.causal_lm import CausalLM
 from foretune.training.record import environment
 
 Rows = Sequence[str | Mapping[str, Any]]
@@ -128,7 +128,7 @@ def prune_mixture(
     """
     given, tokenizer = opened(model, tokenizer)
     blocks = find_blocks(given)
-    counts_of(method.experts, blocks, grouped=getattr(method, "router", None) != "remap")
+    counts_of(method.experts, blocks, grouped=not method.keeps_router)
     started = time.perf_counter()
     found = statistics_of(
         given,

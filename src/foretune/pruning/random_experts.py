@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from foretune.run import flag, whole, whole_numbers
+from foretune.pruning.method import ExpertPruning
+from foretune.run import check_ints, flag, whole
 
 if TYPE_CHECKING:
     from foretune.pruning.experts import ExpertBlock
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomExperts:
+class RandomExperts(ExpertPruning):
     """Keep experts drawn at random, the control of every method of pruning.
 
     Args:
@@ -33,17 +34,11 @@ class RandomExperts:
 
     name: ClassVar[str] = "random-experts"
     label: ClassVar[str] = "random experts"
-    verb: ClassVar[str] = "prune"
-    paper: ClassVar[dict[str, Any] | None] = None
-    needs_outputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "experts", whole_numbers("experts", self.experts))
+        object.__setattr__(self, "experts", check_ints("experts", self.experts))
         flag("keep_denominator", self.keep_denominator)
         whole("seed", self.seed, 0)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
 
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]

@@ -18,10 +18,11 @@ Deviations:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from foretune.run import flag, whole_numbers
+from foretune.pruning.method import ExpertPruning
+from foretune.run import check_ints, flag
 
 if TYPE_CHECKING:
     from foretune.pruning.experts import ExpertBlock
@@ -39,7 +40,7 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class REAP:
+class REAP(ExpertPruning):
     """Keep the experts with the largest router-weighted activation norm on the task.
 
     Args:
@@ -58,17 +59,13 @@ class REAP:
 
     name: ClassVar[str] = "reap"
     label: ClassVar[str] = "REAP"
-    verb: ClassVar[str] = "prune"
     paper: ClassVar[dict[str, Any] | None] = PAPER
     needs_outputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "experts", whole_numbers("experts", self.experts))
+        object.__setattr__(self, "experts", check_ints("experts", self.experts))
         flag("keep_denominator", self.keep_denominator)
         flag("renormalise", self.renormalise)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
 
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]

@@ -33,10 +33,11 @@ Deviations:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from foretune.run import flag, one_of, whole_numbers
+from foretune.pruning.method import ExpertPruning
+from foretune.run import check_ints, flag, one_of
 
 if TYPE_CHECKING:
     from foretune.pruning.experts import ExpertBlock
@@ -55,7 +56,7 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNCURL:
+class UNCURL(ExpertPruning):
     """Cluster experts by the task's router logits, align their hidden units, merge each cluster.
 
     Args:
@@ -80,20 +81,19 @@ class UNCURL:
 
     name: ClassVar[str] = "uncurl"
     label: ClassVar[str] = "UNCURL"
-    verb: ClassVar[str] = "prune"
     paper: ClassVar[dict[str, Any] | None] = PAPER
-    needs_outputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "experts", whole_numbers("experts", self.experts))
+        object.__setattr__(self, "experts", check_ints("experts", self.experts))
         one_of("grouping", self.grouping, ("spectral", "dominant"))
         one_of("weights", self.weights, ("frequency", "uniform"))
         one_of("router", self.router, ("mean", "dominant", "remap"))
         flag("centred", self.centred)
         flag("align", self.align)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
+    @property
+    def keeps_router(self) -> bool:
+        return self.router == "remap"
 
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]

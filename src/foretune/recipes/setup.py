@@ -10,10 +10,11 @@ from typing import Any
 from foretune.errors import UserError
 from foretune.recipes.console import Console
 from foretune.recipes.schema import Recipe
+from foretune.tasks.example import SPLITS
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.readers import one_line
 from foretune.tasks.sources import load_tasks
-from foretune.tasks.task import SPLITS, Task, TaskCollection
+from foretune.tasks.task import Task, TaskCollection
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def prepare_folder(
     task = read_windows(rows, domain, labelled=True)
     if not task.train:
         raise UserError(f"{rows} has no training rows of {task.name}: they are of split train")
-    from foretune.tasks.objectives import Classification
+    from foretune.tasks.objectives.classification import Classification
 
     fitted = Classification().fit(TaskCollection((task,)))
     source = TaskCollection((task,), fitted)
@@ -277,7 +277,7 @@ def _trained(
 
 def _objective(about: Mapping[str, Any]) -> Unlabelled:
     from foretune.source_free.unlabelled import Unlabelled
-    from foretune.tasks.objectives import Classification
+    from foretune.tasks.objectives.classification import Classification
 
     space = tuple(about["labels"])
     return Unlabelled(source=Classification(labels={about["domain"]: space}, space=space))
@@ -296,12 +296,12 @@ def _report(model: nn.Module, rows: Sequence[Any], labels: Sequence[Any]) -> dic
     import numpy as np
     import torch
 
-    from foretune.models.calls import own_pass
+    from foretune.models.calls import eval_no_grad
     from foretune.source_free.classes import class_report
     from foretune.tasks.objectives.text import logits_of
 
     said: list[int] = []
-    with own_pass(model):
+    with eval_no_grad(model):
         for start in range(0, len(rows), 64):
             x = np.stack([row["x"] for row in rows[start : start + 64]]).astype(np.float32)
             said += logits_of(model(torch.from_numpy(x))).argmax(1).tolist()

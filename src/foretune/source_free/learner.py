@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foretune.errors import UserError
-from foretune.models.calls import own_pass
+from foretune.models.calls import eval_no_grad
 from foretune.models.surgery import batch_norms, head_modules
 from foretune.run import Run
 from foretune.source_free.imputer import Imputer
@@ -103,7 +103,7 @@ class SourceFreeLearner(Learner):
             return
         device = next(self.model.parameters()).device
         found = []
-        with own_pass(self.model):
+        with eval_no_grad(self.model):
             for start in range(0, count, ROWS):
                 picks = [(0, i) for i in range(start, min(start + ROWS, count))]
                 part = self.data.step(picks, "train", train=False, seed=[0])
@@ -186,7 +186,7 @@ class ImputerLearner(Learner):
         imputer: Any = self.model.imputer
         batch = steps[0].chunks[0].to(next(imputer.parameters()).device)
         masked = replace(batch, inputs={**batch.inputs, "x": mask_patches(batch.inputs["x"])})
-        with own_pass(self.model):
+        with eval_no_grad(self.model):
             wanted, given = self.look(batch).sequence, self.look(masked).sequence
         assert wanted is not None
         loss = F.mse_loss(imputer(given), wanted)
@@ -219,7 +219,7 @@ def add_imputer(
     data = TaskData.of(tasks, objective)
     look = Look(model, objective, sequence=True)
     first = data.step([(0, 0)], "train", train=False, seed=[0]).chunks[0]
-    with own_pass(model):
+    with eval_no_grad(model):
         sequence = look(first).sequence
     assert sequence is not None
     with torch.random.fork_rng(), _only_imputer_trains(model, sequence.shape[1], run.seed):

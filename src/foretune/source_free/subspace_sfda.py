@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from foretune.source_free.learner import SourceFreeLearner
     from foretune.source_free.losses import SourceFreeLoss
-    from foretune.tasks.objectives import Objective
+    from foretune.tasks.task import Objective
 
 PAPER = {
     "title": "Efficient Source-Free Time-Series Adaptation via Parameter Subspace Disentanglement",

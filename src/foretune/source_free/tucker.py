@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from foretune.errors import UserError, did_you_mean
-from foretune.models.calls import own_pass
+from foretune.models.calls import eval_no_grad
 from foretune.models.surgery import head_modules
 from foretune.run import one_of, whole
 from foretune.source_free.hooi import compose, hooi, possible, ranks_of_energy
@@ -210,7 +210,7 @@ def count_macs(model: nn.Module, *inputs: Any, **named: Any) -> dict[str, int]:
         if isinstance(m, kinds)
     ]
     try:
-        with own_pass(model):
+        with eval_no_grad(model):
             model(*inputs, **named)
     finally:
         for hook in hooks:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
+from foretune.tasks.example import SPLITS
 from foretune.tasks.readers import Row, read_rows
 from foretune.tasks.rows import example_of, split_of
-from foretune.tasks.task import SPLITS, Task
+from foretune.tasks.task import Task
 
 NAME = re.compile(r"(train|val|valid|test)_(.+)\.pt")
 

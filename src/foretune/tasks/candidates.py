@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from foretune.errors import UserError
 from foretune.tasks.drawn_rows import Drawings, DrawnRows, complete
+from foretune.tasks.example import SPLITS, Example
 from foretune.tasks.responses import Origin, index_responses
 from foretune.tasks.row_store import View
 from foretune.tasks.seeds import seed_for
-from foretune.tasks.task import SPLITS, Example, Task, TaskCollection
+from foretune.tasks.task import Task, TaskCollection
 
 if TYPE_CHECKING:
     import numpy as np

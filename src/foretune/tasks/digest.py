@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from foretune.tasks.drawn_rows import DrawnRows
+from foretune.tasks.row_store import View
 
 
 def digest_of(splits: Mapping[str, Sequence[Any]]) -> str:
@@ -18,18 +18,9 @@ def digest_of(splits: Mapping[str, Sequence[Any]]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, rows in splits.items():
         digest.update(f"{name} {len(rows)}\n".encode())
-        for row in _stored(rows):
+        for row in rows.stored() if isinstance(rows, View) else rows:
             digest.update(_text(row).encode())
     return digest.hexdigest()
-
-
-def _stored(rows: Sequence[Any]) -> Iterator[Any]:
-    """The rows, or what they are made of: texts of drawn candidates take long to put together."""
-    if not isinstance(rows, DrawnRows):
-        yield from rows
-        return
-    for row, number in zip(rows.undrawn, rows.numbers.tolist(), strict=True):
-        yield [row, rows.drawings[number]]
 
 
 def _text(row: Any) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from foretune.tasks.example import Example
 from foretune.tasks.responses import Texts
 from foretune.tasks.row_store import View
 from foretune.tasks.scratch import ScratchFile
-from foretune.tasks.task import Example
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,6 +73,10 @@ class DrawnRows(View):
     def row(self, place: int) -> Example:
         row = self.undrawn.row(place)
         return complete(row, self.drawings[int(self.numbers[place])], self.drawings.texts)
+
+    def stored(self) -> Iterator[Any]:
+        for row, number in zip(self.undrawn, self.numbers.tolist(), strict=True):
+            yield [row, self.drawings[number]]
 
     def candidate_counts(self) -> Iterator[int]:
         """How many candidates each row has, without reading their texts."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from foretune.tasks.drawn_rows import undrawn
+from foretune.tasks.example import Example
 from foretune.tasks.responses import true_response
-from foretune.tasks.task import Example, Task, TaskCollection
+from foretune.tasks.task import Task, TaskCollection
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,7 +14,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from foretune.tasks.task import SPLITS, Example, TaskCollection
+from foretune.tasks.example import SPLITS, Example
+from foretune.tasks.task import TaskCollection
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, overload
 
+from foretune.tasks.example import Example
 from foretune.tasks.scratch import ScratchFile
-from foretune.tasks.task import Example
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,6 +100,10 @@ class View(Sequence[Example]):
     def select(self, places: Any) -> View:
         """A view of the rows at these places (a slice, or an array of integers)."""
         raise NotImplementedError
+
+    def stored(self) -> Iterator[Any]:
+        """What the rows are made of, equal for equal rows and quicker to read than they are."""
+        return iter(self)
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -11,11 +11,12 @@ from typing import Any
 from foretune.errors import UserError, did_you_mean
 from foretune.run import at_least, one_of
 from foretune.tasks.candidates import draw_candidates
+from foretune.tasks.example import SPLITS
 from foretune.tasks.readers import HUB_ID, Row, read_rows
 from foretune.tasks.row_store import RowStore
 from foretune.tasks.rows import CLASSES, NEEDS, example_of, split_of, task_of
 from foretune.tasks.splits import carve, cut_train, draw_tasks
-from foretune.tasks.task import SPLITS, Task, TaskCollection
+from foretune.tasks.task import Task, TaskCollection
 
 PYTHON_DOCS = "python-docs"
 

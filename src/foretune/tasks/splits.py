@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from foretune.errors import UserError
+from foretune.tasks.example import Example
 from foretune.tasks.responses import group_of
 from foretune.tasks.row_store import select
 from foretune.tasks.seeds import seed_for
-from foretune.tasks.task import Example, Task
+from foretune.tasks.task import Task
 
 
 def carve(

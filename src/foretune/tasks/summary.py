@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from foretune.tasks.task import SPLITS, TaskCollection
+from foretune.tasks.example import SPLITS
+from foretune.tasks.task import TaskCollection
 
 
 def describe(collection: TaskCollection) -> dict[str, dict[str, int]]:

@@ -1,4 +1,4 @@
-"""`Task`: a named set of examples with splits. `TaskCollection`: tasks that share one objective."""
+"""`Task`: a named set of examples. `TaskCollection`: tasks that share one `Objective`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from foretune.errors import UserError, did_you_mean
+from foretune.tasks.digest import digest_of
+from foretune.tasks.example import SPLITS, Example
+from foretune.tasks.row_store import join
 
 if TYPE_CHECKING:
-    from foretune.tasks.objectives import Objective
+    import numpy as np
+    from torch import Tensor
 
-Example = Mapping[str, Any]
-SPLITS = ("train", "validation", "test")
+    from foretune.tasks.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,62 @@ class Task:
     @cached_property
     def digest(self) -> str:
         """16 hexadecimal digits, equal for equal rows in the same order and splits."""
-        from foretune.tasks.digest import digest_of  # which knows this module's types
-
         return digest_of({name: self.split(name) for name in SPLITS})
+
+
+class Objective(Protocol):
+    """What the training loop and the evaluation ask of an objective.
+
+    An objective is a frozen record. `fit` returns a new one that has learnt from a collection
+    what its batches need (label sets, chance level); only a fitted objective encodes.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def metric(self) -> str:
+        """The name of the score; higher is always better."""
+
+    @property
+    def head(self) -> str:
+        """The head that `load_model` should give the model."""
+
+    def chance(self) -> float | None:
+        """The score of a blind guess; None where there is no such thing."""
+
+    def fit(self, tasks: TaskCollection) -> Objective:
+        """The objective after learning label sets and the like; checks the data on the way.
+
+        Raises:
+            UserError: A row does not fit the objective; the message names task and split.
+        """
+
+    def num_outputs(self) -> int | None:
+        """The width of the head; None when there is no head to size."""
+
+    def shared(self) -> Objective:
+        """The form whose one head can serve all tasks; itself when there is no difference."""
+
+    def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
+        """One example as lists of ints and arrays, so that tokenising happens once."""
+
+    def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
+        """The encoded row after the random choices that training makes for it."""
+
+    def size(self, row: Mapping[str, Any]) -> int:
+        """Tokens of an encoded row that the model reads; 1 for a row of arrays."""
+
+    def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
+        """Stacks encoded rows; `slots[i]` is the slot of row i's task."""
+
+    def losses(self, model: Any, batch: Batch) -> Tensor:
+        """(n,) one differentiable loss for each example."""
+
+    def scores(self, model: Any, batch: Batch) -> Tensor:
+        """(n,) one score for each example, higher is better."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields with "kind"; `make_objective(tokenizer=…, **fields)` gives it back."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +208,5 @@ class TaskCollection:
 
     def pooled(self, name: str = "all") -> Task:
         """One task that holds the rows of all."""
-        from foretune.tasks.row_store import join  # which is made of this module's types
-
         rows = {split: join([task.split(split) for task in self]) for split in SPLITS}
         return Task(name, **rows)

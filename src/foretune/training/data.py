@@ -16,8 +16,7 @@ import numpy as np
 
 from foretune.errors import UserError
 from foretune.tasks.batch import Batch
-from foretune.tasks.objectives import Objective
-from foretune.tasks.task import Task, TaskCollection
+from foretune.tasks.task import Objective, Task, TaskCollection
 
 Pick = tuple[int, int]  # (slot, index of a training row)
 

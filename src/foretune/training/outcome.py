@@ -19,7 +19,7 @@ from foretune.models.loading import save_base
 from foretune.models.loading_code import class_name, loading_code
 from foretune.models.surgery import name_outputs
 from foretune.run import Run
-from foretune.tasks.objectives import Objective
+from foretune.tasks.task import Objective
 from foretune.training.record import environment
 
 

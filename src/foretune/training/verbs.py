@@ -17,14 +17,15 @@ from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
 from foretune.files import claim_folder, write_whole
+from foretune.method import check_verb
 from foretune.models.surgery import head_width, match_head
 from foretune.processes import base_is_sharded
 from foretune.run import Run
-from foretune.tasks.objectives import Objective, settings_of
+from foretune.tasks.objectives import settings_of
 from foretune.tasks.row_store import select
 from foretune.tasks.rows import CLASSES
 from foretune.tasks.splits import label_of
-from foretune.tasks.task import Task, TaskCollection
+from foretune.tasks.task import Objective, Task, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import (
     PerTaskSampler,
@@ -451,13 +452,6 @@ def objective_of(tasks: TaskCollection) -> Objective:
             "these tasks have no objective; give them one with tasks.with_objective(Choice(...))"
         )
     return tasks.objective
-
-
-def check_verb(method: Any, verb: str) -> None:
-    """Raises UserError unless `method` is a record that knows this verb."""
-    if getattr(method, "verb", None) != verb:
-        name = getattr(method, "name", type(method).__name__)
-        raise UserError(f"{name} is no method to {verb} with; see `foretune ls methods`")
 
 
 def _wave_size(

@@ -15,8 +15,9 @@ from foretune.models.counted import logits_at
 from foretune.models.routing import route
 from foretune.run import at_least
 from foretune.tasks.batch import Batch
+from foretune.tasks.example import SPLITS
 from foretune.tasks.objectives import text
-from foretune.tasks.task import SPLITS, TaskCollection
+from foretune.tasks.task import TaskCollection
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from foretune.models.routing import route
 from foretune.run import at_least, one_of
 from foretune.tasks.batch import Batch
 from foretune.tasks.drawn_rows import DrawnRows
+from foretune.tasks.example import SPLITS
 from foretune.tasks.objectives import text
 from foretune.tasks.objectives.shared_context import log_likelihoods, shared_rows
-from foretune.tasks.task import SPLITS, Task, TaskCollection
+from foretune.tasks.task import Task, TaskCollection
 
 
 @dataclass(frozen=True)

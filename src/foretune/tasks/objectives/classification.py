@@ -16,9 +16,10 @@ from foretune.errors import UserError, did_you_mean
 from foretune.models.routing import route
 from foretune.run import at_least
 from foretune.tasks.batch import Batch
+from foretune.tasks.example import SPLITS
 from foretune.tasks.objectives import text
 from foretune.tasks.objectives.regression import check_arrays, stack
-from foretune.tasks.task import SPLITS, Task, TaskCollection
+from foretune.tasks.task import Task, TaskCollection
 
 Label = str | int | float
 LEARNT = {"learnt": True}

@@ -13,8 +13,9 @@ from torch import Tensor
 from foretune.errors import UserError
 from foretune.models.routing import route
 from foretune.tasks.batch import Batch
+from foretune.tasks.example import SPLITS
 from foretune.tasks.objectives.text import logits_of
-from foretune.tasks.task import SPLITS, TaskCollection
+from foretune.tasks.task import TaskCollection
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foretune.models.calls import own_pass
+from foretune.models.calls import eval_no_grad
 from foretune.models.counted import logits_at
 from foretune.models.routing import current_rows, route
 from foretune.tasks.objectives import text
@@ -119,7 +119,7 @@ def _try(model: Any, inputs: Mapping[str, Tensor]) -> bool:
     cut = {"ids": 1, "part": 1, "positions": 1, "pair": pairs, "pair_row": pairs}
     first = {name: value[: cut.get(name, tokens)] for name, value in inputs.items()}
     slots = [0] if rows is None else [rows.slots[0]]
-    with own_pass(model):
+    with eval_no_grad(model):
         try:
             shared = _together(model, first, slots, routed=rows is not None)
         except (TypeError, ValueError, RuntimeError, IndexError):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from foretune.adapters.bank import AdapterBank
 from foretune.errors import UserError
 from foretune.run import Run
-from foretune.tasks.objectives import Objective
+from foretune.tasks.task import Objective
 from foretune.training.data import PerTaskSampler, Step, TaskData
 from foretune.training.learners.joint import Learner
 from foretune.training.optim import SlotAdamW

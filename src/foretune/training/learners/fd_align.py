@@ -1,4 +1,4 @@
-"""`AlignedLearner`: adapt, and hold on to how the model reads what no class depends on."""
+"""`FDAlignLearner`: adapt, and hold on to how the model reads what no class depends on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from foretune.adapters.bank import AdapterBank
 from foretune.errors import UserError
 from foretune.linalg.prototypes import Direction, divergence
-from foretune.models.calls import own_pass
+from foretune.models.calls import eval_no_grad
 from foretune.tasks.batch import Batch
 from foretune.tasks.objectives.prompts import PromptClassification
 from foretune.training.data import TaskData
@@ -20,7 +20,7 @@ from foretune.training.ranks import Deal
 ROWS = 64  # that the teacher reads together
 
 
-class AlignedLearner(Learner):
+class FDAlignLearner(Learner):
     """The joint learner with weight · KL of the read-outs by prototypes, now and at the beginning.
 
     The teacher is the model before its first step. It never moves, so it reads each training row
@@ -70,7 +70,7 @@ class AlignedLearner(Learner):
     def _teach(self, data: TaskData, device: torch.device) -> None:
         """Keeps the logits of every training row; the model has not moved yet."""
         picks = [(s, i) for s in range(len(data)) for i in range(data.num_rows(s, "train"))]
-        with own_pass(self.model):
+        with eval_no_grad(self.model):
             for start in range(0, len(picks), ROWS):
                 part = picks[start : start + ROWS]
                 for chunk in data.step(part, "train", train=False, seed=[0]).chunks:

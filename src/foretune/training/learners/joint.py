@@ -21,7 +21,7 @@ from foretune.models.recompute import recomputed
 from foretune.models.surgery import batch_norms, head_modules
 from foretune.run import Run
 from foretune.tasks.batch import Batch
-from foretune.tasks.objectives import Objective
+from foretune.tasks.task import Objective
 from foretune.training.data import Step, TaskData
 from foretune.training.optim import SlotAdamW, adamw_of, eight_bit
 from foretune.training.ranks import Deal

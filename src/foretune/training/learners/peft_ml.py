@@ -1,4 +1,4 @@
-"""`BetweenLearner`: PEFT-ML, with what takes it towards standard retraining or towards adapting."""
+"""`PEFTMLLearner`: PEFT-ML, with what takes it towards standard retraining or towards adapting."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from foretune.adapters.bank import AdapterBank
-from foretune.tasks.objectives import Objective
+from foretune.tasks.task import Objective
 from foretune.training.data import Step
 from foretune.training.learners.joint import Learner
 
 
-class BetweenLearner(Learner):
+class PEFTMLLearner(Learner):
     """The joint learner whose adapters are held small, left out at times, or started anew.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foretune.adapters.sparse import SparseDelta
 from foretune.run import Run
-from foretune.tasks.objectives import Objective
+from foretune.tasks.task import Objective
 from foretune.training.data import Step
 from foretune.training.learners.joint import Learner
 from foretune.training.ranks import Deal

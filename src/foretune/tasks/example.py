@@ -1,0 +1,9 @@
+"""`Example`: one data item, a mapping of its columns. `SPLITS`: what a task's examples are for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Example = Mapping[str, Any]
+SPLITS = ("train", "validation", "test")
