@@ -8,19 +8,20 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from foretune.forecasting.scenes import check_scene, in_focal_frame
 from foretune.run import above_zero, whole
 from foretune.tasks.batch import Batch
 from foretune.tasks.example import SPLITS
-from foretune.tasks.task import TaskCollection
+from foretune.tasks.task import Objective, TaskCollection
 
 AGENT = ("history", "past", "future", "kind", "agent_pose", "keep_history", "keep_future")
 LANE = ("lanes", "lane_pose", "keep_lane")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SceneObjective:
+class SceneObjective(Objective):
     """An objective whose rows are scenes (`foretune.forecasting.scenes`)."""
 
     history_steps: int = 50
@@ -35,15 +36,7 @@ class SceneObjective:
         if self.radius is not None:
             above_zero("radius", self.radius)
 
-    def chance(self) -> float | None:
-        return None
-
-    def num_outputs(self) -> int | None:
-        return None
-
-    def shared(self) -> Self:
-        return self
-
+    @override
     def fit(self, tasks: TaskCollection) -> Self:
         """Checks every scene; there is nothing to learn."""
         for task in tasks:
@@ -53,17 +46,17 @@ class SceneObjective:
                     check_scene(row, where, self.history_steps, self.future_steps)
         return self
 
+    @override
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
         row: dict[str, Any] = in_focal_frame(example, self.history_steps, self.radius)
         # Every other agent keeps its history, the rest their future: what validation scores.
         return row | masks(row, np.arange(len(row["kind"])) % 2 == 1, lane_hidden(row, None))
 
-    def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
-        return row
-
+    @override
     def size(self, row: Mapping[str, Any]) -> int:
         return 2 * len(row["kind"]) + len(row["lanes"])
 
+    @override
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         inputs = {name: _padded([row[name] for row in rows]) for name in AGENT + LANE}
         inputs["agent_present"] = _present([len(row["kind"]) for row in rows])

@@ -101,7 +101,8 @@ def pretrain_folder(
             asked.run,
             progress=progress,
         )
-    save_forecast_mae(outcome.model, out)
+    pretrained: Any = outcome.model
+    save_forecast_mae(pretrained, out)
     return {
         "out": str(out),
         "tasks": len(tasks),
@@ -157,12 +158,12 @@ def adapt_folder(
     }
     with whole_folder(out) as part:
         for name, folder in folders.items():
-            made: Any = adapted.models[name, 0]
             if method.name == "full":
-                save_forecast_mae(made, part / folder)
+                adapted_model: Any = adapted.models[name, 0]
+                save_forecast_mae(adapted_model, part / folder)
             else:
                 (part / folder).mkdir()
-                method.write(made, part / folder)
+                adapted.learners[name, 0].write(part / folder, None)
         (part / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     scores = {task: -score for (task, _), score in adapted.scores.items()}
     return {"out": str(out), "minFDE": scores, "cost": adapted.cost}
@@ -201,7 +202,8 @@ def evaluate_folder(
     objective = foretune.Forecast(**_steps(models.sizes))
     tasks = _load(scenes, models.sizes)
     rows, figures = [], []
-    for task in objective.fit(tasks) and tasks:
+    objective = objective.fit(tasks)
+    for task in tasks:
         examples = task.split(split)
         model = models.of(task.name)
         if model is None or not examples:

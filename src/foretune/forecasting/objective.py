@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from foretune.forecasting.batch import SceneObjective
 from foretune.forecasting.displacement import displacements
@@ -42,6 +43,7 @@ class Forecast(SceneObjective):
         super().__post_init__()
         above_zero("regression", self.regression)
 
+    @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
         with route(batch.slots):
             said = model(batch.inputs)
@@ -60,12 +62,14 @@ class Forecast(SceneObjective):
         )
         return loss + others
 
+    @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
         with route(batch.slots):
             said = model(batch.inputs)
         _, final = displacements(said.trajectories.float(), *focal_future(batch))
         return -final.amin(1)
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, **asdict(self)}
 

@@ -12,8 +12,10 @@ Deviations:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from foretune.method import Method
 
 if TYPE_CHECKING:
     from foretune.fusion.finetuned import Source
@@ -32,16 +34,13 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Average:
+class Average(Method):
     """Fuse models over one base by the mean of their weights: the first control of a fusion."""
 
     name: ClassVar[str] = "average"
     label: ClassVar[str] = "weight averaging"
     verb: ClassVar[str] = "fuse"
     paper: ClassVar[dict[str, Any] | None] = PAPER
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
 
     def fuse(self, base: Source, finetuned: Mapping[str, Source]) -> Fused:
         """Fuses models over one base; what it is given stays as it is."""

@@ -33,11 +33,12 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from foretune.errors import UserError
+from foretune.method import Method
 from foretune.run import one_of, whole
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ RIDGE = 0.1  # share of the mean energy added to each direction where the gate i
 
 
 @dataclass(frozen=True, kw_only=True)
-class SMILE:
+class SMILE(Method):
     """Fuse models over one base: each linear layer routes to low-rank experts, without training.
 
     Args:
@@ -109,8 +110,7 @@ class SMILE:
             object.__setattr__(self, field, tuple(str(name) for name in value))
 
     def to_dict(self) -> dict[str, Any]:
-        fields = {"name": self.name, **asdict(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in super().to_dict().items()}
 
     def fuse(
         self,

@@ -11,9 +11,10 @@ Deviations:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from foretune.method import Method
 from foretune.run import above_zero
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskArithmetic:
+class TaskArithmetic(Method):
     """Fuse models over one base by the scaled sum of their changes.
 
     Args:
@@ -49,9 +50,6 @@ class TaskArithmetic:
 
     def __post_init__(self) -> None:
         above_zero("scale", self.scale)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
 
     def fuse(self, base: Source, finetuned: Mapping[str, Source]) -> Fused:
         """Fuses models over one base; what it is given stays as it is."""

@@ -15,10 +15,11 @@ Deviations:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from foretune.errors import UserError
+from foretune.method import Method
 from foretune.run import above_zero, share
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TIES:
+class TIES(Method):
     """Fuse models over one base by their trimmed changes, where their signs agree.
 
     Args:
@@ -58,9 +59,6 @@ class TIES:
         if self.density == 0:
             raise UserError("density=0 keeps nothing; it must be above 0")
         above_zero("scale", self.scale)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
 
     def fuse(self, base: Source, finetuned: Mapping[str, Source]) -> Fused:
         """Fuses models over one base; what it is given stays as it is."""
