@@ -369,7 +369,7 @@ def methods(kind: str) -> dict[str, tuple[Any, Sequence[float]]]:
 
 def one_seed(kind: str, seed: int, file: str) -> dict[str, Any]:
     """Every arm of one seed."""
-    from foretune.training.verbs import interpolate
+    from foretune.training.model_copies import interpolate
 
     world = WORLDS[kind](seed, file)
     arms = {"zero-shot": score(world["model"], world["sets"]), "probe": probe(world)}

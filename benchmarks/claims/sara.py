@@ -323,7 +323,7 @@ def one(
         "seconds": round(time.process_time() - begun, 1),
     }
     if isinstance(method, SaRA) and not isinstance(method, Entries):
-        delta = model.sparse_delta
+        delta = adapted.learners[task.name, 0].delta
         known = dict(model.named_parameters())
         chosen = [known[n].detach().view(-1)[i] for n, i in delta.support.items()]
         values = torch.cat(chosen).abs()

@@ -157,7 +157,7 @@ def test_a_unet_is_adapted_and_loaded_bit_by_bit(unet, tmp_path):
         loaded = load_sparse(unet, tmp_path / "out" / name)
         pairs = zip(loaded.parameters(), model.parameters(), strict=True)
         assert all(torch.equal(p, q) for p, q in pairs)
-        kernels = [n for n in model.sparse_delta.support if n.endswith("conv1.weight")]
+        kernels = [n for n in adapted.learners[name, 0].delta.support if n.endswith("conv1.weight")]
         assert kernels and any(
             not torch.equal(unet.get_parameter(n), model.get_parameter(n)) for n in kernels
         )

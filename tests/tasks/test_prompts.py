@@ -15,7 +15,6 @@ from foretune import PromptClassification, Task, TaskCollection
 from foretune.errors import UserError
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.objectives.prompts import IMAGES, TEXTS
-from foretune.training.verbs import bound
 
 ROWS = [
     {"text": "the red_cat sat", "label": "cat"},
@@ -154,6 +153,6 @@ def test_an_objective_without_prompts_says_what_makes_them() -> None:
         made.losses(tiny_models.bert(), batch)
 
 
-def test_bound_leaves_other_objectives_as_they_are() -> None:
+def test_binding_leaves_other_objectives_as_they_are() -> None:
     plain = foretune.Classification(tiny_models.tokenizer())
-    assert bound(plain, tiny_models.bert()) is plain
+    assert plain.bind(tiny_models.bert()) is plain
