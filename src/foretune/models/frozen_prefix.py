@@ -11,7 +11,7 @@ embeddings and builds the masks, which is cheap; its result is discarded.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from foretune.models.calls import agree, eval_no_grad
+from foretune.models.calls import agree, eval_no_grad, replaced_forward
 from foretune.models.prefix_cache import PrefixCache, prefix_cache
 from foretune.models.routing import current_rows, route
 from foretune.models.surgery import block_list, first_moving_block
@@ -83,7 +83,7 @@ class FrozenPrefix:
         self._busy = False  # a pass of our own is in progress, whose calls are not to be served
         self._stop = False  # … and it ends after the bottom
         self._in_tuple = False  # whether the blocks return 1-tuples
-        self._undo: list[Any] = []
+        self._patches: contextlib.ExitStack | None = None  # while installed
 
     def __enter__(self) -> FrozenPrefix:
         self.install()
@@ -95,47 +95,41 @@ class FrozenPrefix:
     def install(self) -> None:
         """Patches the model; a second call changes nothing."""
         found = block_list(self.model)
-        if found is None or not self.usable or self._undo:
+        if found is None or not self.usable or self._patches is not None:
             return
-        outer = getattr(found[1][0].forward, "prefix", None)
-        if isinstance(outer, FrozenPrefix):  # that one serves, and must not serve too much
-            if outer.first_block > self.first_block:
+        outer = found[1][0].forward
+        if isinstance(outer, PrefixForward):  # that one serves, and must not serve too much
+            if outer.prefix.first_block > self.first_block:
                 raise RuntimeError(f"block {self.first_block} moves inside a frozen prefix")
             return
-        for i, block in enumerate(found[1][: self.first_block]):
-            self._patch(block, last=i == self.first_block - 1)
-        before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
-        after = self.model.register_forward_hook(self._after, always_call=True)
-        self._undo += [before.remove, after.remove]
+        with contextlib.ExitStack() as patches:
+            for i, block in enumerate(found[1][: self.first_block]):
+                forward = PrefixForward(self, block.forward, last=i == self.first_block - 1)
+                patches.enter_context(replaced_forward(block, forward))
+            before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
+            after = self.model.register_forward_hook(self._after, always_call=True)
+            patches.callback(before.remove)
+            patches.callback(after.remove)
+            self._patches = patches.pop_all()
 
     def remove(self) -> None:
         """Leaves the model as it was before `install`."""
-        while self._undo:
-            self._undo.pop()()
+        if self._patches is not None:
+            self._patches.close()
+            self._patches = None
         self._states = None
 
-    def _patch(self, block: nn.Module, *, last: bool) -> None:
-        real = block.forward
-        own = "forward" in vars(block)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._states is None:
-                output = real(*args, **kwargs)
-                if last and self._stop:
-                    raise _Reached(output)
-                return output
-            hidden = self._states if last else (*args, *kwargs.values())[0]
-            return (hidden,) if self._in_tuple else hidden
-
-        def undo() -> None:
-            if own:
-                block.forward = real
-            else:
-                del block.forward
-
-        forward.prefix = self  # type: ignore[attr-defined]
-        block.forward = forward
-        self._undo.append(undo)
+    def block_forward(
+        self, real: Callable[..., Any], last: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The output of a frozen block: the stored states while they are served, else its own."""
+        if self._states is None:
+            output = real(*args, **kwargs)
+            if last and self._stop:
+                raise _Reached(output)
+            return output
+        hidden = self._states if last else (*args, *kwargs.values())[0]
+        return (hidden,) if self._in_tuple else hidden
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._busy:
@@ -248,6 +242,22 @@ class FrozenPrefix:
                 self._states = None
         mask = torch.from_numpy(first["attention_mask"])
         return agree(whole, short, mask, tolerance=5e-2 if _precision(self.model) else 1e-3)
+
+
+class PrefixForward:
+    """The `forward` of a block that a frozen prefix serves, recognised by its type.
+
+    Args:
+        prefix: The prefix that serves the block.
+        real: The block's forward before the prefix was installed.
+        last: Whether the block is the last of the prefix.
+    """
+
+    def __init__(self, prefix: FrozenPrefix, real: Callable[..., Any], last: bool) -> None:
+        self.prefix, self.real, self.last = prefix, real, last
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.prefix.block_forward(self.real, self.last, args, kwargs)
 
 
 def _token_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, np.ndarray] | None:

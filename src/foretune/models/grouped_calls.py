@@ -30,6 +30,20 @@ def lengths_of(kwargs: Mapping[str, Any]) -> tuple[list[int], int]:
     return lengths.tolist(), mask.shape[1]
 
 
+class PackedForward:
+    """The `forward` of a model or block that leaves padding out, recognised by its type.
+
+    Args:
+        call: What a call of the module runs.
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def grouped_calls(model: nn.Module) -> Iterator[None]:
     """Inside the block one call of the model becomes one for each group of rows of like lengths."""
@@ -56,8 +70,7 @@ def grouped_calls(model: nn.Module) -> Iterator[None]:
         back = torch.argsort(torch.tensor([i for group in groups for i in group]))
         return _joined(outputs, back, width)
 
-    forward.packed = True  # type: ignore[attr-defined]
-    with replaced_forward(model, forward):
+    with replaced_forward(model, PackedForward(forward)):
         yield
 
 

@@ -23,7 +23,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from foretune.models.calls import agree, eval_no_grad, replaced_forward
-from foretune.models.grouped_calls import grouped_calls, lengths_of
+from foretune.models.frozen_prefix import PrefixForward
+from foretune.models.grouped_calls import PackedForward, grouped_calls, lengths_of
 from foretune.models.layout import MoveTokens, Packing
 from foretune.models.routing import current_packing, current_rows, routed
 from foretune.models.surgery import block_list
@@ -136,7 +137,7 @@ def _done(model: nn.Module) -> bool:
     """Whether an outer `packed` has patched the model."""
     found = block_list(model)
     patched = [model, *(() if found is None else found[1])]
-    return any(hasattr(module.forward, "packed") for module in patched)
+    return any(isinstance(module.forward, PackedForward) for module in patched)
 
 
 def _obstacle(model: nn.Module, copied: Collection[str]) -> str | None:
@@ -176,7 +177,7 @@ class _PackedCalls:
         found = block_list(self.model)
         assert found is not None
         # Blocks below are served by `frozen_prefix`, which has patched them.
-        blocks = [b for b in found[1] if not hasattr(b.forward, "prefix")]
+        blocks = [b for b in found[1] if not isinstance(b.forward, PrefixForward)]
         configs = _configs(self.model)
         with contextlib.ExitStack() as stack:
             for i, block in enumerate(blocks):
@@ -246,8 +247,7 @@ class _PackedCalls:
                 return (packing.unpack(output[0]), *output[1:])
             return packing.unpack(output)
 
-        forward.packed = True  # type: ignore[attr-defined]
-        with replaced_forward(block, forward):
+        with replaced_forward(block, PackedForward(forward)):
             yield
 
 

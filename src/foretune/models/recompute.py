@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from foretune.errors import UserError
 from foretune.models.calls import replaced_forward
+from foretune.models.frozen_prefix import PrefixForward
 from foretune.models.routing import captured_route
 from foretune.models.surgery import block_list
 
@@ -36,7 +37,7 @@ def recomputed(model: nn.Module) -> Iterator[None]:
             f"{type(model).__name__} has no single list of blocks to compute again; "
             "gradient_checkpointing=False, or a smaller token_budget, would do"
         )
-    blocks = [block for block in found[1] if not hasattr(block.forward, "prefix")]
+    blocks = [block for block in found[1] if not isinstance(block.forward, PrefixForward)]
     with contextlib.ExitStack() as stack:
         for block in blocks:
             stack.enter_context(_patched(block))
