@@ -24,7 +24,7 @@ SLOTS = [0, 0, 0, 1, 1, 2, 2]
 
 @pytest.fixture(autouse=True)
 def _nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(packing, "_SAID", set())
+    monkeypatch.setattr(packing, "_WARNED", set())
 
 
 def mistral(**changes):
@@ -253,7 +253,7 @@ def test_a_model_that_mixes_positions_is_found_out(caplog):
     model = mixing_llama().double()
     with caplog.at_level(logging.WARNING, "foretune"), packed(model) as why:
         pass
-    assert why == "LlamaForCausalLM gives other results without padding"
+    assert why == "LlamaForCausalLM gives different results without padding"
     assert why in caplog.text
 
 

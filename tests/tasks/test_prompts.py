@@ -136,7 +136,7 @@ def test_inputs_that_the_model_does_not_read_are_refused() -> None:
     made = objective(templates=("a {}",)).fit(TASKS)
     clip = made.bind(tiny_models.clip())
     batch = clip.collate([clip.encode(ROWS[0], "many")], [0])
-    with pytest.raises(UserError, match="rows of text need a sentence encoder such as minilm"):
+    with pytest.raises(UserError, match="text examples need a sentence encoder such as minilm"):
         clip.losses(tiny_models.clip(), batch)
     rows = [{"x": np.zeros((3, 8, 8), "f4"), "y": "cat"}]
     tasks = TaskCollection((Task("one", rows, (), rows),))
