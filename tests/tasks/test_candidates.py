@@ -170,5 +170,5 @@ def test_seeds_change_the_candidates(tmp_path: Path) -> None:
 
 def test_too_few_responses_say_how_many_there_are(tmp_path: Path) -> None:
     rows = [{"task": "a", "context": "c", "response": f"r {i}"} for i in range(4)]
-    with pytest.raises(UserError, match=r'"a": 20 candidates need 19 .*are 3 distinct.* to 4 or'):
+    with pytest.raises(UserError, match=r'"a": 20 candidates need 19 .*only 3 distinct.* to 4 or'):
         load(write(tmp_path / "d.jsonl", rows), "choice")

@@ -112,5 +112,7 @@ def test_standard_modules_become_choice_tasks(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_python_docs_are_choice_tasks_only() -> None:
-    with pytest.raises(UserError, match="collection of choice tasks, got kind=regression"):
+    with pytest.raises(
+        UserError, match="collection of choice tasks; got objective kind regression"
+    ):
         load_tasks(Source(source="python-docs"), "regression")

@@ -181,7 +181,7 @@ def test_fitting_and_leaks_are_the_same(tmp_path: Path, monkeypatch: pytest.Monk
         ([{}, {"text": " "}], {"columns": {"txt": "text"}}, 'renames "txt", which'),
         ([{}, {"text": " "}], {"group_column": "talk"}, "line 2: text is empty"),
         ([{}], {"group_column": "talk"}, 'no column "talk"'),
-        ([{"split": "test"}], {}, 'task "a" has no train rows, only 1 test'),
+        ([{"split": "test"}], {}, 'task "a" has no train examples, only 1 test'),
     ],
 )
 @pytest.mark.parametrize("most", [0, 2**26])
@@ -204,7 +204,7 @@ def test_faults_are_the_same_and_in_the_same_order(
 def test_too_few_responses_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_store, "IN_MEMORY_BYTES", 0)
     source = write(tmp_path / "d.jsonl", replies(10, texts=4))
-    with pytest.raises(UserError, match=r"20 candidates need 19 .*are 3 distinct.* to 4 or"):
+    with pytest.raises(UserError, match=r"20 candidates need 19 .*only 3 distinct.* to 4 or"):
         load_tasks(Source(source=source), "choice")
 
 

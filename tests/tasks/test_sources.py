@@ -155,7 +155,9 @@ def test_an_unreachable_hf_dataset_says_why_in_one_line(monkeypatch: pytest.Monk
         raise ConnectionError("Couldn't reach the Hub\nlong trace")
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    with pytest.raises(UserError, match=r"owner/name.*Couldn't reach the Hub; nor") as caught:
+    with pytest.raises(
+        UserError, match=r"owner/name.*Couldn't reach the Hub; there is no file"
+    ) as caught:
         load("owner/name")
     assert "\n" not in str(caught.value)
 
