@@ -69,8 +69,8 @@ def test_bad_rows_are_named_by_file_and_line(
     good: dict[str, Any] = (
         {"text": "t", "label": "l"} if kind == "classification" else {"text": "t"}
     )
-    other: dict[str, dict[str, Any]] = {"regression": {"x": [1], "y": 0}, "choice": CHOICE}
-    good = other.get(kind, good)
+    good_by_kind: dict[str, dict[str, Any]] = {"regression": {"x": [1], "y": 0}, "choice": CHOICE}
+    good = good_by_kind.get(kind, good)
     path = write(tmp_path / "d.jsonl", [{"task": "a", **good}, row, {"task": "a", **good}])
     with pytest.raises(UserError, match=rf"d\.jsonl {message}") as caught:
         load(path, kind)

@@ -30,7 +30,7 @@ from foretune.models.routing import current_packing, current_rows, routed
 from foretune.models.surgery import block_list
 
 NAME = "foretune-packed"  # of the attention function registered with transformers
-WORTH = 0.9  # a batch in which at least this share of the positions are tokens stays padded
+DENSE = 0.9  # a batch in which at least this share of the positions are tokens stays padded
 
 logger = logging.getLogger("foretune")
 _WARNED: set[str] = set()
@@ -215,7 +215,7 @@ class _PackedCalls:
         self._packing = None
         if self._off:
             return
-        if lengths and sum(lengths) < WORTH * width * len(lengths):
+        if lengths and sum(lengths) < DENSE * width * len(lengths):
             rows = current_rows()
             slots = [0] * len(lengths) if rows is None else rows.slots
             order = sorted(range(len(lengths)), key=lambda i: slots[i])
@@ -254,7 +254,7 @@ class _PackedCalls:
 
 
 def dummy_rows(model: nn.Module) -> dict[str, Tensor]:
-    """Arguments of a call with three short rows of different lengths, padded to (3, 7)."""
+    """Arguments of a call with three rows of different lengths, padded to (3, 7)."""
     config: Any = model.config
     fill = getattr(config, "pad_token_id", None)
     vocabulary = [i for i in range(min(config.vocab_size, 64)) if i != fill]

@@ -54,6 +54,6 @@ def current_packing() -> Packing | None:
 
 
 def captured_route() -> Callable[[], AbstractContextManager[None]]:
-    """A context manager factory that restores the current route when the backward recomputes."""
+    """A factory of contexts with the current route, for recomputing in the backward pass."""
     rows, packing = current_rows(), current_packing()
     return lambda: routed(rows, packing)
