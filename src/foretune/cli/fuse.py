@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foretune.cli.output import Json, Overwrite, emit, emit_json, quiet_stdout
+from foretune.cli.output import Json, emit, emit_json, quiet_stdout
 
 
 def fuse(
@@ -29,7 +29,9 @@ def fuse(
     num_samples: Annotated[
         int, typer.Option(min=1, help="Texts per task read from --samples.")
     ] = 16,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier fused model in --out.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Fuse fine-tuned models over one base into one, without training."""

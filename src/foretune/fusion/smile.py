@@ -79,8 +79,8 @@ class SMILE(Method):
             the base's, "average" takes the mean of the models.
         target_modules: Layers to fuse, by the end of their names or by pattern (`*.attention.*`);
             null for every linear layer.
-        exclude_modules: Modules that stay as in the base, with all their submodules; named
-            likewise.
+        exclude_modules: Modules that stay as in the base with all their submodules, named in the
+            same way.
     """
 
     k: int | None = 32
