@@ -311,7 +311,7 @@ def one_seed(name: str, world: World, seed: int) -> list[dict[str, Any]]:
         for label, (method, fields) in methods.items():
             seeded = {"seed": seed} if method == "random-experts" else {}
             record = make(method, experts=experts, **fields, **seeded)
-            pruned = prune_with(full, collector.found, record)
+            pruned = prune_with(full, collector.statistics, record)
             largest = max(len(g) for plan in pruned.plan.values() for g in plan.groups)
             note(label, experts, pruned.model, largest=largest, loads_with=pruned.loads_with)
     for experts in (4, 2) if name == "markov" else (4,):
