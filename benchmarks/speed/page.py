@@ -225,7 +225,8 @@ def bank(data: dict[str, Any]) -> str:
         [
             "## Building the adapters\n",
             "CPU seconds to create rank-8 adapters on every linear layer of a 12 × 768 encoder. "
-            "The first build in a process may take longer where the system allocates memory slowly.\n",
+            "The first build in a process may take longer where the system allocates memory "
+            "slowly.\n",
             table(
                 ["system", "tasks", "CPU seconds", "first build"],
                 [
