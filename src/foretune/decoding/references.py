@@ -29,7 +29,7 @@ class References:
         kind: "label", "choice", "completion" or "text".
         labels: Label → the id of its first token; empty where every token counts.
         texts: Token ids that a model reads.
-        places: Positions of each text that count.
+        places: Positions of each text that count: the last ones, without a gap.
         values: The token that follows each of these.
         sources: The row of each text, from 0.
     """

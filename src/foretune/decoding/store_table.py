@@ -16,8 +16,9 @@ from foretune.decoding.output_states import read_states
 from foretune.decoding.reference_store import Lookup, ReferenceStore
 from foretune.decoding.references import References, prompt_and_label, read_references
 from foretune.decoding.side_models import bare_model
-from foretune.decoding.store_controls import Progress, calibrated, laws, train_lora
+from foretune.decoding.store_controls import calibrated, laws, train_lora
 from foretune.errors import UserError
+from foretune.training.loop import Progress
 
 
 def evaluate_store(
