@@ -30,7 +30,8 @@ import transformers
 
 from foretune.decoding.datastore_folders import rows_of
 from foretune.decoding.logistic import logistic_probe
-from foretune.decoding.reference_store import Lookup, ReferenceStore
+from foretune.decoding.lookup import Lookup
+from foretune.decoding.reference_store import ReferenceStore
 from foretune.decoding.references import References
 from foretune.decoding.store_controls import calibrated, laws, train_lora
 from foretune.decoding.store_table import evaluate_store

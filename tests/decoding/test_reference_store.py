@@ -10,7 +10,8 @@ import torch
 
 import tiny_models
 from foretune.adapters.fingerprint import base_and_adapter, fingerprint
-from foretune.decoding.reference_store import Lookup, ReferenceStore
+from foretune.decoding.lookup import Lookup
+from foretune.decoding.reference_store import ReferenceStore
 from foretune.errors import UserError
 
 WORDS = [w for w in tiny_models.WORDS if len(w) > 1]

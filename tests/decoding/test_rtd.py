@@ -8,7 +8,8 @@ import torch
 import foretune
 import tiny_models
 from foretune.decoding.generation import encode
-from foretune.decoding.reference_store import Lookup, ReferenceStore
+from foretune.decoding.lookup import Lookup
+from foretune.decoding.reference_store import ReferenceStore
 from foretune.decoding.rtd import RTD
 from foretune.errors import UserError
 

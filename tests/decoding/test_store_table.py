@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import tiny_models
-from foretune.decoding.reference_store import Lookup, ReferenceStore
+from foretune.decoding.lookup import Lookup
+from foretune.decoding.reference_store import ReferenceStore
 from foretune.decoding.references import read_references
 from foretune.decoding.store_controls import ReferenceLM, calibrated, laws, train_lora
 from foretune.decoding.store_table import evaluate_store

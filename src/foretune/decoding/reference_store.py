@@ -18,45 +18,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foretune.adapters.fingerprint import base_and_adapter
+from foretune.decoding.lookup import (
+    MIXES,
+    MULTIPLES,
+    NEIGHBOURS,
+    Lookup,
+    best_lookup,
+    mean_distance,
+    mean_log,
+)
 from foretune.decoding.nearest import ExactIndex, FaissIndex, Index, neighbour_weights, votes
 from foretune.decoding.output_states import read_states
 from foretune.decoding.references import References, read_references
 from foretune.decoding.side_models import bare_model
 from foretune.errors import UserError
 from foretune.files import whole_folder, write_whole
-from foretune.run import above_zero, one_of, share, whole
+from foretune.run import one_of
 
 TENSORS, ABOUT, ROWS = "store.safetensors", "store.json", "rows.jsonl"
-NEIGHBOURS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-MULTIPLES = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the automatic temperature
-MIXES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 SAMPLED = 512  # entries whose neighbours set the automatic temperature
 KEY_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Search = Literal["exact", "faiss"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lookup:
-    """How a store is asked.
-
-    Args:
-        neighbours: K, entries fetched for a state.
-        temperature: T of their weights; None for the automatic one.
-        mix: λ, the share of the store in the output.
-        heads: H, slices of a state that are looked up apart.
-    """
-
-    neighbours: int = 32
-    temperature: float | None = None
-    mix: float = 1.0
-    heads: int = 1
-
-    def __post_init__(self) -> None:
-        whole("neighbours", self.neighbours, 1)
-        if self.temperature is not None:
-            above_zero("temperature", self.temperature)
-        share("mix", self.mix)
-        whole("heads", self.heads, 1)
 
 
 @dataclass(frozen=True)
@@ -260,7 +242,7 @@ class ReferenceStore:
         if key not in self._automatic:
             some = _sample(len(self), SAMPLED, seed=0)
             squared, _ = self._others(some, min(lookup.neighbours, len(self)), lookup.heads)
-            self._automatic[key] = _mean_distance(squared * lookup.heads)
+            self._automatic[key] = mean_distance(squared * lookup.heads)
         return self._automatic[key]
 
     def tune(
@@ -300,30 +282,16 @@ class ReferenceStore:
         tried = sorted({k for k in neighbours if k <= max(1, len(self) // 2)})
         squared, places = self._others(some, tried[-1], heads)
         right = (self.values[places] == wanted[None, :, None]).float()
-        best: tuple[float, Lookup] | None = None
-        for k in tried:
-            automatic = _mean_distance(squared[..., :k] * heads)
-            for multiple in multiples:
-                weights = neighbour_weights(squared[..., :k] * heads, automatic * multiple)
-                voted = (weights * right[..., :k]).sum(-1).mean(0)
-                for mix in mixes:
-                    score = _mean_log((1 - mix) * own + mix * voted)
-                    if best is None or score > best[0]:
-                        best = (
-                            score,
-                            Lookup(
-                                neighbours=k, temperature=automatic * multiple, mix=mix, heads=heads
-                            ),
-                        )
-        assert best is not None
+        score, self.lookup = best_lookup(
+            squared, right, own, neighbours=tried, multiples=multiples, mixes=mixes
+        )
         counts = torch.bincount(self.values, minlength=int(self.values.max()) + 1)
         prior = counts[wanted] / len(self)
-        counts_score, counts_mix = max((_mean_log((1 - m) * own + m * prior), m) for m in mixes)
-        self.lookup = best[1]
+        counts_score, counts_mix = max((mean_log((1 - m) * own + m * prior), m) for m in mixes)
         self.tuned = {
-            **dataclasses.asdict(best[1]),
-            "log_likelihood": best[0],
-            "model_alone": _mean_log(own),
+            **dataclasses.asdict(self.lookup),
+            "log_likelihood": score,
+            "model_alone": mean_log(own),
             "with_counts": counts_score,
             "counts_mix": counts_mix,
             "entries": len(some),
@@ -475,13 +443,3 @@ def _check_heads(heads: int, width: int) -> None:
 def _sample(count: int, most: int, seed: int) -> Tensor:
     drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return drawn[:most].sort().values
-
-
-def _mean_distance(squared: Tensor) -> float:
-    """The mean of the finite ones; never 0, which entries that are all alike would give."""
-    known = squared[squared.isfinite()]
-    return max(float(known.double().mean()) if len(known) else 1.0, 1e-12)
-
-
-def _mean_log(probability: Tensor) -> float:
-    return float(probability.double().log().mean())

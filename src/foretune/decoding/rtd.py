@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from foretune.decoding.generation import Generated
-    from foretune.decoding.reference_store import Lookup, ReferenceStore
+    from foretune.decoding.lookup import Lookup
+    from foretune.decoding.reference_store import ReferenceStore
 
 PAPER = {
     "title": "Reference Trustable Decoding: A Training-Free Augmentation Paradigm for Large "

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from foretune.decoding.logistic import logistic_probe
+from foretune.decoding.lookup import Lookup
 from foretune.decoding.output_states import read_states
-from foretune.decoding.reference_store import Lookup, ReferenceStore
+from foretune.decoding.reference_store import ReferenceStore
 from foretune.decoding.references import References, prompt_and_label, read_references
 from foretune.decoding.side_models import bare_model
 from foretune.decoding.store_controls import calibrated, laws, train_lora
