@@ -254,7 +254,7 @@ def test_neighbours_can_be_left_out_and_the_same_seed_gives_the_same_text():
 def test_another_model_or_no_store_is_refused():
     model = tiny_models.llama()
     with (
-        pytest.raises(UserError, match="made with another base"),
+        pytest.raises(UserError, match="built with another base"),
         RTD().steer(tiny_models.llama(seed=1), store=store_of(model)),
     ):
         pass
@@ -307,7 +307,7 @@ def test_bad_fields_are_refused_by_name(fields, message):
 def test_heads_that_do_not_divide_the_states_are_refused():
     model = tiny_models.llama()
     with (
-        pytest.raises(UserError, match="heads must divide the width of a state, 16; got 5"),
+        pytest.raises(UserError, match="heads must divide the width of a state, 16, got 5"),
         RTD(heads=5).steer(model, store=store_of(model)),
     ):
         pass

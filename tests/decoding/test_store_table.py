@@ -156,7 +156,7 @@ def test_what_is_in_the_prompt_fits_into_the_positions():
 def test_another_model_or_a_store_without_rows_is_refused():
     model = tiny_models.llama()
     store = ReferenceStore.build(model, TEXTS, tokenizer=tokenizer())
-    with pytest.raises(UserError, match="made with another base"):
+    with pytest.raises(UserError, match="built with another base"):
         evaluate_store(tiny_models.llama(seed=1), tokenizer(), store, TEXTS)
     store.rows = []
     with pytest.raises(UserError, match="no rows beside it"):

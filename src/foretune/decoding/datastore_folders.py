@@ -56,7 +56,8 @@ def build_folder(
         options: `overwrite`, and what `ReferenceStore.build` takes.
     """
     from foretune.decoding.peft_model import load_generator
-    from foretune.decoding.reference_store import ReferenceStore, check_place
+    from foretune.decoding.reference_store import ReferenceStore
+    from foretune.decoding.store_folder import check_place
 
     overwrite = options.pop("overwrite")
     check_place(out, overwrite=overwrite)

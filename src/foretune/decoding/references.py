@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from foretune.decoding.generation import prompt_ids
 from foretune.errors import UserError
 from foretune.tasks.objectives.text import plain_ids
@@ -45,6 +48,10 @@ class References:
     def has_labels(self) -> bool:
         """Whether one label follows each text, as opposed to running text."""
         return self.kind in ("label", "choice")
+
+    def flat_values(self) -> Tensor:
+        """(N,) the values of all texts, one after the other."""
+        return torch.tensor([value for values in self.values for value in values])
 
     def add(self, text: list[int], places: list[int], values: list[int], source: int) -> None:
         """Puts one text in."""
