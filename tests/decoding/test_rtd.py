@@ -269,7 +269,7 @@ def test_another_model_or_no_store_is_refused():
 def test_labels_and_tuples_are_refused():
     model, batch = tiny_models.llama(), ids()
     with RTD(mix=0.5).steer(model, store=store_of(model)):
-        with pytest.raises(UserError, match="call the model without labels"):
+        with pytest.raises(UserError, match="call it without labels"):
             model(**batch, labels=batch["input_ids"])
         with pytest.raises(UserError, match="leave out return_dict=False"):
             model(**batch, return_dict=False)

@@ -11,7 +11,12 @@ import tiny_models
 from foretune.decoding.lookup import Lookup
 from foretune.decoding.reference_store import ReferenceStore
 from foretune.decoding.references import read_references
-from foretune.decoding.store_controls import ReferenceLM, calibrated, laws, train_lora
+from foretune.decoding.store_controls import (
+    ReferenceLM,
+    calibrated,
+    states_and_log_probs,
+    train_lora,
+)
 from foretune.decoding.store_table import evaluate_store
 from foretune.errors import UserError
 
@@ -87,7 +92,10 @@ def test_lora_learns_the_rows_and_leaves_the_model_alone():
     adapted = train_lora(model, known, steps=20, seed=0, rates=(2e-2,))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert laws(adapted, known, None)[1].mean() > laws(model, known, None)[1].mean() + 0.5
+    assert (
+        states_and_log_probs(adapted, known, None)[1].mean()
+        > states_and_log_probs(model, known, None)[1].mean() + 0.5
+    )
 
 
 def test_lora_has_the_rank_and_modules_it_states_and_follows_the_seed():
@@ -119,7 +127,9 @@ def test_the_loss_of_lora_is_the_mean_over_the_values_of_each_text(rows):
     encoded = [objective.encode({"text": t, "values": v}, "references") for t, v in pairs]
     with torch.no_grad():
         losses = objective.losses(model, objective.collate(encoded, [0] * len(encoded)))
-    log_p = laws(model, references, None)[1][:, 0].split([len(v) for v in references.values])
+    log_p = states_and_log_probs(model, references, None)[1][:, 0].split(
+        [len(v) for v in references.values]
+    )
     torch.testing.assert_close(losses, torch.stack([-part.mean() for part in log_p]))
 
 
@@ -159,5 +169,5 @@ def test_another_model_or_a_store_without_rows_is_refused():
     with pytest.raises(UserError, match="built with another base"):
         evaluate_store(tiny_models.llama(seed=1), tokenizer(), store, TEXTS)
     store.rows = []
-    with pytest.raises(UserError, match="no rows beside it"):
+    with pytest.raises(UserError, match="the store has no rows"):
         evaluate_store(model, tokenizer(), store, TEXTS)

@@ -1,4 +1,4 @@
-"""What a store of references must be held against, on the same rows: rivals that use them too."""
+"""Baselines for a store of references that use the same rows: calibration and LoRA."""
 
 from __future__ import annotations
 
@@ -24,46 +24,51 @@ from foretune.training.loop import Progress
 from foretune.training.outcome import Adapted
 from foretune.training.verbs import adapt
 
-NAME = "references"  # of the task that LoRA learns
+NAME = "references"  # of the single task
 RANK, BATCH = 8, 16
-RATES = (1e-3, 4e-3)
+RATES = (1e-3, 4e-3)  # learning rates to try
 
 
-def laws(model: Any, references: References, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What a model says at the places of references.
+def states_and_log_probs(
+    model: Any, references: References, labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """States and log-probabilities of a model at the places of references.
 
     Args:
-        model: The model.
-        references: Where.
-        labels: Ids of the labels, for their log-probabilities among themselves; None for the
+        model: A causal language model.
+        references: Texts and places; N places in all.
+        labels: (C,) ids of the labels, for log-probabilities normalised over them; None for the
             log-probability of the token that follows.
 
     Returns:
-        (states (n, d), (n, labels) or (n, 1) log-probabilities), float32 on the CPU.
+        (states (N, d), log-probabilities (N, C) or (N, 1)), float32 on the CPU.
     """
-    values = torch.tensor([v for some in references.values for v in some])
-    states, said, done = [], [], 0
-    for some, logits in read_states(model, references.texts, references.places):
+    values = references.flat_values()
+    states, log_probs, start = [], [], 0
+    for batch, logits in read_states(model, references.texts, references.places):
         if labels is not None:
-            law = torch.log_softmax(logits[:, labels.to(logits.device)].float(), -1)
+            log_p = torch.log_softmax(logits[:, labels.to(logits.device)].float(), -1)
         else:
-            wanted = values[done : done + len(some), None].to(logits.device)
-            law = torch.log_softmax(logits.float(), -1).gather(1, wanted)
-        done += len(some)
-        states.append(some.float().cpu())
-        said.append(law.cpu())
-    return torch.cat(states), torch.cat(said)
+            next_tokens = values[start : start + len(batch), None].to(logits.device)
+            log_p = torch.log_softmax(logits.float(), -1).gather(1, next_tokens)
+        start += len(batch)
+        states.append(batch.float().cpu())
+        log_probs.append(log_p.cpu())
+    return torch.cat(states), torch.cat(log_probs)
 
 
-def calibrated(law: Tensor, seen: Tensor) -> Tensor:
+def calibrated(log_p: Tensor, reference_log_p: Tensor) -> Tensor:
     """Log-probabilities divided by their mean over other prompts, whose labels are not used.
 
     Args:
-        law: (n, labels).
-        seen: (m, labels), of the store's prompts.
+        log_p: (n, C) log-probabilities of the labels.
+        reference_log_p: (m, C), for the store's prompts.
+
+    Returns:
+        (n, C), normalised.
     """
-    prior = seen.logsumexp(0) - torch.tensor(float(len(seen))).log()
-    return torch.log_softmax(law - prior, -1)
+    prior = reference_log_p.logsumexp(0) - torch.tensor(float(len(reference_log_p))).log()
+    return torch.log_softmax(log_p - prior, -1)
 
 
 def train_lora(
