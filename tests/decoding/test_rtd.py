@@ -93,7 +93,7 @@ def test_a_soft_cap_on_the_logits_is_kept():
     capped = torch.softmax(model(**batch).logits, -1)
     with RTD(mix=0.25).steer(model, store=store):
         made = model(**batch).logits.exp()
-    # A quarter is the store's; the rest is the capped law, not that of the bare output layer.
+    # A quarter is the store's, the rest the capped distribution, not the bare output layer's.
     assert ((made - 0.75 * capped) >= -1e-6).all()
     assert model(**batch).logits.abs().max() <= 0.5
 

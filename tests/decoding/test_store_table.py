@@ -80,8 +80,8 @@ def test_a_store_with_nothing_mixed_in_is_the_model_alone():
 
 def test_calibration_takes_away_what_the_model_prefers():
     seen = torch.tensor([[0.9, 0.1], [0.7, 0.3]]).log()
-    law = calibrated(torch.tensor([[0.8, 0.2]]).log(), seen)
-    torch.testing.assert_close(law.exp(), torch.tensor([[0.5, 0.5]]))
+    log_p = calibrated(torch.tensor([[0.8, 0.2]]).log(), seen)
+    torch.testing.assert_close(log_p.exp(), torch.tensor([[0.5, 0.5]]))
 
 
 def test_lora_learns_the_rows_and_leaves_the_model_alone():

@@ -139,7 +139,7 @@ def _faiss() -> Any:
 
 
 def neighbour_weights(squared: Tensor, temperature: float) -> Tensor:
-    """softmax(−d / T) of distances (..., K), ascending; 0 where a distance is infinite.
+    """softmax(−d / T) of distances (…, K), ascending; 0 where a distance is infinite.
 
     The smallest distance is subtracted first, so that distant neighbours do not all underflow.
 
@@ -155,12 +155,12 @@ def votes(weights: Tensor, values: Tensor, size: int) -> Tensor:
     """The summed weight of the neighbours that carry each value.
 
     Args:
-        weights: (..., K).
-        values: (..., K), from 0 to `size` − 1.
+        weights: (…, K).
+        values: (…, K), from 0 to `size` − 1.
         size: Number of possible values.
 
     Returns:
-        (..., size).
+        (…, size).
 
     >>> votes(torch.tensor([0.5, 0.25, 0.25]), torch.tensor([2, 0, 2]), 3).tolist()
     [0.25, 0.0, 0.75]
@@ -170,13 +170,13 @@ def votes(weights: Tensor, values: Tensor, size: int) -> Tensor:
 
 
 def mixed(logits: Tensor, reference: Tensor, share: float) -> Tensor:
-    """log((1 − share) softmax(logits) + share · reference), (..., V), in the type of `logits`.
+    """log((1 − share) softmax(logits) + share · reference), (…, V), in the type of `logits`.
 
     With share 0 it is `logits` itself, bit for bit.
 
     Args:
-        logits: (..., V) of the model.
-        reference: (..., V) distribution.
+        logits: (…, V) of the model.
+        reference: (…, V) distribution.
         share: Weight of the reference, from 0 to 1.
     """
     if share == 0:

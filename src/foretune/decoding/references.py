@@ -182,7 +182,11 @@ def _add(
 
 
 def _kind(row: Mapping[str, Any], place: int) -> str:
-    """The kind of a row; checks its fields."""
+    """The kind of a row; checks its fields.
+
+    Raises:
+        UserError: The row is of no kind, or a field is malformed.
+    """
     kind = next(
         (k for k, needs in _NEEDS if all(row.get(name) is not None for name in needs)), None
     )
@@ -226,7 +230,11 @@ def _check_choice(row: Mapping[str, Any], place: int) -> None:
 
 
 def _label_ids(rows: Sequence[Mapping[str, Any]], kind: str, tokenizer: Any) -> dict[str, int]:
-    """Label → the id of its first token, in alphabetical order."""
+    """Label → the id of its first token, in alphabetical order.
+
+    Raises:
+        UserError: Two labels begin with the same token.
+    """
     if kind == "label":
         names = {str(row["label"]): _prompt(row) for row in rows}
     elif kind == "choice":
@@ -246,7 +254,11 @@ def _label_ids(rows: Sequence[Mapping[str, Any]], kind: str, tokenizer: Any) -> 
 
 
 def _first_token(tokenizer: Any, label: str, prompt: str) -> int:
-    """The first token of a label after a prompt, from which a space separates it."""
+    """The first token of a label after a prompt, from which a space separates it.
+
+    Raises:
+        UserError: The label has no token.
+    """
     ids = plain_ids(tokenizer, [label if prompt[-1].isspace() else f" {label}"])[0]
     # Tokenizers that put a space before every text may begin with that space alone.
     if not ids or not tokenizer.decode(ids[:1]).strip():
