@@ -118,7 +118,7 @@ def test_a_cache_used_outside_of_the_block_is_refused(large: Any, sides: list[Si
         large(IDS[:, 3:5], past_key_values=cache)
         with (
             run_beside(large, sides, summed),
-            pytest.raises(UserError, match="holds 3 tokens where 5 are behind"),
+            pytest.raises(UserError, match="holds 3 tokens instead of 5"),
         ):
             large(IDS[:, 5:], past_key_values=cache)
 
@@ -132,7 +132,7 @@ def test_a_cache_of_other_side_models_is_refused_unless_it_is_empty(
             cache = large(IDS[:, :3]).past_key_values
         with (
             run_beside(large, other, summed),
-            pytest.raises(UserError, match="filled beside other models"),
+            pytest.raises(UserError, match="filled with other side models"),
         ):
             large(IDS[:, 3:], past_key_values=cache)
         cache.reset()
@@ -147,7 +147,7 @@ def test_a_cache_of_other_side_models_is_refused_unless_it_is_empty(
     ("options", "message"),
     [
         ({"cache_implementation": "static"}, "dynamic cache"),
-        ({"inputs_embeds": torch.zeros(1, 3, 16)}, "give input_ids, not inputs_embeds"),
+        ({"inputs_embeds": torch.zeros(1, 3, 16)}, "pass input_ids, not inputs_embeds"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(
@@ -164,7 +164,7 @@ def test_what_cannot_be_generated_is_refused(
         ({"labels": IDS}, "no loss"),
         ({"logits_to_keep": torch.tensor([0])}, "got a tensor"),
         ({"attention_mask": torch.ones(2, 1, 6, 6)}, r"shape \(rows, tokens\)"),
-        ({"return_dict": False}, "leave return_dict alone"),
+        ({"return_dict": False}, "leave out return_dict=False"),
     ],
 )
 def test_what_cannot_be_forwarded_is_refused(
