@@ -316,7 +316,7 @@ def test_bad_fields_are_refused_by_name(fields, message):
 
 
 def test_what_has_no_place_is_said(prepared):
-    with pytest.raises(UserError, match="adapts to rows without labels: give the tasks"):
+    with pytest.raises(UserError, match="adapts to unlabelled examples; give the tasks"):
         adapt(prepared, source_tasks())
     with pytest.raises(UserError, match="patience needs target labels"):
         adapt(prepared, run=RUN.replace(patience=1))

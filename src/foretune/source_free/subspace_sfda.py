@@ -4,7 +4,7 @@ Paper: "Efficient Source-Free Time-Series Adaptation via Parameter Subspace Dise
 2025, arXiv:2410.02147.
 
     symbol   here                     shape             meaning
-    W        layer.weight    (out, in, K)      weight of a convolution
+    W        layer.weight             (out, in, K)      weight of a convolution
     T        layer.core               (r_out, r_in, K)  core; the only part tuned on the target
     V₁ V₂    out_factor, in_factor    (out, r) (in, r)  bases of its two channel modes, frozen
     RF       rank_factor                                r = C / RF
@@ -128,13 +128,13 @@ class SubspaceSFDA(AdaptMethod):
 
         if not isinstance(objective, Unlabelled):
             raise UserError(
-                f"{self.name} adapts to rows without labels: give the tasks an objective "
-                "Unlabelled(source=…) with the source's labels"
+                f"{self.name} adapts to unlabelled examples; give the tasks the objective "
+                "Unlabelled(source=…), whose source is the fitted Classification of the source"
             )
         factored: dict[str, Any] = {}
         if self.rank_factor is not None and not tucker_layers(model):
             factored = tuckerize(model, rank_factor=self.rank_factor)
-        self._let_train(model)
+        self._set_trainable(model)
         return SourceFreeLearner(
             model,
             objective,
@@ -146,7 +146,7 @@ class SubspaceSFDA(AdaptMethod):
             method=self.to_dict(),
         )
 
-    def _let_train(self, model: nn.Module) -> None:
+    def _set_trainable(self, model: nn.Module) -> None:
         """Freezes everything but what `tuned` and `bn` select among the trainable parameters.
 
         Raises:
