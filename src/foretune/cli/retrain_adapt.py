@@ -106,5 +106,5 @@ def adapt(
         emit("No task has test examples, so nothing was scored.")
     emit(f"Adapters: {out}")
     if result["num_labels"] is not None:
-        emit("Some tasks have more labels than the base's head has outputs; load the adapters so:")
+        emit("The adapters of some tasks have a wider head than the base; load them like this:")
         emit("\n".join(result["code"]))
