@@ -178,7 +178,7 @@ def test_cite_prints_bibtex() -> None:
 
 
 def test_cite_without_a_paper_says_so() -> None:
-    assert '"full" has no paper' in the_error(call("cite", "full"))
+    assert 'method "full" has no paper to cite' in the_error(call("cite", "full"))
 
 
 @pytest.mark.parametrize(

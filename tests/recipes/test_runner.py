@@ -492,7 +492,7 @@ def test_run_prints_a_table_and_the_verdict(recipe: Recipe) -> None:
     assert "PEFT-ML" in shown.stdout
     assert "runs/my-run/report.html" in shown.stdout
     assert "standard" not in shown.stderr.splitlines()[0]
-    said = shown.stdout.splitlines()[-1].removeprefix("New tasks, adapted as here: ")
+    said = shown.stdout.splitlines()[-1].removeprefix("To adapt to new tasks in the same way: ")
     write_data(Path("new.npz"), ["a"])
     command = shlex.split(said.replace("NEW.jsonl", "new.npz"))
     assert {"steps=3", "max_grad_norm=null"} <= set(command)  # as in the run

@@ -1,4 +1,4 @@
-"""`foretune run`: the main job."""
+"""`foretune run`: all stages of a recipe."""
 
 from __future__ import annotations
 
@@ -24,14 +24,20 @@ if TYPE_CHECKING:
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="A packaged recipe (foretune ls) or a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="Packaged recipe (see foretune ls) or YAML file.")],
     changes: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder; the recipe's own by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder (default: the one in the recipe).")
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Retrain, adapt to unseen tasks, compare, report; or an experiment."""
+    """Run a recipe: retrain, adapt, compare and report.
+
+    Every method of the recipe retrains the base on the seen tasks. The bases are adapted to the
+    unseen tasks, and the report compares their scores. An experiment recipe runs its experiment.
+    """
     from foretune.theory.recipe import TheoryRecipe, load_any
 
     loaded = load_any(recipe, changes or [])
@@ -51,7 +57,7 @@ def run(
         return
     emit(comparison_text(comparison))
     emit(f"\nReport: {loaded.folder / 'report.html'}")
-    emit(f"New tasks, adapted as here: {adapt_command(loaded, comparison)}")
+    emit(f"To adapt to new tasks in the same way: {adapt_command(loaded, comparison)}")
 
 
 def _run_experiment(recipe: TheoryRecipe, resume: bool, overwrite: bool, json: bool) -> None:
@@ -64,6 +70,6 @@ def _run_experiment(recipe: TheoryRecipe, resume: bool, overwrite: bool, json: b
     if json:
         emit_json({"out": str(recipe.folder), **result})
         return
-    for panel, shown, finding in tables(result):
-        emit(f"{panel.title}\n\n{table(shown.header, shown.rows)}\n\n{finding}\n")
-    emit(f"Tables, the paper's statements and figures: {recipe.folder / 'README.md'}")
+    for panel, cells, finding in tables(result):
+        emit(f"{panel.title}\n\n{table(cells.header, cells.rows)}\n\n{finding}\n")
+    emit(f"Tables, figures and the paper's statements: {recipe.folder / 'README.md'}")
