@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from foretune.theory import figures
+from foretune.theory import linear_extensions as extensions
 from foretune.theory import linear_tables as tables
 from foretune.theory.panel import Panel
 
@@ -74,7 +75,7 @@ PANELS = [
     _panel(
         "offsets",
         "Positive and zero-mean offsets",
-        (tables.offsets_rows, tables.offsets_table, tables.offsets_finding),
+        (extensions.offsets_rows, extensions.offsets_table, extensions.offsets_finding),
         paper="R_t* = U_t* U_t*ᵀ only; Theorem 1 is about rank, and a reviewer asked about size.",
         here="d = 10, k = 1. Zero-mean: R_t* = U_t* V_t*ᵀ, with adapters U Vᵀ in retraining. The "
         "large-T values are k²(d−k) + k(d−k)(d−k+1)/T and k(d−k)²/T, own algebra, not the "
@@ -84,14 +85,14 @@ PANELS = [
     _panel(
         "symmetry",
         "Symmetric and asymmetric adapters in retraining",
-        (tables.symmetry_rows, tables.symmetry_table, tables.symmetry_finding),
+        (extensions.symmetry_rows, extensions.symmetry_table, extensions.symmetry_finding),
         paper="Theory with symmetric adapters U Uᵀ in retraining, asymmetric ones at test.",
         here=f"d = 10, k = 1. {EXACT}",
     ),
     _panel(
         "recovery",
         "How often gradient descent ends away from A*",
-        (tables.recovery_rows, tables.recovery_table, tables.recovery_finding),
+        (extensions.recovery_rows, extensions.recovery_table, extensions.recovery_finding),
         paper="Spurious local minima exist for T ≥ 3 but are 'almost never found in practice'; "
         "gradient descent is enough.",
         here="Random problems, N = 5000. Those that are off are continued, to tell slow from "
