@@ -10,42 +10,60 @@ from foretune.theory.linear import Array, Offsets, Problems, Solution
 from foretune.theory.panel import Settings
 
 DEFAULTS = {"d": 10, "T": 3, "N": 5000, "n": 100, "k": 1}
-LONGER = 5  # times the outer steps, to tell slow from stuck
+LONGER = 5  # factor on the outer steps that tells slow from stuck descent
 
 
 @cache
-def problems(
-    seeds: int, d: int, num_tasks: int, rows: int, k: int, noise: float, offsets: Offsets = "psd"
+def cached_problems(
+    seeds: int,
+    d: int,
+    num_tasks: int,
+    num_examples: int,
+    k: int,
+    noise: float,
+    offsets: Offsets = "psd",
 ) -> Problems:
-    """`linear.draw_problems` under the seeds 0, 1, …; remembered, since panels share them."""
+    """`linear.draw_problems` with seeds 0 to `seeds` − 1, cached since panels share problems."""
     return linear.draw_problems(
-        range(seeds), d=d, num_tasks=num_tasks, rows=rows, k=k, noise=noise, offsets=offsets
+        range(seeds),
+        d=d,
+        num_tasks=num_tasks,
+        num_examples=num_examples,
+        k=k,
+        noise=noise,
+        offsets=offsets,
     )
 
 
-def problem_of(settings: Settings, offsets: Offsets = "psd", /, **changed: int) -> Problems:
-    """The default problem with some of d, T, N, k changed."""
-    at = DEFAULTS | changed
-    return problems(
-        settings["seeds"], at["d"], at["T"], at["N"], at["k"], settings["noise"], offsets
+def problems_of(settings: Settings, offsets: Offsets = "psd", /, **changed: int) -> Problems:
+    """The default problems with some of d, T, N and k changed."""
+    sizes = DEFAULTS | changed
+    return cached_problems(
+        settings["seeds"],
+        sizes["d"],
+        sizes["T"],
+        sizes["N"],
+        sizes["k"],
+        settings["noise"],
+        offsets,
     )
 
 
 @cache
-def retrained(problem: Any, k: int, steps: int, symmetric: bool = True) -> Solution:
-    """`linear.peft_ml`, remembered: the panels share bases. Problems are compared by identity."""
-    return linear.peft_ml(problem, k, steps, symmetric=symmetric)
+def peft_ml_solution(problems: Any, k: int, steps: int, symmetric: bool = True) -> Solution:
+    """`linear.peft_ml`, cached since panels share bases. Problems are compared by identity."""
+    return linear.peft_ml(problems, k, steps, symmetric=symmetric)
 
 
-def bases(settings: Settings, problem: Problems, k: int) -> dict[str, Array]:
-    """The two bases that are compared everywhere."""
+def compared_bases(settings: Settings, problems: Problems, k: int) -> dict[str, Array]:
+    """The bases (B, d, d) of PEFT-ML at rank k and of standard retraining."""
     return {
-        "peft-ml": retrained(problem, k, settings["outer_steps"]).a,
-        "standard": linear.standard(problem.seen),
+        "peft-ml": peft_ml_solution(problems, k, settings["outer_steps"]).a,
+        "standard": linear.standard(problems.seen),
     }
 
 
-def adapted_error(base: Array, problem: Problems, shots: linear.Moments, rank: int) -> Array:
-    """Error on the unseen task after the best change of that rank, (B,)."""
+def adapted_error(base: Array, problems: Problems, shots: linear.Moments, rank: int) -> Array:
+    """(B,) error on the unseen task after the best change of rank `rank`."""
     change = linear.adapt_exactly(base, shots, rank)
-    return linear.error(base + change, problem.unseen_weight)
+    return linear.error(base + change, problems.unseen_weight)
