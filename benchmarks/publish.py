@@ -1,8 +1,8 @@
-"""Puts the comparison of a finished run into benchmarks/results/, and its table into the docs.
+"""Writes the comparison of a finished run to benchmarks/results/ and its table into the docs.
 
 python benchmarks/publish.py runs/bench-quickstart quickstart    # after a run
-python benchmarks/publish.py runs/a runs/b convai2               # one recipe, other methods in each
-python benchmarks/publish.py                                     # tables of the results there are
+python benchmarks/publish.py runs/a runs/b convai2               # one recipe, run in parts
+python benchmarks/publish.py                                     # tables of the committed results
 python benchmarks/publish.py --check                             # are the tables up to date?
 """
 
@@ -31,7 +31,7 @@ PAGES = (HERE.parent / "README.md", DOCS / "reproduce.md", *sorted(DOCS.glob("re
 
 
 def publish(runs: Sequence[Path], name: str) -> Path:
-    """Copies what is worth keeping of the runs' comparison.json, with versions and machine."""
+    """Copies the relevant parts of the runs' comparison.json, with versions and machine."""
     comparison = joined([json.loads((run / "comparison.json").read_text("utf-8")) for run in runs])
     record = json.loads((runs[0] / "run.json").read_text("utf-8"))
     kept = {key: value for key, value in comparison.items() if key != "recipe"}
@@ -40,7 +40,7 @@ def publish(runs: Sequence[Path], name: str) -> Path:
     for score in kept["scores"]:
         score["score"] = round(score["score"], 6)
     kept["spectrum"] = smaller(kept.get("spectrum"))
-    # A recipe as it was run, but for the places of this machine.
+    # The recipe as it was run, without the paths of this machine.
     lines = [line for line in comparison["recipe"].splitlines() if not line.startswith("out:")]
     kept["recipe"] = "\n".join(without_folder(line) for line in lines)
     kept["environment"] = record["environment"]
@@ -51,7 +51,7 @@ def publish(runs: Sequence[Path], name: str) -> Path:
 
 
 def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One comparison of the bases of all parts, which ran apart on the same tasks and seeds."""
+    """One comparison of the bases of all parts, run separately on the same tasks and seeds."""
     first, *others = parts
     if not others:
         return first
@@ -69,7 +69,7 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def smaller(spectrum: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A spectrum whose changes are the means over tasks."""
+    """The spectrum with its changes averaged over tasks."""
     if spectrum is None:
         return None
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -98,7 +98,7 @@ def without_folder(line: str) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The means, and each base's difference from the controls with its interval, as Markdown."""
+    """Means and each base's difference from the controls, with its interval, as Markdown."""
     shots = sorted({mean["shots"] for mean in result["means"]}, key=shots_order)
     unit = result["adapt"].get("shots_unit", "rows")
     scale = Scale(result["metric"]["name"])
@@ -146,7 +146,7 @@ def difference(
 
 
 def spectrum_table(result: dict[str, Any]) -> str:
-    """Each base's score by the rank of the adapters, and how much of a full change a rank holds."""
+    """Each base's score by adapter rank, and the rank and size of a full fine-tune's change."""
     spectrum = result["spectrum"]
     ranks = spectrum["ranks"]
     scale = Scale(result["metric"]["name"])
@@ -178,13 +178,13 @@ def spectrum_table(result: dict[str, Any]) -> str:
 
 
 def rank_costs(spectrum: dict[str, Any]) -> list[str]:
-    """What adapting one task costs at each rank and with all weights, the mean over bases."""
+    """The cost of adapting one task at each rank and with all weights, averaged over bases."""
     ranks = [*spectrum["ranks"], None]
     of_rank = {r: [cost for cost in spectrum["costs"] if cost["rank"] == r] for r in ranks}
     rows: dict[str, Callable[[dict[str, Any]], float]] = {
-        "trained parameters of a task": lambda cost: cost["trainable_parameters"],
-        "tokens of a task": lambda cost: cost["tokens"] / cost["num_tasks"],
-        "CPU seconds of a task": lambda cost: cost["cpu_seconds"] / cost["num_tasks"],
+        "trained parameters per task": lambda cost: cost["trainable_parameters"],
+        "tokens per task": lambda cost: cost["tokens"] / cost["num_tasks"],
+        "CPU seconds per task": lambda cost: cost["cpu_seconds"] / cost["num_tasks"],
         "peak memory, MB": lambda cost: cost["peak_memory_mb"],
     }
     head = ["adapting", *[f"rank {r}" for r in ranks[:-1]], "all weights"]
@@ -197,19 +197,20 @@ def rank_costs(spectrum: dict[str, Any]) -> list[str]:
 
 
 def theory_table(result: dict[str, Any], name: str) -> str:
-    """One panel of an experiment: what the paper says, the conditions, the table, the finding."""
+    """One panel of an experiment: what the paper says, the conditions, the table, the result."""
     for panel, shown, finding in tables(result):
         if panel.name == name:
             said = f"**{panel.title}.** *The paper:* {panel.paper} *Here:* {panel.here}"
-            return "\n\n".join([said, markdown(shown), f"*Found:* {finding}"])
+            return "\n\n".join([said, markdown(shown), f"*Result:* {finding}"])
     raise SystemExit(f"no panel {name} in the result")
 
 
 def with_tables(text: str) -> str:
-    """A page with each part between `<!-- KIND NAME -->` and `<!-- end -->` made anew.
+    """Regenerates each part of a page between `<!-- KIND NAME -->` and `<!-- end -->`.
 
     Kinds: `results` and `spectrum` of a comparison, `theory` of a panel of an experiment, `claim`
-    of a table that a script of `claims/` makes of its result, `regret` and `variants` of them all.
+    of a table that a script in `claims/` makes from its result, `regret` and `variants` of all of
+    them.
     """
     made: dict[str, Callable[[], str]] = {
         "regret of auto": regret.regret_table,

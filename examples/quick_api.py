@@ -1,7 +1,7 @@
-"""The Python API in one page: retrain, compare, adapt. Runs in seconds and downloads nothing.
+"""The Python API on one page: retrain, compare, adapt. Runs in seconds and downloads nothing.
 
-Each task maps 8 sensor readings to 2 labels; what the tasks share is which readings matter, what
-differs is a small rotation of them.
+Each task maps 8 sensor readings to 2 labels. The tasks share which readings matter; each task adds
+a small random change to their weights.
 """
 
 from pathlib import Path
@@ -13,15 +13,17 @@ from foretune import PEFTML, Classification, LoRA, NoRetraining, Run, Standard, 
 from foretune.models.loading import load_module
 
 
-def make_task(number: int, rows: int = 60) -> Task:
+def make_task(number: int, num_examples: int = 60) -> Task:
+    """A task whose label is the sign of a weighted sum of the readings."""
     rng = np.random.default_rng(number)
-    direction = np.array([1.0, -1.0, 1.0, 0, 0, 0, 0, 0]) + 0.3 * rng.normal(size=8)
-    x = rng.normal(size=(rows, 8)).astype(np.float32)
-    examples = [{"x": row, "y": int(row @ direction > 0)} for row in x]
+    weights = np.array([1.0, -1.0, 1.0, 0, 0, 0, 0, 0]) + 0.3 * rng.normal(size=8)
+    readings = rng.normal(size=(num_examples, 8)).astype(np.float32)
+    examples = [{"x": x, "y": int(x @ weights > 0)} for x in readings]
     return Task(f"device-{number}", examples[:30], examples[30:40], examples[40:])
 
 
 def main() -> None:
+    """Compares three bases on unseen devices and adapts one of them."""
     tasks = TaskCollection(tuple(make_task(number) for number in range(14)), Classification())
     seen, unseen = tasks.split(unseen=6, seed=0)
     model = load_module(Path(__file__).with_name("arrays_model.py"), inputs=8, outputs=2)

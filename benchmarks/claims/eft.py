@@ -12,9 +12,9 @@ Knowledge comes from pre-training, the form from fine-tuning, so EFT should have
 
 Speakers: stories260K (a trained Llama of 260,000 parameters) is the large model; the small one
 learns text that stories260K wrote; each is tuned on the lines of one speaker of Shakespeare.
-Scored by nats a token on lines of the test split. Rates, steps and sizes of the facts were settled
-on another seed, those of the speakers were not searched for; beta is chosen on a tenth of the
-training lines.
+Scored by nats per token on lines of the test split. Rates, steps and sizes of the facts were
+settled on another seed, those of the speakers were not searched for; beta is chosen on a tenth of
+the training lines.
 """
 
 from __future__ import annotations
@@ -355,7 +355,7 @@ def sweep_table(result: dict[str, Any]) -> str:
 
 
 def marks_table(result: dict[str, Any]) -> str:
-    """What was to be passed, and whether it was."""
+    """The targets set before the run, what was measured, whether they are met."""
 
     def mean(name: str, key: str) -> float:
         return _mean([one["rows"][name][key] for one in result["facts"]])
@@ -372,7 +372,7 @@ def marks_table(result: dict[str, Any]) -> str:
     for name, mark in PASS_MARKS.items():
         met = got[name] <= mark if "at most" in name else got[name] >= mark
         rows.append([name, f"{mark:.2f}", f"{got[name]:.3f}", "yes" if met else "**no**"])
-    return _table(["mean over seeds", "mark", "measured", "met"], rows)
+    return _table(["mean over seeds", "target", "measured", "met"], rows)
 
 
 def cost_table(result: dict[str, Any]) -> str:
@@ -386,12 +386,12 @@ def cost_table(result: dict[str, Any]) -> str:
         ]
         ratio = _mean([c[name]["seconds"] / c["large alone"]["seconds"] for c in costs])
         rows.append([name, f"{calls[0]:.2f}", f"{calls[1]:.2f}", f"{ratio:.2f}"])
-    head = ["", "large calls a token", "side calls a token", "seconds, large alone = 1"]
+    head = ["", "large calls per token", "side calls per token", "seconds, large alone = 1"]
     return _table(head, rows)
 
 
 def speakers_table(result: dict[str, Any]) -> str:
-    """Nats a token on held-out lines, means over seeds."""
+    """Nats per token on held-out lines, means over seeds."""
     seeds = result["speakers"]
     names = list(seeds[0]["speakers"])
     order = [

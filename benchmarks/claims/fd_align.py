@@ -369,7 +369,7 @@ def methods(kind: str) -> dict[str, tuple[Any, Sequence[float]]]:
 
 def one_seed(kind: str, seed: int, file: str) -> dict[str, Any]:
     """Every arm of one seed."""
-    from foretune.training.verbs import interpolate
+    from foretune.training.model_copies import interpolate
 
     world = WORLDS[kind](seed, file)
     arms = {"zero-shot": score(world["model"], world["sets"]), "probe": probe(world)}
@@ -434,7 +434,7 @@ def _percent(value: float | None) -> str:
 
 
 def marks_table(result: Mapping[str, Any]) -> str:
-    """The marks set before, what was measured, whether they are met."""
+    """The targets set before the run, what was measured, whether they are met."""
     seeds = result["images"]
     at = {(arm, c): _mean(seeds, arm, c) or 0.0 for arm in LABELS for c in CELLS}
     style, gain = at["fd", "style"], at["fd", "style"] - at["full", "style"]
@@ -446,7 +446,7 @@ def marks_table(result: Mapping[str, Any]) -> str:
         ("in distribution not 2 points below fine-tuning", f"{100 * inside:+.1f}", inside >= -0.02),
         ("shifted above fine-tuning", f"{100 * outside:+.1f}", outside > 0),
     )
-    lines = ["| mark, mean of three seeds | measured | met |", "|---|---|---|"]
+    lines = ["| target, mean of three seeds | measured | met |", "|---|---|---|"]
     lines += [f"| {mark} | {said} | {'yes' if met else '**no**'} |" for mark, said, met in rows]
     return "\n".join(lines)
 

@@ -408,7 +408,7 @@ def place_table(result: dict[str, Any]) -> str:
 
 
 def marks_table(result: dict[str, Any]) -> str:
-    """The marks that were set before the run, and what came out."""
+    """The targets set before the run, what was measured, whether they are met."""
 
     def mean(arm: str, key: str = "minFDE6") -> float:
         return statistics.mean(cells(result, "junctions", arm, key))
@@ -423,7 +423,7 @@ def marks_table(result: dict[str, Any]) -> str:
         ("parameters trained / those of Forecast-MAE, full", share, 0.25),
         ("minFDE6 of Forecast-FT pretrained / not pretrained", gain, 0.6),
     ]
-    lines = ["| mark | at most | found | |", "|---|---|---|---|"]
+    lines = ["| target | at most | measured | |", "|---|---|---|---|"]
     lines += [
         f"| {name} | {most} | {value:.2f} | {'met' if value <= most else '**missed**'} |"
         for name, value, most in marks

@@ -137,7 +137,7 @@ def variant_row(name: str, shots: int | None, scores: Scores) -> dict[str, Any]:
 def regret_table() -> str:
     rows = [regret_row(*cell) for cell in cells() if "auto" in cell[2]]
     lines = [
-        "| collection | rows | `auto` | best fixed method | regret | by luck alone "
+        "| collection | shots | `auto` | best fixed method | regret | by luck alone "
         "| picked on the other tasks | − none | − standard |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -162,7 +162,7 @@ def regret_table() -> str:
         "",
         f"{len(rows)} cells of {collections} collections. Mean regret {mean:.2f} points, "
         f"{luck:.2f} by luck alone, {without:.2f} where the fixed method is picked on the other "
-        "unseen tasks. Whole interval below standard retraining in "
+        "unseen tasks. The whole interval is below standard retraining in "
         f"{worse['standard']} cells, below none in {worse['none']}; above them in "
         f"{better['standard']} and {better['none']}.",
     ]
@@ -171,7 +171,9 @@ def regret_table() -> str:
 
 def variants_table() -> str:
     lines = [
-        "| collection | rows | best variant | " + " | ".join(f"− {r}" for r in RIVALS) + " | all |",
+        "| collection | shots | best variant | "
+        + " | ".join(f"− {r}" for r in RIVALS)
+        + " | all |",
         "|---|---|---|" + "---|" * (len(RIVALS) + 1),
     ]
     rows, ahead, spreads = [], [], []
@@ -196,15 +198,16 @@ def variants_table() -> str:
     middle = float(np.median(spreads))
     lines += [
         "",
-        f"Above all four rivals, each with its whole interval: {len(beaten)} of {len(rows)} cells, "
-        f"in {counted(len(set(beaten)), 'collection')}. The variant of a row is the best of that "
-        "row in hindsight, which favours it; the intervals are not corrected for that. The best of "
-        "all methods is on average "
-        f"{lead:.2f} points above the mean of those not clearly below it; were these equally good, "
-        f"luck alone would put the best {luck:.2f} above their mean. It leads by more than that in "
-        f"{more} of {len(rows)} cells. From task to task two methods differ by a standard "
-        f"deviation of {middle:.1f} points (median over cells), so that one point "
-        f"between them shows in {POWER * middle**2:.0f} unseen tasks (5 % level, power 80 %).",
+        "Above all four rivals, with every interval above zero: "
+        f"{len(beaten)} of {len(rows)} cells, in {counted(len(set(beaten)), 'collection')}. The "
+        "variant of a row is the best one of that row in hindsight, which favours it; the "
+        "intervals are not corrected for that. The best of all methods is on average "
+        f"{lead:.2f} points above the mean of those not clearly below it; if these were equally "
+        f"good, luck alone would put the best {luck:.2f} above their mean. It leads by more than "
+        f"that in {more} of {len(rows)} cells. Across tasks, the difference between two methods "
+        f"has a standard deviation of {middle:.1f} points (median over cells), so that detecting "
+        f"one point between them takes {POWER * middle**2:.0f} unseen tasks (5 % level, power "
+        "80 %).",
     ]
     return "\n".join(lines)
 

@@ -311,11 +311,11 @@ def marks(result: dict[str, Any]) -> list[tuple[str, float, bool]]:
 
 
 def marks_table(result: dict[str, Any]) -> str:
-    """The marks set before the run."""
+    """The targets set before the run, what was measured, whether they are met."""
     rows = [
         [what, f"{figure:+.3f}", "yes" if ok else "**no**"] for what, figure, ok in marks(result)
     ]
-    return grid(["mark", "figure", "held"], rows)
+    return grid(["target", "measured", "met"], rows)
 
 
 def speakers_table(result: dict[str, Any]) -> str:

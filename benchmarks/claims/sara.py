@@ -323,7 +323,7 @@ def one(
         "seconds": round(time.process_time() - begun, 1),
     }
     if isinstance(method, SaRA) and not isinstance(method, Entries):
-        delta = model.sparse_delta
+        delta = adapted.learners[task.name, 0].delta
         known = dict(model.named_parameters())
         chosen = [known[n].detach().view(-1)[i] for n, i in delta.support.items()]
         values = torch.cat(chosen).abs()
@@ -434,7 +434,7 @@ def main() -> None:
 def adapting_table(result: Mapping[str, Any]) -> str:
     """New and old loss of each arm, mean over alphabets and seeds."""
     lines = [
-        "| trained | numbers | rate | new loss | by seed | old loss | rise | θ left |",
+        "| trained | parameters | rate | new loss | by seed | old loss | rise | θ left |",
         "|---|---|---|---|---|---|---|---|",
     ]
     before = statistics.fmean(v for base in result["bases"] for v in base["new"].values())
@@ -457,7 +457,10 @@ def adapting_table(result: Mapping[str, Any]) -> str:
 
 def zeroing_table(result: Mapping[str, Any]) -> str:
     """What zeroing a share of the entries does to the base."""
-    lines = ["| set to zero | share | rise of the held-out loss | by seed |", "|---|---|---|---|"]
+    lines = [
+        "| set to zero | share | increase of the held-out loss | by seed |",
+        "|---|---|---|---|",
+    ]
     for i, row in enumerate(result["bases"][0]["zeroing"]):
         rises = [
             base["zeroing"][i]["loss"] / base["zeroing"][0]["loss"] - 1 for base in result["bases"]
@@ -472,7 +475,7 @@ def zeroing_table(result: Mapping[str, Any]) -> str:
 def memory_table(result: Mapping[str, Any]) -> str:
     """Bytes of gradients and optimiser state, measured in one step."""
     lines = [
-        "| | trained numbers | gradients at their most | kept for the step | optimiser state |",
+        "| | trained parameters | peak gradients | kept for the step | optimiser state |",
         "|---|---|---|---|---|",
     ]
     for name, row in result["memory"].items():

@@ -349,9 +349,9 @@ LABELS = {
     "task-arithmetic": "task arithmetic, λ 0.4 (control)",
     "ties": "TIES (control)",
     "sequence": "the same, routed by sequence",
-    "task": "the same, told the task",
-    "activations, token": "gate from 15 texts a task, by token",
-    "activations, sequence": "gate from 15 texts a task, by sequence",
+    "task": "the same, routed by the true task",
+    "activations, token": "gate from 15 texts per task, by token",
+    "activations, sequence": "gate from 15 texts per task, by sequence",
 }
 
 
@@ -362,7 +362,7 @@ def main_table(result: Mapping[str, Any], kind: str) -> str:
     names = ["individual", "average", "task-arithmetic", "ties", paper]
     names += ["sequence", "task", "activations, token", "activations, sequence"]
     labels = LABELS | {paper: f"SMILE, the paper's gate ({paper.partition(' ')[2]})"}
-    lines = ["| | accuracy, % | each seed | % of individual | tokens to the own expert, % |"]
+    lines = ["| | accuracy, % | each seed | % of individual | tokens to their task's expert, % |"]
     lines.append("|---|---|---|---|---|")
     individual = found["individual"]
     for name in names:
@@ -408,7 +408,7 @@ def grid_table(result: Mapping[str, Any]) -> str:
 def usage_table(result: Mapping[str, Any], kind: str) -> str:
     """Where each domain's tokens go under the paper's gate, mean over layers and seeds."""
     paper = PAPERS[kind]
-    lines = ["| rows of | " + " | ".join(f"→ {d}" for d in DOMAINS) + " |"]
+    lines = ["| examples of | " + " | ".join(f"→ {d}" for d in DOMAINS) + " |"]
     lines.append("|---" * (len(DOMAINS) + 1) + "|")
     for task in DOMAINS:
         cells = [
@@ -422,7 +422,7 @@ def usage_table(result: Mapping[str, Any], kind: str) -> str:
 def cost_table(result: Mapping[str, Any]) -> str:
     """Parameters and time."""
     base = result["seeds"][0]["base_parameters"]
-    lines = ["| | added parameters | share of the base | µs a token | × base |", "|---" * 5 + "|"]
+    lines = ["| | added parameters | share of the base | µs per token | × base |", "|---" * 5 + "|"]
     for kind, name in (
         ("full", "average"),
         ("full", "token k=32 gate_k=16"),
@@ -444,7 +444,7 @@ def cost_table(result: Mapping[str, Any]) -> str:
             f"Planned, not run: {plan['experts']} experts on the shapes of Mistral 7 B add "
             f"{plan['extra_full_k64_gate8'] / 1e9:.2f} B parameters at k=64, gate_k=8 and "
             f"{plan['extra_lora_k16_gate8'] / 1e9:.2f} B for LoRAs of rank 16; one layer takes "
-            f"{plan['lora_layer_seconds']:.3f} s of one core from a LoRA (4096 × 14336) and "
+            f"{plan['lora_layer_seconds']:.3f} s on one core from a LoRA (4096 × 14336) and "
             f"{plan['full_layer_seconds']:.0f} s (1024 × 4096) to "
             f"{plan['square_layer_seconds']:.0f} s (4096 × 4096) from a full checkpoint; the "
             f"largest layer in float32 is {plan['largest_layer_float32_gb']:.2f} GB.",

@@ -311,7 +311,7 @@ def one_seed(name: str, world: World, seed: int) -> list[dict[str, Any]]:
         for label, (method, fields) in methods.items():
             seeded = {"seed": seed} if method == "random-experts" else {}
             record = make(method, experts=experts, **fields, **seeded)
-            pruned = prune_with(full, collector.found, record)
+            pruned = prune_with(full, collector.statistics, record)
             largest = max(len(g) for plan in pruned.plan.values() for g in plan.groups)
             note(label, experts, pruned.model, largest=largest, loads_with=pruned.loads_with)
     for experts in (4, 2) if name == "markov" else (4,):
@@ -373,7 +373,7 @@ def losses(result: dict[str, Any], world: str) -> str:
         "",
         f"{NAMES[world]}: test loss in nats per token after pruning → after "
         f"{result['settings'][world]['recover']} more steps on the task, mean of {seeds} seeds; "
-        "lowest of a column bold. All 8 experts: "
+        "the lowest of each column in bold. All 8 experts: "
         f"{mean(full, 'before'):.3f} → {mean(full, 'after'):.3f}.",
     ]
     return "\n".join(lines)
@@ -414,7 +414,8 @@ def claims(result: dict[str, Any]) -> str:
         lines.append(f"| {claim} | {holds} | {' '.join(f'{gap:+.3f}' for gap in gaps)} |")
     lines += [
         "",
-        "Markov chains: seeds in which it holds, differences of test losses (below 0: holds).",
+        "Markov chains: seeds in which the claim holds; differences of test losses (below 0: it "
+        "holds).",
     ]
     return "\n".join(lines)
 
@@ -440,9 +441,10 @@ def sizes(result: dict[str, Any]) -> str:
     torch_version = result["environment"]["versions"]["torch"]
     lines += [
         "",
-        "The Markov mixture. Speed of forward passes of 100 rows by the processor time of one "
-        f"thread (torch {torch_version}), median of 5, mean of seeds; cluster sizes by seed. Each "
-        "token visits two experts whatever their number, so fewer save memory, hardly time.",
+        "The Markov mixture. Speed of forward passes of 100 sequences, by the CPU time of one "
+        f"thread (torch {torch_version}), median of 5, mean over seeds; cluster sizes by seed. "
+        "Each token is routed to two experts whatever their number, so fewer experts save memory "
+        "but hardly any time.",
     ]
     return "\n".join(lines)
 

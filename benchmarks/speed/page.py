@@ -1,4 +1,4 @@
-"""docs/performance.md and the README's lines on speed, from benchmarks/results/speed-*.json.
+"""Writes docs/performance.md and the speed lines of the README from results/speed-*.json.
 
 python benchmarks/speed/page.py            # write it
 python benchmarks/speed/page.py --check    # is it up to date?
@@ -24,12 +24,12 @@ INTRO = """# Performance
 
 *This page is made by `python benchmarks/speed/page.py` from `benchmarks/results/speed-*.json`.*
 
-What foretune claims about speed is a ratio to something that anybody would have to pay: the
-*floor*, a plain full fine-tuning step of the same model on the same tokens, in one batch, with the
-same fused optimiser and no adapters. Variants run in turns in one process, in a new order each
-time; a number is the median of the ratios of single turns, and the range behind it is their least
-and greatest. Time is the CPU time of the process. Freed memory is kept by the process, as the
-command line of foretune does it ([why](design.md)); the floor gains by that as much as the rest.
+All speed claims of foretune are ratios to a cost that cannot be avoided: the *floor*, a plain full
+fine-tuning step of the same model on the same tokens, in one batch, with the same fused optimiser
+and no adapters. Variants take turns in one process, in a new order each time; a number is the
+median of the ratios over the turns, and the range after it is their minimum and maximum. Time is
+the CPU time of the process. The process keeps freed memory, as the command line of foretune does
+([why](design.md)); the floor benefits from that as much as the rest.
 """
 
 
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def readme() -> str:
-    """The README with the lines on speed between its two marks."""
+    """The README with its speed lines, between the two markers, regenerated."""
     before, rest = README.read_text("utf-8").split("<!-- speed -->\n")
     _, after = rest.split("<!-- end of speed -->", 1)
     return f"{before}<!-- speed -->\n{summary()}<!-- end of speed -->{after}"
@@ -71,16 +71,16 @@ def summary() -> str:
     return (
         f"- a PEFT-ML step over 2 to {max(r['tasks'] for r in steps)} tasks: "
         f"{min(medians):.2f} to {max(medians):.2f} of plain fine-tuning on the same tokens, "
-        f"{statistics.geometric_mean(medians):.2f} in the mean; a peft loop over {many['tasks']} "
+        f"{statistics.geometric_mean(medians):.2f} on average; a peft loop over {many['tasks']} "
         f"tasks takes {many['peft_to_ours']['median']:.1f} times as long\n"
-        f"- dialogues of which {100 * min(fills):.0f} to {100 * max(fills):.0f} % would be tokens "
-        f"if padded: {min(packed):.2f} to {max(packed):.2f} of plain fine-tuning with padding\n"
+        f"- dialogues that would be {100 * min(fills):.0f} to {100 * max(fills):.0f} % tokens "
+        f"when padded: {min(packed):.2f} to {max(packed):.2f} of plain fine-tuning with padding\n"
         f"- memory: {max(shares):.2f} of plain fine-tuning's, {max(quarters):.2f} with a quarter "
-        "of the batch at once\n"
+        "of the batch at a time\n"
         f"- adapting {adapting['tasks']} unseen tasks: a peft loop takes "
         f"{adapting['peft_to_ours']['median']:.1f} times as long, the best loop with one adapter "
         f"{adapting['reused_to_ours']['median']:.1f}; scoring with {scoring['tasks']:,} adapters: "
-        f"{scoring['to_base']['ours']['median']:.2f} of the base model's own forward\n"
+        f"{scoring['to_base']['ours']['median']:.2f} of the base model's forward pass\n"
     )
 
 
@@ -98,7 +98,7 @@ def again(data: dict[str, Any]) -> str:
     machine = data["machine"]
     versions = machine["versions"]
     return (
-        f"Again: `{data['command']}`. Measured on {machine['cpu_cores']} CPU cores "
+        f"To reproduce: `{data['command']}`. Measured on {machine['cpu_cores']} CPU cores "
         f"({machine.get('processor') or 'x86-64'}), torch {versions['torch']}, transformers "
         f"{versions['transformers']}, peft {versions['peft']}.\n"
     )
@@ -112,15 +112,15 @@ def meta_step(data: dict[str, Any]) -> str:
     errors = [row["gradient_error"] for row in plain if row["gradient_error"] is not None]
     peft = [row["peft_to_ours"]["median"] for row in plain if row["peft_to_ours"]]
     lines = [
-        "## A meta-retraining step against a plain step\n",
+        "## A meta-retraining step compared with a plain step\n",
         f"PEFT-ML's joint step over all tasks, every linear layer adapted at rank 8, costs "
         f"**{statistics.geometric_mean(medians):.2f} of the floor** in the geometric mean of "
-        f"{len(medians)} cells (greatest {max(medians):.2f}), one thread, fp32. A peft loop over "
-        f"the tasks takes {min(peft):.2f} to {max(peft):.2f} times as long as ours. Gradients, of "
-        f"the base and of all adapters, differ from the peft loop's by {max(errors):.0e} of each "
-        "tensor's maximum at most.\n",
+        f"{len(medians)} cells (maximum {max(medians):.2f}), one thread, fp32. A peft loop over "
+        f"the tasks takes {min(peft):.2f} to {max(peft):.2f} times as long as ours. The gradients "
+        "of the base and of all adapters differ from the peft loop's by at most "
+        f"{max(errors):.0e} of each tensor's maximum.\n",
         table(
-            ["model", "tasks × rows × length", "precision", "threads", "ours / floor",
+            ["model", "tasks × examples × length", "precision", "threads", "ours / floor",
              "peft loop / floor", "authors' loop / floor", "peft loop / ours"],
             [
                 [row["model"], cell(row), row["precision"], row["threads"],
@@ -148,11 +148,12 @@ def memory(data: dict[str, Any]) -> str:
     return "\n".join(
         [
             "## Memory\n",
-            "Peak of one forward and backward beyond weights and gradients, MB (and as a share of "
-            "the floor's). `a quarter at once` is a token budget of a quarter of the batch, "
-            "`blocks computed again` is gradient checkpointing; neither changes a gradient.\n",
+            "Peak memory of one forward and backward pass beyond weights and gradients, in MB (and "
+            "as a share of the floor's). `a quarter at once` is a token budget of a quarter of the "
+            "batch, `blocks computed again` is gradient checkpointing; neither changes the "
+            "gradients.\n",
             table(
-                ["model", "tasks × rows × length", *variants],
+                ["model", "tasks × examples × length", *variants],
                 [
                     [*key, *(f"{mb[v]:.0f} ({mb[v] / mb['floor']:.2f})" for v in variants)]
                     for key, mb in cells.items()
@@ -165,12 +166,12 @@ def memory(data: dict[str, Any]) -> str:
 def ragged(data: dict[str, Any]) -> str:
     return "\n".join(
         [
-            "## Rows of unlike lengths\n",
-            "Context and reply of ConvAI2, cut by MiniLM's tokenizer. Padding is removed inside "
-            "unmodified Hugging Face models; attention stays within each row. `fill` is the share "
-            "of positions that are tokens when the whole batch is padded.\n",
+            "## Examples of different lengths\n",
+            "Context and reply of ConvAI2, tokenised by MiniLM's tokenizer. Padding is removed "
+            "inside unmodified Hugging Face models; attention stays within each example. `fill` is "
+            "the share of positions that are tokens when the whole batch is padded.\n",
             table(
-                ["model", "tasks × rows", "fill", "ours / packed floor", "ours / padded floor",
+                ["model", "tasks × examples", "fill", "ours / packed floor", "ours / padded floor",
                  "peft loop / ours"],
                 [
                     [row["model"], f"{row['tasks']} × {row['batch']}", row["fill"],
@@ -189,30 +190,30 @@ def adaptation(data: dict[str, Any]) -> str:
     return "\n".join(
         [
             "## Many unseen tasks on a frozen base\n",
-            "One training step of every task's adapter. `reused` is one adapter that serves all "
-            "tasks in turn, without the cost of swapping it.\n",
+            "One training step of the adapters of all tasks. `reused` is one adapter that serves "
+            "all tasks in turn, without the cost of swapping its weights.\n",
             table(
-                ["model", "tasks × rows × length", "peft loop / ours", "reused loop / ours"],
+                ["model", "tasks × examples × length", "peft loop / ours", "reused loop / ours"],
                 [
                     [row["model"], cell(row), shown(row.get("peft_to_ours")),
                      shown(row["reused_to_ours"])]
                     for row in parts["adapt"]
                 ],
             ),
-            "Scoring with all adapters in mixed batches of 64 rows, against the forward pass of "
-            "the base alone.\n",
+            "Scoring with all adapters in mixed batches of 64 examples, compared with the forward "
+            "pass of the base alone.\n",
             table(
-                ["model", "tasks × rows × length", "ours / base", "peft loop / base"],
+                ["model", "tasks × examples × length", "ours / base", "peft loop / base"],
                 [
                     [row["model"], cell(row), shown(row["to_base"]["ours"]),
                      shown(row["to_base"].get("peft"))]
                     for row in parts["score"]
                 ],
             ),
-            "Adapters in the upper third of the layers: a training step when what lies below is "
-            "computed in every step, against when it is computed once and kept.\n",
+            "Adapters in the upper third of the layers: a training step that recomputes the layers "
+            "below every time, compared with one that computes them once and caches the result.\n",
             table(
-                ["model", "tasks × rows × length", "every step / once"],
+                ["model", "tasks × examples × length", "every step / once"],
                 [[r["model"], cell(r), shown(r["every_to_once"])] for r in parts["top layers"]],
             ),
         ]
@@ -223,10 +224,11 @@ def bank(data: dict[str, Any]) -> str:
     return "\n".join(
         [
             "## Building the adapters\n",
-            "CPU seconds to make rank-8 adapters on every linear layer of a 12 × 768 encoder. The "
-            "first build of a process may take longer where the system hands out memory slowly.\n",
+            "CPU seconds to create rank-8 adapters on every linear layer of a 12 × 768 encoder. "
+            "The first build in a process may take longer where the system allocates memory "
+            "slowly.\n",
             table(
-                ["system", "tasks", "CPU seconds", "the first time"],
+                ["system", "tasks", "CPU seconds", "first build"],
                 [
                     [row["system"], row["tasks"], row["cpu_seconds"], row["first_cpu_seconds"]]
                     for row in data["rows"]
@@ -242,8 +244,9 @@ def pipeline(data: dict[str, Any]) -> str:
     return "\n".join(
         [
             "## The data pipeline\n",
-            "Tokens a CPU second, one thread: TaskData, sampler and collate alone, against what a "
-            "PEFT-ML step on MiniLM takes up. Fresh rows are tokenised, warm ones have been.\n",
+            "Tokens per CPU second, one thread: TaskData, sampler and collate alone, compared with "
+            "what a PEFT-ML step on MiniLM consumes. Fresh rows are tokenised on the fly; warm "
+            "rows are already tokenised.\n",
             table(
                 ["objective", "rows", "pipeline", "training", "ratio"],
                 [
@@ -253,8 +256,8 @@ def pipeline(data: dict[str, Any]) -> str:
                 ],
             ),
             f"A JSONL collection of {large[0]['tasks']:,} tasks and {large[0]['rows']:,} rows. "
-            "Memory is what is added to a process that has imported everything; of "
-            "`foretune plan`, to the plan of 1,000 rows.\n",
+            "Memory is what is added to a process that has imported everything; for "
+            "`foretune plan`, what is added to the plan of 1,000 rows.\n",
             table(
                 ["objective", "what", "CPU seconds", "memory, MB"],
                 [
@@ -278,7 +281,7 @@ def gpu(data: dict[str, Any]) -> str:
         [
             f"## On a GPU ({data['device']})\n",
             table(
-                ["model", "tasks", "lengths", "variant", "ms a step", "share of the matrix rate",
+                ["model", "tasks", "lengths", "variant", "ms per step", "share of the matrix rate",
                  "peak MB"],
                 [
                     [row["model"], row["tasks"], row["lengths"], row["variant"],

@@ -135,9 +135,9 @@ def load(source: str, kind: str, steps: int) -> Iterator[dict[str, Any]]:
 def batches(data: Any, method: str, run: Any, first: int = 0) -> Iterator[Any]:
     """The training steps of a method, from a step on."""
     from foretune.methods import make
-    from foretune.training.verbs import sampler_for
+    from foretune.training.data import sampler_for
 
-    sampler = sampler_for(make(method), data, run)
+    sampler = sampler_for(data, run, pooled=make(method).pooled)
     step = first
     while True:
         yield data.step(sampler.picks(step), "train", train=True, seed=[run.seed, step, 1])

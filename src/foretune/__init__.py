@@ -7,6 +7,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+# Type checkers read the same names in __init__.pyi.
 _PUBLIC = {
     "Adapted": "foretune.training.outcome",
     "AdapterBank": "foretune.adapters.bank",

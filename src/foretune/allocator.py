@@ -1,9 +1,9 @@
-"""What the process does with memory that it has freed (glibc; elsewhere nothing happens).
+"""What the process does with memory that it has freed (glibc only; elsewhere a no-op).
 
-A training step frees its activations and asks for as much again in the next one. By default glibc
-gives large blocks back to the system in between, which hands them out anew page by page: a step of
-MiniLM took 1.2 to 1.7 times as long. A program that does nothing but train keeps them instead; a
-library must not decide that for the process it lives in, so only the command line does.
+A training step frees its activations and allocates as much again in the next one. By default glibc
+returns large blocks to the operating system in between, which maps them again page by page: a step
+of MiniLM took 1.2 to 1.7 times as long. A program that only trains keeps them instead; a library
+must not decide that for its process, so only the command line does.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import ctypes
 import sys
 from typing import Any
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as malloc.h numbers them
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # the values in malloc.h
 
 
 def keep_freed_memory() -> None:
-    """From now on the process keeps what it frees, for its own next request."""
+    """Make the process keep freed memory for its own later allocations, from now on."""
     libc = _glibc()
     if libc is not None:
         libc.mallopt(M_MMAP_MAX, 0)
@@ -24,7 +24,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Gives back now what is free, so that a peak of memory tells what was used since."""
+    """Return free memory to the operating system, so that peak memory measures later use only."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

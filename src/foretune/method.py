@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from foretune.errors import UserError
@@ -22,7 +21,7 @@ class Method(Protocol):
     name: ClassVar[str]
     label: ClassVar[str]
     verb: ClassVar[str]
-    paper: ClassVar[Mapping[str, Any] | None] = None
+    paper: ClassVar[dict[str, Any] | None] = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields with "name"; `foretune.methods.make(**fields)` gives the record back."""

@@ -1,4 +1,4 @@
-"""Which process of a job this is, as `accelerate launch` and torchrun say it. Needs no torch."""
+"""The rank of this process, as set by `accelerate launch` or torchrun. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from foretune.errors import UserError
 
 
 def num_processes() -> int:
-    """Processes of the job; 1 without a launcher."""
+    """Number of processes of the job; 1 without a launcher."""
     return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
 
 
 def process_rank() -> int:
-    """The number of this process among them; the first has 0, and it alone writes and prints."""
+    """Rank of this process in the job; only rank 0 writes and prints."""
     return int(os.environ["RANK"]) if num_processes() > 1 else 0
 
 
 def local_rank() -> int:
-    """The number of this process among those on its machine."""
+    """Rank of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0)) if num_processes() > 1 else 0
 
 
 def num_local_processes() -> int:
-    """Processes of the job on this machine, which share its memory."""
+    """Number of processes of the job on this machine, which share its memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if num_processes() > 1 else 1
 
 
@@ -31,7 +31,7 @@ def base_is_sharded() -> bool:
     """Whether the launcher asked for FSDP (`accelerate launch --use_fsdp --fsdp_version 2`).
 
     Raises:
-        UserError: It asked for version 1.
+        UserError: The launcher asked for FSDP version 1.
     """
     asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
     if asked and os.environ.get("FSDP_VERSION") != "2":

@@ -11,28 +11,45 @@ from foretune.method import Method, check_verb
 if TYPE_CHECKING:
     from torch import nn
 
+    Model = nn.Module | str | PathLike[str]
+
 Result_co = TypeVar("Result_co", covariant=True)
 
 
 class FuseMethod(Method, Protocol[Result_co]):
     """A method whose verb is `fuse`."""
 
-    fuse: Any  # called as fuse(base, finetuned, **options); options differ from method to method
+    def fuse(self, *args: Any, **options: Any) -> Result_co:
+        """Fuses models; called as `fuse(base, finetuned, **options)`."""
+        ...
+
+
+class PruneMethod(Method, Protocol[Result_co]):
+    """A method whose verb is `prune`."""
+
+    def prune(self, *args: Any, **options: Any) -> Result_co:
+        """Prunes a copy of a model; called as `prune(model, rows, **options)`."""
+        ...
+
+
+class DecodeMethod(Method, Protocol[Result_co]):
+    """A method whose verb is `decode`."""
+
+    def decode(self, *args: Any, **options: Any) -> Result_co:
+        """Continues each prompt; called as `decode(model, prompts, **options)`."""
+        ...
 
 
 def fuse(
-    base: nn.Module | str | PathLike[str],
-    finetuned: Mapping[str, nn.Module | str | PathLike[str]],
-    method: Any,
-    **options: Any,
-) -> Any:
+    base: Model, finetuned: Mapping[str, Model], method: FuseMethod[Result_co], **options: Any
+) -> Result_co:
     """Fuses several fine-tuned models over one base into one model.
 
     Args:
         base: What all were tuned from: a model, or its Hugging Face folder.
         finetuned: Name → a model, a Hugging Face folder, or a PEFT folder over `base`.
         method: A method whose verb is `fuse`, such as `SMILE()`.
-        options: What this method takes besides; see its page.
+        options: The method's own options; see its page.
 
     Raises:
         UserError: A method of another verb, nothing to fuse, or models that do not fit the base.
@@ -41,14 +58,14 @@ def fuse(
     return method.fuse(base, finetuned, **options)
 
 
-def prune(model: nn.Module | str | PathLike[str], rows: Any, method: Any, **options: Any) -> Any:
+def prune(model: Model, rows: Any, method: PruneMethod[Result_co], **options: Any) -> Result_co:
     """Prunes a mixture of experts for one task.
 
     Args:
         model: A model, or its Hugging Face folder.
-        rows: The task's texts; the router's statistics are taken on them.
+        rows: The task's texts, on which the router's statistics are collected.
         method: A method whose verb is `prune`, such as `UNCURL(experts=4)`.
-        options: What this method takes besides; see its page.
+        options: The method's own options; see its page.
 
     Raises:
         UserError: A method of another verb, a model without experts, or a number of experts that
@@ -59,12 +76,12 @@ def prune(model: nn.Module | str | PathLike[str], rows: Any, method: Any, **opti
 
 
 def decode(
-    model: nn.Module | str | PathLike[str],
+    model: Model,
     prompts: str | Sequence[str],
-    method: Any,
+    method: DecodeMethod[Result_co],
     **options: Any,
-) -> Any:
-    """Generates from another next-token distribution; no weight changes.
+) -> Result_co:
+    """Generates from a different next-token distribution; no weight changes.
 
     Args:
         model: A causal language model, or its Hugging Face folder.

@@ -13,9 +13,8 @@ from foretune.errors import UserError
 from foretune.models.recompute import recomputed
 from foretune.models.routing import route
 from foretune.run import Run
-from foretune.training.data import TaskData
+from foretune.training.data import TaskData, sampler_for
 from foretune.training.loop import schedule
-from foretune.training.verbs import sampler_for
 from linear_tasks import Net, family
 
 MODELS = {"bert": tiny_models.bert, "gpt2": tiny_models.gpt2}  # gpt2: transformers' Conv1D
@@ -200,7 +199,7 @@ def test_retraining_is_the_loop_written_out_by_hand(together):
     got = foretune.retrain(net, tasks, method, run)
     assert got.bank is None
     data = TaskData.of(tasks, tasks.objective)
-    sampler = sampler_for(method, data, run)
+    sampler = sampler_for(data, run, pooled=method.pooled)
 
     weights = {"body": net.body.weight, "out": net.out.weight}
     sizes = torch.cat([w.detach().abs().flatten() for w in weights.values()])

@@ -67,7 +67,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ([*GOOD, {"task": "t0", "split": "dev2", "text": "x", "label": "cat"}], ["19", "dev2"]),
         ([*GOOD, {**GOOD[4], "label": "cow"}], ["t0", "cow", "training rows", "cat", "dog"]),
         ([r for r in GOOD if r["task"] == "t0"], ["unseen=1", "only one"]),
-        ([r for r in GOOD if r["task"] != "t1" or r["split"] == "test"], ["t1", "no train rows"]),
+        ([r for r in GOOD if r["task"] != "t1" or r["split"] == "test"], ["t1", "no train"]),
         ([], ["data.jsonl", "empty"]),
     ],
     ids=["json", "object", "field", "name", "split", "label", "one task", "empty task", "empty"],

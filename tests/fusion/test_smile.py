@@ -321,7 +321,7 @@ def test_task_routing_asks_for_the_task() -> None:
     with pytest.raises(UserError, match='no expert "d"; there are a, b, c'):
         fused.set_task("d")
     fused.set_task(["a", "b"])
-    with pytest.raises(UserError, match="2 tasks were given where a layer sees 3 rows"):
+    with pytest.raises(UserError, match="got 2 tasks, but a layer's input has 3 rows"):
         output(fused.model, {"input_ids": ids()})
 
 
@@ -405,7 +405,7 @@ def test_lora_experts_behind_the_gate_from_weights_are_warned_of() -> None:
     base = tiny_models.bert()
     loras = {n: adapted(base, i, ["query"]) for i, n in enumerate("ab")}
     [note] = foretune.fuse(base, loras, SMILE()).report["notes"]
-    assert "behind plain averaging" in note and "or routing=task" in note
+    assert "worse than plain averaging" in note and "or routing=task" in note
 
 
 # --- heads and the rest -------------------------------------------------------------------------
@@ -544,7 +544,7 @@ def test_fused_mixtures_of_experts_are_refused_unless_left_out() -> None:
         (lambda m: {"a": copy.deepcopy(m)}, "no linear layer differs"),
         (
             lambda m: {"a": tiny_models.roberta()},
-            "base is a BertModel, what was fine-tuned a Roberta",
+            "base is a BertModel, but the fine-tuned model is a Roberta",
         ),
         (
             lambda m: {"a": linears(m, 1), "b": tiny_models.llama()},
@@ -567,8 +567,8 @@ def test_more_than_plain_lora_is_refused(tmp_path: Path) -> None:
     base = tiny_models.bert()
     for config, message in [
         ({"use_dora": True}, "a is a DoRA adapter"),
-        ({"bias": "lora_only"}, "trained biases"),
-        ({"target_modules": ["word_embeddings", "query"]}, "which is no LoRA of a linear layer"),
+        ({"bias": "lora_only"}, "with trained biases"),
+        ({"target_modules": ["word_embeddings", "query"]}, "which is not LoRA of a linear layer"),
     ]:
         targets = config.pop("target_modules", ["query"])
         with pytest.raises(UserError, match=message):
@@ -603,7 +603,7 @@ def test_bad_fields_are_refused_by_name(fields: dict, message: str) -> None:
 
 def test_more_experts_a_token_than_there_are_is_refused() -> None:
     model = tiny_models.bert()
-    with pytest.raises(UserError, match="top_k=4 experts a token, but only 3 are fused"):
+    with pytest.raises(UserError, match="top_k=4 exceeds the number of fused models, 3"):
         foretune.fuse(model, tuned(model), SMILE(top_k=4))
     with pytest.raises(UserError, match="not for an encoder-decoder"):
         t5 = tiny_models.t5()

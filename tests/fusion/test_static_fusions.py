@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_refused(method: Any) -> None:
     model = tiny_models.bert()
     with pytest.raises(UserError, match="nothing to fuse"):
         foretune.fuse(model, {}, method)
-    with pytest.raises(UserError, match="nothing differs"):
+    with pytest.raises(UserError, match="do not differ from the base"):
         foretune.fuse(model, {"a": tiny_models.bert()}, method)
     with pytest.raises(UserError, match="has shape"):
         foretune.fuse(model, {"a": tiny_models.bert(vocab_size=30)}, method)

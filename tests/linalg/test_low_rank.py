@@ -36,16 +36,16 @@ def test_rank_beyond_the_matrix_of_factors_is_harmless() -> None:
 def test_leading_direction_is_where_a_group_stands_out_not_where_all_are_large() -> None:
     torch.manual_seed(0)
     scale = torch.tensor([10.0, 1.0, 1.0, 1.0])
-    plain, own = torch.randn(400, 4) * scale, torch.randn(400, 4) * scale
-    own[:, 2] *= 3
-    [_, [direction]] = leading_directions([plain, own], 1, ridge=1e-6)
+    plain, scaled = torch.randn(400, 4) * scale, torch.randn(400, 4) * scale
+    scaled[:, 2] *= 3
+    [_, [direction]] = leading_directions([plain, scaled], 1, ridge=1e-6)
     assert direction.abs().argmax() == 2
-    energy = [(rows @ direction).square().mean() for rows in (plain, own)]
+    energy = [(rows @ direction).square().mean() for rows in (plain, scaled)]
     torch.testing.assert_close(sum(energy) / 2, torch.tensor(1.0), rtol=1e-3, atol=0)
     assert energy[1] > 4 * energy[0]
 
 
 def test_directions_beyond_the_span_of_the_rows_are_zero() -> None:
-    found = leading_directions([torch.eye(2, 6), -torch.eye(2, 6)], 4, ridge=0.1)
-    assert found.shape == (2, 4, 6)
-    assert found[:, :2].abs().sum() > 0 and found[:, 2:].abs().sum() == 0
+    directions = leading_directions([torch.eye(2, 6), -torch.eye(2, 6)], 4, ridge=0.1)
+    assert directions.shape == (2, 4, 6)
+    assert directions[:, :2].abs().sum() > 0 and directions[:, 2:].abs().sum() == 0

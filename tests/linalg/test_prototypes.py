@@ -45,8 +45,8 @@ def test_the_forest_leaves_out_what_is_far_from_the_rest() -> None:
     pytest.importorskip("sklearn")
     near = F.normalize(torch.tensor([[1.0, 0.0, 0.0]]) + 0.05 * unit(12, 3), dim=-1)
     vectors = torch.cat([near[:5], torch.tensor([[0.0, 0.0, -1.0]]), near[5:]])
-    kept = representatives(vectors, 12, keep=12, seed=3)
-    torch.testing.assert_close(kept, near)
+    selected = representatives(vectors, 12, keep=12, seed=3)
+    torch.testing.assert_close(selected, near)
 
 
 def test_prototypes_are_the_same_with_the_same_seed() -> None:
@@ -74,10 +74,10 @@ def test_without_scikit_learn_the_forest_says_what_would_do(
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_divergence_is_no_less_than_zero_and_does_not_see_a_shift(direction: str) -> None:
     student, teacher = 3 * unit(9, 5), 3 * unit(9, 5, seed=1)
-    found = divergence(student, teacher, direction)
-    assert (found > 0).all()
+    divergences = divergence(student, teacher, direction)
+    assert (divergences > 0).all()
     shifted = divergence(student + 4.0, teacher - torch.arange(9.0)[:, None], direction)
-    torch.testing.assert_close(shifted, found)
+    torch.testing.assert_close(shifted, divergences)
     assert divergence(teacher, teacher, direction).abs().max() == 0
 
 

@@ -16,12 +16,12 @@ from foretune import FDAlign, PromptClassification, Run, Task, TaskCollection
 from foretune.errors import UserError
 from foretune.methods import make
 from foretune.models import dual_encoder
-from foretune.training.data import TaskData, slot_of
+from foretune.training.data import TaskData, sampler_for, slot_of
 from foretune.training.learners.fd_align import FDAlignLearner, keys_of
 from foretune.training.loop import fit
-from foretune.training.ranks import Deal
+from foretune.training.model_copies import fresh_copy
+from foretune.training.process_group import Partition
 from foretune.training.scoring import score_slots
-from foretune.training.verbs import bound, fresh_copy, sampler_for
 from linear_tasks import copy_of, equal_bits
 
 TEMPLATES = ("a red {}", "the blue {}", "{} on the mat", "one {}", "a green {} sat")
@@ -65,11 +65,11 @@ def learner_of(
     model: nn.Module, tasks: TaskCollection, method: FDAlign, run: Run = RUN
 ) -> tuple[FDAlignLearner, TaskData]:
     """A learner in place, its teacher told, nothing moved yet."""
-    objective = bound(tasks.objective.fit(tasks), model)
+    objective = tasks.objective.fit(tasks).bind(model)
     model = fresh_copy(model, objective, 0)
     data = TaskData([slot_of(task) for task in tasks], objective)
     learner = method.learner(model, objective, data.keys, run)
-    learner.place(torch.device("cpu"), Deal(data))
+    learner.place(torch.device("cpu"), Partition(data))
     learner.start(run)
     return learner, data
 
@@ -181,7 +181,7 @@ def test_the_kept_teacher_is_a_copy_s_and_that_of_the_base_without_its_adapters(
     learner, data = learner_of(model, tasks, FDAlign(weight=1.0, learning_rate=0.05, lora=lora))
     chunk = batch_of(data)
     kept = torch.stack([learner.teacher[key] for key in keys_of(chunk)])
-    sampler = sampler_for(FDAlign(), data, RUN)
+    sampler = sampler_for(data, RUN, pooled=FDAlign().pooled)
     fit(learner, data, sampler, RUN, validate=False)
     with torch.no_grad():
         copied = learner.read(data.objective.features(apart.eval(), chunk), chunk)
@@ -280,7 +280,7 @@ def test_same_seed_same_bits_and_it_learns(kind: str, lora: Any) -> None:
     run = RUN.replace(steps=24)
     first, second = (foretune.adapt(model, tasks, method, run) for _ in range(2))
     assert first.scores == second.scores
-    objective = bound(tasks.objective.fit(tasks), model)
+    objective = tasks.objective.fit(tasks).bind(model)
     data = TaskData([slot_of(task) for task in tasks], objective)
     assert first.scores["one", 0] >= score_slots(model, data, "test")[0]
     if lora is None:
@@ -312,8 +312,8 @@ def test_what_is_saved_is_loaded_by_transformers_alone(tmp_path: Path) -> None:
     adapted = foretune.adapt(model, tasks, FDAlign(learning_rate=1e-3), RUN.replace(out=tmp_path))
     loaded = transformers.CLIPModel.from_pretrained(tmp_path / "one").eval()
     assert equal_bits(loaded.state_dict(), adapted.models["one", 0].state_dict())
-    objective = bound(tasks.objective.fit(tasks), model)  # a text tower that never moved
-    again = bound(tasks.objective.fit(tasks), loaded)
+    objective = tasks.objective.fit(tasks).bind(model)  # a text tower that never moved
+    again = tasks.objective.fit(tasks).bind(loaded)
     for task, embedded in objective.embedded.items():
         assert torch.equal(embedded, again.embedded[task])
     data = TaskData([slot_of(task) for task in tasks], again)
@@ -328,7 +328,7 @@ def test_an_adapter_is_a_plain_peft_folder(tmp_path: Path) -> None:
     adapted = foretune.adapt(model, tasks, method, RUN)
     adapted.save(tmp_path)
     loaded = peft.PeftModel.from_pretrained(model, tmp_path / "one").eval()
-    objective = bound(tasks.objective.fit(tasks), model)
+    objective = tasks.objective.fit(tasks).bind(model)
     data = TaskData([slot_of(task) for task in tasks], objective)
     assert score_slots(loaded, data, "test", only=0)[0] == adapted.scores["one", 0]
 

@@ -76,9 +76,15 @@ def outside(model, before, delta):
     return True
 
 
-def adapted(method, *, model=None, run=RUN, tasks=None):
+def trained(method, *, model=None, run=RUN, tasks=None):
+    """(the adapted model, the entries that were trained)."""
     model = linear_tasks.Net() if model is None else model
-    return foretune.adapt(model, tasks or family(1), method, run).models["task0", 0]
+    result = foretune.adapt(model, tasks or family(1), method, run)
+    return result.models["task0", 0], result.learners["task0", 0].delta
+
+
+def adapted(method, **options):
+    return trained(method, **options)[0]
 
 
 # --- the entries ----------------------------------------------------------------------------------
@@ -208,8 +214,8 @@ def test_making_and_writing_a_delta_keeps_every_bit():
 def test_outside_the_entries_adapting_keeps_every_bit(reselect, nuclear):
     base = linear_tasks.Net()
     method = SaRA(fraction=0.4, learning_rate=0.05, reselect=reselect, nuclear=nuclear)
-    model = adapted(method, model=base)
-    assert outside(model, copy_of(base), model.sparse_delta)
+    model, delta = trained(method, model=base)
+    assert outside(model, copy_of(base), delta)
     assert not equal_bits(model.state_dict(), base.state_dict())
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
@@ -219,12 +225,10 @@ def test_adapting_is_the_written_out_loop():
     base = linear_tasks.Net()
     run = RUN.replace(schedule="constant", max_grad_norm=None, batch_size=24)
     method = SaRA(fraction=0.5, learning_rate=0.05, nuclear=0.0, reselect=None)
-    ours = adapted(method, model=base, run=run)
+    ours, delta = trained(method, model=base, run=run)
     dense = linear_tasks.Net()
     optimizer = torch.optim.AdamW(dense.parameters(), lr=0.05, weight_decay=0.1)
-    masks = {
-        n: (p.detach().abs() < ours.sparse_delta.threshold) for n, p in dense.named_parameters()
-    }
+    masks = {n: (p.detach().abs() < delta.threshold) for n, p in dense.named_parameters()}
     rows = family(1)["task0"].train
     x, y = (torch.stack([torch.from_numpy(row[k]) for row in rows]) for k in ("x", "y"))
     for _ in range(run.steps):
@@ -329,8 +333,7 @@ def test_reselection_leaves_fewer_small_entries():
     left = {}
     for reselect in (None, 0.5):
         method = SaRA(fraction=0.5, learning_rate=0.02, nuclear=0.0, reselect=reselect)
-        model = adapted(method, run=RUN.replace(steps=40, schedule="constant"))
-        delta = model.sparse_delta
+        model, delta = trained(method, run=RUN.replace(steps=40, schedule="constant"))
         known = dict(model.named_parameters())
         parts = [known[n].detach().view(-1)[i].abs() for n, i in delta.support.items()]
         left[reselect] = int((torch.cat(parts) < delta.threshold).sum())
@@ -449,7 +452,7 @@ def test_a_head_of_the_task_is_trained_whole_and_comes_with_the_file(tmp_path):
     result = foretune.adapt(base, tasks, SaRA(learning_rate=0.01), RUN.replace(steps=3))
     result.save(tmp_path)
     model = result.models["task0", 0]
-    places = model.sparse_delta.support["classifier.weight"]
+    places = result.learners["task0", 0].delta.support["classifier.weight"]
     assert len(places) == model.classifier.weight.numel() == 3 * 16
     loaded = load_sparse(base, tmp_path / "task0")
     assert equal_bits(loaded.state_dict(), model.state_dict())
@@ -464,8 +467,9 @@ def test_early_stopping_puts_the_entries_back_too():
     model = result.models["task0", 0]
     assert result.stopped
     known = dict(model.named_parameters())
-    for name, value in model.sparse_delta.values.items():
-        places = model.sparse_delta.indices[name]
+    delta = result.learners["task0", 0].delta
+    for name, value in delta.values.items():
+        places = delta.indices[name]
         assert torch.equal(known[name].detach().view(-1)[places], value.detach())
 
 

@@ -58,9 +58,9 @@ def test_outputs_and_gradients_equal_those_of_the_whole_model(name):
     plain, plain_gradients = run(model, ragged())
     with fp.FrozenPrefix(model, fp.first_moving_block(model, [])) as prefix:
         run(model, ragged())
-        found, gradients = run(model, ragged())
+        states, gradients = run(model, ragged())
     assert prefix.usable
-    torch.testing.assert_close(found, plain, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(states, plain, atol=1e-6, rtol=1e-6)
     assert gradients.keys() == plain_gradients.keys()
     for key, gradient in gradients.items():
         torch.testing.assert_close(gradient, plain_gradients[key], atol=1e-6, rtol=1e-5)
@@ -84,8 +84,8 @@ def test_only_the_head_moves_means_no_block_runs():
     assert fp.first_moving_block(model, []) == 4
     plain = model(**ragged()).logits
     with fp.FrozenPrefix(model, 4):
-        found = model(**ragged()).logits
-    torch.testing.assert_close(found, plain, atol=1e-6, rtol=1e-6)
+        logits = model(**ragged()).logits
+    torch.testing.assert_close(logits, plain, atol=1e-6, rtol=1e-6)
 
 
 def test_states_do_not_depend_on_the_rows_that_were_missing_with_them():
@@ -135,9 +135,9 @@ def test_dropout_of_the_frozen_part_is_off_in_training():
     assert not torch.equal(first, second)  # the upper blocks still drop
     assert model.encoder.layer[0].training
     model.eval()
-    kept = model(**ragged(), output_hidden_states=True).hidden_states[2]
+    states = model(**ragged(), output_hidden_states=True).hidden_states[2]
     longest = max(cache._states.values(), key=len)
-    torch.testing.assert_close(longest, kept[2], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(longest, states[2], atol=1e-6, rtol=1e-6)
 
 
 def test_patched_upper_linears_take_part():
@@ -150,9 +150,9 @@ def test_patched_upper_linears_take_part():
     assert fp.first_moving_block(model, ["model.layers.3.mlp.down_proj"]) == 3
     expected = model(**ragged()).logits[ragged()["attention_mask"] > 0]
     with fp.FrozenPrefix(model, 3):
-        found = model(**ragged()).logits[ragged()["attention_mask"] > 0]
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
-    found.sum().backward()
+        logits = model(**ragged()).logits[ragged()["attention_mask"] > 0]
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
+    logits.sum().backward()
     assert scale.grad is not None
 
 
@@ -178,14 +178,14 @@ def test_tied_embeddings_that_train_leave_no_prefix():
 
 
 def test_equal_bottoms_share_a_cache_and_unequal_ones_do_not():
-    model, other = tiny_models.bert(), tiny_models.bert()
+    model, second = tiny_models.bert(), tiny_models.bert()
     with torch.no_grad():
-        other.encoder.layer[3].output.dense.weight.add_(1)
-    assert fp.prefix_cache(model, 2) is fp.prefix_cache(other, 2)
+        second.encoder.layer[3].output.dense.weight.add_(1)
+    assert fp.prefix_cache(model, 2) is fp.prefix_cache(second, 2)
     assert fp.prefix_cache(model, 3) is not fp.prefix_cache(model, 2)
     with torch.no_grad():
-        other.encoder.layer[1].output.dense.weight.add_(1)
-    assert fp.prefix_cache(model, 2) is not fp.prefix_cache(other, 2)
+        second.encoder.layer[1].output.dense.weight.add_(1)
+    assert fp.prefix_cache(model, 2) is not fp.prefix_cache(second, 2)
 
 
 def test_beyond_the_budget_states_are_computed_but_not_kept():
@@ -194,9 +194,9 @@ def test_beyond_the_budget_states_are_computed_but_not_kept():
     plain = model(**ragged()).last_hidden_state[2]
     cache = fp.PrefixCache(max_bytes=16 * 4 * 10)
     with fp.FrozenPrefix(model, 2, cache):
-        found = model(**ragged()).last_hidden_state[2]
+        states = model(**ragged()).last_hidden_state[2]
     assert 0 < cache.num_bytes <= cache.max_bytes
-    torch.testing.assert_close(found, plain, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(states, plain, atol=1e-6, rtol=1e-6)
 
 
 def test_segment_ids_are_part_of_what_a_row_is():
@@ -207,8 +207,8 @@ def test_segment_ids_are_part_of_what_a_row_is():
     with fp.FrozenPrefix(model, 2):
         model(**ragged())
         model(**ragged(), token_type_ids=types * 0)
-        found = model(**ragged(), token_type_ids=types).last_hidden_state[2]
-    torch.testing.assert_close(found, plain, atol=1e-6, rtol=1e-6)
+        states = model(**ragged(), token_type_ids=types).last_hidden_state[2]
+    torch.testing.assert_close(states, plain, atol=1e-6, rtol=1e-6)
 
 
 def test_left_padding_is_left_to_the_whole_model():
@@ -265,7 +265,7 @@ def test_an_inner_prefix_leaves_the_work_to_the_outer_one():
     model.requires_grad_(False)
     plain = model(**ragged()).last_hidden_state[2]
     with fp.FrozenPrefix(model, 2), fp.FrozenPrefix(model, 3):
-        found = model(**ragged()).last_hidden_state[2]
-    torch.testing.assert_close(found, plain, atol=1e-6, rtol=1e-6)
+        states = model(**ragged()).last_hidden_state[2]
+    torch.testing.assert_close(states, plain, atol=1e-6, rtol=1e-6)
     with fp.FrozenPrefix(model, 2), pytest.raises(RuntimeError, match="block 1 moves"):
         fp.FrozenPrefix(model, 1).install()

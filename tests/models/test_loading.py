@@ -123,7 +123,7 @@ def test_missing_weights_are_named(tmp_path):
     ("name", "message"),
     [
         ("/no/such/folder", "no folder /no/such/folder"),
-        ("nobody/nothing", 'cannot load model "nobody/nothing": .*or "minilm"'),
+        ("nobody/nothing", 'cannot load model "nobody/nothing": .*"minilm", or a hub id'),
         (__file__, "is a file; a model is a folder"),
     ],
 )

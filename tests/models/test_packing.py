@@ -24,7 +24,7 @@ SLOTS = [0, 0, 0, 1, 1, 2, 2]
 
 @pytest.fixture(autouse=True)
 def _nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(packing, "_SAID", set())
+    monkeypatch.setattr(packing, "_WARNED", set())
 
 
 def mistral(**changes):
@@ -109,9 +109,9 @@ def test_without_padding_nothing_changes(name):
     model = MODELS[name]().double()
     expected, expected_grads = answer(model, rows())
     with packed(model) as why:
-        got, grads = answer(model, rows())
+        output, grads = answer(model, rows())
     assert why is None
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
     assert grads.keys() == expected_grads.keys()
     for key, grad in grads.items():
         torch.testing.assert_close(grad, expected_grads[key], rtol=1e-9, atol=1e-11)
@@ -125,9 +125,9 @@ def test_adapters_find_their_tokens(name, slots):
     with bank.attached():
         expected, expected_grads = answer(model, rows(), bank, slots)
         with packed(model) as why:
-            got, grads = answer(model, rows(), bank, slots)
+            output, grads = answer(model, rows(), bank, slots)
     assert why is None
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
     assert grads.keys() == expected_grads.keys()
     for key, grad in grads.items():
         torch.testing.assert_close(grad, expected_grads[key], rtol=1e-9, atol=1e-11)
@@ -140,9 +140,9 @@ def test_copies_of_a_layer_inside_a_block_find_their_tokens():
     with bank.attached():
         expected, expected_grads = answer(model, rows(), bank)
         with packed(model, [head]) as why:
-            got, grads = answer(model, rows(), bank)
+            output, grads = answer(model, rows(), bank)
     assert why is None
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
     for key, grad in expected_grads.items():
         torch.testing.assert_close(grads[key], grad, rtol=1e-9, atol=1e-11)
 
@@ -160,10 +160,10 @@ def test_recomputed_blocks_give_the_same_gradients(name, pack):
         with recomputed(model):
             if pack:
                 with packed(model):
-                    got, grads = answer(model, rows(), bank)
+                    output, grads = answer(model, rows(), bank)
             else:
-                got, grads = answer(model, rows(), bank)
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+                output, grads = answer(model, rows(), bank)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
     for key, grad in expected_grads.items():
         torch.testing.assert_close(grads[key], grad, rtol=1e-9, atol=1e-11)
 
@@ -174,9 +174,9 @@ def test_above_a_frozen_prefix():
         p.requires_grad_("layer.3" in name)
     expected, expected_grads = answer(model, rows())
     with frozen_prefix(model, []), packed(model) as why:
-        got, grads = answer(model, rows())
+        output, grads = answer(model, rows())
     assert why is None
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
     for key, grad in expected_grads.items():
         torch.testing.assert_close(grads[key], grad, rtol=1e-9, atol=1e-11)
 
@@ -203,13 +203,13 @@ def test_a_model_is_packed_once():
 def test_rows_do_not_see_each_other():
     model = tiny_models.bert().double()
     inputs = rows()
-    other = {k: v.clone() for k, v in inputs.items()}
-    other["input_ids"][2, :5] = torch.tensor([7, 8, 9, 10, 11])
+    changed = {k: v.clone() for k, v in inputs.items()}
+    changed["input_ids"][2, :5] = torch.tensor([7, 8, 9, 10, 11])
     with packed(model), torch.no_grad():
-        one, two = model(**inputs).last_hidden_state, model(**other).last_hidden_state
+        before, after = model(**inputs).last_hidden_state, model(**changed).last_hidden_state
     same = [i for i in range(len(LENGTHS)) if i != 2]
-    assert torch.equal(one[same], two[same])
-    assert not torch.equal(one[2], two[2])
+    assert torch.equal(before[same], after[same])
+    assert not torch.equal(before[2], after[2])
 
 
 def test_padding_on_the_left_is_left_to_the_model():
@@ -217,8 +217,8 @@ def test_padding_on_the_left_is_left_to_the_model():
     inputs = {k: v.flip(1) for k, v in rows().items()}
     expected, _ = answer(model, inputs)
     with packed(model):
-        got, _ = answer(model, inputs)
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        output, _ = answer(model, inputs)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_model_is_left_as_it_was():
@@ -253,7 +253,7 @@ def test_a_model_that_mixes_positions_is_found_out(caplog):
     model = mixing_llama().double()
     with caplog.at_level(logging.WARNING, "foretune"), packed(model) as why:
         pass
-    assert why == "LlamaForCausalLM gives other results without padding"
+    assert why == "LlamaForCausalLM gives different results without padding"
     assert why in caplog.text
 
 
@@ -276,16 +276,16 @@ def test_what_cannot_be_packed_is_grouped_by_length(build, reason, caplog):
         with torch.no_grad():
             expected = model(**inputs).logits
             with caplog.at_level(logging.WARNING, "foretune"), packed(model) as why:
-                got = model(**inputs).logits
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+                logits = model(**inputs).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
     else:
         slots = [0, 0, 1, 2, 2]
         bank = banked(model)
         with bank.attached():
             expected, expected_grads = answer(model, inputs, bank, slots)
             with caplog.at_level(logging.WARNING, "foretune"), packed(model) as why:
-                got, grads = answer(model, inputs, bank, slots)
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+                output, grads = answer(model, inputs, bank, slots)
+        torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
         for key, grad in expected_grads.items():
             torch.testing.assert_close(grads[key], grad, rtol=1e-9, atol=1e-11)
     assert why == reason

@@ -94,7 +94,7 @@ def test_freeze_lower_leaves_the_last_blocks(model, name, blocks, before):
 def test_freeze_lower_says_what_is_possible():
     with pytest.raises(UserError, match=r"between 0 and the 4 blocks of BertModel, got 5"):
         surgery.freeze_lower(tiny_models.bert(), 5)
-    with pytest.raises(UserError, match="Plain has not"):
+    with pytest.raises(UserError, match="which Plain does not have"):
         surgery.freeze_lower(tiny_models.plain(), 1)
 
 

@@ -14,10 +14,9 @@ import foretune
 from foretune.adapters.bank import AdapterBank
 from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.run import Run
-from foretune.training.data import TaskData
+from foretune.training.data import TaskData, sampler_for
 from foretune.training.loop import schedule
 from foretune.training.optim import SlotAdamW
-from foretune.training.verbs import sampler_for
 from linear_tasks import Net, family
 
 LORA = {"r": 2, "lora_alpha": 3}
@@ -35,9 +34,11 @@ class Reference:
     """Stock PEFT around a copy of the model, an adapter for each task, and the sampler's rows."""
 
     def __init__(self, model, tasks, method, run, batches_per_update=1, lora=LORA):
-        self.budget = method.budget(run, len(tasks))
+        self.budget = method.run_for(run, len(tasks))
         self.data = TaskData.of(tasks, tasks.objective)
-        self.sampler = sampler_for(method, self.data, self.budget, batches_per_update)
+        self.sampler = sampler_for(
+            self.data, self.budget, pooled=method.pooled, batches_per_update=batches_per_update
+        )
         self.num_updates = self.budget.steps // batches_per_update
         self.plain, self.run = copy.deepcopy(model), run
         if lora is None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from foretune.linalg.clustering import average_linkage, spectral
-from foretune.pruning.alignment import match_units, merged
+from foretune.pruning.alignment import match_units, merge_networks
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -34,17 +34,17 @@ def test_matching_is_the_nearest_of_all_permutations(seed: int) -> None:
 def test_merging_is_the_weighted_mean_after_matching() -> None:
     units, rest = random(3, 6, 4), random(3, 2, seed=1)
     weights = [0.5, 0.2, 0.3]
-    unit, last = merged(units, rest, weights, 1, align=True)
+    unit, last = merge_networks(units, rest, weights, 1, align=True)
     ordered = [units[i][match_units(units[1], units[i])] for i in range(3)]
     torch.testing.assert_close(unit, sum(w * o for w, o in zip(weights, ordered, strict=True)))
     torch.testing.assert_close(last, torch.tensor(weights) @ rest)
-    plain, _ = merged(units, rest, weights, 1, align=False)
+    plain, _ = merge_networks(units, rest, weights, 1, align=False)
     torch.testing.assert_close(plain, torch.einsum("n,nif->if", torch.tensor(weights), units))
 
 
 def test_a_network_alone_comes_back_bit_for_bit() -> None:
     units = random(1, 6, 4).bfloat16()
-    unit, _ = merged(units, units[:, 0, :0], [1.0], 0, align=True)
+    unit, _ = merge_networks(units, units[:, 0, :0], [1.0], 0, align=True)
     assert torch.equal(unit, units[0]) and unit.dtype == torch.bfloat16
 
 

@@ -19,7 +19,7 @@ import tiny_mixtures
 import tiny_models
 from foretune.cli import app
 from foretune.pruning.experts import find_blocks
-from foretune.pruning.folders import task_rows
+from foretune.pruning.folders import task_examples
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_mixture_is_pruned_and_transformers_loads_it(place: Path) -> None:
 def test_what_only_foretune_loads_is_said_and_the_line_works(place: Path) -> None:
     said = run("uncurl mix experts=4 router=remap --rows task.jsonl --out small").stdout
     line = 'foretune.load_model("small", head="causal-lm")'
-    assert f"(loads in foretune alone: {line})" in said
+    assert f"(only foretune loads it: {line})" in said
     model, tokenizer = eval(line, {"foretune": foretune})
     assert tokenizer is not None
     assert torch.isfinite(tiny_mixtures.logits(model)).all()
@@ -85,15 +85,15 @@ def test_the_model_is_saved_as_it_was_scored_after_recovery(place: Path) -> None
     from foretune.pruning.prune import held_out_loss
 
     model, tokenizer = foretune.load_model("small", head="causal-lm")
-    told = held_out_loss(model, task_rows("task.jsonl").held_out, tokenizer, max_tokens=256)
+    told = held_out_loss(model, task_examples("task.jsonl").held_out, tokenizer, max_tokens=256)
     assert told["loss"] == pytest.approx(own["loss_recovered"], rel=1e-5)
 
 
 def test_a_router_over_all_experts_is_pointed_out(place: Path) -> None:
     said = run("frequency mix experts=4 --rows task.jsonl --out a").stdout
-    assert "keep_denominator=true undoes that" in said
+    assert "keep_denominator=true prevents that" in said
     kept = "frequency mix experts=4 keep_denominator=true --rows task.jsonl --out b"
-    assert "loads in foretune alone" in run(kept).stdout
+    assert "only foretune loads it" in run(kept).stdout
 
 
 def test_rows_are_cut_by_split_and_task(place: Path) -> None:
@@ -103,11 +103,11 @@ def test_rows_are_cut_by_split_and_task(place: Path) -> None:
         for split in ("train", "train", "test")
     ]
     write("many.jsonl", rows)
-    one = task_rows("many.jsonl", "one")
+    one = task_examples("many.jsonl", "one")
     assert [r["text"] for r in one.train] == ["a cat dog"] * 2
     assert one.held_out == [{"text": "a cat dog"}]
-    assert len(task_rows("many.jsonl").held_out) == 2
-    plain = task_rows("task.jsonl")  # no split: every fifth row is held out
+    assert len(task_examples("many.jsonl").held_out) == 2
+    plain = task_examples("task.jsonl")  # no split: every fifth row is held out
     assert (len(plain.train), len(plain.held_out)) == (16, 4)
     assert not [row for row in plain.held_out if row in plain.train]
 
@@ -122,7 +122,7 @@ def test_rows_are_cut_by_split_and_task(place: Path) -> None:
         ("uncurl mix experts --rows task.jsonl --out x", "must read KEY=VALUE"),
         ("uncurl mix router=rows --rows task.jsonl --out x", "router must be one of mean"),
         ("uncrul mix --rows task.jsonl --out x", 'Did you mean "uncurl"?'),
-        ("lora mix --rows task.jsonl --out x", 'no method to prune with called "lora"'),
+        ("lora mix --rows task.jsonl --out x", 'no prune method is called "lora"'),
         ("uncurl mix --rows task.jsonl", "prune needs --out"),
         ("uncurl mix --out x", "Missing option '--rows'"),
         ("uncurl mix --rows none.jsonl --out x", "no such file or folder: none.jsonl"),

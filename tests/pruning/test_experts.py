@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 import tiny_mixtures
 import tiny_models
 from foretune.errors import UserError
-from foretune.pruning.experts import find_blocks, routing_of
+from foretune.pruning.experts import find_blocks, parse_router_output
 from foretune.pruning.plan import (
     BlockPlan,
     Plan,
@@ -26,7 +26,7 @@ from foretune.pruning.plan import (
     loads_in_transformers,
     merge,
 )
-from foretune.pruning.prune import statistics_of
+from foretune.pruning.prune import collect_statistics
 from foretune.pruning.statistics import Collector, ExpertStatistics
 
 FAMILIES = [*tiny_mixtures.FAMILIES, "switch"]
@@ -49,7 +49,7 @@ def pruned(model: Any, plans: Any) -> Any:
 def seen(model: Any, ids: torch.Tensor, *, outputs: bool = False) -> dict[str, ExpertStatistics]:
     with Collector(find_blocks(model), outputs=outputs) as collector, torch.no_grad():
         model(input_ids=ids)
-    return collector.found
+    return collector.statistics
 
 
 def difference(a: Any, b: Any) -> float:
@@ -136,7 +136,7 @@ def test_switch_keeps_the_denominator_too() -> None:
             model(input_ids=ids, decoder_input_ids=decoder)
         plan = {
             name: keep(highest(found.frequency, 4), 8, keep_denominator=keep_denominator)
-            for name, found in collector.found.items()
+            for name, found in collector.statistics.items()
         }
         apply_plan(model, plan)
         results.append(model(input_ids=ids, decoder_input_ids=decoder).logits)
@@ -222,7 +222,7 @@ def test_the_loss_that_balances_experts_counts_the_smaller_number() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_frequencies_sum_to_the_experts_given_to_each_token(family: str) -> None:
     model = eager(family)
-    found = statistics_of(
+    found = collect_statistics(
         model, tiny_mixtures.rows(family), tiny_models.tokenizer(), outputs=True, batch_size=5
     )
     assert list(found) == [block.name for block in find_blocks(model)]
@@ -236,7 +236,7 @@ def test_frequencies_sum_to_the_experts_given_to_each_token(family: str) -> None
 def test_padding_changes_no_statistic(family: str) -> None:
     model, rows = eager(family), tiny_mixtures.rows(family)
     alone, padded = (
-        statistics_of(model, rows, tiny_models.tokenizer(), outputs=True, batch_size=size)
+        collect_statistics(model, rows, tiny_models.tokenizer(), outputs=True, batch_size=size)
         for size in (1, 12)
     )
     for name, one in alone.items():
@@ -258,8 +258,8 @@ def test_statistics_are_those_of_the_block_itself(family: str) -> None:
         output = output[0] if isinstance(output, tuple) else output
         given = block.router(x[0] if family != "switch" else x)
         every = torch.stack([block.output(e, x[0]) for e in ALL])  # (E, N, H)
-    found = collector.found[block.name]
-    routing = routing_of(given)
+    found = collector.statistics[block.name]
+    routing = parse_router_output(given)
     assert routing is not None
     gates = torch.zeros(10, 8).scatter(1, routing.indices, routing.scores)
     torch.testing.assert_close(torch.einsum("ne,enh->nh", gates, every), output.reshape(10, 16))
@@ -322,14 +322,16 @@ def test_a_router_that_answers_otherwise_is_refused() -> None:
         **{"encoder_attention_heads": 2, "decoder_attention_heads": 2},
     )
     model = transformers.NllbMoeForConditionalGeneration(config).eval()
-    with pytest.raises(UserError, match="NllbMoeTop2Router, which does not answer as"):
+    with pytest.raises(UserError, match="NllbMoeTop2Router, whose output is not supported"):
         find_blocks(model)
 
 
 def test_experts_stored_otherwise_are_refused() -> None:
     model = eager("mixtral")
     model.model.layers[0].mlp.experts = torch.nn.Linear(16, 16)
-    with pytest.raises(UserError, match=r"layers\.0\.mlp: Linear stores its experts in a way"):
+    with pytest.raises(
+        UserError, match=r"layers\.0\.mlp: Linear stores its experts in an unsupported way"
+    ):
         find_blocks(model)
 
 
@@ -350,11 +352,11 @@ def test_adapters_must_be_merged_first() -> None:
 @pytest.mark.parametrize(
     ("family", "count", "message"),
     [
-        ("mixtral", 1, r"gives each token to 2: experts must be from 2 to 8, got 1"),
+        ("mixtral", 1, r"routes each token to 2: experts must be from 2 to 8, got 1"),
         ("mixtral", 9, r"must be from 2 to 8, got 9"),
         ("mixtral", (4, 4, 4), r"experts has 3 numbers, the model has 2 blocks"),
         ("deepseek-v3", 5, r"routes within 2 groups: experts must be a multiple of 2.*got 5"),
-        ("deepseek-v3", 2, r"two or more in each group"),
+        ("deepseek-v3", 2, r"at least two per group"),
     ],
 )
 def test_a_number_of_experts_that_cannot_be_is_refused(

@@ -17,7 +17,7 @@ import tiny_models
 from foretune.errors import UserError
 from foretune.methods import make
 from foretune.pruning.experts import find_blocks
-from foretune.pruning.prune import held_out_loss, prune_with, statistics_of
+from foretune.pruning.prune import collect_statistics, held_out_loss, prune_with
 from foretune.pruning.statistics import ExpertStatistics
 
 PRUNE = ["uncurl", "random-experts", "frequency", "hc-smoe", "reap"]
@@ -233,7 +233,7 @@ def test_nothing_is_left_on_the_given_model() -> None:
 
 def test_a_method_can_be_tried_on_statistics_that_are_known() -> None:
     model, rows = tiny_mixtures.mixture("mixtral"), tiny_mixtures.rows()
-    found = statistics_of(model, rows, tiny_models.tokenizer(), outputs=True)
+    found = collect_statistics(model, rows, tiny_models.tokenizer(), outputs=True)
     for name in PRUNE:
         assert prune_with(model, found, make(name)).plan == prune(model, name).plan
 
@@ -290,7 +290,7 @@ def test_a_folder_that_does_not_fit_its_list_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not fit .*experts\.json"):
         foretune.load_model(folder, head="causal-lm")
     (folder / "experts.json").write_text("{}")
-    with pytest.raises(UserError, match="no list of experts that foretune wrote"):
+    with pytest.raises(UserError, match="was not written by foretune"):
         foretune.load_model(folder, head="causal-lm")
 
 
@@ -324,8 +324,8 @@ def test_bad_fields_are_refused_by_name(name: str, fields: dict[str, Any], messa
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "rows must be a list of texts or mappings, and not empty"),
-        ("a text", "rows must be a list of texts"),
+        ([], "rows must be a non-empty list of texts or mappings"),
+        ("a text", "rows must be a non-empty list of texts"),
         ([{"txt": "a b c"}], 'task "rows".*text'),
         (["a"], "a text needs two tokens or more"),
     ],

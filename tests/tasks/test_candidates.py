@@ -51,8 +51,8 @@ def test_no_distractor_equals_the_truth_and_none_stands_twice(
         row["response"] = f"answer {i % 23}"  # many rows share a response
         row["id"] = i % 23
     source = write(tmp_path / "d.jsonl", rows)
-    found = load(source, "choice", num_candidates=6, candidate_pool=pool)
-    for row in rows_of(found):
+    drawn = load(source, "choice", num_candidates=6, candidate_pool=pool)
+    for row in rows_of(drawn):
         assert len(set(row["candidates"])) == 6
         assert row["candidates"][row["answer"]] == f"answer {row['id']}"
         assert "response" not in row
@@ -66,8 +66,8 @@ def test_distractors_come_from_other_dialogues_of_the_same_split(tmp_path: Path)
             for row in task.split(split):
                 truth = row["candidates"].pop(row["answer"]).split()
                 others = [c.split() for c in row["candidates"]]
-                assert all(other[:2] != truth[:2] for other in others)
-                assert all(int(other[1]) in dialogue for other in others)
+                assert all(distractor[:2] != truth[:2] for distractor in others)
+                assert all(int(distractor[1]) in dialogue for distractor in others)
 
 
 def test_without_groups_distractors_come_from_other_tasks(tmp_path: Path) -> None:
@@ -89,9 +89,9 @@ def test_a_single_task_falls_back_on_its_own_rows(tmp_path: Path) -> None:
 def test_large_sources_draw_distinct_distractors_evenly() -> None:
     rows = [{"context": "c", "response": f"r {i % 700}"} for i in range(3000)]
     tasks = tuple(Task(str(t), train=tuple(rows[t * 1000 : (t + 1) * 1000])) for t in range(3))
-    found = rows_of(draw_candidates(TaskCollection(tasks), 20))
-    assert all(len(set(row["candidates"])) == 20 for row in found)
-    places = np.bincount([row["answer"] for row in found], minlength=20)
+    drawn = rows_of(draw_candidates(TaskCollection(tasks), 20))
+    assert all(len(set(row["candidates"])) == 20 for row in drawn)
+    places = np.bincount([row["answer"] for row in drawn], minlength=20)
     assert places.min() > 90
     assert places.max() < 220
 
@@ -106,13 +106,13 @@ def test_a_pool_bounds_the_distinct_texts_of_a_task(tmp_path: Path) -> None:
         assert len(drawn) == 9
 
 
-@pytest.mark.parametrize("own", ["own", "others"])
-def test_drawing_in_parts_draws_the_same(monkeypatch: pytest.MonkeyPatch, own: str) -> None:
+@pytest.mark.parametrize("origin", ["own", "others"])
+def test_drawing_in_parts_draws_the_same(monkeypatch: pytest.MonkeyPatch, origin: str) -> None:
     rows = [{"context": "c", "response": f"r {i % 300}"} for i in range(1200)]
     tasks = TaskCollection(tuple(Task(str(t), train=tuple(rows[t::3])) for t in range(3)))
-    whole = draw_candidates(tasks, 20, own_task=own == "own")
+    at_once = draw_candidates(tasks, 20, own_task=origin == "own")
     monkeypatch.setattr(candidates, "DRAW_ROWS", 7)
-    assert draw_candidates(tasks, 20, own_task=own == "own") == whole
+    assert draw_candidates(tasks, 20, own_task=origin == "own") == at_once
 
 
 def test_a_pool_of_a_large_source_is_distinct_and_from_other_tasks(
@@ -133,8 +133,8 @@ def test_a_pool_of_a_large_source_is_distinct_and_from_other_tasks(
 
 def test_candidates_that_the_data_bring_stay(tmp_path: Path) -> None:
     row = {"task": "a", "context": "c", "candidates": ["x", "y"], "answer": 1}
-    found = load(write(tmp_path / "d.jsonl", [row] * 5), "choice")["a"].train[0]
-    assert found == {"context": "c", "candidates": ["x", "y"], "answer": 1}
+    example = load(write(tmp_path / "d.jsonl", [row] * 5), "choice")["a"].train[0]
+    assert example == {"context": "c", "candidates": ["x", "y"], "answer": 1}
 
 
 def test_loading_does_not_depend_on_python_hashing(tmp_path: Path) -> None:
@@ -161,14 +161,14 @@ def test_loading_does_not_depend_on_python_hashing(tmp_path: Path) -> None:
 def test_seeds_change_the_candidates(tmp_path: Path) -> None:
     rows = [row for name in "abcd" for row in dialogues(name, 10)]
     source = write(tmp_path / "d.jsonl", rows)
-    one, same, other = (
+    first, same, second_seed = (
         load(source, "choice", candidate_seed=s, num_candidates=4) for s in (0, 0, 1)
     )
-    assert one.tasks == same.tasks
-    assert one.tasks != other.tasks
+    assert first.tasks == same.tasks
+    assert first.tasks != second_seed.tasks
 
 
 def test_too_few_responses_say_how_many_there_are(tmp_path: Path) -> None:
     rows = [{"task": "a", "context": "c", "response": f"r {i}"} for i in range(4)]
-    with pytest.raises(UserError, match=r'"a": 20 candidates need 19 .*are 3 distinct.* to 4 or'):
+    with pytest.raises(UserError, match=r'"a": 20 candidates need 19 .*only 3 distinct.* to 4 or'):
         load(write(tmp_path / "d.jsonl", rows), "choice")

@@ -46,14 +46,14 @@ def batch_of(chosen, rows=ROWS, slots=SLOTS):
 def alone(model, chosen, row) -> torch.Tensor:
     """(candidates,) mean log p of each candidate's tokens, one forward pass a candidate."""
     encoded = chosen.encode(row, "t")
-    found = []
+    means = []
     for candidate in encoded["candidates"]:
         ids = torch.tensor([[*encoded["context"], *candidate]])
         logp = model(input_ids=ids).logits[0].log_softmax(-1)
         start = len(encoded["context"])
         each = [logp[start + i - 1, token] for i, token in enumerate(candidate)]
-        found.append(torch.stack(each).mean())
-    return torch.stack(found)
+        means.append(torch.stack(each).mean())
+    return torch.stack(means)
 
 
 def grads(model, loss):
@@ -103,8 +103,8 @@ def test_the_order_of_the_candidates_does_not_matter():
     model, chosen = tiny_models.llama().double(), objective()
     row = ROWS[2]
     turned = {**row, "candidates": row["candidates"][::-1], "answer": 3 - row["answer"]}
-    one, two = (chosen.losses(model, batch_of(chosen, [r], (0,))) for r in (row, turned))
-    torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+    loss, turned_loss = (chosen.losses(model, batch_of(chosen, [r], (0,))) for r in (row, turned))
+    torch.testing.assert_close(loss, turned_loss, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -117,8 +117,8 @@ def test_adapters_find_their_rows(name):
     with bank.attached(), packed(model):
         together = chosen.losses(model, batch_of(chosen))
         for i, row in enumerate(ROWS):
-            one = chosen.losses(model, batch_of(chosen, [row], (SLOTS[i],)))
-            torch.testing.assert_close(one[0], together[i], rtol=1e-9, atol=1e-10)
+            alone = chosen.losses(model, batch_of(chosen, [row], (SLOTS[i],)))
+            torch.testing.assert_close(alone[0], together[i], rtol=1e-9, atol=1e-10)
     plain = chosen.losses(model, batch_of(chosen))
     assert not torch.allclose(plain, together)
 
@@ -150,8 +150,8 @@ def test_truncation_and_end_of_text():
     row = {"context": "a b c d", "candidates": ["a b c d", "e"], "answer": 0}
     encoded = chosen.encode(row, "t")
     before = TOKENIZER("a")["input_ids"][:1]
-    kept = TOKENIZER("c d", add_special_tokens=False)["input_ids"]
-    assert encoded["context"] == [*before, *kept]
+    remaining = TOKENIZER("c d", add_special_tokens=False)["input_ids"]
+    assert encoded["context"] == [*before, *remaining]
     cut = TOKENIZER("a b", add_special_tokens=False)["input_ids"]
     assert encoded["candidates"][0] == [*cut, TOKENIZER.eos_token_id]
 

@@ -49,8 +49,8 @@ def images(count=8, seed=0):
 
 
 def tasks(objective=None):
-    made = [Task(name, images(8, i), (), images(4, i + 9)) for i, name in enumerate("ab")]
-    return TaskCollection(tuple(made), objective or Denoising(num_steps=10))
+    tasks = [Task(name, images(8, i), (), images(4, i + 9)) for i, name in enumerate("ab")]
+    return TaskCollection(tuple(tasks), objective or Denoising(num_steps=10))
 
 
 @pytest.fixture
@@ -97,8 +97,8 @@ def test_every_schedule_goes_from_clean_to_noise(num_steps, schedule):
 def test_scores_do_not_depend_on_a_seed_and_training_rows_do():
     objective = Denoising(num_steps=10)
     row = objective.encode(images(1)[0], "a")
-    one, other = (objective.collate([row], [0]) for _ in range(2))
-    assert torch.equal(one.inputs["noise"], other.inputs["noise"])
+    first, second = (objective.collate([row], [0]) for _ in range(2))
+    assert torch.equal(first.inputs["noise"], second.inputs["noise"])
     first, again, second = (objective.sample(row, np.random.default_rng(s)) for s in (0, 0, 1))
     assert np.array_equal(first["noise"], again["noise"])
     assert not np.array_equal(first["noise"], second["noise"])
@@ -157,7 +157,7 @@ def test_a_unet_is_adapted_and_loaded_bit_by_bit(unet, tmp_path):
         loaded = load_sparse(unet, tmp_path / "out" / name)
         pairs = zip(loaded.parameters(), model.parameters(), strict=True)
         assert all(torch.equal(p, q) for p, q in pairs)
-        kernels = [n for n in model.sparse_delta.support if n.endswith("conv1.weight")]
+        kernels = [n for n in adapted.learners[name, 0].delta.support if n.endswith("conv1.weight")]
         assert kernels and any(
             not torch.equal(unet.get_parameter(n), model.get_parameter(n)) for n in kernels
         )
@@ -165,9 +165,11 @@ def test_a_unet_is_adapted_and_loaded_bit_by_bit(unet, tmp_path):
 
 def test_samples_are_seeded_and_make_a_sheet(unet, tmp_path):
     objective = Denoising(num_steps=4)
-    first, again, other = (draw_samples(unet, objective, SHAPE, 3, seed=seed) for seed in (0, 0, 1))
+    first, again, second_seed = (
+        draw_samples(unet, objective, SHAPE, 3, seed=seed) for seed in (0, 0, 1)
+    )
     assert first.shape == (3, *SHAPE) and np.abs(first).max() <= 1
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert np.array_equal(first, again) and not np.array_equal(first, second_seed)
     path = save_sheet({"a": first, "b": first[:2]}, tmp_path / "sheet.png", scale=2)
     from PIL import Image
 

@@ -46,13 +46,13 @@ def test_any_change_of_rows_shows(splits):
     assert digest(*splits) != digest(ROWS)
 
 
-@pytest.mark.parametrize("other", [ARRAY + 1, ARRAY.T, ARRAY.astype("f8"), ARRAY.reshape(3, 2)])
-def test_any_change_of_an_array_shows(other):
-    assert digest([{"x": other}]) != digest([{"x": ARRAY}])
+@pytest.mark.parametrize("changed", [ARRAY + 1, ARRAY.T, ARRAY.astype("f8"), ARRAY.reshape(3, 2)])
+def test_any_change_of_an_array_shows(changed):
+    assert digest([{"x": changed}]) != digest([{"x": ARRAY}])
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("row", "changed"),
     [
         (UserDict(a=1), UserDict(a=2)),
         ({"x": {1: 0, "a": 0}}, {"x": {1: 0, "a": 1}}),
@@ -68,8 +68,8 @@ def test_any_change_of_an_array_shows(other):
         ({"x": [ARRAY]}, {"x": [ARRAY + 1]}),
     ],
 )
-def test_rows_of_any_kind_have_a_digest_of_their_own(one, other):
-    assert digest([one]) == digest([one]) != digest([other])
+def test_rows_of_any_kind_have_a_digest_of_their_own(row, changed):
+    assert digest([row]) == digest([row]) != digest([changed])
 
 
 def test_an_object_without_values_counts_by_its_class():
@@ -88,4 +88,4 @@ def test_candidates_that_were_drawn_anew_show(tmp_path, monkeypatch):
         return [task.digest for task in load_tasks(source, "choice")[0]]
 
     assert drawn(0) == drawn(0)
-    assert all(one != other for one, other in zip(drawn(0), drawn(1), strict=True))
+    assert all(first != second for first, second in zip(drawn(0), drawn(1), strict=True))

@@ -45,8 +45,8 @@ def test_choice_rows_are_compared_by_context_and_true_response() -> None:
     train = (row(["yes", "no"], 0),)
     leaked = Task("a", train=train, test=(row(["maybe", "Yes"], 1),))
     clean = Task("b", train=train, test=(row(["yes", "no"], 1),))
-    found = find_leaks(TaskCollection((leaked, clean)))
-    assert found == [Leak("train and test", "a", "a", 1, "you")]
+    leaks = find_leaks(TaskCollection((leaked, clean)))
+    assert leaks == [Leak("train and test", "a", "a", 1, "you")]
 
 
 def test_arrays_are_compared_by_their_content() -> None:
@@ -54,5 +54,5 @@ def test_arrays_are_compared_by_their_content() -> None:
         return {"x": np.full((2, 3), value), "y": 1}
 
     task = Task("a", train=(row(1.0), row(2.0)), test=(row(2.0), row(3.0)))
-    found = find_leaks(TaskCollection((task,)))
-    assert found == [Leak("train and test", "a", "a", 1, "array of shape (2, 3)")]
+    leaks = find_leaks(TaskCollection((task,)))
+    assert leaks == [Leak("train and test", "a", "a", 1, "array of shape (2, 3)")]

@@ -266,8 +266,8 @@ def test_one_label_set_is_shared_and_kept_for_unseen_tasks():
     unseen = objective.fit(collection(c={"train": rows[:2]}))
     assert [unseen.encode(row, "c")["label"] for row in rows[:2]] == [2, 1]
     assert unseen.encode(rows[0], "c")["valid"] == [1, 2]
-    other = objective.fit(collection(c={"train": [*rows, {"text": "a", "label": "new"}]}))
-    assert other.num_outputs() == 4
+    refitted = objective.fit(collection(c={"train": [*rows, {"text": "a", "label": "new"}]}))
+    assert refitted.num_outputs() == 4
 
 
 def test_a_label_that_training_lacks_is_named():
@@ -426,11 +426,11 @@ def test_a_row_alone_has_the_loss_that_it_has_in_a_batch(case):
 @pytest.mark.parametrize("case", ["bi-encoder", "cross-encoder", "causal-lm"])
 def test_what_fills_a_row_up_does_not_matter(case):
     objective, model, rows, slots = CASES[case]
-    other = tiny_models.tokenizer(pad=False)
-    assert text.pad_id(other) != text.pad_id(TOKENIZER)
+    unpadded = tiny_models.tokenizer(pad=False)
+    assert text.pad_id(unpadded) != text.pad_id(TOKENIZER)
     losses = [
         obj.losses(model, collate(obj, rows, slots))
-        for obj in (objective, type(objective)(other, **_fields(objective)))
+        for obj in (objective, type(objective)(unpadded, **_fields(objective)))
     ]
     torch.testing.assert_close(*losses)
 

@@ -15,7 +15,6 @@ from foretune import PromptClassification, Task, TaskCollection
 from foretune.errors import UserError
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.objectives.prompts import IMAGES, TEXTS
-from foretune.training.verbs import bound
 
 ROWS = [
     {"text": "the red_cat sat", "label": "cat"},
@@ -32,31 +31,31 @@ def objective(**fields: Any) -> PromptClassification:
 
 def test_scores_are_those_of_mean_pooled_cosines_written_out() -> None:
     model, tokenizer = tiny_models.bert(initializer_range=0.4), tiny_models.tokenizer()
-    made = objective(templates=("a {}", "the {} sat")).fit(TASKS).bind(model)
+    fitted = objective(templates=("a {}", "the {} sat")).fit(TASKS).bind(model)
 
     def embed(text: str) -> torch.Tensor:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         return F.normalize(model(ids).last_hidden_state.mean(1)[0], dim=-1)
 
-    rows = [made.encode(r, "many") for r in ROWS] + [made.encode(r, "few") for r in FEW]
-    batch = made.collate(rows, [0, 0, 0, 1, 1])
-    found = made.losses(model, batch)
+    rows = [fitted.encode(r, "many") for r in ROWS] + [fitted.encode(r, "few") for r in FEW]
+    batch = fitted.collate(rows, [0, 0, 0, 1, 1])
+    losses = fitted.losses(model, batch)
     for i, row in enumerate([*ROWS, *FEW]):
         names = ["cat", "dog", "green mat"][: 3 if i < 3 else 2]
         classes = [F.normalize(embed(f"a {n}") + embed(f"the {n} sat"), dim=-1) for n in names]
         logits = torch.stack(classes) @ embed(row["text"]) / 0.05
         label = names.index(row["label"].replace("_", " "))
-        torch.testing.assert_close(found[i], -logits.log_softmax(0)[label], rtol=1e-4, atol=1e-5)
-        assert made.scores(model, batch)[i] == float(logits.argmax() == label)
+        torch.testing.assert_close(losses[i], -logits.log_softmax(0)[label], rtol=1e-4, atol=1e-5)
+        assert fitted.scores(model, batch)[i] == float(logits.argmax() == label)
 
 
 def test_the_model_s_own_scale_is_the_temperature_unless_one_is_given() -> None:
     model = tiny_models.clip()
     rows = [{"x": np.zeros((3, 8, 8), "f4"), "y": "cat"}, {"x": np.ones((3, 8, 8), "f4"), "y": "a"}]
     tasks = TaskCollection((Task("one", rows, (), rows),))
-    own = objective().fit(tasks).bind(model)
-    assert own.temperature == pytest.approx(1 / model.logit_scale.exp().item())
-    assert own.templates == IMAGES
+    fitted = objective().fit(tasks).bind(model)
+    assert fitted.temperature == pytest.approx(1 / model.logit_scale.exp().item())
+    assert fitted.templates == IMAGES
     assert objective(temperature=0.5).fit(tasks).bind(model).temperature == 0.5
     assert objective().fit(TASKS).bind(tiny_models.bert()).templates == TEXTS
 
@@ -75,19 +74,19 @@ def test_the_default_sets_are_distinct_and_hold_one_blank_each() -> None:
 
 
 def test_the_record_survives_json() -> None:
-    made = objective(templates=["a {}"], temperature=0.1).fit(TASKS)
-    again = make_objective(tokenizer=made.tokenizer, **made.to_dict())
-    assert again == made and again.labels == made.labels
+    fitted = objective(templates=["a {}"], temperature=0.1).fit(TASKS)
+    again = make_objective(tokenizer=fitted.tokenizer, **fitted.to_dict())
+    assert again == fitted and again.labels == fitted.labels
 
 
 def test_compare_scores_the_untouched_model_and_every_method() -> None:
     tasks = TASKS.with_objective(objective(templates=("a {}",)))
     run = foretune.Run(steps=2, batch_size=2, device="cpu")
     model = tiny_models.bert(num_hidden_layers=1)
-    made = foretune.compare(
+    comparison = foretune.compare(
         {"none": model}, tasks, adapt=foretune.FDAlign(), run=run, shots=(1,)
     ).to_dict()
-    assert {(s["task"], s["shots"]) for s in made["scores"]} == {
+    assert {(s["task"], s["shots"]) for s in comparison["scores"]} == {
         (task, shots) for task in ("many", "few") for shots in (0, 1)
     }
 
@@ -133,10 +132,10 @@ def test_a_missing_tokenizer_is_refused() -> None:
 
 
 def test_inputs_that_the_model_does_not_read_are_refused() -> None:
-    made = objective(templates=("a {}",)).fit(TASKS)
-    clip = made.bind(tiny_models.clip())
+    fitted = objective(templates=("a {}",)).fit(TASKS)
+    clip = fitted.bind(tiny_models.clip())
     batch = clip.collate([clip.encode(ROWS[0], "many")], [0])
-    with pytest.raises(UserError, match="rows of text need a sentence encoder such as minilm"):
+    with pytest.raises(UserError, match="text examples need a sentence encoder such as minilm"):
         clip.losses(tiny_models.clip(), batch)
     rows = [{"x": np.zeros((3, 8, 8), "f4"), "y": "cat"}]
     tasks = TaskCollection((Task("one", rows, (), rows),))
@@ -144,16 +143,16 @@ def test_inputs_that_the_model_does_not_read_are_refused() -> None:
     with pytest.raises(UserError, match="arrays need a model with an image and a text tower"):
         arrays.losses(tiny_models.bert(), arrays.collate([arrays.encode(rows[0], "one")], [0]))
     with pytest.raises(UserError, match=r"hidden states \(AutoModel\), got BertForSequence"):
-        made.bind(tiny_models.bert(num_labels=2))
+        fitted.bind(tiny_models.bert(num_labels=2))
 
 
 def test_an_objective_without_prompts_says_what_makes_them() -> None:
-    made = objective().fit(TASKS)
-    batch = made.collate([made.encode(ROWS[0], "many")], [0])
+    fitted = objective().fit(TASKS)
+    batch = fitted.collate([fitted.encode(ROWS[0], "many")], [0])
     with pytest.raises(UserError, match=r'task "many": objective.bind\(model\) does it'):
-        made.losses(tiny_models.bert(), batch)
+        fitted.losses(tiny_models.bert(), batch)
 
 
-def test_bound_leaves_other_objectives_as_they_are() -> None:
+def test_binding_leaves_other_objectives_as_they_are() -> None:
     plain = foretune.Classification(tiny_models.tokenizer())
-    assert bound(plain, tiny_models.bert()) is plain
+    assert plain.bind(tiny_models.bert()) is plain

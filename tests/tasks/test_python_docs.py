@@ -44,12 +44,12 @@ def package(tmp_path: Path) -> Path:
 
 def test_names_become_contexts_and_first_sentences_responses(package: Path) -> None:
     rows = read_python_docs(modules={"fake": package})
-    found = {row["context"]: row["response"] for row in rows}
-    assert found["fake.function_3(a, b)"] == "Return value number 3."
-    assert found["fake.Door(width, height)"] == "A door that opens."
-    assert found["fake.Door.open(key)"] == "Open the door with a key."
-    assert found["fake.Door.colour"] == "The colour of the door."
-    assert len(found) == 83
+    responses = {row["context"]: row["response"] for row in rows}
+    assert responses["fake.function_3(a, b)"] == "Return value number 3."
+    assert responses["fake.Door(width, height)"] == "A door that opens."
+    assert responses["fake.Door.open(key)"] == "Open the door with a key."
+    assert responses["fake.Door.colour"] == "The colour of the door."
+    assert len(responses) == 83
 
 
 def test_splits_are_twenty_and_ten_per_cent(package: Path) -> None:
@@ -112,5 +112,7 @@ def test_standard_modules_become_choice_tasks(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_python_docs_are_choice_tasks_only() -> None:
-    with pytest.raises(UserError, match="collection of choice tasks, got kind=regression"):
+    with pytest.raises(
+        UserError, match="collection of choice tasks; got objective kind regression"
+    ):
         load_tasks(Source(source="python-docs"), "regression")

@@ -58,13 +58,13 @@ def both(monkeypatch: pytest.MonkeyPatch) -> Load:
         monkeypatch.undo()
         for side, expected in zip(stored, eager, strict=True):
             assert (side is None) == (expected is None)
-            for task, other in zip(side or (), expected or (), strict=True):
-                assert task.name == other.name
+            for task, expected_task in zip(side or (), expected or (), strict=True):
+                assert task.name == expected_task.name
                 for split in SPLITS:
                     rows = task.split(split)
                     assert isinstance(rows, View)
-                    assert isinstance(other.split(split), tuple)
-                    assert list(rows) == list(other.split(split))
+                    assert isinstance(expected_task.split(split), tuple)
+                    assert list(rows) == list(expected_task.split(split))
         return stored
 
     return load
@@ -153,7 +153,7 @@ def test_candidates_are_the_same(
 
 
 def test_fitting_and_leaks_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def found() -> Any:
+    def loaded() -> Any:
         words = load_tasks(Source(source=texts, unseen=1), "classification")
         turns = load_tasks(Source(source=choices, unseen=1, num_candidates=5), "choice")
         fitted = [
@@ -166,9 +166,9 @@ def test_fitting_and_leaks_are_the_same(tmp_path: Path, monkeypatch: pytest.Monk
 
     texts = write(tmp_path / "1.jsonl", labelled())
     choices = write(tmp_path / "2.jsonl", [{**row, "context": "c"} for row in replies(texts=60)])
-    expected = found()
+    expected = loaded()
     monkeypatch.setattr(row_store, "IN_MEMORY_BYTES", 0)
-    assert found() == expected
+    assert loaded() == expected
     assert expected[0]
     assert expected[1]
 
@@ -181,7 +181,7 @@ def test_fitting_and_leaks_are_the_same(tmp_path: Path, monkeypatch: pytest.Monk
         ([{}, {"text": " "}], {"columns": {"txt": "text"}}, 'renames "txt", which'),
         ([{}, {"text": " "}], {"group_column": "talk"}, "line 2: text is empty"),
         ([{}], {"group_column": "talk"}, 'no column "talk"'),
-        ([{"split": "test"}], {}, 'task "a" has no train rows, only 1 test'),
+        ([{"split": "test"}], {}, 'task "a" has no train examples, only 1 test'),
     ],
 )
 @pytest.mark.parametrize("most", [0, 2**26])
@@ -204,7 +204,7 @@ def test_faults_are_the_same_and_in_the_same_order(
 def test_too_few_responses_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_store, "IN_MEMORY_BYTES", 0)
     source = write(tmp_path / "d.jsonl", replies(10, texts=4))
-    with pytest.raises(UserError, match=r"20 candidates need 19 .*are 3 distinct.* to 4 or"):
+    with pytest.raises(UserError, match=r"20 candidates need 19 .*only 3 distinct.* to 4 or"):
         load_tasks(Source(source=source), "choice")
 
 
@@ -243,10 +243,10 @@ def test_pooling_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     source = Source(source=write(tmp_path / "d.jsonl", labelled()))
     expected = load_tasks(source, "classification")[0].pooled()
     monkeypatch.setattr(row_store, "IN_MEMORY_BYTES", 0)
-    found = load_tasks(source, "classification")[0].pooled()
-    assert isinstance(found.train, View)
-    assert found == expected
-    assert found.train[5:9] == expected.train[5:9]
+    pooled = load_tasks(source, "classification")[0].pooled()
+    assert isinstance(pooled.train, View)
+    assert pooled == expected
+    assert pooled.train[5:9] == expected.train[5:9]
 
 
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,11 +314,11 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path, suffix: str, kind: 
         table = pyarrow.json.read_json(path)
         path = tmp_path / "d.parquet"
         pyarrow.parquet.write_table(table, path)
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", MEMORY, str(path), kind],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert float(found.stdout) < 100
+    assert float(process.stdout) < 100

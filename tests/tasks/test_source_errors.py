@@ -69,8 +69,8 @@ def test_bad_rows_are_named_by_file_and_line(
     good: dict[str, Any] = (
         {"text": "t", "label": "l"} if kind == "classification" else {"text": "t"}
     )
-    other: dict[str, dict[str, Any]] = {"regression": {"x": [1], "y": 0}, "choice": CHOICE}
-    good = other.get(kind, good)
+    good_by_kind: dict[str, dict[str, Any]] = {"regression": {"x": [1], "y": 0}, "choice": CHOICE}
+    good = good_by_kind.get(kind, good)
     path = write(tmp_path / "d.jsonl", [{"task": "a", **good}, row, {"task": "a", **good}])
     with pytest.raises(UserError, match=rf"d\.jsonl {message}") as caught:
         load(path, kind)
@@ -86,9 +86,9 @@ def test_bad_rows_are_named_by_file_and_line(
         ("d.json", b"[\n{},\n{]", "d.json: malformed JSON.* line 3"),
         ("d.json", b"[{}, 3]", "d.json row 2: a row must be a JSON object"),
         ("d.jsonl.gz", b"no gzip", "d.jsonl.gz cannot be read: Not a gzipped file"),
-        ("d.parquet", b"no parquet", "d.parquet is no readable Parquet file"),
-        ("d.npz", b"no npz", "d.npz is no readable .npz file"),
-        ("d.txt", b"text", "d.txt is no data file: its name must end in"),
+        ("d.parquet", b"no parquet", "d.parquet is not a readable Parquet file"),
+        ("d.npz", b"no npz", "d.npz is not a readable .npz file"),
+        ("d.txt", b"text", "d.txt is not a data file: its name must end in"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -118,9 +118,9 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"unseen": 2}, "it sets 2 aside, but there are 2 tasks"),
+        ({"unseen": 2}, "it holds out 2, but there are 2 tasks"),
         ({"unseen": 0}, "unseen must be a number not below 1"),
-        ({"unseen": ["alpah"]}, 'no task of .*Did you mean "alpha"'),
+        ({"unseen": ["alpah"]}, 'not a task of .*Did you mean "alpha"'),
         ({"unseen": ["alpha", "beta"]}, "must leave at least one seen task"),
         ({"unseen": "alpha"}, r"write a list, such as unseen=\[\"alpha\"\]\.$"),
         ({"unseen": "alpah"}, r"there is none.*unseen=\[.*Did you mean \"alpha\""),
@@ -128,8 +128,8 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
         ({"task_column": "tsk"}, 'no "tsk" column.*Did you mean "task"'),
         ({"group_column": "talk"}, 'no column "talk" .group_column.; it has label, task, text'),
         ({"columns": {"txt": "text"}}, 'renames "txt", which .*Did you mean "text"'),
-        ({"columns": {"task": "text"}}, 'has a column "text" already'),
-        ({"unseen": 1, "test": 0.0}, "unseen task .* has no test rows"),
+        ({"columns": {"task": "text"}}, 'already has a column "text"'),
+        ({"unseen": 1, "test": 0.0}, "unseen task .* has no test examples"),
         ({"unseen": ["alpha", "beta"], "max_tasks": 1}, "max_tasks=1 is less than the 2 unseen"),
         ({"validation": 0.5, "test": 0.5}, "must leave rows for train"),
         ({"num_candidates": 1}, "num_candidates must be a number not below 2"),
@@ -154,5 +154,5 @@ def test_a_task_in_both_sources_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_task_without_train_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match='task "a" has no train rows, only 10 test'):
+    with pytest.raises(UserError, match='task "a" has no train examples, only 10 test'):
         load(write(tmp_path / "d.jsonl", labelled(split="test")))

@@ -112,7 +112,7 @@ def test_run_leaves_tables_numbers_and_figures(folder: Path) -> None:
     stored = json.loads((folder / "here/result.json").read_text("utf-8"))
     assert list(stored["panels"]) == PANELS["linear"]
     page = (folder / "here/README.md").read_text("utf-8")
-    assert page.count("**The paper.**") == page.count("**Found.**") == len(PANELS["linear"])
+    assert page.count("**The paper.**") == page.count("**Result.**") == len(PANELS["linear"])
     for panel in panels_of("linear"):
         figure = folder / "here/figures" / f"{panel.name}.svg"
         assert figure.is_file() == (panel.figure is not None)

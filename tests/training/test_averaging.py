@@ -46,9 +46,9 @@ def test_the_rate_stays_at_its_height(monkeypatch):
     rates = []
     original = Learner.update
 
-    def update(self, steps, run, rate):
+    def update(self, steps, run, rate, seed):
         rates.append(rate)
-        return original(self, steps, run, rate)
+        return original(self, steps, run, rate, seed)
 
     monkeypatch.setattr(Learner, "update", update)
     foretune.retrain(Net(), family(3), METHODS[0], RUN.replace(warmup=0.25))

@@ -17,10 +17,9 @@ from foretune.run import Run
 from foretune.tasks.objectives.regression import Regression
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
-from foretune.training.data import PerTaskSampler, PooledSampler, TaskData
+from foretune.training.data import PerTaskSampler, PooledSampler, TaskData, sampler_for
 from foretune.training.learners.joint import Learner
 from foretune.training.loop import DivergedError, fit, schedule
-from foretune.training.verbs import sampler_for
 from linear_tasks import Net, copy_of, equal_bits, family
 
 PEFT_ML = foretune.PEFTML(learning_rate=0.02, adapter_learning_rate=0.02, lora={"r": 2})
@@ -94,7 +93,9 @@ def test_nothing_moves_on_a_nan_loss(method):
     data = TaskData.of(tasks, objective)
     learner = method.learner(model, objective, data.keys, run)
     before = copy_of(model)
-    sampler = sampler_for(method, data, run, learner.batches_per_update)
+    sampler = sampler_for(
+        data, run, pooled=method.pooled, batches_per_update=learner.batches_per_update
+    )
     with pytest.raises(DivergedError, match="task 'task0'"):
         fit(learner, data, sampler, run)
     assert equal_bits(model.state_dict(), before)
@@ -286,7 +287,7 @@ def test_standard_retraining_draws_from_all_rows_alike():
     """A task with more rows is seen more often; the other methods see each task equally often."""
     data = TaskData.of(family(rows=[30, 10, 20]), Regression())
     for method, expected in ((STANDARD, {0: 30, 1: 10, 2: 20}), (PEFT_ML, {0: 20, 1: 20, 2: 20})):
-        sampler = sampler_for(method, data, _run())
+        sampler = sampler_for(data, _run(), pooled=method.pooled)
         assert Counter(s for step in range(5) for s, _ in sampler.picks(step)) == expected
 
 

@@ -79,12 +79,11 @@ def test_a_great_penalty_is_a_bare_base():
 def test_without_its_adapters_peft_ml_is_a_plain_loop():
     tasks, net = family(3), Net()
     got, _ = _base(adapter_dropout=1.0)
-    from foretune.training.data import TaskData
+    from foretune.training.data import TaskData, sampler_for
     from foretune.training.loop import schedule
-    from foretune.training.verbs import sampler_for
 
     data = TaskData.of(tasks, tasks.objective)
-    sampler = sampler_for(foretune.PEFTML(), data, RUN)
+    sampler = sampler_for(data, RUN, pooled=foretune.PEFTML().pooled)
     adamw = torch.optim.AdamW(net.parameters(), weight_decay=0.1)
     for step in range(RUN.steps):
         rows = [(s, data.slots[s].train[i]) for s, i in sampler.picks(step)]

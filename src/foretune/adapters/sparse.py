@@ -335,7 +335,6 @@ def load_sparse(
     if not folders or len(alphas) != len(folders):
         raise UserError(f"{len(folders)} folders want as many alphas, got {len(alphas)}")
     made = copy.deepcopy(model)
-    vars(made).pop("sparse_delta", None)
     marks = {name: _mark(p) for name, p in model.named_parameters()}
     start = dict(model.named_parameters())
     brought: dict[str, Path] = {}  # what cannot be added up → who brought it

@@ -1,4 +1,4 @@
-"""`foretune fuse`: several fine-tuned models over one base become one."""
+"""`foretune fuse`: fuse several fine-tuned models over one base into one."""
 
 from __future__ import annotations
 
@@ -7,31 +7,37 @@ from typing import Annotated
 
 import typer
 
-from foretune.cli.output import Json, Overwrite, emit, emit_json, quiet_stdout
+from foretune.cli.output import Json, emit, emit_json, quiet_stdout
 
 
 def fuse(
     method: Annotated[str, typer.Argument(help="smile, average, task-arithmetic or ties.")],
-    base: Annotated[str, typer.Argument(help="What all were tuned from: a folder, or minilm.")],
-    given: Annotated[
+    base: Annotated[
+        str, typer.Argument(help="The model that all were tuned from: a folder, or minilm.")
+    ],
+    arguments: Annotated[
         list[str],
         typer.Argument(
             metavar="NAME=FOLDER... [KEY=VALUE]...",
-            help="Fine-tuned models and PEFT folders; settings of the method, such as k=64.",
+            help="Fine-tuned models or PEFT folders by name; method settings, such as k=64.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the fused model.")],
+    out: Annotated[Path, typer.Option(help="Folder for the fused model.")],
     samples: Annotated[
-        Path | None, typer.Option(help="Rows with task and text, for gate=activations.")
+        Path | None, typer.Option(help="File of rows with task and text, for gate=activations.")
     ] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="Texts of each task.")] = 16,
-    overwrite: Overwrite = False,
+    num_samples: Annotated[
+        int, typer.Option(min=1, help="Texts per task read from --samples.")
+    ] = 16,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier fused model in --out.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Fuse fine-tuned models over one base into one, without training."""
     from foretune.fusion.folders import fuse_folders, parse_request, settings_of
 
-    request = parse_request(method, given)
+    request = parse_request(method, arguments)
     with quiet_stdout():
         result = fuse_folders(
             base, request, out, samples=samples, num_samples=num_samples, overwrite=overwrite
@@ -42,12 +48,12 @@ def fuse(
     settings = settings_of(result["method"])
     emit(f"Fused {', '.join(result['names'])} by {method}{f' ({settings})' if settings else ''}")
     if "layers" in result:
-        kept = f"{100 * result['energy_kept']:.1f} %"
-        emit(f"{result['layers']} layers have experts, which keep {kept} of the changes' energy")
-    more = 100 * result["extra_parameters"] / result["base_parameters"]
-    emit(f"{result['extra_parameters']:,} parameters more than the base, {more:.1f} %")
+        energy = f"{100 * result['energy_kept']:.1f} %"
+        emit(f"{result['layers']} layers have experts, which keep {energy} of the changes' energy")
+    percent = 100 * result["extra_parameters"] / result["base_parameters"]
+    emit(f"{result['extra_parameters']:,} parameters more than the base, {percent:.1f} %")
     if result["own_heads"]:
-        emit("Each task keeps its head: set_task(NAME) chooses it")
+        emit("Each task keeps its own head: choose one with set_task(NAME)")
     for note in result["notes"]:
         emit(f"Note: {note}")
     emit(f"Model: {result['out']}")

@@ -1,4 +1,4 @@
-"""`foretune prune`: a mixture of experts becomes a smaller one for one task."""
+"""`foretune prune`: prune a mixture of experts for one task."""
 
 from __future__ import annotations
 
@@ -12,28 +12,33 @@ from foretune.errors import UserError
 
 
 def prune(
-    method: Annotated[str, typer.Argument(help="uncurl, frequency, reap, … (foretune ls).")],
-    model: Annotated[str, typer.Argument(help="A mixture's folder or hub id.")],
+    method: Annotated[str, typer.Argument(help="uncurl, frequency, reap, … (see foretune ls).")],
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a mixture of experts.")],
     changes: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="The method's fields, such as experts=4 router=remap."
+            metavar="[KEY=VALUE]...", help="Method settings, such as experts=4 router=remap."
         ),
     ] = None,
     rows: Annotated[
-        str, typer.Option(help="The task's rows: text, or prompt and completion.")
+        str,
+        typer.Option(help="File of the task's examples: text, or prompt and completion."),
     ] = ...,  # type: ignore[assignment]
-    out: Annotated[Path | None, typer.Option(help="Folder of the smaller model.")] = None,
-    task: Annotated[str | None, typer.Option(help="Of several in the file, this one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the pruned model.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Task to read, where the file has several.")
+    ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Score every method on rows held out first.")
+        bool, typer.Option("--compare", help="Also score all other methods on held-out examples.")
     ] = False,
-    recover: Annotated[int, typer.Option(min=0, help="Fine-tuning steps after pruning.")] = 0,
-    learning_rate: Annotated[float, typer.Option(help="Of these steps.")] = 1e-4,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 8,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Longest row.")] = 256,
+    recover: Annotated[int, typer.Option(min=0, help="Steps of fine-tuning after pruning.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of fine-tuning.")] = 1e-4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 8,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, help="Maximum length of an example; longer ones are truncated.")
+    ] = 256,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a pruned model in the folder.")
+        bool, typer.Option("--overwrite", help="Replace an earlier pruned model in --out.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -43,8 +48,7 @@ def prune(
 
     record = prune_method(method, changes or [])
     above_zero("--learning-rate", learning_rate)
-    if out is None and not compare:
-        raise UserError("prune needs --out, the folder of the smaller model, or --compare alone")
+    _check_out(out, compare)
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
 
@@ -65,11 +69,16 @@ def prune(
     if json:
         emit_json(result)
         return
-    emit(_told(result))
+    emit(_report(result))
 
 
-def _told(result: dict[str, Any]) -> str:
-    """The table, what it means, and how the folder is loaded."""
+def _check_out(out: Path | None, compare: bool) -> None:
+    if out is None and not compare:
+        raise UserError("prune needs --out, the folder for the pruned model, or --compare alone")
+
+
+def _report(result: dict[str, Any]) -> str:
+    """The table of scores, the best method, and how to load the folder."""
     steps = result["recover_steps"]
     header = ["method", "parameters", "experts", "tokens/s", "held-out loss"]
     header += [f"after {steps} steps"] if steps else []
@@ -78,13 +87,13 @@ def _told(result: dict[str, Any]) -> str:
     key = "loss_recovered" if steps else "loss"
     methods = result["scored"][1:]
     best = min(methods, key=lambda entry: entry[key])
-    own = next(entry for entry in methods if entry["method"] == name)
-    if best is not own:
-        lines.append(f"Lowest loss: {best['method']}, {own[key] - best[key]:.4f} below {name}.")
+    scored = next(entry for entry in methods if entry["method"] == name)
+    if best is not scored:
+        lines.append(f"Lowest loss: {best['method']}, {scored[key] - best[key]:.4f} below {name}.")
     if "all" in result["normalises"] and result["method"].get("keep_denominator") is False:
         lines.append(
-            "This router's softmax runs over all experts, so the weights of those kept have grown; "
-            "keep_denominator=true undoes that."
+            "This router's softmax runs over all experts, so the weights of the kept ones have "
+            "grown; keep_denominator=true prevents that."
         )
     if result["out"] is None:
         lines.append("Nothing saved: no --out.")
@@ -92,7 +101,7 @@ def _told(result: dict[str, Any]) -> str:
         lines.append(f"Model: {result['out']} (plain folder, loads in transformers)")
     else:
         lines.append(
-            f"Model: {result['out']} (loads in foretune alone: "
+            f"Model: {result['out']} (only foretune loads it: "
             f'foretune.load_model("{result["out"]}", head="causal-lm"))'
         )
     return "\n".join(lines)

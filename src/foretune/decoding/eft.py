@@ -34,12 +34,13 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from foretune.errors import UserError
+from foretune.method import Method
 from foretune.run import above_zero
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ UNSEEN = 1e-6  # a token below this probability was never learned by the untuned
 
 
 @dataclass(frozen=True, kw_only=True)
-class EFT:
+class EFT(Method):
     """A large model decodes with what fine-tuning changed in a small one.
 
     Args:
@@ -101,9 +102,6 @@ class EFT:
             above_zero("delta_clip", self.delta_clip)
         if not isinstance(self.uncap, bool):
             raise UserError(f"uncap must be true or false, got {self.uncap!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
 
     def combine(
         self,

@@ -31,11 +31,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from foretune.errors import UserError
+from foretune.method import Method
 from foretune.run import above_zero, one_of, share, whole
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RTD:
+class RTD(Method):
     """The next token is also looked up in a store of reference states.
 
     Args:
@@ -89,9 +90,6 @@ class RTD:
             share("mix", self.mix)
         whole("heads", self.heads, 1, optional=True)
         one_of("search", self.search, ("exact", "faiss"))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
 
     def lookup(self, store: ReferenceStore) -> Lookup:
         """How a store is asked: its own lookup with this record's fields over it."""

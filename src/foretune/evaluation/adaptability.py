@@ -140,7 +140,7 @@ def compare(
         entry = {**_about(name, given), "model_class": class_name(model)}
         entry["num_labels"] = adapted.num_labels
         entry["adapt"] = {
-            "learning_rate": getattr(method, "learning_rate", None),
+            "learning_rate": method.learning_rate,
             "searched": searched,
             **cost,
         }
@@ -205,7 +205,7 @@ def zero_shot(
     objective = verbs.objective_of(unseen)
     if objective.num_outputs() is not None and objective.shared() is not objective:
         return []
-    data = TaskData([slot_of(task) for task in unseen], verbs.bound(objective, model))
+    data = TaskData([slot_of(task) for task in unseen], objective.bind(model))
     with frozen_prefix(model, []):
         found = score_slots(model, data, "test")
     return [
@@ -239,7 +239,7 @@ def _about(name: str, given: nn.Module | Outcome) -> dict[str, Any]:
         "label": method.label,
         "config": method.to_dict(),
         "path": None if given.run.out is None else str(given.run.out / "base"),
-        "retrain": {"learning_rate": getattr(method, "learning_rate", None), **given.cost},
+        "retrain": {"learning_rate": method.learning_rate, **given.cost},
     }
 
 

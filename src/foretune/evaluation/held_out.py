@@ -22,6 +22,7 @@ from foretune.tasks.splits import carve
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training import verbs
 from foretune.training.loop import DivergedError, Progress
+from foretune.training.shots import draw_shots
 
 ADAPTATIONS = 6  # behind a score, at least, at each number of shots: one draw has too much luck
 
@@ -81,7 +82,7 @@ def _drawn(tasks: TaskCollection, task: Task, shots: int | None) -> int:
     """How many training rows a draw of so many shots holds: of each label, where there are any."""
     alone = dataclasses.replace(tasks, tasks=(task,))
     kind = verbs.objective_of(tasks).kind
-    return sum(len(slot.train) for slot in verbs.draw_shots(alone, kind, shots, 1, 0))
+    return sum(len(slot.train) for slot in draw_shots(alone, kind, shots, 1, 0))
 
 
 def num_draws(num_tasks: int) -> int:

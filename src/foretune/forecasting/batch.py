@@ -8,19 +8,20 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from foretune.forecasting.scenes import check_scene, in_focal_frame
 from foretune.run import above_zero, whole
 from foretune.tasks.batch import Batch
 from foretune.tasks.example import SPLITS
-from foretune.tasks.task import TaskCollection
+from foretune.tasks.task import Objective, TaskCollection
 
 AGENT = ("history", "past", "future", "kind", "agent_pose", "keep_history", "keep_future")
 LANE = ("lanes", "lane_pose", "keep_lane")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SceneObjective:
+class SceneObjective(Objective):
     """An objective whose examples are scenes (`foretune.forecasting.scenes`).
 
     Args:
@@ -42,18 +43,7 @@ class SceneObjective:
         if self.radius is not None:
             above_zero("radius", self.radius)
 
-    def chance(self) -> float | None:
-        """None: a blind guess has no fixed error in metres."""
-        return None
-
-    def num_outputs(self) -> int | None:
-        """None: the forecaster brings its own output layers."""
-        return None
-
-    def shared(self) -> Self:
-        """The objective itself: outputs do not depend on the task."""
-        return self
-
+    @override
     def fit(self, tasks: TaskCollection) -> Self:
         """Check every scene; nothing is learnt from them.
 
@@ -67,20 +57,19 @@ class SceneObjective:
                     check_scene(row, where, self.history_steps, self.future_steps)
         return self
 
+    @override
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
         """A scene in its focal frame, with the fixed masks that validation uses."""
         row: dict[str, Any] = in_focal_frame(example, self.history_steps, self.radius)
         # Agents alternate between a visible history and a visible future.
         return row | masks(row, np.arange(len(row["kind"])) % 2 == 1, lane_hidden(row, None))
 
-    def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
-        """The scene unchanged: no augmentation."""
-        return row
-
+    @override
     def size(self, row: Mapping[str, Any]) -> int:
         """Tokens of a scene: history and future of each agent, and the lanes."""
         return 2 * len(row["kind"]) + len(row["lanes"])
 
+    @override
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         """Scenes padded to the largest number of agents and of lanes in the batch."""
         inputs = {name: _padded([row[name] for row in rows]) for name in AGENT + LANE}

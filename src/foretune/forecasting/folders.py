@@ -120,7 +120,8 @@ def pretrain_folder(
             settings.run,
             progress=progress,
         )
-    save_forecast_mae(outcome.model, out)
+    pretrained: Any = outcome.model
+    save_forecast_mae(pretrained, out)
     return {
         "out": str(out),
         "tasks": len(tasks),
@@ -182,12 +183,12 @@ def adapt_folder(
     }
     with whole_folder(out) as part:
         for name, folder in folders.items():
-            forecaster: Any = adapted.models[name, 0]
             if method.name == "full":
+                forecaster: Any = adapted.models[name, 0]
                 save_forecast_mae(forecaster, part / folder)
             else:
                 (part / folder).mkdir()
-                method.write(forecaster, part / folder)
+                adapted.learners[name, 0].write(part / folder, None)
         (part / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     scores = {task: -score for (task, _), score in adapted.scores.items()}
     return {"out": str(out), "minFDE": scores, "cost": adapted.cost}
@@ -233,7 +234,7 @@ def evaluate_folder(
     models = _AdaptedModels(folder, base)
     objective = foretune.Forecast(**_steps(models.sizes))
     tasks = _load(scenes, models.sizes)
-    objective.fit(tasks)
+    objective = objective.fit(tasks)
     rows, figures = [], []
     for task in tasks:
         examples = task.split(split)

@@ -31,12 +31,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from typing_extensions import override
+
 from foretune.errors import UserError
 from foretune.run import Run, above_zero, flag, one_of, whole
+from foretune.training.methods import AdaptMethod
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +54,7 @@ RECORD_FILE, DELTA_FILE = "forecast_peft.json", "forecast_peft.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForecastPEFT:
+class ForecastPEFT(AdaptMethod):
     """Prompts and parallel adapters on a frozen Forecast-MAE, per task.
 
     Args:
@@ -76,8 +79,7 @@ class ForecastPEFT:
 
     name: ClassVar[str] = "forecast-peft"
     label: ClassVar[str] = "Forecast-PEFT"
-    verb: ClassVar[str] = "adapt"
-    paper: ClassVar[dict[str, Any]] = {
+    paper: ClassVar[dict[str, Any] | None] = {
         "title": "Forecast-PEFT: Parameter-Efficient Fine-Tuning for Pre-trained Motion "
         "Forecasting Models",
         "authors": [
@@ -91,8 +93,6 @@ class ForecastPEFT:
         "arxiv": "2407.19564",
         "venue": "arXiv",
     }
-    shares_base: ClassVar[bool] = False
-    pooled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         whole("modes", self.modes, 1)
@@ -102,10 +102,7 @@ class ForecastPEFT:
         above_zero("learning_rate", self.learning_rate)
         flag("freeze_bn", self.freeze_bn)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields with "name"."""
-        return {"name": self.name, **asdict(self)}
-
+    @override
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
@@ -117,22 +114,24 @@ class ForecastPEFT:
         """
         from foretune.adapters.fingerprint import fingerprint
         from foretune.forecasting.forecasters import check_pretrained
-        from foretune.training.learners.joint import Learner
+        from foretune.forecasting.learner import ForecastLearner
 
-        if getattr(objective, "kind", None) != "forecast":
+        if objective.kind != "forecast":
             raise UserError(
-                "forecast-peft needs tasks with the objective Forecast, got "
-                f"{getattr(objective, 'kind', objective)}"
+                f"forecast-peft needs tasks with the objective Forecast, got {objective.kind}"
             )
         forecaster = check_pretrained(model)
-        forecaster.base_fingerprint = fingerprint(model)
+        base_fingerprint = fingerprint(model)
         self.install(forecaster)
-        return Learner(
+        return ForecastLearner(
             model,
             objective,
             learning_rate=self.learning_rate,
             not_decayed=NOT_DECAYED,
-            frozen_statistics=self.freeze_bn,
+            freeze_bn=self.freeze_bn,
+            trained_names=self.trained_names(model),
+            base_fingerprint=base_fingerprint,
+            method=self.to_dict(),
         )
 
     def install(self, model: ForecastMAE) -> None:
@@ -151,24 +150,12 @@ class ForecastPEFT:
             return names
         return [name for name in names if any(part in name for part in TRAINED)]
 
-    def write(self, model: ForecastMAE, folder: Path) -> None:
-        """Write the trained tensors and the fingerprint of the base, for `load_adapted`."""
-        import safetensors.torch
-
-        state = model.state_dict()
-        names = self.trained_names(model)
-        names += [] if self.freeze_bn else [name for name, _ in model.named_buffers()]
-        tensors = {name: state[name].contiguous().clone() for name in names}
-        safetensors.torch.save_file(tensors, str(folder / DELTA_FILE))
-        record = {"method": self.to_dict(), "base_fingerprint": model.base_fingerprint}
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
 
 def load_adapted(folder: Path | str, base: ForecastMAE) -> ForecastMAE:
     """A copy of the base with the trained parameters of one task, in eval mode.
 
     Args:
-        folder: Folder of one task, as `ForecastPEFT.write` writes it.
+        folder: Folder of one task, as `ForecastLearner.write` writes it.
         base: The pretrained model that was adapted; it is not changed.
 
     Raises:

@@ -149,7 +149,6 @@ class ForecastMAE(nn.Module):
         self.history_pred = nn.Linear(d, 2 * config.history_steps)
         self.lane_pred = nn.Linear(d, 2 * config.lane_points)
         self.forecaster: nn.Module | None = None
-        self.base_fingerprint = ""  # of the pretrained model, set when it is adapted
 
     def observed(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens (B, A + L, d), poses (B, A + L, 4), present (B, A + L)) of histories and lanes.

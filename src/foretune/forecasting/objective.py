@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from foretune.forecasting.batch import SceneObjective
 from foretune.forecasting.displacement import displacements
@@ -42,6 +43,7 @@ class Forecast(SceneObjective):
         super().__post_init__()
         above_zero("regression", self.regression)
 
+    @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
         """(n,) winner-takes-all losses of the scenes."""
         with route(batch.slots):
@@ -61,6 +63,7 @@ class Forecast(SceneObjective):
         )
         return loss + others
 
+    @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
         """(n,) negative minFDE over all modes, in m."""
         with route(batch.slots):
@@ -68,8 +71,8 @@ class Forecast(SceneObjective):
         _, final = displacements(forecasts.trajectories.float(), *focal_future(batch))
         return -final.amin(1)
 
+    @override
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields with "kind"."""
         return {"kind": self.kind, **asdict(self)}
 
 

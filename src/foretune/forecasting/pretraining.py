@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from foretune.forecasting.batch import SceneObjective, lane_hidden, masks
 from foretune.models.routing import route
@@ -41,11 +42,13 @@ class SceneReconstruction(SceneObjective):
         super().__post_init__()
         at_least("lane_weight", self.lane_weight, 0)
 
+    @override
     def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
         """The scene with freshly drawn masks."""
         agents = rng.permutation(len(row["kind"])) + rng.integers(2)
         return {**row, **masks(row, agents % 2 == 1, lane_hidden(row, rng))}
 
+    @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
         """(n,) reconstruction losses of the scenes."""
         scene = batch.inputs
@@ -64,12 +67,13 @@ class SceneReconstruction(SceneObjective):
         squared = (predicted.lanes - lanes[..., :2]).square()
         return loss + self.lane_weight * _mean(squared, (lanes[..., 2] > 0) & hidden[..., None])
 
+    @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
         """(n,) negative reconstruction losses."""
         return -self.losses(model, batch)
 
+    @override
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields with "kind"."""
         return {"kind": self.kind, **asdict(self)}
 
 

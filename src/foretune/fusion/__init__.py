@@ -1,1 +1,3 @@
-"""Fusing fine-tuned models: SMILE, and the static merges as its controls. A wing."""
+"""Fusing fine-tuned models: SMILE, and static merging as its controls."""
+
+RECORD_FILE = "fused.json"  # marks a folder as a fused model

@@ -6,14 +6,17 @@ accuracy without increasing inference time", ICML 2022, arXiv:2203.05482.
     W = W_0 + (1 / T) Σ_i (W_i − W_0)
 
 Deviations:
-    - The paper averages models of one task; here each has its own, and heads are kept, one a task.
+    - The paper averages models of one task; here each model has its own task, and heads are kept
+      per task.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from foretune.method import Method
 
 if TYPE_CHECKING:
     from foretune.fusion.finetuned import Source
@@ -32,19 +35,16 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Average:
-    """Fuse models over one base by the mean of their weights: the first control of a fusion."""
+class Average(Method):
+    """Fuse models over one base by the mean of their weights, the first control of a fusion."""
 
     name: ClassVar[str] = "average"
     label: ClassVar[str] = "weight averaging"
     verb: ClassVar[str] = "fuse"
     paper: ClassVar[dict[str, Any] | None] = PAPER
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
-
     def fuse(self, base: Source, finetuned: Mapping[str, Source]) -> Fused:
-        """Fuses models over one base; what it is given stays as it is."""
+        """Fuse models over one base; the inputs are left unchanged."""
         from foretune.fusion.merging import merge
 
         return merge(

@@ -1,7 +1,6 @@
-"""What fine-tuning changed in a model: from a full checkpoint or a LoRA adapter, one layer a time.
+"""What fine-tuning changed, read one layer at a time from a full checkpoint or a LoRA adapter.
 
-A folder's tensors are read when they are asked for, so that a fine-tuned model is never in memory
-as a whole.
+Tensors of a folder are read on demand, so that a fine-tuned model is never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -27,18 +26,18 @@ from foretune.models.surgery import has_fresh_head, head_modules
 
 Source = nn.Module | str | PathLike[str]
 ADAPTER_CONFIG = "adapter_config.json"
-REBASED = ("pissa", "olora", "corda")  # initialisations that change the base as well
+BASE_CHANGING_INITS = ("pissa", "olora", "corda")  # initialisations that also change the base
 
 
 @dataclass
 class Finetuned:
-    """One fine-tuned model, seen from the base.
+    """One fine-tuned model, as its difference from the base.
 
     Args:
-        name: Of the task.
-        read: A parameter's name → its fine-tuned value; None where it is the base's.
-        factors: Linear layer → (B, A) with shapes (out, r), (r, in), the scaling in B.
-        labels: The classes' names by number; empty where the model has none.
+        name: Name of its task.
+        read: Maps a parameter's name to its fine-tuned value; None where it is the base's.
+        factors: Linear layer → (B, A) of shapes (out, r) and (r, in), with the scaling in B.
+        labels: Class names by number; empty where the model has none.
     """
 
     name: str
@@ -50,7 +49,7 @@ class Finetuned:
         """W − W₀ of a linear layer, (out, in) in float32; None where it did not change.
 
         Raises:
-            UserError: Another shape than the base's.
+            UserError: The shape differs from the base's.
         """
         if layer in self.factors:
             b, a = self.factors[layer]
@@ -59,10 +58,10 @@ class Finetuned:
         return change.T if change is not None and isinstance(base, Conv1D) else change
 
     def parameter_delta(self, parameter: str, base: Any) -> Tensor | None:
-        """Its fine-tuned value − the base's, float32; None where it did not change.
+        """Fine-tuned value minus the base's, in its shape and float32; None without a change.
 
         Raises:
-            UserError: Another shape than the base's.
+            UserError: The shape differs from the base's.
         """
         value = self.read(parameter)
         if value is None:
@@ -70,7 +69,7 @@ class Finetuned:
         if value.shape != base.shape:
             raise UserError(
                 f"{self.name} was not tuned from this base: {parameter} has shape "
-                f"{tuple(value.shape)}, the base's has {tuple(base.shape)}"
+                f"{tuple(value.shape)}, in the base {tuple(base.shape)}"
             )
         change = value.to(base.device).float() - base.detach().float()
         return change if bool(change.any()) else None
@@ -80,31 +79,34 @@ def make_skeleton(base: Source, finetuned: Mapping[str, Source]) -> tuple[nn.Mod
     """A copy of the base in the class of the fine-tuned models, and its tokenizer.
 
     A base without the fine-tuned models' head (BertModel under BertForSequenceClassification) gets
-    that of the first of them.
+    the head of the first of them.
 
     Raises:
-        UserError: A folder is no model, or the fine-tuned models do not have the base's layers.
+        UserError: A folder holds no model, or the fine-tuned models were tuned from another base.
     """
     model, tokenizer = _loaded_copy(base)
     full = [source for source in finetuned.values() if not _is_adapter(source)]
     if not full or _class_name(full[0]) == type(model).__name__:
         return model, tokenizer
     with_head, _ = _loaded_copy(full[0])
-    kinds = [getattr(getattr(m, "config", None), "model_type", None) for m in (model, with_head)]
-    if kinds[0] != kinds[1] or kinds[0] is None:
+    base_type, tuned_type = (
+        getattr(getattr(m, "config", None), "model_type", None) for m in (model, with_head)
+    )
+    if base_type != tuned_type or base_type is None:
         raise UserError(
-            f"the base is a {type(model).__name__}, what was fine-tuned a "
+            f"the base is a {type(model).__name__}, but the fine-tuned model is a "
             f"{type(with_head).__name__}: give the model that it was tuned from"
         )
-    known = dict(model.named_parameters())
+    base_parameters = dict(model.named_parameters())
     prefix = getattr(with_head, "base_model_prefix", "")
-    kept = tuple(f"{name}." for name in _heads_of(with_head))
+    head_prefixes = tuple(f"{name}." for name in _heads_of(with_head))
     with torch.no_grad():
         for name, parameter in with_head.named_parameters():
-            value = next((known[n] for n in _spellings(name, prefix) if n in known), None)
+            spellings = _spellings(name, prefix)
+            value = next((base_parameters[n] for n in spellings if n in base_parameters), None)
             if value is not None and value.shape == parameter.shape:
                 parameter.copy_(value)
-            elif not name.startswith(kept) and "pooler" not in name:
+            elif not name.startswith(head_prefixes) and "pooler" not in name:
                 raise UserError(
                     f"the base, a {type(model).__name__}, has no {name} of shape "
                     f"{tuple(parameter.shape)}, which {type(with_head).__name__} needs: give the "
@@ -114,15 +116,16 @@ def make_skeleton(base: Source, finetuned: Mapping[str, Source]) -> tuple[nn.Mod
 
 
 def open_finetuned(name: str, source: Source, skeleton: nn.Module) -> Finetuned:
-    """Opens one fine-tuned model.
+    """Open one fine-tuned model.
 
     Args:
-        name: How it is called.
+        name: Name of its task.
         source: A model, a model folder, a PEFT model or a PEFT folder.
         skeleton: The base, from `make_skeleton`.
 
     Raises:
-        UserError: No model there, of another class, or an adapter that is more than LoRA.
+        UserError: There is no model, its class is not the skeleton's, or its adapter is not plain
+            LoRA.
     """
     if isinstance(source, nn.Module):
         if getattr(source, "peft_config", None):
@@ -144,67 +147,70 @@ def change_rest(
     *,
     average: bool,
 ) -> list[str]:
-    """What differs outside the fused layers: left as in the base, or averaged in place.
+    """Find the parameters that differ outside the fused layers; keep the base's or average them.
 
     Args:
-        model: The base, some of whose layers may have been replaced.
-        experts: What was fine-tuned.
-        handled: Whether a parameter, by its name in the base, has been dealt with.
-        average: Whether to put the mean of the models there.
+        model: The base, some of whose layers may have been replaced; changed in place.
+        experts: The fine-tuned models.
+        handled: Whether the parameter of a name in the base is fused or excluded already.
+        average: Set the parameters to the mean of the fine-tuned models.
 
     Returns:
-        Names of those that differ.
+        Names of the parameters that differ.
 
     Raises:
-        UserError: A weight differs that no expert can carry: of `nn.MultiheadAttention`, which
-            reads its layers' weights instead of calling them, or of experts fused in one tensor.
+        UserError: A weight differs that experts cannot represent: one of `nn.MultiheadAttention`,
+            which reads its layers' weights instead of calling them, or of a mixture of experts in
+            one tensor.
     """
     attention = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
     heads = [n for n, m in model.named_modules() if isinstance(m, TaskHeads)]
-    left = []
+    differing = []
     for name, parameter in model.named_parameters():
         if handled(name) or any(name.startswith(f"{head}.") for head in heads):
             continue
-        changes = [_or_none(e, name, parameter, average) for e in experts]
+        changes = [_change(e, name, parameter, strict=average) for e in experts]
         if all(change is None for change in changes):
             continue
-        left.append(name)
+        differing.append(name)
         if any(name.startswith(f"{a}.") for a in attention):
             raise UserError(
                 f"{name} belongs to an nn.MultiheadAttention, which reads its layers' weights "
-                "without calling them, so that experts would be ignored; use a model with separate "
+                "without calling them, so experts would be ignored; use a model with separate "
                 f"query, key and value layers, or exclude_modules=['{name.rpartition('.')[0]}*']"
             )
         if parameter.dim() == 3 and "expert" in name:
             raise UserError(
-                f"{name} holds a mixture of experts in one tensor of 3 dimensions, which is not "
-                f"fused; exclude_modules=['{name}'] leaves it as in the base"
+                f"{name} holds a mixture of experts in one tensor of 3 dimensions, which cannot be "
+                f"fused; exclude_modules=['{name}'] keeps the base's"
             )
         if average:
-            known = torch.stack([change for change in changes if isinstance(change, Tensor)])
-            parameter.add_((known.sum(0) / len(experts)).to(parameter.dtype))
-    return left
+            deltas = torch.stack([change for change in changes if isinstance(change, Tensor)])
+            parameter.add_((deltas.sum(0) / len(experts)).to(parameter.dtype))
+    return differing
 
 
-def _or_none(expert: Finetuned, name: str, parameter: Tensor, strict: bool) -> Tensor | str | None:
-    """The change of a parameter; "shape" for another shape, where that is no mistake."""
+def _change(
+    expert: Finetuned, name: str, parameter: Tensor, *, strict: bool
+) -> Tensor | Literal["shape"] | None:
+    """The change of a parameter; "shape" where shapes differ and that is allowed (not strict)."""
     value = expert.read(name)
     if not strict and value is not None and value.shape != parameter.shape:
-        return "shape"  # a vocabulary of another size, left out with the rest
+        return "shape"  # such as a vocabulary of another size, which stays the base's
     return expert.parameter_delta(name, parameter)
 
 
 def _loaded_copy(source: Source) -> tuple[nn.Module, Any]:
     if isinstance(source, nn.Module):
         if getattr(source, "peft_config", None):
-            raise UserError("the base is a PEFT model; give the model beneath it")
+            raise UserError("the base is a PEFT model; give the model that it wraps")
         with torch.no_grad():
             return copy.deepcopy(source).eval(), None
     folder = Path(source).expanduser()
     if (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{folder} is an adapter, no base: give the model that it belongs to")
+        raise UserError(f"{folder} is an adapter, not a base: give the model it was trained on")
     if not folder.is_dir() and str(source) != "minilm":
-        raise UserError(f"no base in {source}: no such folder")
+        raise UserError(f"base {source}: no such folder")
     if str(source) == "minilm":
         from foretune.models.loading import load_model
 
@@ -226,9 +232,10 @@ def _class_name(source: Source) -> str:
         raise UserError(f"no such folder: {source}")
     config = folder / "config.json"
     if not config.is_file():
-        return type(load_base(folder)[0]).__name__  # a plain module, or the error that says why not
-    known = json.loads(config.read_text("utf-8"))
-    return (known.get("architectures") or ["AutoModel"])[0]
+        # A plain module, or no model at all, in which case loading says why.
+        return type(load_base(folder)[0]).__name__
+    fields = json.loads(config.read_text("utf-8"))
+    return (fields.get("architectures") or ["AutoModel"])[0]
 
 
 def _heads_of(model: nn.Module) -> list[str]:
@@ -236,7 +243,7 @@ def _heads_of(model: nn.Module) -> list[str]:
 
 
 def _spellings(name: str, prefix: str) -> list[str]:
-    """How a parameter may be called with and without the name of the backbone before it."""
+    """Names that a parameter may have, with and without the backbone's prefix."""
     if not prefix:
         return [name]
     bare = name.removeprefix(f"{prefix}.")
@@ -249,41 +256,42 @@ def _live_model(name: str, model: nn.Module, skeleton: nn.Module) -> Finetuned:
             f"{name} is a {type(model).__name__}, the others are {type(skeleton).__name__}: fuse "
             "models of one class"
         )
-    known = dict(model.named_parameters(remove_duplicate=False))
-    absent = [n for n, _ in skeleton.named_parameters() if n not in known]
-    if absent:
-        raise UserError(f"{name} was not tuned from this base: it has no {absent[0]}")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = [n for n, _ in skeleton.named_parameters() if n not in parameters]
+    if missing:
+        raise UserError(f"{name} was not tuned from this base: it has no {missing[0]}")
     config = getattr(model, "config", None)
     return Finetuned(
         name,
-        lambda parameter: known[parameter].detach() if parameter in known else None,
+        lambda key: parameters[key].detach() if key in parameters else None,
         labels=dict(getattr(config, "id2label", None) or {}),
     )
 
 
 def _model_folder(name: str, folder: Path, skeleton: nn.Module) -> Finetuned:
-    got = _class_name(folder)
-    if got != type(skeleton).__name__:
+    class_name = _class_name(folder)
+    if class_name != type(skeleton).__name__:
         raise UserError(
-            f"{name} ({folder}) is a {got}, the others are {type(skeleton).__name__}: fuse models "
-            "of one class"
+            f"{name} ({folder}) is a {class_name}, the others are {type(skeleton).__name__}: fuse "
+            "models of one class"
         )
-    where = _tensor_files(folder)
+    files = _tensor_files(folder)
     prefix = getattr(skeleton, "base_model_prefix", "")
-    spelt: dict[str, str] = {}
+    stored_names: dict[str, str] = {}
     for parameter, _ in skeleton.named_parameters():
-        on_disk = next((n for n in _spellings(parameter, prefix) if n in where), None)
-        if on_disk is None and "pooler" not in parameter:
-            # Names that transformers converts on loading: let it.
+        stored_name = next((n for n in _spellings(parameter, prefix) if n in files), None)
+        if stored_name is None and "pooler" not in parameter:
+            # transformers renames this architecture's tensors on loading.
             return _live_model(name, load_base(folder, dtype="auto")[0], skeleton)
-        if on_disk is not None:
-            spelt[parameter] = on_disk
+        if stored_name is not None:
+            stored_names[parameter] = stored_name
 
     def read(parameter: str) -> Tensor | None:
-        if parameter not in spelt:
+        if parameter not in stored_names:
             return None
-        with safetensors.safe_open(where[spelt[parameter]], framework="pt") as stored:
-            return stored.get_tensor(spelt[parameter])
+        stored_name = stored_names[parameter]
+        with safetensors.safe_open(files[stored_name], framework="pt") as file:
+            return file.get_tensor(stored_name)
 
     config = json.loads((folder / "config.json").read_text("utf-8"))
     labels = {int(k): v for k, v in (config.get("id2label") or {}).items()}
@@ -291,11 +299,15 @@ def _model_folder(name: str, folder: Path, skeleton: nn.Module) -> Finetuned:
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor → the safetensors file of the folder that holds it; empty where there is none."""
+    """Tensor → safetensors file of the folder that holds it; empty where there is none.
+
+    Raises:
+        UserError: A file is damaged.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        known = json.loads(index.read_text("utf-8"))["weight_map"]
-        return {name: folder / file for name, file in known.items()}
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        return {name: folder / file for name, file in weight_map.items()}
     single = folder / "model.safetensors"
     if not single.is_file():
         return {}
@@ -318,11 +330,11 @@ def _adapter_folder(name: str, folder: Path, skeleton: nn.Module) -> Finetuned:
         tensors = safetensors.torch.load_file(file)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read {file}: {' '.join(str(error).split())[:200]}") from error
-    found = _adapter(name, config, tensors, skeleton)
+    finetuned = _adapter(name, config, tensors, skeleton)
     if (folder / LABELS_FILE).is_file():
         labels = json.loads((folder / LABELS_FILE).read_text("utf-8"))
-        found.labels = {i: str(label) for i, label in enumerate(labels) if label is not None}
-    return found
+        finetuned.labels = {i: str(label) for i, label in enumerate(labels) if label is not None}
+    return finetuned
 
 
 def _live_adapter(name: str, model: Any, skeleton: nn.Module) -> Finetuned:
@@ -347,30 +359,36 @@ def _adapter(
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     prefix = getattr(skeleton, "base_model_prefix", "")
     factors: dict[str, tuple[Tensor, Tensor]] = {}
-    saved: dict[str, Tensor] = {}
+    full_values: dict[str, Tensor] = {}
     for key, value in tensors.items():
         plain = key.removeprefix("base_model.model.")
         layer, is_a, _ = plain.partition(".lora_A.")
         if is_a:
-            found = _named(name, layer, modules, prefix)
+            module_name = _base_name(name, layer, modules, prefix)
             b = tensors[key.replace(".lora_A.", ".lora_B.")]
-            factors[found] = (b.float() * _scaling(config, layer, len(value)), value.float())
+            factors[module_name] = (b.float() * _scaling(config, layer, len(value)), value.float())
         elif ".lora_B." not in plain:
             if "lora_" in plain:
                 raise UserError(
-                    f"{name} has {plain}, which is no LoRA of a linear layer: merge it into its "
+                    f"{name} has {plain}, which is not LoRA of a linear layer: merge it into its "
                     "base (merge_and_unload) and give the full model"
                 )
-            saved[_named(name, plain, parameters, prefix)] = value
-    return Finetuned(name, saved.get, factors)
+            full_values[_base_name(name, plain, parameters, prefix)] = value
+    return Finetuned(name, full_values.get, factors)
 
 
-def _named(name: str, wanted: str, known: Mapping[str, Any], prefix: str) -> str:
-    for spelling in _spellings(wanted, prefix):
-        if spelling in known:
+def _base_name(task: str, adapter_name: str, in_base: Mapping[str, Any], prefix: str) -> str:
+    """The base's name of a module or parameter that an adapter names.
+
+    Raises:
+        UserError: The base does not have it.
+    """
+    for spelling in _spellings(adapter_name, prefix):
+        if spelling in in_base:
             return spelling
     raise UserError(
-        f"{name} was not tuned from this base: it adapts {wanted}, which the base does not have"
+        f"{task} was not tuned from this base: it adapts {adapter_name}, which the base does not "
+        "have"
     )
 
 
@@ -384,23 +402,23 @@ def _scaling(config: Mapping[str, Any], layer: str, rank: int) -> float:
 
 
 def _check_plain_lora(name: str, config: Mapping[str, Any]) -> None:
-    kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
-    start = str(config.get("init_lora_weights", True))
-    odd = None
-    if kind != "LORA":
-        odd = f"a {kind} adapter"
+    peft_type = getattr(config.get("peft_type"), "value", config.get("peft_type"))
+    init = str(config.get("init_lora_weights", True))
+    variant = None
+    if peft_type != "LORA":
+        variant = f"a {peft_type} adapter"
     elif config.get("use_dora"):
-        odd = "a DoRA adapter"
+        variant = "a DoRA adapter"
     elif config.get("lora_bias") or config.get("bias", "none") != "none":
-        odd = "a LoRA adapter that trained biases"
+        variant = "a LoRA adapter with trained biases"
     elif config.get("target_parameters"):
-        odd = "a LoRA adapter of fused expert parameters"
+        variant = "a LoRA adapter of fused expert parameters"
     elif config.get("layer_replication"):
-        odd = "a LoRA adapter that repeats layers"
-    elif start.startswith(REBASED):
-        odd = f"a LoRA adapter begun by {start}, which changes its base"
-    if odd is not None:
+        variant = "a LoRA adapter with layer replication"
+    elif init.startswith(BASE_CHANGING_INITS):
+        variant = f"a LoRA adapter initialised by {init}, which also changes the base"
+    if variant is not None:
         raise UserError(
-            f"{name} is {odd}; only plain LoRA is an expert: merge it into its base "
-            "(merge_and_unload) and give the full model"
+            f"{name} is {variant}; of adapters only plain LoRA can be fused: merge it into its "
+            "base (merge_and_unload) and give the full model"
         )

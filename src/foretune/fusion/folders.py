@@ -1,4 +1,4 @@
-"""`foretune fuse` on folders: reads the settings and the samples, fuses, saves."""
+"""`foretune fuse` on folders: read settings and samples, fuse, save."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
+from foretune.files import claim_model_folder
+from foretune.fusion import RECORD_FILE
 from foretune.methods import make, method_class
 from foretune.recipes.yaml_io import parse_yaml
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command line asks for.
+    """A parsed command line.
 
     Args:
         method: The method's record.
-        finetuned: Name → folder.
+        finetuned: Task → folder of its fine-tuned model.
     """
 
     method: Any
     finetuned: dict[str, Path]
 
 
-def parse_request(name: str, given: Sequence[str]) -> Request:
-    """Sorts `NAME=FOLDER` from `KEY=VALUE`: a field of the method is a setting.
+def parse_request(name: str, arguments: Sequence[str]) -> Request:
+    """Split arguments into models (`NAME=FOLDER`) and settings (`KEY=VALUE`, KEY a method's field).
 
     Raises:
-        UserError: No method of that name that fuses, no `=`, a name twice, or neither a field nor a
-            folder.
+        UserError: No fuse method of that name, an argument without `=`, a name given twice, or
+            neither a field nor a folder.
     """
     cls: Any = method_class(name)
     if cls.verb != "fuse":
@@ -42,20 +44,20 @@ def parse_request(name: str, given: Sequence[str]) -> Request:
     fields = [f.name for f in dataclasses.fields(cls)]
     settings: dict[str, Any] = {}
     finetuned: dict[str, Path] = {}
-    for part in given:
-        key, equals, value = part.partition("=")
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
         if not equals or not key or not value:
-            raise UserError(f'"{part}" must read NAME=FOLDER or KEY=VALUE')
+            raise UserError(f'"{argument}" must read NAME=FOLDER or KEY=VALUE')
         if key in settings or key in finetuned:
-            raise UserError(f"{key} stands twice")
+            raise UserError(f"{key} is given twice")
         if key in fields:
-            settings[key] = parse_yaml(value, f'setting "{part}"')
+            settings[key] = parse_yaml(value, f'setting "{argument}"')
         elif Path(value).expanduser().is_dir():
             finetuned[key] = Path(value).expanduser()
         else:
-            have = f"it has {', '.join(fields)}" if fields else "it has none"
+            available = f"it has {', '.join(fields)}" if fields else "it has none"
             raise UserError(
-                f'"{part}": no folder {value}, and {name} has no field "{key}"; {have}.'
+                f'"{argument}": no folder {value}, and {name} has no field "{key}"; {available}.'
                 f"{did_you_mean(key, fields)}"
             )
     if not finetuned:
@@ -63,32 +65,33 @@ def parse_request(name: str, given: Sequence[str]) -> Request:
     return Request(make(name, **settings), finetuned)
 
 
-def read_samples(file: Path, names: Sequence[str], most: int) -> dict[str, list[str]]:
-    """The first texts of each task in a file of rows with `task` and `text`.
+def read_samples(file: Path, names: Sequence[str], limit: int) -> dict[str, list[str]]:
+    """The first `limit` texts of each task in a file of rows with `task` and `text`.
 
     Raises:
         UserError: A row without a text, or a task without rows.
     """
     from foretune.tasks.readers import read_rows
 
-    found: dict[str, list[str]] = {name: [] for name in names}
-    seen: set[str] = set()
+    texts: dict[str, list[str]] = {name: [] for name in names}
+    tasks: set[str] = set()
     for row in read_rows(str(file)):
         task, text = row.fields.get("task"), row.fields.get("text")
-        seen.add(str(task))
-        if task not in found or len(found[task]) == most:
+        tasks.add(str(task))
+        if task not in texts or len(texts[task]) == limit:
             continue
         if not isinstance(text, str):
             raise UserError(
                 f'{row.place}: samples need "task" and "text", got {", ".join(row.fields)}'
             )
-        found[task].append(text)
-    absent = [name for name in names if not found[name]]
-    if absent:
+        texts[task].append(text)
+    missing = [name for name in names if not texts[name]]
+    if missing:
         raise UserError(
-            f"{file} has no rows of task {', '.join(absent)}; it has {', '.join(sorted(seen)[:8])}"
+            f"{file} has no rows of task {', '.join(missing)}; its tasks: "
+            f"{', '.join(sorted(tasks)[:8])}"
         )
-    return found
+    return texts
 
 
 def fuse_folders(
@@ -100,29 +103,31 @@ def fuse_folders(
     num_samples: int = 16,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Fuses folders and saves the result.
+    """Fuse the models of some folders and save the result.
 
     Args:
         base: A model's folder, or "minilm".
-        request: From `parse_request`.
-        out: The fused model's folder.
+        request: See `parse_request`.
+        out: Folder of the fused model.
         samples: For gate=activations: a file of rows with `task` and `text`.
-        num_samples: Texts of each task that are taken from it.
-        overwrite: Replace a fused model that is in `out`.
+        num_samples: Texts per task read from `samples`.
+        overwrite: Replace a fused model in `out`.
 
     Returns:
-        out, method, names, seconds, and the method's report.
+        out, method, names, own_heads, seconds, and the fields of the method's report.
 
     Raises:
-        UserError: `out` is not empty, or what `foretune.fuse` raises.
+        UserError: `out` may not be written, samples for a method that takes none, or an error of
+            `foretune.fuse`.
     """
     import foretune
 
-    _check_out(out, overwrite, [Path(base), *request.finetuned.values()])
+    _check_not_an_input(out, [Path(base), *request.finetuned.values()])
+    claim_model_folder(out, RECORD_FILE, overwrite=overwrite)
     options: dict[str, Any] = {}
     if samples is not None:
         if request.method.name != "smile":
-            raise UserError(f"--samples is for smile; {request.method.name} needs none")
+            raise UserError(f"--samples is for smile; {request.method.name} takes none")
         options["samples"] = read_samples(samples, list(request.finetuned), num_samples)
     start = time.perf_counter()
     fused = foretune.fuse(base, request.finetuned, request.method, **options)
@@ -137,23 +142,11 @@ def fuse_folders(
     }
 
 
-def _check_out(out: Path, overwrite: bool, used: Sequence[Path]) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out needs a folder")
-    if any(out.resolve() == path.expanduser().resolve() for path in used):
-        raise UserError(f"--out {out} is one of the models that are fused; choose another folder")
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if names and not overwrite:
-        raise UserError(
-            f"{out} is not empty: --overwrite replaces it, another folder leaves it alone"
-        )
-    if names and "fused.json" not in names:
-        raise UserError(
-            f"{out} holds no fused model ({', '.join(sorted(names)[:3])}, …): --overwrite does not "
-            "remove it; choose another folder"
-        )
+def _check_not_an_input(out: Path, inputs: Sequence[Path]) -> None:
+    if any(out.resolve() == path.expanduser().resolve() for path in inputs):
+        raise UserError(f"--out {out} is one of the models to fuse; choose another folder")
 
 
 def settings_of(method: Mapping[str, Any]) -> str:
-    """A record's fields as `key=value, …`."""
+    """The settings of a method's record as `key=value, …`."""
     return ", ".join(f"{k}={'null' if v is None else v}" for k, v in method.items() if k != "name")

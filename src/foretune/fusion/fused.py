@@ -1,4 +1,4 @@
-"""`Fused`: several models in one, as the verb `fuse` returns it; saved, loaded, told its task."""
+"""`Fused`: several fine-tuned models as one, which the verb `fuse` returns; saving and loading."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from foretune.errors import UserError
 from foretune.files import whole_folder
+from foretune.fusion import RECORD_FILE
 from foretune.fusion.mixture import (
     LowRankExperts,
     Routing,
@@ -27,7 +28,7 @@ from foretune.fusion.mixture import (
 )
 from foretune.models.loading import load_base, save_base
 
-RECORD, EXPERTS, HEADS = "fused.json", "experts.safetensors", "heads.safetensors"
+EXPERTS_FILE, HEADS_FILE = "experts.safetensors", "heads.safetensors"
 PARTS = ("up", "down", "gate", "offset", "bias", "present")
 
 
@@ -37,12 +38,12 @@ class Fused:
 
     Args:
         model: The fused model, of the base's class: call it, generate with it, train it.
-        names: Of what was fused, in order.
-        method: The method's record, as a mapping.
-        routing: What the layers with experts share; of no effect where there are none.
-        labels: Task → the names of its classes by number, where they are known.
+        names: Names of the fused models, in order.
+        method: The method's record as a mapping.
+        routing: Shared by the layers with experts; has no effect where there are none.
+        labels: Task → class names by number, where heads are kept per task.
         report: Counts and notes: what was fused, what was left out, how much was added.
-        tokenizer: Of the base, saved with the model.
+        tokenizer: The base's tokenizer, saved with the model.
     """
 
     model: nn.Module
@@ -55,26 +56,26 @@ class Fused:
 
     @property
     def heads(self) -> dict[str, TaskHeads]:
-        """Name → module that holds a head for each task; empty where all share one."""
+        """Name → module that holds one head per task; empty where all tasks share a head."""
         return {n: m for n, m in self.model.named_modules() if isinstance(m, TaskHeads)}
 
     def set_task(self, task: str | Sequence[str]) -> Fused:
-        """Says which task comes next: its head answers, and with routing=task its experts.
+        """Choose the task of the next inputs: its head, and with routing=task its experts.
 
         Args:
-            task: One name for all rows, or, where tasks have no heads of their own, one for each.
+            task: One name for the whole batch, or one per example where there is no head per task.
 
         Returns:
-            Itself.
+            This object.
 
         Raises:
-            UserError: There is no such task, or heads cannot answer for several at once.
+            UserError: There is no such task, or several tasks were given and each has its own head.
         """
         if isinstance(task, str):
             self.routing.index(task)
         elif self.heads:
             raise UserError(
-                "each task has a head of its own: set_task takes one name, for all rows of a batch"
+                "each task has its own head, so set_task takes one name for the whole batch"
             )
         else:
             task = list(task)
@@ -87,10 +88,10 @@ class Fused:
         return self
 
     def set_experts(self, tasks: str | Sequence[str] | None) -> Fused:
-        """Sends all rows (or each row) to the named experts, whatever the routing; None undoes it.
+        """Send the whole batch, or each example, to the named experts; None restores the routing.
 
         Returns:
-            Itself.
+            This object.
 
         Raises:
             UserError: There is no such expert.
@@ -100,35 +101,36 @@ class Fused:
 
     @contextmanager
     def usage(self) -> Iterator[Usage]:
-        """Counts which experts are chosen while the block lasts.
+        """Count which experts are chosen inside the `with` block.
 
-        The result's `.mean()` and `.layers` are filled when the block ends.
+        The counts' `.mean()` and `.layers` are filled when the block ends.
         """
-        with count_usage(self.model, self.names) as counted:
-            yield counted
+        with count_usage(self.model, self.names) as counts:
+            yield counts
 
     def save(self, folder: str | Path) -> Path:
-        """Writes a model folder, with experts, heads and `fused.json` beside the base's files.
+        """Write a model folder, with experts, heads and `fused.json` beside the base's files.
 
-        The folder appears whole or not at all. `load_fused` reads it; for a method without experts
-        and heads (an average), so does transformers. A fused model that is there is replaced.
+        The folder is written completely or not at all, and replaces an earlier fused model.
+        `load_fused` reads it, and transformers too where there are neither experts nor heads per
+        task (an average).
 
         Raises:
-            UserError: Something else is in the folder.
+            UserError: The folder holds something other than a fused model.
         """
         folder = Path(folder)
-        held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        if held and RECORD not in held:
+        files = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        if files and RECORD_FILE not in files:
             raise UserError(
-                f"{folder} holds no fused model ({', '.join(held[:3])}, …), so it is not replaced; "
-                "choose another folder"
+                f"{folder} holds no fused model ({', '.join(files[:3])}, …), so it is not "
+                "replaced; choose another folder"
             )
         with whole_folder(folder) as part:
             with _without_experts(self):
                 save_base(self.model, self.tokenizer, part)
-            _save_tensors(part / EXPERTS, self._expert_tensors())
-            _save_tensors(part / HEADS, self._head_tensors())
-            (part / RECORD).write_text(json.dumps(self._record(), indent=1) + "\n", "utf-8")
+            _save_tensors(part / EXPERTS_FILE, self._expert_tensors())
+            _save_tensors(part / HEADS_FILE, self._head_tensors())
+            (part / RECORD_FILE).write_text(json.dumps(self._record(), indent=1) + "\n", "utf-8")
         return folder
 
     def _record(self) -> dict[str, Any]:
@@ -149,13 +151,13 @@ class Fused:
         }
 
     def _expert_tensors(self) -> dict[str, Tensor]:
-        found = {}
+        tensors = {}
         for name, layer in expert_layers(self.model).items():
             for part in PARTS:
                 value = getattr(layer, part)
                 if value is not None:
-                    found[f"{name}|{part}"] = value.detach().cpu().contiguous()
-        return found
+                    tensors[f"{name}|{part}"] = value.detach().cpu().contiguous()
+        return tensors
 
     def _head_tensors(self) -> dict[str, Tensor]:
         return {
@@ -166,7 +168,7 @@ class Fused:
         }
 
     def _relabel(self, task: str) -> None:
-        """Tells the model the task's classes, which its loss and its pipelines go by."""
+        """Set the task's classes in the model's config, which its loss and pipelines read."""
         config: Any = getattr(self.model, "config", None)
         names = self.labels.get(task)
         if config is None or not names:
@@ -177,33 +179,33 @@ class Fused:
 
 
 def load_fused(folder: str | Path) -> Fused:
-    """Reads what `Fused.save` wrote.
+    """Load a model that `Fused.save` wrote.
 
     Raises:
-        UserError: The folder holds no fused model, or a broken one.
+        UserError: The folder holds no fused model, or a damaged one.
     """
     folder = Path(folder)
-    if not (folder / RECORD).is_file():
+    if not (folder / RECORD_FILE).is_file():
         raise UserError(
-            f"{folder} holds no fused model: it has no {RECORD}; foretune fuse makes one"
+            f"{folder} holds no fused model: it has no {RECORD_FILE}; foretune fuse makes one"
         )
-    record = json.loads((folder / RECORD).read_text("utf-8"))
+    record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
     model, tokenizer = load_base(folder, dtype="auto")
     routing = Routing(
         record["names"], record["granularity"], record["top_k"], causal=record["causal"]
     )
-    experts, heads = _read_tensors(folder / EXPERTS), _read_tensors(folder / HEADS)
+    experts, heads = _read_tensors(folder / EXPERTS_FILE), _read_tensors(folder / HEADS_FILE)
     for name in record["layers"]:
         parts = {part: experts.get(f"{name}|{part}") for part in PARTS}
         base = model.get_submodule(name)
         replace_module(model, name, LowRankExperts(base, **parts, routing=routing))  # type: ignore[arg-type]
     for name, widths in record["heads"].items():
-        first = model.get_submodule(name)
-        tensors = [
+        first_head = model.get_submodule(name)
+        states = [
             {k.split("|", 2)[2]: v for k, v in heads.items() if k.startswith(f"{name}|{i}|")}
             for i in range(len(widths))
         ]
-        replace_module(model, name, TaskHeads([head_with(first, t) for t in tensors], routing))
+        replace_module(model, name, TaskHeads([head_with(first_head, s) for s in states], routing))
     labels = {task: {int(k): v for k, v in m.items()} for task, m in record["labels"].items()}
     fused = Fused(
         model.eval(),
@@ -219,26 +221,26 @@ def load_fused(folder: str | Path) -> Fused:
 
 
 def watch_mask(model: nn.Module, routing: Routing) -> None:
-    """Lets the layers know which tokens are padding."""
-    model.register_forward_pre_hook(routing.note, with_kwargs=True)
+    """Let the layers know which tokens are padding, by a forward pre-hook of the model."""
+    model.register_forward_pre_hook(routing.store_mask, with_kwargs=True)
 
 
-def head_with(head: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a head that holds these values, as wide as they are."""
-    made = copy.deepcopy(head)
+def head_with(head: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a head with the parameters and buffers of `state`, resized to their shapes."""
+    resized = copy.deepcopy(head)
     with torch.no_grad():
-        for key, value in tensors.items():
+        for key, value in state.items():
             owner, _, last = key.rpartition(".")
-            module = made.get_submodule(owner)
+            module = resized.get_submodule(owner)
             old = getattr(module, last)
             if isinstance(old, nn.Parameter):
-                fresh = value.detach().to(device=old.device, dtype=old.dtype).clone()
-                setattr(module, last, nn.Parameter(fresh, requires_grad=old.requires_grad))
+                new = value.detach().to(device=old.device, dtype=old.dtype).clone()
+                setattr(module, last, nn.Parameter(new, requires_grad=old.requires_grad))
             else:
                 old.copy_(value)
             if last == "weight" and isinstance(module, nn.Linear):
                 module.out_features, module.in_features = value.shape
-    return made
+    return resized
 
 
 def _widths(head: nn.Module) -> list[list[int]]:
@@ -247,7 +249,7 @@ def _widths(head: nn.Module) -> list[list[int]]:
 
 @contextmanager
 def _without_experts(fused: Fused) -> Iterator[None]:
-    """The model as its base with the first task's head, while the block lasts."""
+    """Inside the block the model is its base with the first task's head."""
     model, layers, heads = fused.model, expert_layers(fused.model), fused.heads
     selected = next(iter(heads.values())).selected if heads else None
     for name, layer in layers.items():

@@ -1,4 +1,4 @@
-"""The heads of fine-tuned models: one beside the other in the fused model, or one for all."""
+"""Task heads in the fused model: one per task, or a single one where all are equal."""
 
 from __future__ import annotations
 
@@ -16,41 +16,42 @@ from foretune.models.surgery import has_fresh_head, head_modules
 def keep_heads(
     model: nn.Module, experts: Sequence[Finetuned], routing: Routing
 ) -> dict[str, dict[int, str]]:
-    """Gives a model every task's head, in place; one, where all are the same.
+    """Give a model the head of every task, in place; a single head where all are equal.
 
     Returns:
-        Task → names of its classes by number, where the heads are kept and their names known.
+        Task → class names by number, where heads are kept per task; LABEL_0, … where the model does
+        not name them.
     """
     if not has_fresh_head(model):
         return {}
     differ = False
-    heads: dict[str, list[dict[str, Tensor]]] = {}
+    states: dict[str, list[dict[str, Tensor]]] = {}
     for name in head_modules(model):
-        own = model.get_submodule(name).state_dict()
-        heads[name] = []
+        base_state = model.get_submodule(name).state_dict()
+        states[name] = []
         for expert in experts:
-            read = {key: expert.read(f"{name}.{key}") for key in own}
-            heads[name].append({k: own[k] if v is None else v for k, v in read.items()})
-        first = heads[name][0]
-        differ |= any(not _equal(first, other) for other in heads[name][1:])
-    for name, states in heads.items():
-        head = model.get_submodule(name)
-        made = [head_with(head, state) for state in states]
-        replace_module(model, name, TaskHeads(made, routing) if differ else made[0])
+            tuned = {key: expert.read(f"{name}.{key}") for key in base_state}
+            states[name].append({k: base_state[k] if v is None else v for k, v in tuned.items()})
+        first, *rest = states[name]
+        differ |= any(not _equal(first, state) for state in rest)
+    for name, task_states in states.items():
+        base_head = model.get_submodule(name)
+        heads = [head_with(base_head, state) for state in task_states]
+        replace_module(model, name, TaskHeads(heads, routing) if differ else heads[0])
     if not differ:
         return {}
-    names = {}
-    for expert, state in zip(experts, next(reversed(heads.values())), strict=True):
+    labels = {}
+    for expert, state in zip(experts, next(reversed(states.values())), strict=True):
         width = _width(state)
-        names[expert.name] = {i: f"LABEL_{i}" for i in range(width)}
+        labels[expert.name] = {i: f"LABEL_{i}" for i in range(width)}
         if len(expert.labels) <= width:  # a head may be wider than its task has labels
-            names[expert.name] |= expert.labels
-    return names
+            labels[expert.name] |= expert.labels
+    return labels
 
 
-def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(v.shape == other[k].shape and torch.equal(v, other[k]) for k, v in one.items())
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(v.shape == b[k].shape and torch.equal(v, b[k]) for k, v in a.items())
 
 
-def _width(head: dict[str, Tensor]) -> int:
-    return len(list(head.values())[-1])
+def _width(state: dict[str, Tensor]) -> int:
+    return len(list(state.values())[-1])

@@ -22,26 +22,28 @@ def merge(
     method: dict[str, Any],
     combine: Callable[[list[Tensor]], Tensor],
 ) -> Fused:
-    """Adds to each parameter of the base what `combine` makes of the models' changes of it.
+    """Add to each parameter of the base the combined change of the fine-tuned models.
 
     Args:
         base: A model, or its folder.
         finetuned: Name → a model, a folder, a PEFT model or a PEFT folder.
-        method: The method's record, for the result.
-        combine: The changes, one for each model and of the parameter's shape, → one change.
+        method: The method's record as a mapping, kept in the result.
+        combine: Maps the changes of one parameter, one per model and all of its shape, to a single
+            change.
 
     Returns:
-        A plain model; with a head for each task where the tasks' heads differ.
+        A plain model, with one head per task where the heads differ.
 
     Raises:
-        UserError: Nothing to fuse, or models that do not fit the base.
+        UserError: There is nothing to fuse, the models do not fit the base, or none of them differs
+            from it.
     """
     if not finetuned:
         raise UserError("nothing to fuse: give at least one fine-tuned model")
     model, tokenizer = make_skeleton(base, finetuned)
     routing = Routing(list(finetuned))
     total = sum(p.numel() for p in model.parameters())
-    merged = 0
+    num_merged = 0
     with torch.no_grad():
         experts = [open_finetuned(name, source, model) for name, source in finetuned.items()]
         labels = keep_heads(model, experts, routing)
@@ -52,16 +54,24 @@ def merge(
             changes = [_change(expert, name, parameter, model) for expert in experts]
             if all(change is None for change in changes):
                 continue
-            known = [
+            deltas = [
                 torch.zeros_like(parameter, dtype=torch.float32) if c is None else c
                 for c in changes
             ]
-            parameter.add_(combine(known).to(parameter.dtype))
-            merged += 1
-    if not merged:
-        raise UserError("nothing differs between the base and what was fine-tuned")
+            parameter.add_(combine(deltas).to(parameter.dtype))
+            num_merged += 1
+    if not num_merged:
+        raise UserError(
+            "the fine-tuned models do not differ from the base: give the model that they were "
+            "tuned from"
+        )
     extra = sum(p.numel() for p in model.parameters()) - total
-    report = {"base_parameters": total, "extra_parameters": extra, "merged": merged, "notes": []}
+    report = {
+        "base_parameters": total,
+        "extra_parameters": extra,
+        "merged": num_merged,
+        "notes": [],
+    }
     return Fused(model.eval(), list(finetuned), method, routing, labels, report, tokenizer)
 
 

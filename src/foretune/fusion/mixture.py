@@ -1,18 +1,19 @@
-"""A linear layer with low-rank experts beside it, and what all such layers of a model share.
+"""A linear layer with low-rank experts beside it, and the routing that such layers share.
 
 symbol  here           shape          meaning
-W_0     base           (out, in)      the layer as it was
-V_iᵀ    down           (T, k, in)     what an expert reads
-U_i S_i up             (T, out, k)    what it writes
-        gate           (T, g, in)     the directions whose energy in x speaks for an expert
-b_i−b_0 bias           (T, out)
+W_0     base           (out, in)      the base's layer
+V_iᵀ    down           (T, k, in)     an expert's input directions
+U_i S_i up             (T, out, k)    an expert's output directions, scaled
+        gate           (T, g, in)     directions whose energy in x is an expert's routing logit
+b_i−b_0 bias           (T, out)       change of the bias
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,15 +27,15 @@ Granularity = Literal["token", "sequence", "task"]
 
 @dataclass(eq=False)
 class Routing:
-    """What the layers of one model share: how they route, and what the caller said.
+    """How the layers of one model route, the caller's choice and the current attention mask.
 
     Args:
-        names: Of the experts, in order.
-        granularity: What one choice is made for; "task" leaves it to the caller.
-        top_k: Experts that one choice takes.
-        causal: Whether a token must not see later ones, also not in the choice.
-        weights: (T,) or (rows, T): the caller's choice; None for none made.
-        mask: (rows, length): 1 where a token is no padding; None where nothing is known.
+        names: Names of the experts, in order.
+        granularity: Whether experts are chosen per token, per sequence, or by the caller (task).
+        top_k: Experts per choice.
+        causal: Whether routing of a token must not depend on later tokens.
+        weights: (T,) or (rows, T), the caller's choice; None lets the gate choose.
+        mask: (rows, length), 1 where a token is not padding; None where unknown.
     """
 
     names: list[str]
@@ -45,7 +46,7 @@ class Routing:
     mask: Tensor | None = None
 
     def choose(self, tasks: str | Sequence[str] | None) -> None:
-        """Sends all rows to one expert, or each row to its own; None lets the gate choose.
+        """Send all rows to one expert, or each row to its own; None lets the gate choose.
 
         Raises:
             UserError: There is no such expert.
@@ -53,13 +54,13 @@ class Routing:
         if tasks is None:
             self.weights = None
             return
-        wanted = [tasks] if isinstance(tasks, str) else list(tasks)
-        index = torch.tensor([self.index(name) for name in wanted])
+        expert_names = [tasks] if isinstance(tasks, str) else list(tasks)
+        index = torch.tensor([self.index(name) for name in expert_names])
         weights = F.one_hot(index, len(self.names)).float()
         self.weights = weights[0] if isinstance(tasks, str) else weights
 
     def index(self, name: str) -> int:
-        """An expert's number.
+        """The position of an expert.
 
         Raises:
             UserError: There is no such expert.
@@ -71,12 +72,12 @@ class Routing:
             )
         return self.names.index(name)
 
-    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model: keeps the attention mask for the layers inside.
+    def store_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model: store the (rows, length) attention mask for its layers.
 
         Raises:
-            UserError: Cached decoding while choices are made for sequences: the layers would see
-                only the newest token.
+            UserError: Decoding with a cache while routing by sequence: the layers would see only
+                the newest token.
         """
         mask = kwargs.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -84,12 +85,15 @@ class Routing:
         cached = past is not None and hasattr(past, "get_seq_length") and past.get_seq_length() > 0
         if cached and self.granularity == "sequence" and self.weights is None:
             raise UserError(
-                "routing by sequence needs every token in each pass: generate(use_cache=False), "
-                "or routing=token, or set_task"
+                "routing by sequence needs all tokens in every forward pass: use "
+                "generate(use_cache=False), routing=token, or set_experts"
             )
 
     def tokens(self, x: Tensor) -> Tensor | None:
-        """(rows, length) of booleans for x (rows, length, in): which tokens are no padding."""
+        """For x (rows, length, in) a boolean (rows, length): which tokens are not padding.
+
+        None where no mask of that shape is known.
+        """
         if self.mask is None or x.dim() != 3 or self.mask.shape != x.shape[:2]:
             return None
         return self.mask.to(x.device).bool()
@@ -99,13 +103,13 @@ class LowRankExperts(nn.Module):
     """y = base(x) + Σ_i p_i(x) · (up_i down_i x + bias_i), the p_i from the energy of x in gate_i.
 
     Args:
-        base: An `nn.Linear`, a `Conv1D` of transformers, or a quantised layer: it is only called.
+        base: An `nn.Linear`, a `Conv1D` of transformers, or a quantised layer; it is only called.
         up: (T, out, k).
         down: (T, k, in); None where `up` is (T, out, in), the experts' full matrices.
         gate: (T, g, in).
-        offset: (T, g): subtracted from gate · x; None for none.
-        bias: (T, out); None where no expert changes it.
-        present: (T,): False for an expert that leaves this layer as it is; it is never chosen.
+        offset: (T, g), subtracted from gate · x; None for zero.
+        bias: (T, out); None where no expert changes the bias.
+        present: (T,), False for an expert without a change in this layer, which is never chosen.
         routing: Shared by the layers of a model.
     """
 
@@ -135,7 +139,7 @@ class LowRankExperts(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The base's: some models (T5) look at a layer's weight to learn its type."""
+        """The base layer's weight, (out, in): some models (T5) read its dtype."""
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,44 +150,48 @@ class LowRankExperts(nn.Module):
         return self.base(x) + self.experts(x, p)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The energy of x in each expert's directions: (..., in) → (..., T), float32."""
-        seen = torch.einsum("...i,tgi->...tg", x.to(self.gate.dtype), self.gate)
+        """Norm of x in each expert's gate directions: (..., in) → (..., T), float32."""
+        projected = torch.einsum("...i,tgi->...tg", x.to(self.gate.dtype), self.gate)
         if self.offset is not None:
-            seen = seen - self.offset
-        return seen.float().norm(dim=-1)
+            projected = projected - self.offset
+        return projected.float().norm(dim=-1)
 
     def probabilities(self, x: Tensor) -> Tensor:
-        """Each expert's share in the answer: (..., in) → (..., T), or (..., 1, T) for all tokens.
+        """Weight of each expert: (..., in) → (..., T), or (..., 1, T) for all tokens.
 
-        Rows add up to 1, but where the caller chose an expert that is absent here.
+        Weights sum to 1.
+
+        Raises:
+            UserError: Routing by task and no task was chosen, or the number of tasks is not that of
+                the rows.
         """
         if self.routing.weights is not None:
             return self._chosen(x)
         if self.routing.granularity == "task":
             raise UserError(
-                "routing=task leaves the choice to you: set_task(NAME) first; the experts are "
+                "routing=task needs a task: call set_task(NAME) first; the experts are "
                 f"{', '.join(self.routing.names)}"
             )
         logits = self.logits(x)
         if self.routing.granularity == "sequence" and x.dim() == 3:
             logits = self._over_sequence(logits, self.routing.tokens(x))
         logits = logits.masked_fill(~self.present, float("-inf"))
-        wanted = min(self.routing.top_k, len(self.present))
-        value, index = logits.topk(wanted, dim=-1)
-        # A softmax over the chosen is the softmax over all, renormalised.
+        top_k = min(self.routing.top_k, len(self.present))
+        value, index = logits.topk(top_k, dim=-1)
+        # The softmax over the chosen experts is that over all experts, renormalised.
         return torch.zeros_like(logits).scatter(-1, index, value.softmax(dim=-1)).to(x.dtype)
 
     def experts(self, x: Tensor, p: Tensor) -> Tensor:
-        """The experts' part of the answer: (..., in), (..., T) → (..., out)."""
-        kind = self.up.dtype
-        p = p.to(kind)
+        """Weighted sum of the experts' outputs: (..., in), (..., T) → (..., out)."""
+        dtype = self.up.dtype
+        p = p.to(dtype)
         if self.down is None:
-            every = torch.einsum("...i,toi->...to", x.to(kind), self.up)
-            out = torch.einsum("...t,...to->...o", p.expand(*x.shape[:-1], -1), every)
+            outputs = torch.einsum("...i,toi->...to", x.to(dtype), self.up)
+            out = torch.einsum("...t,...to->...o", p.expand(*x.shape[:-1], -1), outputs)
         else:
-            # All experts as one matrix of T · k columns, those not chosen times zero.
-            read = torch.einsum("...i,tki->...tk", x.to(kind), self.down) * p.unsqueeze(-1)
-            out = torch.einsum("...tk,tok->...o", read, self.up)
+            # All experts as one matrix with T · k columns; those not chosen are multiplied by zero.
+            hidden = torch.einsum("...i,tki->...tk", x.to(dtype), self.down) * p.unsqueeze(-1)
+            out = torch.einsum("...tk,tok->...o", hidden, self.up)
         if self.bias is not None:
             out = out + p @ self.bias
         return out.to(x.dtype)
@@ -196,13 +204,13 @@ class LowRankExperts(nn.Module):
             return weights.expand(*(1,) * (x.dim() - 1), -1)
         if x.dim() < 2 or len(weights) != len(x):
             raise UserError(
-                f"{len(weights)} tasks were given where a layer sees {x.shape[0]} rows; give one "
-                "for all rows, or one for each"
+                f"got {len(weights)} tasks, but a layer's input has {x.shape[0]} rows; give one "
+                "task for all rows, or one per row"
             )
         return weights.view(len(weights), *(1,) * (x.dim() - 2), -1)
 
     def _over_sequence(self, logits: Tensor, tokens: Tensor | None) -> Tensor:
-        """The mean over the sequence, or over what came so far: (rows, length or 1, T)."""
+        """Mean over the sequence, or over the tokens so far if causal: (rows, 1 or length, T)."""
         count = torch.ones_like(logits[..., :1]) if tokens is None else tokens.unsqueeze(-1).float()
         if self.routing.causal:
             return (logits * count).cumsum(1) / count.cumsum(1).clamp_min(1)
@@ -210,10 +218,10 @@ class LowRankExperts(nn.Module):
 
 
 class TaskHeads(nn.Module):
-    """A head for each task, of which the one that was chosen answers.
+    """One head per task; `selected` answers.
 
     Args:
-        heads: One module a task, in the order of the experts; their outputs may differ in width.
+        heads: One module per task, in the order of the experts; their widths may differ.
         routing: Shared by the layers of a model.
     """
 
@@ -224,14 +232,14 @@ class TaskHeads(nn.Module):
         self.selected: int | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the chosen head says.
+        """The output of the selected head.
 
         Raises:
-            UserError: None was chosen, or rows were sent to several.
+            UserError: No head is selected.
         """
         if self.selected is None:
             raise UserError(
-                "each task has a head of its own: set_task(NAME) says which; there are "
+                "each task has its own head: choose one with set_task(NAME); there are "
                 f"{', '.join(self.routing.names)}"
             )
         return self.heads[self.selected](*args, **kwargs)
@@ -242,15 +250,15 @@ class Usage:
     """How often each expert was chosen, layer by layer.
 
     Args:
-        names: Of the experts.
-        layers: Name → (T,) shares that add up to 1, padding left out.
+        names: Names of the experts.
+        layers: Layer → (T,) shares that sum to 1, padding not counted.
     """
 
     names: list[str]
     layers: dict[str, Tensor] = field(default_factory=dict)
 
     def mean(self) -> dict[str, float]:
-        """Each expert's share over all layers."""
+        """Each expert's share, averaged over the layers."""
         if not self.layers:
             return dict.fromkeys(self.names, 0.0)
         total = torch.stack(list(self.layers.values())).mean(0)
@@ -258,22 +266,27 @@ class Usage:
 
 
 @contextmanager
-def observe(model: nn.Module, seen: Any) -> Iterator[None]:
-    """Calls seen(name, layer, x, p) in each layer with experts while the block lasts."""
+def observe(
+    model: nn.Module, observer: Callable[[str, LowRankExperts, Tensor, Tensor], Any]
+) -> Iterator[None]:
+    """Call observer(name, layer, x, p) in each layer with experts inside the `with` block.
+
+    x is the layer's input (..., in), p the experts' weights (..., T).
+    """
     layers = expert_layers(model)
-    calls = {name: _Named(name, seen) for name in layers}
+    observers = {name: partial(observer, name) for name in layers}
     for name, layer in layers.items():
-        layer.observers.append(calls[name])
+        layer.observers.append(observers[name])
     try:
         yield
     finally:
         for name, layer in layers.items():
-            layer.observers.remove(calls[name])
+            layer.observers.remove(observers[name])
 
 
 @contextmanager
 def count_usage(model: nn.Module, names: Sequence[str]) -> Iterator[Usage]:
-    """Counts which experts are chosen while the block lasts; the result is filled at its end."""
+    """Count which experts are chosen inside the `with` block; filled when the block ends."""
     usage = Usage(list(names))
     counts: dict[str, Tensor] = {}
 
@@ -288,20 +301,12 @@ def count_usage(model: nn.Module, names: Sequence[str]) -> Iterator[Usage]:
     usage.layers = {name: total / total.sum().clamp_min(1e-9) for name, total in counts.items()}
 
 
-class _Named:
-    def __init__(self, name: str, seen: Any) -> None:
-        self.name, self.seen = name, seen
-
-    def __call__(self, layer: LowRankExperts, x: Tensor, p: Tensor) -> None:
-        self.seen(self.name, layer, x, p)
-
-
 def expert_layers(model: nn.Module) -> dict[str, LowRankExperts]:
-    """Name → layer with experts."""
+    """The layers with experts, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LowRankExperts)}
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Puts `new` in the place of the module of that name."""
+    """Replace the module of that name by `new`."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, new)

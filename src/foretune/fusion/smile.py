@@ -3,41 +3,45 @@
 Paper: Tang et al., "SMILE: Zero-Shot Sparse Mixture of Low-Rank Experts Construction From
 Pre-Trained Foundation Models", 2024, arXiv:2408.10174.
 
-Each linear layer keeps the base's weight; what model i changed in it becomes expert i:
+Each linear layer keeps the base's weight; the change of model i becomes expert i:
 
     D_i = W_i − W_0 = U_i S_i V_iᵀ
     r_i(x) = ‖ V_i[:, :g]ᵀ x ‖,   p = softmax over the top K of r, the rest 0
     y = W_0 x + b_0 + Σ_i p_i ( U_i[:, :k] S_i[:k] V_i[:, :k]ᵀ x + b_i − b_0 )
 
     symbol  here        shape      meaning
-    T                              fine-tuned models
+    T                              number of fine-tuned models
     k       k                      rank of an expert
     g       gate_k                 rank of its gate
-    K       top_k                  experts that answer for a token
+    K       top_k                  experts per token
     V_iᵀ    down, gate  (k, in)    right singular vectors of D_i
-    U_i S_i up          (out, k)   left ones, scaled
+    U_i S_i up          (out, k)   left singular vectors, scaled by the singular values
 
 Deviations:
-    - An expert that leaves a layer as it is is never chosen there. The authors' gate is then made
-      of the vectors of a zero matrix, so that chance decides.
-    - A layer of which only the bias changed has experts too (the authors' code drops them).
-    - A LoRA expert is decomposed through its factors, exactly, without forming B A.
-    - Embeddings' transposes (lm_head) and task heads get no experts: heads are kept, one a task.
-    - Beside the paper's gate there are one from a few activations, routing by sequence and from
-      outside: on LoRA experts the paper's gate fell behind plain averaging in our measurements.
+    - An expert without a change in a layer is never chosen there. The authors' code builds its gate
+      from the singular vectors of a zero matrix, so its choice is arbitrary.
+    - A layer where only the bias changed has experts too (the authors' code drops them).
+    - A LoRA expert is decomposed exactly through its factors, without forming B A.
+    - Output embeddings (lm_head) and task heads get no experts: heads are kept per task.
+    - Besides the paper's gate there is one from a few activations, and besides routing by token
+      there are routing by sequence and by task: on LoRA experts the paper's gate did worse than
+      plain averaging in our measurements.
 Silent in the paper:
-    - Padding: it does not count for routing by sequence or for the usage that is told.
+    - Padding: it counts neither in routing by sequence nor in `usage`.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from typing_extensions import override
+
 from foretune.errors import UserError
+from foretune.method import Method
 from foretune.run import one_of, whole
 
 if TYPE_CHECKING:
@@ -56,26 +60,27 @@ PAPER = {
     "venue": "arXiv",
     "arxiv": "2408.10174",
 }
-RIDGE = 0.1  # share of the mean energy added to each direction where the gate is from activations
+RIDGE = 0.1  # ridge of gate=activations, as a share of the mean energy per direction
 
 
 @dataclass(frozen=True, kw_only=True)
-class SMILE:
+class SMILE(Method):
     """Fuse models over one base: each linear layer routes to low-rank experts, without training.
 
     Args:
-        k: Rank of an expert; null for the whole change of the weight.
+        k: Rank of an expert; null for full rank.
         gate_k: Rank of an expert's gate. Near the layer's width all gates are alike.
-        top_k: Experts that answer together, weighted by a softmax of their gates.
-        gate: "weights" (the paper's: directions that fine-tuning changed) or "activations" (those
-            in which a task's own inputs stand out; takes `samples`).
-        routing: "token" (the paper's), "sequence" (one choice for each sequence and layer), or
-            "task" (yours, by `set_task`).
-        rest: What is in no fused layer (embeddings, norms, convolutions): "base" leaves it, or
-            "average" takes the mean of the models.
+        top_k: Experts per choice, weighted by a softmax of their gates.
+        gate: "weights" (the paper's: directions that fine-tuning changed) or "activations"
+            (directions in which a task's inputs stand out; needs `samples`).
+        routing: "token" (the paper's), "sequence" (one choice per sequence and layer), or "task"
+            (your choice, by `set_task`).
+        rest: Parameters outside the fused layers (embeddings, norms, convolutions): "base" keeps
+            the base's, "average" takes the mean of the models.
         target_modules: Layers to fuse, by the end of their names or by pattern (`*.attention.*`);
             null for every linear layer.
-        exclude_modules: Modules left as in the base with all that is in them, likewise.
+        exclude_modules: Modules that stay as in the base with all their submodules, named in the
+            same way.
     """
 
     k: int | None = 32
@@ -105,11 +110,12 @@ class SMILE:
                 continue
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise UserError(f"{field} must be a list of module names, got {value!r}")
-            # A tuple, so that the record is hashable and JSON gives it back.
+            # A tuple, so that the record is hashable and equal after a round trip through JSON.
             object.__setattr__(self, field, tuple(str(name) for name in value))
 
+    @override
     def to_dict(self) -> dict[str, Any]:
-        fields = {"name": self.name, **asdict(self)}
+        fields = super().to_dict()
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     def fuse(
@@ -119,18 +125,18 @@ class SMILE:
         samples: Mapping[str, Sequence[Any]] | None = None,
         tokenizer: Any = None,
     ) -> Fused:
-        """Fuses models over one base; what it is given stays as it is.
+        """Fuse models over one base; the inputs are left unchanged.
 
         Args:
             base: A model, or its folder.
             finetuned: Name → a model, a folder, a PEFT model or a PEFT folder.
             samples: For gate="activations": name → a few texts of the task, or batches (mappings
                 that the model is called with).
-            tokenizer: For texts, where the base's folder has none.
+            tokenizer: Tokenizer of the sample texts, where the base's folder has none.
 
         Raises:
-            UserError: Models that do not fit the base, a layer that cannot be fused, no layer that
-                changed, or no samples for a gate that needs them.
+            UserError: The models do not fit the base, a layer cannot be fused, no layer changed, or
+                samples are missing for a gate that needs them.
         """
         import torch
 
@@ -140,7 +146,7 @@ class SMILE:
         from foretune.fusion.mixture import Routing
 
         self._check_samples(finetuned, samples)
-        model, found = make_skeleton(base, finetuned)
+        model, base_tokenizer = make_skeleton(base, finetuned)
         self._check_model(model)
         routing = Routing(list(finetuned), self.routing, self.top_k, causal=_generates(model))
         total = sum(p.numel() for p in model.parameters())
@@ -156,7 +162,7 @@ class SMILE:
             routing,
             labels,
             report,
-            found or tokenizer,
+            base_tokenizer or tokenizer,
         )
         if samples is not None and self.gate == "activations":
             from foretune.fusion.activation_gate import set_gates
@@ -168,42 +174,50 @@ class SMILE:
     def _fuse_layers(
         self, model: nn.Module, experts: Sequence[Finetuned], routing: Routing
     ) -> dict[str, Any]:
-        """Replaces the linear layers one by one; tells what was done."""
+        """Replace the linear layers one by one; returns the report.
+
+        Raises:
+            UserError: No linear layer differs from the base.
+        """
         from foretune.fusion.mixture import replace_module
 
-        fused: dict[str, float] = {}
+        energy_kept: dict[str, float] = {}
         handled: set[str] = set()
         for name, layer in self._layers(model).items():
-            made = self._layer(name, layer, experts, routing)
+            fused = self._fused_layer(name, layer, experts, routing)
             handled |= {f"{name}.{key}" for key, _ in layer.named_parameters()}
-            if made is not None:
-                replace_module(model, name, made[0])
-                handled |= {f"{name}.{key}" for key, _ in made[0].named_parameters()}
-                fused[name] = made[1]
-        if not fused:
+            if fused is not None:
+                new_layer, energy_kept[name] = fused
+                replace_module(model, name, new_layer)
+                handled |= {f"{name}.{key}" for key, _ in new_layer.named_parameters()}
+        if not energy_kept:
             raise UserError(
-                "no linear layer differs between the base and what was fine-tuned: is this the "
-                "base that they were tuned from, or do target_modules leave them out?"
+                "no linear layer differs between the base and the fine-tuned models: give the base "
+                "that they were tuned from, and target_modules that include the changed layers"
             )
-        left = self._rest(model, experts, handled)
+        left_out = self._rest(model, experts, handled)
         lora = [e.name for e in experts if e.factors]
         notes = []
         if lora and self.gate == "weights" and self.routing != "task":
             notes.append(
-                f"{', '.join(lora)}: LoRA. On LoRA experts the gate from weights fell behind plain "
-                "averaging in our measurements; try gate=activations with routing=sequence, or "
-                "routing=task"
+                f"{', '.join(lora)}: LoRA. On LoRA experts the gate from weights did worse than "
+                "plain averaging in our measurements; try gate=activations with routing=sequence, "
+                "or routing=task"
             )
-        if left and self.rest == "base":
+        if left_out and self.rest == "base":
             notes.append(
-                f"{len(left)} parameters outside the fused layers differ and stay as in the base: "
-                f"{', '.join(left[:3])}{' …' if len(left) > 3 else ''}"
+                f"{len(left_out)} parameters outside the fused layers differ and stay as in the "
+                f"base: {', '.join(left_out[:3])}{' …' if len(left_out) > 3 else ''}"
             )
-        kept = sum(fused.values()) / len(fused)
-        return {"layers": len(fused), "energy_kept": kept, "left_out": left, "notes": notes}
+        return {
+            "layers": len(energy_kept),
+            "energy_kept": sum(energy_kept.values()) / len(energy_kept),
+            "left_out": left_out,
+            "notes": notes,
+        }
 
     def _layers(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The layers that may get experts.
+        """The linear layers that may get experts, by name.
 
         Raises:
             UserError: A name in target_modules matches none.
@@ -214,95 +228,95 @@ class SMILE:
         from foretune.fusion.mixture import TaskHeads
         from foretune.models.surgery import has_fresh_head, head_modules
 
-        kept = [f"{n}." for n, m in model.named_modules() if isinstance(m, TaskHeads)]
+        heads = [f"{n}." for n, m in model.named_modules() if isinstance(m, TaskHeads)]
         if has_fresh_head(model):
-            kept += [f"{name}." for name in head_modules(model)]
+            heads += [f"{name}." for name in head_modules(model)]
         output = getattr(model, "get_output_embeddings", lambda: None)()
-        found = {
+        layers = {
             name: module
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, Conv1D))
-            and not f"{name}.".startswith(tuple(kept))
+            and not f"{name}.".startswith(tuple(heads))
             and not type(module).__name__.startswith("NonDynamicallyQuantizable")
             and (module is not output or self.target_modules is not None)
         }
         if self.target_modules is not None:
-            for wanted in self.target_modules:
-                if not any(_matches(name, [wanted]) for name in found):
-                    ends = sorted({name.rpartition(".")[2] for name in found})
+            for target in self.target_modules:
+                if not any(_matches(name, [target]) for name in layers):
+                    ends = sorted({name.rpartition(".")[2] for name in layers})
                     raise UserError(
-                        f"no module matches target_modules=['{wanted}']; "
+                        f"no module matches target_modules=['{target}']; "
                         f"{type(model).__name__} has: {', '.join(ends)}"
                     )
-            found = {n: m for n, m in found.items() if _matches(n, self.target_modules)}
-        return {n: m for n, m in found.items() if not _inside(n, self.exclude_modules)}
+            layers = {n: m for n, m in layers.items() if _matches(n, self.target_modules)}
+        return {n: m for n, m in layers.items() if not _inside(n, self.exclude_modules)}
 
-    def _layer(
+    def _fused_layer(
         self, name: str, layer: Any, experts: Sequence[Finetuned], routing: Routing
     ) -> tuple[nn.Module, float] | None:
-        """(the layer with experts, the share of the changes' energy that they keep)."""
+        """(layer with experts, share of the changes' energy that they keep); None if unchanged."""
         import torch
 
         from foretune.fusion.mixture import LowRankExperts
 
         triplets, energies = [], []
         for expert in experts:
-            found, energy = self._factors(name, layer, expert)
-            triplets.append(found)
+            factors, energy = self._factors(name, layer, expert)
+            triplets.append(factors)
             energies.append(energy)
         biases = [expert.parameter_delta(f"{name}.bias", layer.bias) for expert in experts]
         if all(f is None for f in triplets) and all(b is None for b in biases):
             return None
         weight = layer.weight
-        kind = weight.dtype if weight.is_floating_point() else torch.float32
-        place = {"device": weight.device, "dtype": kind}
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        placement = {"device": weight.device, "dtype": dtype}
         size_out, size_in = _shape(layer)
-        nothing = (torch.zeros(size_out, 1), torch.zeros(1), torch.zeros(1, size_in))
-        known = [nothing if f is None else f for f in triplets]
-        down = _stack([vh for _, _, vh in known], self.k)
-        up = _stack([(u * s).T for u, s, _ in known], self.k).transpose(1, 2)
+        zeros = (torch.zeros(size_out, 1), torch.zeros(1), torch.zeros(1, size_in))
+        padded = [zeros if f is None else f for f in triplets]
+        down = _stack([vh for _, _, vh in padded], self.k)
+        up = _stack([(u * s).T for u, s, _ in padded], self.k).transpose(1, 2)
         bias = None
         if any(b is not None for b in biases):
             bias = torch.stack([torch.zeros(size_out) if b is None else b.cpu() for b in biases])
-        made = LowRankExperts(
+        new_layer = LowRankExperts(
             layer,
-            up=(up @ down if self.k is None else up).to(**place).contiguous(),
-            down=None if self.k is None else down.to(**place),
-            gate=_stack([vh for _, _, vh in known], self.gate_k).to(**place),
+            up=(up @ down if self.k is None else up).to(**placement).contiguous(),
+            down=None if self.k is None else down.to(**placement),
+            gate=_stack([vh for _, _, vh in padded], self.gate_k).to(**placement),
             offset=None,
-            bias=None if bias is None else bias.to(**place),
+            bias=None if bias is None else bias.to(**placement),
             present=torch.tensor(
                 [f is not None or b is not None for f, b in zip(triplets, biases, strict=True)],
                 device=weight.device,
             ),
             routing=routing,
         )
-        counted = [e for e in energies if e is not None]
-        return made, sum(counted) / len(counted) if counted else 1.0
+        shares = [e for e in energies if e is not None]
+        return new_layer, sum(shares) / len(shares) if shares else 1.0
 
     def _factors(
         self, name: str, layer: Any, expert: Finetuned
     ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, float | None]:
-        """An expert's leading singular triplets, and the share of the energy in the first k."""
+        """An expert's leading singular triplets, and the share of energy in the first k."""
         from foretune.linalg.low_rank import svd_of_product, truncated_svd
 
         if name in expert.factors:
-            found = svd_of_product(*expert.factors[name])
-            if not bool(found[1].any()):
+            factors = svd_of_product(*expert.factors[name])
+            if not bool(factors[1].any()):
                 return None, None
         else:
             delta = expert.delta(name, layer)
             if delta is None:
                 return None, None
-            found = truncated_svd(delta, None)
-        energy = found[1].square()
-        kept = float(energy[: self.k].sum() / energy.sum())
-        keep = None if self.k is None else max(self.k, self.gate_k)
-        u, s, vh = (part.cpu() for part in found)
-        return (u[:, :keep].clone(), s[:keep].clone(), vh[:keep].clone()), kept
+            factors = truncated_svd(delta, None)
+        energy = factors[1].square()
+        energy_kept = float(energy[: self.k].sum() / energy.sum())
+        rank = None if self.k is None else max(self.k, self.gate_k)
+        u, s, vh = (factor.cpu() for factor in factors)
+        return (u[:, :rank].clone(), s[:rank].clone(), vh[:rank].clone()), energy_kept
 
     def _rest(self, model: nn.Module, experts: Sequence[Finetuned], handled: set[str]) -> list[str]:
-        """Parameters outside the fused layers that differ; averaged where that is wanted."""
+        """Parameters outside the fused layers that differ; averaged if rest="average"."""
         from foretune.fusion.finetuned import change_rest
 
         return change_rest(
@@ -317,7 +331,7 @@ class SMILE:
         if self.routing == "sequence" and getattr(config, "is_encoder_decoder", False):
             raise UserError(
                 f"routing=sequence is not for an encoder-decoder ({type(model).__name__}), whose "
-                "layers see two sequences; use routing=token or routing=task"
+                "layers read two sequences; use routing=token or routing=task"
             )
 
     def _check_samples(
@@ -327,41 +341,41 @@ class SMILE:
             raise UserError("nothing to fuse: give at least one fine-tuned model")
         if self.top_k > len(finetuned):
             raise UserError(
-                f"top_k={self.top_k} experts a token, but only {len(finetuned)} are fused"
+                f"top_k={self.top_k} exceeds the number of fused models, {len(finetuned)}"
             )
         if self.gate == "weights":
             if samples is not None:
-                raise UserError("samples are for gate=activations; gate=weights needs none")
+                raise UserError("samples are for gate=activations; gate=weights takes none")
             return
-        absent = [name for name in finetuned if not (samples or {}).get(name)]
-        if absent:
+        missing = [name for name in finetuned if not (samples or {}).get(name)]
+        if missing:
             raise UserError(
-                f"gate=activations needs samples of every task; none for {', '.join(absent)}"
+                f"gate=activations needs samples of every task; none for {', '.join(missing)}"
             )
 
 
 def _generates(model: nn.Module) -> bool:
-    able = getattr(model, "can_generate", None)
-    return bool(able and able())
+    can_generate = getattr(model, "can_generate", None)
+    return bool(can_generate and can_generate())
 
 
-def _matches(name: str, wanted: Sequence[str]) -> bool:
-    """Whether a module is meant by its full name, the end of it, or a pattern."""
-    return any(name == w or name.endswith(f".{w}") or fnmatch.fnmatchcase(name, w) for w in wanted)
+def _matches(name: str, targets: Sequence[str]) -> bool:
+    """Whether a target is the module's full name, the end of it, or a pattern for it."""
+    return any(name == t or name.endswith(f".{t}") or fnmatch.fnmatchcase(name, t) for t in targets)
 
 
-def _inside(name: str, wanted: Sequence[str]) -> bool:
-    """Whether a module or parameter is, or lies in, a module that is meant."""
-    return any(_matches(part, wanted) for part in accumulate(name.split("."), "{}.{}".format))
+def _inside(name: str, targets: Sequence[str]) -> bool:
+    """Whether a module or parameter is, or lies in, a module that a target matches."""
+    return any(_matches(path, targets) for path in accumulate(name.split("."), "{}.{}".format))
 
 
 def _shape(layer: Any) -> tuple[int, int]:
-    """(out, in) of a linear layer; of a `Conv1D`, whose weight is stored the other way round."""
+    """(out, in) of a linear layer, or of a `Conv1D`, whose weight is stored transposed."""
     return (layer.nf, layer.nx) if hasattr(layer, "nf") else (layer.out_features, layer.in_features)
 
 
-def _stack(rows: Sequence[Tensor], limit: int | None) -> Tensor:
-    """(T, r, size) of the leading rows of each; experts of lower rank end in zeros."""
+def _stack(factors: Sequence[Tensor], limit: int | None) -> Tensor:
+    """(T, r, size) of each factor's leading rows; factors of lower rank end in zero rows."""
     from torch.nn.utils.rnn import pad_sequence
 
-    return pad_sequence([row[:limit] for row in rows], batch_first=True)
+    return pad_sequence([factor[:limit] for factor in factors], batch_first=True)

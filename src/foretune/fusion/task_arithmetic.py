@@ -1,19 +1,20 @@
-"""Task arithmetic: the base plus the scaled sum of what each fine-tuning changed.
+"""Task arithmetic: the base plus the scaled sum of the task vectors.
 
 Paper: Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, arXiv:2212.04089.
 
     W = W_0 + λ Σ_i (W_i − W_0)
 
 Deviations:
-    - None in the rule; heads are kept, one a task.
+    - None in the rule; heads are kept per task.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from foretune.method import Method
 from foretune.run import above_zero
 
 if TYPE_CHECKING:
@@ -33,11 +34,11 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskArithmetic:
+class TaskArithmetic(Method):
     """Fuse models over one base by the scaled sum of their changes.
 
     Args:
-        scale: λ. 1 over the number of models is the average.
+        scale: λ; 1 / (number of models) gives the average.
     """
 
     scale: float = 0.4
@@ -50,11 +51,8 @@ class TaskArithmetic:
     def __post_init__(self) -> None:
         above_zero("scale", self.scale)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
-
     def fuse(self, base: Source, finetuned: Mapping[str, Source]) -> Fused:
-        """Fuses models over one base; what it is given stays as it is."""
+        """Fuse models over one base; the inputs are left unchanged."""
         from foretune.fusion.merging import merge
 
         return merge(base, finetuned, self.to_dict(), self._combine)

@@ -1,24 +1,25 @@
-"""TIES: trim each model's change, elect a sign, average what agrees with it.
+"""TIES: trim each model's change, elect a sign, average the changes of that sign.
 
 Paper: Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023,
 arXiv:2306.01708.
 
-Per parameter: of each change only the largest `density` in magnitude stays; the sign with more
-total magnitude wins; the changes of that sign are averaged, times λ, and added to the base.
+Per parameter: each change keeps only its `density` share of largest magnitude; the sign with more
+total magnitude wins; the changes of that sign are averaged, scaled by λ, and added to the base.
 
 Deviations:
-    - The trimming is done in each tensor by itself (`peft.utils.merge_utils.ties`), not over all
-      of a model's parameters, so that one tensor is in memory at a time.
-    - Heads are kept, one a task.
+    - Each tensor is trimmed separately (`peft.utils.merge_utils.ties`), not over all parameters of
+      a model, so that one tensor is in memory at a time.
+    - Heads are kept per task.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from foretune.errors import UserError
+from foretune.method import Method
 from foretune.run import above_zero, share
 
 if TYPE_CHECKING:
@@ -37,11 +38,11 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TIES:
+class TIES(Method):
     """Fuse models over one base by their trimmed changes, where their signs agree.
 
     Args:
-        density: Share of each change that is kept, the largest in magnitude.
+        density: Share of each change that is kept, largest magnitudes first.
         scale: λ, the weight of the merged change.
     """
 
@@ -59,11 +60,8 @@ class TIES:
             raise UserError("density=0 keeps nothing; it must be above 0")
         above_zero("scale", self.scale)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
-
     def fuse(self, base: Source, finetuned: Mapping[str, Source]) -> Fused:
-        """Fuses models over one base; what it is given stays as it is."""
+        """Fuse models over one base; the inputs are left unchanged."""
         from foretune.fusion.merging import merge
 
         return merge(base, finetuned, self.to_dict(), self._combine)
@@ -75,5 +73,5 @@ class TIES:
         from peft.utils.merge_utils import ties
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a density of 1 trims nothing
+            warnings.simplefilter("ignore")  # PEFT warns that density=1 trims nothing
             return ties(changes, torch.full((len(changes),), float(self.scale)), self.density)

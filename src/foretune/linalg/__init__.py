@@ -1,1 +1,1 @@
-"""Tensor maths that knows no model."""
+"""Tensor maths that depends on no model."""

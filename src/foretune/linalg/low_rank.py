@@ -1,6 +1,7 @@
-"""Low-rank factors of a weight's change: of a full matrix, and of a product B A without forming it.
+"""Low-rank factors of a weight update: of a full matrix, and of a product B A without forming it.
 
-Both return (U, s, Vᵀ) of shapes (out, k), (k,), (k, in) in float32, singular values falling.
+Both SVDs return (U, s, Vᵀ) of shapes (out, k), (k,), (k, in) in float32, singular values
+descending.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def truncated_svd(matrix: Tensor, rank: int | None) -> Factors:
 
     Args:
         matrix: (out, in), any floating type.
-        rank: How many; None for all min(out, in), and never more than that.
+        rank: Number of triplets, at most min(out, in); None for all.
     """
     # LAPACK has no half precision.
     u, s, vh = torch.linalg.svd(matrix.float(), full_matrices=False)
@@ -28,11 +29,11 @@ def truncated_svd(matrix: Tensor, rank: int | None) -> Factors:
 
 
 def nuclear_gradient(matrix: Tensor) -> Tensor:
-    """U Vᵀ of the matrix's thin SVD, singular values of zero left out.
+    """(out, in) U Vᵀ of the matrix's thin SVD, without zero singular values.
 
-    It is a subgradient of the nuclear norm, the one of smallest norm (Watson, "Characterization of
-    the subdifferential of some matrix norms", 1992). The eigenvectors of the smaller Gram matrix
-    are enough, which takes a fraction of an SVD's time: U Vᵀ = (A Aᵀ)^(-1/2) A.
+    It is the subgradient of the nuclear norm that has the smallest norm (Watson, "Characterization
+    of the subdifferential of some matrix norms", 1992). The eigenvectors of the smaller Gram matrix
+    suffice, at a fraction of the cost of an SVD: U Vᵀ = (A Aᵀ)^(-1/2) A.
 
     Args:
         matrix: (out, in), any floating type.
@@ -41,21 +42,21 @@ def nuclear_gradient(matrix: Tensor) -> Tensor:
         return nuclear_gradient(matrix.T).T
     a = matrix.double()  # the Gram matrix squares the singular values
     squares, u = torch.linalg.eigh(a @ a.T)
-    some = squares > squares.max().clamp_min(0) * 1e-13
-    u = u[:, some]
-    return ((u / squares[some].sqrt()) @ (u.T @ a)).to(matrix.dtype)
+    nonzero = squares > squares.max().clamp_min(0) * 1e-13
+    u = u[:, nonzero]
+    return ((u / squares[nonzero].sqrt()) @ (u.T @ a)).to(matrix.dtype)
 
 
 def svd_of_product(b: Tensor, a: Tensor, rank: int | None = None) -> Factors:
     """The singular triplets of B A, exactly, from two thin QRs and an r × r core.
 
     With B = Q_b R_b and Aᵀ = Q_a R_a the product is Q_b (R_b R_aᵀ) Q_aᵀ, and the two Qs have
-    orthonormal columns, so that only the core needs a decomposition: O((out + in) r²).
+    orthonormal columns, so only the core needs an SVD: O((out + in) r²).
 
     Args:
         b: (out, r).
         a: (r, in).
-        rank: How many triplets; None for all r.
+        rank: Number of triplets; None for all r.
     """
     q_b, r_b = torch.linalg.qr(b.float())
     q_a, r_a = torch.linalg.qr(a.float().T)
@@ -64,17 +65,17 @@ def svd_of_product(b: Tensor, a: Tensor, rank: int | None = None) -> Factors:
 
 
 def leading_directions(groups: Sequence[Tensor], rank: int, ridge: float) -> Tensor:
-    """For each group of rows the directions in which it has more energy than the groups together.
+    """For each group of vectors, the directions in which it has more energy than the mean group.
 
     With M_i = X_iᵀ X_i / n_i and their mean P: the leading generalised eigenvectors of
-    M_i v = λ P v, scaled so that the mean energy along each is 1. All is done within the span of
-    the rows, beyond which every group has the same (λ = 1).
+    M_i v = λ P v, scaled so that the mean energy along each is 1. They are computed within the
+    span of the vectors, outside which all groups agree (λ = 1).
 
     Args:
-        groups: One (n_i, in) a group, about the mean of all.
-        rank: How many directions; fewer where the rows span fewer, the others zero.
-        ridge: Share of the mean energy of a direction that is added to M_i and P in each, so that
-            directions hardly seen do not decide.
+        groups: (n_i, in) per group, centred on the mean of all groups.
+        rank: Number of directions; where the vectors span fewer, the rest are zero.
+        ridge: Added to M_i and P along every direction, as a share of the mean energy of a
+            direction, so that directions with little energy do not dominate.
 
     Returns:
         (groups, rank, in) in float32.
@@ -89,7 +90,7 @@ def leading_directions(groups: Sequence[Tensor], rank: int, ridge: float) -> Ten
     white = torch.linalg.solve_triangular(lower, moments + floor, upper=False)
     white = torch.linalg.solve_triangular(lower, white.mT, upper=False)
     vectors = torch.linalg.eigh(white).eigenvectors[..., -rank:].flip(-1)
-    found = torch.linalg.solve_triangular(lower.T, vectors, upper=True).mT @ basis
-    made = torch.zeros(len(groups), rank, basis.shape[1])
-    made[:, : found.shape[1]] = found.float()
-    return made
+    directions = torch.linalg.solve_triangular(lower.T, vectors, upper=True).mT @ basis
+    padded = torch.zeros(len(groups), rank, basis.shape[1])
+    padded[:, : directions.shape[1]] = directions.float()
+    return padded

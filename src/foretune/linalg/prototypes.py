@@ -1,9 +1,9 @@
-"""Prototypes made of the embeddings of prompts, and the distance of two read-outs by them.
+"""Prototypes from prompt embeddings, and the divergence between two readouts.
 
 symbol   here         shape      meaning
 E        embedded     (M, Y, d)  embedding of template j filled with class name y
-μ_y      classes      (Y, d)     mean over the templates: what a class has in any prompt
-μ^sp_j   spurious     (M, d)     mean over the classes: what a template says of any class
+μ_y      classes      (Y, d)     class prototype: mean over the templates
+μ^sp_j   spurious     (M, d)     spurious prototype: mean over the classes
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ Direction = Literal["forward", "reverse"]
 
 
 def class_prototypes(embedded: Tensor) -> Tensor:
-    """(Y, d) μ_y, scaled to length one, of embeddings (M, Y, d)."""
+    """(Y, d) class prototypes μ_y of embeddings (M, Y, d), scaled to unit length."""
     return F.normalize(embedded.mean(0), dim=-1)
 
 
 def spurious_prototypes(embedded: Tensor) -> Tensor:
-    """(M, d) μ^sp_j, scaled to length one, of embeddings (M, Y, d)."""
+    """(M, d) spurious prototypes μ^sp_j of embeddings (M, Y, d), scaled to unit length."""
     return F.normalize(embedded.mean(1), dim=-1)
 
 
 def representatives(vectors: Tensor, num: int, *, keep: int | None = None, seed: int = 0) -> Tensor:
-    """A few vectors that stand for many: outliers left out, then the centres of clusters.
+    """A few vectors that represent many: outliers are removed, the rest is clustered.
 
     Args:
         vectors: (M, d).
-        num: Centres; all that is kept where there is no more than that.
-        keep: How many vectors an isolation forest (scikit-learn's) leaves over; None for all.
-        seed: Seeds the forest; the clusters need none.
+        num: Number of cluster centres; if at most so many vectors remain, they are returned as is.
+        keep: Number of vectors that scikit-learn's isolation forest retains; None for all.
+        seed: Random seed of the forest; the clustering needs none.
 
     Returns:
-        (at most num, d), of length one.
+        (at most num, d), of unit length.
 
     Raises:
         UserError: `keep` exceeds M, or scikit-learn is not installed.
@@ -58,7 +58,11 @@ def representatives(vectors: Tensor, num: int, *, keep: int | None = None, seed:
 
 
 def _most_usual(rows: np.ndarray, keep: int, seed: int) -> np.ndarray:
-    """Indices, ascending, of the rows that are the hardest to isolate."""
+    """Indices, ascending, of the `keep` vectors that are hardest to isolate.
+
+    Raises:
+        UserError: scikit-learn is not installed.
+    """
     try:
         from sklearn.ensemble import IsolationForest
     except ImportError:
@@ -72,10 +76,10 @@ def _most_usual(rows: np.ndarray, keep: int, seed: int) -> np.ndarray:
 
 
 def divergence(student: Tensor, teacher: Tensor, direction: Direction = "forward") -> Tensor:
-    """(n,) KL divergence of two read-outs, in nats; 0 where both are equal up to a shift.
+    """(n,) KL divergence of two readouts in nats; 0 where they differ by a constant only.
 
     Args:
-        student: (n, k) logits, which take the gradient.
+        student: (n, k) logits that receive the gradient.
         teacher: (n, k) logits.
         direction: "forward" for KL(teacher ‖ student), "reverse" for KL(student ‖ teacher).
 

@@ -28,15 +28,18 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from typing_extensions import override
 
 from foretune.errors import UserError, did_you_mean
 from foretune.evaluation.verdict import CONTROLS
 from foretune.methods import make
 from foretune.run import Run, above_zero, listed, share, whole
+from foretune.training.methods import RetrainMethod
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,7 +67,7 @@ Trial = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Auto:
+class Auto(RetrainMethod):
     """Choose among several retrainings on held-out seen tasks, then retrain on all of them.
 
     Args:
@@ -93,7 +96,7 @@ class Auto:
 
     name: ClassVar[str] = "auto"
     label: ClassVar[str] = "auto"
-    verb: ClassVar[str] = "retrain"
+    chooses: ClassVar[bool] = True
     paper: ClassVar[dict[str, Any] | None] = PAPER
 
     def __post_init__(self) -> None:
@@ -127,9 +130,7 @@ class Auto:
         object.__setattr__(self, "adapt_rates", rates)
         object.__setattr__(self, "shots", shots)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
-
+    @override
     def choose(
         self, model: nn.Module, tasks: TaskCollection, run: Run, progress: Any = None
     ) -> tuple[Any, dict[str, Any]]:
@@ -146,7 +147,7 @@ class Auto:
             UserError: One seen task, or those held out have no rows to be scored on.
         """
         from foretune.evaluation.held_out import exam
-        from foretune.training.ranks import join
+        from foretune.training.process_group import process_group
         from foretune.training.record import metered
 
         if tasks.objective is not None:
@@ -156,7 +157,7 @@ class Auto:
         trials: list[Trial] = []
         about: dict[str, Any] = {}
         if file is not None:
-            about, trials = join().first(lambda: _begun(file, self, run, model, tasks))
+            about, trials = process_group().first(lambda: _begun(file, self, run, model, tasks))
         alive = list(self.candidates)
         for number in range(self.rounds):
             held = groups[number % len(groups)]
@@ -191,10 +192,11 @@ class Auto:
     ) -> list[Trial]:
         """One training; the held-out scores of each candidate that differs in its end alone."""
         from foretune.training.loop import DivergedError
-        from foretune.training.verbs import interpolate, retrain
+        from foretune.training.model_copies import interpolate
+        from foretune.training.verbs import retrain
 
         record = _record(together[0])
-        if hasattr(record, "interpolate"):
+        if record.interpolate != 1:
             record = dataclasses.replace(record, interpolate=1.0)
         try:
             outcome = retrain(model, seen, record, run, progress=progress)
@@ -203,7 +205,7 @@ class Auto:
         found = []
         for candidate in together:
             base = outcome.model
-            kept = getattr(_record(candidate), "interpolate", 1.0)
+            kept = _record(candidate).interpolate
             if kept != 1:
                 base = copy.deepcopy(base)
                 interpolate(base, model, kept)
@@ -370,8 +372,8 @@ def _begun(
     file: Path, method: Auto, run: Run, model: nn.Module, tasks: TaskCollection
 ) -> tuple[dict[str, Any], list[Trial]]:
     """What this choice depends on, and the trials that an interrupted one of the same left."""
+    from foretune.training.model_copies import fresh_copy
     from foretune.training.resume import MOVABLE, check_same, inputs_of, read_record
-    from foretune.training.verbs import fresh_copy
 
     assert tasks.objective is not None  # `retrain` sees to it
     fields = method.to_dict()

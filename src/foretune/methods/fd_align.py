@@ -37,12 +37,15 @@ Silent in the paper:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from typing_extensions import override
 
 from foretune.adapters.config import lora_fields
 from foretune.errors import UserError
 from foretune.run import Run, above_zero, at_least, one_of, share, whole
+from foretune.training.methods import AdaptMethod
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,7 +64,7 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FDAlign:
+class FDAlign(AdaptMethod):
     """Fine-tune on few rows and keep the read-out of spurious features as it was.
 
     It needs the objective `prompts`, whose templates make the prototypes.
@@ -88,9 +91,7 @@ class FDAlign:
 
     name: ClassVar[str] = "fd-align"
     label: ClassVar[str] = "FD-Align"
-    verb: ClassVar[str] = "adapt"
     paper: ClassVar[dict[str, Any] | None] = PAPER
-    pooled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         above_zero("learning_rate", self.learning_rate)
@@ -121,13 +122,12 @@ class FDAlign:
         return cls(weight=beta / fields["num_prototypes"], **fields)
 
     @property
+    @override
     def shares_base(self) -> bool:
         """Whether all tasks are trained at once, on one frozen base."""
         return self.lora is not None
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
-
+    @override
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:

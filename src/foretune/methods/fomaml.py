@@ -21,18 +21,10 @@ Silent in the paper:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from foretune.adapters.config import lora_fields
-from foretune.run import Run, above_zero, one_of, share, whole
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from foretune.tasks.task import Objective
-    from foretune.training.learners.joint import Learner
+from foretune.methods.episodic import EpisodicMethod
 
 PAPER = {
     "title": "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks",
@@ -44,7 +36,7 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FOMAML:
+class FOMAML(EpisodicMethod):
     """Move the base by the gradient at the point that a few steps on each task reach.
 
     Args:
@@ -58,53 +50,7 @@ class FOMAML:
             the learning rate then stays at its height. 0 for off.
     """
 
-    learning_rate: float = 1e-4
-    inner_learning_rate: float = 1e-4
-    inner_steps: int = 5
-    inner: Literal["all", "adapter"] = "all"
-    lora: Any = field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
-    average: float = 0.0
-
     name: ClassVar[str] = "fomaml"
     label: ClassVar[str] = "FOMAML"
-    verb: ClassVar[str] = "retrain"
     paper: ClassVar[dict[str, Any] | None] = PAPER
-    keeps_adapters: ClassVar[bool] = False
-    pooled: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        above_zero("learning_rate", self.learning_rate)
-        above_zero("inner_learning_rate", self.inner_learning_rate)
-        whole("inner_steps", self.inner_steps, 1)
-        one_of("inner", self.inner, ("all", "adapter"))
-        object.__setattr__(self, "lora", lora_fields(self.lora))
-        share("average", self.average)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
-
-    def objective_for(self, objective: Objective) -> Objective:
-        return objective
-
-    def budget(self, run: Run, num_tasks: int) -> Run:
-        """The same number of examples; one task a batch where an episode is of one task."""
-        return run.one_task_a_batch(num_tasks) if self.inner == "all" else run
-
-    def learner(
-        self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
-    ) -> Learner:
-        from foretune.training.learners.episodic import EpisodicLearner
-        from foretune.training.learners.joint import make_bank
-
-        lora = self.lora if self.inner == "adapter" else None
-        bank = make_bank(model, objective, keys, run.seed, lora=lora)
-        return EpisodicLearner(
-            model,
-            objective,
-            bank=bank if bank.adapted_names else None,
-            learning_rate=self.learning_rate,
-            inner_learning_rate=self.inner_learning_rate,
-            inner_steps=self.inner_steps,
-            inner_all=self.inner == "all",
-            query=True,
-        )
+    query: ClassVar[bool] = True

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from typing_extensions import override
 
 from foretune.run import Run, above_zero
+from foretune.training.methods import AdaptMethod
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full:
+class Full(AdaptMethod):
     """All weights that the model lets train, one task after the other.
 
     Args:
@@ -27,17 +30,11 @@ class Full:
 
     name: ClassVar[str] = "full"
     label: ClassVar[str] = "full fine-tuning"
-    verb: ClassVar[str] = "adapt"
-    paper: ClassVar[dict[str, Any] | None] = None
-    shares_base: ClassVar[bool] = False
-    pooled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         above_zero("learning_rate", self.learning_rate)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
-
+    @override
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from typing_extensions import override
 
 from foretune.run import Run, above_zero
+from foretune.training.methods import AdaptMethod
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
+class Head(AdaptMethod):
     """Only a head for each task; its last linear layer where the model has no head.
 
     Args:
@@ -27,17 +30,16 @@ class Head:
 
     name: ClassVar[str] = "head"
     label: ClassVar[str] = "head only"
-    verb: ClassVar[str] = "adapt"
-    paper: ClassVar[dict[str, Any] | None] = None
-    shares_base: ClassVar[bool] = True
-    pooled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         above_zero("learning_rate", self.learning_rate)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
+    @property
+    @override
+    def shares_base(self) -> bool:
+        return True
 
+    @override
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:

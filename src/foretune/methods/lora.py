@@ -9,11 +9,14 @@ and is clipped by itself, so a task's result does not depend on which others wer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from typing_extensions import override
 
 from foretune.adapters.config import lora_fields
 from foretune.run import Run, above_zero
+from foretune.training.methods import AdaptMethod
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +35,7 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA:
+class LoRA(AdaptMethod):
     """One LoRA adapter for each task on the frozen base, all tasks in one batch.
 
     Args:
@@ -46,18 +49,18 @@ class LoRA:
 
     name: ClassVar[str] = "lora"
     label: ClassVar[str] = "LoRA"
-    verb: ClassVar[str] = "adapt"
     paper: ClassVar[dict[str, Any] | None] = PAPER
-    shares_base: ClassVar[bool] = True
-    pooled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         above_zero("learning_rate", self.learning_rate)
         object.__setattr__(self, "lora", lora_fields(self.lora))
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
+    @property
+    @override
+    def shares_base(self) -> bool:
+        return True
 
+    @override
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:

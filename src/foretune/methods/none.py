@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from typing_extensions import override
+
+from foretune.training.methods import RetrainMethod
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from foretune.run import Run
+    from foretune.tasks.task import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoRetraining:
+class NoRetraining(RetrainMethod):
     """The model as it is: what every retraining has to beat."""
 
     name: ClassVar[str] = "none"
     label: ClassVar[str] = "no retraining"
-    verb: ClassVar[str] = "retrain"
-    paper: ClassVar[dict[str, Any] | None] = None
-    keeps_adapters: ClassVar[bool] = False
-    pooled: ClassVar[bool] = False
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
-
-    def objective_for(self, objective: Any) -> Any:
-        return objective
-
-    def budget(self, run: Any, num_tasks: int) -> Any:
-        return run
-
-    def learner(self, model: Any, objective: Any, keys: Any, run: Any) -> None:
+    @override
+    def learner(
+        self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
+    ) -> None:
         """Nothing is trained."""
-        return None

@@ -43,12 +43,15 @@ Silent in the paper:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from typing_extensions import override
 
 from foretune.adapters.config import lora_fields
 from foretune.errors import UserError
 from foretune.run import Run, above_zero, at_least, one_of, share, whole
+from foretune.training.methods import RetrainMethod
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +70,7 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PEFTML:
+class PEFTML(RetrainMethod):
     """Train the base together with one adapter for each seen task, then keep the base.
 
     Args:
@@ -107,9 +110,7 @@ class PEFTML:
 
     name: ClassVar[str] = "peft-ml"
     label: ClassVar[str] = "PEFT-ML"
-    verb: ClassVar[str] = "retrain"
     paper: ClassVar[dict[str, Any] | None] = PAPER
-    pooled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         above_zero("learning_rate", self.learning_rate)
@@ -131,19 +132,12 @@ class PEFTML:
             )
 
     @property
+    @override
     def keeps_adapters(self) -> bool:
         """Adapters belong to the weights they were trained beside; sparse ones have no file."""
         return self.form != "sparse" and self.interpolate == 1 and not self.average
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
-
-    def objective_for(self, objective: Objective) -> Objective:
-        return objective
-
-    def budget(self, run: Run, num_tasks: int) -> Run:
-        return run
-
+    @override
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:

@@ -36,12 +36,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.run import Run, above_zero, at_least
+from foretune.training.methods import AdaptMethod
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,7 +64,7 @@ LARGEST = 2e-3  # threshold to which eq. 12 was fitted
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaRA:
+class SaRA(AdaptMethod):
     """Train the entries of the smallest absolute value, one task after the other.
 
     Args:
@@ -82,10 +84,7 @@ class SaRA:
 
     name: ClassVar[str] = "sara"
     label: ClassVar[str] = "SaRA"
-    verb: ClassVar[str] = "adapt"
     paper: ClassVar[dict[str, Any] | None] = PAPER
-    shares_base: ClassVar[bool] = False
-    pooled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         above_zero("threshold", self.threshold)
@@ -99,20 +98,17 @@ class SaRA:
         if self.reselect is not None:
             _inside("reselect", self.reselect, up_to_one=False)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
-
+    @override
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
         from foretune.adapters.sparse import SparseDelta, own_heads
-        from foretune.training.learners.sara import SparseLearner
+        from foretune.training.learners.sara import SaRALearner
 
         heads = own_heads(model, objective.num_outputs())
         indices, threshold = self.support(model, heads)
         delta = SparseDelta(model, indices, threshold=threshold, whole=heads)
-        model.sparse_delta = delta  # type: ignore[assignment]  # read when it is written
-        return SparseLearner(
+        return SaRALearner(
             delta,
             objective,
             learning_rate=self.rate(threshold),
@@ -138,10 +134,6 @@ class SaRA:
         if self.learning_rate is not None:
             return self.learning_rate
         return 1e-3 * math.exp(-350 * min(threshold, LARGEST))
-
-    def write(self, model: nn.Module, folder: Path) -> None:
-        """Writes what differs from the base; `foretune.load_sparse` reads it."""
-        model.sparse_delta.save(folder)  # type: ignore[operator, union-attr]
 
 
 def _inside(name: str, value: Any, *, up_to_one: bool) -> None:

@@ -10,10 +10,13 @@ form with a head for each task, so that a gain of PEFT-ML cannot come from its h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from typing_extensions import override
 
 from foretune.run import Run, above_zero, one_of, share
+from foretune.training.methods import RetrainMethod
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standard:
+class Standard(RetrainMethod):
     """Multi-task fine-tuning on pooled and shuffled rows, then adapt.
 
     Args:
@@ -43,9 +46,6 @@ class Standard:
 
     name: ClassVar[str] = "standard"
     label: ClassVar[str] = "standard retraining"
-    verb: ClassVar[str] = "retrain"
-    paper: ClassVar[dict[str, Any] | None] = None
-    keeps_adapters: ClassVar[bool] = False
     pooled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -54,15 +54,11 @@ class Standard:
         share("interpolate", self.interpolate)
         share("average", self.average)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
-
+    @override
     def objective_for(self, objective: Objective) -> Objective:
         return objective.shared() if self.heads == "shared" else objective
 
-    def budget(self, run: Run, num_tasks: int) -> Run:
-        return run
-
+    @override
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:

@@ -1,1 +1,1 @@
-"""Loading models, finding their parts, and telling which task owns which row."""
+"""Loading models, finding their parts, and routing: which task owns which row of a batch."""

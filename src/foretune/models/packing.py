@@ -1,12 +1,12 @@
-"""Remove padding inside an unmodified model: the rows of a batch lie one after the other.
+"""Remove padding inside an unmodified model: the rows of a batch are concatenated.
 
-Padding leaves at the first block and comes back after the last one, so embeddings, poolers and
-heads are called as ever and positions are the model's own. Inside the blocks only attention tells
-rows apart: it is registered with transformers under a name of its own, gathers rows of like
-lengths and takes their part of the model's own mask, whatever that mask is (causal, bidirectional,
-sliding window). Everything else works token by token.
+Padding is removed before the first block and restored after the last one, so embeddings, poolers
+and heads are called as usual and positions are the model's own. Inside the blocks only attention
+tells rows apart: an attention function registered with transformers gathers rows of similar length
+and slices the model's own mask for them, whatever that mask is (causal, bidirectional, sliding
+window). Everything else works token by token.
 
-A model that cannot be packed is called once for each group of rows of like lengths instead.
+A model that cannot be packed is called once per group of rows of similar length instead.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from foretune.models.calls import agree, eval_no_grad, replaced_forward
-from foretune.models.grouped_calls import grouped_calls, lengths_of
+from foretune.models.frozen_prefix import PrefixForward
+from foretune.models.grouped_calls import PackedForward, grouped_calls, lengths_of
 from foretune.models.layout import MoveTokens, Packing
 from foretune.models.routing import current_packing, current_rows, routed
 from foretune.models.surgery import block_list
 
-NAME = "foretune-packed"  # of the attention function, for transformers
-WORTH = 0.9  # a batch in which this share of the positions are tokens is left as it is
+NAME = "foretune-packed"  # of the attention function registered with transformers
+DENSE = 0.9  # a batch in which at least this share of the positions are tokens stays padded
 
 logger = logging.getLogger("foretune")
-_SAID: set[str] = set()
+_WARNED: set[str] = set()
 
 
 def packed_attention(
@@ -43,25 +44,25 @@ def packed_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' own SDPA, called for each group of rows of like lengths.
+    """The SDPA of transformers, called for each group of rows of similar length.
 
     Args:
         module: The attention module.
         query: (1, heads, N, d) where padding is removed.
         key: (1, key heads, N, d).
-        value: Likewise.
-        attention_mask: The model's own, for the padded batch.
-        **kwargs: Handed on.
+        value: (1, key heads, N, d).
+        attention_mask: The model's own mask of the padded batch.
+        **kwargs: Passed on to SDPA.
 
     Returns:
-        (1, N, heads, d), and no weights.
+        (1, N, heads, d), and None for the attention weights.
     """
     packing = current_packing()
     if packing is None:
-        found: tuple[Tensor, None] = sdpa_attention_forward(
+        padded: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **kwargs
         )
-        return found
+        return padded
     gathered = [
         MoveTokens.apply(
             x[0].transpose(0, 1),
@@ -95,18 +96,18 @@ def packed(
 ) -> Iterator[str | None]:
     """Inside the block the model computes nothing for padding.
 
-    Calls need `attention_mask` (n, L) with the padding on the right; others run as ever.
+    Only calls with an `attention_mask` (n, L) that pads on the right are packed.
 
     Args:
-        model: A model of transformers; for one that reads no tokens nothing changes.
-        copied: Names of modules of which tasks have copies of their own.
-        else_grouped: Group rows by length where padding cannot be removed, which takes as many
-            calls of the model as there are groups; False leaves the padding.
+        model: A model of transformers; one that reads no tokens is left alone.
+        copied: Names of modules that are copied per task.
+        else_grouped: Group rows by length where padding cannot be removed, with one call of the
+            model per group; False leaves the padding.
 
     Yields:
-        None when padding is removed or there is none to remove; else why it cannot be.
+        None if padding is removed or there is none to remove; else why it cannot be removed.
     """
-    if getattr(getattr(model, "config", None), "vocab_size", None) is None or _done(model):
+    if getattr(getattr(model, "config", None), "vocab_size", None) is None or _is_packed(model):
         yield None
         return
     reason = _obstacle(model, copied)
@@ -115,55 +116,56 @@ def packed(
             if calls.verified():
                 yield None
                 return
-        reason = f"{type(model).__name__} gives other results without padding"
+        reason = f"{type(model).__name__} gives different results without padding"
     if not else_grouped:
-        _say(f"padding is not removed: {reason}")
+        _warn_once(f"padding is not removed: {reason}")
         yield reason
         return
-    _say(f"padding is not removed, rows are grouped by length instead: {reason}")
+    _warn_once(f"padding is not removed, rows are grouped by length instead: {reason}")
     with grouped_calls(model):
         yield reason
 
 
-def _say(text: str) -> None:
-    """Warns, once in a process: every wave and every scoring comes here."""
-    if text not in _SAID:
-        _SAID.add(text)
+def _warn_once(text: str) -> None:
+    """Warn once per process: each wave and each scoring pass calls this."""
+    if text not in _WARNED:
+        _WARNED.add(text)
         logger.warning(text)
 
 
-def _done(model: nn.Module) -> bool:
+def _is_packed(model: nn.Module) -> bool:
     """Whether an outer `packed` has patched the model."""
-    found = block_list(model)
-    patched = [model, *(() if found is None else found[1])]
-    return any(hasattr(module.forward, "packed") for module in patched)
+    named_blocks = block_list(model)
+    patched = [model, *(() if named_blocks is None else named_blocks[1])]
+    return any(isinstance(module.forward, PackedForward) for module in patched)
 
 
 def _obstacle(model: nn.Module, copied: Collection[str]) -> str | None:
-    """What speaks against packing this model, as far as it can be seen without calling it."""
-    found = block_list(model)
+    """Why this model cannot be packed, as far as can be told without calling it."""
+    named_blocks = block_list(model)
     name = type(model).__name__
-    if found is None:
+    if named_blocks is None:
         return f"{name} has no single list of blocks"
     if not _configs(model):
         used = getattr(model.config, "_attn_implementation", None)
         return f'{name} uses the attention "{used}", not "sdpa"'
     modules = dict(model.named_modules())
-    for other in copied:
-        if other.startswith(f"{found[0]}.") and any(True for _ in modules[other].children()):
-            return f"each task has a copy of {other}, which may hold attention"
+    for module_name in copied:
+        inside = module_name.startswith(f"{named_blocks[0]}.")
+        if inside and any(True for _ in modules[module_name].children()):
+            return f"each task has a copy of {module_name}, which may contain attention"
     return None
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """The configurations that the model's attention modules look their implementation up in."""
+    """The configurations in which the model's attention modules look up their implementation."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    used = ("sdpa", NAME)  # the latter where another model that shares the configuration is packed
+    used = ("sdpa", NAME)  # NAME where another model that shares the configuration is packed
     return [c for c in configs.values() if getattr(c, "_attn_implementation", None) in used]
 
 
 class _PackedCalls:
-    """Patches the moving blocks of a model so that they see tokens without padding."""
+    """Patches a model's blocks above the frozen prefix so that they see tokens without padding."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -173,10 +175,11 @@ class _PackedCalls:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[_PackedCalls]:
-        found = block_list(self.model)
-        assert found is not None
-        # Blocks below are served by `frozen_prefix`, which has patched them.
-        blocks = [b for b in found[1] if not hasattr(b.forward, "prefix")]
+        """Inside the block the model is patched."""
+        named_blocks = block_list(self.model)
+        assert named_blocks is not None
+        # The frozen blocks are served by `frozen_prefix`, which has patched them.
+        blocks = [b for b in named_blocks[1] if not isinstance(b.forward, PrefixForward)]
         configs = _configs(self.model)
         with contextlib.ExitStack() as stack:
             for i, block in enumerate(blocks):
@@ -192,27 +195,27 @@ class _PackedCalls:
             yield self
 
     def verified(self) -> bool:
-        """Whether the model gives the same for a few made-up rows with and without padding."""
-        inputs = made_up_rows(self.model)
+        """Whether the model gives the same output for dummy rows with and without padding."""
+        inputs = dummy_rows(self.model)
         served = self._served
         with eval_no_grad(self.model), routed(None, None):
             try:
-                short = self.model(**inputs)
+                output = self.model(**inputs)
             except (ValueError, IndexError, TypeError, RuntimeError, AttributeError):
                 return False  # the blocks need more than hidden states
             if self._served == served:
                 return False
             self._off = True
-            whole = self.model(**inputs)
+            reference = self.model(**inputs)
             self._off = False
-        return agree(whole, short, inputs["attention_mask"])
+        return agree(reference, output, inputs["attention_mask"])
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         lengths, width = lengths_of(kwargs)
         self._packing = None
         if self._off:
             return
-        if lengths and sum(lengths) < WORTH * width * len(lengths):
+        if lengths and sum(lengths) < DENSE * width * len(lengths):
             rows = current_rows()
             slots = [0] * len(lengths) if rows is None else rows.slots
             order = sorted(range(len(lengths)), key=lambda i: slots[i])
@@ -246,13 +249,12 @@ class _PackedCalls:
                 return (packing.unpack(output[0]), *output[1:])
             return packing.unpack(output)
 
-        forward.packed = True  # type: ignore[attr-defined]
-        with replaced_forward(block, forward):
+        with replaced_forward(block, PackedForward(forward)):
             yield
 
 
-def made_up_rows(model: nn.Module) -> dict[str, Tensor]:
-    """Three short rows of unlike lengths, as a call of the model."""
+def dummy_rows(model: nn.Module) -> dict[str, Tensor]:
+    """Arguments of a call with three rows of different lengths, padded to (3, 7)."""
     config: Any = model.config
     fill = getattr(config, "pad_token_id", None)
     vocabulary = [i for i in range(min(config.vocab_size, 64)) if i != fill]

@@ -1,4 +1,4 @@
-"""Where the states of texts after a frozen bottom are kept, shared by models with equal bottoms."""
+"""Cache of the states of texts after a frozen prefix, shared by models with equal prefixes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SKIPPED_CONFIG = frozenset(
 
 
 class PrefixCache:
-    """The states of texts after a frozen bottom.
+    """The states of texts after a frozen prefix.
 
     Args:
-        max_bytes: Beyond it states are computed but no longer kept.
+        max_bytes: Size of the cache; once it is full, new states are not stored.
     """
 
     def __init__(self, max_bytes: int = 2 * 2**30) -> None:
@@ -38,10 +38,11 @@ class PrefixCache:
         return len(self._states)
 
     def get(self, key: bytes) -> Tensor | None:
+        """(L, d) states stored under a key, if any."""
         return self._states.get(key)
 
     def put(self, key: bytes, states: Tensor) -> None:
-        """Keeps (L, d) states unless the budget is spent."""
+        """Store (L, d) states unless the cache is full."""
         size = states.numel() * states.element_size()
         if key not in self._states and self.num_bytes + size <= self.max_bytes:
             self._states[key] = states
@@ -49,15 +50,15 @@ class PrefixCache:
 
 
 _CACHES: OrderedDict[str, PrefixCache] = OrderedDict()
-_MOST_CACHES = 2  # a third bottom pushes out the one that was asked for longest ago
+_MOST_CACHES = 2  # a third prefix evicts the least recently used one
 
 
 def prefix_cache(model: nn.Module, first_block: int) -> PrefixCache:
-    """The cache of this model's bottom, the same object for all models with an equal bottom.
+    """The cache of this model's prefix, the same object for all models with an equal prefix.
 
     Args:
-        model: A model; the content of its parameters is hashed.
-        first_block: The lowest block that is not part of the bottom.
+        model: A model; the contents of the prefix's parameters are hashed.
+        first_block: The lowest block that is not part of the prefix.
     """
     key = _fingerprint(model, first_block)
     cache = _CACHES.setdefault(key, PrefixCache())
@@ -68,16 +69,21 @@ def prefix_cache(model: nn.Module, first_block: int) -> PrefixCache:
 
 
 def _fingerprint(model: nn.Module, first_block: int) -> str:
-    found = block_list(model)
-    if found is None:
+    """Hexadecimal digest of all that the states depend on.
+
+    Raises:
+        UserError: The model has no list of blocks.
+    """
+    named_blocks = block_list(model)
+    if named_blocks is None:
         raise UserError(f"{type(model).__name__} has no list of blocks, so no frozen prefix")
-    name, blocks = found
+    name, blocks = named_blocks
     digest = hashlib.blake2b(digest_size=16)
     config: Any = getattr(model, "config", None)
     fields = config.to_dict() if hasattr(config, "to_dict") else {}
-    kept = {k: v for k, v in fields.items() if k not in SKIPPED_CONFIG}
+    settings = {k: v for k, v in fields.items() if k not in SKIPPED_CONFIG}
     device = next(model.parameters()).device
-    digest.update(json.dumps([first_block, str(device), kept], default=str).encode())
+    digest.update(json.dumps([first_block, str(device), settings], default=str).encode())
     digest.update(repr(blocks[:first_block]).encode())
     tensors: list[Tensor] = [*parameters_before(model, name).values()]
     for block in blocks[:first_block]:

@@ -1,7 +1,7 @@
-"""Gradient checkpointing: a block keeps its input alone and is computed again in the backward.
+"""Gradient checkpointing: a block keeps only its input and is recomputed in the backward pass.
 
-transformers' own switch would compute it again without knowing which task owns which row: that is
-said around the forward pass, and the backward comes after it.
+The switch in transformers would recompute it without knowing which task owns which row: the route
+is set around the forward pass only.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ from torch.utils.checkpoint import checkpoint
 
 from foretune.errors import UserError
 from foretune.models.calls import replaced_forward
+from foretune.models.frozen_prefix import PrefixForward
 from foretune.models.routing import captured_route
 from foretune.models.surgery import block_list
 
 
 @contextlib.contextmanager
 def recomputed(model: nn.Module) -> Iterator[None]:
-    """Inside the block, a training pass keeps of each transformer block nothing but its input.
+    """Inside the block, a training pass keeps only the input of each transformer block.
 
     Args:
-        model: A model with a list of blocks. Blocks that `frozen_prefix` serves are left alone.
+        model: A model with a list of blocks. Blocks that `frozen_prefix` serves are not patched.
 
     Raises:
-        UserError: It has none.
+        UserError: The model has no single list of blocks.
     """
-    found = block_list(model)
-    if found is None:
+    named_blocks = block_list(model)
+    if named_blocks is None:
         raise UserError(
-            f"{type(model).__name__} has no single list of blocks to compute again; "
-            "gradient_checkpointing=False, or a smaller token_budget, would do"
+            f"{type(model).__name__} has no single list of blocks to recompute: "
+            "use gradient_checkpointing=False or a smaller token_budget"
         )
-    blocks = [block for block in found[1] if not hasattr(block.forward, "prefix")]
+    blocks = [block for block in named_blocks[1] if not isinstance(block.forward, PrefixForward)]
     with contextlib.ExitStack() as stack:
         for block in blocks:
             stack.enter_context(_patched(block))

@@ -1,7 +1,7 @@
-"""Which task owns each row, or each token, of the present forward pass.
+"""Routing: which task owns each row, or each token, of the current forward pass.
 
 An objective knows which examples it stacked into a batch; an adapted layer, deep inside a model
-that knows nothing of tasks, needs to know it too. The objective says it here, the layer asks here.
+that knows nothing of tasks, needs to know it too. The objective sets the route, the layer reads it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _PACKING: contextvars.ContextVar[Packing | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def route(slots: Sequence[int] | None) -> Iterator[None]:
-    """Says, for the forward passes inside the block, which slot owns each row.
+    """Inside the block, forward passes run with these slots as the owners of their rows.
 
     Args:
-        slots: One slot a row; None for the base model without any adapter.
+        slots: One slot per row; None for the base model without adapters.
     """
     with routed(None if slots is None else RowSlots(tuple(slots)), None):
         yield
@@ -34,7 +34,7 @@ def route(slots: Sequence[int] | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def routed(rows: RowSlots | None, packing: Packing | None) -> Iterator[None]:
-    """Says it for rows that may lie one after the other without padding."""
+    """Like `route`, for rows that may be packed."""
     tokens = _ROWS.set(rows), _PACKING.set(packing)
     try:
         yield
@@ -44,16 +44,16 @@ def routed(rows: RowSlots | None, packing: Packing | None) -> Iterator[None]:
 
 
 def current_rows() -> RowSlots | None:
-    """What the innermost `route` said; None outside of any."""
+    """The rows of the innermost `route`; None outside any."""
     return _ROWS.get()
 
 
 def current_packing() -> Packing | None:
-    """How rows lie one after the other here in the forward pass; None where they are padded."""
+    """The packing at this point of the forward pass; None where rows are padded."""
     return _PACKING.get()
 
 
 def captured_route() -> Callable[[], AbstractContextManager[None]]:
-    """What holds now, to be said again when the backward pass recomputes this part."""
+    """A factory of contexts with the current route, for recomputing in the backward pass."""
     rows, packing = current_rows(), current_packing()
     return lambda: routed(rows, packing)

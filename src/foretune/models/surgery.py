@@ -16,11 +16,11 @@ HEADS = ("classifier", "score", "classification_head")  # what transformers call
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """The names of the modules that every task has for itself.
+    """The names of the modules that each task has its own copy of.
 
-    A model of transformers says it by an attribute (`HEADS`), a plain module may set an attribute
-    `head_modules`. Failing that it is the last linear layer, poolers and language model heads left
-    aside.
+    A model of transformers has an attribute in `HEADS`; a plain module may set an attribute
+    `head_modules`. Otherwise the head is the last linear layer, apart from poolers and language
+    model heads.
 
     Raises:
         UserError: The model has no linear layer, or its `head_modules` names no module.
@@ -49,14 +49,19 @@ def has_fresh_head(model: nn.Module) -> bool:
 
 
 def _declared_head(model: nn.Module) -> list[str]:
+    """The names of the head modules that the model declares; none where it declares no head.
+
+    Raises:
+        UserError: `head_modules` names no module.
+    """
     declared = getattr(model, "head_modules", None)
     if isinstance(declared, (list, tuple)) and declared:
-        known = dict(model.named_modules())
+        modules = dict(model.named_modules())
         for name in declared:
-            if name not in known:
+            if name not in modules:
                 raise UserError(
-                    f'head_modules of {type(model).__name__} names "{name}", which is no module of '
-                    f"it; its top modules are {', '.join(n for n, _ in model.named_children())}"
+                    f'head_modules of {type(model).__name__} names "{name}", which is not a module '
+                    f"of it; its top modules are {', '.join(n for n, _ in model.named_children())}"
                 )
         return list(declared)
     for name in HEADS:
@@ -68,21 +73,21 @@ def _declared_head(model: nn.Module) -> list[str]:
 
 
 def reset_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
-    """Gives a model a fresh head, in place.
+    """Give a model a fresh head, in place.
 
-    Module objects stay, their parameters are new. Other layers of the head (RoBERTa's has two) are
-    drawn afresh as well.
+    Module objects stay, their parameters are new. All layers of the head (RoBERTa's has two) are
+    re-initialised.
 
     Args:
         model: A model with a task head.
-        num_labels: Outputs of the new head; None keeps their number.
-        seed: Seeds the draw; the global generator is left as it was.
+        num_labels: Outputs of the new head; None keeps the number.
+        seed: Random seed of the initialisation; the global generator is left unchanged.
 
     Raises:
         UserError: The model has no task head, or it has no linear layer.
     """
     if not has_fresh_head(model):
-        raise UserError(f"{type(model).__name__} has no task head that could be reset")
+        raise UserError(f"{type(model).__name__} has no task head to reset")
     parts = [m for name in head_modules(model) for m in model.get_submodule(name).modules()]
     linear = [m for m in parts if isinstance(m, nn.Linear)]
     if not linear:
@@ -102,16 +107,16 @@ def reset_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
 
 
 def head_width(model: nn.Module) -> int | None:
-    """Outputs of the model's head; None for a head without a linear layer."""
+    """Number of outputs of the model's head; None for a head without a linear layer."""
     parts = [m for name in head_modules(model) for m in model.get_submodule(name).modules()]
     return next((m.out_features for m in reversed(parts) if isinstance(m, nn.Linear)), None)
 
 
 def match_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
-    """Gives the model a fresh head if its own has not that many outputs; None leaves it alone.
+    """Give the model a fresh head if its width is not `num_labels`; None leaves it alone.
 
     Raises:
-        UserError: The last layer of a plain module has another number of outputs.
+        UserError: The last layer of a plain module has a different number of outputs.
     """
     if num_labels is None:
         return
@@ -122,13 +127,13 @@ def match_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
         raise UserError(
             f"the last layer of {type(model).__name__} has {width} outputs where the tasks have "
             f"{num_labels} labels; make it {num_labels} wide, or set head_modules = [names] on the "
-            "model so that the head can be made anew"
+            "model so that the head can be replaced"
         )
     reset_head(model, num_labels, seed)
 
 
 def name_outputs(model: nn.Module, labels: Sequence[object]) -> None:
-    """Writes the labels of a head's first outputs into the model's config, if it has either."""
+    """Write the labels of the task head's first outputs into the model's config, if it has both."""
     config: Any = getattr(model, "config", None)
     if not labels or not hasattr(config, "id2label") or not has_fresh_head(model):
         return
@@ -138,12 +143,13 @@ def name_outputs(model: nn.Module, labels: Sequence[object]) -> None:
 
 
 def _spread(model: nn.Module) -> float | None:
+    """Standard deviation with which the model's config initialises weights, if it names one."""
     spread = getattr(getattr(model, "config", None), "initializer_range", None)
     return spread if isinstance(spread, float) else None
 
 
 def _reset_linear(layer: nn.Linear, outputs: int, spread: float | None) -> None:
-    """Fresh parameters: normal of this spread with zero bias, or torch's default for None."""
+    """Re-initialise: normal with std `spread` and zero bias, or torch's default for None."""
     old = layer.weight
     fresh = nn.Linear(layer.in_features, outputs, bias=layer.bias is not None)
     if spread is not None:
@@ -166,14 +172,14 @@ def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(p) for p in inside):
             continue
-        inside.append(f"{name}.")  # a list inside a block (experts) is no list of blocks
+        inside.append(f"{name}.")  # a list inside a block (experts) is not a list of blocks
         if len(module) and (best is None or len(module) > len(best[1])):
             best = (name, module)
     return best
 
 
 def parameters_before(model: nn.Module, block_list_name: str) -> dict[str, nn.Parameter]:
-    """The parameters registered before a list of blocks: embeddings and what goes with them."""
+    """The parameters registered before a list of blocks: embeddings and the like."""
     before: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         if name.startswith(f"{block_list_name}."):
@@ -190,14 +196,14 @@ def first_moving_block(model: nn.Module, adapted: Iterable[str]) -> int | None:
         adapted: Names of modules that carry adapters.
 
     Returns:
-        Its index; 0 where something before the blocks moves, so that no prefix is frozen; the
-        number of blocks where only what comes after them moves; None for a model without one list
-        of blocks.
+        Its index; 0 if something before the blocks moves, so that no prefix is frozen; the number
+        of blocks if only what comes after them moves; None for a model without a single list of
+        blocks.
     """
-    found = block_list(model)
-    if found is None:
+    named_blocks = block_list(model)
+    if named_blocks is None:
         return None
-    name, blocks = found
+    name, blocks = named_blocks
     adapted = list(adapted)
     if any(p.requires_grad for p in parameters_before(model, name).values()):
         return 0
@@ -213,7 +219,7 @@ def first_moving_block(model: nn.Module, adapted: Iterable[str]) -> int | None:
 
 
 def _modules_before(model: nn.Module, block_list_name: str) -> set[str]:
-    """Names of the modules registered before the blocks, those that hold the blocks left out."""
+    """Names of the modules registered before the blocks, without those that contain the blocks."""
     before: set[str] = set()
     for name, _ in model.named_modules():
         if name == block_list_name:
@@ -224,22 +230,22 @@ def _modules_before(model: nn.Module, block_list_name: str) -> set[str]:
 
 
 def freeze_lower(model: nn.Module, trainable_layers: int) -> None:
-    """Freezes all that is registered before the blocks, and all but the last blocks.
+    """Freeze all that is registered before the blocks, and all but the last blocks.
 
     Args:
         model: A model with a list of blocks.
-        trainable_layers: How many of the last blocks stay trainable.
+        trainable_layers: Number of last blocks that stay trainable.
 
     Raises:
-        UserError: The model has no list of blocks, or fewer blocks than that.
+        UserError: The model has no single list of blocks, or fewer blocks than that.
     """
-    found = block_list(model)
-    if found is None:
+    named_blocks = block_list(model)
+    if named_blocks is None:
         raise UserError(
-            f"trainable_layers={trainable_layers} needs a model with one list of blocks, which "
-            f"{type(model).__name__} has not"
+            f"trainable_layers={trainable_layers} needs a model with a single list of blocks, "
+            f"which {type(model).__name__} does not have"
         )
-    name, blocks = found
+    name, blocks = named_blocks
     if not 0 <= trainable_layers <= len(blocks):
         raise UserError(
             f"trainable_layers must be between 0 and the {len(blocks)} blocks of "

@@ -1,1 +1,3 @@
-"""Pruning mixtures of experts: UNCURL, and its controls. A wing."""
+"""Pruning mixtures of experts for a task: UNCURL, and its controls."""
+
+PLAN_FILE = "experts.json"  # marks a folder as a pruned model

@@ -1,13 +1,13 @@
-"""One view of a block of experts, whatever the architecture calls and stores it.
+"""One view of a block of experts, however the architecture names and stores it.
 
     fused       `experts.gate_up_proj` (E, 2I, H) and `experts.down_proj` (E, H, I), or transposed,
-                gate and up one after the other or interleaved, with or without biases: most
-                mixtures of transformers 5 (Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss, …)
+                gate and up concatenated or interleaved, with or without biases: most mixtures of
+                transformers 5 (Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss, …)
     modules     `experts` is a ModuleDict or ModuleList of networks with one hidden layer (Switch)
 
-Blocks are found by what they have, not by their class. A router is known by what it returns: a
-forward pass on a few random vectors tells how it normalises, and one that returns anything else is
-refused, because statistics of a router that is misread would be worse than none.
+Blocks are recognised by their attributes, not by their class, and routers by their output: a
+forward pass on a few random vectors shows how a router normalises. A router with any other output
+is refused, because statistics of a misread router would be worse than none.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
-class Routing:
-    """What a router decided for N tokens.
+class RouterOutput:
+    """A router's decision for N tokens.
 
     Args:
         logits: (N, E).
-        scores: (N, k) weights of the experts chosen.
-        indices: (N, k) the experts chosen; -1 where a token found no room (Switch's capacity).
+        scores: (N, k), weights of the chosen experts.
+        indices: (N, k), the chosen experts; -1 where a token exceeds the capacity (Switch).
     """
 
     logits: Tensor
@@ -45,12 +45,12 @@ class ExpertBlock:
     """A module that routes each token to a few of its experts.
 
     Args:
-        name: Its place in the model, such as "model.layers.0.mlp".
+        name: Its name in the model, such as "model.layers.0.mlp".
         block: The module itself.
-        router_name: What it calls its router.
-        normalises: "chosen" for a softmax over the experts chosen (or scores that do not depend on
-            other experts at all): leaving out an expert that was not chosen changes nothing.
-            "all" for a softmax over all experts: leaving any of them out raises the others.
+        router_name: Name of the router in the block.
+        normalises: "chosen" for a softmax over the chosen experts (or scores that do not depend on
+            other experts at all): dropping an expert that was not chosen changes nothing.
+            "all" for a softmax over all experts: dropping any of them raises the others' weights.
     """
 
     name: str
@@ -60,45 +60,50 @@ class ExpertBlock:
 
     @property
     def experts(self) -> Any:
+        """The module that holds the experts."""
         return self.block.experts
 
     @property
     def router(self) -> Any:
+        """The module that routes tokens to experts."""
         return getattr(self.block, self.router_name)
 
     @property
     def fused(self) -> bool:
+        """Whether the experts are stored in one tensor per weight, see `is_fused`."""
         return is_fused(self.experts)
 
     @property
     def num_experts(self) -> int:
+        """Number of experts, E."""
         return _count(self.experts)
 
     @property
     def top_k(self) -> int:
+        """Experts per token."""
         return int(getattr(self.router, "top_k", 1))
 
     @property
     def num_groups(self) -> int:
-        """Groups among which the router chooses first (DeepSeek); 1 elsewhere."""
+        """Groups of experts that the router chooses among first (DeepSeek); 1 elsewhere."""
         return int(getattr(self.router, "num_group", None) or 1)
 
     @property
     def num_parameters(self) -> int:
-        """Of one expert."""
+        """Parameters per expert."""
         total = sum(p.numel() for p in self.experts.parameters())
         return total // self.num_experts
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """(units, rest): (E, I, F) all weights of each hidden unit, (E, R) the last biases."""
+        """(units, rest): (E, I, F), all weights of each hidden unit; (E, R), the output biases."""
         return _read_fused(self.experts) if self.fused else _read_modules(self.experts)
 
     def write(self, units: Tensor, rest: Tensor) -> None:
-        """Puts experts in the form of `read` into the block, however many they are."""
+        """Replace the experts by K of the form of `read`: units (K, I, F) and rest (K, R)."""
         (_write_fused if self.fused else _write_modules)(self.experts, units, rest)
 
     def output(self, expert: int, x: Tensor) -> Tensor:
-        """(N, H) what one expert makes of (N, H), computed by the model's own code."""
+        """Output of one expert, (N, H) → (N, H), computed by the model's own code."""
         if not self.fused:
             return _networks(self.experts)[expert](x)
         chosen = torch.full((len(x), 1), expert, device=x.device)
@@ -106,36 +111,37 @@ class ExpertBlock:
 
 
 def find_blocks(model: nn.Module) -> list[ExpertBlock]:
-    """The blocks of experts of a model, in its order.
+    """The blocks of experts of a model, in the order of its modules.
 
     Raises:
-        UserError: It has none, or some whose experts or router are of a shape not known here.
+        UserError: There are none, the experts or router of one are of an unsupported form, or the
+            model carries LoRA adapters.
     """
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise UserError(
             "the model carries LoRA adapters, which are tied to the number of experts: merge them "
             "first (merge_and_unload)"
         )
-    found = [
+    blocks = [
         _view(name, module)
         for name, module in model.named_modules()
         if isinstance(getattr(module, "experts", None), nn.Module)
     ]
-    if not found:
+    if not blocks:
         raise UserError(
             f"{type(model).__name__} has no mixture of experts to prune: no module with `experts`"
         )
-    return found
+    return blocks
 
 
 def count_experts(model: nn.Module) -> list[int]:
-    """How many experts each block has, also where the router is one of those below."""
+    """Number of experts of each block, also in a pruned model with one of the routers below."""
     blocks = (getattr(module, "experts", None) for module in model.modules())
     return [_count(experts) for experts in blocks if isinstance(experts, nn.Module)]
 
 
 def is_fused(experts: nn.Module) -> bool:
-    """Whether the experts are 3-D tensors whose layout transformers states beside them."""
+    """Whether the experts are 3-D tensors whose layout transformers records beside them."""
     pair = [getattr(experts, name, None) for name in ("gate_up_proj", "down_proj")]
     return hasattr(experts, "is_transposed") and all(
         isinstance(p, Tensor) and p.dim() == 3 for p in pair
@@ -143,7 +149,7 @@ def is_fused(experts: nn.Module) -> bool:
 
 
 def router_tensors(router: nn.Module, num_experts: int) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """(owner, name, tensor) of the router's parameters and buffers with a row for each expert."""
+    """(owner, name, tensor) of the router's parameters and buffers with one row per expert."""
     for owner in router.modules():
         tensors = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
         for name, tensor in tensors:
@@ -152,26 +158,26 @@ def router_tensors(router: nn.Module, num_experts: int) -> Iterator[tuple[nn.Mod
 
 
 def set_tensor(owner: nn.Module, name: str, value: Tensor) -> None:
-    """Replaces a parameter or buffer by one of another size."""
+    """Replace a parameter or buffer by one of any other shape."""
     old = getattr(owner, name)
     if isinstance(old, nn.Parameter):
         value = nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
     setattr(owner, name, value)
 
 
-def routing_of(output: Any) -> Routing | None:
-    """What a router's output says, None for a form not known."""
+def parse_router_output(output: Any) -> RouterOutput | None:
+    """A router's output in one form for all architectures; None for an unsupported one."""
     if not (isinstance(output, tuple) and len(output) == 3):
         return None
     first, second, third = output
     if not third.is_floating_point() and third.shape == second.shape and first.dim() == 2:
-        return Routing(first, second, third)
-    # Switch: a one-hot choice for each place, zero where the expert had no room; its probability.
+        return RouterOutput(first, second, third)
+    # Switch: one-hot choices, zero beyond an expert's capacity; their probabilities; logits.
     if first.shape == third.shape and second.shape == (*third.shape[:-1], 1):
         chosen, logits = first.flatten(0, -2), third.flatten(0, -2)
         indices = chosen.argmax(-1, keepdim=True)
-        missed = chosen.sum(-1, keepdim=True) == 0
-        return Routing(logits, second.flatten(0, -2), indices.masked_fill(missed, -1))
+        dropped = chosen.sum(-1, keepdim=True) == 0
+        return RouterOutput(logits, second.flatten(0, -2), indices.masked_fill(dropped, -1))
     return None
 
 
@@ -180,8 +186,8 @@ def _view(name: str, block: nn.Module) -> ExpertBlock:
     kind = f"{name}: {type(experts).__name__}"
     if not is_fused(experts) and not _are_networks(experts):
         raise UserError(
-            f"{kind} stores its experts in a way not known here: 3-D gate_up_proj and down_proj as "
-            "in Mixtral, or a list of networks with one hidden layer as in Switch"
+            f"{kind} stores its experts in an unsupported way; supported are 3-D gate_up_proj and "
+            "down_proj as in Mixtral, and a list of networks with one hidden layer as in Switch"
         )
     if not all(p.is_floating_point() for p in experts.parameters()):
         raise UserError(f"{kind} holds quantised weights; load the model without quantisation")
@@ -192,7 +198,7 @@ def _view(name: str, block: nn.Module) -> ExpertBlock:
             if len(weight) != count:
                 continue
             return ExpertBlock(name, block, child_name, _normalises(child, weight, kind))
-    raise UserError(f"{kind}: no router with {count} rows beside the experts of this block")
+    raise UserError(f"{kind}: found no router with {count} rows beside the experts of this block")
 
 
 def _are_networks(experts: Any) -> bool:
@@ -211,23 +217,23 @@ def _normalises(router: Any, weight: Tensor, kind: str) -> Literal["chosen", "al
     was_training = router.training
     router.eval()
     try:
-        routing = routing_of(router(x))
+        output = parse_router_output(router(x))
     except (RuntimeError, TypeError, IndexError, ValueError):
-        routing = None
+        output = None
     finally:
         router.train(was_training)
-    if routing is None:
+    if output is None:
         raise UserError(
-            f"{kind} is routed by a {type(router).__name__}, which does not answer as the routers "
-            "known here do: (logits, weights, experts) as in Mixtral, or as in Switch"
+            f"{kind} is routed by a {type(router).__name__}, whose output is not supported; "
+            "supported are (logits, weights, experts) as in Mixtral, and that of Switch"
         )
-    kept = (routing.indices >= 0).all(-1)
-    chosen = routing.indices.clamp(min=0)
-    probabilities = routing.logits.float().softmax(-1).gather(-1, chosen)
-    ratio = (routing.scores.float() / probabilities)[kept]
-    # A constant factor (DeepSeek's scaling) may stand before the softmax over all experts.
+    routed = (output.indices >= 0).all(-1)
+    chosen = output.indices.clamp(min=0)
+    probabilities = output.logits.float().softmax(-1).gather(-1, chosen)
+    ratio = (output.scores.float() / probabilities)[routed]
+    # The softmax over all experts may be scaled by a constant (DeepSeek).
     over_all = bool(ratio.max() - ratio.min() < 0.02 * ratio.mean())
-    over_chosen = bool((routing.scores.float().sum(-1)[kept] - 1).abs().max() < 1e-2)
+    over_chosen = bool((output.scores.float().sum(-1)[routed] - 1).abs().max() < 1e-2)
     return "all" if over_all and not (over_chosen and chosen.shape[1] > 1) else "chosen"
 
 
@@ -283,11 +289,11 @@ def _joined(gate: Tensor, up: Tensor, experts: Any) -> Tensor:
 
 def _networks(experts: Any) -> list[nn.Module]:
     members = list(experts.values() if isinstance(experts, nn.ModuleDict) else experts)
-    return [one for one in members if len(_linears(one)) >= 2]  # NLLB has a dropout among them
+    return [m for m in members if len(_linears(m)) >= 2]  # NLLB has a dropout among its experts
 
 
 def _linears(network: nn.Module) -> list[nn.Linear]:
-    """The layers into the hidden units, then the one out of them."""
+    """The layers into the hidden units, then the layer out of them."""
     return [module for module in network.modules() if isinstance(module, nn.Linear)]
 
 
@@ -303,8 +309,8 @@ def _read_modules(experts: Any) -> tuple[Tensor, Tensor]:
 
 
 def _write_modules(experts: Any, units: Tensor, rest: Tensor) -> None:
-    held: Any = experts if isinstance(experts, nn.ModuleDict) else range(len(experts))
-    keys = [key for key in held if len(_linears(experts[key])) >= 2]
+    all_keys: Any = experts if isinstance(experts, nn.ModuleDict) else range(len(experts))
+    keys = [key for key in all_keys if len(_linears(experts[key])) >= 2]
     for key in reversed(keys[len(units) :]):
         del experts[key]
     for network, unit, last in zip(_networks(experts), units, rest, strict=True):
@@ -327,10 +333,10 @@ def _write_modules(experts: Any, units: Tensor, rest: Tensor) -> None:
 
 
 class RemappedRouter(nn.Module):
-    """A router as it was, whose choice among E experts is read as one among K clusters.
+    """The original router over E experts, whose choices are mapped to K clusters.
 
     Args:
-        router: The given one.
+        router: The original router.
         group_of: The cluster of each of the E experts.
     """
 
@@ -342,25 +348,26 @@ class RemappedRouter(nn.Module):
         self.register_buffer("group_of", torch.tensor(group_of, device=_device(router)))
 
     def forward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The router's output, its choices (N, k), or one-hot (…, E), mapped to clusters."""
         first, second, third = self.router(*args)
         group_of: Any = self.group_of
         if not third.is_floating_point():
             return first, second, group_of[third]
-        there = first.sum(-1, keepdim=True)  # 0 where the token found no room
+        routed = first.sum(-1, keepdim=True)  # 0 where the token exceeds the capacity
         chosen = F.one_hot(group_of[first.argmax(-1)], self.num_experts)
-        return chosen.to(first.dtype) * there.to(first.dtype), second, third
+        return chosen.to(first.dtype) * routed.to(first.dtype), second, third
 
 
 class KeptDenominatorRouter(nn.Module):
-    """A router over K experts whose softmax still counts the experts that are gone.
+    """A router over K experts whose softmax still counts the dropped experts.
 
-    Each weight is multiplied by Σ_kept exp(h) / Σ_all exp(h), which undoes that the smaller
-    softmax raised it.
+    Each weight is multiplied by Σ_kept exp(h) / Σ_all exp(h), which restores the value it has in
+    the softmax over all experts.
 
     Args:
-        router: Over the experts kept, its scores a softmax over all of them.
-        weight: (D, H) router rows of the experts dropped.
-        bias: (D,) or None.
+        router: Router over the kept experts, its scores a softmax over all of these.
+        weight: (D, H), router rows of the dropped experts.
+        bias: (D,), their biases; None where the router has none.
     """
 
     def __init__(self, router: Any, weight: Tensor, bias: Tensor | None) -> None:
@@ -372,14 +379,15 @@ class KeptDenominatorRouter(nn.Module):
         self.dropped_bias = None if bias is None else nn.Parameter(bias.clone())
 
     def forward(self, hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The router's output for hidden states (…, H), with its weights rescaled."""
         output = self.router(hidden, *args)
         fused = not output[2].is_floating_point()
         logits = output[0] if fused else output[2]
         weight = self.dropped_weight
-        gone = F.linear(hidden.to(weight.dtype), weight, self.dropped_bias).float()
-        kept = logits.float().logsumexp(-1, keepdim=True)
-        gone = gone.reshape(*logits.shape[:-1], -1).logsumexp(-1, keepdim=True)
-        share = torch.exp(kept - torch.logaddexp(kept, gone))
+        dropped_logits = F.linear(hidden.to(weight.dtype), weight, self.dropped_bias).float()
+        log_kept = logits.float().logsumexp(-1, keepdim=True)
+        log_dropped = dropped_logits.reshape(*logits.shape[:-1], -1).logsumexp(-1, keepdim=True)
+        share = torch.exp(log_kept - torch.logaddexp(log_kept, log_dropped))
         return output[0], (output[1] * share).to(output[1].dtype), output[2]
 
 

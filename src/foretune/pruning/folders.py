@@ -1,4 +1,4 @@
-"""`foretune prune`: a mixture in a folder becomes a smaller one, and what controls would give."""
+"""`foretune prune` on folders: prune a mixture, score it beside the other methods, save it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from foretune.errors import UserError, did_you_mean
 from foretune.files import claim_model_folder
 from foretune.methods import METHODS, make, method_class
+from foretune.pruning import PLAN_FILE
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import apply_overrides
 from foretune.tasks.readers import Row, read_rows
@@ -18,17 +19,16 @@ from foretune.tasks.rows import example_of, split_of
 if TYPE_CHECKING:
     from torch import nn
 
-MARK = "experts.json"
-SHARED = ("experts", "keep_denominator", "router")  # fields that controls take from the method
+SHARED_FIELDS = ("experts", "keep_denominator", "router")  # which compared methods have in common
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskRows:
-    """Rows by what they are for; none stands in two of them.
+class TaskExamples:
+    """A task's examples, split without overlap.
 
     Args:
-        train: For the router's statistics, and for training afterwards.
-        held_out: For the score alone.
+        train: Examples for the router's statistics and for fine-tuning after pruning.
+        held_out: Examples for scoring only.
     """
 
     train: list[dict[str, Any]]
@@ -36,51 +36,51 @@ class TaskRows:
 
 
 def prune_method(name: str, changes: Sequence[str]) -> Any:
-    """The record of a method that prunes, from `field=value` settings.
+    """The record of a pruning method, from `field=value` settings.
 
     Raises:
         UserError: No such method, one of another verb, no such field, a value out of range.
     """
-    known = _prune_methods()
-    if name not in known:
+    methods = _prune_methods()
+    if name not in methods:
         raise UserError(
-            f'no method to prune with called "{name}"; there are {", ".join(known)}.'
-            f"{did_you_mean(name, known)}"
+            f'no prune method is called "{name}"; there are {", ".join(methods)}.'
+            f"{did_you_mean(name, methods)}"
         )
     return make(name, **apply_overrides({}, changes))
 
 
-def task_rows(source: str, task: str | None = None) -> TaskRows:
-    """The rows of a file, cut by their `split`; without one every fifth row is held out.
+def task_examples(source: str, task: str | None = None) -> TaskExamples:
+    """The examples of a file by their `split`; without splits every fifth one is held out.
 
     Args:
         source: A file or folder of rows with `text`, or `prompt` and `completion`.
-        task: Take the rows of this task alone, by their `task` column.
+        task: Read only the rows with this value in their `task` column.
 
     Raises:
-        UserError: Nothing to read, a bad row, no row of that task, nothing to train on or hold out.
+        UserError: Nothing to read, a bad row, no row of that task, or no examples in either split.
     """
-    found: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
     names: dict[str, None] = {}
     for row in read_rows(source):
         name = str(row.fields.get("task"))
         names[name] = None
         if task is None or name == task:
-            found[split_of(row)].append(_example(row))
-    train, held_out = found["train"], found["test"] or found["validation"]
-    if task is not None and not any(found.values()):
+            splits[split_of(row)].append(_example(row))
+    train, held_out = splits["train"], splits["test"] or splits["validation"]
+    if task is not None and not any(splits.values()):
         raise UserError(
-            f'{source} has no row whose task is "{task}"; it has {", ".join(list(names)[:5])}'
+            f'{source} has no row whose task is "{task}"; its tasks: {", ".join(list(names)[:5])}'
             f"{' …' if len(names) > 5 else ''}.{did_you_mean(task, names)}"
         )
     if not held_out:
-        train, held_out = [r for i, r in enumerate(train) if i % 5 != 4], train[4::5]
+        train, held_out = [e for i, e in enumerate(train) if i % 5 != 4], train[4::5]
     if not train or not held_out:
         raise UserError(
-            f"{source} has {len(train)} rows to take statistics on and {len(held_out)} to score: "
-            "both are needed (rows of split train and test, or five rows without a split)"
+            f"{source} has {len(train)} training and {len(held_out)} held-out examples, and both "
+            "are needed: give rows of split train and test, or five rows without a split"
         )
-    return TaskRows(train, held_out)
+    return TaskExamples(train, held_out)
 
 
 def _example(row: Row) -> dict[str, Any]:
@@ -102,100 +102,105 @@ def prune_folder(
     overwrite: bool = False,
     console: Console = SILENT,
 ) -> dict[str, Any]:
-    """Prunes a model for a task, scores it on rows held out, and saves it.
+    """Prune a model for a task, score it on held-out examples, and save it.
 
     Args:
-        method: What to prune with.
-        model: A mixture's folder or hub id; read in its own dtype.
-        rows: File of the task's rows.
-        out: Where the smaller model goes; None saves nothing.
-        task: Of several in the file, the one.
-        compare: Score every other method with as many experts too.
-        recover: Steps of fine-tuning on the rows after pruning; 0 for none.
-        learning_rate: Of these steps.
-        batch_size: Rows in a batch.
-        max_tokens: Longest row.
+        method: Record of the pruning method.
+        model: Folder or hub id of a mixture of experts, loaded in its own dtype.
+        rows: File of the task's examples.
+        out: Folder for the pruned model; None saves nothing.
+        task: Task to read, where the file has several.
+        compare: Also score all other methods with the same number of experts.
+        recover: Steps of fine-tuning on the task's examples after pruning; 0 for none.
+        learning_rate: Learning rate of these steps.
+        batch_size: Examples per batch.
+        max_tokens: Maximum length of an example; longer ones are truncated.
         overwrite: Replace a pruned model in `out`.
-        console: Is told how it goes.
+        console: Reports progress.
 
     Returns:
-        method, out, loads_with, size, held_out (rows), scored: one entry for the model as given and
-        for each method, with parameters, experts, loss, tokens_per_s and loss_recovered.
+        method, out, loads_with, normalises (of the routers), size, held_out_rows (their number),
+        recover_steps, and scored: one entry for the input model ("as given") and per method, with
+        parameters, experts, loss, tokens_per_s and, after fine-tuning, loss_recovered.
     """
     if out is not None:
-        claim_model_folder(out, MARK, overwrite=overwrite)
-    data = task_rows(rows, task)
+        claim_model_folder(out, PLAN_FILE, overwrite=overwrite)
+    examples = task_examples(rows, task)
     from foretune.pruning.experts import find_blocks
     from foretune.pruning.plan import counts_of
-    from foretune.pruning.prune import opened, prune_with, statistics_of
+    from foretune.pruning.prune import collect_statistics, load_if_path, prune_with
 
-    given, tokenizer = opened(model, None)
-    blocks = find_blocks(given)
+    original, tokenizer = load_if_path(model, None)
+    blocks = find_blocks(original)
     counts_of(method.experts, blocks, grouped=not method.keeps_router)
     methods = [method, *(_controls(method) if compare else [])]
     sizes: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens}
-    bench = Bench(data, tokenizer, recover, learning_rate, sizes)
-    console.say(f"statistics on {len(data.train)} rows")
-    found = statistics_of(
-        given, data.train, tokenizer, outputs=any(m.needs_outputs for m in methods), **sizes
+    scorer = Scorer(examples, tokenizer, recover, learning_rate, sizes)
+    console.say(f"collecting statistics on {len(examples.train)} examples")
+    statistics = collect_statistics(
+        original, examples.train, tokenizer, outputs=any(m.needs_outputs for m in methods), **sizes
     )
-    console.say(f"scoring the model as given on {len(data.held_out)} rows")
-    scored = [{"method": "as given", **bench.score(given)[0]}]
-    kept: Any = None
-    for one in methods:
-        console.say(f"pruning and scoring: {one.name}")
-        pruned = prune_with(given, found, one, tokenizer=tokenizer)
-        figures, tuned = bench.score(pruned.model)
-        scored.append({"method": one.name, "loads_with": pruned.loads_with, **figures})
-        if one is method:
-            kept = dataclasses.replace(pruned, model=tuned)
-    kept.scores = {"held_out_rows": len(data.held_out), "recover_steps": recover, "scored": scored}
+    console.say(f"scoring the input model on {len(examples.held_out)} examples")
+    scored = [{"method": "as given", **scorer.score(original)[0]}]
+    chosen: Any = None
+    for candidate in methods:
+        console.say(f"pruning and scoring: {candidate.name}")
+        pruned = prune_with(original, statistics, candidate, tokenizer=tokenizer)
+        figures, tuned = scorer.score(pruned.model)
+        scored.append({"method": candidate.name, "loads_with": pruned.loads_with, **figures})
+        if candidate is method:
+            chosen = dataclasses.replace(pruned, model=tuned)
+    chosen.scores = {
+        "held_out_rows": len(examples.held_out),
+        "recover_steps": recover,
+        "scored": scored,
+    }
     if out is not None:
-        kept.save(out, overwrite=overwrite)
+        chosen.save(out, overwrite=overwrite)
     return {
         "method": method.to_dict(),
         "out": None if out is None else str(out),
-        "loads_with": kept.loads_with,
+        "loads_with": chosen.loads_with,
         "normalises": sorted({block.normalises for block in blocks}),
-        "size": kept.size,
-        **kept.scores,
+        "size": chosen.size,
+        **chosen.scores,
     }
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
-    """Scores models on the same rows, before and after the same short fine-tuning."""
+class Scorer:
+    """Scores models on the same examples, before and after the same short fine-tuning."""
 
-    data: TaskRows
+    examples: TaskExamples
     tokenizer: Any
     recover: int
     learning_rate: float
     sizes: Mapping[str, Any]
 
     def score(self, model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
-        """(figures, the model after fine-tuning, or as it was where there is none)."""
+        """(figures, the model after fine-tuning, or the model itself without any)."""
         from foretune.pruning.experts import count_experts
         from foretune.pruning.prune import held_out_loss
 
-        told = held_out_loss(model, self.data.held_out, self.tokenizer, **self.sizes)
+        scores = held_out_loss(model, self.examples.held_out, self.tokenizer, **self.sizes)
         figures: dict[str, Any] = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "experts": count_experts(model),
-            "loss": told["loss"],
-            "tokens_per_s": round(told["tokens_per_s"]),
+            "loss": scores["loss"],
+            "tokens_per_s": round(scores["tokens_per_s"]),
         }
         if self.recover:
-            model = self.fine_tuned(model)
-            told = held_out_loss(model, self.data.held_out, self.tokenizer, **self.sizes)
-            figures["loss_recovered"] = told["loss"]
+            model = self.fine_tune(model)
+            scores = held_out_loss(model, self.examples.held_out, self.tokenizer, **self.sizes)
+            figures["loss_recovered"] = scores["loss"]
         return figures, model
 
-    def fine_tuned(self, model: nn.Module) -> nn.Module:
-        """A copy after some steps on the training rows."""
+    def fine_tune(self, model: nn.Module) -> nn.Module:
+        """A copy of the model, fine-tuned for `recover` steps on the training examples."""
         import foretune
 
         objective = foretune.CausalLM(self.tokenizer, max_tokens=self.sizes["max_tokens"])
-        task = foretune.Task("rows", self.data.train)
+        task = foretune.Task("rows", self.examples.train)
         run = foretune.Run(
             steps=self.recover, batch_size=self.sizes["batch_size"], eval_every=0, weight_decay=0.0
         )
@@ -206,16 +211,16 @@ class Bench:
 
 
 def _controls(method: Any) -> list[Any]:
-    """The other methods, with as many experts and a router of the same kind."""
-    given = method.to_dict()
-    found = []
+    """The other methods, with the same number of experts and the same kind of router."""
+    shared = {k: v for k, v in method.to_dict().items() if k in SHARED_FIELDS}
+    controls = []
     for name in _prune_methods():
         if name != method.name:
             fields = {f.name for f in dataclasses.fields(method_class(name))}
-            found.append(make(name, **{k: given[k] for k in SHARED if k in fields and k in given}))
-    return found
+            controls.append(make(name, **{k: v for k, v in shared.items() if k in fields}))
+    return controls
 
 
 def _prune_methods() -> list[str]:
-    verbs: dict[str, Any] = {name: method_class(name) for name in METHODS}
-    return [name for name, cls in verbs.items() if cls.verb == "prune"]
+    classes: dict[str, Any] = {name: method_class(name) for name in METHODS}
+    return [name for name, cls in classes.items() if cls.verb == "prune"]

@@ -1,9 +1,9 @@
 """Frequency: keep the experts that the task's tokens are sent to most often, drop the others.
 
-The plainest control of expert pruning, and the one that UNCURL's paper reports as losing accuracy.
+The plainest control of expert pruning, and the one that UNCURL's paper reports to lose accuracy.
 
     symbol   here         shape   meaning
-    f        frequency    (E,)    how often the router chose each expert on the task's rows
+    f        frequency    (E,)    how often the router chose each expert on the task's examples
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Frequency(ExpertPruning):
     """Keep the experts that the router chooses most often on the task.
 
     Args:
-        experts: How many each block keeps: one number, a list with one for each block, None for
-            half of them.
+        experts: Number of experts each block keeps: one number, a list with one per block, or None
+            for half of them.
         keep_denominator: For routers whose softmax runs over all experts (Qwen2-MoE, OLMoE,
-            Switch): let the dropped ones go on counting in it, so that the weights of those kept
-            do not grow. Only foretune loads such a model.
+            Switch): still count the dropped experts in it, so that the weights of the kept ones do
+            not grow. Only foretune loads such a model.
     """
 
     experts: int | Sequence[int] | None = None
@@ -46,8 +46,8 @@ class Frequency(ExpertPruning):
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]
     ) -> Plan:
-        """Keeps argmax f of each block."""
+        """Keep the experts with the largest f in each block."""
         from foretune.pruning.plan import keep_highest
 
-        scores = {name: found.frequency for name, found in statistics.items()}
+        scores = {name: block.frequency for name, block in statistics.items()}
         return keep_highest(blocks, self.experts, scores, keep_denominator=self.keep_denominator)

@@ -4,20 +4,19 @@ Paper: Chen et al., "Retraining-Free Merging of Sparse MoE via Hierarchical Clus
 arXiv:2410.08589.
 
     symbol   here         shape    meaning
-    o_j      output_sum   (E, H)   N times the mean output of expert j over the task's tokens,
-                                   chosen for them or not
+    o_j      output_sum   (E, H)   N times the mean output of expert j over all N tokens of the
+                                   task, chosen for them or not
     f        frequency    (E,)     how often the router chose each expert
 
-Clusters are found by average linkage on the Euclidean distance of the o_j, and each becomes the
-mean of its members weighted by f.
+Experts are clustered by average linkage on the Euclidean distance of their mean outputs, and each
+cluster becomes the mean of its members weighted by f.
 
 Deviations:
-    - the rows are the task's; the paper takes general text and is about no task
+    - examples are the task's; the paper takes general text and prunes for no particular task
     - the router row of a cluster is its members' weighted mean, so that any program loads the
-      result; `router="remap"` leaves the router as it was and costs a folder that only foretune
-      loads
+      result; `router="remap"` keeps the router unchanged, but then only foretune loads the folder
     - `align` matches the hidden units of members before they are averaged, which the paper leaves
-      to other ways of merging; off by default
+      to other merging methods; off by default
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from typing_extensions import override
 
 from foretune.pruning.method import ExpertPruning
 from foretune.run import check_ints, flag, one_of
@@ -49,11 +50,11 @@ class HCSMoE(ExpertPruning):
     """Merge experts whose mean outputs are near each other.
 
     Args:
-        experts: How many each block ends with: one number, a list with one for each block, None
-            for half of them.
-        router: Of a cluster: "mean" or "dominant" row of its members, or "remap" to keep the router
-            as it was and read a choice of any member as a choice of the cluster (only foretune
-            loads such a model).
+        experts: Number of experts each block ends with: one number, a list with one per block, or
+            None for half of them.
+        router: Router row of a cluster: the "mean" of its members' rows, that of the "dominant"
+            member, or "remap" to keep the router unchanged and map a choice of any member to the
+            cluster (only foretune loads such a model).
         align: Match the hidden units of members before they are averaged.
     """
 
@@ -72,22 +73,23 @@ class HCSMoE(ExpertPruning):
         flag("align", self.align)
 
     @property
+    @override
     def keeps_router(self) -> bool:
         return self.router == "remap"
 
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]
     ) -> Plan:
-        """Clusters by o, averages by f."""
+        """Cluster by o, average by f."""
         from foretune.linalg.clustering import average_linkage
         from foretune.pruning.plan import merge_clusters
 
         def cluster(name: str, members: list[int], k: int) -> list[int]:
-            found = statistics[name]
-            assert found.output_sum is not None
-            return average_linkage(found.output_sum[members] / max(found.num_tokens, 1), k)
+            block = statistics[name]
+            assert block.output_sum is not None
+            return average_linkage(block.output_sum[members] / max(block.num_tokens, 1), k)
 
-        weights = {name: found.frequency.tolist() for name, found in statistics.items()}
+        weights = {name: block.frequency.tolist() for name, block in statistics.items()}
         return merge_clusters(
             blocks, self.experts, cluster, weights, router=self.router, align=self.align
         )

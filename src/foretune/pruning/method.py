@@ -1,4 +1,4 @@
-"""`ExpertPruning`: what the records of all methods that prune a mixture of experts share."""
+"""`ExpertPruning`: the shared base of methods that prune a mixture of experts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
     from foretune.pruning.experts import ExpertBlock
     from foretune.pruning.plan import Plan
-    from foretune.pruning.prune import Pruned, Rows
+    from foretune.pruning.prune import Examples, Pruned
     from foretune.pruning.statistics import ExpertStatistics
 
 
 class ExpertPruning(Method, Protocol):
-    """A method that plans from statistics of the router, and perhaps of the experts' outputs.
+    """A method that plans from statistics of the router and, if needed, of the experts' outputs.
 
     Attributes:
-        needs_outputs: Whether `plan` reads statistics of the experts' outputs, which cost more.
+        needs_outputs: Whether `plan` uses statistics of the experts' outputs, which cost more.
     """
 
     verb: ClassVar[str] = "prune"
@@ -30,21 +30,23 @@ class ExpertPruning(Method, Protocol):
 
     @property
     def experts(self) -> int | Sequence[int] | None:
-        """How many experts each block ends with: one number, one for each block, None for half."""
+        """Experts each block ends with: one number, one per block, or None for half of them."""
 
     @property
     def keeps_router(self) -> bool:
-        """Whether the router goes on choosing among the experts that there were."""
+        """Whether the router still chooses among the original experts."""
         return False
 
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]
     ) -> Plan:
-        """What becomes of the experts of each block."""
+        """Decide which experts of each block are kept, merged or dropped."""
         ...
 
-    def prune(self, model: nn.Module | str | PathLike[str], rows: Rows, **options: Any) -> Pruned:
-        """Prunes a copy of the model by this method; `options` are those of `prune_mixture`."""
+    def prune(
+        self, model: nn.Module | str | PathLike[str], rows: Examples, **options: Any
+    ) -> Pruned:
+        """Prune a copy of the model by this method; see `prune_mixture` for `options`."""
         from foretune.pruning.prune import prune_mixture
 
         return prune_mixture(model, rows, self, **options)

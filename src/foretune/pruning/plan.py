@@ -1,8 +1,8 @@
-"""What becomes of the experts of each block, as data: made by a method, applied here, kept as JSON.
+"""Pruning plans: which experts of each block are kept, merged or dropped; applied, saved, loaded.
 
-`experts.json` in a pruned folder lists, for each block, the groups of the given model's experts
-that became one expert each (a group of one was kept as it was; what stands in no group was
-dropped), so other programs can prune the same model the same way.
+`experts.json` in a pruned folder lists for each block the groups of original experts that became
+one expert each: a group of one is kept unchanged, experts in no group are dropped. Other programs
+can thus prune the same model in the same way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from foretune.errors import UserError
-from foretune.pruning.alignment import merged
+from foretune.pruning import PLAN_FILE
+from foretune.pruning.alignment import merge_networks
 from foretune.pruning.experts import (
     COUNTS,
     ExpertBlock,
@@ -31,23 +32,22 @@ from foretune.pruning.experts import (
     set_tensor,
 )
 
-PLAN_FILE = "experts.json"
 WEIGHTS_FILE = "foretune_experts.safetensors"
 RouterForm = Literal["mean", "dominant", "remap", "keep-denominator"]
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What becomes of one block.
+    """The plan of one block.
 
     Args:
-        num_experts: E, of the given block.
-        groups: K groups of experts; each becomes one.
-        weights: The share of each member in its group's mean; sums to 1 in each group.
+        num_experts: E, number of experts of the original block.
+        groups: K groups of experts; each becomes one expert.
+        weights: Weight of each member in its group's mean, with sum 1 in each group.
         router: "mean" and "dominant" give a group one router row, the weighted mean of its members'
-            or that of the member with the largest weight; "remap" keeps all E rows and reads a
-            choice of a member as a choice of the group; "keep-denominator" keeps the rows of the
-            dropped experts for the softmax's denominator alone.
+            rows or that of the member with the largest weight; "remap" keeps all E rows and maps a
+            choice of a member to the group; "keep-denominator" keeps the rows of dropped experts
+            only for the softmax's denominator.
         align: Match the members' hidden units before they are averaged.
     """
 
@@ -59,8 +59,9 @@ class BlockPlan:
 
     @property
     def dropped(self) -> list[int]:
-        held = {expert for group in self.groups for expert in group}
-        return [expert for expert in range(self.num_experts) if expert not in held]
+        """The experts in no group."""
+        grouped = {expert for group in self.groups for expert in group}
+        return [expert for expert in range(self.num_experts) if expert not in grouped]
 
     @property
     def references(self) -> list[int]:
@@ -72,10 +73,11 @@ class BlockPlan:
 
     @property
     def router_rows(self) -> int:
-        """Experts that the router of the pruned block tells apart."""
+        """Rows of the pruned block's router."""
         return self.num_experts if self.router == "remap" else len(self.groups)
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields, with `references` and `dropped`."""
         return {
             "num_experts": self.num_experts,
             "groups": [list(group) for group in self.groups],
@@ -88,6 +90,7 @@ class BlockPlan:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> BlockPlan:
+        """The plan of which `to_dict` gave the fields."""
         return cls(
             num_experts=fields["num_experts"],
             groups=tuple(tuple(group) for group in fields["groups"]),
@@ -100,12 +103,12 @@ class BlockPlan:
 Plan = dict[str, BlockPlan]
 
 
-def keep(kept: Sequence[int], num_experts: int, *, keep_denominator: bool = False) -> BlockPlan:
-    """The plan that keeps some experts as they are and drops the others."""
+def keep(experts: Sequence[int], num_experts: int, *, keep_denominator: bool = False) -> BlockPlan:
+    """The plan that keeps the given experts unchanged and drops the others."""
     return BlockPlan(
         num_experts=num_experts,
-        groups=tuple((expert,) for expert in sorted(kept)),
-        weights=((1.0,),) * len(kept),
+        groups=tuple((expert,) for expert in sorted(experts)),
+        weights=((1.0,),) * len(experts),
         router="keep-denominator" if keep_denominator else "dominant",
     )
 
@@ -113,11 +116,11 @@ def keep(kept: Sequence[int], num_experts: int, *, keep_denominator: bool = Fals
 def merge(
     labels: Sequence[int], weights: Sequence[float], *, router: RouterForm, align: bool
 ) -> BlockPlan:
-    """The plan that averages each cluster.
+    """The plan that merges each cluster by a weighted mean.
 
     Args:
-        labels: The cluster of each expert.
-        weights: Of each expert, not below 0; uniform in a cluster where all are 0.
+        labels: Cluster of each expert.
+        weights: Weight of each expert, at least 0; uniform in a cluster where all are 0.
         router: See `BlockPlan`.
         align: See `BlockPlan`.
     """
@@ -132,16 +135,16 @@ def merge(
 
 
 def highest(scores: np.ndarray, count: int, num_groups: int = 1) -> list[int]:
-    """The experts with the highest scores, equally many of each group of the router.
+    """The experts with the highest scores (E,), equally many from each group of the router.
 
     >>> highest(np.array([3.0, 2.0, 0.0, 1.0]), 2), highest(np.array([3.0, 2.0, 0.0, 1.0]), 2, 2)
     ([0, 1], [0, 3])
     """
-    size, each = len(scores) // num_groups, count // num_groups
+    size, per_group = len(scores) // num_groups, count // num_groups
     return [
         int(g * size + i)
         for g in range(num_groups)
-        for i in sorted(np.argsort(-scores[g * size : (g + 1) * size], kind="stable")[:each])
+        for i in sorted(np.argsort(-scores[g * size : (g + 1) * size], kind="stable")[:per_group])
     ]
 
 
@@ -152,12 +155,12 @@ def keep_highest(
     *,
     keep_denominator: bool,
 ) -> Plan:
-    """Keeps of each block the experts with the highest scores.
+    """The plan that keeps the experts with the highest scores in each block.
 
     Args:
-        blocks: Of the model.
-        experts: How many; see `counts_of`.
-        scores: (E,) for each block, by its name.
+        blocks: The model's blocks of experts.
+        experts: Number of experts; see `counts_of`.
+        scores: Block name → (E,) scores of its experts.
         keep_denominator: See `BlockPlan`.
     """
     return {
@@ -179,78 +182,86 @@ def merge_clusters(
     router: RouterForm,
     align: bool,
 ) -> Plan:
-    """Merges the clusters that `cluster(block's name, members, k)` finds among some experts.
+    """The plan that merges the experts of each cluster.
 
-    A router that chooses among groups of experts first (DeepSeek) needs groups of one size, so its
-    experts are clustered group by group, unless it is remapped and stays as it is.
+    A router that chooses among groups of experts first (DeepSeek) needs groups of equal size, so
+    its experts are clustered group by group, unless the router is remapped and stays unchanged.
+
+    Args:
+        blocks: The model's blocks of experts.
+        experts: Number of experts; see `counts_of`.
+        cluster: Maps (block name, experts to cluster, number of clusters) to the experts' labels.
+        weights: Block name → weights of its experts.
+        router: See `BlockPlan`.
+        align: See `BlockPlan`.
     """
     grouped = router != "remap"
     plan = {}
     for block, count in zip(blocks, counts_of(experts, blocks, grouped=grouped), strict=True):
-        parts = block.num_groups if grouped else 1
-        size, each = block.num_experts // parts, count // parts
+        num_groups = block.num_groups if grouped else 1
+        size, per_group = block.num_experts // num_groups, count // num_groups
         labels = []
-        for part in range(parts):
-            members = list(range(part * size, (part + 1) * size))
-            labels += [part * each + label for label in cluster(block.name, members, each)]
+        for g in range(num_groups):
+            members = list(range(g * size, (g + 1) * size))
+            labels += [g * per_group + label for label in cluster(block.name, members, per_group)]
         plan[block.name] = merge(labels, weights[block.name], router=router, align=align)
     return plan
 
 
 def counts_of(experts: Any, blocks: Sequence[ExpertBlock], *, grouped: bool) -> list[int]:
-    """How many experts each block shall have.
+    """Number of experts that each block ends with.
 
     Args:
-        experts: One number, one for each block, or None for half of them.
-        blocks: Of the model.
-        grouped: Whether the groups of the router must stay equal.
+        experts: One number, one per block, or None for half of them.
+        blocks: The model's blocks of experts.
+        grouped: Whether the groups of the router must stay equal in size.
 
     Raises:
-        UserError: More than there are, fewer than a token is given to, a wrong number of numbers,
-            or one that the groups of the router do not divide.
+        UserError: More experts than there are, fewer than each token is routed to, a list of the
+            wrong length, or a number that cannot be split into the groups of the router.
     """
     if isinstance(experts, int) or experts is None:
-        wanted = [block.num_experts // 2 if experts is None else experts for block in blocks]
+        counts = [block.num_experts // 2 if experts is None else experts for block in blocks]
     elif len(experts) == len(blocks):
-        wanted = list(experts)
+        counts = list(experts)
     else:
         raise UserError(
             f"experts has {len(experts)} numbers, the model has {len(blocks)} blocks of experts "
-            f"({blocks[0].name} … {blocks[-1].name}): give one number, or one for each"
+            f"({blocks[0].name} … {blocks[-1].name}): give one number, or one per block"
         )
-    for count, block in zip(wanted, blocks, strict=True):
+    for count, block in zip(counts, blocks, strict=True):
         _check_count(count, block, grouped)
-    return wanted
+    return counts
 
 
 def _check_count(count: int, block: ExpertBlock, grouped: bool) -> None:
     if not block.top_k <= count <= block.num_experts:
         raise UserError(
-            f"{block.name} has {block.num_experts} experts and gives each token to {block.top_k}: "
+            f"{block.name} has {block.num_experts} experts and routes each token to {block.top_k}: "
             f"experts must be from {block.top_k} to {block.num_experts}, got {count}"
         )
     groups = block.num_groups
     if grouped and groups > 1:
         chosen = int(getattr(block.router, "topk_group", groups))
-        # the router sums the two best of each group to choose among groups
+        # The router ranks groups by the sum of their two best experts.
         if count % groups or count // groups < 2 or chosen * count // groups < block.top_k:
             raise UserError(
                 f"{block.name} routes within {groups} groups: experts must be a multiple of "
-                f"{groups} with two or more in each group and {block.top_k} in {chosen} of them, "
+                f"{groups}, at least two per group and {block.top_k} in {chosen} groups, "
                 f"got {count}"
             )
 
 
 @torch.no_grad()
 def apply_plan(model: nn.Module, plan: Plan) -> None:
-    """Prunes the model in place."""
+    """Prune the model in place."""
     blocks = {block.name: block for block in find_blocks(model)}
     before = {block.num_experts for block in blocks.values()}
     for name, block_plan in plan.items():
         _apply(blocks[name], block_plan)
     after = {block_plan.router_rows for block_plan in plan.values()}
     if len(before) == len(after) == 1:
-        # the head of the model counts experts too, for the loss that balances them
+        # The model counts experts too, for its load-balancing loss.
         _recount(model, before.pop(), after.pop())
     if is_uniform(plan):
         set_config(model, len(next(iter(plan.values())).groups))
@@ -263,8 +274,8 @@ def _recount(model: nn.Module, before: int, after: int) -> None:
 
 def _apply(block: ExpertBlock, plan: BlockPlan) -> None:
     units, rest = block.read()
-    made = [
-        merged(
+    merged = [
+        merge_networks(
             units[list(group)],
             rest[list(group)],
             weights,
@@ -275,7 +286,7 @@ def _apply(block: ExpertBlock, plan: BlockPlan) -> None:
             plan.groups, plan.weights, plan.references, strict=True
         )
     ]
-    block.write(torch.stack([unit for unit, _ in made]), torch.stack([last for _, last in made]))
+    block.write(torch.stack([u for u, _ in merged]), torch.stack([r for _, r in merged]))
     _route(block, plan)
     for module in (block.block, block.router):
         if hasattr(module, "num_experts"):
@@ -291,19 +302,20 @@ def _route(block: ExpertBlock, plan: BlockPlan) -> None:
                 group_of[expert] = g
         setattr(block.block, block.router_name, RemappedRouter(router, group_of))
         return
-    kept = [*router_tensors(router, plan.num_experts)]
-    gone = {name: tensor[plan.dropped].detach().clone() for _, name, tensor in kept}
-    for owner, name, tensor in kept:
+    tensors = [*router_tensors(router, plan.num_experts)]
+    dropped = {name: tensor[plan.dropped].detach().clone() for _, name, tensor in tensors}
+    for owner, name, tensor in tensors:
         set_tensor(owner, name, _rows(tensor.detach(), plan))
         if isinstance(owner, nn.Linear):
             owner.out_features = count
     router.num_experts = count
     if plan.router == "keep-denominator" and plan.dropped and block.normalises == "all":
-        wrapped = KeptDenominatorRouter(router, gone["weight"], gone.get("bias"))
+        wrapped = KeptDenominatorRouter(router, dropped["weight"], dropped.get("bias"))
         setattr(block.block, block.router_name, wrapped)
 
 
 def _rows(tensor: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
+    """Router rows of the groups: (E, ...) → (K, ...)."""
     if plan.router != "mean":
         return tensor[plan.references].clone()
     rows = [
@@ -325,7 +337,7 @@ def is_uniform(plan: Plan) -> bool:
 
 
 def set_config(model: nn.Module, count: int) -> None:
-    """Writes the number of experts wherever the model's config has it."""
+    """Set the number of experts wherever the model's config states it."""
     config: Any = model.config
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for name in COUNTS:
@@ -334,7 +346,7 @@ def set_config(model: nn.Module, count: int) -> None:
 
 
 def loads_in_transformers(model: nn.Module, plan: Plan) -> bool:
-    """Whether a config can say what was made of the model: one count, and plain routers."""
+    """Whether a config can describe the model: one number of experts, and plain routers."""
     wrappers = (RemappedRouter, KeptDenominatorRouter)
     return is_uniform(plan) and not any(isinstance(m, wrappers) for m in model.modules())
 
@@ -342,42 +354,42 @@ def loads_in_transformers(model: nn.Module, plan: Plan) -> bool:
 # --- a folder that transformers cannot express ----------------------------------------------------
 
 
-def save_special(model: nn.Module, folder: Path) -> None:
-    """Writes weights under a name of ours, so that no other program loads half of the model."""
+def save_for_foretune(model: nn.Module, folder: Path) -> None:
+    """Write weights under a file name of ours, so that no other program loads the model wrongly."""
     config: Any = model.config
     config.save_pretrained(folder)
     safetensors.torch.save_model(model, str(folder / WEIGHTS_FILE))
 
 
 def load_pruned(auto: Any, config: Any, folder: Path, dtype: Any) -> nn.Module | None:
-    """The model of a folder that `save_special` wrote; None for one that transformers loads.
+    """Load a folder that `save_for_foretune` wrote; None for a folder that transformers loads.
 
     Args:
         auto: A class of transformers with `from_config`.
-        config: Of the folder.
-        folder: Holds experts.json and the weights.
-        dtype: Of the weights; "auto" for that of the folder.
+        config: The folder's config.
+        folder: Folder with experts.json and the weights.
+        dtype: Data type of the weights; "auto" for that of the folder.
 
     Raises:
         UserError: experts.json is not foretune's, or the weights are missing or do not fit it.
     """
     path = folder / PLAN_FILE
     try:
-        about: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        if about["loads_with"] == "transformers":
+        record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if record["loads_with"] == "transformers":
             return None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no list of experts that foretune wrote: {error!r}") from error
-    plan = {name: BlockPlan.from_dict(fields) for name, fields in about["blocks"].items()}
+        raise UserError(f"{path} was not written by foretune: {error!r}") from error
+    plan = {name: BlockPlan.from_dict(fields) for name, fields in record["blocks"].items()}
     for name in COUNTS:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, next(iter(plan.values())).num_experts)
-    dtype = getattr(torch, str(about["dtype"])) if dtype == "auto" else dtype
-    # a class of its own name has the same function under another name
+    dtype = getattr(torch, str(record["dtype"])) if dtype == "auto" else dtype
+    # A model class, as opposed to an auto class, calls the same function _from_config.
     build = auto.from_config if hasattr(auto, "from_config") else auto._from_config
     model = build(config, dtype=dtype)
     try:
-        # units are overwritten below, so there is nothing to align
+        # The weights are overwritten below, so alignment would be wasted.
         apply_plan(model, {n: _unaligned(p) for n, p in plan.items()})
         safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
     except (OSError, RuntimeError, KeyError, IndexError, safetensors.SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""What all methods of pruning a mixture share: statistics on a task's rows, a plan, its outcome."""
+"""Pruning by any method: collect statistics on a task's examples, plan, apply, save."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from torch import Tensor, nn
 from foretune.errors import UserError
 from foretune.files import claim_model_folder, whole_folder
 from foretune.models.loading import load_model, save_base
+from foretune.pruning import PLAN_FILE
 from foretune.pruning.experts import ExpertBlock, find_blocks
 from foretune.pruning.plan import (
-    PLAN_FILE,
     Plan,
     apply_plan,
     counts_of,
     loads_in_transformers,
-    save_special,
+    save_for_foretune,
 )
 from foretune.pruning.statistics import Collector, ExpertStatistics
 from foretune.tasks.batch import Batch
 from foretune.tasks.objectives.causal_lm import CausalLM
 from foretune.training.record import environment
 
-Rows = Sequence[str | Mapping[str, Any]]
+Examples = Sequence[str | Mapping[str, Any]]
 
 
 @dataclass
@@ -40,14 +40,14 @@ class Pruned:
     """The result of `prune`.
 
     Args:
-        model: The smaller model.
-        tokenizer: Saved beside it, if any.
+        model: The pruned model.
+        tokenizer: Its tokenizer, saved with it; None for none.
         method: The method's record.
-        plan: What became of the experts of each block.
-        size: parameters and experts, before and after.
-        cost: seconds of collecting statistics and of pruning, tokens read.
-        statistics: Of each block, on the rows.
-        scores: Held-out losses, where the caller measured some; kept in experts.json.
+        plan: Block name → which of its experts were kept, merged or dropped.
+        size: "before" and "after": number of parameters, and of experts per block.
+        cost: Tokens read, and seconds of collecting statistics and of pruning.
+        statistics: Block name → its statistics on the task's examples.
+        scores: Held-out losses, where the caller measured them; saved in experts.json.
     """
 
     model: nn.Module
@@ -61,11 +61,11 @@ class Pruned:
 
     @property
     def loads_with(self) -> str:
-        """ "transformers" where its config can say what was made of the model, else "foretune"."""
+        """Who loads the saved folder: "transformers" if a config describes it, or "foretune"."""
         return "transformers" if loads_in_transformers(self.model, self.plan) else "foretune"
 
     def record(self) -> dict[str, Any]:
-        """What experts.json holds."""
+        """The content of experts.json."""
         return {
             "format": "foretune-experts-1",
             "loads_with": self.loads_with,
@@ -79,14 +79,14 @@ class Pruned:
         }
 
     def save(self, folder: Path | str, *, overwrite: bool = False) -> Path:
-        """Writes a model folder and the list of experts beside it, whole or not at all.
+        """Write a model folder with experts.json, completely or not at all.
 
         Returns:
             The folder. `AutoModelForCausalLM.from_pretrained` loads it where `loads_with` is
             "transformers"; `foretune.load_model(folder, head="causal-lm")` loads either kind.
 
         Raises:
-            UserError: Something is in the folder and `overwrite` is not set, or it is set and the
+            UserError: The folder is not empty and `overwrite` is not set, or it is set and the
                 folder holds no pruned model.
         """
         folder = Path(folder)
@@ -95,7 +95,7 @@ class Pruned:
             if self.loads_with == "transformers":
                 save_base(self.model, self.tokenizer, part)
             else:
-                save_special(self.model, part)
+                save_for_foretune(self.model, part)
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(part)
             (part / PLAN_FILE).write_text(json.dumps(self.record(), indent=1) + "\n", "utf-8")
@@ -104,34 +104,34 @@ class Pruned:
 
 def prune_mixture(
     model: nn.Module | str | PathLike[str],
-    rows: Rows,
+    rows: Examples,
     method: Any,
     *,
     tokenizer: Any = None,
     batch_size: int = 8,
     max_tokens: int = 512,
 ) -> Pruned:
-    """Collects statistics on the rows and prunes a copy of the model as the method says.
+    """Collect statistics on a task's examples and prune a copy of the model by a method.
 
     Args:
-        model: A mixture of experts, or its Hugging Face folder, which is read in its own dtype. A
-            model is left as it is; its copy needs as much memory again.
-        rows: Texts, or mappings with `text`, or `prompt` and `completion`.
+        model: A mixture of experts, or its Hugging Face folder, which is loaded in its own dtype. A
+            model object is left unchanged; its copy needs as much memory again.
+        rows: The task's examples: texts, or mappings with `text`, or `prompt` and `completion`.
         method: A record whose verb is `prune`: it has `experts`, `needs_outputs` and `plan`.
-        tokenizer: Of a model that is given as such.
-        batch_size: Rows in one forward pass.
-        max_tokens: Longest row; what is beyond is cut.
+        tokenizer: Tokenizer of a model object; a folder's own by default.
+        batch_size: Examples per forward pass.
+        max_tokens: Maximum length of an example; longer ones are truncated.
 
     Raises:
-        UserError: No rows, no tokenizer, a model without experts, or a number of experts that the
-            architecture cannot have.
+        UserError: There are no examples, no tokenizer or no experts in the model, or the
+            architecture cannot have that number of experts.
     """
-    given, tokenizer = opened(model, tokenizer)
-    blocks = find_blocks(given)
+    original, tokenizer = load_if_path(model, tokenizer)
+    blocks = find_blocks(original)
     counts_of(method.experts, blocks, grouped=not method.keeps_router)
     started = time.perf_counter()
-    found = statistics_of(
-        given,
+    statistics = collect_statistics(
+        original,
         rows,
         tokenizer,
         outputs=method.needs_outputs,
@@ -140,7 +140,11 @@ def prune_mixture(
     )
     seconds = {"statistics_seconds": round(time.perf_counter() - started, 3)}
     pruned = prune_with(
-        given, found, method, tokenizer=tokenizer, in_place=not isinstance(model, nn.Module)
+        original,
+        statistics,
+        method,
+        tokenizer=tokenizer,
+        in_place=not isinstance(model, nn.Module),
     )
     pruned.cost = seconds | pruned.cost
     return pruned
@@ -154,7 +158,7 @@ def prune_with(
     tokenizer: Any = None,
     in_place: bool = False,
 ) -> Pruned:
-    """Prunes by statistics that are known already."""
+    """Prune a copy of the model, or the model in place, by statistics collected earlier."""
     started = time.perf_counter()
     blocks = find_blocks(model)
     plan = method.plan(blocks, statistics)
@@ -178,27 +182,27 @@ def prune_with(
     )
 
 
-def opened(model: nn.Module | str | PathLike[str], tokenizer: Any) -> tuple[nn.Module, Any]:
-    """The model and its tokenizer, read from a folder if need be."""
+def load_if_path(model: nn.Module | str | PathLike[str], tokenizer: Any) -> tuple[nn.Module, Any]:
+    """A model and its tokenizer, loaded if `model` is a folder or hub id."""
     if isinstance(model, nn.Module):
         return model, tokenizer
-    loaded, own = load_model(str(model), head="causal-lm", dtype="auto")
-    return loaded, tokenizer or own
+    loaded, folder_tokenizer = load_model(str(model), head="causal-lm", dtype="auto")
+    return loaded, tokenizer or folder_tokenizer
 
 
 @torch.no_grad()
-def statistics_of(
+def collect_statistics(
     model: nn.Module,
-    rows: Rows,
+    examples: Examples,
     tokenizer: Any,
     *,
     outputs: bool,
     batch_size: int = 8,
     max_tokens: int = 512,
 ) -> dict[str, ExpertStatistics]:
-    """The statistics of every block on the rows, by the block's name."""
+    """Statistics of every block on the examples, by block name."""
     objective = CausalLM(tokenizer, max_tokens=max_tokens)
-    batches = batches_of(objective, rows, batch_size)
+    batches = batches_of(objective, examples, batch_size)
     was_training = model.training
     model.eval()
     with Collector(find_blocks(model), outputs=outputs) as collector:
@@ -206,23 +210,23 @@ def statistics_of(
             collector.mask, collector.decoder_mask = _masks(model, batch)
             objective.losses(model, batch.to(_device(model)))
     model.train(was_training)
-    return collector.found
+    return collector.statistics
 
 
 @torch.no_grad()
 def held_out_loss(
     model: nn.Module,
-    rows: Rows,
+    examples: Examples,
     tokenizer: Any,
     *,
     batch_size: int = 8,
     max_tokens: int = 512,
 ) -> dict[str, float]:
-    """loss: mean over rows of the mean nats per token; tokens_per_s of those forward passes."""
+    """loss: mean over examples of the mean nats per token; tokens_per_s of the forward passes."""
     objective = CausalLM(tokenizer, max_tokens=max_tokens)
     model.eval()
     losses, tokens, seconds = [], 0, 0.0
-    for batch in batches_of(objective, rows, batch_size):
+    for batch in batches_of(objective, examples, batch_size):
         started = time.perf_counter()
         losses += objective.losses(model, batch.to(_device(model))).tolist()
         seconds += time.perf_counter() - started
@@ -230,28 +234,28 @@ def held_out_loss(
     return {"loss": float(np.mean(losses)), "tokens_per_s": tokens / seconds}
 
 
-def batches_of(objective: CausalLM, rows: Rows, batch_size: int) -> list[Batch]:
-    """The rows in batches, those of like length together.
+def batches_of(objective: CausalLM, examples: Examples, batch_size: int) -> list[Batch]:
+    """The examples in batches of similar length.
 
     Raises:
-        UserError: No rows, or no tokenizer.
+        UserError: There are no examples, or no tokenizer.
     """
     if objective.tokenizer is None:
         raise UserError(
             "rows are texts and need the model's tokenizer: save it in the model's folder, or give "
             "tokenizer="
         )
-    if isinstance(rows, str) or not rows:
-        raise UserError(f"rows must be a list of texts or mappings, and not empty; got {rows!r}")
-    examples = [{"text": row} if isinstance(row, str) else row for row in rows]
-    encoded = sorted((objective.encode(row, "rows") for row in examples), key=objective.size)
-    parts = [encoded[i : i + batch_size] for i in range(0, len(encoded), batch_size)]
-    return [objective.collate(part, [0] * len(part)) for part in parts]
+    if isinstance(examples, str) or not examples:
+        raise UserError(f"rows must be a non-empty list of texts or mappings; got {examples!r}")
+    mappings = [{"text": e} if isinstance(e, str) else e for e in examples]
+    encoded = sorted((objective.encode(e, "rows") for e in mappings), key=objective.size)
+    batches = [encoded[i : i + batch_size] for i in range(0, len(encoded), batch_size)]
+    return [objective.collate(batch, [0] * len(batch)) for batch in batches]
 
 
 def _masks(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
     if getattr(model.config, "is_encoder_decoder", False) and "target" in batch.inputs:
-        # the decoder reads its start token and the target shifted by one: as many as the target
+        # The decoder reads its start token and the shifted target, as many tokens as the target.
         return batch.inputs["source_mask"], batch.inputs["target"] >= 0
     return batch.inputs["attention_mask"], None
 

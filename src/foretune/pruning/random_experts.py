@@ -1,4 +1,4 @@
-"""Random experts: keep some drawn by a seed. What every method of pruning must beat."""
+"""Random experts: keep experts drawn at random, the control that every pruning method must beat."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomExperts(ExpertPruning):
-    """Keep experts drawn at random, the control of every method of pruning.
+    """Keep experts drawn at random, the control of every pruning method.
 
     Args:
-        experts: How many each block keeps: one number, a list with one for each block, None for
-            half of them.
+        experts: Number of experts each block keeps: one number, a list with one per block, or None
+            for half of them.
         keep_denominator: For routers whose softmax runs over all experts (Qwen2-MoE, OLMoE,
-            Switch): let the dropped ones go on counting in it, so that the weights of those kept
-            do not grow. Only foretune loads such a model.
-        seed: Of the draw.
+            Switch): still count the dropped experts in it, so that the weights of the kept ones do
+            not grow. Only foretune loads such a model.
+        seed: Random seed of the draw.
     """
 
     experts: int | Sequence[int] | None = None
@@ -43,7 +43,7 @@ class RandomExperts(ExpertPruning):
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]
     ) -> Plan:
-        """Keeps the first of a random order of each block's experts."""
+        """Keep the first experts of a random order in each block."""
         import numpy as np
 
         from foretune.pruning.plan import keep_highest

@@ -1,4 +1,4 @@
-"""REAP: drop the experts whose weighted outputs are smallest where they are used.
+"""REAP: drop the experts with the smallest mean weighted output norm over the tokens they serve.
 
     S_j = (1 / |X_j|) Σ_{t ∈ X_j}  g_j(t) · ‖f_j(t)‖₂
 
@@ -6,13 +6,13 @@ Paper: Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Co
 2026, arXiv:2510.13999.
 
     symbol   here         shape   meaning
-    X_j      frequency    (E,)    the tokens that the router sends to expert j (here their number)
-    g_j(t)                        the weight with which token t takes expert j
-    f_j(t)                        what expert j makes of token t
+    |X_j|    frequency    (E,)    number of tokens that the router sends to expert j
+    g_j(t)                        router weight of expert j for token t
+    f_j(t)                        output of expert j for token t
     Σ g‖f‖   activation   (E,)    the sum above
 
 Deviations:
-    - an expert that no token was sent to has the score 0
+    - an expert that no token is sent to scores 0
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class REAP(ExpertPruning):
     """Keep the experts with the largest router-weighted activation norm on the task.
 
     Args:
-        experts: How many each block keeps: one number, a list with one for each block, None for
-            half of them.
+        experts: Number of experts each block keeps: one number, a list with one per block, or None
+            for half of them.
         keep_denominator: For routers whose softmax runs over all experts (Qwen2-MoE, OLMoE,
-            Switch): let the dropped ones go on counting in it, so that the weights of those kept
-            do not grow. Only foretune loads such a model.
-        renormalise: Scale the weights of the experts chosen for a token to sum to one before
-            they are averaged, as the authors' code does since March 2026.
+            Switch): still count the dropped experts in it, so that the weights of the kept ones do
+            not grow. Only foretune loads such a model.
+        renormalise: Scale the weights of a token's chosen experts to sum to one before averaging,
+            as the authors' code does since March 2026.
     """
 
     experts: int | Sequence[int] | None = None
@@ -70,14 +70,14 @@ class REAP(ExpertPruning):
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]
     ) -> Plan:
-        """Keeps argmax S of each block."""
+        """Keep the experts with the largest S in each block."""
         from foretune.pruning.plan import keep_highest
 
-        scores = {name: self.score(found) for name, found in statistics.items()}
+        scores = {name: self.score(block) for name, block in statistics.items()}
         return keep_highest(blocks, self.experts, scores, keep_denominator=self.keep_denominator)
 
-    def score(self, found: ExpertStatistics) -> Any:
-        """(E,) S."""
-        total = found.activation_renormalised if self.renormalise else found.activation
+    def score(self, block: ExpertStatistics) -> Any:
+        """S of a block's experts, (E,)."""
+        total = block.activation_renormalised if self.renormalise else block.activation
         assert total is not None
-        return total / found.frequency.clip(1)
+        return total / block.frequency.clip(1)

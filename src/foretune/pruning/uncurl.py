@@ -3,31 +3,31 @@
 Paper: Sarkar et al., "Revisiting SMoE Language Models by Evaluating Inefficiencies with Task
 Specific Expert Pruning", ENLSP-IV 2024 (PMLR 262:165-181), arXiv:2409.01483.
 
-No public code of UNCURL exists, and only the paper's abstract and a summary of it were at hand.
-What they say is this: offline, layer by layer, spectral clustering on router logits, alignment of
-the experts by permutation, merging weighted by activation. All else here is a choice, and each has
-a field.
+UNCURL has no public code, and only the paper's abstract and a summary of it were available. They
+state: offline, layer by layer, spectral clustering on router logits, alignment of the experts by
+permutation, merging weighted by activation. Everything else is our choice, and each choice is a
+field.
 
     symbol   here             shape     meaning
-    H        logits           (N, E)    the router's logits on the task's N tokens, no padding
+    H        logits           (N, E)    router logits on the task's N tokens, without padding
     f        frequency        (E,)      how often the router chose each expert
     S        similarity       (E, E)    S_ij = (1 + cos(h_i, h_j)) / 2 of H's columns
-    K        experts                    clusters of a block
-    P_i      match_units                permutation of expert i's hidden units, nearest to those of
-                                        the most used expert of its cluster
-    W_c      merged                     W_c = Σ_{i ∈ c} (f_i / Σ_{j ∈ c} f_j) · P_i(W_i)
+    K        experts                    number of clusters per block
+    P_i      match_units                permutation that brings expert i's hidden units nearest to
+                                        those of the most used expert of its cluster
+    W_c      merge_networks             W_c = Σ_{i ∈ c} (f_i / Σ_{j ∈ c} f_j) · P_i(W_i)
 
-Silent in the sources at hand:
+Silent in the available sources:
     - the similarity: columns are centred here (`centred`), so that an expert that is likely
-      everywhere is not near to all others
+      everywhere is not similar to all others
     - the router of a merged block: weighted mean of the rows, the most used expert's row, or the
-      given router with each choice read as a choice of the cluster (`router`)
-    - the weighting (`weights`), and whether clusters may grow without bound: spectral clusters
-      are unbalanced, so `grouping="dominant"` is there beside it: the K most used experts are
-      cores and each other joins the core that it is most similar to, as M-SMoE groups them
-      (Li et al., ICLR 2024, arXiv:2310.01334)
+      original router with each choice mapped to the cluster (`router`)
+    - the weighting (`weights`), and whether cluster sizes are bounded: spectral clusters are
+      unbalanced, so `grouping="dominant"` is an alternative: the K most used experts are cores and
+      every other expert joins the most similar core, as in M-SMoE (Li et al., ICLR 2024,
+      arXiv:2310.01334)
 Deviations:
-    - none known beyond the above, which is no claim to the paper's numbers
+    - none known beyond the above; the paper's numbers are not claimed
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from typing_extensions import override
 
 from foretune.pruning.method import ExpertPruning
 from foretune.run import check_ints, flag, one_of
@@ -60,16 +62,16 @@ class UNCURL(ExpertPruning):
     """Cluster experts by the task's router logits, align their hidden units, merge each cluster.
 
     Args:
-        experts: How many each block ends with: one number, a list with one for each block, None
-            for half of them.
+        experts: Number of experts each block ends with: one number, a list with one per block, or
+            None for half of them.
         grouping: "spectral" clustering on the similarity of router logits, or "dominant": the
-            most used experts are cores, each other joins the core it is most similar to.
+            most used experts are cores, and every other expert joins the most similar core.
         centred: Centre the columns of logits before their cosine.
         align: Match the hidden units of a cluster's experts before they are averaged.
-        weights: Of experts in the mean: "frequency", or "uniform".
-        router: Of a cluster: "mean" or "dominant" row of its members, or "remap" to keep the router
-            as it was and read a choice of any member as a choice of the cluster (only foretune
-            loads such a model).
+        weights: Weights of the experts in the mean: "frequency" or "uniform".
+        router: Router row of a cluster: the "mean" of its members' rows, that of the "dominant"
+            member, or "remap" to keep the router unchanged and map a choice of any member to the
+            cluster (only foretune loads such a model).
     """
 
     experts: int | Sequence[int] | None = None
@@ -92,29 +94,30 @@ class UNCURL(ExpertPruning):
         flag("align", self.align)
 
     @property
+    @override
     def keeps_router(self) -> bool:
         return self.router == "remap"
 
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]
     ) -> Plan:
-        """Clusters by S, averages by f."""
+        """Cluster by S, average by f."""
         from foretune.linalg.clustering import spectral
         from foretune.pruning.plan import merge_clusters
 
         def cluster(name: str, members: list[int], k: int) -> list[int]:
-            found = statistics[name]
-            cosine = found.correlation() if self.centred else found.cosine()
+            block = statistics[name]
+            cosine = block.correlation() if self.centred else block.cosine()
             similarity = ((1 + cosine) / 2)[members][:, members]  # S
             if self.grouping == "dominant":
-                return _around_cores(similarity, found.frequency[members], k)
+                return _around_cores(similarity, block.frequency[members], k)
             return spectral(similarity, k)
 
         weights = {
-            name: [1.0] * len(found.frequency)
+            name: [1.0] * len(block.frequency)
             if self.weights == "uniform"
-            else found.frequency.tolist()
-            for name, found in statistics.items()
+            else block.frequency.tolist()
+            for name, block in statistics.items()
         }
         return merge_clusters(
             blocks, self.experts, cluster, weights, router=self.router, align=self.align
@@ -122,7 +125,7 @@ class UNCURL(ExpertPruning):
 
 
 def _around_cores(similarity: Any, frequency: Any, k: int) -> list[int]:
-    """Each expert's cluster: itself for the k most used ones, else that of the nearest of these."""
+    """Cluster of each expert: the k most used experts are cores, the others join the nearest."""
     import numpy as np
 
     cores = sorted(np.argsort(-frequency, kind="stable")[:k].tolist())

@@ -89,9 +89,9 @@ def _first(work: Callable[[], T]) -> T:
     """Does it on the first of several processes."""
     if num_processes() == 1:
         return work()
-    from foretune.training.ranks import join
+    from foretune.training.process_group import process_group
 
-    return join().first(work)
+    return process_group().first(work)
 
 
 def _check_same(folder: Path, config: str) -> None:

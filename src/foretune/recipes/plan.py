@@ -115,7 +115,7 @@ def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:
 
     record, watch = entry.record(), Stopwatch()
     # A method whose episodes are of all tasks together moves the base once in several batches.
-    episode = getattr(record, "inner_steps", 0) + 1 if _inner(record) == "adapter" else 1
+    episode = record.batches_per_update
     run = run.replace(steps=episode * (1 + TIMED_STEPS))
     timed = foretune.retrain(
         setup.model, tasks, record, run, tokenizer=setup.tokenizer, progress=watch
@@ -230,10 +230,6 @@ class Stopwatch:
 
     def seconds_an_update(self) -> float:
         return (self.ticks[-1] - self.ticks[0]) / max(1, len(self.ticks) - 1)
-
-
-def _inner(record: Any) -> str | None:
-    return getattr(record, "inner", None)
 
 
 def _validations(eval_every: int | None, steps: int) -> int:

@@ -147,7 +147,8 @@ def _check_forward(model: Any, tasks: TaskCollection) -> None:
     import torch
 
     from foretune.training.data import TaskData
-    from foretune.training.verbs import fresh_copy, objective_of
+    from foretune.training.model_copies import fresh_copy
+    from foretune.training.verbs import objective_of
 
     objective = objective_of(tasks)
     data = TaskData.of(tasks, objective)

@@ -69,7 +69,7 @@ def retrain_stage(
     record = entry.record(rate)
     run = setup.recipe.retrain_run(seed=seed, out=folder, resume=True)
     outcome = retrain(setup, setup.seen, record, run, console, f"{entry.name}, seed {seed}")
-    used = rate if rate is not None else getattr(record, "learning_rate", None)
+    used = rate if rate is not None else record.learning_rate
     stage = {
         "name": entry.name,
         "method": entry.method,

@@ -172,7 +172,7 @@ def adapt_folder(
         result = foretune.adapt(model, tasks, method, run, shots=max_rows, progress=progress)
     adapted = result.models[task.name, 0]
     with whole_folder(out) as part:
-        method.write(adapted, part)
+        result.learners[task.name, 0].write(part, None)
     return {
         "out": str(out),
         "base": str(base),

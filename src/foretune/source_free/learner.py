@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.models.calls import eval_no_grad
 from foretune.models.surgery import batch_norms, head_modules
 from foretune.run import Run
+from foretune.source_free.core_state import write_core
 from foretune.source_free.imputer import Imputer
 from foretune.source_free.losses import Outputs, SourceFreeLoss, mask_patches
 from foretune.source_free.unlabelled import Unlabelled
@@ -24,7 +27,7 @@ from foretune.tasks.task import TaskCollection
 from foretune.training.data import PooledSampler, Step, TaskData
 from foretune.training.learners.joint import Learner
 from foretune.training.loop import Progress, fit
-from foretune.training.ranks import Deal
+from foretune.training.process_group import Partition
 
 BatchNorm = Literal["stats", "frozen", "affine"]
 ROWS = 64  # of a look at all target rows
@@ -42,6 +45,9 @@ class SourceFreeLearner(Learner):
         loss: What is asked of the predictions.
         bn: "frozen": batch normalisation works with the source's statistics; otherwise with those
             of the batch, and the running ones follow the target.
+        tuned_state: Names in the model's state that may differ from the base's.
+        factored: (r_out, r_in) of the layers that were put into Tucker form for this.
+        method: The method's record as a mapping.
     """
 
     def __init__(
@@ -52,17 +58,25 @@ class SourceFreeLearner(Learner):
         learning_rate: float,
         loss: SourceFreeLoss,
         bn: BatchNorm = "stats",
+        tuned_state: Sequence[str] = (),
+        factored: Mapping[str, Any] | None = None,
+        method: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(model, objective, learning_rate=learning_rate)
+        self.source_labels = list(objective.labels)
+        self.tuned_state, self.factored = list(tuned_state), dict(factored or {})
+        self.method = dict(method or {})
         self.look = Look(model, objective, sequence=loss.imputes)
         self.loss, self.bn = loss, bn
         self.updates, self.steps = 0, 1
         self.data: TaskData | None = None
 
-    def place(self, device: torch.device, deal: Deal) -> None:
-        super().place(device, deal)
-        self.data = deal.data
+    @override
+    def place(self, device: torch.device, partition: Partition) -> None:
+        super().place(device, partition)
+        self.data = partition.data
 
+    @override
     def start(self, run: Run) -> None:
         if run.patience:
             raise UserError(
@@ -73,12 +87,26 @@ class SourceFreeLearner(Learner):
         self.token_budget = None  # diversity is of the whole batch
         self.steps = run.steps
 
+    @override
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """Nothing is packed or left out: the classifier's input must come as it is."""
         yield
 
-    def gradients(self, steps: Sequence[Step]) -> dict[int, float]:
+    @override
+    def write(self, folder: Path, labels: Sequence[Any] | None) -> None:
+        """Writes what adapting changed: core.safetensors, core.json and README.md."""
+        write_core(
+            folder,
+            self.model,
+            self.tuned_state,
+            factored=self.factored,
+            method=self.method,
+            about={"labels": self.source_labels},
+        )
+
+    @override
+    def gradients(self, steps: Sequence[Step], seed: int = 0) -> dict[int, float]:
         step = steps[0]
         device = next(self.model.parameters()).device
         batch = step.chunks[0].to(device)
@@ -182,7 +210,8 @@ class ImputerLearner(Learner):
         super().__init__(model, objective, learning_rate=learning_rate)
         self.look = Look(model, objective, sequence=True)
 
-    def gradients(self, steps: Sequence[Step]) -> dict[int, float]:
+    @override
+    def gradients(self, steps: Sequence[Step], seed: int = 0) -> dict[int, float]:
         imputer: Any = self.model.imputer
         batch = steps[0].chunks[0].to(next(imputer.parameters()).device)
         masked = replace(batch, inputs={**batch.inputs, "x": mask_patches(batch.inputs["x"])})

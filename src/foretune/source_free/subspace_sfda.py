@@ -30,12 +30,14 @@ Silent in the sources at hand (abstract, reviews, summaries; no code is public):
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.run import Run, above_zero, at_least, one_of, whole
+from foretune.training.methods import AdaptMethod
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,7 +60,7 @@ DIVERSITY = {"shot": 0.8969, "mapu": 0.2759}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubspaceSFDA:
+class SubspaceSFDA(AdaptMethod):
     """Tune only the cores of a factorised classifier on rows without labels.
 
     Args:
@@ -93,10 +95,7 @@ class SubspaceSFDA:
 
     name: ClassVar[str] = "subspace-sfda"
     label: ClassVar[str] = "subspace SFDA"
-    verb: ClassVar[str] = "adapt"
     paper: ClassVar[dict[str, Any] | None] = PAPER
-    shares_base: ClassVar[bool] = False
-    pooled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         above_zero("learning_rate", self.learning_rate)
@@ -114,9 +113,7 @@ class SubspaceSFDA:
         if self.tuned == "batch-norm" and self.bn == "frozen":
             raise UserError("tuned batch-norm with bn frozen tunes nothing: choose bn affine")
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
-
+    @override
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> SourceFreeLearner:
@@ -133,15 +130,15 @@ class SubspaceSFDA:
         if self.rank_factor is not None and not tucker_layers(model):
             factored = tuckerize(model, rank_factor=self.rank_factor)
         self._let_train(model)
-        model.tuned_state = self._tuned_state(model, factored)  # type: ignore[assignment]
-        model.factored_here = factored  # type: ignore[assignment]
-        model.source_labels = list(objective.labels)  # type: ignore[assignment]
         return SourceFreeLearner(
             model,
             objective,
             learning_rate=self.learning_rate,
             loss=self._loss(model),
             bn=self.bn,
+            tuned_state=self._tuned_state(model, factored),
+            factored=factored,
+            method=self.to_dict(),
         )
 
     def _let_train(self, model: nn.Module) -> None:
@@ -198,17 +195,3 @@ class SubspaceSFDA:
                 "--imputer`, or add_imputer(model, source, run)"
             )
         return Mapu(entropy=entropy, diversity=diversity, imputation=self.imputation)
-
-    def write(self, model: nn.Module, folder: Path) -> None:
-        """Writes what adapting changed: core.safetensors, core.json and README.md."""
-        from foretune.source_free.core_state import write_core
-
-        known: Any = model
-        write_core(
-            folder,
-            model,
-            known.tuned_state,
-            factored=known.factored_here,
-            method=self.to_dict(),
-            about={"labels": known.source_labels},
-        )

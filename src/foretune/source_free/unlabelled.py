@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.tasks.batch import Batch
 from foretune.tasks.objectives.classification import Classification, Label, shown
 from foretune.tasks.objectives.regression import check_arrays
 from foretune.tasks.objectives.text import IGNORED
-from foretune.tasks.task import Task, TaskCollection
+from foretune.tasks.task import Objective, Task, TaskCollection
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unlabelled:
+class Unlabelled(Objective):
     """Arrays or texts without labels; what a label may be, the source's objective knows.
 
     Training rows need no label, and what they have is not read. Rows that are scored need one.
@@ -46,19 +47,20 @@ class Unlabelled:
         return self.source.space or ()
 
     @property
+    @override
     def head(self) -> str:
         return self.source.head
 
+    @override
     def num_outputs(self) -> int | None:
         return len(self.labels)
 
+    @override
     def chance(self) -> float | None:
         return 1 / len(self.labels)
 
-    def shared(self) -> Unlabelled:
-        return self
-
-    def fit(self, tasks: TaskCollection) -> Unlabelled:
+    @override
+    def fit(self, tasks: TaskCollection) -> Self:
         """Checks the rows; there is nothing to learn.
 
         Raises:
@@ -80,6 +82,7 @@ class Unlabelled:
                     f"the source, which are {shown(self.labels)}; got {label!r}"
                 )
 
+    @override
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
         label = _label(example)
         known = label in self.labels
@@ -99,12 +102,11 @@ class Unlabelled:
             space=self.labels,
         )
 
-    def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
-        return row
-
+    @override
     def size(self, row: Mapping[str, Any]) -> int:
         return self.source.size(row)
 
+    @override
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         return self.source.collate(rows, slots)
 
@@ -112,13 +114,16 @@ class Unlabelled:
         """(n, labels) logits."""
         return self.source.logits(model, batch)
 
+    @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
         """(n,) the entropy of each prediction: all that a row without a label can say alone."""
         return torch.special.entr(self.logits(model, batch).softmax(1)).sum(1)
 
+    @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
         return (self.logits(model, batch).argmax(1) == batch.inputs["label"]).float()
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "source": self.source.to_dict()}
 

@@ -1,1 +1,1 @@
-"""Tasks, collections, objectives and the places they come from."""
+"""Tasks, task collections, objectives and data sources."""

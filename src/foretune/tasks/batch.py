@@ -14,10 +14,10 @@ class Batch:
     """Examples of one or many tasks, stacked.
 
     Args:
-        inputs: Tensors by name, as the objective that made them reads them.
+        inputs: Tensors by name, as the objective's losses and scores read them.
         slots: The slot of each example's task, in the order of the examples.
-        num_tokens: Tokens (or array elements' rows) that the model reads, padding not counted.
-        extra: Host-side values that the objective needs again (index maps, lengths).
+        num_tokens: Tokens (one per example for arrays) that the model reads, padding not counted.
+        extra: Values on the host that the objective needs later (index maps, lengths).
     """
 
     inputs: dict[str, torch.Tensor]

@@ -1,8 +1,8 @@
-"""Draws the distractors of choice rows that bring a response but no candidates.
+"""Draw the distractors of choice examples that have a response but no candidates.
 
-A row's distractors are the responses of other rows on its side (seen or unseen) and in its split:
-of other groups (dialogues) where rows have a group, else of other tasks. Where those are too few,
-rows of other splits help out, then rows of the same group or task.
+An example's distractors are responses of other examples on its side (seen or unseen) and in its
+split: from other groups (dialogues) if examples have groups, else from other tasks. If those are
+too few, responses of other splits are added, then responses of the same group or task.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from foretune.tasks.task import Task, TaskCollection
 if TYPE_CHECKING:
     import numpy as np
 
-# Up to this many responses a whole permutation of them is drawn for each row, which cannot run
-# short; above, rows are drawn at random and the few duplicates thrown away.
+# Up to this many responses a full permutation is drawn for each example, which cannot run short;
+# above, examples are drawn at random and the few duplicates discarded.
 PERMUTE_UP_TO = 256
-# Rows for which distractors are drawn at once, so that a large task needs no large arrays.
+# Examples per batch of draws, so that a large task needs no large arrays.
 DRAW_ROWS = 2**14
-# Up to this many rows a pool is drawn from all their distinct responses, each as likely as any
-# other. Above, from rows drawn at random, where a frequent response is likelier: that takes a time
-# which does not grow with the rows.
+# Up to this many examples a pool is drawn uniformly from all their distinct responses. Above, it is
+# drawn from randomly drawn examples, where frequent responses are likelier: that takes a time
+# independent of the number of examples.
 POOL_FROM_ALL_UP_TO = 2**17
-POOL_DRAWS = 16  # rows drawn for each response that a pool wants
+POOL_DRAWS = 16  # examples drawn per response of a pool
 
 
 def draw_candidates(
@@ -42,21 +42,21 @@ def draw_candidates(
     group_column: str | None = None,
     own_task: bool = False,
 ) -> TaskCollection:
-    """The collection with `candidates` and `answer` in the place of every row's `response`.
+    """The collection with `candidates` and `answer` instead of each example's `response`.
 
-    Rows that have candidates already stay as they are. What a task gets depends on the seed, on
-    its name and on the rows of the collection, not on the order in which tasks are drawn.
+    Examples that have candidates already are unchanged. A task's draws depend on the seed, on its
+    name and on the examples of the collection, not on the order in which tasks are drawn.
 
     Args:
         collection: Choice tasks of one side (seen or unseen).
-        num_candidates: Candidates of each row, the true response included.
-        seed: Seeds the distractors and the place of the true response.
-        pool: Draw a task's distractors from so many responses only, so that few distinct texts
-            must be encoded; None for all.
-        group_column: The column that says which rows belong together; None for "dialogue" or
-            "group" where a row has one.
-        own_task: Draw from the task's own other rows, which makes harder candidates, instead of
-            other groups or tasks.
+        num_candidates: Candidates per example, the true response included.
+        seed: Random seed of the distractors and of the place of the true response.
+        pool: Number of responses from which a task's distractors are drawn, so that few distinct
+            texts must be encoded; None for all.
+        group_column: The column that names an example's group; None for "dialogue" or "group" if
+            an example has one.
+        own_task: Draw from other examples of the same task, which makes harder candidates, instead
+            of other groups or tasks.
 
     Raises:
         UserError: There are too few distinct responses.
@@ -67,24 +67,24 @@ def draw_candidates(
     responses = index_responses(collection, group_column, own_task)
     drawings = Drawings(num_candidates, responses.texts)
     tasks, start = [], 0
-    for number, task in enumerate(collection):
+    for task_index, task in enumerate(collection):
         splits: dict[str, Sequence[Example]] = {}
-        for split_number, split in enumerate(SPLITS):
-            rows = task.split(split)
-            own = np.arange(start, start + len(rows))
-            start += len(rows)
-            lacking = responses.lacking[own]
+        for split_index, split in enumerate(SPLITS):
+            examples = task.split(split)
+            rows = np.arange(start, start + len(examples))
+            start += len(examples)
+            lacking = responses.lacking[rows]
             if not lacking.any():
-                splits[split] = rows
+                splits[split] = examples
                 continue
             rng = np.random.default_rng(seed_for(seed, task.name, split))
-            origin = Origin(responses, own) if own_task else responses.by_split[split_number]
+            origin = Origin(responses, rows) if own_task else responses.by_split[split_index]
             if pool is not None:
-                origin = Origin(responses, _pool(origin, number, pool, rng))
-            drawn = np.zeros((len(rows), num_candidates), dtype=np.int32)
-            drawn[lacking, :-1] = _draw(origin, own[lacking], num_candidates - 1, rng, task.name)
+                origin = Origin(responses, _pool(origin, task_index, pool, rng))
+            drawn = np.zeros((len(examples), num_candidates), dtype=np.int32)
+            drawn[lacking, :-1] = _draw(origin, rows[lacking], num_candidates - 1, rng, task.name)
             drawn[lacking, -1] = rng.integers(num_candidates, size=lacking.sum())
-            splits[split] = _fill(rows, drawn, drawings)
+            splits[split] = _fill(examples, drawn, drawings)
         tasks.append(Task(task.name, **splits))
     return replace(collection, tasks=tuple(tasks))
 
@@ -94,21 +94,21 @@ def _check_counts(num_candidates: int, pool: int | None) -> None:
         raise UserError(f"num_candidates must be at least 2, got {num_candidates}")
     if pool is not None and pool < num_candidates - 1:
         raise UserError(
-            f"a candidate pool must hold the {num_candidates - 1} distractors of a row, "
+            f"a candidate pool must hold the {num_candidates - 1} distractors of an example, "
             f"got candidate_pool={pool} with num_candidates={num_candidates}"
         )
 
 
-def _pool(origin: Origin, task: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Up to `size` rows with distinct responses: other tasks' first, then all of `origin`."""
+def _pool(origin: Origin, task_index: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """(at most size,) indices of examples with distinct responses, other tasks' first."""
     import numpy as np
 
     responses, source = origin.responses, origin.rows
     if len(source) > POOL_FROM_ALL_UP_TO:
         source = np.unique(rng.choice(source, POOL_DRAWS * size))
-    others = source[responses.task[source] != task]
+    from_other_tasks = source[responses.task[source] != task_index]
     chosen = np.empty(0, dtype=np.int64)
-    for rows in (others, source):
+    for rows in (from_other_tasks, source):
         new = rows[~np.isin(responses.text[rows], responses.text[chosen])]
         _, first = np.unique(responses.text[new], return_index=True)
         chosen = np.concatenate([chosen, rng.permutation(new[first])])[:size]
@@ -116,47 +116,47 @@ def _pool(origin: Origin, task: int, size: int, rng: np.random.Generator) -> np.
 
 
 def _draw(
-    origin: Origin, own: np.ndarray, count: int, rng: np.random.Generator, task: str
+    origin: Origin, rows: np.ndarray, count: int, rng: np.random.Generator, task: str
 ) -> np.ndarray:
-    """(len(own), count) numbers of texts: distinct in a row, none the row's own."""
+    """(n, count) indices of texts for n examples: distinct, and none the example's own."""
     import numpy as np
 
-    drawn = np.zeros((len(own), count), dtype=np.int32)
+    drawn = np.zeros((len(rows), count), dtype=np.int32)
     short: list[int] = []
-    for start in range(0, len(own), DRAW_ROWS):
-        part = own[start : start + DRAW_ROWS]
+    for start in range(0, len(rows), DRAW_ROWS):
+        part = rows[start : start + DRAW_ROWS]
         drawn[start : start + len(part)], enough = _draw_at_random(origin, part, count, rng)
         short += (start + np.flatnonzero(~enough)).tolist()
     for i in short:
-        drawn[i] = _draw_exactly(origin, own[i], count, rng, task)
+        drawn[i] = _draw_exactly(origin, rows[i], count, rng, task)
     return drawn
 
 
 def _draw_at_random(
-    origin: Origin, own: np.ndarray, count: int, rng: np.random.Generator
+    origin: Origin, rows: np.ndarray, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(n, count) numbers of texts, and (n,) whether the row has got enough good ones."""
+    """(n, count) indices of texts, and (n,) whether an example has enough valid ones."""
     import numpy as np
 
     responses, source = origin.responses, origin.rows
     if len(source) <= PERMUTE_UP_TO:
-        picks = source[np.argsort(rng.random((len(own), len(source))), axis=1)]
+        picks = source[np.argsort(rng.random((len(rows), len(source))), axis=1)]
     else:
-        picks = source[rng.integers(len(source), size=(len(own), count + count // 2 + 8))]
+        picks = source[rng.integers(len(source), size=(len(rows), count + count // 2 + 8))]
     texts = responses.text[picks]
-    good = responses.owner[picks] != responses.owner[own][:, None]
-    good &= texts != responses.text[own][:, None]
-    # A text that cannot be used where it comes first may still be good later: hide the bad first.
-    good &= _first_in_row(np.where(good, texts, -1))
+    valid = responses.owner[picks] != responses.owner[rows][:, None]
+    valid &= texts != responses.text[rows][:, None]
+    # A text may be invalid at its first occurrence but valid later: mask invalid ones first.
+    valid &= _first_in_row(np.where(valid, texts, -1))
     width = min(count, texts.shape[1])
-    order = np.argsort(~good, axis=1, kind="stable")[:, :width]
-    drawn = np.zeros((len(own), count), dtype=np.int32)
+    order = np.argsort(~valid, axis=1, kind="stable")[:, :width]
+    drawn = np.zeros((len(rows), count), dtype=np.int32)
     drawn[:, :width] = np.take_along_axis(texts, order, axis=1)
-    return drawn, good.sum(axis=1) >= count
+    return drawn, valid.sum(axis=1) >= count
 
 
 def _first_in_row(values: np.ndarray) -> np.ndarray:
-    """True where a value stands in its row for the first time."""
+    """(n, m) true where a value of `values` (n, m) occurs in its row for the first time."""
     import numpy as np
 
     order = np.argsort(values, axis=1, kind="stable")
@@ -171,7 +171,11 @@ def _first_in_row(values: np.ndarray) -> np.ndarray:
 def _draw_exactly(
     origin: Origin, row: int, count: int, rng: np.random.Generator, task: str
 ) -> np.ndarray:
-    """The distractors of one row where responses are few, nearest choice first."""
+    """(count,) texts of distractors of one example if responses are few, preferred origin first.
+
+    Raises:
+        UserError: There are fewer than `count` other responses.
+    """
     import numpy as np
 
     responses = origin.responses
@@ -188,14 +192,17 @@ def _draw_exactly(
             return chosen
     raise UserError(
         f'task "{task}": {count + 1} candidates need {count} other responses, but there are '
-        f"{len(chosen)} distinct ones: set num_candidates to {len(chosen) + 1} or less, "
+        f"only {len(chosen)} distinct ones: set num_candidates to {len(chosen) + 1} or less, "
         "or add rows or tasks"
     )
 
 
-def _fill(rows: Sequence[Example], drawn: np.ndarray, drawings: Drawings) -> Sequence[Example]:
-    """The rows with their candidates: a view of a view, else a tuple."""
-    if isinstance(rows, View):
-        return DrawnRows(rows, drawings, drawings.append(drawn))
+def _fill(examples: Sequence[Example], drawn: np.ndarray, drawings: Drawings) -> Sequence[Example]:
+    """The examples with their candidates: a view of a view, else a tuple."""
+    if isinstance(examples, View):
+        return DrawnRows(examples, drawings, drawings.append(drawn))
     texts = drawings.texts.in_memory
-    return tuple(complete(row, own, texts) for row, own in zip(rows, drawn.tolist(), strict=True))
+    return tuple(
+        complete(example, numbers, texts)
+        for example, numbers in zip(examples, drawn.tolist(), strict=True)
+    )

@@ -1,4 +1,4 @@
-"""A digest of a task's rows: is a run resumed with the rows that it was begun with?"""
+"""A digest of a task's examples, to check that a resumed run has the data it was started with."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from foretune.tasks.row_store import View
 
 
 def digest_of(splits: Mapping[str, Sequence[Any]]) -> str:
-    """16 hexadecimal digits, equal for equal rows in the same order and splits.
+    """16 hexadecimal digits, equal for equal examples in the same order and splits.
 
-    An object that has no value of its own to show counts by its class alone.
+    An object whose repr is its address counts by its class only.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for name, rows in splits.items():
-        digest.update(f"{name} {len(rows)}\n".encode())
-        for row in rows.stored() if isinstance(rows, View) else rows:
-            digest.update(_text(row).encode())
+    for name, examples in splits.items():
+        digest.update(f"{name} {len(examples)}\n".encode())
+        for example in examples.stored() if isinstance(examples, View) else examples:
+            digest.update(_text(example).encode())
     return digest.hexdigest()
 
 
-def _text(row: Any) -> str:
+def _text(example: Any) -> str:
     try:
-        return json.dumps(row, sort_keys=True, default=_plain)
-    except TypeError:  # keys that JSON has not, or of several types
-        return json.dumps(_keyed(row), sort_keys=True, default=_plain)
+        return json.dumps(example, sort_keys=True, default=_plain)
+    except TypeError:  # keys that JSON lacks, or keys of mixed types
+        return json.dumps(_keyed(example), sort_keys=True, default=_plain)
 
 
 def _keyed(value: Any) -> Any:
+    """The value with the repr of each key as its key, at any depth."""
     if isinstance(value, Mapping):
-        return {repr(key): _keyed(one) for key, one in value.items()}
+        return {repr(key): _keyed(element) for key, element in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_keyed(one) for one in value]
+        return [_keyed(element) for element in value]
     return value
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no word for."""
+    """A JSON-able form of a value that JSON does not support."""
     import numpy as np
 
     if isinstance(value, Mapping):
@@ -60,8 +61,8 @@ def _plain(value: Any) -> Any:
 def _of_tensor(tensor: Any) -> list[Any]:
     import torch
 
-    whole = tensor.detach().cpu().to_dense().resolve_conj().contiguous()
-    values = whole.reshape(-1).view(torch.uint8).numpy().tobytes()
+    dense = tensor.detach().cpu().to_dense().resolve_conj().contiguous()
+    values = dense.reshape(-1).view(torch.uint8).numpy().tobytes()
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), _hash(values)]
 
 

@@ -1,9 +1,11 @@
-"""`DrawnRows`: stored choice rows whose candidates were drawn, put together when they are read."""
+"""`DrawnRows`: stored choice examples that get their drawn candidates when they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
 
 from foretune.tasks.example import Example
 from foretune.tasks.responses import Texts
@@ -17,11 +19,11 @@ ITEM = 4  # bytes of an int32
 
 
 class Drawings:
-    """What was drawn for each of many rows, on disk.
+    """The candidates drawn for each of many examples, on disk.
 
     Args:
-        num_candidates: Candidates of each row, the true response included.
-        texts: What the numbers mean.
+        num_candidates: Candidates per example, the true response included.
+        texts: The texts that drawn numbers index.
     """
 
     def __init__(self, num_candidates: int, texts: Texts) -> None:
@@ -31,14 +33,14 @@ class Drawings:
         self._file: ScratchFile | None = None
 
     def append(self, drawn: np.ndarray) -> np.ndarray:
-        """Keeps the drawings of some rows.
+        """Store the drawn candidates of some examples.
 
         Args:
-            drawn: (n, num_candidates) int32: the distractors' texts, then the place of the true
-                response among them.
+            drawn: (n, num_candidates) int32: indices of the distractors' texts, then the place of
+                the true response among them.
 
         Returns:
-            (n,) the numbers under which they can be read.
+            (n,) indices under which they can be read.
         """
         import numpy as np
 
@@ -58,52 +60,55 @@ class Drawings:
 
 
 class DrawnRows(View):
-    """Rows with their candidates.
+    """Examples with their candidates.
 
     Args:
-        undrawn: The rows without: quicker to read, and they say the same.
-        drawings: What was drawn.
-        numbers: (n,) which drawing is whose.
+        undrawn: The same examples without candidates, which are quicker to read.
+        drawings: The drawn candidates.
+        numbers: (n,) index in `drawings` of each example's candidates.
     """
 
     def __init__(self, undrawn: View, drawings: Drawings, numbers: np.ndarray) -> None:
         super().__init__(numbers)
         self.undrawn, self.drawings = undrawn, drawings
 
+    @override
     def row(self, place: int) -> Example:
         row = self.undrawn.row(place)
         return complete(row, self.drawings[int(self.numbers[place])], self.drawings.texts)
 
+    @override
     def stored(self) -> Iterator[Any]:
         for row, number in zip(self.undrawn, self.numbers.tolist(), strict=True):
             yield [row, self.drawings[number]]
 
     def candidate_counts(self) -> Iterator[int]:
-        """How many candidates each row has, without reading their texts."""
+        """The number of candidates of each example, without reading their texts."""
         drawn = self.drawings.num_candidates
         return (len(row["candidates"]) if "candidates" in row else drawn for row in self.undrawn)
 
+    @override
     def select(self, places: Any) -> DrawnRows:
         return DrawnRows(self.undrawn.select(places), self.drawings, self.numbers[places])
 
 
-def complete(row: Example, drawn: Sequence[int], texts: Sequence[str] | Texts) -> Example:
-    """The row with `candidates` and `answer` instead of `response`, unless it has them already.
+def complete(example: Example, drawn: Sequence[int], texts: Sequence[str] | Texts) -> Example:
+    """The example with `candidates` and `answer` instead of `response`, unless it has them.
 
     Args:
-        row: A choice row.
-        drawn: The distractors' numbers in `texts`, then the place of the true response.
+        example: A choice example.
+        drawn: The distractors' indices in `texts`, then the place of the true response.
         texts: Responses.
     """
-    if "candidates" in row:
-        return row
+    if "candidates" in example:
+        return example
     *numbers, place = drawn
     candidates = [texts[number] for number in numbers]
-    candidates.insert(place, row["response"])
-    kept = {key: value for key, value in row.items() if key != "response"}
-    return {**kept, "candidates": candidates, "answer": place}
+    candidates.insert(place, example["response"])
+    fields = {key: value for key, value in example.items() if key != "response"}
+    return {**fields, "candidates": candidates, "answer": place}
 
 
-def undrawn(rows: Sequence[Example]) -> Sequence[Example]:
-    """The rows before candidates were drawn to them, where there are such."""
-    return rows.undrawn if isinstance(rows, DrawnRows) else rows
+def undrawn(examples: Sequence[Example]) -> Sequence[Example]:
+    """The examples without drawn candidates, whose contents are the same and quicker to read."""
+    return examples.undrawn if isinstance(examples, DrawnRows) else examples

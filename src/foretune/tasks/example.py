@@ -1,4 +1,4 @@
-"""`Example`: one data item, a mapping of its columns. `SPLITS`: what a task's examples are for."""
+"""`Example`: one data item, a mapping of its columns. `SPLITS`: the splits of a task."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A collection that needs no download: the documentation of the installed Python modules.
+"""A task collection that needs no download: the documentation of installed Python modules.
 
 One module or package is one task. An example is a function, class or method: its name and
 arguments are the context, the first sentence of its docstring is the response. Sources are read
-with `ast`; nothing is imported. What comes out depends on the versions installed, so numbers on
-this collection are comparable on one machine only.
+with `ast`; nothing is imported. The data depends on the installed versions, so scores are
+comparable on one machine only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from foretune.errors import UserError
 from foretune.tasks.seeds import seed_for
 
-# What foretune's dependencies bring along; only what is installed is taken.
+# Packages that foretune's dependencies bring along; those not installed are skipped.
 PACKAGES = (
     *("PIL", "accelerate", "aiohttp", "anyio", "click", "datasets", "dateutil", "dill"),
     *("filelock", "fontTools", "fsspec", "httpx", "httpx2", "huggingface_hub", "jinja2"),
@@ -32,12 +32,12 @@ PACKAGES = (
     *("requests", "rich", "safetensors", "scipy", "setuptools", "sympy", "tokenizers", "torch"),
     *("tqdm", "transformers", "typer", "typing_extensions", "urllib3", "yaml"),
 )
-# Removed from newer Pythons, or no documentation to speak of.
+# Removed from newer Pythons, or hardly documented.
 SKIPPED_MODULES = ("antigravity", "distutils", "idlelib", "lib2to3", "test", "this")
-MAX_FILES = 100  # of a package, those nearest to its top
-MAX_NAMES = 400  # of a module, drawn with the seed
-ENOUGH_NAMES = 400  # no further file is parsed
-MIN_NAMES = 60  # a module with fewer is left out
+MAX_FILES = 100  # per package, those nearest to its top
+MAX_NAMES = 400  # per module, drawn with the seed
+ENOUGH_NAMES = 400  # once reached, no further file is parsed
+MIN_NAMES = 60  # a module with fewer is skipped
 MAX_CONTEXT = 100  # characters
 SKIPPED_PARTS = re.compile(r"(tests?|testing|test_.*|.*_test|conftest|_?vendor(ed)?|externals)$")
 SIGNATURE = re.compile(r"^[\w.]+\s?\([^)]*\)\s*(->\s*[\w.\[\], ]+?)?\s*(--|[-:]|->|$)\s*")
@@ -55,12 +55,12 @@ SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)(?<!cf)\.(?=\s+[A-Z
 def read_python_docs(
     seed: int = 0, modules: Mapping[str, Path] | None = None
 ) -> list[dict[str, Any]]:
-    """Choice rows (task, split, context, response) of every module with enough documentation.
+    """Choice examples (task, split, context, response) of each module that is documented enough.
 
     Args:
-        seed: Seeds which names stay where a module has very many, and the splits (20 % test and
-            at least 20 rows, 10 % validation).
-        modules: Where to look, by name; None for `installed_modules()`.
+        seed: Random seed of the names sampled from large modules, and of the splits (20 % but at
+            least 20 test examples, 10 % validation).
+        modules: File or folder of each module, by name; None for `installed_modules()`.
 
     Raises:
         UserError: No module has enough documented names.
@@ -90,37 +90,37 @@ def read_python_docs(
 
 def installed_modules() -> dict[str, Path]:
     """File or folder of each public standard module and each installed package of `PACKAGES`."""
-    found: dict[str, Path] = {}
+    modules: dict[str, Path] = {}
     library = Path(sysconfig.get_path("stdlib"))
     for name in sorted(sys.stdlib_module_names):
         if name.startswith("_") or name in SKIPPED_MODULES:
             continue
         for path in (library / name, library / f"{name}.py"):
             if path.exists():
-                found[name] = path
+                modules[name] = path
                 break
     for name in PACKAGES:
         try:
-            spec = importlib.util.find_spec(name)  # of a top-level name: finds, does not import
+            spec = importlib.util.find_spec(name)  # does not import a top-level name
         except (ImportError, ValueError):
             continue
         if spec is not None and spec.origin and spec.origin.endswith(".py"):
             origin = Path(spec.origin)
-            found[name] = origin.parent if spec.submodule_search_locations else origin
-    return found
+            modules[name] = origin.parent if spec.submodule_search_locations else origin
+    return modules
 
 
 def _documented(module: str, root: Path) -> list[tuple[str, str]]:
-    """(context, response) of a module's public names, every name and every response once."""
+    """(context, response) of a module's public names; names and responses are unique."""
     pairs: dict[str, tuple[str, str]] = {}
     responses: set[str] = set()
     files = {file: file.read_bytes() for file in _files(root)}
-    # Parsing is what costs time: do not begin where docstrings cannot be enough.
+    # Parsing is slow: skip a module that cannot have enough docstrings.
     if sum(text.count(b'"""') + text.count(b"'''") for text in files.values()) < 2 * MIN_NAMES:
         return []
     for file, text in files.items():
         try:
-            with warnings.catch_warnings():  # invalid escapes in others' strings
+            with warnings.catch_warnings():  # invalid escapes in third-party strings
                 warnings.simplefilter("ignore")
                 tree = ast.parse(text)
         except (SyntaxError, ValueError):
@@ -137,7 +137,7 @@ def _documented(module: str, root: Path) -> list[tuple[str, str]]:
 
 
 def _files(root: Path) -> list[Path]:
-    """The sources of a module, nearest to its top first; private folders and tests left out."""
+    """The source files of a module, nearest to its top first, without private folders and tests."""
     if root.is_file():
         return [root]
     files = []
@@ -172,7 +172,7 @@ def _definitions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, str, 
 
 
 def _context(name: str, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
-    """The name with its arguments' names, cut after the last that fits."""
+    """The name with its arguments' names, truncated after the last that fits."""
     function = _init(node) if isinstance(node, ast.ClassDef) else node
     if function is None or _is_property(function):
         return name
@@ -192,8 +192,9 @@ def _context(name: str, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Class
 
 
 def _init(node: ast.ClassDef) -> ast.FunctionDef | None:
-    found = (n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
-    return next(found, None)
+    """The `__init__` of a class, if it defines one."""
+    methods = (n for n in node.body if isinstance(n, ast.FunctionDef))
+    return next((method for method in methods if method.name == "__init__"), None)
 
 
 def _is_property(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
@@ -205,9 +206,9 @@ def _is_property(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 
 def first_sentence(docstring: str) -> str | None:
-    """The first sentence of a docstring as plain text; None where it says too little or too much.
+    r"""The first sentence of a docstring as plain text; None if it is too short or too long.
 
-    >>> first_sentence("f(x) -> y\\n\\nReturn the ``y`` of x, i.e. its image. Slow.")
+    >>> first_sentence("f(x) -> y\n\nReturn the ``y`` of x, i.e. its image. Slow.")
     'Return the y of x, i.e. its image.'
     >>> first_sentence("Too short.") is None
     True
@@ -225,6 +226,6 @@ def first_sentence(docstring: str) -> str | None:
         return None
     if lowered.startswith((":", "return:", "returns:", "args:")) or "deprecated" in lowered:
         return None
-    if any(mark in text for mark in NO_PROSE):
+    if any(symbol in text for symbol in NO_PROSE):
         return None
     return text

@@ -1,7 +1,7 @@
-"""Reads rows from files and from HF datasets; every row knows where it came from.
+"""Read rows from files and HF datasets; each row knows where it came from.
 
-Rows are read one after the other, so that a source may be larger than memory; only `.json` lists
-and `.npz` files are read whole.
+Rows are read one at a time, so a source may be larger than memory; only `.json` lists and `.npz`
+files are read at once.
 """
 
 from __future__ import annotations
@@ -26,15 +26,20 @@ SPLIT_NAMES = {
     "test": "test",
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-CHUNK = 1000  # rows of a column store that become Python objects together
-PARQUET_BUFFER = 2**20  # bytes; without one a whole column of a row group is read at once
+CHUNK = 1000  # rows of a columnar file that become Python objects at once
+PARQUET_BUFFER = 2**20  # bytes; without a buffer a column of a row group is read at once
 
 
 class Row(NamedTuple):
-    """One row as it was read, and its place: `file`, "line" or "row", and a 1-based number.
+    """One row as it was read, and where it came from.
 
-    `split` is what the place says about the split (an HF dataset's split, a file's name); the
-    row's own split column comes before it.
+    Attributes:
+        file: The file or dataset.
+        unit: "line" or "row".
+        number: Number of the line or row, from 1.
+        fields: The row's columns.
+        split: The split that the file's name or the HF dataset implies, if any; a split column in
+            the row takes precedence.
     """
 
     file: str
@@ -45,18 +50,19 @@ class Row(NamedTuple):
 
     @property
     def place(self) -> str:
+        """Where the row came from, for messages: "a.jsonl line 3"."""
         return f"{self.file} {self.unit} {self.number}"
 
 
 def read_rows(source: str) -> Iterator[Row]:
-    """All rows of a file, of the data files of a folder, or of an HF dataset, one by one.
+    """Iterate over the rows of a file, of the data files in a folder, or of an HF dataset.
 
-    A folder's `validation` and `test` files give their name to rows without a split column where
-    a `train` file stands beside them.
+    In a folder with a `train` file, the names of files give the split of rows without a split
+    column.
 
     Raises:
-        UserError: Nothing is there, or (on the way) it cannot be read; the message names file and
-            line.
+        UserError: There is no such source, or (while iterating) it cannot be read; the message
+            names file and line.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -78,7 +84,7 @@ def _read_file(path: Path, split: str | None = None) -> Iterator[Row]:
     }
     suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
     if suffix is None:
-        raise UserError(f"{path} is no data file: its name must end in {', '.join(SUFFIXES)}")
+        raise UserError(f"{path} is not a data file: its name must end in {', '.join(SUFFIXES)}")
     number, file = None, str(path)
     try:
         for unit, number, fields in readers[suffix](path):
@@ -95,16 +101,16 @@ def _read_folder(folder: Path) -> Iterator[Row]:
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(SUFFIXES))
     if files:
         names = {p: p.name.split(".")[0] for p in files}
-        named = "train" in names.values()
-        split = {p: SPLIT_NAMES.get(name) if named else None for p, name in names.items()}
+        has_train = "train" in names.values()
+        split = {p: SPLIT_NAMES.get(name) if has_train else None for p, name in names.items()}
         return (row for p in files for row in _read_file(p, split[p]))
-    others = (".csv", ".tsv", ".arrow", ".parquet", ".jsonl")
-    if any(p.suffix in others for p in folder.rglob("*")):
+    library_suffixes = (".csv", ".tsv", ".arrow", ".parquet", ".jsonl")
+    if any(p.suffix in library_suffixes for p in folder.rglob("*")):
         return _read_dataset(str(folder))
-    held = sorted(p.name for p in folder.iterdir())[:5]
+    names_shown = sorted(p.name for p in folder.iterdir())[:5]
     raise UserError(
         f"no data file in folder {folder}: it needs one that ends in {', '.join(SUFFIXES)}; "
-        f"it holds {', '.join(held) if held else 'nothing'}"
+        f"it holds {', '.join(names_shown) if names_shown else 'nothing'}"
     )
 
 
@@ -116,7 +122,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 
 def _json(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """One JSON list of objects; a file of JSON lines under this name is read as such."""
+    """The objects of a JSON list; a `.json` file of JSON lines is read as such."""
     content = path.read_bytes()
     if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         yield from _json_lines(path)
@@ -131,7 +137,7 @@ def _parse(content: bytes, place: str) -> dict[str, Any]:
 
 def _load(content: bytes, place: str) -> Any:
     try:
-        # what the codec utf-8-sig does, in a quarter of its time
+        # as the codec utf-8-sig, in a quarter of the time
         return json.loads(content.decode().removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         raise UserError(
@@ -164,7 +170,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
             for number, fields in enumerate(rows, start=1):
                 yield "row", number, fields
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
-        raise UserError(f"{path} is no readable Parquet file: {one_line(error)}") from error
+        raise UserError(f"{path} is not a readable Parquet file: {one_line(error)}") from error
 
 
 def _npz(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -177,20 +183,20 @@ def _npz(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
             arrays = {name: stored[name] for name in stored.files}
     except (ValueError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path} is no readable .npz file of plain arrays: {one_line(error)}"
+            f"{path} is not a readable .npz file of plain arrays: {one_line(error)}"
         ) from error
     lengths = {name: a.shape[0] if a.ndim else None for name, a in arrays.items()}
     if len(set(lengths.values())) > 1 or None in lengths.values():
         shapes = ", ".join(f"{name} {a.shape}" for name, a in arrays.items())
         raise UserError(
-            f"{path}: row i of every array is one example, but lengths differ: {shapes}"
+            f"{path}: row i of each array belongs to example i, but lengths differ: {shapes}"
         )
     for i in range(next(iter(lengths.values()), 0) or 0):
         yield "row", i + 1, {name: _plain(a[i]) for name, a in arrays.items()}
 
 
 def _plain(value: Any) -> Any:
-    """A NumPy scalar as a Python value; arrays and text as they are."""
+    """A NumPy scalar as a Python value; arrays and text unchanged."""
     value = value.item() if getattr(value, "shape", None) == () else value
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
@@ -204,9 +210,9 @@ def _read_dataset(source: str, saved_to_disk: bool = False) -> Iterator[Row]:
             loaded = datasets.load_from_disk(source)
         else:
             loaded = datasets.load_dataset(name, config or None)
-    except Exception as error:  # whatever the library or the network raises, the user sees one line
+    except Exception as error:  # any error of the library or the network becomes one line
         path = Path(source)
-        missing = "" if path.is_dir() else f"; nor is there a file or folder {source}"
+        missing = "" if path.is_dir() else f"; there is no file or folder {source} either"
         hint = _near(source) if path.parent.is_dir() else ""
         raise UserError(
             f'HF dataset "{source}" could not be loaded: {one_line(error)}{missing}.{hint}'
@@ -228,7 +234,7 @@ def _table_rows(table: Any) -> Iterator[dict[str, Any]]:
         if isinstance(feature, datasets.ClassLabel):
             labels[key] = feature.names
         elif getattr(feature, "decode", False):
-            # A picture or a sound that no objective could read: opening each of them costs time.
+            # An image or a sound, which no objective reads: decoding it would cost time.
             table = table.cast_column(key, dataclasses.replace(feature, decode=False))
     for chunk in table.iter(CHUNK):
         for values in zip(*chunk.values(), strict=True):
@@ -236,16 +242,16 @@ def _table_rows(table: Any) -> Iterator[dict[str, Any]]:
 
 
 def _named(fields: dict[str, Any], labels: dict[str, list[str]]) -> dict[str, Any]:
-    """Class numbers as the names of the classes; a number that has none (-1) is no label."""
+    """The fields with class names instead of numbers; an unnamed number (-1) is no label."""
     for key, names in labels.items():
         number = fields[key]
-        known = number is not None and 0 <= number < len(names)
-        fields[key] = names[number] if known else None
+        has_name = number is not None and 0 <= number < len(names)
+        fields[key] = names[number] if has_name else None
     return fields
 
 
 def _near(source: str) -> str:
-    """A hint at names like this one in its folder."""
+    """A hint at files with similar names in the same folder."""
     path = Path(source).expanduser()
     if not path.parent.is_dir():
         return f" Its folder {path.parent} does not exist either."
@@ -261,7 +267,7 @@ def _near(source: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
+    """The first line of an error's message, or its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
 

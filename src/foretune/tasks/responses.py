@@ -1,6 +1,6 @@
-"""`Responses`: all the responses of a collection as arrays, from which distractors are drawn.
+"""`Responses`: an index of all responses of a collection, from which distractors are drawn.
 
-Only the texts themselves stay where they are, in the rows: a text is known by its first row.
+The texts themselves stay in the examples: each distinct text is located by its first example.
 """
 
 from __future__ import annotations
@@ -23,25 +23,31 @@ if TYPE_CHECKING:
 GROUP_COLUMNS = ("dialogue", "group")
 
 
-def true_response(row: Example) -> str:
-    """The right answer of a choice row, before or after its candidates are drawn."""
-    text: str = row["candidates"][row["answer"]] if "candidates" in row else row["response"]
+def true_response(example: Example) -> str:
+    """The correct answer of a choice example, before or after its candidates are drawn."""
+    drawn = "candidates" in example
+    text: str = example["candidates"][example["answer"]] if drawn else example["response"]
     return text
 
 
-def group_of(row: Example, group_column: str | None) -> Any:
-    """What says which rows of a task belong together (a dialogue's number); None without."""
+def group_of(example: Example, group_column: str | None) -> Any:
+    """The group that an example of a task belongs to, such as a dialogue's number, if any.
+
+    Args:
+        example: An example.
+        group_column: Name of the column; None for "dialogue" or "group".
+    """
     columns = GROUP_COLUMNS if group_column is None else (group_column,)
-    return next((row[c] for c in columns if c in row), None)
+    return next((example[c] for c in columns if c in example), None)
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The distinct responses of a collection, numbered in the order of their appearance.
+    """The distinct responses of a collection, indexed in order of first appearance.
 
     Args:
-        parts: The rows: task after task, split after split.
-        first: (texts,) the first row of each text, counted through all parts.
+        parts: The examples of each split of each task.
+        first: (texts,) index, counted through all parts, of the first example with each text.
     """
 
     parts: Sequence[Sequence[Example]]
@@ -51,10 +57,10 @@ class Texts:
         return len(self.first)
 
     def __getitem__(self, text: int) -> str:
-        number = int(self.first[text])
-        part = bisect_right(self._ends, number)
-        rows = self.parts[part]
-        return true_response(rows[number - self._ends[part] + len(rows)])
+        index = int(self.first[text])
+        part = bisect_right(self._ends, index)
+        examples = self.parts[part]
+        return true_response(examples[index - self._ends[part] + len(examples)])
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -62,22 +68,22 @@ class Texts:
 
     @cached_property
     def in_memory(self) -> list[str]:
-        """All of them."""
+        """All texts as a list."""
         return [self[text] for text in range(len(self))]
 
 
 @dataclass(frozen=True)
 class Responses:
-    """Every row of a collection, as arrays of (n,).
+    """The responses of the n examples of a collection.
 
     Args:
         texts: The distinct responses.
-        text: Which of them is the row's.
-        owner: What a row's distractors must not share: its group, its task without groups, or the
-            row itself where distractors come from its own task.
-        task: The number of the row's task.
-        split: The number of its split.
-        lacking: Whether the row has no candidates yet.
+        text: (n,) index in `texts` of the example's response.
+        owner: (n,) what an example's distractors must not share with it: its group; its task if
+            there are no groups; the example itself if distractors come from the same task.
+        task: (n,) index of the example's task.
+        split: (n,) index of its split in `SPLITS`.
+        lacking: (n,) whether the example has no candidates yet.
     """
 
     texts: Texts
@@ -89,14 +95,14 @@ class Responses:
 
     @cached_property
     def all(self) -> Origin:
-        """Every row."""
+        """All examples."""
         import numpy as np
 
         return Origin(self, np.arange(len(self.text)))
 
     @cached_property
     def by_split(self) -> list[Origin]:
-        """The rows of each split."""
+        """The examples of each split."""
         import numpy as np
 
         return [Origin(self, np.flatnonzero(self.split == s)) for s in range(len(SPLITS))]
@@ -104,24 +110,24 @@ class Responses:
 
 @dataclass(frozen=True)
 class Origin:
-    """Rows from which distractors may come.
+    """Examples whose responses may serve as distractors.
 
     Args:
-        responses: All rows.
-        rows: (m,) which of them.
+        responses: The responses of all examples.
+        rows: (m,) indices of the examples.
     """
 
     responses: Responses
     rows: np.ndarray
 
     def texts_beside(self, owner: int) -> np.ndarray:
-        """The distinct texts that stand in a row of another owner, ascending."""
+        """(k,) distinct texts that some example of a different owner has, ascending."""
         texts, low, high = self._owners
         return texts[(low != owner) | (high != owner)]
 
     @cached_property
     def _owners(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Each distinct text, with the lowest and the highest owner that it has."""
+        """(k,) distinct texts, and the lowest and the highest owner of each."""
         import numpy as np
 
         owner = self.responses.owner[self.rows]
@@ -135,12 +141,13 @@ class Origin:
 def index_responses(
     collection: TaskCollection, group_column: str | None, own_task: bool
 ) -> Responses:
-    """Reads every row once.
+    """Index the responses of a collection, reading each example once.
 
     Args:
         collection: Choice tasks.
         group_column: As in `group_of`.
-        own_task: Whether a row's distractors may come from anywhere but the row itself.
+        own_task: Whether distractors come from the example's own task; then only the example itself
+            is excluded.
     """
     import numpy as np
 
@@ -149,41 +156,41 @@ def index_responses(
     for task in collection:
         owners: dict[str, int] = {}
         for split in SPLITS:
-            for row in task.split(split):
-                digests.append(_digest(true_response(row)))
-                lacking.append("candidates" not in row)
+            for example in task.split(split):
+                digests.append(_digest(true_response(example)))
+                lacking.append("candidates" not in example)
                 if own_task:
                     num_owners += 1
                     owner.append(num_owners)
                     continue
-                group = repr(group_of(row, group_column))
+                group = repr(group_of(example, group_column))
                 owner.append(owners.setdefault(group, num_owners + len(owners)))
         num_owners += len(owners)
     parts = [task.split(split) for task in collection for split in SPLITS]
-    sizes = [len(rows) for rows in parts]
-    number = np.arange(len(sizes), dtype=np.int32)
+    sizes = [len(examples) for examples in parts]
+    index = np.arange(len(sizes), dtype=np.int32)
     first, text = _number(np.frombuffer(digests, dtype=np.uint64))
     return Responses(
         Texts(parts, first),
         text,
         np.asarray(owner, dtype=np.int32),
-        np.repeat(number // len(SPLITS), sizes),
-        np.repeat((number % len(SPLITS)).astype(np.int8), sizes),
+        np.repeat(index // len(SPLITS), sizes),
+        np.repeat((index % len(SPLITS)).astype(np.int8), sizes),
         np.asarray(lacking, dtype=bool),
     )
 
 
 def _digest(text: str) -> int:
-    """64 bits: two of five million texts collide with a chance of one in a million."""
-    found = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(found, "little")
+    """A 64-bit digest: among five million texts two collide with probability 10^-6."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _number(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers the distinct values in the order of their appearance.
+    """Index the distinct values in order of first appearance.
 
     Returns:
-        (distinct,) where each stands first; (n,) the number of each value.
+        (distinct,) position of each one's first occurrence; (n,) index of each value.
     """
     import numpy as np
 

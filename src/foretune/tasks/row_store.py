@@ -1,13 +1,13 @@
-"""`RowStore`: rows in memory, or on disk where they are many. `StoredRows`: a view of some.
+"""`RowStore`: examples in memory, or on disk if they are many. `StoredRows`: a view of some.
 
-Rows that together take more than `IN_MEMORY_BYTES` go to a temporary file without a name, and are
-read back one at a time; memory then holds two integers a row. The file is this process's alone and
-gone with it, also after a crash: unlike a cache it cannot be stale, fill the disk over time or be
-shared by accident, and filling it costs about as much as finding out whether a cache is current.
+Examples that together exceed `IN_MEMORY_BYTES` go to an unnamed temporary file and are read back
+one at a time; memory then holds two integers per example. Only this process can see the file, and
+it vanishes with the process, even after a crash: unlike a cache it cannot be stale, fill the disk
+over time or be shared by accident, and writing it costs about as much as validating a cache.
 
-A row is kept as the bytes of its pickle, which only this process has written, and not in Arrow
-columns: columns would turn a missing field into null and refuse one of mixed types, and one row of
-them takes some twenty times as long to read.
+An example is stored as its pickle, which only this process has written, and not in Arrow columns:
+these would turn a missing field into null and reject a field of mixed types, and reading one
+example from them takes some twenty times as long.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, overload
 
+from typing_extensions import override
+
 from foretune.tasks.example import Example
 from foretune.tasks.scratch import ScratchFile
 
 if TYPE_CHECKING:
     import numpy as np
 
-# Of pickled rows: some 600,000 short texts, which take about five times as much as Python objects.
+# Pickled: some 600,000 short texts, which take about five times as much as Python objects.
 IN_MEMORY_BYTES = 2**26
 
 
 class RowStore:
-    """Rows in the order in which they were added."""
+    """Examples in the order in which they were added."""
 
     def __init__(self) -> None:
         self._rows: list[Example] = []
@@ -40,34 +42,34 @@ class RowStore:
     def __len__(self) -> int:
         return len(self._ends)
 
-    def add(self, row: Example) -> None:
-        """Appends a row; it must not be changed afterwards.
+    def add(self, example: Example) -> None:
+        """Append an example; it must not be changed afterwards.
 
         Raises:
             ForetuneError: The disk is full.
         """
-        packed = pickle.dumps(row, protocol=pickle.HIGHEST_PROTOCOL)
-        self._ends.append(len(packed) + (self._ends[-1] if self._ends else 0))
+        pickled = pickle.dumps(example, protocol=pickle.HIGHEST_PROTOCOL)
+        self._ends.append(len(pickled) + (self._ends[-1] if self._ends else 0))
         if self._file is not None:
-            self._file.append(packed)
+            self._file.append(pickled)
             return
-        self._rows.append(row)
+        self._rows.append(example)
         if self._ends[-1] > IN_MEMORY_BYTES:
             self._file = ScratchFile()
-            for kept in self._rows:
-                self._file.append(pickle.dumps(kept, protocol=pickle.HIGHEST_PROTOCOL))
+            for stored in self._rows:
+                self._file.append(pickle.dumps(stored, protocol=pickle.HIGHEST_PROTOCOL))
             self._rows = []
 
-    def read(self, number: int) -> Example:
-        """The row of this number, which a call of `rows` has named."""
+    def read(self, index: int) -> Example:
+        """The example of this index; it can be read after a call of `rows` with this index."""
         if self._file is None:
-            return self._rows[number]
-        start = self._ends[number - 1] if number else 0
-        row: Example = pickle.loads(self._file.read(start, self._ends[number] - start))
-        return row
+            return self._rows[index]
+        start = self._ends[index - 1] if index else 0
+        example: Example = pickle.loads(self._file.read(start, self._ends[index] - start))
+        return example
 
     def rows(self, numbers: Sequence[int]) -> Sequence[Example]:
-        """The rows of these numbers: a tuple, or a view where they are on disk.
+        """The examples of these indices: a tuple, or a view if they are on disk.
 
         Raises:
             ForetuneError: The disk is full.
@@ -75,34 +77,34 @@ class RowStore:
         import numpy as np
 
         if self._file is None:
-            return tuple(self._rows[number] for number in numbers)
+            return tuple(self._rows[index] for index in numbers)
         self._file.flush()
         return StoredRows(self, np.asarray(numbers, dtype=np.int64))
 
 
 class View(Sequence[Example]):
-    """Rows that are made when they are asked for; equal to any sequence of equal rows.
+    """Examples that are built on access; equal to any sequence of equal examples.
 
-    Each access makes a new dict, so two of them are equal but not the same object. A slice is a
-    view again.
+    Each access builds a new dict, so two accesses are equal but not the same object. A slice is
+    a view again.
 
     Args:
-        numbers: (n,) which rows of what is behind the view.
+        numbers: (n,) indices of the examples in what the view is of.
     """
 
     def __init__(self, numbers: np.ndarray) -> None:
         self.numbers = numbers
 
     def row(self, place: int) -> Example:
-        """The row at a place from 0 to n − 1."""
+        """The example at a place from 0 to n − 1."""
         raise NotImplementedError
 
     def select(self, places: Any) -> View:
-        """A view of the rows at these places (a slice, or an array of integers)."""
+        """A view of the examples at these places (a slice, or an array of integers)."""
         raise NotImplementedError
 
     def stored(self) -> Iterator[Any]:
-        """What the rows are made of, equal for equal rows and quicker to read than they are."""
+        """What the examples are built from: equal for equal examples, but quicker to read."""
         return iter(self)
 
     def __len__(self) -> int:
@@ -120,39 +122,43 @@ class View(Sequence[Example]):
     def __iter__(self) -> Iterator[Example]:
         return (self.row(place) for place in range(len(self)))
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence):
+    def __eq__(self, sequence: object) -> bool:
+        if not isinstance(sequence, Sequence):
             return NotImplemented
-        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+        return len(self) == len(sequence) and all(
+            a == b for a, b in zip(self, sequence, strict=True)
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
 
 class StoredRows(View):
-    """Some rows of a store.
+    """Some examples of a store.
 
     Args:
-        store: Where they are.
-        numbers: (n,) which of its rows.
+        store: The store.
+        numbers: (n,) indices of its examples.
     """
 
     def __init__(self, store: RowStore, numbers: np.ndarray) -> None:
         super().__init__(numbers)
         self.store = store
 
+    @override
     def row(self, place: int) -> Example:
         return self.store.read(int(self.numbers[place]))
 
+    @override
     def select(self, places: Any) -> StoredRows:
         return StoredRows(self.store, self.numbers[places])
 
 
 class JoinedRows(View):
-    """Rows of several sequences, one after the other.
+    """Examples of several sequences, concatenated.
 
     Args:
         parts: The sequences.
-        numbers: (n,) which rows, counted through all parts; None for all.
+        numbers: (n,) indices of the examples, counted through all parts; None for all.
     """
 
     def __init__(
@@ -164,34 +170,36 @@ class JoinedRows(View):
         self.ends = list(accumulate(map(len, parts)))
         super().__init__(np.arange(self.ends[-1]) if numbers is None else numbers)
 
+    @override
     def row(self, place: int) -> Example:
-        number = int(self.numbers[place])
-        part = bisect_right(self.ends, number)
-        return self.parts[part][number - self.ends[part]]  # counted from the part's end
+        index = int(self.numbers[place])
+        part = bisect_right(self.ends, index)
+        return self.parts[part][index - self.ends[part]]  # counted from the part's end
 
+    @override
     def select(self, places: Any) -> JoinedRows:
         return JoinedRows(self.parts, self.numbers[places])
 
 
 def join(parts: Sequence[Sequence[Example]]) -> Sequence[Example]:
-    """The rows of all parts: a view if one of them is, else a tuple.
+    """The examples of all parts: a view if any part is a view, else a tuple.
 
     >>> join([["a", "b"], ["c"]])
     ('a', 'b', 'c')
     """
     if any(isinstance(part, View) for part in parts):
         return JoinedRows(parts)
-    return tuple(row for part in parts for row in part)
+    return tuple(example for part in parts for example in part)
 
 
-def select(rows: Sequence[Example], places: Sequence[int]) -> Sequence[Example]:
-    """The rows at these places: a view of a view, else a tuple.
+def select(examples: Sequence[Example], places: Sequence[int]) -> Sequence[Example]:
+    """The examples at these places: a view of a view, else a tuple.
 
     >>> select(["a", "b", "c"], [2, 0])
     ('c', 'a')
     """
     import numpy as np
 
-    if isinstance(rows, View):
-        return rows.select(np.asarray(places, dtype=np.int64))
-    return tuple(rows[place] for place in places)
+    if isinstance(examples, View):
+        return examples.select(np.asarray(places, dtype=np.int64))
+    return tuple(examples[place] for place in places)

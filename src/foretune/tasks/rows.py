@@ -1,4 +1,4 @@
-"""Checks one row: is it what its kind of objective reads? Every fault has its own message."""
+"""Checks of one row: does it have what its kind of objective reads? One message per fault."""
 
 from __future__ import annotations
 
@@ -17,27 +17,35 @@ NEEDS = {
     "prompts": "text with label, or x with y",
     "unlabelled": "x",
 }
-CLASSES = ("classification", "prompts")  # kinds whose rows have one label each
+CLASSES = ("classification", "prompts")  # kinds whose examples have one label each
 
 
 def task_of(row: Row, task_column: str) -> str:
-    """The name of the row's task."""
+    """The name of the row's task.
+
+    Raises:
+        UserError: The row has no such column, or it holds no name.
+    """
     value = row.fields.get(task_column)
     if value is None:
         raise UserError(
             f'{row.place}: no "{task_column}" column; it has {_names(row.fields)}. '
-            f"Say with task_column which one names the task."
+            f"Set task_column to the column that names the task."
             f"{did_you_mean(task_column, row.fields)}"
         )
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise UserError(f"{row.place}: {task_column} must be text, got {_short(value)}")
     if not str(value).strip():
-        raise UserError(f"{row.place}: {task_column} is empty: every row needs a task name")
+        raise UserError(f"{row.place}: {task_column} is empty: each row needs a task name")
     return str(value)
 
 
 def split_of(row: Row) -> str:
-    """ "train", "validation" or "test": the row's own word, else its place's, else train."""
+    """The split of the row's split column, else of its file, else "train".
+
+    Raises:
+        UserError: The column holds no name of a split.
+    """
     value = row.fields.get("split")
     value = row.split if value is None else value
     if value is None:
@@ -52,7 +60,11 @@ def split_of(row: Row) -> str:
 
 
 def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> dict[str, Any]:
-    """The row as an example of `kind`: checked, without the columns in `drop` and null fields."""
+    """The row as a checked example of `kind`, without null fields and the columns in `drop`.
+
+    Raises:
+        UserError: The row lacks a field, or a field holds something that `kind` cannot read.
+    """
     example = {k: v for k, v in row.fields.items() if v is not None and k not in drop}
     if kind == "choice":
         _check_choice(example, row)
@@ -101,12 +113,12 @@ def _check_choice(example: dict[str, Any], row: Row) -> None:
         _check_text(candidate, "a candidate", row)
     if isinstance(answer, bool) or not isinstance(answer, int):
         raise UserError(
-            f"{row.place}: answer is the position of the right candidate, got {_short(answer)}"
+            f"{row.place}: answer is the position of the correct candidate, got {_short(answer)}"
         )
     if not 0 <= answer < len(candidates):
         raise UserError(
             f"{row.place}: answer is outside the candidates: got answer={answer} "
-            f"with {len(candidates)} candidates (they count from 0)"
+            f"with {len(candidates)} candidates (counted from 0)"
         )
 
 
@@ -118,12 +130,17 @@ def _check_language(example: dict[str, Any], row: Row) -> None:
 
 
 def _need(example: dict[str, Any], fields: tuple[str, ...], row: Row, kind: str) -> None:
+    """Check that the example has all these fields.
+
+    Raises:
+        UserError: It lacks some.
+    """
     missing = [field for field in fields if field not in example]
     if missing:
-        have = {k: v for k, v in row.fields.items() if v is not None}
+        present = {k: v for k, v in row.fields.items() if v is not None}
         raise UserError(
             f"{row.place}: {' and '.join(missing)} missing: a {kind} row needs {NEEDS[kind]}; "
-            f"this one has {_names(have)}"
+            f"this one has {_names(present)}"
         )
 
 
@@ -148,7 +165,11 @@ def _scalar(value: Any) -> Any:
 
 
 def _target(value: Any, row: Row) -> Any:
-    """What a regression predicts: a finite float, or an array of them."""
+    """The target of a regression: a finite float, or an array of finite numbers.
+
+    Raises:
+        UserError: It is neither.
+    """
     import math
 
     value = _scalar(value)
@@ -160,7 +181,11 @@ def _target(value: Any, row: Row) -> Any:
 
 
 def _array(value: Any, field: str, row: Row) -> Any:
-    """A NumPy array of finite numbers; lists become float32, arrays keep their type."""
+    """A NumPy array of finite numbers; lists become float32, arrays keep their dtype.
+
+    Raises:
+        UserError: It is not a non-empty array of finite numbers.
+    """
     import numpy as np
 
     if not isinstance(value, (list, np.ndarray)):

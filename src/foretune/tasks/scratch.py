@@ -1,4 +1,4 @@
-"""`ScratchFile`: bytes that are too many for memory, in a temporary file without a name."""
+"""`ScratchFile`: data too large for memory, in an unnamed temporary file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from pathlib import Path
 
 from foretune.errors import ForetuneError
 
-# Unlike /tmp it is on a disk everywhere, never in memory.
+# Unlike /tmp it is always on disk, never in memory.
 DISK = Path("/var/tmp")
 
 
 class ScratchFile:
-    """A file that is this process's alone and gone with it, also after a crash.
+    """A file that only this process can see and that vanishes with it, even after a crash.
 
-    Bytes are added at its end and, once flushed, read from anywhere, also by forked processes.
+    Bytes are appended and, once flushed, can be read at any position, also by forked processes.
+
+    Raises:
+        ForetuneError: The file cannot be created.
     """
 
     def __init__(self) -> None:
@@ -28,7 +31,7 @@ class ScratchFile:
         self._number = self._file.fileno()
 
     def append(self, content: bytes) -> None:
-        """Writes at the end.
+        """Append bytes.
 
         Raises:
             ForetuneError: The disk is full, or the folder cannot be written to.
@@ -39,10 +42,10 @@ class ScratchFile:
             raise self._failed(error) from error
 
     def flush(self) -> None:
-        """Makes readable what was added.
+        """Make appended bytes readable.
 
         Raises:
-            ForetuneError: As in `append`.
+            ForetuneError: The disk is full, or the folder cannot be written to.
         """
         try:
             self._file.flush()
@@ -50,7 +53,7 @@ class ScratchFile:
             raise self._failed(error) from error
 
     def read(self, start: int, length: int) -> bytes:
-        """`length` bytes from `start` on."""
+        """Read `length` bytes from position `start`."""
         # No seek, since forked processes share the position; no mapping, since its pages count as
         # this process's memory.
         return os.pread(self._number, length, start)
@@ -58,12 +61,12 @@ class ScratchFile:
     def _failed(self, error: OSError) -> ForetuneError:
         why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
         return ForetuneError(
-            f"rows that memory should not hold could not be written to {self._folder}: {why}; "
+            f"rows too large for memory could not be written to {self._folder}: {why}; "
             "set TMPDIR to a folder with room for a copy of the data"
         )
 
 
 def scratch_folder() -> str:
-    """TMPDIR where it is set, else /var/tmp where there is one, else the system's choice."""
+    """TMPDIR if it is set, else /var/tmp if it is writable, else the system's default."""
     chosen = "TMPDIR" in os.environ or not os.access(DISK, os.W_OK)
     return tempfile.gettempdir() if chosen else str(DISK)

@@ -1,4 +1,4 @@
-"""Seeds that belong to a name, so that one task's draw never depends on another task's."""
+"""Random seeds derived from names, so that draws of different tasks are independent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 
 def seed_for(seed: int, *names: str) -> int:
-    """A 64-bit seed made of `seed` and `names`; the same in every process and on every machine.
+    """A 64-bit seed derived from `seed` and `names`; the same in any process and on any machine.
 
     >>> seed_for(0, "task", "train") == seed_for(0, "task", "train")
     True

@@ -1,4 +1,4 @@
-"""`Source`: where tasks come from. `load_tasks`: reads, checks, splits and completes them."""
+"""`Source`: where tasks come from. `load_tasks`: read, check, split and complete them."""
 
 from __future__ import annotations
 
@@ -23,31 +23,35 @@ PYTHON_DOCS = "python-docs"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where tasks come from and how they are cut: the `tasks:` block of a recipe.
+    """Where tasks come from and how they are split: the `tasks:` block of a recipe.
 
     Args:
         source: A file or folder (.jsonl, .jsonl.gz, .json, .parquet, .npz), "python-docs" (the
             documentation of the installed Python modules), or an HF dataset ("owner/name", with
-            ":config" where it has several).
+            ":config" if it has several).
         task_column: The column that names a row's task.
-        group_column: The column that says which rows belong together, so that no group is cut
-            in two; None for "dialogue" or "group" where a row has one.
-        unseen: Tasks set aside: how many, their names, or a second source that holds them; None
-            for no unseen side.
+        group_column: The column that names a row's group, so that splits keep groups together;
+            None for "dialogue" or "group" if a row has one.
+        unseen: Tasks to hold out: their number, their names, or a second source that holds them;
+            None for none.
         turn: With a number of unseen tasks: the tasks are shuffled and cut into groups of that
-            number, and this one is set aside (counted round and round); None for a plain draw.
-        validation: Share of train that is carved for validation where a task has no such rows.
-        test: The same for test.
-        min_rows: Tasks with fewer rows are left out.
-        max_tasks: Keep so many tasks, drawn with the seed; named unseen tasks are always kept.
-        max_rows: Keep so many train rows of a task, drawn with the seed.
-        num_candidates: Candidates of choice rows that bring a response only, itself included.
-        candidate_pool: Distinct responses from which a task's distractors come; None for all.
+            size, and the group of this index (modulo the number of groups) is held out; None to
+            draw the unseen tasks at random.
+        validation: Share of train moved to validation in tasks without validation examples.
+        test: Share of train moved to test in tasks without test examples.
+        min_rows: Tasks with fewer examples are dropped.
+        max_tasks: Maximum number of tasks, drawn with the seed; unseen tasks given by name are
+            always kept.
+        max_rows: Maximum number of train examples per task, drawn with the seed.
+        num_candidates: Candidates per choice example, for examples with a response only; the
+            response is one of them.
+        candidate_pool: Number of distinct responses from which a task's distractors are drawn;
+            None for all.
         candidates_from: "others" for distractors from other groups or tasks, "own" for distractors
-            from the task's own other rows.
-        candidate_seed: Seeds the distractors.
-        columns: Columns to rename: theirs → ours.
-        seed: Seeds the draw of tasks, splits and rows.
+            from other examples of the same task.
+        candidate_seed: Random seed of the distractors.
+        columns: Columns to rename: name in the source → name that foretune expects.
+        seed: Random seed of the draws of tasks, splits and train examples.
 
     Raises:
         UserError: A value is out of range; the message names it.
@@ -77,14 +81,14 @@ class Source:
         if not isinstance(self.source, str) or not self.source.strip():
             raise UserError(f"source must be a path or a dataset's name, got {self.source!r}")
         if isinstance(self.unseen, list):  # a task named 7 is called "7"
-            given: list[Any] = self.unseen
-            names = [str(n) if type(n) is int else n for n in given]
+            unseen: list[Any] = self.unseen
+            names = [str(n) if type(n) is int else n for n in unseen]
             object.__setattr__(self, "unseen", names)
         _check_unseen(self.unseen)
         at_least("turn", self.turn, 0)
         if self.turn is not None and not isinstance(self.unseen, int):
             raise UserError(
-                f"turns need a number of unseen tasks, got unseen={self.unseen!r}: give one"
+                f"turns need a number of unseen tasks, such as unseen=2; got unseen={self.unseen!r}"
             )
         for name in ("validation", "test"):
             share = getattr(self, name)
@@ -92,7 +96,7 @@ class Source:
                 raise UserError(f"{name} is a share from 0 to less than 1, got {share!r}")
         if self.validation + self.test >= 1:
             raise UserError(
-                "validation and test must leave rows for train, "
+                "validation and test must leave rows for train: their sum must be less than 1, "
                 f"got {self.validation} + {self.test}"
             )
         at_least("num_candidates", self.num_candidates, 2)
@@ -101,10 +105,12 @@ class Source:
         for name in ("min_rows", "max_tasks", "max_rows"):
             at_least(name, getattr(self, name), 1)
         if not isinstance(self.columns, dict):
-            raise UserError(f"columns maps their names to ours, got {self.columns!r}")
+            raise UserError(
+                f"columns must map names in the source to new names, got {self.columns!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields; `Source(**source.to_dict())` gives the source back."""
+        """JSON-able fields; `Source(**source.to_dict())` restores the source."""
         return dataclasses.asdict(self)
 
 
@@ -112,12 +118,11 @@ def load_tasks(source: Source, kind: str) -> tuple[TaskCollection, TaskCollectio
     """The (seen, unseen) tasks of a source, without an objective.
 
     Args:
-        source: Where they come from.
-        kind: The kind of objective, which says what fields a row must have: "choice",
-            "classification", "causal-lm", "regression" or "unlabelled" (an array `x` alone).
+        source: Where the tasks come from.
+        kind: The kind of objective, which determines the fields that a row must have (`NEEDS`).
 
     Returns:
-        Two collections that share no task; the second is None where `source.unseen` is.
+        Two collections that share no task; the second is None if `source.unseen` is.
 
     Raises:
         UserError: Bad data; the message names the file and the line, or the task.
@@ -131,7 +136,7 @@ def load_tasks(source: Source, kind: str) -> tuple[TaskCollection, TaskCollectio
         if both:
             raise UserError(
                 f'task "{both[0]}" is in both groups, seen ({source.source}) and unseen '
-                f"({second.source}){_and_more(both)}: rename it or leave it out of one"
+                f"({second.source}){_and_more(both)}: rename it or remove it from one"
             )
         seen = TaskCollection(tuple(draw_tasks(tasks, source.max_tasks, source.seed)))
         return _finish(seen, source, kind), _finish(
@@ -143,23 +148,30 @@ def load_tasks(source: Source, kind: str) -> tuple[TaskCollection, TaskCollectio
     named = source.unseen if isinstance(source.unseen, list) else []
     _check_named(named, tasks, source)
     tasks = draw_tasks(tasks, source.max_tasks, source.seed, keep=named)
-    everything = TaskCollection(tuple(tasks))
+    collection = TaskCollection(tuple(tasks))
     if source.unseen is None:
-        return _finish(everything, source, kind), None
+        return _finish(collection, source, kind), None
     _check_number(source, len(tasks))
-    aside = source.unseen
-    if source.turn is not None and isinstance(aside, int):
-        groups = everything.groups(aside, source.seed)
-        aside = groups[source.turn % len(groups)]
-    seen, held = everything.split(aside, source.seed)
-    return _finish(seen, source, kind), _finish(held, source, kind, unseen=True)
+    count_or_names = source.unseen
+    if source.turn is not None and isinstance(count_or_names, int):
+        groups = collection.groups(count_or_names, source.seed)
+        count_or_names = groups[source.turn % len(groups)]
+    seen, held_out = collection.split(count_or_names, source.seed)
+    return _finish(seen, source, kind), _finish(held_out, source, kind, unseen=True)
 
 
 def _read_tasks(source: Source, kind: str) -> list[Task]:
-    """Every task of the source that has `min_rows` rows, in the order of the data."""
+    """All tasks of the source with at least `min_rows` examples, in the order of the data.
+
+    Raises:
+        UserError: Bad data, or no task has enough examples.
+    """
     store, numbers = _read(source, kind)
     tasks = [
-        Task(name, **{split: store.rows(own) for split, own in zip(SPLITS, splits, strict=True)})
+        Task(
+            name,
+            **{split: store.rows(indices) for split, indices in zip(SPLITS, splits, strict=True)},
+        )
         for name, splits in numbers.items()
         if sum(map(len, splits)) >= source.min_rows
     ]
@@ -173,10 +185,13 @@ def _read_tasks(source: Source, kind: str) -> list[Task]:
 
 
 def _read(source: Source, kind: str) -> tuple[RowStore, dict[str, tuple[array[int], ...]]]:
-    """Every example of the source; by task the numbers of those in each of `SPLITS`.
+    """All examples of the source, and for each task the indices of those in each of `SPLITS`.
 
-    A row's fault is raised only when all rows are read: what is wrong with the file or with its
-    columns comes first, because it explains the faults of rows.
+    The first faulty row is reported only after all rows are read: errors of the file or of its
+    columns take precedence, because they explain faulty rows.
+
+    Raises:
+        UserError: Bad data.
     """
     store = RowStore()
     numbers: dict[str, tuple[array[int], ...]] = {}
@@ -207,24 +222,34 @@ def _read(source: Source, kind: str) -> tuple[RowStore, dict[str, tuple[array[in
 
 
 def _read_second(second: Source, kind: str, seen: list[Task]) -> list[Task]:
+    """The tasks of the source of unseen tasks.
+
+    Raises:
+        UserError: Bad data, or the source is the name of a task.
+    """
     names = [task.name for task in seen]
     guess = did_you_mean(second.source, names)
     if HUB_ID.fullmatch(second.source) or second.source == PYTHON_DOCS:
         guess = ""  # it may well be a source
     if (guess or second.source in names) and not Path(second.source).exists():
         raise UserError(
-            f'unseen="{second.source}" would be a second source, and there is none; to set tasks '
-            f'aside by name write a list, such as unseen=["{second.source}"].'
+            f'unseen="{second.source}" would be a second source, but there is none; to hold out '
+            f'tasks by name write a list, such as unseen=["{second.source}"].'
             + ("" if second.source in names else guess)
         )
     return _read_tasks(second, kind)
 
 
 def _rows(source: Source, kind: str) -> Iterable[Row]:
+    """The rows of a source.
+
+    Raises:
+        UserError: There is no such source, or it cannot be read as `kind`.
+    """
     if source.source != PYTHON_DOCS:
         return read_rows(source.source)
     if kind != "choice":
-        raise UserError(f"{PYTHON_DOCS} is a collection of choice tasks, got kind={kind}")
+        raise UserError(f"{PYTHON_DOCS} is a collection of choice tasks; got objective kind {kind}")
     from foretune.tasks.python_docs import read_python_docs
 
     rows = enumerate(read_python_docs(source.seed), start=1)
@@ -235,33 +260,37 @@ def _renamed(row: Row, names: dict[str, str]) -> Row:
     return row._replace(fields={names.get(k, k): v for k, v in row.fields.items()})
 
 
-def _check_renames(source: Source, known: list[str]) -> None:
-    for theirs, ours in source.columns.items():
-        if theirs not in known:
+def _check_renames(source: Source, columns: list[str]) -> None:
+    for old, new in source.columns.items():
+        if old not in columns:
             raise UserError(
-                f'columns renames "{theirs}", which {source.source} does not have; '
-                f"it has {', '.join(known)}.{did_you_mean(theirs, known)}"
+                f'columns renames "{old}", which {source.source} does not have; '
+                f"it has {', '.join(columns)}.{did_you_mean(old, columns)}"
             )
-        if ours in known and ours not in source.columns:
+        if new in columns and new not in source.columns:
             raise UserError(
-                f'columns renames "{theirs}" to "{ours}", but {source.source} has a column '
-                f'"{ours}" already: rename that one too'
+                f'columns renames "{old}" to "{new}", but {source.source} already has a column '
+                f'"{new}": rename that one too'
             )
 
 
-def _check_group(source: Source, known: list[str]) -> None:
-    if source.group_column and source.group_column not in known:
+def _check_group(source: Source, columns: list[str]) -> None:
+    if source.group_column and source.group_column not in columns:
         raise UserError(
             f'{source.source} has no column "{source.group_column}" (group_column); '
-            f"it has {', '.join(known)}.{did_you_mean(source.group_column, known)}"
+            f"it has {', '.join(columns)}.{did_you_mean(source.group_column, columns)}"
         )
 
 
 def _finish(
     tasks: TaskCollection, source: Source, kind: str, unseen: bool = False
 ) -> TaskCollection:
-    """Carves the missing splits, cuts train to size and draws candidates."""
-    done = []
+    """Carve missing splits, limit the size of train and draw candidates.
+
+    Raises:
+        UserError: A task lacks train examples, or an unseen task test examples.
+    """
+    finished = []
     for task in tasks:
         task = carve(
             task,
@@ -272,15 +301,15 @@ def _finish(
             labelled=kind in CLASSES,
         )
         if not task.train:
-            raise UserError(f'task "{task.name}" has no train rows, only {_counts(task)}')
+            raise UserError(f'task "{task.name}" has no train examples, only {_counts(task)}')
         if unseen and not task.test:
             raise UserError(
-                f'unseen task "{task.name}" has no test rows and too few train rows to carve any: '
-                f"got {_counts(task)}, test={source.test}; give it more, or leave it out "
-                f"with min_rows"
+                f'unseen task "{task.name}" has no test examples and too few train examples to '
+                f"carve any: got {_counts(task)}, test={source.test}; add examples, or drop the "
+                f"task with min_rows"
             )
-        done.append(cut_train(task, source.max_rows, source.seed))
-    collection = TaskCollection(tuple(done))
+        finished.append(cut_train(task, source.max_rows, source.seed))
+    collection = TaskCollection(tuple(finished))
     if kind != "choice":
         return collection
     return draw_candidates(
@@ -317,22 +346,22 @@ def _check_number(source: Source, num_tasks: int) -> None:
     count = source.unseen if isinstance(source.unseen, int) else len(set(source.unseen or []))
     if count >= num_tasks:
         raise UserError(
-            f"unseen must leave at least one seen task: it sets {count} aside, "
+            f"unseen must leave at least one seen task: it holds out {count}, "
             f"but there are {num_tasks} tasks"
         )
 
 
 def _check_named(named: list[str], tasks: list[Task], source: Source) -> None:
-    known = dict.fromkeys(task.name for task in tasks)
+    task_names = dict.fromkeys(task.name for task in tasks)
     for name in named:
-        if name not in known:
+        if name not in task_names:
             small = f" with min_rows={source.min_rows}" if source.min_rows > 1 else ""
             raise UserError(
-                f'unseen names "{name}", which is no task of {source.source}{small}.'
-                f"{did_you_mean(name, known)}"
+                f'unseen names "{name}", which is not a task of {source.source}{small}.'
+                f"{did_you_mean(name, task_names)}"
             )
 
 
 def _and_more(names: Iterable[str]) -> str:
     count = len(list(names)) - 1
-    return f", like {count} more" if count else ""
+    return f", as are {count} more" if count else ""

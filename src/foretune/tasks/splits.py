@@ -1,4 +1,4 @@
-"""Carves validation and test rows out of train, and cuts tasks to size."""
+"""Carve validation and test examples out of train, and limit the size of tasks."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def carve(
     group_column: str | None = None,
     labelled: bool = False,
 ) -> Task:
-    """The task with validation and test rows taken from train where it has none.
+    """The task with validation and test examples moved out of train, if it has none.
 
-    Where rows have a group, whole groups move and the last ones are taken (the latest dialogues
-    are what a deployed model meets next); else rows are drawn with the seed. Test comes first.
-    At least one row or group stays in train, so a task that is too small keeps all of them there;
-    of a label, too, where rows have labels.
+    Where examples have groups, whole groups are moved, the last ones first (the latest dialogues
+    are most like those that a deployed model meets); else examples are drawn with the seed. Test
+    takes precedence. At least one example or group stays in train, and with labels at least one
+    example of each, so a task that is too small keeps all examples in train.
 
     Args:
         task: Any task.
-        validation: Share of the train rows (or groups) that becomes validation; 0 for none.
-        test: The same for test.
-        seed: Seeds the draw, together with the task's name.
+        validation: Share of the train examples (or groups) to move to validation; 0 for none.
+        test: Share of the train examples (or groups) to move to test; 0 for none.
+        seed: Random seed of the draw, combined with the task's name.
         group_column: As in `draw_candidates`.
-        labelled: Rows have a label each.
+        labelled: Whether each example has a label.
     """
     units = _units(task, group_column, seed)
     num_test = 0 if task.test else _share(len(units), test, len(units) - 1)
@@ -51,51 +51,53 @@ def carve(
     if labelled:
         _keep_labels(task, train, [between, last])
 
-    def rows(some: list[Sequence[int]]) -> Sequence[Example]:
-        return select(task.train, sorted(i for unit in some for i in unit))
+    def examples(of_units: list[Sequence[int]]) -> Sequence[Example]:
+        return select(task.train, sorted(i for unit in of_units for i in unit))
 
     return replace(
         task,
-        train=rows(train),
-        validation=rows(between) if num_validation else task.validation,
-        test=rows(last) if num_test else task.test,
+        train=examples(train),
+        validation=examples(between) if num_validation else task.validation,
+        test=examples(last) if num_test else task.test,
     )
 
 
-def _keep_labels(task: Task, train: list[Sequence[int]], held: list[list[Sequence[int]]]) -> None:
-    """Moves units to train, in place, until it has every label that is held out."""
-    known = {label_of(task.train[i]) for unit in train for i in unit}
-    for part in held:
+def _keep_labels(
+    task: Task, train: list[Sequence[int]], held_out: list[list[Sequence[int]]]
+) -> None:
+    """Move units to train, in place, until it has every held-out label."""
+    train_labels = {label_of(task.train[i]) for unit in train for i in unit}
+    for part in held_out:
         for unit in list(part):
-            new = {label_of(task.train[i]) for i in unit} - known
+            new = {label_of(task.train[i]) for i in unit} - train_labels
             if new:
                 part.remove(unit)
                 train.append(unit)
-                known |= new
+                train_labels |= new
 
 
-def label_of(row: Example) -> Any:
-    """The label of a row that has one."""
+def label_of(example: Example) -> Any:
+    """The label of a labelled example."""
     import numpy as np
 
-    return row["label"] if "label" in row else np.asarray(row["y"]).item()
+    return example["label"] if "label" in example else np.asarray(example["y"]).item()
 
 
 def cut_train(task: Task, max_rows: int | None, seed: int = 0) -> Task:
-    """The task with at most `max_rows` train rows, drawn with the seed, in their old order."""
+    """The task with at most `max_rows` train examples, drawn with the seed, order preserved."""
     if max_rows is None or len(task.train) <= max_rows:
         return task
     rng = random.Random(seed_for(seed, task.name, "rows"))
-    kept = sorted(rng.sample(range(len(task.train)), max_rows))
-    return replace(task, train=select(task.train, kept))
+    places = sorted(rng.sample(range(len(task.train)), max_rows))
+    return replace(task, train=select(task.train, places))
 
 
 def _units(task: Task, group_column: str | None, seed: int) -> list[Sequence[int]]:
-    """What moves as one: groups and single rows in order of appearance; drawn if all are single."""
+    """Units that move as one: groups and ungrouped examples in order; shuffled without groups."""
     groups: dict[str | int, list[int]] = {}
     grouped = False
-    for i, row in enumerate(task.train):
-        group = group_of(row, group_column)
+    for i, example in enumerate(task.train):
+        group = group_of(example, group_column)
         grouped = grouped or group is not None
         groups.setdefault(i if group is None else repr(group), []).append(i)
     units: list[Sequence[int]] = list(groups.values())
@@ -105,27 +107,30 @@ def _units(task: Task, group_column: str | None, seed: int) -> list[Sequence[int
 
 
 def _share(count: int, share: float, most: int) -> int:
-    """`share` of `count`, at least one unless the share is zero, never more than `most`."""
+    """`share` of `count`, at least 1 unless the share is zero, and at most `most`."""
     return max(0, min(most, max(1, round(share * count)))) if share > 0 else 0
 
 
 def draw_tasks(
     tasks: Sequence[Task], max_tasks: int | None, seed: int = 0, keep: Sequence[str] = ()
 ) -> list[Task]:
-    """At most `max_tasks` of the tasks, drawn with the seed, in their old order.
+    """At most `max_tasks` of the tasks, drawn with the seed, order preserved.
 
     Args:
-        tasks: All of them.
-        max_tasks: How many stay; None for all.
-        seed: Seeds the draw.
-        keep: Names that stay in any case.
+        tasks: The tasks to draw from.
+        max_tasks: Maximum number of tasks; None for all.
+        seed: Random seed of the draw.
+        keep: Names of tasks that are always kept.
+
+    Raises:
+        UserError: `keep` has more than `max_tasks` names.
     """
     if max_tasks is None or len(tasks) <= max_tasks:
         return list(tasks)
-    kept = set(keep)
-    if len(kept) > max_tasks:
-        raise UserError(f"max_tasks={max_tasks} is less than the {len(kept)} unseen tasks")
-    others = sorted(task.name for task in tasks if task.name not in kept)
-    drawn = random.Random(seed_for(seed, "tasks")).sample(others, max_tasks - len(kept))
-    chosen = {*kept, *drawn}
+    always = set(keep)
+    if len(always) > max_tasks:
+        raise UserError(f"max_tasks={max_tasks} is less than the {len(always)} unseen tasks")
+    others = sorted(task.name for task in tasks if task.name not in always)
+    drawn = random.Random(seed_for(seed, "tasks")).sample(others, max_tasks - len(always))
+    chosen = {*always, *drawn}
     return [task for task in tasks if task.name in chosen]

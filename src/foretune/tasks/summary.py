@@ -1,4 +1,4 @@
-"""How many examples a collection holds, for people and for `foretune plan`."""
+"""The number of examples in a collection, for people and for `foretune plan`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from foretune.tasks.task import TaskCollection
 
 
 def describe(collection: TaskCollection) -> dict[str, dict[str, int]]:
-    """The number of train, validation and test rows of each task, by its name.
+    """The number of train, validation and test examples of each task, by name.
 
     >>> from foretune.tasks.task import Task
     >>> describe(TaskCollection((Task("a", train=[{"text": "x"}]),)))

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from foretune.errors import UserError, did_you_mean
 from foretune.tasks.digest import digest_of
@@ -15,7 +15,7 @@ from foretune.tasks.row_store import join
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from foretune.tasks.batch import Batch
 
@@ -53,10 +53,14 @@ class Task:
 
 
 class Objective(Protocol):
-    """What the training loop and the evaluation ask of an objective.
+    """How examples become batches, one loss and one score per example.
 
-    An objective is a frozen record. `fit` returns a new one that has learnt from a collection
-    what its batches need (label sets, chance level); only a fitted objective encodes.
+    An objective is a frozen dataclass that subclasses this protocol. `fit` returns a new one that
+    has learnt from a collection what its batches need (label sets, chance level); only a fitted
+    objective encodes. Whatever has a default here need not be written again.
+
+    Attributes:
+        kind: As recipes and the command line spell it.
     """
 
     kind: ClassVar[str]
@@ -64,47 +68,86 @@ class Objective(Protocol):
     @property
     def metric(self) -> str:
         """The name of the score; higher is always better."""
+        ...
 
     @property
     def head(self) -> str:
         """The head that `load_model` should give the model."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """What turns text into token ids; None where examples are arrays."""
+        return None
+
+    @property
+    def space(self) -> tuple[Any, ...] | None:
+        """The labels of the outputs, where all tasks share them; None where they do not."""
+        return None
 
     def chance(self) -> float | None:
         """The score of a blind guess; None where there is no such thing."""
-
-    def fit(self, tasks: TaskCollection) -> Objective:
-        """The objective after learning label sets and the like; checks the data on the way.
-
-        Raises:
-            UserError: A row does not fit the objective; the message names task and split.
-        """
+        return None
 
     def num_outputs(self) -> int | None:
         """The width of the head; None when there is no head to size."""
+        return None
 
-    def shared(self) -> Objective:
-        """The form whose one head can serve all tasks; itself when there is no difference."""
+    def output_labels(self, task: str) -> tuple[Any, ...] | None:
+        """The labels of a head's outputs in a task, in order; None where outputs are no labels."""
+        return None
 
-    def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
-        """One example as lists of ints and arrays, so that tokenising happens once."""
+    def fit(self, tasks: TaskCollection) -> Self:
+        """The objective after learning label sets and the like; checks the data on the way.
+
+        Raises:
+            UserError: An example does not fit the objective; the message names task and split.
+        """
+        ...
+
+    def bind(self, model: nn.Module) -> Self:
+        """The objective with what it reads off the model before any training."""
+        return self
+
+    def freeze(self, model: nn.Module) -> None:
+        """Freezes the parts of the model that this objective never trains."""
+        return None
+
+    def shared(self) -> Self:
+        """The form whose one head serves all tasks; itself when there is no difference."""
+        return self
+
+    def local(self) -> Self:
+        """The form for one head per task; itself when there is no difference."""
+        return self
+
+    def encode(self, example: Example, task: str) -> dict[str, Any]:
+        """One example as lists of ints and arrays, so that it is tokenised only once."""
+        ...
 
     def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
-        """The encoded row after the random choices that training makes for it."""
+        """The encoded example after the random choices that training makes for it."""
+        return row
 
     def size(self, row: Mapping[str, Any]) -> int:
-        """Tokens of an encoded row that the model reads; 1 for a row of arrays."""
+        """Tokens of an encoded example that the model reads; 1 for an example of arrays."""
+        return 1
 
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
-        """Stacks encoded rows; `slots[i]` is the slot of row i's task."""
+        """Stacks encoded examples; `slots[i]` is the slot of the task that example i belongs to."""
+        ...
 
     def losses(self, model: Any, batch: Batch) -> Tensor:
-        """(n,) one differentiable loss for each example."""
+        """(n,) one differentiable loss per example."""
+        ...
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
-        """(n,) one score for each example, higher is better."""
+        """(n,) one score per example, higher is better."""
+        ...
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields with "kind"; `make_objective(tokenizer=…, **fields)` gives it back."""
+        ...
 
 
 @dataclass(frozen=True)

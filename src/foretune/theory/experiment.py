@@ -130,7 +130,7 @@ def page(result: dict[str, Any], figures: dict[str, str]) -> str:
             f"**The paper.** {panel.paper}",
             f"**Here.** {panel.here}",
             markdown(table),
-            f"**Found.** {finding}",
+            f"**Result.** {finding}",
         ]
         if panel.name in figures:
             parts.append(f"![{panel.title}](figures/{figures[panel.name]})")

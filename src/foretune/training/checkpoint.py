@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foretune.errors import UserError
 from foretune.files import CHECKPOINT, UNFINISHED, whole_folder
-from foretune.training.ranks import Deal
+from foretune.training.process_group import Partition
 
 
 @dataclass
@@ -26,12 +26,12 @@ class CheckpointStore:
 
     Args:
         folder: Where; None for memory, where only the best is kept and nothing can be resumed.
-        deal: What this process has of it. A checkpoint on disk is the same for any number of
+        partition: What this process has of it. A checkpoint on disk is the same for any number of
             processes; the first of them writes it.
     """
 
     folder: Path | None
-    deal: Deal | None = None
+    partition: Partition | None = None
     _best: dict[str, Tensor] | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -41,11 +41,11 @@ class CheckpointStore:
             if is_best:
                 self._best = {k: v.detach().cpu().clone() for k, v in tensors.items()}
             return
-        if self.deal is None:
+        if self.partition is None:
             self._write(self.folder, step, tensors, meta)
             return
-        whole, folder = self.deal.whole(tensors), self.folder
-        self.deal.ranks.first(lambda: self._write(folder, step, whole, meta))
+        whole, folder = self.partition.whole(tensors), self.folder
+        self.partition.group.first(lambda: self._write(folder, step, whole, meta))
 
     def _write(
         self, folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]
@@ -62,8 +62,8 @@ class CheckpointStore:
     def newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and the meta data of the newest checkpoint, or None."""
         newest = max((step for step, _ in self._found()), default=None)
-        if self.deal is not None:
-            newest = self.deal.ranks.first(lambda: newest)
+        if self.partition is not None:
+            newest = self.partition.group.first(lambda: newest)
         if newest is None:
             return None
         assert self.folder is not None
@@ -94,7 +94,7 @@ class CheckpointStore:
         try:
             meta = json.loads((path / "state.json").read_text())
             tensors = load_file(path / "state.safetensors")
-            return tensors if self.deal is None else self.deal.part(tensors), meta
+            return tensors if self.partition is None else self.partition.part(tensors), meta
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"{path} is no readable checkpoint ({error}); remove that folder to continue from "

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from foretune.errors import UserError
+from foretune.run import Run
 from foretune.tasks.batch import Batch
 from foretune.tasks.task import Objective, Task, TaskCollection
 
@@ -276,3 +277,24 @@ def _by_epoch(position: int, count: int, size: int) -> Iterator[tuple[int, slice
 def number_of(key: str) -> int:
     """A number that depends on the text alone, unlike Python's own hash."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big")
+
+
+def sampler_for(data: TaskData, run: Run, *, pooled: bool, batches_per_update: int = 1) -> Sampler:
+    """The order in which the training examples are seen; the budget is the same for all methods.
+
+    Args:
+        data: The examples of each slot.
+        run: Seed and the size of a batch.
+        pooled: Draw from the examples of all tasks together.
+        batches_per_update: Batches in a row that hold the same tasks.
+    """
+    sizes = [len(slot.train) for slot in data.slots]
+    if pooled:
+        together = min(run.tasks_per_step or len(data), len(data))
+        # As many examples as the other sampler draws, which never repeats one within a batch.
+        in_a_round = sum(min(run.batch_size, size) for size in sizes)
+        count = max(1, round(in_a_round * together / len(sizes)))
+        return PooledSampler(sizes, count, run.seed)
+    return PerTaskSampler(
+        sizes, run.batch_size, run.tasks_per_step, run.seed, data.keys, batches_per_update
+    )

@@ -15,7 +15,7 @@ from foretune.run import Run
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import Sampler, TaskData
 from foretune.training.learners.joint import Learner
-from foretune.training.ranks import Deal
+from foretune.training.process_group import Partition
 from foretune.training.sharding import gathered, local
 from foretune.training.stopping import EarlyStopping
 
@@ -35,21 +35,21 @@ def fit(
     validate: bool = True,
     stopping: EarlyStopping | None = None,
     progress: Progress | None = None,
-    deal: Deal | None = None,
+    partition: Partition | None = None,
 ) -> dict[str, Any]:
     """Trains what the learner trains; leaves it in its best validated state.
 
     A learner that averages its base ends with the mean instead.
 
     Args:
-        learner: What to update and how; its bank has the slots that `deal` says.
+        learner: What to update and how; its bank has the slots that `partition` says.
         data: The rows of each slot.
         sampler: Which rows each of the `run.steps` batches holds.
         run: Budget, seed, folder.
         validate: Choose the state that is returned on the validation rows; False takes the last.
         stopping: Lets slots stop, each by its own validation rows.
         progress: Called after every update.
-        deal: What of it this process does; all when None.
+        partition: What of it this process does; all when None.
 
     Returns:
         "history": one dict for each validation (step, loss, score, learning-rate factor);
@@ -59,11 +59,11 @@ def fit(
         DivergedError: A loss is not finite; says which step and task. The checkpoints stay.
     """
     accelerator = make_accelerator(run)
-    deal = deal or Deal(data)
-    learner.place(accelerator.device, deal)
+    partition = partition or Partition(data)
+    learner.place(accelerator.device, partition)
     learner.autocast = accelerator.autocast
     learner.start(run)
-    store = CheckpointStore(run.out, deal)
+    store = CheckpointStore(run.out, partition)
     per_update = learner.batches_per_update
     num_updates = max(1, run.steps // per_update)
     period = max(1, round((run.eval_every or math.ceil(run.steps / 10)) / per_update))
@@ -81,8 +81,9 @@ def fit(
     learner.model.train()
     with learner.ready():
         for update in range(record["step"], num_updates):
+            seed = run.seed * 1_000_003 + update
             # Each process has dropout of its own.
-            torch.manual_seed((run.seed * 1_000_003 + update) * deal.ranks.size + deal.ranks.rank)
+            torch.manual_seed(seed * partition.group.size + partition.group.rank)
             numbers = range(update * per_update, (update + 1) * per_update)
             picks = [sampler.picks(number) for number in numbers]
             if stopping is not None:
@@ -91,20 +92,20 @@ def fit(
                     break
             budget = learner.token_budget
             steps = [
-                deal.step(part, seed=[run.seed, number, 1], budget=budget)
+                partition.step(part, seed=[run.seed, number, 1], budget=budget)
                 for number, part in zip(numbers, picks, strict=True)
             ]
-            by_slot = learner.update(steps, run, schedule(run, update / num_updates))
+            by_slot = learner.update(steps, run, schedule(run, update / num_updates), seed)
             _check_finite(by_slot, update, data, learner, run)
             if learner.average:
                 learner.add_to_mean(update, num_updates)
             losses.append(sum(by_slot.values()) / len(by_slot))
             tokens = torch.tensor(sum(step.num_tokens for step in steps))
-            record["tokens"] += int(deal.ranks.sum(tokens))
+            record["tokens"] += int(partition.group.sum(tokens))
             record["examples"] += sum(step.num_rows for step in steps)
             record["step"] = update + 1
             if (update + 1) % period == 0 or update + 1 == num_updates:
-                _validate_and_keep(learner, deal, run, store, record, losses, validate)
+                _validate_and_keep(learner, partition, run, store, record, losses, validate)
                 losses = []
                 if stopping is not None:
                     stopping.see(update + 1, learner.score(data, "validation", run.eval_rows))
@@ -116,7 +117,7 @@ def fit(
                 )
         if learner.average:
             learner.take_mean()
-            scores = _scores(learner, deal, run) if validate else {}
+            scores = _scores(learner, partition, run) if validate else {}
             mean = sum(scores.values()) / len(scores) if scores else None
             record |= {"best_step": num_updates, "best_score": mean}
     if stopping is not None:
@@ -170,16 +171,16 @@ def _restored(learner: Learner, store: CheckpointStore) -> dict[str, Any]:
 
 def _validate_and_keep(
     learner: Learner,
-    deal: Deal,
+    partition: Partition,
     run: Run,
     store: CheckpointStore,
     record: dict[str, Any],
     losses: list[float],
     validate: bool,
 ) -> None:
-    _check_weights(learner, deal, record["step"], run)
+    _check_weights(learner, partition, record["step"], run)
     entry: dict[str, Any] = {"step": record["step"], "loss": sum(losses) / len(losses)}
-    scores = _scores(learner, deal, run) if validate else {}
+    scores = _scores(learner, partition, run) if validate else {}
     if scores:
         entry["score"] = sum(scores.values()) / len(scores)
         if record["best_score"] is None or entry["score"] > record["best_score"]:
@@ -190,11 +191,15 @@ def _validate_and_keep(
         store.save(record["step"], learner.state(optimizers=run.out is not None), record)
 
 
-def _scores(learner: Learner, deal: Deal, run: Run) -> dict[int, float]:
+def _scores(learner: Learner, partition: Partition, run: Run) -> dict[int, float]:
     """The validation score of every slot; each process scores its own."""
     with gathered(learner.model):
-        own = learner.score(deal.own, "validation", run.eval_rows) if deal.slots else {}
-    return deal.scores(own)
+        own = (
+            learner.score(partition.local_data, "validation", run.eval_rows)
+            if partition.slots
+            else {}
+        )
+    return partition.scores(own)
 
 
 def _check_finite(
@@ -206,10 +211,10 @@ def _check_finite(
             raise _diverged(what, learner, run)
 
 
-def _check_weights(learner: Learner, deal: Deal, step: int, run: Run) -> None:
+def _check_weights(learner: Learner, partition: Partition, step: int, run: Run) -> None:
     """A finite loss may have a gradient that is not; what it left must not become a checkpoint."""
-    what = next(_not_finite(learner, deal.own, step), None)
-    deal.ranks.raise_first(None if what is None else _diverged(what, learner, run))
+    what = next(_not_finite(learner, partition.local_data, step), None)
+    partition.group.raise_first(None if what is None else _diverged(what, learner, run))
 
 
 def _not_finite(learner: Learner, data: TaskData, step: int) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from foretune.models.loading_code import class_name, loading_code
 from foretune.models.surgery import name_outputs
 from foretune.run import Run
 from foretune.tasks.task import Objective
+from foretune.training.learners.joint import Learner
+from foretune.training.methods import RetrainMethod
 from foretune.training.record import environment
 
 
@@ -45,7 +47,7 @@ class Outcome:
 
     model: nn.Module
     bank: AdapterBank | None
-    method: Any
+    method: RetrainMethod
     run: Run
     objective: Objective
     tokenizer: Any = None
@@ -63,7 +65,7 @@ class Outcome:
         """
         folder = Path(folder)
         with whole_folder(folder / "base") as part:
-            name_outputs(self.model, getattr(self.objective, "space", None) or ())
+            name_outputs(self.model, self.objective.space or ())
             save_base(self.model, self.tokenizer, part)
             (part / "foretune.json").write_text(json.dumps(self._about_base(), indent=1))
         self.save_adapters(folder)
@@ -109,7 +111,7 @@ class Outcome:
 
     def _card(self) -> str:
         method = self.method
-        paper = getattr(method, "paper", None)
+        paper = method.paper
         source = f" ({paper['title']}, arXiv:{paper['arxiv']})" if paper else ""
         score = (
             ""
@@ -146,8 +148,7 @@ class Adapted:
         labels: Each task's labels in the order of its outputs; empty where outputs are no labels.
         num_labels: Outputs of the heads where a task has more labels than the base's head outputs,
             which then has to be loaded so wide; else None.
-        write: How a whole state is written: `write(model, folder)`. A method whose tasks differ
-            from the base in little has one of its own; `save_base` when None.
+        learners: What trained each of `models`, and writes it.
     """
 
     scores: dict[tuple[str, int], float]
@@ -160,7 +161,7 @@ class Adapted:
     stopped: dict[tuple[str, int], int] = field(default_factory=dict)
     labels: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     num_labels: int | None = None
-    write: Callable[[nn.Module, Path], None] | None = None
+    learners: dict[tuple[str, int], Learner] = field(default_factory=dict)
 
     def first_draw(self) -> Adapted:
         """The part of the result that belongs to the first draw of each task."""
@@ -170,6 +171,7 @@ class Adapted:
             num_rows={key: v for key, v in self.num_rows.items() if key[1] == 0},
             tensors={key: v for key, v in self.tensors.items() if key[1] == 0},
             models={key: v for key, v in self.models.items() if key[1] == 0},
+            learners={key: v for key, v in self.learners.items() if key[1] == 0},
         )
 
     def save(self, folder: Path | str) -> Path:
@@ -179,22 +181,17 @@ class Adapted:
             with whole_folder(folder / folder_name(task, draw)) as part:
                 write_adapter(part, self.config, tensors, self.base_fingerprint)
                 _write_labels(part, self.labels.get(task))
-        for (task, draw), model in self.models.items():
+        for (task, draw), learner in self.learners.items():
             with whole_folder(folder / folder_name(task, draw)) as part:
-                if self.write is None:
-                    name_outputs(model, self.labels.get(task, ()))
-                    save_base(model, None, part)
-                else:
-                    self.write(model, part)
+                learner.write(part, self.labels.get(task))
                 _write_labels(part, self.labels.get(task))
         return folder
 
 
 def labels_of(objective: Objective, tasks: Iterable[str]) -> dict[str, tuple[Any, ...]]:
     """Task → labels of its outputs, in their order; empty where outputs are no labels."""
-    if not hasattr(objective, "output_labels"):
-        return {}
-    return {task: objective.output_labels(task) for task in tasks}
+    labels = {task: objective.output_labels(task) for task in tasks}
+    return {task: names for task, names in labels.items() if names is not None}
 
 
 def _write_labels(folder: Path, labels: Sequence[Any] | None) -> None:

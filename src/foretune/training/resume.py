@@ -20,7 +20,7 @@ from foretune.run import Run
 from foretune.tasks.task import Task
 from foretune.training.learners.joint import Learner
 from foretune.training.outcome import Adapted, folder_name
-from foretune.training.ranks import Ranks
+from foretune.training.process_group import ProcessGroup
 
 TaskDraw = tuple[str, int]
 RECORD = "run.json"
@@ -121,12 +121,12 @@ def read_back(folder: Path, learner: Learner | None, model: Any) -> list[dict[st
     return [json.loads(line) for line in lines]
 
 
-def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, ranks: Ranks) -> None:
+def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: ProcessGroup) -> None:
     """Writes the adapters of one wave, then adds its scores to those of this process on disk."""
     tensors = {key: result.tensors[key] for key in wave if key in result.tensors}
-    models = {key: result.models[key] for key in wave if key in result.models}
-    replace(result, tensors=tensors, models=models).save(folder)
-    file = folder / (SCORES if ranks.size == 1 else SCORES_OF_RANK.format(ranks.rank))
+    learners = {key: result.learners[key] for key in wave if key in result.learners}
+    replace(result, tensors=tensors, learners=learners).save(folder)
+    file = folder / (SCORES if group.size == 1 else SCORES_OF_RANK.format(group.rank))
     done = _read_scores(file) | {
         key: (result.scores[key], result.num_rows[key]) for key in wave if key in result.scores
     }

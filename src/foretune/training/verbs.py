@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -18,27 +17,26 @@ from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
 from foretune.files import claim_folder, write_whole
 from foretune.method import check_verb
-from foretune.models.surgery import head_width, match_head
+from foretune.models.surgery import head_width
 from foretune.processes import base_is_sharded
 from foretune.run import Run
 from foretune.tasks.objectives import settings_of
-from foretune.tasks.row_store import select
-from foretune.tasks.rows import CLASSES
-from foretune.tasks.splits import label_of
-from foretune.tasks.task import Objective, Task, TaskCollection
+from foretune.tasks.task import Objective, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
-from foretune.training.data import (
-    PerTaskSampler,
-    PooledSampler,
-    Sampler,
-    SlotRows,
-    TaskData,
-    number_of,
-)
+from foretune.training.data import SlotRows, TaskData, sampler_for
 from foretune.training.learners.joint import Learner
 from foretune.training.loop import Progress, fit
+from foretune.training.methods import AdaptMethod, RetrainMethod
+from foretune.training.model_copies import copy_to_adapt, fresh_copy, interpolate
 from foretune.training.outcome import Adapted, Outcome, labels_of
-from foretune.training.ranks import Deal, check_layers, check_model, connected, deal_out, join
+from foretune.training.process_group import (
+    Partition,
+    check_layers,
+    check_model,
+    connected,
+    partition_slots,
+    process_group,
+)
 from foretune.training.record import free_memory, metered
 from foretune.training.resume import (
     TaskDraw,
@@ -50,13 +48,14 @@ from foretune.training.resume import (
 )
 from foretune.training.scoring import score_slots
 from foretune.training.sharding import whole_model
+from foretune.training.shots import draw_shots
 from foretune.training.stopping import EarlyStopping
 
 
 def retrain(
     model: nn.Module,
     tasks: TaskCollection,
-    method: Any,
+    method: RetrainMethod,
     run: Run | None = None,
     *,
     tokenizer: Any = None,
@@ -82,28 +81,30 @@ def retrain(
         DivergedError: A loss was not finite.
         LostProcessError: Another process of the job has ended.
     """
-    run, ranks = run or Run(), join()
+    run, group = run or Run(), process_group()
     check_verb(method, "retrain")
-    if hasattr(method, "choose"):
+    if method.chooses:
         return _retrain_chosen(model, tasks, method, run, tokenizer, progress)
-    objective = method.objective_for(bound(objective_of(tasks).fit(tasks), model))
+    objective = method.objective_for(objective_of(tasks).fit(tasks).bind(model))
     data = TaskData.of(tasks, objective)
-    share = getattr(method, "interpolate", 1.0)
-    given, model = model, fresh_copy(model, objective, run.seed)
-    check_model(ranks, model)
-    check_layers(ranks, model)
-    inputs, finished = ranks.first(lambda: _begin_retraining(method, run, model, tasks, objective))
-    deal = deal_out(ranks, data, run.batch_size, run.tasks_per_step, pooled=method.pooled)
+    share = method.interpolate
+    pretrained, model = model, fresh_copy(model, objective, run.seed)
+    check_model(group, model)
+    check_layers(group, model)
+    inputs, finished = group.first(lambda: _begin_retraining(method, run, model, tasks, objective))
+    partition = partition_slots(
+        group, data, run.batch_size, run.tasks_per_step, pooled=method.pooled
+    )
     with torch.random.fork_rng(), metered() as cost, connected():
         torch.manual_seed(run.seed)
-        learner: Learner | None = method.learner(model, objective, deal.own.keys, run)
+        learner: Learner | None = method.learner(model, objective, partition.local_data.keys, run)
         if finished is None:
-            record = _train(method, learner, model, deal, run, progress)
+            record = _train(method, learner, model, partition, run, progress)
             if base_is_sharded():
-                model = whole_model(model, fresh_copy(given, objective, run.seed))
+                model = whole_model(model, fresh_copy(pretrained, objective, run.seed))
                 if learner is not None and learner.bank is not None:
                     learner.bank.onto(model)
-            interpolate(model, given, share)
+            interpolate(model, pretrained, share)
         else:
             assert run.out is not None
             record = {**finished, "history": read_back(run.out, learner, model)}
@@ -111,111 +112,60 @@ def retrain(
         model.name_or_path = "" if run.out is None else str(run.out / "base")  # type: ignore[assignment]
     outcome = Outcome(
         model=model.eval(),
-        bank=learner.bank if learner and method.keeps_adapters and deal.slots else None,
+        bank=learner.bank if learner and method.keeps_adapters and partition.slots else None,
         method=method,
         run=run,
         objective=objective,
-        tokenizer=tokenizer or getattr(objective, "tokenizer", None),
+        tokenizer=tokenizer or objective.tokenizer,
         history=record["history"],
         # Of a base that was taken back half-way it would be the score of another one.
         validation_score=record["validation_score"] if share == 1 else None,
-        cost=record["cost"] if finished is not None else ranks.total_cost(cost) | record["cost"],
+        cost=record["cost"] if finished is not None else group.total_cost(cost) | record["cost"],
         tasks=data.keys,
         inputs=inputs,
     )
     if run.out is not None:
-        _save(outcome, deal, run.out, save=finished is None)
+        _save(outcome, partition, run.out, save=finished is None)
     return outcome
 
 
 def _retrain_chosen(
     model: nn.Module,
     tasks: TaskCollection,
-    method: Any,
+    method: RetrainMethod,
     run: Run,
     tokenizer: Any,
     progress: Progress | None,
 ) -> Outcome:
     """Lets the method choose another one, and retrains by that."""
-    ranks, out = join(), run.out
+    group, out = process_group(), run.out
     objective_of(tasks)
     if out is not None:
-        ranks.first(lambda: claim_folder(out, resume=run.resume, overwrite=run.overwrite))
+        group.first(lambda: claim_folder(out, resume=run.resume, overwrite=run.overwrite))
         run = run.replace(resume=True, overwrite=False)
     chosen, choice = method.choose(model, tasks, run, progress)
     outcome = retrain(model, tasks, chosen, run, tokenizer=tokenizer, progress=progress)
     outcome.choice = choice
     if out is not None:
-        ranks.first(lambda: write_whole(out / "run.json", json.dumps(outcome.record(), indent=1)))
+        group.first(lambda: write_whole(out / "run.json", json.dumps(outcome.record(), indent=1)))
     return outcome
 
 
 def _begin_retraining(
-    method: Any, run: Run, model: nn.Module, tasks: TaskCollection, objective: Objective
+    method: RetrainMethod, run: Run, model: nn.Module, tasks: TaskCollection, objective: Objective
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Claims the folder; what the run depends on, and the record of one that has finished there."""
     if run.out is None:
         return {}, None
     claim_folder(run.out, resume=run.resume, overwrite=run.overwrite)
-    about = {"tasks": tasks.names, "objective": objective.to_dict()}
-    inputs = {**about, **inputs_of(model, tasks)}
+    inputs = {"tasks": tasks.names, "objective": objective.to_dict(), **inputs_of(model, tasks)}
     return inputs, begin(run.out, method, run, inputs)
 
 
-def fresh_copy(model: nn.Module, objective: Objective, seed: int) -> nn.Module:
-    """A copy of the model with a head that fits the objective."""
-    return _copy_with_head(model, objective, objective.num_outputs(), seed)
-
-
-def _copy_with_head(
-    model: nn.Module, objective: Objective, outputs: int | None, seed: int
-) -> nn.Module:
-    model = copy.deepcopy(model)
-    match_head(model, outputs, seed)
-    if hasattr(objective, "freeze"):
-        objective.freeze(model)
-    return model
-
-
-def _to_adapt(model: nn.Module, objective: Objective, seed: int) -> tuple[nn.Module, Objective]:
-    """A copy of a base that can be adapted, and the form of the objective for its head.
-
-    A head that all tasks are to share but that the base does not have is none it could have learnt,
-    so each task gets one of its own. Heads are as wide as the base's, so that stock loaders put
-    them there, unless a task has more labels.
-    """
-    outputs = objective.num_outputs()
-    if outputs is not None:
-        width = head_width(model)
-        if width not in (None, outputs) and hasattr(objective, "local"):
-            objective = objective.local()
-            outputs = max(width or 0, objective.num_outputs() or 0)
-    return _copy_with_head(model, objective, outputs, seed), objective
-
-
-def bound(objective: Objective, model: nn.Module) -> Objective:
-    """The objective with what it reads off the model before any training, if it reads anything."""
-    return objective.bind(model) if hasattr(objective, "bind") else objective
-
-
-@torch.no_grad()
-def interpolate(model: nn.Module, given: nn.Module, share: float) -> None:
-    """Takes the model back to `share` of its way from `given`; a head of another shape stays.
-
-    Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv:2109.01903: their α.
-    """
-    if share == 1:
-        return
-    start = dict(given.named_parameters())
-    for name, p in model.named_parameters():
-        if p.requires_grad and name in start and start[name].shape == p.shape:
-            p.copy_(torch.lerp(start[name].to(p), p, share))
-
-
-def _save(outcome: Outcome, deal: Deal, out: Path, *, save: bool) -> None:
+def _save(outcome: Outcome, partition: Partition, out: Path, *, save: bool) -> None:
     """Each process writes its own tasks' adapters, then the first one everything else."""
-    with deal.ranks.together():
-        if save and deal.ranks.rank > 0:
+    with partition.group.together():
+        if save and partition.group.rank > 0:
             outcome.save_adapters(out)
 
     def finish() -> None:
@@ -223,33 +173,37 @@ def _save(outcome: Outcome, deal: Deal, out: Path, *, save: bool) -> None:
             outcome.save(out)
         CheckpointStore(out).clear()
 
-    deal.ranks.first(finish)
+    partition.group.first(finish)
 
 
 def _train(
-    method: Any,
+    method: RetrainMethod,
     learner: Learner | None,
     model: nn.Module,
-    deal: Deal,
+    partition: Partition,
     run: Run,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Runs the loop; history, validation score and what was read. Without a learner: the score."""
-    data = deal.data
+    data = partition.data
     if learner is None:
-        own = score_slots(model, deal.own, "validation", run.eval_rows) if deal.slots else {}
-        scores = deal.scores(own)
+        local_scores = {}
+        if partition.slots:
+            local_scores = score_slots(model, partition.local_data, "validation", run.eval_rows)
+        scores = partition.scores(local_scores)
         best = sum(scores.values()) / len(scores) if scores else None
         cost = {"tokens": 0, "examples": 0, "trainable_parameters": 0}
         return {"history": [], "validation_score": best, "cost": cost}
-    budget = method.budget(run, len(data))
-    sampler = sampler_for(method, data, budget, learner.batches_per_update)
+    budget = method.run_for(run, len(data))
+    sampler = sampler_for(
+        data, budget, pooled=method.pooled, batches_per_update=learner.batches_per_update
+    )
     learner.average = method.average
     if learner.average:  # a mean of weights that still move: the rate must not fall to zero
         budget = budget.replace(schedule="constant")
     by_rows = method.pooled and learner.bank is None
-    deal = replace(deal, by_rows=by_rows, sharded=base_is_sharded())
-    record = fit(learner, data, sampler, budget, progress=progress, deal=deal)
+    partition = replace(partition, by_rows=by_rows, sharded=base_is_sharded())
+    record = fit(learner, data, sampler, budget, progress=progress, partition=partition)
     adapters = 0 if learner.bank is None else learner.bank.parameters_per_slot * len(data)
     cost = {key: record[key] for key in ("tokens", "examples")}
     cost["trainable_parameters"] = adapters + sum(p.numel() for p in learner.base)
@@ -259,7 +213,7 @@ def _train(
 def adapt(
     model: nn.Module,
     tasks: TaskCollection,
-    method: Any,
+    method: AdaptMethod,
     run: Run | None = None,
     *,
     shots: int | None = None,
@@ -288,53 +242,55 @@ def adapt(
         Scores and adapters by (task, draw). In one of several processes the scores are those of
         all tasks, the adapters those of this process.
     """
-    run, ranks = run or Run(), join()
+    run, group = run or Run(), process_group()
     check_verb(method, "adapt")
-    objective = bound(objective_of(tasks).fit(tasks), model)
+    objective = objective_of(tasks).fit(tasks).bind(model)
     out = run.out
-    every = run.eval_every if run.patience else 0
-    run = run.replace(out=None, eval_every=every, tasks_per_step=None)
-    given = model
-    model, objective = _to_adapt(given, objective, run.seed)
-    check_model(ranks, model)
+    eval_every = run.eval_every if run.patience else 0
+    run = run.replace(out=None, eval_every=eval_every, tasks_per_step=None)
+    base = model
+    model, objective = copy_to_adapt(base, objective, run.seed)
+    check_model(group, model)
     slots = list(draw_shots(tasks, objective.kind, shots, draws, run.seed))
-    wanted = [(slot.task, slot.draw) for slot in slots]
+    task_draws = [(slot.task, slot.draw) for slot in slots]
     done: dict[TaskDraw, tuple[float, int]] = {}
     if out is not None:
         # Tasks may be added later, and with them labels; these are the rows'.
-        own = settings_of(objective)
-        about = {"shots": shots, "split": split, "objective": own, **inputs_of(model, tasks)}
-        done = ranks.first(lambda: _begin_adapting(out, method, run, about))
+        inputs = {"shots": shots, "split": split, "objective": settings_of(objective)}
+        inputs |= inputs_of(model, tasks)
+        done = group.first(lambda: _begin_adapting(out, method, run, inputs))
         slots = [slot for slot in slots if (slot.task, slot.draw) not in done]
-    deal = deal_out(ranks, TaskData(slots, objective), run.batch_size, len(slots), pooled=False)
-    result = Adapted({}, {}, {}, {}, "", write=getattr(method, "write", None))
+    partition = partition_slots(
+        group, TaskData(slots, objective), run.batch_size, len(slots), pooled=False
+    )
+    result = Adapted({}, {}, {}, {}, "")
     result.labels = labels_of(objective, tasks.names)
     # Whole models bring their head; adapters are put on the base's.
     if method.shares_base and objective.num_outputs() is not None:
         width = head_width(model)
-        result.num_labels = None if width == head_width(given) else width
-    with torch.random.fork_rng(), metered() as cost, ranks.together():
-        for wave in _waves(deal, _wave_size(model, slots, objective, method, run)):
+        result.num_labels = None if width == head_width(base) else width
+    with torch.random.fork_rng(), metered() as cost, group.together():
+        for wave in _waves(partition, _wave_size(model, slots, objective, method, run)):
             _adapt_wave(model, wave, objective, method, run, split, result, progress)
             if out is not None:
-                save_wave(result, [(rows.task, rows.draw) for rows in wave], out, ranks)
-    result.cost = ranks.total_cost(result.cost | cost)
+                save_wave(result, [(rows.task, rows.draw) for rows in wave], out, group)
+    result.cost = group.total_cost(result.cost | cost)
     for key, (score, num_rows) in done.items():
         result.scores[key], result.num_rows[key] = score, num_rows
-    result.scores = ranks.merged(result.scores, wanted)
-    result.num_rows = ranks.merged(result.num_rows, wanted)
-    result.stopped = ranks.merged(result.stopped, wanted)
+    result.scores = group.merged(result.scores, task_draws)
+    result.num_rows = group.merged(result.num_rows, task_draws)
+    result.stopped = group.merged(result.stopped, task_draws)
     if out is not None:
-        ranks.first(lambda: collect_scores(out))
+        group.first(lambda: collect_scores(out))
     return result
 
 
 def _begin_adapting(
-    out: Path, method: Any, run: Run, about: dict[str, Any]
+    out: Path, method: AdaptMethod, run: Run, inputs: dict[str, Any]
 ) -> dict[TaskDraw, tuple[float, int]]:
     """Claims the folder; score and rows of each task that was finished there."""
     claim_folder(out, resume=run.resume, overwrite=run.overwrite)
-    begin(out, method, run, about)
+    begin(out, method, run, inputs)
     return collect_scores(out)
 
 
@@ -342,7 +298,7 @@ def _adapt_wave(
     model: nn.Module,
     wave: Sequence[SlotRows],
     objective: Objective,
-    method: Any,
+    method: AdaptMethod,
     run: Run,
     split: str,
     result: Adapted,
@@ -350,7 +306,7 @@ def _adapt_wave(
 ) -> None:
     data = TaskData(wave, objective)
     base = model if method.shares_base else copy.deepcopy(model)
-    wanted = {p: p.requires_grad for p in base.parameters()}
+    requires_grad = {p: p.requires_grad for p in base.parameters()}
     torch.manual_seed(run.seed)
     learner: Learner = method.learner(base, objective, data.keys, run)
     per_task = (
@@ -359,10 +315,10 @@ def _adapt_wave(
         else (learner.bank.parameters_per_slot)
     )
     stopping = EarlyStopping(learner, run.patience) if run.patience else None
-    sampler = sampler_for(method, data, run)
+    sampler = sampler_for(data, run, pooled=method.pooled)
     record = fit(learner, data, sampler, run, validate=False, stopping=stopping, progress=progress)
     if base is not model:
-        interpolate(base, model, getattr(method, "interpolate", 1.0))
+        interpolate(base, model, method.interpolate)
     for slot, step in stopping.stopped.items() if stopping else ():
         result.stopped[wave[slot].task, wave[slot].draw] = step
     with learner.ready():
@@ -376,69 +332,14 @@ def _adapt_wave(
         for slot, rows in enumerate(wave):
             result.tensors[rows.task, rows.draw] = peft_tensors(learner.bank, slot)
     else:
+        learner.stop()
         result.models[wave[0].task, wave[0].draw] = base
+        result.learners[wave[0].task, wave[0].draw] = learner
     result.cost["trainable_parameters"] = per_task
     for key in ("tokens", "examples"):
         result.cost[key] = result.cost.get(key, 0) + record[key]
-    for p, trained in wanted.items():  # a method may have put others beside them
+    for p, trained in requires_grad.items():  # a method may have put others beside them
         p.requires_grad_(trained)
-
-
-def draw_shots(
-    tasks: TaskCollection, kind: str, shots: int | None, draws: int, seed: int
-) -> Iterator[SlotRows]:
-    """One slot for each task and draw, holding the first `shots` rows of a seeded permutation.
-
-    The draw of fewer shots is the beginning of the draw of more, and depends on the task's name
-    but not on which other tasks there are.
-
-    Raises:
-        UserError: A task without training rows, or shots below 1.
-    """
-    if shots is not None and shots < 1:
-        raise UserError(f"shots must be at least 1, got {shots}")
-    for task in tasks:
-        if not task.train:
-            raise UserError(f'task "{task.name}" has no training rows to adapt on')
-        for draw in range(draws):
-            rng = np.random.default_rng([seed, number_of(task.name), draw])
-            order = rng.permutation(len(task.train)).tolist()
-            chosen = order if shots is None else _first(task, order, shots, kind)
-            yield SlotRows(
-                key=task.name if draw == 0 else f"{task.name}#{draw}",
-                train=select(task.train, chosen),
-                validation=task.validation,
-                test=task.test,
-                task=task.name,
-                draw=draw,
-            )
-
-
-def _first(task: Task, order: list[int], shots: int, kind: str) -> list[int]:
-    if kind not in CLASSES:
-        return order[:shots]
-    taken: dict[Any, int] = {}
-    chosen = []
-    for i in order:
-        label = label_of(task.train[i])
-        if taken.setdefault(label, 0) < shots:
-            taken[label] += 1
-            chosen.append(i)
-    return chosen
-
-
-def sampler_for(method: Any, data: TaskData, run: Run, batches_per_update: int = 1) -> Sampler:
-    """The order in which this method sees the training rows; the budget is the same for all."""
-    sizes = [len(slot.train) for slot in data.slots]
-    if method.pooled:
-        together = min(run.tasks_per_step or len(data), len(data))
-        # As many rows as the other sampler draws, which never repeats a row within a batch.
-        in_a_round = sum(min(run.batch_size, size) for size in sizes)
-        count = max(1, round(in_a_round * together / len(sizes)))
-        return PooledSampler(sizes, count, run.seed)
-    return PerTaskSampler(
-        sizes, run.batch_size, run.tasks_per_step, run.seed, data.keys, batches_per_update
-    )
 
 
 def objective_of(tasks: TaskCollection) -> Objective:
@@ -455,22 +356,23 @@ def objective_of(tasks: TaskCollection) -> Objective:
 
 
 def _wave_size(
-    model: nn.Module, slots: list[SlotRows], objective: Objective, method: Any, run: Run
+    model: nn.Module, slots: list[SlotRows], objective: Objective, method: AdaptMethod, run: Run
 ) -> int:
     """How many tasks are adapted at the same time."""
     if not method.shares_base:
         return 1
     if run.tasks_per_wave is not None or not slots:
         return run.tasks_per_wave or 1
-    wanted = [p.requires_grad for p in model.parameters()]
+    requires_grad = [p.requires_grad for p in model.parameters()]
     bank = method.learner(model, objective, [slots[0].key], run).bank
-    for p, trained in zip(model.parameters(), wanted, strict=True):
+    for p, trained in zip(model.parameters(), requires_grad, strict=True):
         p.requires_grad_(trained)
-    each = 4 * 4 * bank.parameters_per_slot  # float32 value, gradient and two moments
-    return max(1, free_memory(run.device) // 2 // each)
+    assert bank is not None  # a method that shares its base trains a bank
+    bytes_per_task = 4 * 4 * bank.parameters_per_slot  # float32 value, gradient and two moments
+    return max(1, free_memory(run.device) // 2 // bytes_per_task)
 
 
-def _waves(deal: Deal, size: int) -> Iterator[list[SlotRows]]:
-    slots = [deal.data.slots[slot] for slot in deal.slots]
+def _waves(partition: Partition, size: int) -> Iterator[list[SlotRows]]:
+    slots = [partition.data.slots[slot] for slot in partition.slots]
     for start in range(0, len(slots), size):
         yield slots[start : start + size]

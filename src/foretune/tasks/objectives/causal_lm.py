@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.models.counted import logits_at
@@ -17,11 +17,11 @@ from foretune.run import at_least
 from foretune.tasks.batch import Batch
 from foretune.tasks.example import SPLITS
 from foretune.tasks.objectives import text
-from foretune.tasks.task import TaskCollection
+from foretune.tasks.task import Objective, TaskCollection
 
 
 @dataclass(frozen=True)
-class CausalLM:
+class CausalLM(Objective):
     """Predict the next token of `text`, or of `completion` after `prompt`.
 
     The loss of an example is the mean negative log-likelihood of its tokens, of the completion's
@@ -50,16 +50,8 @@ class CausalLM:
     def __post_init__(self) -> None:
         at_least("max_tokens", self.max_tokens, 2)
 
-    def chance(self) -> float | None:
-        return None
-
-    def num_outputs(self) -> int | None:
-        return None
-
-    def shared(self) -> CausalLM:
-        return self
-
-    def fit(self, tasks: TaskCollection) -> CausalLM:
+    @override
+    def fit(self, tasks: TaskCollection) -> Self:
         """Checks that every row has text; there is nothing to learn."""
         for task in tasks:
             for split in SPLITS:
@@ -68,6 +60,7 @@ class CausalLM:
                         text.text_of(row, name, task.name)
         return self
 
+    @override
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
         single = text.single_template(self.tokenizer)
         room = single.room(self.max_tokens, "max_tokens")
@@ -107,12 +100,11 @@ class CausalLM:
             "target": completion,
         }
 
-    def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
-        return row
-
+    @override
     def size(self, row: Mapping[str, Any]) -> int:
         return len(row["input_ids"])
 
+    @override
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         fill = text.pad_id(self.tokenizer)
         ids = [row["input_ids"] for row in rows]
@@ -133,6 +125,7 @@ class CausalLM:
             inputs["target"] = text.pad([row["target"] for row in rows], text.IGNORED)
         return Batch(inputs, tuple(slots), sum(map(len, ids)), {})
 
+    @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
         inputs = batch.inputs
         config = getattr(model, "config", None)
@@ -164,9 +157,11 @@ class CausalLM:
             )
         return mean_nll(logits, labels)
 
+    @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
         return -self.losses(model, batch)
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "max_tokens": self.max_tokens}
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.models.routing import route
@@ -25,11 +26,11 @@ from foretune.tasks.drawn_rows import DrawnRows
 from foretune.tasks.example import SPLITS
 from foretune.tasks.objectives import text
 from foretune.tasks.objectives.shared_context import log_likelihoods, shared_rows
-from foretune.tasks.task import Task, TaskCollection
+from foretune.tasks.task import Objective, Task, TaskCollection
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Objective):
     """Pick the right candidate for a context.
 
     A row has `context` (a text or a list of turns), `candidates` (texts) and `answer` (an index).
@@ -74,20 +75,21 @@ class Choice:
         at_least("train_candidates", self.train_candidates, 2)
 
     @property
+    @override
     def head(self) -> str:
         heads = {"bi-encoder": "none", "causal": "causal-lm"}
         return heads.get(self.scoring, "classification")
 
+    @override
     def num_outputs(self) -> int | None:
         return 2 if self.scoring == "cross-encoder" else None
 
+    @override
     def chance(self) -> float | None:
         return self.guess
 
-    def shared(self) -> Choice:
-        return self
-
-    def fit(self, tasks: TaskCollection) -> Choice:
+    @override
+    def fit(self, tasks: TaskCollection) -> Self:
         """Checks every row and learns the chance level: the mean of 1 / number of candidates."""
         total, num_rows = 0.0, 0
         for task in tasks:
@@ -97,6 +99,7 @@ class Choice:
                     num_rows += 1
         return dataclasses.replace(self, guess=total / num_rows)
 
+    @override
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
         turns = example["context"]
         if not isinstance(turns, str):
@@ -144,6 +147,7 @@ class Choice:
             )
         return {"context": found, "candidates": cut}
 
+    @override
     def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
         """Keeps the right candidate and a draw of the others, in their old order."""
         others = [i for i in range(len(row["candidates"])) if i != row["answer"]]
@@ -154,9 +158,11 @@ class Choice:
         candidates = [row["candidates"][i] for i in kept]
         return {**row, "candidates": candidates, "answer": kept.index(row["answer"])}
 
+    @override
     def size(self, row: Mapping[str, Any]) -> int:
         return len(row.get("context", ())) + sum(map(len, row["candidates"]))
 
+    @override
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         if self.scoring == "causal":
             return self._collate_causal(rows, slots)
@@ -234,6 +240,7 @@ class Choice:
         types = np.where(in_second, segments[1], segments[0])
         return {"text_types": torch.from_numpy(types.astype(np.int64))}
 
+    @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
         present, answer = batch.inputs["present"], batch.inputs["answer"]
         if self.scoring != "cross-encoder":
@@ -247,6 +254,7 @@ class Choice:
         wrong = wrong.view_as(present) * present
         return wrong.sum(1) / present.sum(1)
 
+    @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
         values = self._values(model, batch)
         picked = values.masked_fill(~batch.inputs["present"], -torch.inf).argmax(1)
@@ -282,6 +290,7 @@ class Choice:
             )
         return logits[inputs["index"]]
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del fields["tokenizer"]

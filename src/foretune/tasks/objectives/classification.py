@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from foretune.errors import UserError, did_you_mean
 from foretune.models.routing import route
@@ -19,14 +20,14 @@ from foretune.tasks.batch import Batch
 from foretune.tasks.example import SPLITS
 from foretune.tasks.objectives import text
 from foretune.tasks.objectives.regression import check_arrays, stack
-from foretune.tasks.task import Task, TaskCollection
+from foretune.tasks.task import Objective, Task, TaskCollection
 
 Label = str | int | float
 LEARNT = {"learnt": True}
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Objective):
     """One label for a text (`text`, `label`) or for an array (`x`, `y`).
 
     Where all tasks have one label set, a label has one id in all of them. Otherwise ids are local:
@@ -61,31 +62,37 @@ class Classification:
             object.__setattr__(self, "space", tuple(self.space))
 
     @property
+    @override
     def head(self) -> str:
         return "image-classification" if self.tokenizer is None else "classification"
 
+    @override
     def num_outputs(self) -> int | None:
         if self.space is not None:
             return len(self.space)
         return max((len(known) for known in self.labels.values()), default=None)
 
+    @override
     def chance(self) -> float | None:
         """The mean over tasks of 1 / number of the task's labels."""
         if not self.labels:
             return None
         return sum(1 / len(known) for known in self.labels.values()) / len(self.labels)
 
-    def shared(self) -> Classification:
+    @override
+    def shared(self) -> Self:
         """The form with one id for each label over all tasks."""
         if self.space is not None:
             return self
         union = sort_labels(label for known in self.labels.values() for label in known)
         return dataclasses.replace(self, space=union)
 
-    def local(self) -> Classification:
+    @override
+    def local(self) -> Self:
         """The form whose ids are a task's own, for a head of each task's own."""
         return dataclasses.replace(self, space=None)
 
+    @override
     def output_labels(self, task: str) -> tuple[Label | None, ...]:
         """The labels of a head's outputs in a task, in their order; outputs beyond mean nothing.
 
@@ -94,7 +101,8 @@ class Classification:
         known = self.labels[task]
         return known if self.space is None else tuple(v if v in known else None for v in self.space)
 
-    def fit(self, tasks: TaskCollection) -> Classification:
+    @override
+    def fit(self, tasks: TaskCollection) -> Self:
         """Learns each task's labels from its training rows.
 
         Fitted anew to other tasks, ids stay shared if the labels of those tasks are all known: a
@@ -149,6 +157,7 @@ class Classification:
             )
         return value
 
+    @override
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
         known = self.labels.get(task)
         if known is None:
@@ -173,12 +182,11 @@ class Classification:
         encoded["input_ids"] = single.fill(ids[: single.room(self.max_tokens, "max_tokens")])
         return encoded
 
-    def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
-        return row
-
+    @override
     def size(self, row: Mapping[str, Any]) -> int:
         return len(row.get("input_ids", "1"))
 
+    @override
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         width = self.num_outputs() or 1 + max(max(row["valid"]) for row in rows)
         valid = np.zeros((len(rows), width), dtype=bool)
@@ -196,9 +204,11 @@ class Classification:
         inputs["attention_mask"] = text.pad_mask(ids)
         return Batch(inputs, tuple(slots), sum(map(len, ids)), {})
 
+    @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
         return F.cross_entropy(self.logits(model, batch), batch.inputs["label"], reduction="none")
 
+    @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
         picked = self.logits(model, batch).argmax(1)
         return (picked == batch.inputs["label"]).float()
@@ -223,6 +233,7 @@ class Classification:
             )
         return logits.masked_fill(~F.pad(valid, (0, beyond)), -torch.inf)
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         return {
             "kind": self.kind,

@@ -11,24 +11,25 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.models.routing import route
 from foretune.run import one_of, whole
 from foretune.tasks.batch import Batch
 from foretune.tasks.objectives.regression import check_arrays, stack
-from foretune.tasks.task import TaskCollection
+from foretune.tasks.task import Objective, TaskCollection
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Denoising:
+class Denoising(Objective):
     """Predict the noise that was added to an array `x`, for instance an image (channels, h, w).
 
     The model is called as model(noisy, t) and answers with an array like x, or with diffusers'
@@ -57,33 +58,25 @@ class Denoising:
         whole("score_draws", self.score_draws, 1)
         one_of("schedule", self.schedule, SCHEDULES)
 
-    def chance(self) -> float | None:
-        return None
-
-    def num_outputs(self) -> int | None:
-        return None
-
-    def shared(self) -> Denoising:
-        return self
-
-    def fit(self, tasks: TaskCollection) -> Denoising:
+    @override
+    def fit(self, tasks: TaskCollection) -> Self:
         """Checks that every row has an `x` of one shape; there is nothing to learn."""
         check_arrays(tasks, ("x",))
         self.scheduler()
         return self
 
+    @override
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
         x = np.asarray(example["x"], dtype=np.float32)
         return {"x": x, "seed": zlib.crc32(x.tobytes())}
 
+    @override
     def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
         """The row with the moment and the noise that this step trains on."""
         noise = rng.standard_normal((1, *row["x"].shape), dtype=np.float32)
         return {**row, "t": rng.integers(self.num_steps, size=1), "noise": noise}
 
-    def size(self, row: Mapping[str, Any]) -> int:
-        return 1
-
+    @override
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         """(n·k, …) x, noise, t: k draws of each row, 1 in training, `score_draws` otherwise."""
         drawn = [row if "t" in row else self._fixed(row) for row in rows]
@@ -100,6 +93,7 @@ class Denoising:
         noise = rng.standard_normal((self.score_draws, *row["x"].shape), dtype=np.float32)
         return {"t": (places * self.num_steps).astype(np.int64), "noise": noise}
 
+    @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
         x, noise, t = (batch.inputs[name] for name in ("x", "noise", "t"))
         n, k = t.shape
@@ -116,6 +110,7 @@ class Denoising:
             )
         return (predicted.float() - target).square().reshape(n, -1).mean(1)
 
+    @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
         return -self.losses(model, batch)
 
@@ -127,6 +122,7 @@ class Denoising:
         """
         return _scheduler(self.num_steps, self.schedule)
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         return {
             "kind": self.kind,

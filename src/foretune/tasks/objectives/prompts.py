@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.linalg.prototypes import class_prototypes
@@ -109,16 +110,20 @@ class PromptClassification(Classification):
         object.__setattr__(self, "templates", tuple(self.templates))
 
     @property
+    @override
     def head(self) -> str:
         return "none"
 
+    @override
     def num_outputs(self) -> int | None:
         return None
 
-    def shared(self) -> PromptClassification:
+    @override
+    def shared(self) -> Self:
         return self
 
-    def fit(self, tasks: TaskCollection) -> PromptClassification:
+    @override
+    def fit(self, tasks: TaskCollection) -> Self:
         """Learns each task's labels from its training rows; what was bound before is forgotten."""
         if not any("text" in row for task in tasks for row in task.train):
             check_arrays(tasks, ("x",))
@@ -135,7 +140,8 @@ class PromptClassification(Classification):
             )
         return value
 
-    def bind(self, model: nn.Module) -> PromptClassification:
+    @override
+    def bind(self, model: nn.Module) -> Self:
         """The objective with the embeddings of every task's prompts by this model, as it is now.
 
         Args:
@@ -153,10 +159,12 @@ class PromptClassification(Classification):
             self, templates=templates, temperature=temperature, embedded=embedded
         )
 
+    @override
     def freeze(self, model: nn.Module) -> None:
         """Freezes, in place, what this objective never runs."""
         freeze_text(model)
 
+    @override
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
         known = self.labels.get(task)
         if known is None:
@@ -172,6 +180,7 @@ class PromptClassification(Classification):
         ids = single.fill(ids[: single.room(self.max_tokens, "max_tokens")])
         return {**encoded, "input_ids": ids}
 
+    @override
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         inputs = {"label": torch.tensor([row["label"] for row in rows])}
         extra = {"tasks": tuple(row["task"] for row in rows)}
@@ -188,6 +197,7 @@ class PromptClassification(Classification):
         with route(batch.slots):
             return embeddings(model, batch.inputs)
 
+    @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
         return self.losses_of(self.features(model, batch), batch)
 
@@ -195,6 +205,7 @@ class PromptClassification(Classification):
         """(n,) cross entropy, given the embeddings (n, d)."""
         return F.cross_entropy(self._read(features, batch), batch.inputs["label"], reduction="none")
 
+    @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
         picked = self._read(self.features(model, batch), batch).argmax(1)
         return (picked == batch.inputs["label"]).float()
@@ -217,6 +228,7 @@ class PromptClassification(Classification):
             logits[rows, : len(classes)] = own
         return logits
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         templates = None if self.templates is None else list(self.templates)
         known = {k: v for k, v in super().to_dict().items() if k != "space"}

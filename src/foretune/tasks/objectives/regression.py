@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.models.routing import route
 from foretune.tasks.batch import Batch
 from foretune.tasks.example import SPLITS
 from foretune.tasks.objectives.text import logits_of
-from foretune.tasks.task import TaskCollection
+from foretune.tasks.task import Objective, TaskCollection
 
 
 @dataclass(frozen=True, kw_only=True)
-class Regression:
+class Regression(Objective):
     """Predict an array `y` from an array `x`.
 
     The loss of an example is the squared error summed over the outputs (half of it is the negative
@@ -31,33 +32,22 @@ class Regression:
     metric: ClassVar[str] = "negative squared error"
     head: ClassVar[str] = "none"
 
-    def chance(self) -> float | None:
-        return None
-
-    def num_outputs(self) -> int | None:
-        return None
-
-    def shared(self) -> Regression:
-        return self
-
-    def fit(self, tasks: TaskCollection) -> Regression:
+    @override
+    def fit(self, tasks: TaskCollection) -> Self:
         """Checks that every row has an `x` and a `y` of one shape; there is nothing to learn."""
         check_arrays(tasks, ("x", "y"))
         return self
 
+    @override
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
         return {name: np.asarray(example[name], dtype=np.float32) for name in ("x", "y")}
 
-    def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
-        return row
-
-    def size(self, row: Mapping[str, Any]) -> int:
-        return 1
-
+    @override
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         inputs = {name: stack([row[name] for row in rows]) for name in ("x", "y")}
         return Batch(inputs, tuple(slots), len(rows), {})
 
+    @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
         with route(batch.slots):
             predicted = logits_of(model(batch.inputs["x"])).float().flatten(1)
@@ -68,9 +58,11 @@ class Regression:
             )
         return (predicted - y).square().sum(1)
 
+    @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
         return -self.losses(model, batch)
 
+    @override
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind}
 

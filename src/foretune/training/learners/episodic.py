@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from foretune.adapters.bank import AdapterBank
 from foretune.errors import UserError
@@ -15,7 +16,7 @@ from foretune.tasks.task import Objective
 from foretune.training.data import PerTaskSampler, Step, TaskData
 from foretune.training.learners.joint import Learner
 from foretune.training.optim import SlotAdamW
-from foretune.training.ranks import Deal
+from foretune.training.process_group import Partition
 from foretune.training.scoring import score_slots
 
 
@@ -55,22 +56,23 @@ class EpisodicLearner(Learner):
         self.inner_all, self.query = inner_all, query
         self.batches_per_update = inner_steps + query
 
-    def place(self, device: torch.device, deal: Deal) -> None:
-        if deal.sharded:
+    @override
+    def place(self, device: torch.device, partition: Partition) -> None:
+        if partition.sharded:
             raise UserError(
                 "an inner loop needs the whole base in every process: train Reptile and FOMAML "
                 "without FSDP"
             )
-        super().place(device, deal)
+        super().place(device, partition)
 
+    @override
     def start(self, run: Run) -> None:
         super().start(run)
         self.bank_optimizer = None  # the bank lives for one episode only
 
-    def gradients(self, steps: Sequence[Step]) -> dict[int, float]:
+    @override
+    def gradients(self, steps: Sequence[Step], seed: int = 0) -> dict[int, float]:
         before = [p.detach().clone() for p in self.base] if self.inner_all else []
-        ranks = 1 if self.deal is None else self.deal.ranks.size
-        seed = torch.initial_seed() // ranks  # the same on all of them
         by_slot = self._adapt(steps[: self.inner_steps], seed)
         if self.query:
             by_slot = self.backward(steps[-1])
@@ -121,6 +123,7 @@ class EpisodicLearner(Learner):
                 share = len(present) / num_slots
                 weight.grad = -share * self.bank.mean_delta(name, present)
 
+    @override
     def score(self, data: TaskData, split: str, max_rows: int | None) -> dict[int, float]:
         """Scores each task after the inner loop on its own training rows: what the base is for."""
         sizes = [len(slot.train) for slot in data.slots]

@@ -15,7 +15,7 @@ from foretune.tasks.batch import Batch
 from foretune.tasks.objectives.prompts import PromptClassification
 from foretune.training.data import TaskData
 from foretune.training.learners.joint import Learner
-from foretune.training.ranks import Deal
+from foretune.training.process_group import Partition
 
 ROWS = 64  # that the teacher reads together
 
@@ -60,12 +60,12 @@ class FDAlignLearner(Learner):
         self.weight, self.direction = weight, direction
         self.teacher: dict[tuple[int, bytes], Tensor] = {}
 
-    def place(self, device: torch.device, deal: Deal) -> None:
-        if deal.sharded:
+    def place(self, device: torch.device, partition: Partition) -> None:
+        if partition.sharded:
             raise UserError("FD-Align needs the whole base in every process: adapt without FSDP")
-        super().place(device, deal)
+        super().place(device, partition)
         if self.weight:
-            self._teach(deal.own, device)
+            self._teach(partition.local_data, device)
 
     def _teach(self, data: TaskData, device: torch.device) -> None:
         """Keeps the logits of every training row; the model has not moved yet."""

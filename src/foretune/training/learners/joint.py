@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +17,16 @@ from transformers.pytorch_utils import Conv1D
 from foretune.adapters.bank import AdapterBank
 from foretune.errors import UserError
 from foretune.models.frozen_prefix import frozen_prefix
+from foretune.models.loading import save_base
 from foretune.models.packing import packed
 from foretune.models.recompute import recomputed
-from foretune.models.surgery import batch_norms, head_modules
+from foretune.models.surgery import batch_norms, head_modules, name_outputs
 from foretune.run import Run
 from foretune.tasks.batch import Batch
 from foretune.tasks.task import Objective
 from foretune.training.data import Step, TaskData
 from foretune.training.optim import SlotAdamW, adamw_of, eight_bit
-from foretune.training.ranks import Deal
+from foretune.training.process_group import Partition
 from foretune.training.scoring import score_slots
 from foretune.training.sharding import like, shard
 
@@ -81,18 +83,18 @@ class Learner:
         self.autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         self.token_budget: int | None = None
         self.recompute = False
-        self.deal: Deal | None = None  # what other processes hold
+        self.partition: Partition | None = None  # what other processes hold
 
     @property
     def sharded(self) -> bool:
         """Whether this process has only a part of the base."""
-        return self.deal is not None and self.deal.sharded
+        return self.partition is not None and self.partition.sharded
 
-    def place(self, device: torch.device, deal: Deal) -> None:
+    def place(self, device: torch.device, partition: Partition) -> None:
         """Moves everything to the device, or this process's part of it."""
-        self.deal = deal
-        if deal.sharded:
-            shard(self.model, device, deal.ranks.size)
+        self.partition = partition
+        if partition.sharded:
+            shard(self.model, device, partition.group.size)
             self.base = [p for p in self.model.parameters() if p.requires_grad]
         self.model.to(device)
         if self.bank is not None:
@@ -118,6 +120,23 @@ class Learner:
                 lr=self.bank_learning_rate,
                 weight_decay=run.weight_decay,
             )
+
+    def stop(self) -> None:
+        """Frees what only training needs: the optimisers and the mean of the weights."""
+        self.base_optimizer = self.bank_optimizer = None
+        self.mean = []
+
+    def write(self, folder: Path, labels: Sequence[Any] | None) -> None:
+        """Writes the whole model that one task was adapted to, as a plain model folder.
+
+        A learner whose tasks differ from the base in little overrides this.
+
+        Args:
+            folder: Exists and is empty.
+            labels: Of the outputs, in their order; None where outputs are no labels.
+        """
+        name_outputs(self.model, labels or ())
+        save_base(self.model, None, folder)
 
     def _groups(self) -> list[dict[str, Any]]:
         """The base's parameters for its optimiser, those without weight decay apart."""
@@ -148,24 +167,29 @@ class Learner:
                 stack.enter_context(self.bank.attached())
             yield
 
-    def update(self, steps: Sequence[Step], run: Run, rate: float) -> dict[int, float]:
+    def update(
+        self, steps: Sequence[Step], run: Run, rate: float, seed: int = 0
+    ) -> dict[int, float]:
         """One update of everything that is trained.
 
         Args:
             steps: `batches_per_update` of them.
             run: Weight decay, clipping.
             rate: What the learning rates are multiplied by at this point of the schedule.
+            seed: Random seed of this update, the same in all processes.
 
         Returns:
             The mean loss of each slot that took part, in this process or in another. When one is
             not finite nothing has moved.
         """
-        own = self.gradients(steps)
-        losses = own if self.deal is None else self.deal.losses(own, steps[-1])
+        local_losses = self.gradients(steps, seed)
+        losses = local_losses
+        if self.partition is not None:
+            losses = self.partition.losses(local_losses, steps[-1])
         if not all(map(math.isfinite, losses.values())):
             return losses
-        if self.deal is not None and not self.sharded:
-            self.deal.ranks.sum_gradients(self.base)
+        if self.partition is not None and not self.sharded:
+            self.partition.group.sum_gradients(self.base)
         if self.base_optimizer is not None:
             if run.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self.base, run.max_grad_norm)
@@ -173,11 +197,11 @@ class Learner:
                 group["lr"] = rate * (self.learning_rate or 0.0)
             self.base_optimizer.step()
             self.base_optimizer.zero_grad()
-        if self.bank_optimizer is not None and own:
+        if self.bank_optimizer is not None and local_losses:
             for group in self.bank_optimizer.param_groups:
                 group["lr"] = self.bank_rate(rate)
             self.bank_optimizer.step_slots(
-                sorted(own), grad_scale=steps[-1].num_slots, max_norm=run.max_grad_norm
+                sorted(local_losses), grad_scale=steps[-1].num_slots, max_norm=run.max_grad_norm
             )
         return losses
 
@@ -198,8 +222,13 @@ class Learner:
         """The bank's learning rate at this point of the schedule."""
         return rate * self.bank_learning_rate
 
-    def gradients(self, steps: Sequence[Step]) -> dict[int, float]:
-        """Puts the gradient of the update into `.grad`; returns each slot's mean loss."""
+    def gradients(self, steps: Sequence[Step], seed: int = 0) -> dict[int, float]:
+        """Puts the gradient of the update into `.grad`; returns each slot's mean loss.
+
+        Args:
+            steps: `batches_per_update` of them.
+            seed: Random seed of whatever a learner draws for this update.
+        """
         return self.backward(steps[0])
 
     def backward(self, step: Step) -> dict[int, float]:

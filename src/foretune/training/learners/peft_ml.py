@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-import torch
 from torch import nn
+from typing_extensions import override
 
 from foretune.adapters.bank import AdapterBank
 from foretune.tasks.task import Objective
@@ -51,25 +51,25 @@ class PEFTMLLearner(Learner):
         self.adapters, self.penalty = bank, penalty
         self.adapter_dropout, self.restart_every = adapter_dropout, restart_every
 
+    @override
     def bank_rate(self, rate: float) -> float:
         return self.bank_learning_rate if self.restart_every else super().bank_rate(rate)
 
-    def gradients(self, steps: Sequence[Step]) -> dict[int, float]:
-        ranks = 1 if self.deal is None else self.deal.ranks.size
-        number = torch.initial_seed() // ranks  # of this update, the same on all of them
-        if random.Random(number).random() < self.adapter_dropout:
+    @override
+    def gradients(self, steps: Sequence[Step], seed: int = 0) -> dict[int, float]:
+        if random.Random(seed).random() < self.adapter_dropout:
             with self.adapters.bare():
                 losses = self.backward(steps[0])
             self.adapters.layers.zero_grad()  # without gradients they do not move
             return losses
         present = sorted(set(steps[0].slots))
-        self._restart(present, number)
+        self._restart(present, seed)
         losses = self.backward(steps[0])
         if self.penalty and present:
             self.adapters.add_penalty(present, self.penalty / steps[0].num_slots)
         return losses
 
-    def _restart(self, present: Sequence[int], number: int) -> None:
+    def _restart(self, present: Sequence[int], seed: int) -> None:
         """A fresh adapter for each of these slots with the probability 1 / restart_every.
 
         Tasks restart at different times, so the base meets adapters of every age in one step, and
@@ -80,9 +80,8 @@ class PEFTMLLearner(Learner):
         chosen = [
             slot
             for slot in present
-            if random.Random(f"{number}/{self.adapters.keys[slot]}").random()
-            < 1 / self.restart_every
+            if random.Random(f"{seed}/{self.adapters.keys[slot]}").random() < 1 / self.restart_every
         ]
-        self.adapters.reset(chosen, number)
+        self.adapters.reset(chosen, seed)
         assert self.bank_optimizer is not None
         self.bank_optimizer.forget(chosen)

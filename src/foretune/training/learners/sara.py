@@ -1,22 +1,25 @@
-"""`SparseLearner`: a model of which chosen entries are trained, as SaRA trains it."""
+"""`SaRALearner`: a model of which chosen entries are trained, as SaRA trains it."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from foretune.adapters.sparse import SparseDelta
 from foretune.run import Run
 from foretune.tasks.task import Objective
 from foretune.training.data import Step
 from foretune.training.learners.joint import Learner
-from foretune.training.ranks import Deal
+from foretune.training.process_group import Partition
 
 
-class SparseLearner(Learner):
+class SaRALearner(Learner):
     """AdamW on the entries of a sparse change; gradients elsewhere are dropped as they appear.
 
     Args:
@@ -46,30 +49,42 @@ class SparseLearner(Learner):
         self.updates = 0
         self.reselected: tuple[int, int] | None = None
 
-    def place(self, device: torch.device, deal: Deal) -> None:
-        super().place(device, deal)
+    @override
+    def place(self, device: torch.device, partition: Partition) -> None:
+        super().place(device, partition)
         self.delta.move(device)
 
+    @override
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         with super().ready(), self.delta.attached():
             yield
 
-    def update(self, steps: Sequence[Step], run: Run, rate: float) -> dict[int, float]:
+    @override
+    def update(
+        self, steps: Sequence[Step], run: Run, rate: float, seed: int = 0
+    ) -> dict[int, float]:
         if self.reselect is not None and self.updates == round(self.reselect * run.steps):
             self.reselected = self.delta.reselect(self.base_optimizer)
-        losses = super().update(steps, run, rate)
+        losses = super().update(steps, run, rate, seed)
         self.delta.write()
         self.updates += 1
         return losses
 
-    def gradients(self, steps: Sequence[Step]) -> dict[int, float]:
-        losses = super().gradients(steps)
+    @override
+    def gradients(self, steps: Sequence[Step], seed: int = 0) -> dict[int, float]:
+        losses = super().gradients(steps, seed)
         if self.nuclear:
             self.delta.add_nuclear(self.nuclear)
         return losses
 
+    @override
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         super().load_state(tensors)
         self.delta.read()
+
+    @override
+    def write(self, folder: Path, labels: Sequence[Any] | None) -> None:
+        """Writes what differs from the base; `foretune.load_sparse` reads it."""
+        self.delta.save(folder)

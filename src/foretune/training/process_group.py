@@ -42,7 +42,7 @@ V = TypeVar("V")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """The processes of this job.
 
     Args:
@@ -71,7 +71,7 @@ class Ranks:
         return found
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, in the order of the ranks."""
+        """Every process's value, in the order of their ranks."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -144,13 +144,14 @@ class Ranks:
         """The rank of each slot.
 
         Slots that share a step are dealt out the heaviest first, each to the rank that has least
-        of that step (longest processing time first), so the ranks end a step at about one time.
+        of that step (longest processing time first), so the processes end a step at about one time.
 
         Args:
             loads: What a slot costs in a step.
             together: So many neighbouring slots share a step.
 
-        >>> Ranks(size=2).owners([5, 1, 3, 1], 4), Ranks(size=2).owners([5, 1, 3, 1], 2)
+        >>> pair = ProcessGroup(size=2)
+        >>> pair.owners([5, 1, 3, 1], 4), pair.owners([5, 1, 3, 1], 2)
         ([0, 1, 1, 1], [0, 1, 1, 0])
         """
         owners = [0] * len(loads)
@@ -166,25 +167,25 @@ class Ranks:
         return owners
 
 
-def join() -> Ranks:
+def process_group() -> ProcessGroup:
     """The processes of this job, connected; alone without a launcher."""
     if num_processes() == 1:
-        return Ranks()
+        return ProcessGroup()
     if not dist.is_initialized():
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(local_rank())
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
-    return Ranks(process_rank(), num_processes())
+    return ProcessGroup(process_rank(), num_processes())
 
 
 @dataclass(frozen=True, eq=False)
-class Deal:
+class Partition:
     """What this process has of a training: everything when it is alone.
 
     Args:
         data: The rows of all slots.
-        ranks: The processes.
+        group: The processes.
         owners: The rank of each slot.
         by_rows: The rows of a step are dealt out, whichever slot they are of: no slot has
             anything of its own. Scores are still dealt out by slot.
@@ -192,24 +193,24 @@ class Deal:
     """
 
     data: TaskData
-    ranks: Ranks = Ranks()
+    group: ProcessGroup = ProcessGroup()
     owners: Sequence[int] = ()
     by_rows: bool = False
     sharded: bool = False
 
     @cached_property
-    def own(self) -> TaskData:
+    def local_data(self) -> TaskData:
         """The rows of the slots that it holds."""
-        if self.ranks.size == 1:
+        if self.group.size == 1:
             return self.data
         return TaskData([self.data.slots[slot] for slot in self.held], self.data.objective)
 
     @cached_property
     def slots(self) -> list[int]:
         """The slots of this process."""
-        if self.ranks.size == 1:
+        if self.group.size == 1:
             return list(range(len(self.data)))
-        return self._slots_of(self.ranks.rank)
+        return self._slots_of(self.group.rank)
 
     @property
     def held(self) -> list[int]:
@@ -221,7 +222,7 @@ class Deal:
 
     def step(self, picks: Sequence[Pick], seed: Sequence[int], budget: int | None) -> Step:
         """This process's part of a training step; with the bank's own numbers for the slots."""
-        if self.ranks.size == 1:
+        if self.group.size == 1:
             return self.data.step(picks, "train", train=True, seed=seed, budget=budget)
         if self.by_rows:
             step = self.data.step(
@@ -230,57 +231,57 @@ class Deal:
         else:
             place = {slot: i for i, slot in enumerate(self.slots)}
             mine = [(place[slot], row) for slot, row in picks if slot in place]
-            step = self.own.step(mine, "train", train=True, seed=seed, budget=budget)
+            step = self.local_data.step(mine, "train", train=True, seed=seed, budget=budget)
             num_slots = len({slot for slot, _ in picks})
             step = dataclasses.replace(step, num_slots=num_slots, num_rows=len(picks))
         return self._evened(step) if self.sharded else step
 
     def _some(self, sizes: Sequence[int]) -> list[int]:
         """Which rows of these sizes are for this process."""
-        owners = self.ranks.owners(sizes, max(1, len(sizes)))
-        return [i for i, owner in enumerate(owners) if owner == self.ranks.rank]
+        owners = self.group.owners(sizes, max(1, len(sizes)))
+        return [i for i, owner in enumerate(owners) if owner == self.group.rank]
 
     def _evened(self, step: Step) -> Step:
         """The step with chunks of weight zero, until every process has equally many."""
-        most = max(self.ranks.gather(len(step.chunks)))
+        most = max(self.group.gather(len(step.chunks)))
         missing = most - len(step.chunks)
         if not missing:
             return step
-        data = self.data if self.by_rows else self.own
+        data = self.data if self.by_rows else self.local_data
         spare = step.chunks or data.step([(0, 0)], "train", train=True, seed=[0]).chunks
         return dataclasses.replace(step, fillers=(spare[-1],) * missing)
 
     def losses(self, losses: Mapping[int, float], step: Step) -> dict[int, float]:
         """Each slot's mean loss over all processes, by its number among all slots."""
-        if self.ranks.size == 1:
+        if self.group.size == 1:
             return dict(losses)
         counts = Counter(step.slots)
         number = range(len(self.data)) if self.by_rows else self.held
         sums = torch.zeros(2, len(self.data), dtype=torch.float64)
         for slot, loss in losses.items():
             sums[:, number[slot]] = torch.tensor([loss * counts[slot], counts[slot]])
-        totals, rows = self.ranks.sum(sums).tolist()
+        totals, rows = self.group.sum(sums).tolist()
         return {slot: totals[slot] / n for slot, n in enumerate(rows) if n}
 
     def scores(self, scores: Mapping[int, float]) -> dict[int, float]:
         """The scores of all slots, of which each process has its own."""
-        if self.ranks.size == 1:
+        if self.group.size == 1:
             return dict(scores)
         mine = {self.slots[slot]: score for slot, score in scores.items()}
-        return self.ranks.merged(mine, range(len(self.data)))
+        return self.group.merged(mine, range(len(self.data)))
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What one process alone would hold, on the first process; nothing on the others."""
-        if self.ranks.size == 1:
+        if self.group.size == 1:
             return dict(tensors)
         found: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if not name.startswith(STACKED):
                 gathered = whole(tensor)
-                if self.ranks.rank == 0:
+                if self.group.rank == 0:
                     found[name] = gathered.cpu()
         mine = {k: v for k, v in tensors.items() if k.startswith(STACKED)}
-        every = self.ranks.gather({k: (tuple(v.shape[1:]), v.dtype) for k, v in mine.items()})
+        every = self.group.gather({k: (tuple(v.shape[1:]), v.dtype) for k, v in mine.items()})
         kinds = {name: kind for one in every for name, kind in one.items()}
         device = next(iter(tensors.values())).device
         for name, (shape, dtype) in sorted(kinds.items()):
@@ -294,12 +295,12 @@ class Deal:
     def _gathered(self, held: Tensor) -> Tensor | None:
         """(all slots, …) on the first process, from the (own slots, …) of each; None elsewhere."""
         with connected():
-            if self.ranks.rank > 0:
+            if self.group.rank > 0:
                 if self.slots:
                     dist.send(held[: len(self.slots)].contiguous(), dst=0)
                 return None
             found = torch.zeros((len(self.data), *held.shape[1:]), dtype=held.dtype)
-            for rank in range(self.ranks.size):
+            for rank in range(self.group.size):
                 slots = self._slots_of(rank)
                 part = held[: len(slots)]
                 if rank > 0 and slots:
@@ -310,18 +311,18 @@ class Deal:
 
     def part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What this process has of all that `whole` gave."""
-        if self.ranks.size == 1:
+        if self.group.size == 1:
             return dict(tensors)
         return {k: v[self.held] if k.startswith(STACKED) else v for k, v in tensors.items()}
 
 
-def deal_out(
-    ranks: Ranks, data: TaskData, batch_size: int, together: int | None, *, pooled: bool
-) -> Deal:
+def partition_slots(
+    group: ProcessGroup, data: TaskData, batch_size: int, together: int | None, *, pooled: bool
+) -> Partition:
     """Deals the slots out by the tokens that each brings to a step.
 
     Args:
-        ranks: The processes.
+        group: The processes.
         data: All slots.
         batch_size: Rows of a slot in a step.
         together: Slots that share a step; None for all.
@@ -330,13 +331,13 @@ def deal_out(
     Raises:
         UserError: The processes have different tasks.
     """
-    if ranks.size == 1:
-        return Deal(data)
-    ranks.check_same("tasks", [(s.key, len(s.train), len(s.validation)) for s in data.slots])
+    if group.size == 1:
+        return Partition(data)
+    group.check_same("tasks", [(s.key, len(s.train), len(s.validation)) for s in data.slots])
     most = len(data) if pooled else batch_size
     loads = [_load(data, slot, most, pooled) for slot in range(len(data))]
     every = max(1, len(data))
-    return Deal(data, ranks, ranks.owners(loads, every if pooled else together or every))
+    return Partition(data, group, group.owners(loads, every if pooled else together or every))
 
 
 def _load(data: TaskData, slot: int, batch_size: int, pooled: bool) -> float:
@@ -348,17 +349,17 @@ def _load(data: TaskData, slot: int, batch_size: int, pooled: bool) -> float:
     return drawn * tokens / max(1, len(looked_at))
 
 
-def check_model(ranks: Ranks, model: nn.Module) -> None:
+def check_model(group: ProcessGroup, model: nn.Module) -> None:
     """Raises UserError unless all processes have the same model, as far as a few values tell."""
-    if ranks.size == 1:
+    if group.size == 1:
         return
     some = [p.detach().flatten()[:: max(1, p.numel() // 16)].tolist() for p in model.parameters()]
-    ranks.check_same("models", some)
+    group.check_same("models", some)
 
 
-def check_layers(ranks: Ranks, model: nn.Module) -> None:
+def check_layers(group: ProcessGroup, model: nn.Module) -> None:
     """Raises UserError if the model keeps statistics of batches of which a process sees a part."""
-    if ranks.size == 1:
+    if group.size == 1:
         return
     for name, module in batch_norms(model).items():
         if module.track_running_stats:

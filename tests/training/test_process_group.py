@@ -20,7 +20,7 @@ from foretune.processes import num_processes, process_rank
 from foretune.recipes.templates import template_text
 from foretune.tasks.objectives.regression import Regression
 from foretune.training.data import SlotRows, TaskData
-from foretune.training.ranks import Deal, Ranks, deal_out
+from foretune.training.process_group import Partition, ProcessGroup, partition_slots
 
 BY_TASK = ("joint", "one-a-step", "two-a-step", "chunks", "last-layer", "clipped", "on-disk")
 BY_TASK += ("one-task", "choice", "llama")
@@ -169,7 +169,7 @@ def slots(*sizes: int) -> TaskData:
 
 
 def test_slots_are_dealt_out_by_tokens_within_a_step() -> None:
-    ranks = Ranks(size=2)
+    ranks = ProcessGroup(size=2)
     assert ranks.owners([4, 1, 1, 2], 4) == [0, 1, 1, 1]
     assert ranks.owners([4, 4, 1, 1], 2) == [0, 1, 0, 1]
     assert ranks.owners([3], 1) == [0]
@@ -177,21 +177,21 @@ def test_slots_are_dealt_out_by_tokens_within_a_step() -> None:
 
 
 def test_a_process_alone_has_everything() -> None:
-    deal = deal_out(Ranks(), slots(3, 1), 4, None, pooled=False)
-    assert deal.slots == deal.held == [0, 1]
-    assert deal.own is deal.data
+    partition = partition_slots(ProcessGroup(), slots(3, 1), 4, None, pooled=False)
+    assert partition.slots == partition.held == [0, 1]
+    assert partition.local_data is partition.data
 
 
 def test_a_process_without_tasks_holds_a_copy_that_is_not_used() -> None:
-    deal = Deal(slots(3), Ranks(1, 2), owners=[0])
-    assert deal.slots == [] and deal.held == [0] and deal.own.keys == ["t0"]
-    step = deal.step([(0, 1), (0, 2)], [0], None)
+    partition = Partition(slots(3), ProcessGroup(1, 2), owners=[0])
+    assert partition.slots == [] and partition.held == [0] and partition.local_data.keys == ["t0"]
+    step = partition.step([(0, 1), (0, 2)], [0], None)
     assert step.chunks == () and (step.num_slots, step.num_rows) == (1, 2)
 
 
 def test_a_step_knows_what_others_hold() -> None:
-    deal = Deal(slots(3, 3, 3), Ranks(1, 2), owners=[0, 1, 1])
-    step = deal.step([(0, 0), (1, 1), (2, 0), (2, 1)], [0], None)
+    partition = Partition(slots(3, 3, 3), ProcessGroup(1, 2), owners=[0, 1, 1])
+    step = partition.step([(0, 0), (1, 1), (2, 0), (2, 1)], [0], None)
     assert step.slots == (0, 1, 1)  # the bank's own numbers
     assert (step.num_slots, step.num_rows) == (3, 4)
 
@@ -199,7 +199,9 @@ def test_a_step_knows_what_others_hold() -> None:
 def test_pooled_rows_are_dealt_out_whichever_slot_they_are_of() -> None:
     picks = [(0, 0), (0, 1), (0, 2), (1, 0)]
     parts = [
-        Deal(slots(3, 1), Ranks(rank, 2), owners=[0, 1], by_rows=True).step(picks, [0], None)
+        Partition(slots(3, 1), ProcessGroup(rank, 2), owners=[0, 1], by_rows=True).step(
+            picks, [0], None
+        )
         for rank in range(2)
     ]
     assert [len(part.slots) for part in parts] == [2, 2]

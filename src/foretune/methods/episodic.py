@@ -1,0 +1,76 @@
+"""`EpisodicMethod`: what Reptile and FOMAML share; only the base's gradient differs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from typing_extensions import override
+
+from foretune.adapters.config import lora_fields
+from foretune.run import Run, above_zero, one_of, share, whole
+from foretune.training.methods import RetrainMethod
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from foretune.tasks.task import Objective
+    from foretune.training.learners.joint import Learner
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodicMethod(RetrainMethod):
+    """Adapt for a few steps, then move the base by what that showed.
+
+    Attributes:
+        query: Whether the base follows the gradient of one more batch at the adapted point
+            (FOMAML); otherwise it moves towards the adapted weights (Reptile).
+    """
+
+    learning_rate: float = 1e-4
+    inner_learning_rate: float = 1e-4
+    inner_steps: int = 5
+    inner: Literal["all", "adapter"] = "all"
+    lora: Any = field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
+    average: float = 0.0
+
+    query: ClassVar[bool]
+
+    def __post_init__(self) -> None:
+        above_zero("learning_rate", self.learning_rate)
+        above_zero("inner_learning_rate", self.inner_learning_rate)
+        whole("inner_steps", self.inner_steps, 1)
+        one_of("inner", self.inner, ("all", "adapter"))
+        object.__setattr__(self, "lora", lora_fields(self.lora))
+        share("average", self.average)
+
+    @property
+    @override
+    def batches_per_update(self) -> int:
+        return self.inner_steps + self.query if self.inner == "adapter" else 1
+
+    @override
+    def run_for(self, run: Run, num_tasks: int) -> Run:
+        """The same number of examples; one task per batch where an episode is of one task."""
+        return run.one_task_a_batch(num_tasks) if self.inner == "all" else run
+
+    @override
+    def learner(
+        self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
+    ) -> Learner:
+        from foretune.training.learners.episodic import EpisodicLearner
+        from foretune.training.learners.joint import make_bank
+
+        lora = self.lora if self.inner == "adapter" else None
+        bank = make_bank(model, objective, keys, run.seed, lora=lora)
+        return EpisodicLearner(
+            model,
+            objective,
+            bank=bank if bank.adapted_names else None,
+            learning_rate=self.learning_rate,
+            inner_learning_rate=self.inner_learning_rate,
+            inner_steps=self.inner_steps,
+            inner_all=self.inner == "all",
+            query=self.query,
+        )

@@ -1,0 +1,56 @@
+"""The copies of a model that the verbs train, and the way back to what was copied."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from foretune.models.surgery import head_width, match_head
+from foretune.tasks.task import Objective
+
+
+def fresh_copy(model: nn.Module, objective: Objective, seed: int) -> nn.Module:
+    """A copy of the model with a head that fits the objective."""
+    return _copy_with_head(model, objective, objective.num_outputs(), seed)
+
+
+def _copy_with_head(
+    model: nn.Module, objective: Objective, outputs: int | None, seed: int
+) -> nn.Module:
+    model = copy.deepcopy(model)
+    match_head(model, outputs, seed)
+    objective.freeze(model)
+    return model
+
+
+def copy_to_adapt(model: nn.Module, objective: Objective, seed: int) -> tuple[nn.Module, Objective]:
+    """A copy of a base that can be adapted, and the form of the objective for its head.
+
+    A head that all tasks are to share but that the base does not have is none it could have learnt,
+    so each task gets one of its own. Heads are as wide as the base's, so that stock loaders put
+    them there, unless a task has more labels.
+    """
+    outputs = objective.num_outputs()
+    if outputs is not None:
+        width = head_width(model)
+        local_form = objective.local()
+        if width not in (None, outputs) and local_form is not objective:
+            objective = local_form
+            outputs = max(width or 0, objective.num_outputs() or 0)
+    return _copy_with_head(model, objective, outputs, seed), objective
+
+
+@torch.no_grad()
+def interpolate(model: nn.Module, given: nn.Module, share: float) -> None:
+    """Takes the model back to `share` of its way from `given`; a head of another shape stays.
+
+    Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv:2109.01903: their α.
+    """
+    if share == 1:
+        return
+    start = dict(given.named_parameters())
+    for name, p in model.named_parameters():
+        if p.requires_grad and name in start and start[name].shape == p.shape:
+            p.copy_(torch.lerp(start[name].to(p), p, share))

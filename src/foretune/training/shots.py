@@ -1,0 +1,58 @@
+"""`draw_shots`: the few examples of each unseen task that it is adapted on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from foretune.errors import UserError
+from foretune.tasks.row_store import select
+from foretune.tasks.rows import CLASSES
+from foretune.tasks.splits import label_of
+from foretune.tasks.task import Task, TaskCollection
+from foretune.training.data import SlotRows, number_of
+
+
+def draw_shots(
+    tasks: TaskCollection, kind: str, shots: int | None, draws: int, seed: int
+) -> Iterator[SlotRows]:
+    """One slot for each task and draw, holding the first `shots` rows of a seeded permutation.
+
+    The draw of fewer shots is the beginning of the draw of more, and depends on the task's name
+    but not on which other tasks there are.
+
+    Raises:
+        UserError: A task without training rows, or shots below 1.
+    """
+    if shots is not None and shots < 1:
+        raise UserError(f"shots must be at least 1, got {shots}")
+    for task in tasks:
+        if not task.train:
+            raise UserError(f'task "{task.name}" has no training rows to adapt on')
+        for draw in range(draws):
+            rng = np.random.default_rng([seed, number_of(task.name), draw])
+            order = rng.permutation(len(task.train)).tolist()
+            chosen = order if shots is None else _first_of_each_class(task, order, shots, kind)
+            yield SlotRows(
+                key=task.name if draw == 0 else f"{task.name}#{draw}",
+                train=select(task.train, chosen),
+                validation=task.validation,
+                test=task.test,
+                task=task.name,
+                draw=draw,
+            )
+
+
+def _first_of_each_class(task: Task, order: list[int], shots: int, kind: str) -> list[int]:
+    if kind not in CLASSES:
+        return order[:shots]
+    taken: dict[Any, int] = {}
+    chosen = []
+    for i in order:
+        label = label_of(task.train[i])
+        if taken.setdefault(label, 0) < shots:
+            taken[label] += 1
+            chosen.append(i)
+    return chosen

@@ -1,0 +1,78 @@
+"""What the contract of each verb is tried on. A wing's cases lie with its tests.
+
+`tests/<folder>/contract_cases.py` holds `ADAPT_CASES`: every form of each method that adapts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from foretune.methods import METHODS, make, method_class
+from foretune.tasks.task import TaskCollection
+
+TESTS = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class AdaptCase:
+    """One form of a method that adapts, and a model and tasks that suit it.
+
+    Args:
+        name: Of the method.
+        fields: Of its record; a learning rate that suits the model.
+        model: Makes the base, the same at each call.
+        tasks: Makes two tasks or more, with an objective.
+        file: What the folder of an adapted task must hold.
+        reload: (base, folder) → the adapted model; None for adapters, which PEFT loads.
+        shots: Examples per class or task.
+        progress_steps: After so many steps the score is above that after one; None where the
+            score is not what the method minimises.
+        label: Tells forms of one method apart.
+    """
+
+    name: str
+    fields: Mapping[str, Any]
+    model: Callable[[], nn.Module]
+    tasks: Callable[[], TaskCollection]
+    file: str = "adapter_model.safetensors"
+    reload: Callable[[nn.Module, Path], nn.Module] | None = None
+    shots: int | None = None
+    progress_steps: int | None = 40
+    label: str = ""
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, [self.name, self.label]))
+
+    @property
+    def method(self) -> Any:
+        return make(self.name, **self.fields)
+
+
+def adapt_cases() -> list[AdaptCase]:
+    """The cases of all folders of tests."""
+    cases: list[AdaptCase] = []
+    for file in sorted(TESTS.glob("*/contract_cases.py")):
+        spec = importlib.util.spec_from_file_location(f"contract_cases_{file.parent.name}", file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        cases += module.ADAPT_CASES
+    return cases
+
+
+def methods_of(verb: str) -> list[str]:
+    return [name for name in METHODS if method_class(name).verb == verb]
+
+
+def assert_survives_json(record: Any) -> None:
+    """The record's JSON makes an equal record."""
+    fields = json.loads(json.dumps(record.to_dict()))
+    assert fields.pop("name") == record.name
+    assert make(record.name, **fields) == record
