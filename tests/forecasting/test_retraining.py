@@ -70,7 +70,7 @@ def test_a_batch_that_mixes_tasks_gives_each_scene_its_own_adapter(kind):
         with route(slots):
             together = model(batch_of(rows).inputs).trajectories
         for i, slot in enumerate(slots):
-            for other in (0, 1):
-                with route([other]):
+            for candidate in (0, 1):
+                with route([candidate]):
                     alone = model(batch_of(rows[i : i + 1]).inputs).trajectories[0]
-                assert torch.allclose(together[i], alone, atol=1e-4) == (other == slot)
+                assert torch.allclose(together[i], alone, atol=1e-4) == (candidate == slot)
