@@ -52,6 +52,16 @@ def test_an_adapted_folder_is_measured_beside_constant_velocity(world, tmp_path,
     )
 
 
+@pytest.mark.parametrize("method", ["forecast-peft", "full"])
+def test_adapting_twice_with_one_seed_gives_the_same_bits(world, tmp_path, method):
+    weights = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        options = ("--scenes", world / "s.npz", "--method", method, "--out", out)
+        assert call("forecast", "adapt", world / "base", "steps=1", *options).exit_code == 0
+        weights.append([f.read_bytes() for f in sorted(out.rglob("*.safetensors"))])
+    assert weights[0] == weights[1] and weights[0]
+
+
 def test_eval_prints_a_table(world):
     result = call("forecast", "eval", world / "forecast-peft", "--scenes", world / "s.npz")
     assert result.exit_code == 0

@@ -42,7 +42,7 @@ def remove(wing: str, tree: Path) -> None:
     commands = commands_of(wing)
     for command in commands:
         (tree / "src/foretune/cli" / f"{command}.py").unlink()
-    patterns = {table: rf"\bforetune\.{wing}\b" for table in TABLES}
+    patterns = dict.fromkeys(TABLES, rf"\bforetune\.{wing}\b")
     modules = "|".join(commands)
     patterns["src/foretune/cli/__init__.py"] = rf"^\s*({modules}),$|[(]({modules})\."
     for table, pattern in patterns.items():

@@ -162,6 +162,8 @@ def adapt_folder(
         UserError: The base or the scenes cannot be read or do not fit, or the folder is in use.
     """
     _check_exist(base, scenes)
+    import torch
+
     import foretune
     from foretune.forecasting.forecasters import add_head, load_forecast_mae
     from foretune.forecasting.model import save_forecast_mae
@@ -171,7 +173,9 @@ def adapt_folder(
     model = load_forecast_mae(base)
     tasks = _load(scenes, model.sizes).with_objective(foretune.Forecast(**_steps(model.sizes)))
     if method.name == "full":
-        add_head(model, spread=True)  # modes that start equal stay equal
+        with torch.random.fork_rng():
+            torch.manual_seed(run.seed)
+            add_head(model, spread=True)  # modes that start equal stay equal
     with console.bar(f"adapting to {len(tasks)} tasks", rounds=len(tasks)) as progress:
         adapted = foretune.adapt(model, tasks, method, run, shots=shots, progress=progress)
     folders = {task.name: folder_name(task.name) for task in tasks}
