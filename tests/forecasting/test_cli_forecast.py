@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from command_line import call, the_error, the_json
+from forecasting.tiny_scenes import scene_tasks
 from foretune.forecasting.scenes import save_scenes
-from tiny_scenes import scene_tasks
 
 SIZES = "width=16 encoder_depth=1 decoder_depth=1 num_heads=2 history_steps=10 future_steps=12"
 TINY = [*SIZES.split(), "lane_points=10", "steps=2", "batch_size=4"]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import foretune
+from forecasting.tiny_scenes import PARTS, STEPS, batch_of, forecast_mae, scene_tasks
 from foretune.errors import UserError
 from foretune.forecasting.config import ForecastMAEConfig
 from foretune.forecasting.forecast_peft import load_adapted
@@ -19,7 +20,6 @@ from foretune.forecasting.objective import Forecast
 from foretune.methods import make
 from foretune.run import Run
 from linear_tasks import copy_of, equal_bits
-from tiny_scenes import PARTS, STEPS, batch_of, forecast_mae, scene_tasks
 
 NEW_PARTS = ("adapter", "prompt_mode", "prompt_scene", "prompt_score")
 RUN = Run(steps=3, batch_size=4, device="cpu", eval_every=0)

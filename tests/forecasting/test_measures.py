@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from forecasting.tiny_scenes import STEPS
 from foretune.forecasting.junctions import junctions
 from foretune.forecasting.measures import (
     brier_min_fde,
@@ -20,7 +21,6 @@ from foretune.forecasting.measures import (
 from foretune.forecasting.objective import Forecast
 from foretune.forecasting.report import forecast_page, scene_figure
 from foretune.forecasting.scenes import in_focal_frame
-from tiny_scenes import STEPS
 
 
 def drawn(seed=0, n=20, modes=6, steps=5):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from forecasting.tiny_scenes import PARTS, STEPS, batch_of, forecast_mae
 from foretune.errors import UserError
 from foretune.forecasting.config import ForecastMAEConfig
 from foretune.forecasting.encoders import Conv3, NeighbourAttention
@@ -17,7 +18,6 @@ from foretune.forecasting.junctions import junctions
 from foretune.forecasting.model import ForecastMAE, save_forecast_mae
 from foretune.forecasting.pretraining import SceneReconstruction
 from linear_tasks import copy_of, equal_bits
-from tiny_scenes import PARTS, STEPS, batch_of, forecast_mae
 
 ROWS = junctions(5, 11)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import foretune
+from forecasting.tiny_scenes import batch_of, forecast_mae, scene_tasks
 from foretune.adapters.bank import AdapterBank
 from foretune.forecasting.forecasters import add_head, add_prompts
 from foretune.forecasting.junctions import junctions
@@ -13,7 +14,6 @@ from foretune.methods import make
 from foretune.models.routing import route
 from foretune.run import Run
 from linear_tasks import copy_of, equal_bits
-from tiny_scenes import batch_of, forecast_mae, scene_tasks
 
 RUN = Run(steps=3, batch_size=4, device="cpu", eval_every=0)
 LORA = {"r": 2, "lora_alpha": 4}

@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from forecasting.tiny_scenes import STEPS
 from foretune.errors import UserError
 from foretune.forecasting.junctions import junctions
 from foretune.forecasting.objective import Forecast
@@ -18,7 +19,6 @@ from foretune.forecasting.readers import load_scenes, read_argoverse2, resampled
 from foretune.forecasting.scenes import in_focal_frame, save_scenes
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.task import Task, TaskCollection
-from tiny_scenes import STEPS
 
 HISTORY = STEPS["history_steps"]
 LOAD = {**STEPS}

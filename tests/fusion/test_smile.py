@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import foretune
-import fused_models
 import tiny_models
 from foretune import SMILE, UserError
 from foretune.fusion.mixture import expert_layers
-from fused_models import FAMILIES, adapted, ids, linears, nudged, output, saved
+from fusion import fused_models
+from fusion.fused_models import FAMILIES, adapted, ids, linears, nudged, output, saved
 from linear_tasks import copy_of, equal_bits
 
 NAMES = ("a", "b", "c")

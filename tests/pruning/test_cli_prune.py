@@ -15,11 +15,11 @@ import transformers
 from typer.testing import CliRunner
 
 import foretune
-import tiny_mixtures
 import tiny_models
 from foretune.cli import app
 from foretune.pruning.experts import find_blocks
 from foretune.pruning.folders import task_examples
+from pruning import tiny_mixtures
 
 
 @pytest.fixture
