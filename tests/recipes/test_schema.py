@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is refused, and that the texts agree with the code."""
+"""Recipes: what is read, what is refused, and that recipe keys agree with the code."""
 
 from __future__ import annotations
 
@@ -67,17 +67,20 @@ def test_convai2_has_forty_unseen_personas() -> None:
             'unknown key "retrain.stepz" in my.yaml. Did you mean "retrain.steps"?',
         ),
         ("steps=3", 'unknown key "steps" in my.yaml. Did you mean retrain.steps or adapt.steps?'),
-        ("adapt.xyz=3", 'unknown key "adapt.xyz" in my.yaml. Known here: '),
+        ("adapt.xyz=3", 'unknown key "adapt.xyz" in my.yaml. Valid keys: '),
         ("retrain.steps=ten", "\"retrain.steps\" in my.yaml must be a whole number, got 'ten'"),
         ("retrain.steps=yes", "must be a whole number, got True"),
         ("retrain.steps=0", "my.yaml: retrain.steps must be a whole number not below 1, got 0"),
         ("retrain.schedule=fast", "must be 'linear', 'cosine' or 'constant', got 'fast'"),
         ("retrain.methods=[peft-mll]", 'Did you mean "peft-ml"?'),
-        ("retrain.methods=[lora]", '"lora" is to adapt'),
+        (
+            "retrain.methods=[lora]",
+            'retrain.methods: "lora" is for adapt; methods for retrain: none, ',
+        ),
         ("retrain.methods=[none, none]", 'names "none" twice'),
         ("retrain.methods=[{peft-ml: {frm: lora}}]", 'Did you mean "form"?'),
         ("retrain.methods=[]", '"retrain.methods"'),
-        ("adapt.method=standard", '"standard" is to retrain'),
+        ("adapt.method=standard", 'adapt.method: "standard" is for retrain; methods for adapt: '),
         ("adapt.shots=[0]", "at least 1 row"),
         ("adapt.lora.rank=3", 'lora field "rank"'),
         ("objective.kind=choise", 'Did you mean "choice"?'),
@@ -115,7 +118,7 @@ def test_missing_key_is_named() -> None:
         parse_recipe(raw, "my.yaml")
 
 
-def test_override_is_blamed_where_it_stands() -> None:
+def test_error_in_an_override_names_the_command_line() -> None:
     with pytest.raises(UserError, match="on the command line"):
         load_recipe("quickstart", ["retrain.stepz=1"])
 
@@ -155,8 +158,8 @@ def test_yaml_reads_exponents_as_numbers() -> None:
     assert parse_yaml("[1e-4, 2E5, -3e-1, 0x10, v1e4]", "x") == [1e-4, 2e5, -0.3, 16, "v1e4"]
 
 
-def test_yaml_refuses_a_key_that_stands_twice() -> None:
-    with pytest.raises(UserError, match='line 2: bad YAML: the key "steps" stands twice'):
+def test_yaml_refuses_duplicate_keys() -> None:
+    with pytest.raises(UserError, match='line 2: bad YAML: the key "steps" appears twice'):
         parse_yaml("steps: 1\nsteps: 2\n", "x.yaml")
 
 
@@ -172,7 +175,7 @@ def test_parse_block_refuses_unknown_keys() -> None:
 
 def test_tasks_block_is_source() -> None:
     block, source = TasksBlock(source="x").model_dump(), Source(source="x").to_dict()
-    # The recipe says that tasks take turns, a source which turn it is.
+    # A recipe says whether the unseen tasks rotate, a source which turn it is.
     assert (block.pop("rotate"), source.pop("turn")) == (False, None)
     assert block == source
 

@@ -12,21 +12,21 @@ PLAIN = Run()
 
 
 class Block(BaseModel):
-    """Unknown keys are refused, and values are not bent into shape: `steps: yes` is no number."""
+    """A block of keys: unknown ones are errors, values are not coerced (`yes` is not a number)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class ModelBlock(Block):
-    """The model to begin with: a `name`, or a `file` of the user's that builds one.
+    """The input model: a `name`, or a Python `file` that builds one.
 
     Args:
         name: "minilm", a local Hugging Face folder, or a hub id.
         file: A Python file with a function that returns an `nn.Module`.
-        factory: That function's name.
+        factory: The name of that function.
         args: Its keyword arguments.
-        trainable_layers: Train the last so many blocks (and the head) only; None: everything.
-        trust_remote_code: Let the hub's repository run its own Python code here.
+        trainable_layers: Number of last blocks that are trained besides the head; None: all.
+        trust_remote_code: Whether a hub repository may run its own Python code.
     """
 
     name: str | None = None
@@ -49,8 +49,8 @@ class TasksBlock(Block):
     """The data: the fields of `foretune.tasks.sources.Source`, documented there.
 
     Args:
-        rotate: Repeat i sets the i-th group of `unseen` tasks aside, so that after all turns each
-            task has been an unseen one once.
+        rotate: Repeat i sets aside the i-th group of `unseen` tasks, so that after all turns each
+            task has been unseen once.
     """
 
     source: str
@@ -72,7 +72,7 @@ class TasksBlock(Block):
 
 
 class RatesBlock(Block):
-    """A learning rate that is fixed, or several that are searched."""
+    """One fixed learning rate, or several that are searched."""
 
     learning_rate: float | None = Field(default=None, gt=0)
     learning_rates: list[float] | None = Field(default=None, min_length=1)
@@ -89,22 +89,22 @@ class RatesBlock(Block):
 
     @property
     def rates(self) -> list[float]:
-        """The rates to try; empty: the method's own default."""
+        """The learning rates to try; empty for the method's default."""
         if self.learning_rate is not None:
             return [self.learning_rate]
         return list(self.learning_rates or ())
 
 
 class RetrainBlock(RatesBlock):
-    """The methods that are compared, and the budget that each of them gets.
+    """The methods to compare, and the budget of each.
 
     Args:
         methods: Names, or one-key mappings of a name to its fields:
-            `{peft-ml: {form: last-layer, as: peft-ml-last}}`. `as` is the name that is shown;
-            `learning_rates` there is searched instead of the block's.
-        search_steps: Steps of each trial of the search; None: all of them. A trial's base is
-            adapted to the `adapt.search_tasks`, which it does not meet; the method then retrains
-            on all seen tasks, unless rates of adapting are searched on them too.
+            `{peft-ml: {form: last-layer, as: peft-ml-last}}`. `as` is the displayed name;
+            `learning_rates` there replaces that of the block.
+        search_steps: Steps of each trial of the learning-rate search; None for `steps`. The base of
+            a trial is adapted to the `adapt.search_tasks`, on which it is not retrained; the method
+            then retrains on all seen tasks, unless they also choose the adapt learning rate.
 
     The other fields are those of `foretune.Run`.
     """
@@ -129,13 +129,13 @@ class AdaptBlock(RatesBlock):
     """How each base is adapted to the unseen tasks.
 
     Args:
-        method: "lora", "head", "full" or another method to adapt with.
+        method: "lora", "head", "full" or another adapt method.
         lora: Fields of `peft.LoraConfig`, for `method: lora`.
         fields: Other fields of the method.
-        search_tasks: Tasks on which several rates are searched; they are taken from the seen
-            ones, a quarter of these at most, and no base that is tried on them met them.
-        shots: Training rows (a class, where there are classes) of an unseen task; "all" for all.
-        draws: Draws of the shots for each repeat.
+        search_tasks: Number of tasks on which learning rates are searched: at most a quarter of the
+            seen tasks, held out of the retraining of every base that is scored on them.
+        shots: Training examples per unseen task (per class for classification); "all" for all.
+        draws: Draws of the shots in each repeat.
 
     The other fields are those of `foretune.Run`.
     """
@@ -161,7 +161,7 @@ class AdaptBlock(RatesBlock):
 
     @property
     def row_counts(self) -> list[int | None]:
-        """The shots as the verbs take them: None for all rows."""
+        """The shots with None for all examples, as the verbs take them."""
         return [None if shots == "all" else shots for shots in self.shots]
 
     @model_validator(mode="after")
@@ -174,11 +174,11 @@ class AdaptBlock(RatesBlock):
 
 
 class SpectrumBlock(Block):
-    """The rank that an unseen task needs: full adaptation, then its best low-rank parts.
+    """The rank that an unseen task needs: LoRA at several ranks, and full fine-tuning.
 
     Args:
-        shots: Training rows of each task.
-        ranks: The ranks to try.
+        shots: Training examples per task.
+        ranks: LoRA ranks to try.
     """
 
     shots: int = Field(default=40, ge=1)
