@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import subprocess
+import sys
+from typing import Any, get_type_hints
 
 import pytest
 
 from foretune.errors import UserError
-from foretune.recipes.blocks import AdaptBlock, RetrainBlock, TasksBlock
+from foretune.recipes.blocks import (
+    RUN_FIELDS_OF_ADAPT,
+    RUN_FIELDS_OF_RETRAIN,
+    RUN_FIELDS_OF_THE_RECIPE,
+    AdaptBlock,
+    Block,
+    RetrainBlock,
+    TasksBlock,
+    with_fields_of,
+)
 from foretune.recipes.objective_blocks import OBJECTIVES
 from foretune.recipes.overrides import apply_overrides
 from foretune.recipes.schema import Recipe, load_recipe, packaged_recipes, parse_block, parse_recipe
@@ -178,13 +189,65 @@ def test_tasks_block_is_source() -> None:
     # A recipe says whether the unseen tasks rotate, a source which turn it is.
     assert (block.pop("rotate"), source.pop("turn")) == (False, None)
     assert block == source
+    assert list(block) == list(source)
 
 
-def test_blocks_have_the_fields_of_run() -> None:
-    # Where a run is set up once for all (seed, folder, device …) the blocks have no say.
-    common = {"seed", "precision", "device", "out", "resume", "overwrite"}
-    fields = {field.name for field in dataclasses.fields(Run)} - common
-    assert fields <= set(RetrainBlock.model_fields) | set(AdaptBlock.model_fields)
+@pytest.mark.parametrize(
+    ("block", "other_keys", "without"),
+    [
+        (
+            RetrainBlock,
+            {"learning_rate", "learning_rates", "methods", "search_steps"},
+            RUN_FIELDS_OF_THE_RECIPE + RUN_FIELDS_OF_ADAPT,
+        ),
+        (
+            AdaptBlock,
+            {
+                *("learning_rate", "learning_rates", "method", "lora", "fields"),
+                *("search_tasks", "shots", "draws"),
+            },
+            RUN_FIELDS_OF_THE_RECIPE + RUN_FIELDS_OF_RETRAIN,
+        ),
+    ],
+)
+def test_fields_of_run_are_keys_with_the_same_default(
+    block: type[Block], other_keys: set[str], without: tuple[str, ...]
+) -> None:
+    fields = {field.name: field for field in dataclasses.fields(Run)}
+    assert set(without) < set(fields)
+    assert block.model_fields.keys() - other_keys == fields.keys() - set(without)
+    types = get_type_hints(Run)
+    for name in fields.keys() - set(without):
+        assert block.model_fields[name].default == fields[name].default
+        assert block.model_fields[name].annotation == types[name]
+
+
+def test_a_new_field_of_a_record_is_a_key_at_once() -> None:
+    @dataclasses.dataclass
+    class Record:
+        needed: int
+        hidden: int = 1
+        names: list[str] = dataclasses.field(default_factory=list)
+
+    @with_fields_of(Record, without=("hidden",))
+    class RecordBlock(Block):
+        first: int = 0
+
+    assert list(RecordBlock.model_fields) == ["first", "needed", "names"]
+    assert parse_block(RecordBlock, ["needed=2"]).model_dump() == {
+        "first": 0,
+        "needed": 2,
+        "names": [],
+    }
+    with pytest.raises(UserError, match='"needed" on the command line must be a whole number'):
+        parse_block(RecordBlock, ["needed=yes"])
+    with pytest.raises(UserError, match='key "needed" is missing'):
+        parse_block(RecordBlock, [])
+
+
+def test_reading_recipes_does_not_import_torch() -> None:
+    code = "import sys, foretune.recipes.schema; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)

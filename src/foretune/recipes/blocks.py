@@ -2,19 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from foretune.run import Run
+from foretune.tasks.sources import Source
 
-PLAIN = Run()
+B = TypeVar("B", bound="Block")
+
+# Fields of `Run` that are keys of neither `retrain:` nor `adapt:`. Precision and device hold for
+# the whole recipe, the seed is the number of the repeat, and the folder with what may happen to it
+# comes from the key `out` and the command line.
+RUN_FIELDS_OF_THE_RECIPE = ("seed", "precision", "device", "out", "resume", "overwrite")
+# Retraining mixes tasks in a step; adapting trains each task by itself, in waves, and with AdamW.
+RUN_FIELDS_OF_RETRAIN = ("tasks_per_step", "optimizer")
+RUN_FIELDS_OF_ADAPT = ("tasks_per_wave", "patience")
 
 
 class Block(BaseModel):
     """A block of keys: unknown ones are errors, values are not coerced (`yes` is not a number)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def with_fields_of(
+    record: type, *, without: Sequence[str] = (), renamed: Mapping[str, str] | None = None
+) -> Callable[[type[B]], type[B]]:
+    """A class decorator that appends the fields of a dataclass to a block.
+
+    Names, types, defaults and order are those of the dataclass, so that a new field of it is a key
+    of the block at once. Code reads these keys from the record that the block is turned into.
+
+    Args:
+        record: The dataclass.
+        without: Fields that are not keys of the block.
+        renamed: Field → key for keys of another name.
+    """
+    types = get_type_hints(record)
+    keys = renamed or {}
+
+    def append_fields(block: type[B]) -> type[B]:
+        fields: dict[str, Any] = {
+            keys.get(field.name, field.name): (types[field.name], _default_of(field))
+            for field in dataclasses.fields(record)
+            if field.name not in without
+        }
+        return create_model(
+            block.__name__,
+            __base__=block,
+            __module__=block.__module__,
+            __doc__=block.__doc__,
+            **fields,
+        )
+
+    return append_fields
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a dataclass field as pydantic writes it; `...` for a required field."""
+    if field.default_factory is not dataclasses.MISSING:
+        return Field(default_factory=field.default_factory)
+    return ... if field.default is dataclasses.MISSING else field.default
 
 
 class ModelBlock(Block):
@@ -45,7 +96,12 @@ class ModelBlock(Block):
         return self
 
 
-class TasksBlock(Block):
+@with_fields_of(Source, renamed={"turn": "rotate"})  # which turn it is depends on the repeat
+class _SourceBlock(Block):
+    """The fields of `Source`."""
+
+
+class TasksBlock(_SourceBlock):
     """The data: the fields of `foretune.tasks.sources.Source`, documented there.
 
     Args:
@@ -53,22 +109,8 @@ class TasksBlock(Block):
             task has been unseen once.
     """
 
-    source: str
-    task_column: str = "task"
-    group_column: str | None = None
-    unseen: int | list[str | int] | str | None = None
+    unseen: int | list[str | int] | str | None = None  # YAML reads the name of a task 7 as a number
     rotate: bool = False
-    validation: float = 0.1
-    test: float = 0.2
-    min_rows: int = 1
-    max_tasks: int | None = None
-    max_rows: int | None = None
-    num_candidates: int = 20
-    candidate_pool: int | None = None
-    candidates_from: Literal["others", "own"] = "others"
-    candidate_seed: int = 0
-    columns: dict[str, str] = Field(default_factory=dict)
-    seed: int = 0
 
 
 class RatesBlock(Block):
@@ -95,7 +137,14 @@ class RatesBlock(Block):
         return list(self.learning_rates or ())
 
 
-class RetrainBlock(RatesBlock):
+@with_fields_of(Run, without=RUN_FIELDS_OF_THE_RECIPE + RUN_FIELDS_OF_ADAPT)
+class _RetrainRunBlock(RatesBlock):
+    """The methods of retraining and the fields of their `Run`."""
+
+    methods: list[str | dict[str, dict[str, Any] | None]] = Field(min_length=1)
+
+
+class RetrainBlock(_RetrainRunBlock):
     """The methods to compare, and the budget of each.
 
     Args:
@@ -109,23 +158,19 @@ class RetrainBlock(RatesBlock):
     The other fields are those of `foretune.Run`.
     """
 
-    methods: list[str | dict[str, dict[str, Any] | None]] = Field(min_length=1)
-    steps: int = PLAIN.steps
-    tasks_per_step: int | None = PLAIN.tasks_per_step
-    batch_size: int = PLAIN.batch_size
-    warmup: float = PLAIN.warmup
-    schedule: Literal["linear", "cosine", "constant"] = PLAIN.schedule
-    weight_decay: float = PLAIN.weight_decay
-    max_grad_norm: float | None = PLAIN.max_grad_norm
-    eval_every: int | None = PLAIN.eval_every
-    eval_rows: int | None = PLAIN.eval_rows
-    optimizer: Literal["adamw", "adamw-8bit"] = PLAIN.optimizer
-    token_budget: int | None = PLAIN.token_budget
-    gradient_checkpointing: bool = PLAIN.gradient_checkpointing
     search_steps: int | None = Field(default=None, ge=1)
 
 
-class AdaptBlock(RatesBlock):
+@with_fields_of(Run, without=RUN_FIELDS_OF_THE_RECIPE + RUN_FIELDS_OF_RETRAIN)
+class _AdaptRunBlock(RatesBlock):
+    """The method of adapting and the fields of its `Run`."""
+
+    method: str = "lora"
+    lora: dict[str, Any] | None = None
+    fields: dict[str, Any] = Field(default_factory=dict)
+
+
+class AdaptBlock(_AdaptRunBlock):
     """How each base is adapted to the unseen tasks.
 
     Args:
@@ -140,21 +185,6 @@ class AdaptBlock(RatesBlock):
     The other fields are those of `foretune.Run`.
     """
 
-    method: str = "lora"
-    lora: dict[str, Any] | None = None
-    fields: dict[str, Any] = Field(default_factory=dict)
-    steps: int = PLAIN.steps
-    batch_size: int = PLAIN.batch_size
-    warmup: float = PLAIN.warmup
-    schedule: Literal["linear", "cosine", "constant"] = PLAIN.schedule
-    weight_decay: float = PLAIN.weight_decay
-    max_grad_norm: float | None = PLAIN.max_grad_norm
-    token_budget: int | None = PLAIN.token_budget
-    gradient_checkpointing: bool = PLAIN.gradient_checkpointing
-    tasks_per_wave: int | None = PLAIN.tasks_per_wave
-    patience: int | None = PLAIN.patience
-    eval_every: int | None = PLAIN.eval_every
-    eval_rows: int | None = PLAIN.eval_rows
     search_tasks: int = Field(default=8, ge=1)
     shots: list[int | Literal["all"]] = Field(default=[8, 40], min_length=1)
     draws: int = Field(default=1, ge=1)

@@ -107,10 +107,10 @@ def plan_recipe(recipe: Recipe, console: Console = SILENT) -> Plan:
 
 
 def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:
-    block = setup.recipe.retrain
+    full_run = setup.recipe.retrain_run()
     if not takes_rate(entry.method):  # it trains nothing
         return Cost(name=entry.name, parameters={}, step_seconds=None, seconds=0.0)
-    run = setup.recipe.retrain_run().replace(eval_every=0)
+    run = full_run.replace(eval_every=0)
     tasks = _trimmed(setup.seen, run.batch_size)
 
     record, watch = entry.record(), Stopwatch()
@@ -123,9 +123,10 @@ def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:
     step = watch.seconds_per_update() * watch.updates / run.steps
     together = min(run.tasks_per_step or len(setup.seen), len(setup.seen))
     trials = _trials(setup.recipe, entry)
-    steps = setup.recipe.seeds * block.steps + trials * (block.search_steps or block.steps)
-    validations = (setup.recipe.seeds + trials) * _validations(block.eval_every, block.steps)
-    rows = sum(min(len(task.validation), block.eval_rows or math.inf) for task in setup.seen)
+    trial_steps = setup.recipe.retrain.search_steps or full_run.steps
+    steps = setup.recipe.seeds * full_run.steps + trials * trial_steps
+    validations = (setup.recipe.seeds + trials) * _validations(full_run.eval_every, full_run.steps)
+    rows = sum(min(len(task.validation), full_run.eval_rows or math.inf) for task in setup.seen)
     per_row = step / (together * run.batch_size) * FORWARD_SHARE
     return Cost(
         name=entry.name,
@@ -185,12 +186,12 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
     from foretune.evaluation.held_out import num_draws
 
     block, recipe = setup.recipe.adapt, setup.recipe
-    run = recipe.adapt_run().replace(eval_every=0)
+    full_run = recipe.adapt_run()
     record = recipe.adapt_record(block.rates[0] if block.rates else None)
-    tasks = _trimmed(unseen, run.batch_size)
+    tasks = _trimmed(unseen, full_run.batch_size)
 
     watch = Stopwatch()
-    run = run.replace(steps=1 + TIMED_STEPS)
+    run = full_run.replace(steps=1 + TIMED_STEPS, eval_every=0)
     timed = foretune.adapt(setup.model, tasks, record, run, progress=watch)
     step = watch.seconds_per_update()
     repeats = len(recipe.entries) * recipe.seeds
@@ -212,7 +213,7 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
         name=block.method,
         parameters={"adapter": int(timed.cost.get("trainable_parameters") or 0)},
         step_seconds=step,
-        seconds=block.steps * step * (adaptations + searches) + rows * per_row,
+        seconds=full_run.steps * step * (adaptations + searches) + rows * per_row,
         peak_memory_mb=timed.cost.get("peak_memory_mb"),
     )
 

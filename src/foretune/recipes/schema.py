@@ -127,7 +127,7 @@ class Recipe(Block):
             "adapt_run": {k: v for k, v in self.adapt_run().to_dict().items() if k != "out"},
             "adapt_rates": self.adapt.rates,
             "shots": self.adapt.row_counts,
-            "group_column": self.tasks.group_column,
+            "group_column": self.tasks.model_dump()["group_column"],
         }
         chosen = {**adapting, **auto.fields, "candidates": candidates}
         return dataclasses.replace(auto, fields=chosen, rates=[])

@@ -80,8 +80,8 @@ def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
         unseen = unseen.with_objective(with_tokenizer(objective.fit(unseen), tokenizer))
     search = seen
     if searched:
-        block, shots = recipe.tasks, recipe.adapt.row_counts
-        search = build_search_tasks(seen.subset(searched), shots, block.seed, block.group_column)
+        source, shots = recipe.source(repeat), recipe.adapt.row_counts
+        search = build_search_tasks(seen.subset(searched), shots, source.seed, source.group_column)
     if len(recipe.adapt.rates) > 1:
         seen = seen.without(searched)
     setup = Setup(recipe, model, tokenizer, seen, search, unseen)
@@ -115,7 +115,7 @@ def search_names(recipe: Recipe, seen: TaskCollection) -> list[str]:
             "set retrain.learning_rate and adapt.learning_rate instead"
         )
     number = min(recipe.adapt.search_tasks, max(1, len(seen) // 4))
-    chosen = set(random.Random(recipe.tasks.seed).sample(sorted(seen.names), number))
+    chosen = set(random.Random(recipe.source().seed).sample(sorted(seen.names), number))
     return [name for name in seen.names if name in chosen]
 
 

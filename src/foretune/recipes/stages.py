@@ -122,8 +122,9 @@ def _trial(setup: Setup, entry: MethodEntry, rate: float, console: Console) -> f
     from foretune.training.loop import DivergedError
 
     recipe, search = setup.recipe, setup.search
-    steps = recipe.retrain.search_steps or recipe.retrain.steps
-    run = recipe.retrain_run().replace(steps=min(steps, recipe.retrain.steps))
+    full_run = recipe.retrain_run()
+    steps = recipe.retrain.search_steps or full_run.steps
+    run = full_run.replace(steps=min(steps, full_run.steps))
     label = f"{entry.name}, trying learning_rate={rate:g}"
     block, adapting = recipe.adapt, recipe.adapt_run()
     rounds = len(block.shots) * max(1, len(block.rates))
