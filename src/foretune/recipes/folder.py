@@ -85,6 +85,14 @@ def check_inputs(folder: Path, model: nn.Module, tasks: Sequence[Task]) -> None:
     _first(check)
 
 
+def write_run_record(folder: Path) -> None:
+    """Writes run.json, which says that the run is finished and in which environment."""
+    from foretune.training.record import environment
+
+    record = {"finished": True, "environment": environment()}
+    write_whole(folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False))
+
+
 def _first(work: Callable[[], T]) -> T:
     """The result of `work`, done by the first of several processes."""
     if num_processes() == 1:

@@ -10,7 +10,7 @@ import foretune
 from foretune.errors import UserError, did_you_mean
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.folder import check_inputs, check_place, prepare_folder
+from foretune.recipes.folder import check_inputs, check_place, prepare_folder, write_run_record
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.model_card import model_card
 from foretune.recipes.schema import MethodEntry, Recipe
@@ -272,9 +272,8 @@ def finish(out: Path, comparison: dict[str, Any]) -> None:
     if process_rank() > 0:
         return
     from foretune.evaluation.report import write_report
-    from foretune.training.record import environment
 
     write_json(out / "comparison.json", comparison)
     write_report(comparison, out)
     (out / "README.md").write_text(model_card(comparison), encoding="utf-8")
-    write_json(out / "run.json", {"finished": True, "environment": environment()})
+    write_run_record(out)

@@ -9,11 +9,10 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from foretune.errors import UserError, did_you_mean
-from foretune.files import write_whole
 from foretune.recipes import schema
 from foretune.recipes.blocks import Block
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.folder import prepare_folder
+from foretune.recipes.folder import prepare_folder, write_run_record
 from foretune.recipes.messages import user_error
 from foretune.recipes.overrides import apply_overrides, override_keys
 from foretune.recipes.yaml_io import dump_yaml, parse_yaml
@@ -212,30 +211,17 @@ def run_theory(
     overwrite: bool = False,
     console: Console = SILENT,
 ) -> dict[str, Any]:
-    """Runs an experiment from start to end, or from the panel where it was.
-
-    Args:
-        recipe: What to do.
-        resume: Continue what is in the recipe's folder.
-        overwrite: Empty that folder first.
-        console: Is told how it goes.
+    """Runs an experiment; takes and raises what `foretune.recipes.runner.run_recipe` does.
 
     Returns:
-        The result, as it stands in `result.json`.
-
-    Raises:
-        UserError: The folder holds something else.
+        The content of `result.json`.
     """
     config = recipe.to_yaml()
     out = prepare_folder(recipe.folder, resume=resume, overwrite=overwrite, config=config)
-    import json
-
     from foretune.theory.experiment import run_panels
-    from foretune.training.record import environment
 
     result = run_panels(recipe.model_dump(mode="json"), out, console.say)
-    run = {"finished": True, "environment": environment()}
-    write_whole(out / "run.json", json.dumps(run, indent=1) + "\n")
+    write_run_record(out)
     return result
 
 
