@@ -9,11 +9,10 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from foretune.errors import UserError, did_you_mean
-from foretune.files import write_whole
 from foretune.recipes import schema
 from foretune.recipes.blocks import Block
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.folder import prepare_folder
+from foretune.recipes.folder import prepare_folder, write_run_record
 from foretune.recipes.messages import user_error
 from foretune.recipes.overrides import apply_overrides, override_keys
 from foretune.recipes.yaml_io import dump_yaml, parse_yaml
@@ -247,14 +246,10 @@ def run_theory(
     """
     config = recipe.to_yaml()
     out = prepare_folder(recipe.folder, resume=resume, overwrite=overwrite, config=config)
-    import json
-
     from foretune.theory.experiment import run_panels
-    from foretune.training.record import environment
 
     result = run_panels(recipe.model_dump(mode="json"), out, console.say)
-    run = {"finished": True, "environment": environment()}
-    write_whole(out / "run.json", json.dumps(run, indent=1) + "\n")
+    write_run_record(out)
     return result
 
 
