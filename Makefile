@@ -19,7 +19,7 @@ EVERY_METHOD := retrain.methods=[none, standard, {standard: {heads: per-task, as
 
 setup: $(INSTALLED)
 
-# The constraints pin torch: an open range would fetch several GB of CUDA packages.
+# The constraints pin torch (an open range would fetch several GB of CUDA packages) and transformers.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt -e '.[quickstart,dev]'
