@@ -27,7 +27,8 @@ def texts() -> list[Path]:
     found: list[Path] = []
     for folder, below, files in os.walk(ROOT):
         below[:] = [name for name in below if not SKIPPED.fullmatch(name)]
-        found += [Path(folder) / name for name in files if Path(name).suffix in TEXT]
+        kept = [name for name in files if not SKIPPED.fullmatch(name)]  # .git of a worktree
+        found += [Path(folder) / name for name in kept if Path(name).suffix in TEXT]
     return found
 
 

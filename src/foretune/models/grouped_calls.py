@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foretune.models.calls import replaced_forward
+from foretune.models.calls import cache_among, replaced_forward
 from foretune.models.routing import Rows, current_rows, routed
 
 STEP = 16  # rows whose lengths round up to the same multiple of it go together
@@ -33,7 +33,9 @@ def lengths_of(kwargs: Mapping[str, Any]) -> tuple[list[int], int]:
     ids = kwargs.get("input_ids")
     if not isinstance(mask, Tensor) or not isinstance(ids, Tensor):
         return [], 0
-    if mask.dim() != 2 or mask.shape != ids.shape or kwargs.get("past_key_values") is not None:
+    if mask.dim() != 2 or mask.shape != ids.shape:
+        return [], 0
+    if cache_among(kwargs.values()) is not None:
         return [], 0
     mask = mask.cpu() > 0
     lengths = mask.sum(1)

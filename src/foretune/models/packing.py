@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -160,6 +160,8 @@ class Packing:
 
         The same tensor is packed once for all blocks.
         """
+        if isinstance(value, Cache):  # one for generation would hold rows run together
+            return None
         if isinstance(value, tuple):
             return tuple(self.packed_input(v) for v in value)
         if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != self.width:
@@ -410,7 +412,6 @@ class _PackedCalls:
             kwargs = {
                 k: v if k == "attention_mask" else packing.packed_input(v)
                 for k, v in kwargs.items()
-                if k != "past_key_values"  # a cache for generation would hold rows run together
             }
             with routed(packing.rows(current_rows()), packing):
                 output = real(hidden, *args, **kwargs)

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from foretune.errors import UserError
+from foretune.models.calls import CACHE_NAMES, cache_among, cache_argument
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,11 +89,13 @@ class SideModels:
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self.model.config, "use_cache", True)
-        if kwargs.get("past_key_values") is None and use_cache:
-            kwargs["past_key_values"] = DynamicCache(config=self.model.config)
-        if kwargs.get("past_key_values") is not None:
-            carry(kwargs["past_key_values"], [side.key for side in self.sides])
-        return (), kwargs
+        caches = [kwargs.pop(name, None) for name in CACHE_NAMES]  # deprecated or not
+        cache = next((cache for cache in caches if cache is not None), None)
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.model.config)
+        if cache is not None:
+            carry(cache, [side.key for side in self.sides])
+        return (), {**kwargs, str(cache_argument(self.model)): cache}
 
     def after(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Replaces the logits."""
@@ -102,7 +105,7 @@ class SideModels:
             raise UserError("a steered model returns its logits by name: leave return_dict alone")
         self.forwards += 1
         kept = out.logits.shape[1]
-        cache = kwargs.get("past_key_values")
+        cache = cache_among(kwargs.values())
         self._busy = True
         try:
             with torch.no_grad():
@@ -132,11 +135,12 @@ class SideModels:
             for k, v in inputs.items()
             if k in takes or k != "position_ids"
         }
-        some = {"logits_to_keep": kept} if "logits_to_keep" in takes else {}
+        cache = {str(cache_argument(side.bare)): own, "use_cache": own is not None}
+        keep = {"logits_to_keep": kept} if "logits_to_keep" in takes else {}
         self.side_forwards += 1
         off = side.model.disable_adapter() if side.adapter_off else contextlib.nullcontext()
         with off:
-            out = side.bare(**inputs, **some, past_key_values=own, use_cache=own is not None)
+            out = side.bare(**inputs, **keep, **cache)
         return out.logits[:, -kept:]
 
     def _inputs(
@@ -239,9 +243,10 @@ def check_decoder(model: Any) -> None:
         raise UserError(f"a causal language model is needed, got a {name}")
     if config.is_encoder_decoder:
         raise UserError(f"a decoder-only model is needed, got the encoder-decoder {name}")
-    takes = inspect.signature(model.forward).parameters
-    if getattr(model, "_is_stateful", False) or "past_key_values" not in takes:
+    if getattr(model, "_is_stateful", False):
         raise UserError(f"{name} keeps a recurrent state; a model with a KV cache is needed")
+    if cache_argument(model) is None:
+        raise UserError(f"{name} takes no KV cache; a model with one is needed")
 
 
 class _Carrier:
@@ -278,9 +283,13 @@ def carry(cache: Any, keys: Sequence[tuple[int, bool, int]]) -> None:
     a deep copy of it (a prompt that is computed once) copies the sides' caches too.
 
     Raises:
-        UserError: A static cache, one filled without these sides, or one of other sides.
+        UserError: No cache of transformers, a static one, one filled without these sides, or one
+            of other sides.
     """
-    if isinstance(cache, StaticCache):
+    cls = type(cache)
+    if not issubclass(cls, Cache):
+        raise UserError(f"a cache is one of transformers' Cache classes, got {cls.__name__}")
+    if issubclass(cls, StaticCache):
         raise UserError('steering needs a dynamic cache: cache_implementation="dynamic"')
     carries, filled = isinstance(cache, _Carrier), cache.get_seq_length() > 0
     if carries and cache.keys == list(keys):
@@ -289,11 +298,9 @@ def carry(cache: Any, keys: Sequence[tuple[int, bool, int]]) -> None:
         raise UserError("this cache was filled beside other models: begin with a fresh one")
     if filled:
         raise UserError(
-            "this cache was filled without the side models: begin with a fresh one, or with "
-            "past_key_values=None"
+            "this cache was filled without the side models: begin with a fresh one, or with none"
         )
     if not carries:
-        cls = type(cache)
         cache.__class__ = type(f"{cls.__name__}WithSides", (_Carrier, cls), {})
     # Without a config every layer keeps all tokens, also of sliding windows, and can be cropped.
     cache.sides = [DynamicCache() for _ in keys]
