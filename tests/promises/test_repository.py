@@ -17,7 +17,7 @@ from foretune.recipes.templates import TEMPLATES
 from foretune.recipes.theory_recipe import load_any
 
 ROOT = Path(__file__).resolve().parents[2]
-SKIPPED = re.compile(r"\.git|\.venv|runs|build|dist|\w*_*cache_*|\.\w+_cache|.*\.egg-info")
+SKIPPED = re.compile(r"\.git|\.venv[-\w]*|runs|build|dist|\w*_*cache_*|\.\w+_cache|.*\.egg-info")
 TEXT = {".py", ".md", ".yaml", ".toml", ".txt", ".json", ".j2", ".css", ""}
 # Spelt in halves, or this file would be the first to be found.
 FORBIDDEN = re.compile("/wo" + "rk/|iss" + "ue #|/ro" + "ot/", re.IGNORECASE)
