@@ -17,7 +17,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from foretune.adapters.peft_format import LABELS_FILE, check_base
 from foretune.errors import UserError
@@ -375,6 +375,7 @@ def _named(name: str, wanted: str, known: Mapping[str, Any], prefix: str) -> str
 
 
 def _scaling(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    # Not exported by peft, but what it decides by itself: a copy could come to differ.
     from peft.utils.other import get_pattern_key
 
     patterns: dict[str, float] = config.get("alpha_pattern") or {}

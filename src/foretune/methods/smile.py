@@ -209,7 +209,7 @@ class SMILE:
             UserError: A name in target_modules matches none.
         """
         from torch import nn
-        from transformers.pytorch_utils import Conv1D
+        from transformers import Conv1D
 
         from foretune.models.mixture import TaskHeads
         from foretune.models.surgery import has_fresh_head, head_modules

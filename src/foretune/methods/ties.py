@@ -72,7 +72,7 @@ class TIES:
         import warnings
 
         import torch
-        from peft.utils.merge_utils import ties
+        from peft.utils.merge_utils import ties  # not exported, but documented
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a density of 1 trims nothing

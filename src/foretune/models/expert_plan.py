@@ -379,7 +379,7 @@ def load_special(auto: Any, config: Any, folder: Path, about: Mapping[str, Any],
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, next(iter(plan.values())).num_experts)
     dtype = getattr(torch, str(about["dtype"])) if dtype == "auto" else dtype
-    # a class of its own name has the same function under another name
+    # a class of its own name has the same function under another, private name
     build = auto.from_config if hasattr(auto, "from_config") else auto._from_config
     model = build(config, dtype=dtype)
     try:

@@ -22,8 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from foretune.models.calls import agree, own_pass, replaced_forward
 from foretune.models.grouped_calls import grouped_calls, lengths_of, rows_by_length
@@ -232,11 +230,10 @@ def packed_attention(
     Returns:
         (1, N, heads, d), and no weights.
     """
+    sdpa = AttentionInterface()["sdpa"]
     packing = current_packing()
     if packing is None:
-        found: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **kwargs
-        )
+        found: tuple[Tensor, None] = sdpa(module, query, key, value, attention_mask, **kwargs)
         return found
     gathered = [
         _Move.apply(
@@ -253,7 +250,7 @@ def packed_attention(
         zip(packing.groups, packing.masks(attention_mask), strict=True)
     ):
         q, k, v = (x[i].unflatten(0, (-1, group.length)).transpose(1, 2) for x in gathered)
-        y, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)
+        y, _ = sdpa(module, q, k, v, mask, **kwargs)
         outputs.append(y.flatten(0, 1))
     y = _Move.apply(
         torch.cat(outputs), packing.group_places, packing.group_take, packing.group_padding, False
@@ -262,7 +259,7 @@ def packed_attention(
 
 
 AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
 
 
 @contextlib.contextmanager
@@ -332,7 +329,10 @@ def _obstacle(model: nn.Module, copied: Collection[str]) -> str | None:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """The configurations that the model's attention modules look their implementation up in."""
+    """The configurations that the model's attention modules look their implementation up in.
+
+    `_attn_implementation` is private: transformers has no public getter.
+    """
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     used = ("sdpa", NAME)  # the latter where another model that shares the configuration is packed
     return [c for c in configs.values() if getattr(c, "_attn_implementation", None) in used]

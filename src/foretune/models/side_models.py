@@ -243,7 +243,7 @@ def check_decoder(model: Any) -> None:
         raise UserError(f"a causal language model is needed, got a {name}")
     if config.is_encoder_decoder:
         raise UserError(f"a decoder-only model is needed, got the encoder-decoder {name}")
-    if getattr(model, "_is_stateful", False):
+    if getattr(model, "_is_stateful", False):  # private: nothing public says it
         raise UserError(f"{name} keeps a recurrent state; a model with a KV cache is needed")
     if cache_argument(model) is None:
         raise UserError(f"{name} takes no KV cache; a model with one is needed")
