@@ -1,4 +1,4 @@
-"""`auto` on tasks whose best retraining is known, and what it writes down."""
+"""`auto` on tasks whose best retraining is known, and the record of its trials."""
 
 from __future__ import annotations
 
@@ -137,13 +137,13 @@ def test_a_variant_of_a_control_does_not_stand_for_it():
     assert choice["rounds"]["plain"] == 3
 
 
-def test_the_exam_is_on_rows_that_nothing_has_learnt_from(monkeypatch):
+def test_candidates_are_scored_on_examples_that_no_trial_was_trained_on(monkeypatch):
     tasks = family(6, rows=24, validation=8)
-    exams = []
+    search_tasks = []
     real = verbs.adapt
 
     def adapt(model, held, *args, **more):
-        exams.append((held, more["shots"]))
+        search_tasks.append((held, more["shots"]))
         return real(model, held, *args, **more)
 
     monkeypatch.setattr(verbs, "adapt", adapt)
@@ -152,9 +152,9 @@ def test_the_exam_is_on_rows_that_nothing_has_learnt_from(monkeypatch):
         return {row["x"].tobytes() for row in part}
 
     for shots in ((4,), (4, None)):
-        exams.clear()
+        search_tasks.clear()
         verbs.retrain(Net(), tasks, auto(shots=shots), RUN)
-        for held, _ in exams:
+        for held, _ in search_tasks:
             for task in held:
                 original = tasks[task.name]
                 assert not rows(task.train) & rows(task.validation)
@@ -164,10 +164,10 @@ def test_the_exam_is_on_rows_that_nothing_has_learnt_from(monkeypatch):
                 assert (len(task.train), len(task.validation)) == (
                     (24, 8) if None in shots else (12, 20)
                 )
-                assert not task.test  # neither the exam's nor the user's
+                assert not task.test
 
 
-def test_candidates_that_differ_in_their_end_alone_are_trained_once(monkeypatch):
+def test_candidates_that_differ_only_in_interpolate_are_trained_once(monkeypatch):
     counted = []
     real = verbs.retrain
 
@@ -186,7 +186,7 @@ def test_candidates_that_differ_in_their_end_alone_are_trained_once(monkeypatch)
         assert real(Net(), family(6), method, RUN).choice["scores"][name] == scores[name]
 
 
-def test_what_was_tried_is_written_down(tmp_path):
+def test_the_trials_are_recorded(tmp_path):
     many = [*CONTROLS, {"name": "peft-ml", **FAST, "lora": LORA, "as": "ours"}]
     method = auto(candidates=many, rounds=2)
     outcome = foretune.retrain(Net(), family(6), method, RUN.replace(out=tmp_path / "r"))
@@ -201,7 +201,7 @@ def test_what_was_tried_is_written_down(tmp_path):
     assert choice["num_held_out"] == 4 and choice["num_seen"] == 6
 
 
-def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_choice_resumes(tmp_path, monkeypatch):
     tasks, many = family(6), [*CONTROLS, {"name": "peft-ml", **FAST, "lora": LORA}]
     method = auto(candidates=many, rounds=2)
     uninterrupted = foretune.retrain(Net(), tasks, method, RUN)
@@ -235,7 +235,7 @@ def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch):
 
 
 def test_overwrite_replaces_what_a_killed_choice_left(tmp_path):
-    """Until the final retraining begins there is nothing but its trials."""
+    """Until the final retraining begins, the folder holds only the trials."""
     (tmp_path / "choice.json").write_text('{"about": {}, "trials": []}')
     (tmp_path / ".foretune").touch()
     run = RUN.replace(out=tmp_path, overwrite=True, steps=4)

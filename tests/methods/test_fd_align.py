@@ -54,7 +54,7 @@ def world(kind: str = "clip", **changes: Any) -> tuple[nn.Module, TaskCollection
     tasks = (Task("one", examples, examples[:3], examples), Task("two", two, (), two))
     objective = PromptClassification(tiny_models.tokenizer(), templates=TEMPLATES)
     model = getattr(tiny_models, kind)(**changes)
-    with torch.no_grad():  # random towers of this size hardly tell anything apart
+    with torch.no_grad():  # random towers of this size embed everything almost alike
         for p in model.parameters():
             if p.dim() > 1:
                 p.mul_(8)
