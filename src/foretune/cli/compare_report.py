@@ -42,15 +42,18 @@ def compare(
     json: Json = False,
 ) -> None:
     """Adapt bases to the same unseen tasks and compare their scores."""
-    changes = [argument for argument in bases if "=" in argument]
+    from foretune.recipes.overrides import split_arguments
+
+    changes, base_arguments = split_arguments(bases)
     counts = parse_shots(shots)
-    folders = _base_folders(bases)
+    if not base_arguments:
+        raise UserError("compare needs the folder of at least one base")
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
         from foretune.recipes.on_folders import compare_folders
 
         comparison = compare_folders(
-            folders,
+            [Path(base) for base in base_arguments],
             tasks,
             out,
             changes,
@@ -99,13 +102,6 @@ def parse_shots(text: str) -> list[int | None]:
             )
         counts.append(None if word == "all" else int(word))
     return counts
-
-
-def _base_folders(arguments: list[str]) -> list[Path]:
-    folders = [Path(argument) for argument in arguments if "=" not in argument]
-    if not folders:
-        raise UserError("compare needs the folder of at least one base")
-    return folders
 
 
 def _read_comparison(folder: Path) -> dict[str, Any]:

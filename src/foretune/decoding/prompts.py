@@ -9,7 +9,7 @@ from typing import Any
 
 from foretune.errors import UserError, did_you_mean
 from foretune.methods import METHODS, make, method_class
-from foretune.recipes.yaml_io import parse_yaml
+from foretune.recipes.overrides import apply_overrides, split_arguments
 
 WHAT_IT_IS = {
     "tuned": "a fine-tuned model or a PEFT folder",
@@ -22,10 +22,11 @@ def decode_method(name: str, settings: Sequence[str]) -> Any:
 
     Args:
         name: A method whose verb is decode.
-        settings: `key=value` for its fields.
+        settings: `KEY=VALUE` for its fields.
 
     Raises:
-        UserError: There is no such method or field, or the method is not a decode method.
+        UserError: There is no such method or field, the method is not a decode method, or a
+            setting does not read KEY=VALUE.
     """
     classes: dict[str, Any] = {method: method_class(method) for method in [name, *METHODS]}
     if classes[name].verb != "decode":
@@ -33,13 +34,7 @@ def decode_method(name: str, settings: Sequence[str]) -> Any:
         raise UserError(
             f"{name} is not a decode method; generate takes --method {' or '.join(names)}"
         )
-    fields = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f"expected KEY=VALUE, got {setting!r}; a prompt goes in quotes")
-        fields[key] = parse_yaml(value, key)
-    return make(name, **fields)
+    return make(name, **apply_overrides({}, settings))
 
 
 def split_words(
@@ -49,16 +44,23 @@ def split_words(
 
     The first word is the prompt, unless prompts come from elsewhere or it sets a field.
 
+    Raises:
+        UserError: Another word is no setting.
+
     >>> split_words(["a=b", "beta=1"], "eft", False)
     ('a=b', ['beta=1'])
     >>> split_words(["beta=1"], "eft", False)
     (None, ['beta=1'])
     """
     fields = [f.name for f in dataclasses.fields(method_class(method))] if method else []
-    first = words[0] if words else None
-    if first is None or from_elsewhere or first.partition("=")[0] in fields:
-        return None, list(words)
-    return first, list(words[1:])
+    prompt = [] if from_elsewhere else split_arguments(words[:1], fields)[1]
+    settings = list(words[len(prompt) :])
+    _, stray = split_arguments(settings)
+    if stray:
+        raise UserError(
+            f'"{stray[0]}" must read KEY=VALUE; put a prompt of several words in quotes'
+        )
+    return (prompt[0] if prompt else None), settings
 
 
 def check_resources(method: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

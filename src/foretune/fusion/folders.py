@@ -12,7 +12,9 @@ from foretune.errors import UserError, did_you_mean
 from foretune.files import claim_model_folder
 from foretune.fusion import RECORD_FILE
 from foretune.methods import make, method_class
-from foretune.recipes.yaml_io import parse_yaml
+from foretune.recipes.overrides import Setting
+
+ARGUMENT_FORM = "NAME=FOLDER or KEY=VALUE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +47,21 @@ def parse_request(name: str, arguments: Sequence[str]) -> Request:
     settings: dict[str, Any] = {}
     finetuned: dict[str, Path] = {}
     for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or not key or not value:
-            raise UserError(f'"{argument}" must read NAME=FOLDER or KEY=VALUE')
+        setting = Setting.parse(argument, ARGUMENT_FORM)
+        key, folder = setting.key, Path(setting.text).expanduser()
+        if not setting.text:
+            raise UserError(f'"{argument}" must read {ARGUMENT_FORM}')
         if key in settings or key in finetuned:
             raise UserError(f"{key} is given twice")
         if key in fields:
-            settings[key] = parse_yaml(value, f'setting "{argument}"')
-        elif Path(value).expanduser().is_dir():
-            finetuned[key] = Path(value).expanduser()
+            settings[key] = setting.value()
+        elif folder.is_dir():
+            finetuned[key] = folder
         else:
             available = f"it has {', '.join(fields)}" if fields else "it has none"
             raise UserError(
-                f'"{argument}": no folder {value}, and {name} has no field "{key}"; {available}.'
-                f"{did_you_mean(key, fields)}"
+                f'"{argument}": no folder {setting.text}, and {name} has no field "{key}"; '
+                f"{available}.{did_you_mean(key, fields)}"
             )
     if not finetuned:
         raise UserError("nothing to fuse: give NAME=FOLDER of at least one fine-tuned model")

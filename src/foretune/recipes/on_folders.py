@@ -19,6 +19,7 @@ from foretune.recipes.blocks import AdaptBlock, TasksBlock
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import check_place, prepare_folder
 from foretune.recipes.merge import merge_repeats
+from foretune.recipes.overrides import override_keys
 from foretune.recipes.runner import finish
 from foretune.recipes.schema import Recipe, adapt_record, parse_block, run_of
 from foretune.recipes.setup import with_tokenizer
@@ -290,7 +291,7 @@ def settings(tasks: str, changes: Sequence[str]) -> tuple[AdaptBlock, Source]:
     """
     of_tasks = [c.removeprefix("tasks.") for c in changes if c.startswith("tasks.")]
     for key in ("unseen", "rotate"):
-        if any(change.partition("=")[0] == key for change in of_tasks):
+        if key in override_keys(of_tasks):
             raise UserError(
                 f"tasks.{key} is not used here, because the base is adapted to all tasks: remove it"
             )
