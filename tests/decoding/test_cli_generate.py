@@ -158,7 +158,10 @@ class TestGenerate:
         [
             (("nowhere/at/all", "a dog"), "no folder nowhere/at/all"),
             (("bert", "a dog", *EFT), "bert lacks weights that BertLMHeadModel needs"),
-            (("large", "a dog", "--method", "lora"), "lora is not a decode method"),
+            (
+                ("large", "a dog", "--method", "lora"),
+                "lora is a method to adapt with, not to decode",
+            ),
             (("large", "a dog", "--method", "eff"), 'no method "eff"'),
             (("large", "a dog", "beta=1"), "'beta=1' needs a --method"),
             (("large", "a dog", "betta=1", *EFT), 'eft has no field "betta"'),

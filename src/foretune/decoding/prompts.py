@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
-from foretune.methods import METHODS, make, method_class
+from foretune.methods import make, method_class_of
 from foretune.recipes.overrides import apply_overrides, split_arguments
 
 WHAT_IT_IS = {
@@ -28,12 +28,7 @@ def decode_method(name: str, settings: Sequence[str]) -> Any:
         UserError: There is no such method or field, the method is not a decode method, or a
             setting does not read KEY=VALUE.
     """
-    classes: dict[str, Any] = {method: method_class(method) for method in [name, *METHODS]}
-    if classes[name].verb != "decode":
-        names = [method for method in METHODS if classes[method].verb == "decode"]
-        raise UserError(
-            f"{name} is not a decode method; generate takes --method {' or '.join(names)}"
-        )
+    method_class_of(name, "decode")
     return make(name, **apply_overrides({}, settings))
 
 
@@ -45,14 +40,15 @@ def split_words(
     The first word is the prompt, unless prompts come from elsewhere or it sets a field.
 
     Raises:
-        UserError: Another word is no setting.
+        UserError: Another word is no setting, or `method` is not a decode method.
 
     >>> split_words(["a=b", "beta=1"], "eft", False)
     ('a=b', ['beta=1'])
     >>> split_words(["beta=1"], "eft", False)
     (None, ['beta=1'])
     """
-    fields = [f.name for f in dataclasses.fields(method_class(method))] if method else []
+    record_class = method_class_of(method, "decode") if method else None
+    fields = [f.name for f in dataclasses.fields(record_class)] if record_class else []
     prompt = [] if from_elsewhere else split_arguments(words[:1], fields)[1]
     settings = list(words[len(prompt) :])
     _, stray = split_arguments(settings)
@@ -70,7 +66,7 @@ def check_resources(method: str | None, options: Mapping[str, Any]) -> dict[str,
         UserError: The method does not take one of them, or lacks one.
     """
     resources = {key: value for key, value in options.items() if value}
-    takes = getattr(method_class(method), "resources", ()) if method else ()
+    takes = getattr(method_class_of(method, "decode"), "resources", ()) if method else ()
     for key in resources:
         if key not in takes:
             who = (

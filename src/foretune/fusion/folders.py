@@ -11,7 +11,7 @@ from typing import Any
 from foretune.errors import UserError, did_you_mean
 from foretune.files import claim_model_folder
 from foretune.fusion import RECORD_FILE
-from foretune.methods import make, method_class
+from foretune.methods import make, method_class_of
 from foretune.recipes.overrides import Setting
 
 ARGUMENT_FORM = "NAME=FOLDER or KEY=VALUE"
@@ -37,13 +37,7 @@ def parse_request(name: str, arguments: Sequence[str]) -> Request:
         UserError: No fuse method of that name, an argument without `=`, a name given twice, or
             neither a field nor a folder.
     """
-    cls: Any = method_class(name)
-    if cls.verb != "fuse":
-        raise UserError(
-            f'fuse takes a method whose verb is fuse, got "{name}", whose verb is {cls.verb}; see '
-            "foretune ls methods"
-        )
-    fields = [f.name for f in dataclasses.fields(cls)]
+    fields = [f.name for f in dataclasses.fields(method_class_of(name, "fuse"))]
     settings: dict[str, Any] = {}
     finetuned: dict[str, Path] = {}
     for argument in arguments:

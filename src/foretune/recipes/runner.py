@@ -134,14 +134,15 @@ def find_entry(recipe: Recipe, name: str) -> MethodEntry:
     """The entry of this name in the recipe, or an unlisted method with its defaults.
 
     Raises:
-        UserError: There is no such entry or method.
+        UserError: There is no such entry or method, or the method is not one to retrain with.
     """
-    from foretune.methods import METHODS
+    from foretune.methods import METHODS, method_class_of
 
     for entry in recipe.entries:
         if entry.name == name:
             return entry
     if name in METHODS:
+        method_class_of(name, "retrain")
         return recipe.with_method(name)
     names = [entry.name for entry in recipe.entries]
     raise UserError(
