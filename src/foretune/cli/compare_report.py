@@ -18,6 +18,7 @@ from foretune.cli.output import (
     quiet_stdout,
 )
 from foretune.errors import UserError
+from foretune.files import COMPARISON_FILE, REPORT_FILE
 
 
 def compare(
@@ -68,7 +69,7 @@ def compare(
         emit_json({"out": str(out), **comparison})
         return
     emit(comparison_text(comparison))
-    emit(f"\nReport: {out / 'report.html'}")
+    emit(f"\nReport: {out / REPORT_FILE}")
 
 
 def report(
@@ -105,9 +106,9 @@ def parse_shots(text: str) -> list[int | None]:
 
 
 def _read_comparison(folder: Path) -> dict[str, Any]:
-    path = folder / "comparison.json"
+    path = folder / COMPARISON_FILE
     if not path.is_file():
-        raise UserError(f"no comparison in {folder}: it holds no comparison.json")
+        raise UserError(f"no comparison in {folder}: it holds no {COMPARISON_FILE}")
     try:
         comparison = jsonlib.loads(path.read_text("utf-8"))
     except ValueError as error:
