@@ -43,18 +43,14 @@ def compare(
     json: Json = False,
 ) -> None:
     """Adapt bases to the same unseen tasks and compare their scores."""
-    from foretune.recipes.overrides import split_arguments
-
-    changes, base_arguments = split_arguments(bases)
     counts = parse_shots(shots)
-    if not base_arguments:
-        raise UserError("compare needs the folder of at least one base")
+    changes, folders = _changes_and_folders(bases)
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
         from foretune.recipes.on_folders import compare_folders
 
         comparison = compare_folders(
-            [Path(base) for base in base_arguments],
+            folders,
             tasks,
             out,
             changes,
@@ -103,6 +99,20 @@ def parse_shots(text: str) -> list[int | None]:
             )
         counts.append(None if word == "all" else int(word))
     return counts
+
+
+def _changes_and_folders(arguments: list[str]) -> tuple[list[str], list[Path]]:
+    """(settings, folders of bases) of the command line.
+
+    Raises:
+        UserError: There is no folder.
+    """
+    from foretune.recipes.overrides import split_arguments
+
+    changes, folders = split_arguments(arguments)
+    if not folders:
+        raise UserError("compare needs the folder of at least one base")
+    return changes, [Path(folder) for folder in folders]
 
 
 def _read_comparison(folder: Path) -> dict[str, Any]:

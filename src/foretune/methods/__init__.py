@@ -7,7 +7,7 @@ from typing import Any
 
 from foretune.entry_points import entry_point
 from foretune.errors import UserError, did_you_mean
-from foretune.method import other_verb
+from foretune.method import wrong_verb
 
 METHODS = {
     "none": "foretune.methods.none:NoRetraining",
@@ -81,8 +81,8 @@ def method_class_of(name: str, verb: str) -> Any:
         )
     record_class: Any = method_class(name)
     if record_class.verb != verb:
-        cure = f"methods to {verb} with: {', '.join(methods_of(verb))}"
-        raise other_verb(name, record_class.verb, verb, cure)
+        message = wrong_verb(name, record_class.verb, verb)
+        raise UserError(f"{message}; methods to {verb} with: {', '.join(methods_of(verb))}")
     return record_class
 
 
