@@ -12,7 +12,7 @@ import foretune
 import linear_tasks
 import tiny_models
 from foretune import Run, SaRA, Task, TaskCollection, UserError, load_sparse
-from foretune.adapters.sparse import DELTA_FILE, SparseDelta, entries_below, threshold_of
+from foretune.adapters.sparse import FILE, SparseDelta, entries_below, threshold_of
 from foretune.linalg.low_rank import nuclear_gradient
 from linear_tasks import copy_of, equal_bits, family
 
@@ -431,15 +431,15 @@ def test_another_base_is_refused(tmp_path):
 def test_bad_files_and_alphas_are_refused(tmp_path):
     base, folders = two_changes(tmp_path)
     with pytest.raises(UserError, match=r"no sparse change in .*nowhere"):
-        load_sparse(base, tmp_path / "nowhere" / DELTA_FILE)
+        load_sparse(base, tmp_path / "nowhere" / FILE)
     with pytest.raises(UserError, match="2 folders want as many alphas, got 1"):
         load_sparse(base, folders, [0.5])
-    (folders[0] / DELTA_FILE).write_bytes(b"no tensors")
+    (folders[0] / FILE).write_bytes(b"no tensors")
     with pytest.raises(UserError, match="is no whole safetensors file"):
         load_sparse(base, folders[0])
     from safetensors.torch import save_file
 
-    save_file({"a": torch.zeros(1)}, str(folders[0] / DELTA_FILE))
+    save_file({"a": torch.zeros(1)}, str(folders[0] / FILE))
     with pytest.raises(UserError, match="its format is None"):
         load_sparse(base, folders[0])
 

@@ -31,7 +31,7 @@ from foretune.errors import UserError
 from foretune.linalg.low_rank import nuclear_gradient
 from foretune.models.surgery import has_fresh_head, head_modules, match_head
 
-DELTA_FILE = "sparse_delta.safetensors"
+FILE = "sparse_delta.safetensors"
 FORMAT = "foretune-sparse-1"
 
 
@@ -290,7 +290,7 @@ class SparseDelta:
         Returns:
             The file.
         """
-        path = Path(folder) / DELTA_FILE
+        path = Path(folder) / FILE
         known = dict(self.model.named_parameters())
         tensors = {}
         for name, places in self.support.items():
@@ -339,7 +339,7 @@ def load_sparse(
     start = dict(model.named_parameters())
     brought: dict[str, Path] = {}  # what cannot be added up → who brought it
     for where, share in zip(folders, alphas, strict=True):
-        path = Path(where) / DELTA_FILE if Path(where).is_dir() else Path(where)
+        path = Path(where) / FILE if Path(where).is_dir() else Path(where)
         about, tensors = _read(path)
         _check_base(model, about, marks, path)
         for name, shape in about["whole"].items():
