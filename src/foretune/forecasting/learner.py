@@ -11,10 +11,9 @@ import safetensors.torch
 from torch import nn
 from typing_extensions import override
 
+from foretune.forecasting import DELTA_FILE, RECORD_FILE
 from foretune.tasks.task import Objective
 from foretune.training.learners.joint import Learner
-
-DELTA_FILE, RECORD_FILE = "forecast_peft.safetensors", "forecast_peft.json"
 
 
 class ForecastLearner(Learner):

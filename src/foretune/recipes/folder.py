@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from foretune.errors import UserError
-from foretune.files import INPUTS, RECIPE, check_folder, claim_folder, write_whole
+from foretune.files import INPUTS, RECIPE, RUN_FILE, check_folder, claim_folder, write_whole
 from foretune.processes import num_processes
 from foretune.recipes.yaml_io import parse_yaml
 
@@ -90,7 +90,7 @@ def write_run_record(folder: Path) -> None:
     from foretune.training.record import environment
 
     record = {"finished": True, "environment": environment()}
-    write_whole(folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False))
+    write_whole(folder / RUN_FILE, json.dumps(record, indent=1, ensure_ascii=False))
 
 
 def _first(work: Callable[[], T]) -> T:

@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from foretune.errors import UserError
-from foretune.models.loading import WEIGHTS_FILE, load_module
+from foretune.files import CARD_FILE, WEIGHTS_FILE
+from foretune.models.loading import load_module
+from foretune.source_free import MODEL_FILE
 from foretune.source_free.imputer import Imputer
 from foretune.source_free.time_series_cnn import TimeSeriesCNN
 from foretune.source_free.tucker import tucker_layers, tuckerize
-
-METADATA_FILE, CARD_FILE = "sfda.json", "README.md"
 
 
 def write_tucker(model: nn.Module, folder: Path, metadata: dict[str, Any]) -> None:
@@ -45,7 +45,7 @@ def write_tucker(model: nn.Module, folder: Path, metadata: dict[str, Any]) -> No
         **metadata,
     }
     safetensors.torch.save_model(model, str(folder / WEIGHTS_FILE))
-    (folder / METADATA_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / MODEL_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (folder / CARD_FILE).write_text(
         "---\nlibrary_name: foretune\ntags: [foretune, subspace-sfda]\n---\n\n"
         "# Source model in Tucker form\n\nIts layers are factored into a small core and two bases "
@@ -65,10 +65,10 @@ def load_tucker(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         UserError: The folder holds no such model, or its files do not match.
     """
     folder = Path(folder)
-    file = folder / METADATA_FILE
+    file = folder / MODEL_FILE
     if not file.is_file():
         raise UserError(
-            f"{folder} is not a prepared model: it has no {METADATA_FILE}; `foretune sfda prepare` "
+            f"{folder} is not a prepared model: it has no {MODEL_FILE}; `foretune sfda prepare` "
             "writes one"
         )
     try:

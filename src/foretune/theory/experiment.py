@@ -9,9 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from foretune.files import write_whole
+from foretune.files import CARD_FILE, write_whole
 from foretune.theory.panel import Panel, Settings, Table
 
+RESULT_FILE = "result.json"
 PAPER = (
     'Block et al., "Meta-Learning Adaptable Foundation Models" (2024), revised as "Provable '
     'Meta-Learning with Low-Rank Adaptations" (2025), arXiv:2410.22264'
@@ -66,8 +67,8 @@ def run_panels(
         "panels": panel_results,
     }
     figures = draw_figures(result, folder / "figures", say)
-    write_whole(folder / "result.json", json.dumps(result, ensure_ascii=False) + "\n")
-    write_whole(folder / "README.md", page(result, figures))
+    write_whole(folder / RESULT_FILE, json.dumps(result, ensure_ascii=False) + "\n")
+    write_whole(folder / CARD_FILE, page(result, figures))
     return result
 
 

@@ -16,6 +16,8 @@ from foretune.errors import UserError
 from foretune.files import CHECKPOINT, UNFINISHED, whole_folder
 from foretune.training.process_group import Partition
 
+STATE_FILE, STATE_WEIGHTS_FILE = "state.json", "state.safetensors"  # in a checkpoint's folder
+
 
 @dataclass
 class CheckpointStore:
@@ -53,8 +55,8 @@ class CheckpointStore:
         final = folder / f"checkpoint-{step}"
         with whole_folder(final) as part:
             contiguous = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-            save_file(contiguous, part / "state.safetensors")
-            (part / "state.json").write_text(json.dumps({"step": step, **meta}, indent=1))
+            save_file(contiguous, part / STATE_WEIGHTS_FILE)
+            (part / STATE_FILE).write_text(json.dumps({"step": step, **meta}, indent=1))
         for other, path in self._found():
             if other not in (step, meta.get("best_step")):
                 shutil.rmtree(path)
@@ -92,8 +94,8 @@ class CheckpointStore:
 
     def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
-            meta = json.loads((path / "state.json").read_text())
-            tensors = load_file(path / "state.safetensors")
+            meta = json.loads((path / STATE_FILE).read_text())
+            tensors = load_file(path / STATE_WEIGHTS_FILE)
             return tensors if self.partition is None else self.partition.part(tensors), meta
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
