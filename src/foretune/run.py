@@ -82,29 +82,29 @@ class Run:
     def __post_init__(self) -> None:
         if self.out is not None:
             object.__setattr__(self, "out", Path(self.out))
-        whole("seed", self.seed, 0)
-        whole("steps", self.steps, 1)
-        whole("tasks_per_step", self.tasks_per_step, 1, optional=True)
-        whole("batch_size", self.batch_size, 1)
-        whole("eval_every", self.eval_every, 0, optional=True)
-        whole("eval_rows", self.eval_rows, 1, optional=True)
-        whole("token_budget", self.token_budget, 1, optional=True)
-        whole("tasks_per_wave", self.tasks_per_wave, 1, optional=True)
-        whole("patience", self.patience, 1, optional=True)
+        check_int("seed", self.seed, 0)
+        check_int("steps", self.steps, 1)
+        check_int("tasks_per_step", self.tasks_per_step, 1, optional=True)
+        check_int("batch_size", self.batch_size, 1)
+        check_int("eval_every", self.eval_every, 0, optional=True)
+        check_int("eval_rows", self.eval_rows, 1, optional=True)
+        check_int("token_budget", self.token_budget, 1, optional=True)
+        check_int("tasks_per_wave", self.tasks_per_wave, 1, optional=True)
+        check_int("patience", self.patience, 1, optional=True)
         if self.weight_decay is None:
             raise UserError("weight_decay must be a number not below 0, got None; 0 is off")
-        at_least("weight_decay", self.weight_decay, 0)
-        at_least("max_grad_norm", self.max_grad_norm, 1e-12)
-        share("warmup", self.warmup)
-        one_of("schedule", self.schedule, ("linear", "cosine", "constant"))
-        flag("gradient_checkpointing", self.gradient_checkpointing)
+        check_at_least("weight_decay", self.weight_decay, 0)
+        check_at_least("max_grad_norm", self.max_grad_norm, 1e-12)
+        check_fraction("warmup", self.warmup)
+        check_one_of("schedule", self.schedule, ("linear", "cosine", "constant"))
+        check_bool("gradient_checkpointing", self.gradient_checkpointing)
         known = isinstance(self.device, str) and re.fullmatch(DEVICE, self.device)
         if self.device is not None and not known:
             raise UserError(
                 f"device must be cpu, cuda, cuda:1, mps or the like, got {self.device!r}"
             )
-        one_of("optimizer", self.optimizer, ("adamw", "adamw-8bit"))
-        one_of("precision", self.precision, ("fp32", "bf16"))
+        check_one_of("optimizer", self.optimizer, ("adamw", "adamw-8bit"))
+        check_one_of("precision", self.precision, ("fp32", "bf16"))
 
     def replace(self, **changes: Any) -> Run:
         """The same run with some fields changed."""
@@ -123,7 +123,7 @@ class Run:
         return fields
 
 
-def at_least(name: str, value: Any, least: float) -> None:
+def check_at_least(name: str, value: Any, least: float) -> None:
     """Raises UserError unless `value` is None or a number not below `least`."""
     if value is None:
         return
@@ -131,7 +131,7 @@ def at_least(name: str, value: Any, least: float) -> None:
         raise UserError(f"{name} must be a number not below {least:g}, got {value!r}")
 
 
-def whole(name: str, value: Any, least: int, *, optional: bool = False) -> None:
+def check_int(name: str, value: Any, least: int, *, optional: bool = False) -> None:
     """Raises UserError unless `value` is a whole number not below `least`, or an allowed None."""
     if value is None and optional:
         return
@@ -149,32 +149,32 @@ def check_ints(name: str, value: Any) -> Any:
     return several
 
 
-def listed(name: str, value: Any) -> list[Any]:
+def check_list(name: str, value: Any) -> list[Any]:
     """A list or tuple as a list; raises UserError for all else."""
     if not isinstance(value, (list, tuple)):
         raise UserError(f"{name} must be a list, got {value!r}")
     return list(value)
 
 
-def flag(name: str, value: Any) -> None:
+def check_bool(name: str, value: Any) -> None:
     """Raises UserError unless `value` is true or false."""
     if not isinstance(value, bool):
         raise UserError(f"{name} must be true or false, got {value!r}")
 
 
-def above_zero(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any) -> None:
     """Raises UserError unless `value` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise UserError(f"{name} must be a number above 0, got {value!r}")
 
 
-def share(name: str, value: Any) -> None:
+def check_fraction(name: str, value: Any) -> None:
     """Raises UserError unless `value` is a number from 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise UserError(f"{name} is a share between 0 and 1, got {value!r}")
 
 
-def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+def check_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     """Raises UserError unless `value` is one of `known`."""
     if value not in known:
         raise UserError(f"{name} must be one of {', '.join(known)}; got {value!r}")

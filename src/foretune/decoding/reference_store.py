@@ -24,7 +24,7 @@ from foretune.decoding.references import References, read_references
 from foretune.decoding.side_models import bare_model
 from foretune.errors import UserError
 from foretune.files import whole_folder, write_whole
-from foretune.run import above_zero, one_of, share, whole
+from foretune.run import check_fraction, check_int, check_one_of, check_positive
 
 TENSORS, ABOUT, ROWS = "store.safetensors", "store.json", "rows.jsonl"
 NEIGHBOURS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -52,11 +52,11 @@ class Lookup:
     heads: int = 1
 
     def __post_init__(self) -> None:
-        whole("neighbours", self.neighbours, 1)
+        check_int("neighbours", self.neighbours, 1)
         if self.temperature is not None:
-            above_zero("temperature", self.temperature)
-        share("mix", self.mix)
-        whole("heads", self.heads, 1)
+            check_positive("temperature", self.temperature)
+        check_fraction("mix", self.mix)
+        check_int("heads", self.heads, 1)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class ReferenceStore:
             store.tune()
             store.save("store")
         """
-        one_of("key_type", key_type, tuple(KEY_TYPES))
+        check_one_of("key_type", key_type, tuple(KEY_TYPES))
         room = getattr(getattr(bare_model(model), "config", None), "max_position_embeddings", None)
         found = read_references(rows, tokenizer, max_tokens=room, permute_options=permute_options)
         return cls.of_references(model, found, rows=rows, heads=heads, key_type=KEY_TYPES[key_type])
@@ -424,7 +424,7 @@ class ReferenceStore:
         key = (heads, search, str(device))
         if key not in self._indices:
             _check_heads(heads, self.keys.shape[1])
-            one_of("search", search, ("exact", "faiss"))
+            check_one_of("search", search, ("exact", "faiss"))
             made: type = ExactIndex if search == "exact" else FaissIndex
             parts = self.keys.to(device).chunk(heads, dim=1)
             self._indices[key] = [made(part) for part in parts]

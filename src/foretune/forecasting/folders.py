@@ -14,7 +14,7 @@ from foretune.forecasting.config import ForecastMAEConfig
 from foretune.methods import make, method_class
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import method_and_run
-from foretune.run import Run, above_zero
+from foretune.run import Run, check_positive
 
 SUMMARY = "forecasts.json"
 ADAPTING = ("forecast-peft", "full")
@@ -41,7 +41,7 @@ def pretraining(changes: Sequence[str], seed: int) -> Pretraining:
     sizes = [f.name for f in dataclasses.fields(ForecastMAEConfig)]
     own, run = method_and_run(changes, "the model", [*sizes, "learning_rate"], RUN_FIELDS)
     rate = own.pop("learning_rate", 1e-3)
-    above_zero("learning_rate", rate)
+    check_positive("learning_rate", rate)
     asked = Run(**{"schedule": "cosine", "batch_size": 32, **run}, seed=seed)
     return Pretraining(ForecastMAEConfig(**own), rate, asked)
 

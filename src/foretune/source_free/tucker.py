@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from foretune.errors import UserError, did_you_mean
 from foretune.models.calls import eval_no_grad
 from foretune.models.surgery import head_modules
-from foretune.run import one_of, whole
+from foretune.run import check_int, check_one_of
 from foretune.source_free.hooi import compose, hooi, possible, ranks_of_energy
 
 CONVOLUTIONS: dict[int, tuple[type[nn.Module], Any]] = {
@@ -144,10 +144,10 @@ def tuckerize(
     """
     if sum(way is not None for way in (rank_factor, ranks, energy)) != 1:
         raise UserError("give one of rank_factor, ranks and energy")
-    whole("rank_factor", rank_factor, 1, optional=True)
+    check_int("rank_factor", rank_factor, 1, optional=True)
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"energy is a share above 0 and up to 1, got {energy!r}")
-    one_of("layers", layers, ("all", "convolutions", "linear"))
+    check_one_of("layers", layers, ("all", "convolutions", "linear"))
     found = dict(_factorable(model, layers))
     if not found:
         raise UserError(
