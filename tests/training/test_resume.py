@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import foretune
 from foretune.errors import ForetuneError, UserError
+from foretune.files import claim_file
 from foretune.run import Run
 from foretune.training import checkpoint, outcome
 from linear_tasks import Net, copy_of, equal_bits, family
@@ -373,6 +374,19 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match="is a file; --out needs a folder"):
         _retrain(out=tmp_path / "out")
+
+
+def test_a_file_is_written_over_only_with_overwrite(tmp_path):
+    report = tmp_path / "report.html"
+    claim_file(report, overwrite=False)
+    assert not report.exists()
+    report.write_text("old")
+    with pytest.raises(UserError, match=r"report.html exists: --overwrite replaces it"):
+        claim_file(report, overwrite=False)
+    claim_file(report, overwrite=True)
+    assert report.read_text() == "old"
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        claim_file(tmp_path, overwrite=True)
 
 
 @pytest.mark.parametrize("stop_at", [1, 5])

@@ -53,7 +53,7 @@ class EpisodicMethod(RetrainMethod):
     @override
     def run_for(self, run: Run, num_tasks: int) -> Run:
         """The same number of examples; one task per batch where an episode is of one task."""
-        return run.one_task_a_batch(num_tasks) if self.inner == "all" else run
+        return run.one_task_per_batch(num_tasks) if self.inner == "all" else run
 
     @override
     def learner(
