@@ -41,5 +41,6 @@ def check_verb(method: Any, verb: str) -> None:
         raise UserError(f"{verb} takes a method, see `foretune ls methods`; got {kind}")
     if method_verb != verb:
         raise UserError(
-            f"{method.name} is a method for {method_verb}, not for {verb}; see `foretune ls methods`"
+            f"{method.name} is a method for {method_verb}, not for {verb}; "
+            "`foretune ls methods` lists all"
         )

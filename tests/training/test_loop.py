@@ -294,7 +294,7 @@ def test_standard_retraining_draws_from_all_rows_alike():
 def test_a_task_without_training_rows_is_refused():
     rows = family().tasks[0].train
     tasks = TaskCollection((Task("a", rows), Task("b", (), (), rows)), Regression())
-    with pytest.raises(UserError, match='task "b" has no training rows'):
+    with pytest.raises(UserError, match='task "b" has no training examples'):
         foretune.retrain(Net(), tasks, PEFT_ML, _run())
 
 

@@ -13,7 +13,7 @@ from foretune.errors import UserError
 from foretune.run import Run
 from foretune.tasks.objectives.regression import Regression
 from foretune.training.learners.joint import Learner
-from foretune.training.optim import adamw_of
+from foretune.training.optim import make_adamw
 from linear_tasks import Net, family
 
 
@@ -28,7 +28,7 @@ def test_it_stays_near_the_usual_one_in_a_quarter_of_the_memory():
     found = {}
     for kind in ("adamw", "adamw-8bit"):
         p = torch.nn.Parameter(torch.zeros(64, 256))
-        optimizer = adamw_of([p], 1e-2, 0.0, kind)
+        optimizer = make_adamw([p], 1e-2, 0.0, kind)
         generator = torch.Generator().manual_seed(0)
         drift = torch.randn(p.shape, generator=generator)
         for _ in range(20):

@@ -149,7 +149,7 @@ def test_all_processes_raise_the_same_error(played: Path) -> None:
         "not-empty": "UserError: .* is not empty",
         "diverged": "DivergedError: .*task",
         "other-models": "UserError: the 2 processes of this job have different models",
-        "statistics": r"UserError: 0 \(BatchNorm1d\) mixes the rows of a batch",
+        "statistics": r"UserError: 0 \(BatchNorm1d\) keeps batch statistics",
         "in-one-process": "ForetuneError: the disk is full",
         "sharded-reptile": "UserError: an inner loop needs the whole base",
     }
@@ -178,13 +178,17 @@ def test_slots_are_dealt_out_by_tokens_within_a_step() -> None:
 
 def test_a_process_alone_has_everything() -> None:
     partition = partition_slots(ProcessGroup(), slots(3, 1), 4, None, pooled=False)
-    assert partition.slots == partition.held == [0, 1]
+    assert partition.slots == partition.bank_slots == [0, 1]
     assert partition.local_data is partition.data
 
 
 def test_a_process_without_tasks_holds_a_copy_that_is_not_used() -> None:
     partition = Partition(slots(3), ProcessGroup(1, 2), owners=[0])
-    assert partition.slots == [] and partition.held == [0] and partition.local_data.keys == ["t0"]
+    assert (
+        partition.slots == []
+        and partition.bank_slots == [0]
+        and partition.local_data.keys == ["t0"]
+    )
     step = partition.step([(0, 1), (0, 2)], [0], None)
     assert step.chunks == () and (step.num_slots, step.num_rows) == (1, 2)
 

@@ -416,7 +416,7 @@ def test_a_damaged_checkpoint_is_told(file, tmp_path):
         _retrain(out=tmp_path, stop_at=5)
     damaged = tmp_path / "checkpoint-4" / file
     damaged.write_bytes(damaged.read_bytes()[:40])
-    with pytest.raises(UserError, match="checkpoint-4 is no readable checkpoint") as error:
+    with pytest.raises(UserError, match="checkpoint-4 is not a readable checkpoint") as error:
         _retrain(out=tmp_path, resume=True)
     assert "\n" not in str(error.value)
 
@@ -425,7 +425,7 @@ def test_a_damaged_record_is_told(tmp_path):
     with pytest.raises(Stop):
         _retrain(out=tmp_path, stop_at=5)
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run\.json is no readable record"):
+    with pytest.raises(UserError, match=r"run\.json is not a readable record"):
         _retrain(out=tmp_path, resume=True)
 
 

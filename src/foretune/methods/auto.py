@@ -157,7 +157,9 @@ class Auto(RetrainMethod):
         trials: list[Trial] = []
         about: dict[str, Any] = {}
         if file is not None:
-            about, trials = process_group().first(lambda: _begun(file, self, run, model, tasks))
+            about, trials = process_group().on_first_process(
+                lambda: _begun(file, self, run, model, tasks)
+            )
         alive = list(self.candidates)
         for number in range(self.rounds):
             held = groups[number % len(groups)]
