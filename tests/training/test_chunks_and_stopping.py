@@ -73,9 +73,9 @@ def test_chunks_and_recomputed_blocks_change_no_gradient(budget, recompute):
 
 
 def test_what_is_drawn_for_a_task_depends_on_no_other():
-    every, one = choices(), choices(names=("b",))
+    three_tasks, one_task = choices(), choices(names=("b",))
     drawn = []
-    for tasks, slot in ((every, 1), (one, 0)):
+    for tasks, slot in ((three_tasks, 1), (one_task, 0)):
         data = TaskData.of(tasks, tasks.objective.fit(tasks))
         picks = [(s, i) for s in range(len(tasks)) for i in range(4)]
         step = data.step(picks, "train", train=True, seed=[5])
