@@ -30,9 +30,10 @@ import transformers
 
 from foretune.decoding.datastore_folders import rows_of
 from foretune.decoding.logistic import logistic_probe
-from foretune.decoding.reference_store import Lookup, ReferenceStore
+from foretune.decoding.lookup import Lookup
+from foretune.decoding.reference_store import ReferenceStore
 from foretune.decoding.references import References
-from foretune.decoding.store_controls import calibrated, laws, train_lora
+from foretune.decoding.store_controls import calibrated, states_and_log_probs, train_lora
 from foretune.decoding.store_table import evaluate_store
 from foretune.models.loading import load_model
 from foretune.training.record import environment
@@ -144,7 +145,7 @@ def labels(seed: int) -> dict[str, Any]:
     def accuracy(law: torch.Tensor) -> float:
         return float((law.argmax(-1) == right).float().mean())
 
-    states, alone = laws(model, test, LABELS)
+    states, alone = states_and_log_probs(model, test, LABELS)
     own = alone.exp()
     began = time.process_time()
     store = ReferenceStore.of_references(model, known)
@@ -182,10 +183,14 @@ def labels(seed: int) -> dict[str, Any]:
         "seed": seed,
         "methods": {
             "zero-shot": accuracy(alone),
-            "calibrated": accuracy(calibrated(alone, laws(model, known, LABELS)[1])),
-            f"{SHOTS} in the prompt": accuracy(laws(model, with_shots(test, known), LABELS)[1]),
+            "calibrated": accuracy(
+                calibrated(alone, states_and_log_probs(model, known, LABELS)[1])
+            ),
+            f"{SHOTS} in the prompt": accuracy(
+                states_and_log_probs(model, with_shots(test, known), LABELS)[1]
+            ),
             "logistic probe": sizes[-1]["probe"],
-            "LoRA": accuracy(laws(lora, test, LABELS)[1]),
+            "LoRA": accuracy(states_and_log_probs(lora, test, LABELS)[1]),
             "RTD": rtd(store),
             "RTD, 4 heads": rtd(store, heads=4),
             "RTD, tuned": rtd(store, **tuned),

@@ -50,24 +50,24 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     return model
 
 
-def given(*more: str) -> list[str]:
+def arguments(*more: str) -> list[str]:
     return ["base", "--tasks", "images.npz", "--objective", "denoising", "--out", "out", *more]
 
 
-def test_one_sparse_file_a_task_comes_out(base: nn.Module) -> None:
+def test_one_sparse_file_per_task_comes_out(base: nn.Module) -> None:
     pytest.importorskip("diffusers")
-    result = call(*given("--json", *SARA))
+    result = call(*arguments("--json", *SARA))
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert told["metric"] == "negative denoising loss" and set(told["scores"]) == {"a", "b"}
+    summary = json.loads(result.stdout)
+    assert summary["metric"] == "negative denoising loss" and set(summary["scores"]) == {"a", "b"}
     for name in "ab":
         assert [path.name for path in Path("out", name).iterdir()] == ["sparse_delta.safetensors"]
         loaded = load_sparse(load_base("base")[0], Path("out", name))
         pairs = zip(loaded.parameters(), base.parameters(), strict=True)
         moved = sum(int((p != q).sum()) for p, q in pairs)
-        assert 0 < moved <= told["cost"]["trainable_parameters"] == round(0.2 * 77)
-    assert "out is not empty" in the_error(*given(*SARA))
-    assert call(*given("--overwrite", *SARA)).exit_code == 0
+        assert 0 < moved <= summary["cost"]["trainable_parameters"] == round(0.2 * 77)
+    assert "out is not empty" in the_error(*arguments(*SARA))
+    assert call(*arguments("--overwrite", *SARA)).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_bad_settings_are_one_line_and_leave_nothing(
     pytest.importorskip("diffusers")
     import re
 
-    assert re.search(message, the_error(*given("method=sara", *settings)))
+    assert re.search(message, the_error(*arguments("method=sara", *settings)))
     assert not list(Path().glob("out/**/*.safetensors"))
 
 

@@ -142,7 +142,7 @@ def test_generate_reads_the_store_and_names_what_stands_behind_each_token(place)
         (["build", "{}/model", "--rows", "{}/texts.jsonl", "--out", "{}/of-texts"], "is not empty"),
         (
             ["build", "{}/model", "--rows", "{}/texts.jsonl", "--out", "{}/model", "--overwrite"],
-            "holds no store",
+            "is not a store",
         ),
         (
             ["build", "{}/model", "--rows", "{}/rows.jsonl", "--split", "dev", "--out", "{}/x"],
@@ -150,16 +150,16 @@ def test_generate_reads_the_store_and_names_what_stands_behind_each_token(place)
         ),
         (
             ["build", "{}/model", "--rows", "{}/texts.jsonl", "--heads", "5", "--out", "{}/x"],
-            "heads must divide the width of a state, 32; got 5",
+            "heads must divide the width of a state, 32, got 5",
         ),
         (["build", "{}/model"], "Missing option '--rows'"),
         (["tune", "{}/model"], "is no store: it has no store.safetensors"),
-        (["eval", "{}/of-texts", "--rows", "{}/rows.jsonl"], "the store was made of text"),
+        (["eval", "{}/of-texts", "--rows", "{}/rows.jsonl"], "the store was built from text"),
         (["eval", "{}/of-texts", "mixx=1", "--rows", "{}/rows.jsonl"], 'Did you mean "mix"'),
         (["eval", "{}/of-texts", "mix=2", "--rows", "{}/rows.jsonl"], "mix is a share"),
         (
             ["eval", "{}/of-texts", "--rows", "{}/texts.jsonl", "--model", "{}/other"],
-            "made with another base",
+            "built with another base",
         ),
         (["bild"], "No such command 'bild'"),
     ],

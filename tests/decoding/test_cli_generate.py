@@ -158,7 +158,7 @@ class TestGenerate:
         [
             (("nowhere/at/all", "a dog"), "no folder nowhere/at/all"),
             (("bert", "a dog", *EFT), "bert lacks weights that BertLMHeadModel needs"),
-            (("large", "a dog", "--method", "lora"), "lora is no method to generate with"),
+            (("large", "a dog", "--method", "lora"), "lora is not a decode method"),
             (("large", "a dog", "--method", "eff"), 'no method "eff"'),
             (("large", "a dog", "beta=1"), "'beta=1' needs a --method"),
             (("large", "a dog", "betta=1", *EFT), 'eft has no field "betta"'),
@@ -166,7 +166,10 @@ class TestGenerate:
             (("large", "a", "dog", *EFT), "expected KEY=VALUE, got 'dog'"),
             (("large", "a dog", "--method", "eft"), "eft needs --tuned FOLDER"),
             (("large", "a dog", "--method", "eft", "--tuned", "tuned"), "untuned is missing"),
-            (("large", "a dog", "--tuned", "tuned"), "--tuned is of no use here: no --method"),
+            (
+                ("large", "a dog", "--tuned", "tuned"),
+                "--tuned does not apply: there is no --method",
+            ),
             (("large", "a dog", *EFT, "--store", "s"), "eft takes --tuned, --untuned"),
             (("large", "--prompts", "nowhere.txt"), "no file nowhere.txt with prompts"),
             (("large", "--prompts", "p.txt", *EFT, "--tuned-prompts", "one.txt"), "but 1 tuned_pr"),
@@ -175,11 +178,14 @@ class TestGenerate:
             (("large", "a dog", "--beta-sweep", "1"), "--beta-sweep needs --method eft"),
             (("large", "a dog", *EFT, "--beta-sweep", "1;2"), "takes numbers such as 0.5,1,2"),
             (("large", "a dog", "--method", "eft", "--beta-sweep", "1"), "needs --tuned"),
-            (("large", "a dog", "--out", "x.svg"), "--out goes with --beta-sweep"),
-            (("large", "a dog", "--oracle", "oracle"), "--oracle goes with --beta-sweep"),
-            (("large", "a dog", *EFT, "--beta-sweep", "1", "--out", "x"), "ends in .svg, got x"),
+            (("large", "a dog", "--out", "x.svg"), "--out needs --beta-sweep"),
+            (("large", "a dog", "--oracle", "oracle"), "--oracle needs --beta-sweep"),
+            (
+                ("large", "a dog", *EFT, "--beta-sweep", "1", "--out", "x"),
+                "must be an .svg file, got x",
+            ),
             (("large",), "no prompt in standard input"),
-            (("large", " ".join(["cat"] * 70)), "more than the model's 64 positions"),
+            (("large", " ".join(["cat"] * 70)), "exceed the model's 64 positions"),
         ],
     )
     def test_mistakes_are_one_line(self, args: tuple[str, ...], message: str) -> None:

@@ -1,4 +1,4 @@
-"""EFT: the oracles of its law, and that all of `generate` keeps to it."""
+"""EFT: oracles of its distribution, and that all of `generate` follows it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import foretune
 import tiny_models
 from foretune import EFT, UserError
-from foretune.decoding.eft import before_cap, in_nucleus
+from foretune.decoding.token_distributions import before_cap, in_nucleus
 
 WIDE: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "initializer_range": 0.3}
 SHARP: dict[str, Any] = {"initializer_range": 0.4}
@@ -61,14 +61,16 @@ def small(seed: int) -> Any:
     return tiny_models.llama(seed=seed, num_hidden_layers=1, **SHARP)
 
 
-def law(model: Any, ids: Tensor = IDS, **inputs: Any) -> Tensor:
+def log_probs(model: Any, ids: Tensor = IDS, **inputs: Any) -> Tensor:
     with torch.no_grad():
         return torch.log_softmax(model(input_ids=ids, **inputs).logits.float(), -1)
 
 
-def steered_law(method: EFT, model: Any, tuned: Any, untuned: Any = None, **more: Any) -> Tensor:
+def steered_log_probs(
+    method: EFT, model: Any, tuned: Any, untuned: Any = None, **more: Any
+) -> Tensor:
     with method.steer(model, tuned=tuned, untuned=untuned, **more):
-        return law(model)
+        return log_probs(model)
 
 
 def random_logits(*shape: int, seed: int = 0) -> Tensor:
@@ -79,30 +81,30 @@ def equal(a: Tensor, b: Tensor, within: float = 2e-6) -> bool:
     return bool(((a.exp() - b.exp()).abs() < within).all())
 
 
-# --- the law ------------------------------------------------------------------------------------
+# --- the distribution ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_untuned_small_model_steered_is_the_tuned_one(family: str) -> None:
     _, tuned, untuned = trio(family)
-    assert equal(steered_law(EFT(), copy.deepcopy(untuned), tuned, untuned), law(tuned))
+    assert equal(steered_log_probs(EFT(), copy.deepcopy(untuned), tuned, untuned), log_probs(tuned))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beta_zero_is_the_model_alone(family: str) -> None:
     large, tuned, untuned = trio(family)
-    assert equal(steered_law(EFT(beta=0), large, tuned, untuned), law(large))
+    assert equal(steered_log_probs(EFT(beta=0), large, tuned, untuned), log_probs(large))
 
 
 @pytest.mark.parametrize("beta", [-1, 0.5, 3])
 def test_equal_side_models_change_nothing(beta: float) -> None:
     large, tuned, _ = trio("llama")
-    alike = steered_law(EFT(beta=beta), large, tuned, copy.deepcopy(tuned))
-    assert equal(alike, law(large))
+    alike = steered_log_probs(EFT(beta=beta), large, tuned, copy.deepcopy(tuned))
+    assert equal(alike, log_probs(large))
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 1.7])
-def test_logits_and_log_probabilities_give_one_law(beta: float) -> None:
+def test_logits_and_log_probabilities_give_one_distribution(beta: float) -> None:
     base, high, low = (random_logits(4, 24, seed=s) for s in range(3))
     by_logits = torch.log_softmax(base + beta * (high - low), -1)
     assert equal(EFT(beta=beta).combine(base, [high], [low]), by_logits)
@@ -138,7 +140,7 @@ def test_each_tuned_model_goes_with_its_own_untuned_one() -> None:
     assert equal(got, torch.log_softmax(base + (one - low) - 0.5 * (two - lower), -1))
 
 
-def test_the_law_is_the_best_trade_of_reward_and_distance() -> None:
+def test_the_distribution_is_the_best_trade_of_reward_and_distance() -> None:
     base, high, low = (random_logits(24, seed=s).double() for s in range(3))
     beta = 0.7
     log_ref = torch.log_softmax(base, -1)
@@ -220,15 +222,15 @@ def test_ids_that_mean_other_tokens_are_left_alone() -> None:
 
 def test_uncapped_difference_is_that_of_the_model_without_cap() -> None:
     capped, free = gemma2(5.0, seed=2), gemma2(None, seed=2)
-    assert not equal(law(capped), law(free), 1e-2)
+    assert not equal(log_probs(capped), log_probs(free), 1e-2)
     with torch.no_grad():
         raw, squeezed = free(IDS).logits, capped(IDS).logits
     assert torch.allclose(before_cap(squeezed, 5.0), raw, atol=1e-3)
     assert torch.equal(before_cap(raw, None), raw)
     large, low = tiny_models.llama(seed=1, **WIDE), small(3)
-    lifted = steered_law(EFT(uncap=True), large, capped, low)
-    assert equal(lifted, steered_law(EFT(), large, free, low), 1e-4)
-    assert not equal(lifted, steered_law(EFT(), large, capped, low), 1e-3)
+    lifted = steered_log_probs(EFT(uncap=True), large, capped, low)
+    assert equal(lifted, steered_log_probs(EFT(), large, free, low), 1e-4)
+    assert not equal(lifted, steered_log_probs(EFT(), large, capped, low), 1e-3)
 
 
 def test_logits_at_the_cap_come_back_finite() -> None:
@@ -306,21 +308,21 @@ def test_a_drafter_that_is_nearly_right_saves_calls_of_the_large_model() -> None
     assert beside.forwards <= 4
 
 
-def test_sampled_drafts_keep_the_law() -> None:
+def test_sampled_drafts_keep_the_distribution() -> None:
     large, tuned, untuned = small(1), small(2), small(3)
     draws = 160
     with EFT().steer(large, tuned=tuned, untuned=untuned):
-        first = law(large, IDS[:1])[0, -1].exp()
+        first = log_probs(large, IDS[:1])[0, -1].exp()
         followed = torch.cat([IDS[:1].expand(24, -1), torch.arange(24)[:, None]], 1)
-        second = first @ law(large, followed)[:, -1].exp()
+        second = first @ log_probs(large, followed)[:, -1].exp()
         torch.manual_seed(0)
         options = {**FREE, "max_new_tokens": 2, "do_sample": True, "top_k": 0}
         drafted = torch.cat(
             [large.generate(IDS[:1], assistant_model=tuned, **options) for _ in range(draws)]
         )
         exact = large.generate(IDS[:1].expand(draws, -1), **options)
-    alone = law(tuned, IDS[:1])[0, -1].exp()
-    assert total_variation(alone, first) > 0.2  # the drafter's own law is far away
+    alone = log_probs(tuned, IDS[:1])[0, -1].exp()
+    assert total_variation(alone, first) > 0.2  # the drafter's own distribution is far away
     for place, want in ((6, first), (7, second)):
         by_draft, by_draw = (
             torch.bincount(ids[:, place], minlength=24) / draws for ids in (drafted, exact)
@@ -353,12 +355,12 @@ def test_adapter_on_and_off_are_a_pair_in_one_set_of_weights() -> None:
     large, untuned = tiny_models.llama(seed=1, **WIDE), small(3)
     tuned = with_lora(copy.deepcopy(untuned))
     wanted = [p.requires_grad for p in tuned.parameters()]
-    pair = steered_law(EFT(beta=0.7), large, tuned)
-    assert equal(pair, steered_law(EFT(beta=0.7), large, tuned, untuned))
-    assert not equal(pair, law(large), 1e-2)
+    pair = steered_log_probs(EFT(beta=0.7), large, tuned)
+    assert equal(pair, steered_log_probs(EFT(beta=0.7), large, tuned, untuned))
+    assert not equal(pair, log_probs(large), 1e-2)
     assert [p.requires_grad for p in tuned.parameters()] == wanted
     inside = tuned.get_base_model()  # peft has put the adapter into it
-    assert equal(steered_law(EFT(beta=0.7), large, tuned, inside), pair)
+    assert equal(steered_log_probs(EFT(beta=0.7), large, tuned, inside), pair)
     with EFT(beta=0.7).steer(large, tuned=tuned):
         cached = large.generate(IDS, do_sample=False, **FREE)
         assert torch.equal(cached, large.generate(IDS, do_sample=False, use_cache=False, **FREE))
@@ -371,8 +373,8 @@ def test_adapter_on_and_off_are_a_pair_in_one_set_of_weights() -> None:
 def test_steering_an_adapted_model_by_itself_scales_its_adapter() -> None:
     base = small(3)
     tuned = with_lora(copy.deepcopy(base))
-    on, off = law(tuned), law(base)
-    got = steered_law(EFT(beta=0.5), tuned, tuned)
+    on, off = log_probs(tuned), log_probs(base)
+    got = steered_log_probs(EFT(beta=0.5), tuned, tuned)
     assert equal(got, torch.log_softmax(on + 0.5 * (on - off), -1))
     with EFT(beta=0.5).steer(tuned, tuned=tuned):
         cached = tuned.generate(input_ids=IDS, do_sample=False, **FREE)
@@ -382,7 +384,7 @@ def test_steering_an_adapted_model_by_itself_scales_its_adapter() -> None:
 
 def test_the_model_itself_may_be_a_side_model() -> None:
     large, tuned, _ = trio("llama")
-    assert equal(steered_law(EFT(), large, tuned, large), law(tuned))
+    assert equal(steered_log_probs(EFT(), large, tuned, large), log_probs(tuned))
     with EFT(beta=0.5).steer(large, tuned=large, untuned=tuned) as beside:
         cached = large.generate(IDS, do_sample=False, **FREE)
         assert (beside.forwards, beside.side_forwards) == (10, 20)
@@ -430,13 +432,13 @@ def test_prompts_of_their_own_need_to_be_read_whole() -> None:
     method = EFT()
     with (
         method.steer(large, tuned=tuned, untuned=untuned, prompts=own, prompt_length=6),
-        pytest.raises(UserError, match="whole prompt in one forward"),
+        pytest.raises(UserError, match="full prompt in one forward call"),
     ):
         large(IDS)  # logits at all positions, of which the tuned model has two
     with pytest.raises(UserError, match="prompts of the side models need prompt_length"):
-        steered_law(method, large, tuned, untuned, prompts=own)
-    with pytest.raises(UserError, match="prompts are of tuned and untuned models, got tunned"):
-        steered_law(method, large, tuned, untuned, prompts={"tunned": own["tuned"]})
+        steered_log_probs(method, large, tuned, untuned, prompts=own)
+    with pytest.raises(UserError, match="prompts takes tuned and untuned, got tunned"):
+        steered_log_probs(method, large, tuned, untuned, prompts={"tunned": own["tuned"]})
 
 
 # --- warnings and mistakes ----------------------------------------------------------------------
@@ -463,8 +465,8 @@ def test_a_token_that_the_untuned_model_never_learned_is_warned_of_once() -> Non
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        steered_law(EFT(delta_clip=10), large, sure, biased)
-        steered_law(EFT(), large, tuned, untuned)
+        steered_log_probs(EFT(delta_clip=10), large, sure, biased)
+        steered_log_probs(EFT(), large, tuned, untuned)
 
 
 def test_ids_that_a_side_model_cannot_read_are_replaced_and_warned_of() -> None:
@@ -472,7 +474,7 @@ def test_ids_that_a_side_model_cannot_read_are_replaced_and_warned_of() -> None:
     narrow = tiny_models.llama(seed=3, vocab_size=20, num_hidden_layers=1, **SHARP)
     ids = torch.tensor([[5, 21, 6, 7]])
     with EFT().steer(large, tuned=tuned, untuned=narrow), pytest.warns(UserWarning) as caught:
-        got = law(large, ids)
+        got = log_probs(large, ids)
     assert "20 tokens and cannot read token 21" in str(caught[0].message)
     read = torch.tensor([[5, 2, 6, 7]])  # 2 is its end-of-text
     with torch.no_grad():
@@ -503,11 +505,11 @@ def test_bad_fields_are_refused_by_name(fields: dict[str, Any], message: str) ->
 def test_numbers_of_models_that_do_not_fit_are_refused() -> None:
     large, tuned, untuned = trio("llama")
     with pytest.raises(UserError, match="2 weights for 1 tuned models"):
-        steered_law(EFT(weights=(1, 2)), large, tuned, untuned)
+        steered_log_probs(EFT(weights=(1, 2)), large, tuned, untuned)
     with pytest.raises(UserError, match="1 tuned models but 2 untuned"):
-        steered_law(EFT(), large, tuned, [untuned, untuned])
+        steered_log_probs(EFT(), large, tuned, [untuned, untuned])
     with pytest.raises(UserError, match="untuned is missing"):
-        steered_law(EFT(), large, tuned)
+        steered_log_probs(EFT(), large, tuned)
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5", "module"])
@@ -515,7 +517,7 @@ def test_models_that_are_no_decoders_are_refused(kind: str) -> None:
     large, tuned, untuned = trio("llama")
     odd = {"bert": tiny_models.bert, "t5": tiny_models.t5, "module": tiny_models.plain}[kind]()
     with pytest.raises(UserError, match="model is needed, got"):
-        steered_law(EFT(), large, odd, untuned)
+        steered_log_probs(EFT(), large, odd, untuned)
     with pytest.raises(UserError, match="model is needed, got"):
         foretune.decode(
             odd, "the cat", EFT(), tokenizer=tiny_models.tokenizer(), tuned=tuned, untuned=untuned
@@ -583,9 +585,11 @@ def test_several_folders_with_weights(folders: Any) -> None:
     large, tuned, untuned = trio("llama")
     adapted = with_lora(copy.deepcopy(untuned))
     with method.steer(large, **parts):
-        got = law(large)
-    delta = 0.7 * (law(tuned) - law(untuned)) + 0.3 * (law(adapted) - law(untuned))
-    assert equal(got, torch.log_softmax(law(large) + delta, -1))
+        got = log_probs(large)
+    delta = 0.7 * (log_probs(tuned) - log_probs(untuned)) + 0.3 * (
+        log_probs(adapted) - log_probs(untuned)
+    )
+    assert equal(got, torch.log_softmax(log_probs(large) + delta, -1))
 
 
 def test_prompts_of_their_own_follow_the_batches(folders: Any) -> None:
@@ -628,7 +632,7 @@ def test_other_tokenizers_and_other_bases_are_refused(folders: Any, tmp_path: An
 def test_speculative_lets_the_first_tuned_model_draft(
     folders: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from foretune.models import generation
+    from foretune.decoding import generation
 
     seen: list[Any] = []
     plain = generation.generate_texts
@@ -683,5 +687,5 @@ def test_an_adapter_of_another_base_is_refused(folders: Any, tmp_path: Any) -> N
     with pytest.raises(UserError, match="names no base_model_name_or_path"):
         foretune.decode(*call, tuned=adapter, **GREEDY)
     (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no adapter_model.safetensors; no other format"):
+    with pytest.raises(UserError, match=r"no adapter_model.safetensors; other formats"):
         foretune.decode(*call, tuned=adapter, **GREEDY)

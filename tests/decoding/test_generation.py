@@ -94,8 +94,8 @@ def test_a_tokenizer_without_pad_token_will_do(model: Any) -> None:
     ("prompt", "options", "message"),
     [
         ("the cat", {"temprature": 1.0}, 'no option "temprature". Did you mean "temperature"?'),
-        ("the cat", {"max_new_tokens": 100}, "more than the model's 64 positions"),
-        (" ".join(["cat"] * 70), {}, "a prompt of 71 tokens and 50 new ones"),
+        ("the cat", {"max_new_tokens": 100}, "exceed the model's 64 positions"),
+        (" ".join(["cat"] * 70), {}, "a prompt of 71 tokens and 50 new tokens"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -126,11 +126,11 @@ def test_prompts_come_from_text_jsonl_and_standard_input(
         (
             "p.jsonl",
             b'{"prompt": "a"}\n{"text": "b"}\n',
-            'line 2: a row needs a text under "prompt"',
+            'line 2: a row needs text under "prompt"',
         ),
-        ("p.jsonl", b"{prompt}\n", "line 1: no JSON"),
+        ("p.jsonl", b"{prompt}\n", "line 1: not JSON"),
         ("p.txt", b"\n\n", "no prompt in"),
-        ("p.txt", b"\xff\xfe", "no UTF-8 text"),
+        ("p.txt", b"\xff\xfe", "is not UTF-8 text"),
         (None, b"", "no file .* with prompts"),
     ],
 )

@@ -10,7 +10,8 @@ import torch
 
 import tiny_models
 from foretune.adapters.fingerprint import base_and_adapter, fingerprint
-from foretune.decoding.reference_store import Lookup, ReferenceStore
+from foretune.decoding.lookup import Lookup
+from foretune.decoding.reference_store import ReferenceStore
 from foretune.errors import UserError
 
 WORDS = [w for w in tiny_models.WORDS if len(w) > 1]
@@ -87,7 +88,9 @@ def test_at_no_temperature_the_nearest_decides():
 @pytest.mark.parametrize("heads", [1, 2])
 def test_order_of_the_entries_does_not_matter(heads):
     store, order = made(), torch.randperm(60, generator=torch.Generator().manual_seed(1))
-    turned = ReferenceStore(store.keys[order], store.values[order], store.own, store.sources)
+    turned = ReferenceStore(
+        store.keys[order], store.values[order], store.model_log_probs, store.sources
+    )
     lookup = {"neighbours": 7, "temperature": 3.0, "heads": heads}
     torch.testing.assert_close(
         asked(turned, queries(), **lookup), asked(store, queries(), **lookup)
@@ -194,7 +197,7 @@ def test_tuning_trusts_a_store_that_knows_and_not_one_that_does_not():
     assert knows.tune()["mix"] >= 0.9
     assert knows.tuned["log_likelihood"] > knows.tuned["model_alone"] + 1
     noise = made()
-    noise.own = torch.full((60,), 0.9).log()
+    noise.model_log_probs = torch.full((60,), 0.9).log()
     assert noise.tune()["mix"] == 0.0
     assert noise.tuned["log_likelihood"] == noise.tuned["model_alone"]
 
@@ -250,7 +253,7 @@ def test_states_are_those_that_the_output_layer_reads(family):
     assert store.values[mine].tolist() == ids[1:]
     log_p = torch.log_softmax(out.logits[0, :-1], -1)
     wanted = log_p.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    torch.testing.assert_close(store.own[mine], wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(store.model_log_probs[mine], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_building_leaves_the_model_as_it_was():
@@ -312,7 +315,7 @@ def test_keys_in_half_precision(key_type):
 
 
 def _tensors(store):
-    return [store.keys, store.values, store.own, store.sources]
+    return [store.keys, store.values, store.model_log_probs, store.sources]
 
 
 def built(model=None, **options):
@@ -353,7 +356,7 @@ def test_a_folder_in_use_is_not_written_over(tmp_path):
     store.save(tmp_path / "s", overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match=r"holds no store \(letter.txt"):
+    with pytest.raises(UserError, match=r"is not a store \(letter.txt"):
         store.save(tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
 
@@ -361,7 +364,7 @@ def test_a_folder_in_use_is_not_written_over(tmp_path):
 def test_a_store_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     store = built()
     store.rows = [{"x": float("nan")}, *store.rows]
-    monkeypatch.setattr(ReferenceStore, "_about", lambda self: 1 / 0)
+    monkeypatch.setattr(ReferenceStore, "_metadata", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         store.save(tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
@@ -382,14 +385,14 @@ def test_a_damaged_store_is_one_line(tmp_path, name):
 def test_entries_beyond_the_rows_are_refused(tmp_path):
     built().save(tmp_path / "s")
     (tmp_path / "s" / "rows.jsonl").write_text(json.dumps(LABELLED[0]) + "\n")
-    with pytest.raises(UserError, match="name row"):
+    with pytest.raises(UserError, match="an entry names row 23, counted from 0, of 1"):
         ReferenceStore.load(tmp_path / "s")
 
 
 def test_another_base_is_refused():
     store = built()
     store.check_model(tiny_models.llama())
-    with pytest.raises(UserError, match="made with another base"):
+    with pytest.raises(UserError, match="built with another base"):
         store.check_model(tiny_models.llama(seed=1))
 
 
@@ -406,9 +409,9 @@ def test_an_adapter_counts_unless_it_is_off_and_its_name_does_not():
     model = adapted()
     store = built(model)
     store.check_model(adapted(name="mine"))
-    with pytest.raises(UserError, match=r"made with an adapter .* this model has no adapter"):
+    with pytest.raises(UserError, match=r"built with an adapter .* this model has no adapter"):
         store.check_model(tiny_models.llama())
-    with pytest.raises(UserError, match=r"made with an adapter .* this model has an adapter"):
+    with pytest.raises(UserError, match=r"built with an adapter .* this model has an adapter"):
         store.check_model(adapted(seed=1))
     with model.disable_adapter():
         built().check_model(model)
@@ -416,7 +419,7 @@ def test_an_adapter_counts_unless_it_is_off_and_its_name_does_not():
             "base": fingerprint(tiny_models.llama()),
             "adapter": None,
         }
-    with pytest.raises(UserError, match="made with no adapter"):
+    with pytest.raises(UserError, match="built with no adapter"):
         built().check_model(model)
 
 
@@ -439,13 +442,13 @@ def test_a_bad_lookup_is_refused_by_name(fields, message):
 
 
 def test_bad_stores_are_refused():
-    with pytest.raises(UserError, match="heads must divide the width of a state, 16; got 3"):
+    with pytest.raises(UserError, match="heads must divide the width of a state, 16, got 3"):
         built(heads=3)
-    with pytest.raises(UserError, match="keys \\(N, d\\) and values"):
+    with pytest.raises(UserError, match="keys \\(N, d\\) and three"):
         ReferenceStore(torch.ones(3, 2), torch.ones(2), torch.ones(3), torch.ones(3))
     with pytest.raises(UserError, match="key_type must be one of float32"):
         built(key_type="int8")
-    with pytest.raises(UserError, match="states have 3 numbers, those of the store 8"):
+    with pytest.raises(UserError, match="the store's width 8, got 3"):
         made().search(torch.ones(1, 3), Lookup())
     with pytest.raises(UserError, match="comes without a tokenizer"):
         ReferenceStore.build(tiny_models.llama(), LABELLED, tokenizer=None)

@@ -35,7 +35,7 @@ def test_test_rows_take_the_labels_of_the_store():
     with pytest.raises(UserError, match=r'row 2 has the label "green".*it has blue, red'):
         read(ROW, {"prompt": "a", "label": "green"}, like=store)
     with pytest.raises(
-        UserError, match=r"rows hold text, the store was made of prompt .or text. and label"
+        UserError, match=r"rows hold text, but the store was built from prompt .or text. and label"
     ):
         read({"text": "the cat"}, like=store)
 
@@ -50,7 +50,7 @@ def test_test_rows_take_the_labels_of_the_store():
         ([{"prompt": " ", "label": "red"}], "row 1: prompt must be text, got ' '"),
         ([{"prompt": 3, "label": "red"}], "row 1: prompt must be text, got 3"),
         ([{"text": ["the"]}], "row 1: text must be text"),
-        ([{"prompt": "a", "label": True}], "label must be text or a whole number, got True"),
+        ([{"prompt": "a", "label": True}], "label must be text or an integer, got True"),
         ([{"prompt": "a", "label": " "}], "label must be text"),
         ([{"prompt": "a", "completion": ""}], "completion must be text"),
         ([{"text": "the"}], "a text needs two tokens or more"),
@@ -69,7 +69,7 @@ def test_bad_rows_are_named(rows, message):
 
 
 def test_a_prompt_that_is_too_long_is_named():
-    with pytest.raises(UserError, match="row 1 has 5 tokens, the model reads 4"):
+    with pytest.raises(UserError, match="row 1 has 5 tokens, but the model reads at most 4"):
         read({"prompt": "a b c d e", "label": "red"}, max_tokens=4)
 
 

@@ -8,7 +8,8 @@ import torch
 import foretune
 import tiny_models
 from foretune.decoding.generation import encode
-from foretune.decoding.reference_store import Lookup, ReferenceStore
+from foretune.decoding.lookup import Lookup
+from foretune.decoding.reference_store import ReferenceStore
 from foretune.decoding.rtd import RTD
 from foretune.errors import UserError
 
@@ -92,7 +93,7 @@ def test_a_soft_cap_on_the_logits_is_kept():
     capped = torch.softmax(model(**batch).logits, -1)
     with RTD(mix=0.25).steer(model, store=store):
         made = model(**batch).logits.exp()
-    # A quarter is the store's; the rest is the capped law, not that of the bare output layer.
+    # A quarter is the store's, the rest the capped distribution, not the bare output layer's.
     assert ((made - 0.75 * capped) >= -1e-6).all()
     assert model(**batch).logits.abs().max() <= 0.5
 
@@ -253,7 +254,7 @@ def test_neighbours_can_be_left_out_and_the_same_seed_gives_the_same_text():
 def test_another_model_or_no_store_is_refused():
     model = tiny_models.llama()
     with (
-        pytest.raises(UserError, match="made with another base"),
+        pytest.raises(UserError, match="built with another base"),
         RTD().steer(tiny_models.llama(seed=1), store=store_of(model)),
     ):
         pass
@@ -268,7 +269,7 @@ def test_another_model_or_no_store_is_refused():
 def test_labels_and_tuples_are_refused():
     model, batch = tiny_models.llama(), ids()
     with RTD(mix=0.5).steer(model, store=store_of(model)):
-        with pytest.raises(UserError, match="call the model without labels"):
+        with pytest.raises(UserError, match="call it without labels"):
             model(**batch, labels=batch["input_ids"])
         with pytest.raises(UserError, match="leave out return_dict=False"):
             model(**batch, return_dict=False)
@@ -306,7 +307,7 @@ def test_bad_fields_are_refused_by_name(fields, message):
 def test_heads_that_do_not_divide_the_states_are_refused():
     model = tiny_models.llama()
     with (
-        pytest.raises(UserError, match="heads must divide the width of a state, 16; got 5"),
+        pytest.raises(UserError, match="heads must divide the width of a state, 16, got 5"),
         RTD(heads=5).steer(model, store=store_of(model)),
     ):
         pass

@@ -8,9 +8,15 @@ import pytest
 import torch
 
 import tiny_models
-from foretune.decoding.reference_store import Lookup, ReferenceStore
+from foretune.decoding.lookup import Lookup
+from foretune.decoding.reference_store import ReferenceStore
 from foretune.decoding.references import read_references
-from foretune.decoding.store_controls import calibrated, laws, train_lora
+from foretune.decoding.store_controls import (
+    ReferenceLM,
+    calibrated,
+    states_and_log_probs,
+    train_lora,
+)
 from foretune.decoding.store_table import evaluate_store
 from foretune.errors import UserError
 
@@ -74,8 +80,8 @@ def test_a_store_with_nothing_mixed_in_is_the_model_alone():
 
 def test_calibration_takes_away_what_the_model_prefers():
     seen = torch.tensor([[0.9, 0.1], [0.7, 0.3]]).log()
-    law = calibrated(torch.tensor([[0.8, 0.2]]).log(), seen)
-    torch.testing.assert_close(law.exp(), torch.tensor([[0.5, 0.5]]))
+    log_p = calibrated(torch.tensor([[0.8, 0.2]]).log(), seen)
+    torch.testing.assert_close(log_p.exp(), torch.tensor([[0.5, 0.5]]))
 
 
 def test_lora_learns_the_rows_and_leaves_the_model_alone():
@@ -86,7 +92,57 @@ def test_lora_learns_the_rows_and_leaves_the_model_alone():
     adapted = train_lora(model, known, steps=20, seed=0, rates=(2e-2,))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert laws(adapted, known, None)[1].mean() > laws(model, known, None)[1].mean() + 0.5
+    assert (
+        states_and_log_probs(adapted, known, None)[1].mean()
+        > states_and_log_probs(model, known, None)[1].mean() + 0.5
+    )
+
+
+def test_lora_has_the_rank_and_modules_it_states_and_follows_the_seed():
+    model = tiny_models.gpt2()
+    references = read_references(TEXTS, tokenizer())
+    steps = []
+    adapted, again, other = (
+        train_lora(model, references, steps=2, seed=seed, progress=lambda *step: steps.append(step))
+        for seed in (0, 0, 1)
+    )
+    config = adapted.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 16, 0.0)
+    adapters = {k: v for k, v in adapted.state_dict().items() if "lora_" in k}
+    assert len(adapters) == 2 * 4 * 4 and not any("lm_head" in name for name in adapters)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in adapters.items())
+    assert not all(torch.equal(v, other.state_dict()[k]) for k, v in adapters.items())
+    assert [step[:2] for step in steps] == [(1, 2), (2, 2)] * 9  # three runs for each seed
+    assert all(p.requires_grad for p in model.parameters()) and not adapted.training
+
+
+COMPLETIONS = [{"prompt": f"the {w}", "completion": f"sat on {w}"} for w in WORDS]
+
+
+@pytest.mark.parametrize("rows", [ROWS, TEXTS, COMPLETIONS], ids=["label", "text", "completion"])
+def test_the_loss_of_lora_is_the_mean_over_the_values_of_each_text(rows):
+    model, references = tiny_models.llama(), read_references(rows, tokenizer())
+    objective = ReferenceLM(max_tokens=64)
+    pairs = zip(references.texts, references.values, strict=True)
+    encoded = [objective.encode({"text": t, "values": v}, "references") for t, v in pairs]
+    with torch.no_grad():
+        losses = objective.losses(model, objective.collate(encoded, [0] * len(encoded)))
+    log_p = states_and_log_probs(model, references, None)[1][:, 0].split(
+        [len(v) for v in references.values]
+    )
+    torch.testing.assert_close(losses, torch.stack([-part.mean() for part in log_p]))
+
+
+def test_a_text_that_fills_all_positions_of_the_model_is_learned():
+    objective = ReferenceLM(max_tokens=4)
+    running_text = objective.encode({"text": [5, 6, 7, 8], "values": [6, 7, 8, 9]}, "references")
+    assert running_text == {"input_ids": [5, 6, 7, 8], "num_prompt": 1}
+    labelled = objective.encode({"text": [5, 6, 7, 8], "values": [9]}, "references")
+    assert labelled == {"input_ids": [6, 7, 8, 9], "num_prompt": 3}
+    model, words = tiny_models.gpt2(), [WORDS[i % 5] for i in range(65)]
+    for row in ({"text": " ".join(words)}, {"prompt": " ".join(words[:64]), "label": "red"}):
+        references = read_references([row] * 2, tokenizer(), max_tokens=64)
+        train_lora(model, references, steps=1, seed=0)
 
 
 def test_an_adapted_model_is_not_adapted_again():
@@ -110,8 +166,8 @@ def test_what_is_in_the_prompt_fits_into_the_positions():
 def test_another_model_or_a_store_without_rows_is_refused():
     model = tiny_models.llama()
     store = ReferenceStore.build(model, TEXTS, tokenizer=tokenizer())
-    with pytest.raises(UserError, match="made with another base"):
+    with pytest.raises(UserError, match="built with another base"):
         evaluate_store(tiny_models.llama(seed=1), tokenizer(), store, TEXTS)
     store.rows = []
-    with pytest.raises(UserError, match="no rows beside it"):
+    with pytest.raises(UserError, match="the store has no rows"):
         evaluate_store(model, tokenizer(), store, TEXTS)

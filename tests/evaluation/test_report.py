@@ -30,7 +30,7 @@ def comparison(
     spectrum=True,
     task=lambda index: f"task {index}",
 ):
-    """A made-up comparison in which each base is a little above the one before."""
+    """A synthetic comparison in which each base is slightly above the previous one."""
     rng = np.random.default_rng(0)
     offset = 0 if metric == "accuracy" else -3
     records = [
@@ -98,25 +98,25 @@ def comparison(
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and keeps the tags and the text."""
+    """A parser that checks the nesting of tags and records tags and text."""
 
     def __init__(self, html):
         super().__init__()
-        self.open, self.tags, self.texts = [], [], []
+        self.open_tags, self.tags, self.texts = [], [], []
         self.feed(html)
         self.close()
-        assert not self.open
+        assert not self.open_tags
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
-            self.open.append(tag)
+            self.open_tags.append(tag)
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert self.open_tags.pop() == tag
 
     def handle_data(self, data):
         self.texts.append(data)
@@ -127,7 +127,7 @@ class Page(HTMLParser):
 
 
 def written(record, folder):
-    """The page as text and as parsed, after every picture was parsed as XML."""
+    """The report as (text, parsed page); checks that every figure is valid XML."""
     html = write_report(record, folder).read_text(encoding="utf-8")
     inline = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     files = sorted((folder / "figures").glob("*.svg"))
@@ -155,8 +155,8 @@ def test_page_says_the_verdict_first_and_all_sections(tmp_path):
     assert f"<h1>{record['verdict']['sentence'].split('. ')[0].rstrip('.')}" in html
     for heading in ("Before and after", "Against the controls", "Task by task", "How much must"):
         assert heading in page.text
-    for said in ("What it cost", "81.2 s", "1.23 M", "812 MB", "Load the result", "x: <y> & z"):
-        assert said in page.text
+    for phrase in ("What it cost", "81.2 s", "1.23 M", "812 MB", "Load the result", "x: <y> & z"):
+        assert phrase in page.text
     assert 'from_pretrained("bases/' in page.text
     assert {"few-shot-curves.svg", "differences-16.svg", "task-differences.svg"} <= {
         path.name for path in (tmp_path / "figures").iterdir()
@@ -184,7 +184,7 @@ def test_user_strings_are_escaped(tmp_path, num_tasks):
     assert '<script>alert("x")</script>' in page.text
 
 
-def test_only_the_best_of_a_column_is_bold(tmp_path):
+def test_only_the_best_value_of_a_column_is_bold(tmp_path):
     record = comparison(shots=(16,))
     html, _ = written(record, tmp_path)
     best = max(record["means"], key=lambda row: row["mean"])
@@ -200,7 +200,7 @@ def test_only_clear_differences_are_bold(tmp_path):
     assert table.count('<tr class="clear">') == 1
 
 
-def test_curves_stand_apart_without_colour(tmp_path):
+def test_curves_are_distinct_without_colour(tmp_path):
     record = comparison(names=tuple("abcdefg"), spectrum=False)
     write_report(record, tmp_path)
     picture = (tmp_path / "figures" / "few-shot-curves.svg").read_text(encoding="utf-8")
@@ -277,6 +277,6 @@ def test_summary_holds_means_and_differences_from_the_controls():
 
 @pytest.mark.parametrize(("low", "high"), [(-1e-9, 1e-9), (0, 1), (-3.2, 1e6), (0.9, 0.91)])
 def test_ticks_are_few_and_inside(low, high):
-    found = ticks(low, high)
-    assert 2 <= len(found) <= 7
-    assert low - 1e-9 <= found[0] and found[-1] <= high * (1 + 1e-9) + 1e-12
+    values = ticks(low, high)
+    assert 2 <= len(values) <= 7
+    assert low - 1e-9 <= values[0] and values[-1] <= high * (1 + 1e-9) + 1e-12

@@ -52,7 +52,7 @@ def judge(effects, *, bases=BASES, shots=None, metric="accuracy", **fields):
 
 
 def naive_interval(values, num_resamples, rng):
-    """The crossed bootstrap, written as the loop that it is."""
+    """The crossed bootstrap as a plain loop."""
     num_tasks, num_seeds = values.shape
     means = []
     for _ in range(num_resamples):
@@ -103,10 +103,10 @@ def test_paired_difference_ignores_what_both_share():
     rng = np.random.default_rng(0)
     hard = rng.normal(0, 10, size=(20, 1))
     a, b = hard + 0.5 + rng.normal(0, 0.1, (20, 3)), hard + rng.normal(0, 0.1, (20, 3))
-    found = paired_difference(a, b)
-    assert found.difference == pytest.approx((a - b).mean())
-    assert 0.3 < found.low < found.difference < found.high < 0.7
-    assert (found.num_tasks, found.num_seeds, found.few) == (20, 3, False)
+    paired = paired_difference(a, b)
+    assert paired.difference == pytest.approx((a - b).mean())
+    assert 0.3 < paired.low < paired.difference < paired.high < 0.7
+    assert (paired.num_tasks, paired.num_seeds, paired.few) == (20, 3, False)
 
 
 def test_p_value_equals_scipy_on_task_means():
@@ -126,26 +126,26 @@ def test_ties_leave_the_test_exact():
 def test_wins_losses_ties_are_counted_over_tasks_and_forgive_rounding():
     a = np.array([[0.1 + 0.2], [0.5], [0.2], [0.9]])
     b = np.array([[0.3], [0.4], [0.6], [0.1]])
-    found = paired_difference(a, b)
-    assert (found.wins, found.losses, found.ties) == (2, 1, 1)
+    paired = paired_difference(a, b)
+    assert (paired.wins, paired.losses, paired.ties) == (2, 1, 1)
 
 
 def test_seed_order_does_not_break_ties():
     scores = np.array([0.1, 0.7, 0.3])
     a, b = np.tile(scores, (8, 1)), np.tile(scores[::-1], (8, 1))
-    found = paired_difference(a, b)
-    assert (found.ties, found.p_value) == (8, 1.0)
+    paired = paired_difference(a, b)
+    assert (paired.ties, paired.p_value) == (8, 1.0)
 
 
 def test_equal_scores_have_p_one_and_an_empty_interval():
-    found = paired_difference(np.full((7, 2), 0.5), np.full((7, 2), 0.5))
-    assert (found.difference, found.low, found.high, found.p_value) == (0.0, 0.0, 0.0, 1.0)
+    paired = paired_difference(np.full((7, 2), 0.5), np.full((7, 2), 0.5))
+    assert (paired.difference, paired.low, paired.high, paired.p_value) == (0.0, 0.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize(("num_tasks", "few"), [(1, True), (5, True), (6, False)])
-def test_few_tasks_are_flagged_and_still_given(num_tasks, few):
-    found = paired_difference(np.ones((num_tasks, 1)), np.zeros((num_tasks, 1)))
-    assert (found.few, found.difference) == (few, 1.0)
+def test_few_tasks_are_flagged_and_still_compared(num_tasks, few):
+    paired = paired_difference(np.ones((num_tasks, 1)), np.zeros((num_tasks, 1)))
+    assert (paired.few, paired.difference) == (few, 1.0)
 
 
 def test_same_seed_same_interval():
@@ -195,14 +195,16 @@ def test_pairs_put_controls_on_the_right_whatever_the_order():
 def test_holm_runs_over_the_pairs_of_one_number_of_shots():
     pairs, _ = pairs_and_means(scores({"none": 0, "standard": 0.01, "peft-ml": 0.02}), BASES)
     for shots in (0, 16):
-        own = [pair for pair in pairs if pair["shots"] == shots]
-        assert [p["p_holm"] for p in own] == pytest.approx(holm([p["p_value"] for p in own]))
+        at_shots = [pair for pair in pairs if pair["shots"] == shots]
+        assert [p["p_holm"] for p in at_shots] == pytest.approx(
+            holm([p["p_value"] for p in at_shots])
+        )
 
 
 def test_only_shared_tasks_and_seeds_are_compared():
     records = scores({"none": 0, "standard": 0}, num_tasks=8, shots=(4,))
-    kept = [r for r in records if r["base"] == "none" or (r["task"] != "t00" and r["seed"] < 2)]
-    pairs, _ = pairs_and_means(kept, BASES)
+    shared = [r for r in records if r["base"] == "none" or (r["task"] != "t00" and r["seed"] < 2)]
+    pairs, _ = pairs_and_means(shared, BASES)
     assert (pairs[0]["num_tasks"], pairs[0]["num_seeds"]) == (7, 2)
 
 
@@ -227,73 +229,73 @@ def test_all_rows_come_after_finite_shots():
 
 
 def test_verdict_of_a_clear_win():
-    found = judge({"none": 0.0, "standard": 0.02, "peft-ml": 0.08})
-    assert (found["best"], found["shots"]) == ("peft-ml", 16)
+    judged = judge({"none": 0.0, "standard": 0.02, "peft-ml": 0.08})
+    assert (judged["best"], judged["shots"]) == ("peft-ml", 16)
     start = r"Take PEFT-ML: \+[5-7]\.\d points over Standard \(95 % interval \+\d\.\d to \+\d\.\d\)"
-    assert re.match(start, found["sentence"])
-    assert "over the model as it is (+" in found["sentence"]
-    assert found["sentence"].endswith("with 16 rows a task, 24 unseen tasks, 3 repeats.")
+    assert re.match(start, judged["sentence"])
+    assert "over the model as it is (+" in judged["sentence"]
+    assert judged["sentence"].endswith("with 16 rows per task, 24 unseen tasks, 3 repeats.")
 
 
 def test_verdict_of_a_clear_loss_keeps_the_model_and_says_by_how_much():
-    found = judge({"none": 0.0, "standard": -0.03, "peft-ml": -0.08})
-    assert found["best"] == "none"
-    assert found["sentence"].startswith("Keep the model as it is: no retraining beats it")
-    assert "Clearly behind it: Standard −" in found["sentence"]
-    assert re.search(r"PEFT-ML −[78]\.\d", found["sentence"])
+    judged = judge({"none": 0.0, "standard": -0.03, "peft-ml": -0.08})
+    assert judged["best"] == "none"
+    assert judged["sentence"].startswith("Keep the model as it is: no retraining beats it")
+    assert "Clearly behind it: Standard −" in judged["sentence"]
+    assert re.search(r"PEFT-ML −[78]\.\d", judged["sentence"])
 
 
 def test_verdict_when_the_data_cannot_tell():
-    found = judge({"none": 0.0, "standard": -0.001, "peft-ml": 0.004}, noise=0.1)
-    assert found["best"] is None
-    assert found["sentence"].startswith("The data cannot tell:")
-    assert "95 % interval −" in found["sentence"]
+    judged = judge({"none": 0.0, "standard": -0.001, "peft-ml": 0.004}, noise=0.1)
+    assert judged["best"] is None
+    assert judged["sentence"].startswith("The data cannot tell:")
+    assert "95 % interval −" in judged["sentence"]
 
 
 def test_verdict_when_standard_wins_reports_the_losing_peft_ml():
-    found = judge({"none": 0.0, "standard": 0.08, "peft-ml": 0.03})
-    assert found["best"] == "standard"
-    assert "Clearly behind it: PEFT-ML −" in found["sentence"]
+    judged = judge({"none": 0.0, "standard": 0.08, "peft-ml": 0.03})
+    assert judged["best"] == "standard"
+    assert "Clearly behind it: PEFT-ML −" in judged["sentence"]
 
 
 def test_a_method_level_with_standard_is_not_taken_over_it():
-    found = judge({"none": 0.0, "standard": 0.06, "peft-ml": 0.061})
-    assert found["best"] == "standard"
-    assert "Not clearly different: PEFT-ML" in found["sentence"]
+    judged = judge({"none": 0.0, "standard": 0.06, "peft-ml": 0.061})
+    assert judged["best"] == "standard"
+    assert "Not clearly different: PEFT-ML" in judged["sentence"]
 
 
 def test_few_tasks_never_prove_anything():
-    found = judge({"none": 0.0, "standard": 0.1, "peft-ml": 0.3}, num_tasks=4, noise=0.001)
-    assert found["best"] is None
-    assert "4 unseen tasks (fewer than 6, too few to be sure of anything)" in found["sentence"]
+    judged = judge({"none": 0.0, "standard": 0.1, "peft-ml": 0.3}, num_tasks=4, noise=0.001)
+    assert judged["best"] is None
+    assert "4 unseen tasks (fewer than 6, too few to be sure of anything)" in judged["sentence"]
 
 
 def test_an_interval_above_zero_that_holm_rejects_is_explained():
     pairs, means = pairs_and_means(scores({"none": 0.0, "standard": 0.05}), BASES)
-    found = verdict([{**pair, "p_holm": 0.08} for pair in pairs], means, BASES)
-    assert found["best"] is None
-    assert "but p = 0.080 after Holm's correction" in found["sentence"]
+    judged = verdict([{**pair, "p_holm": 0.08} for pair in pairs], means, BASES)
+    assert judged["best"] is None
+    assert "but p = 0.080 after Holm's correction" in judged["sentence"]
 
 
-def test_verdict_in_the_metric_of_its_own():
-    found = judge({"none": 0.0, "standard": 0.1}, metric="log-likelihood per token")
-    assert "log-likelihood per token over the model as it is" in found["sentence"]
-    assert "points" not in found["sentence"]
+def test_verdict_in_another_metric():
+    judged = judge({"none": 0.0, "standard": 0.1}, metric="log-likelihood per token")
+    assert "log-likelihood per token over the model as it is" in judged["sentence"]
+    assert "points" not in judged["sentence"]
 
 
 def test_verdict_at_chosen_shots_and_without_controls():
     bases = [{"name": n, "method": "custom", "label": n.upper()} for n in ("a", "b")]
-    found = judge({"a": 0.0, "b": 0.1}, bases=bases, shots=0)
-    assert (found["best"], found["shots"]) == ("b", 0)
-    assert "over A" in found["sentence"] and "before adapting" in found["sentence"]
+    judged = judge({"a": 0.0, "b": 0.1}, bases=bases, shots=0)
+    assert (judged["best"], judged["shots"]) == ("b", 0)
+    assert "over A" in judged["sentence"] and "before adapting" in judged["sentence"]
     with pytest.raises(ValueError, match=r"nothing was measured at 7 shots; there are \[0, 16\]"):
         judge({"a": 0.0, "b": 0.1}, bases=bases, shots=7)
 
 
 def test_verdict_of_one_base_and_of_all_rows_only():
-    found = judge({"peft-ml": 0.0}, shots=None)
-    assert found["best"] is None
-    assert found["sentence"].startswith("Only PEFT-ML was measured")
+    judged = judge({"peft-ml": 0.0}, shots=None)
+    assert judged["best"] is None
+    assert judged["sentence"].startswith("Only PEFT-ML was measured")
     _, means = pairs_and_means(scores({"none": 0}, num_tasks=3, shots=(None,)), BASES)
     assert verdict([], means, BASES)["shots"] is None
     _, means = pairs_and_means(scores({"none": 0}, num_tasks=3, shots=(0, None)), BASES)

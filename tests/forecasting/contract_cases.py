@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from contract.cases import AdaptCase
+from forecasting.tiny_scenes import PARTS, forecast_mae, scene_tasks
 from foretune.forecasting.forecast_peft import load_adapted
-from tiny_scenes import PARTS, forecast_mae, scene_tasks
 
 
 def load(base: Any, folder: Any) -> Any:

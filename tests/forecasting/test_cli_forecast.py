@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from command_line import call, the_error, the_json
+from forecasting.tiny_scenes import scene_tasks
 from foretune.forecasting.scenes import save_scenes
-from tiny_scenes import scene_tasks
 
 SIZES = "width=16 encoder_depth=1 decoder_depth=1 num_heads=2 history_steps=10 future_steps=12"
 TINY = [*SIZES.split(), "lane_points=10", "steps=2", "batch_size=4"]
@@ -29,9 +29,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("full", ()),
     ):
         out = ("--out", folder / method, "--method", method)
-        told = call("forecast", "adapt", folder / "base", "steps=2", *changes, *scenes, *out)
-        assert told.exit_code == 0, told.output
-        assert "minFDE (m)" in told.stdout and "parameters of each task" in told.stdout
+        result = call("forecast", "adapt", folder / "base", "steps=2", *changes, *scenes, *out)
+        assert result.exit_code == 0, result.output
+        assert "minFDE (m)" in result.stdout and "trained parameters per task" in result.stdout
     return folder
 
 
@@ -47,15 +47,25 @@ def test_an_adapted_folder_is_measured_beside_constant_velocity(world, tmp_path,
     ]
     assert all(f"minFDE{modes}" in row and f"MR{modes}" in row for row in rows)
     assert page.read_text().count("<svg") == 2
-    assert "is there already" in the_error(
+    assert "already exists: --overwrite replaces it" in the_error(
         "forecast", "eval", world / method, "--scenes", world / "s.npz", "--out", page
     )
 
 
+@pytest.mark.parametrize("method", ["forecast-peft", "full"])
+def test_adapting_twice_with_one_seed_gives_the_same_bits(world, tmp_path, method):
+    weights = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        options = ("--scenes", world / "s.npz", "--method", method, "--out", out)
+        assert call("forecast", "adapt", world / "base", "steps=1", *options).exit_code == 0
+        weights.append([f.read_bytes() for f in sorted(out.rglob("*.safetensors"))])
+    assert weights[0] == weights[1] and weights[0]
+
+
 def test_eval_prints_a_table(world):
-    told = call("forecast", "eval", world / "forecast-peft", "--scenes", world / "s.npz")
-    assert told.exit_code == 0
-    assert told.stdout.splitlines()[0].split()[:3] == ["model", "task", "scenes"]
+    result = call("forecast", "eval", world / "forecast-peft", "--scenes", world / "s.npz")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0].split()[:3] == ["model", "task", "scenes"]
 
 
 def test_a_folder_of_one_task_that_is_a_model_is_measured_on_all(world):
@@ -66,14 +76,14 @@ def test_a_folder_of_one_task_that_is_a_model_is_measured_on_all(world):
 def test_a_base_that_moved_is_found_by_its_option(world, tmp_path):
     shutil.copytree(world / "forecast-peft", tmp_path / "a")
     summary = tmp_path / "a" / "forecasts.json"
-    about = json.loads(summary.read_text())
-    summary.write_text(json.dumps({**about, "base": str(tmp_path / "gone")}))
-    asked = ("forecast", "eval", tmp_path / "a", "--scenes", world / "s.npz")
-    assert "say where it is by --base" in the_error(*asked)
-    assert the_json(*asked, "--base", world / "base")["rows"]
+    adaptation = json.loads(summary.read_text())
+    summary.write_text(json.dumps({**adaptation, "base": str(tmp_path / "gone")}))
+    command = ("forecast", "eval", tmp_path / "a", "--scenes", world / "s.npz")
+    assert "pass its folder by --base" in the_error(*command)
+    assert the_json(*command, "--base", world / "base")["rows"]
 
 
-def test_a_folder_that_is_not_empty_is_kept_unless_told(world, tmp_path):
+def test_a_folder_that_is_not_empty_is_only_replaced_by_overwrite(world, tmp_path):
     scenes = ("--scenes", world / "s.npz")
     before = (world / "base" / "model.safetensors").read_bytes()
     for args in (
@@ -84,10 +94,10 @@ def test_a_folder_that_is_not_empty_is_kept_unless_told(world, tmp_path):
     assert (world / "base" / "model.safetensors").read_bytes() == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    told = the_error(
+    message = the_error(
         "forecast", "pretrain", *TINY, *scenes, "--out", tmp_path / "mine", "--overwrite"
     )
-    assert "foretune did not write it" in told
+    assert "foretune did not write it" in message
     shutil.copytree(world / "base", tmp_path / "old")
     again = ("pretrain", *TINY, "warmup=0.2", *scenes, "--out", tmp_path / "old")
     assert the_json("forecast", *again, "--overwrite")["tasks"] == 2
@@ -119,27 +129,29 @@ def test_a_folder_that_is_not_empty_is_kept_unless_told(world, tmp_path):
 def test_mistakes_are_one_line(world, tmp_path, args, message):
     import re
 
-    given = [world / "base" if a == "BASE" else tmp_path / "x" if a == "NONE" else a for a in args]
+    paths = {"BASE": world / "base", "NONE": tmp_path / "x"}
     out = ("--out", tmp_path / "out") if args[0] != "eval" else ()
-    told = the_error("forecast", *given, "--scenes", world / "s.npz", *out)
-    assert re.search(message, told), told
+    error = the_error(
+        "forecast", *(paths.get(a, a) for a in args), "--scenes", world / "s.npz", *out
+    )
+    assert re.search(message, error), error
     assert not (tmp_path / "out").exists()
 
 
 def test_scenes_that_do_not_fit_the_model_are_named(world, tmp_path):
-    steps = [t for t in TINY if not t.startswith("future")]
-    told = the_error(
+    settings = [t for t in TINY if not t.startswith("future")]
+    message = the_error(
         "forecast",
         "pretrain",
-        *steps,
+        *settings,
         "future_steps=5",
         "--scenes",
         world / "s.npz",
         "--out",
         tmp_path / "o",
     )
-    assert 'task "one", train scene 1: agents must have the shape (agents, 15, 2)' in told
-    told = the_error(
+    assert 'task "one", train scene 1: agents must have the shape (agents, 15, 2)' in message
+    message = the_error(
         "forecast",
         "adapt",
         world / "base",
@@ -148,7 +160,7 @@ def test_scenes_that_do_not_fit_the_model_are_named(world, tmp_path):
         "--out",
         tmp_path / "o",
     )
-    assert "no such file or folder" in told
+    assert "no such file or folder" in message
     assert not (tmp_path / "o").exists()
 
 
@@ -165,5 +177,5 @@ def test_help_and_mistakes_do_not_import_torch():
             f"try: app({args!r})\nexcept SystemExit: pass\n"
             "print([m for m in ('torch', 'numpy', 'peft') if m in sys.modules])"
         )
-        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert said.stdout.splitlines()[-1] == "[]", said
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert process.stdout.splitlines()[-1] == "[]", process

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import foretune
+from forecasting.tiny_scenes import PARTS, STEPS, batch_of, forecast_mae, scene_tasks
 from foretune.errors import UserError
 from foretune.forecasting.config import ForecastMAEConfig
 from foretune.forecasting.forecast_peft import load_adapted
@@ -19,7 +20,6 @@ from foretune.forecasting.objective import Forecast
 from foretune.methods import make
 from foretune.run import Run
 from linear_tasks import copy_of, equal_bits
-from tiny_scenes import PARTS, STEPS, batch_of, forecast_mae, scene_tasks
 
 NEW_PARTS = ("adapter", "prompt_mode", "prompt_scene", "prompt_score")
 RUN = Run(steps=3, batch_size=4, device="cpu", eval_every=0)
@@ -75,9 +75,9 @@ def test_trained_names_are_the_five_patterns_and_the_adapters():
 @pytest.mark.parametrize("freeze_bn", [True, False])
 def test_what_is_frozen_stays_bit_for_bit(freeze_bn):
     base = forecast_mae()
-    made = adapted(make("forecast-peft", **PARTS, freeze_bn=freeze_bn), base).models["one", 0]
-    before, after = base.state_dict(), made.state_dict()
-    trained = set(PEFT.trained_names(made))
+    model = adapted(make("forecast-peft", **PARTS, freeze_bn=freeze_bn), base).models["one", 0]
+    before, after = base.state_dict(), model.state_dict()
+    trained = set(PEFT.trained_names(model))
     buffers = {name for name, _ in base.named_buffers()}
     for name in before.keys() & after.keys():
         same = torch.equal(before[name], after[name])
@@ -109,9 +109,9 @@ def test_same_seed_same_bits(method):
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
     second = adapted(method, base, tasks, seed=3).models["two", 0]
-    other = adapted(method, base, tasks, seed=4).models["two", 0]
+    third = adapted(method, base, tasks, seed=4).models["two", 0]
     assert equal_bits(first.state_dict(), second.state_dict())
-    assert not equal_bits(first.state_dict(), other.state_dict())
+    assert not equal_bits(first.state_dict(), third.state_dict())
 
 
 def test_a_task_does_not_notice_the_others():
@@ -132,8 +132,8 @@ def test_prompts_biases_and_norms_do_not_decay():
         for p in group["params"]:
             free = any(part in names[id(p)] for part in ("prompt", "bias", "norm"))
             assert group["weight_decay"] == (0.0 if free else 0.5), names[id(p)]
-    moved = [p for group in learner.base_optimizer.param_groups for p in group["params"]]
-    assert {names[id(p)] for p in moved} == set(PEFT.trained_names(model))
+    optimized = [p for group in learner.base_optimizer.param_groups for p in group["params"]]
+    assert {names[id(p)] for p in optimized} == set(PEFT.trained_names(model))
 
 
 def test_training_comes_closer_to_the_scenes_it_learns_from():
@@ -148,7 +148,7 @@ def test_training_comes_closer_to_the_scenes_it_learns_from():
 
 
 class Fixed(nn.Module):
-    """Says the same of every scene."""
+    """Makes the same forecasts for every scene."""
 
     def __init__(self, trajectories, scores, others=None):
         super().__init__()
@@ -177,8 +177,8 @@ def test_only_the_winner_gets_a_gradient_and_the_target_is_the_winner():
 def test_the_loss_is_ten_times_smooth_l1_and_a_cross_entropy():
     batch = batch_of(junctions(1, 3))
     truth = batch.inputs["future"][:, 0, :, :2]
-    apart = torch.tensor([0.5, -3.0])  # smooth L1: 0.5 * 0.25 and 3 - 0.5
-    model = Fixed((truth[0] + apart)[None], torch.zeros(1))
+    offset = torch.tensor([0.5, -3.0])  # smooth L1: 0.5 * 0.25 and 3 - 0.5
+    model = Fixed((truth[0] + offset)[None], torch.zeros(1))
     expected = 10 * (0.125 + 2.5) / 2
     assert Forecast(**STEPS).losses(model, batch).item() == pytest.approx(expected, rel=1e-4)
     far = Fixed((truth[0] + torch.tensor([3.0, 4.0]))[None], torch.zeros(1))
@@ -220,8 +220,8 @@ def test_a_task_is_saved_whole_and_loads_bit_for_bit(method, tmp_path):
         assert equal_bits(loaded.state_dict(), result.models[task, 0].state_dict())
         scene = batch_of(junctions(3, 9)).inputs
         with torch.no_grad():
-            made = result.models[task, 0].eval()(scene)
-            assert torch.equal(loaded(scene).trajectories, made.trajectories)
+            expected = result.models[task, 0].eval()(scene).trajectories
+            assert torch.equal(loaded(scene).trajectories, expected)
     assert base.forecaster is None
 
 
@@ -244,11 +244,13 @@ def test_another_base_and_a_spoilt_folder_are_refused(tmp_path):
     (tmp_path / "one" / "forecast_peft.safetensors").write_bytes(b"rubbish")
     with pytest.raises(UserError, match="cannot load the forecaster"):
         load_adapted(tmp_path / "one", forecast_mae())
-    record = tmp_path / "two" / "forecast_peft.json"
-    about = json.loads(record.read_text())
-    about["method"]["adapter_rank"] = 0
-    record.write_text(json.dumps(about))
-    with pytest.raises(UserError, match="does not fit its"):
+    file = tmp_path / "two" / "forecast_peft.json"
+    record = json.loads(file.read_text())
+    record["method"]["adapter_rank"] = 0
+    file.write_text(json.dumps(record))
+    with pytest.raises(
+        UserError, match=r"does not fit forecast_peft\.json: .*adapter.* is in only"
+    ):
         load_adapted(tmp_path / "two", forecast_mae())
 
 
@@ -271,13 +273,13 @@ def test_bad_fields_are_refused_by_name(fields, message):
 
 
 def test_another_model_objective_or_a_second_adaptation_is_refused():
-    with pytest.raises(UserError, match=r"needs a Forecast-MAE .* got Linear"):
+    with pytest.raises(UserError, match=r"expected a Forecast-MAE .* got Linear"):
         PEFT.learner(nn.Linear(1, 1), Forecast(**STEPS), ["one"], RUN)
     with pytest.raises(UserError, match="objective Forecast, got regression"):
         PEFT.learner(forecast_mae(), foretune.Regression(), ["one"], RUN)
     model = forecast_mae()
     add_head(model)
-    with pytest.raises(UserError, match="forecasts already"):
+    with pytest.raises(UserError, match="already has a forecaster"):
         adapted(model=model)
 
 

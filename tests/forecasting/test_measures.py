@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from forecasting.tiny_scenes import STEPS
 from foretune.forecasting.junctions import junctions
 from foretune.forecasting.measures import (
     brier_min_fde,
@@ -20,7 +21,6 @@ from foretune.forecasting.measures import (
 from foretune.forecasting.objective import Forecast
 from foretune.forecasting.report import forecast_page, scene_figure
 from foretune.forecasting.scenes import in_focal_frame
-from tiny_scenes import STEPS
 
 
 def drawn(seed=0, n=20, modes=6, steps=5):
@@ -39,11 +39,11 @@ def test_by_hand():
     truth = torch.zeros(1, 2, 2)
     traj = torch.tensor([[[[3.0, 4.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 3.0]]]])
     scores, valid = torch.tensor([[0.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool)
-    said = (traj, scores, truth, valid)
-    assert min_ade(*said).item() == 2  # of the second mode; the first has 3
-    assert min_fde(*said).item() == 1  # of the first mode
-    assert missed(*said).item() == 0
-    assert brier_min_fde(*said).item() == pytest.approx(1 + 0.25)
+    forecasts = (traj, scores, truth, valid)
+    assert min_ade(*forecasts).item() == 2  # of the second mode; the first has 3
+    assert min_fde(*forecasts).item() == 1  # of the first mode
+    assert missed(*forecasts).item() == 0
+    assert brier_min_fde(*forecasts).item() == pytest.approx(1 + 0.25)
     only_first = torch.tensor([[False, False]])
     only_first[0, 0] = True
     assert min_fde(traj, scores, truth, only_first).item() == 1  # of the second one now
@@ -54,15 +54,15 @@ def test_by_hand():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_more_modes_are_never_worse(seed):
-    said = drawn(seed)
+    forecasts = drawn(seed)
     for measure in (min_ade, min_fde, missed):
-        by_k = [measure(*said, k=k) for k in range(1, 7)]
+        by_k = [measure(*forecasts, k=k) for k in range(1, 7)]
         assert all((b <= a).all() for a, b in itertools.pairwise(by_k))
-        assert torch.equal(by_k[-1], measure(*said))
-    rate = missed(*said).mean()
+        assert torch.equal(by_k[-1], measure(*forecasts))
+    rate = missed(*forecasts).mean()
     assert 0 <= rate <= 1
-    assert (brier_min_fde(*said) >= min_fde(*said)).all()
-    assert (brier_min_fde(*said) <= min_fde(*said) + 1).all()
+    assert (brier_min_fde(*forecasts) >= min_fde(*forecasts)).all()
+    assert (brier_min_fde(*forecasts) <= min_fde(*forecasts) + 1).all()
 
 
 def test_a_step_that_was_not_observed_is_not_read():
@@ -77,9 +77,9 @@ def test_a_step_that_was_not_observed_is_not_read():
 def test_constant_velocity_forecasts_uniform_motion_exactly():
     row = junctions(1, 0)[0]
     row["agents"][0] = torch.arange(22)[:, None] * torch.tensor([1.5, -0.5]) + 7
-    said = forecast_rows(None, [row], Forecast(**STEPS))
-    assert min_fde(*said).item() == pytest.approx(0, abs=1e-4)
-    assert list(measures(said)) == ["minADE1", "minFDE1", "MR1", "b-minFDE1"]
+    forecasts = forecast_rows(None, [row], Forecast(**STEPS))
+    assert min_fde(*forecasts).item() == pytest.approx(0, abs=1e-4)
+    assert list(measures(forecasts)) == ["minADE1", "minFDE1", "MR1", "b-minFDE1"]
     assert constant_velocity(torch.ones(2, 3, 4), 5).shape == (2, 1, 5, 2)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from forecasting.tiny_scenes import PARTS, STEPS, batch_of, forecast_mae
 from foretune.errors import UserError
 from foretune.forecasting.config import ForecastMAEConfig
 from foretune.forecasting.encoders import Conv3, NeighbourAttention
@@ -17,7 +18,6 @@ from foretune.forecasting.junctions import junctions
 from foretune.forecasting.model import ForecastMAE, save_forecast_mae
 from foretune.forecasting.pretraining import SceneReconstruction
 from linear_tasks import copy_of, equal_bits
-from tiny_scenes import PARTS, STEPS, batch_of, forecast_mae
 
 ROWS = junctions(5, 11)
 
@@ -37,8 +37,8 @@ def prompted(seed=0, *, trained=True, **changes):
     return model.eval()
 
 
-def close(said, other, tolerance=1e-5):
-    for a, b in zip(said, other, strict=True):
+def close(actual, expected, tolerance=1e-5):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -132,8 +132,8 @@ def test_without_prompts_a_forecast_is_the_pretext_task():
     model = forecast_mae()
     expected = model.reconstruct(scene).future[:, 0]
     add_prompts(model, modes=1, prompts=0, adapter_rank=2)
-    said = model(scene)
-    torch.testing.assert_close(said.trajectories[:, 0], expected, rtol=1e-5, atol=1e-5)
+    trajectories = model(scene).trajectories
+    torch.testing.assert_close(trajectories[:, 0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_order_of_a_layers_prompts_does_not_matter():
@@ -160,9 +160,9 @@ def test_permuting_the_modes_permutes_the_forecasts():
 def test_all_modes_at_once_are_one_after_the_other():
     scene, model = batch_of(ROWS).inputs, prompted()
     together = model(scene)
-    every = model.forecaster.prompt_mode.data
+    prompts = model.forecaster.prompt_mode.data
     for k in range(3):
-        model.forecaster.prompt_mode.data = every[k : k + 1]
+        model.forecaster.prompt_mode.data = prompts[k : k + 1]
         alone = model(scene)
         close((alone.trajectories[:, 0], alone.scores[:, 0]), [p[:, k] for p in together[:2]])
 
@@ -206,8 +206,8 @@ def test_scenes_without_lanes_and_scenes_of_one_agent_are_forecast():
     assert prompted()(batch_of(bare).inputs).trajectories.isfinite().all()
     head = forecast_mae()
     add_head(head)
-    said = head(batch_of(bare).inputs)
-    assert said.trajectories.isfinite().all() and said.others.shape[1] == 0
+    forecasts = head(batch_of(bare).inputs)
+    assert forecasts.trajectories.isfinite().all() and forecasts.others.shape[1] == 0
     assert SceneReconstruction(**STEPS).losses(forecast_mae(), batch_of(bare)).isfinite().all()
 
 
@@ -238,9 +238,9 @@ def test_drop_path_leaves_eval_alone_and_keeps_the_mean():
 
     layer, x = DropPath(0.25), torch.ones(20_000, 1)
     assert torch.equal(layer.eval()(x), x)
-    said = layer.train()(x)
-    assert sorted(set(said.flatten().tolist())) == pytest.approx([0, 4 / 3])
-    assert said.mean() == pytest.approx(1, abs=0.02)
+    dropped = layer.train()(x)
+    assert sorted(set(dropped.flatten().tolist())) == pytest.approx([0, 4 / 3])
+    assert dropped.mean() == pytest.approx(1, abs=0.02)
 
 
 # --- on disk ------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_a_saved_model_is_the_same_model(kind, tmp_path):
 
 
 def test_a_folder_that_is_no_forecast_mae_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"holds no Forecast-MAE: it needs config\.json"):
+    with pytest.raises(UserError, match=r"holds no Forecast-MAE: it lacks config\.json"):
         load_forecast_mae(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="its architecture is None"):
@@ -274,9 +274,9 @@ def test_a_folder_that_is_no_forecast_mae_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot load the Forecast-MAE"):
         load_forecast_mae(tmp_path)
     save_forecast_mae(forecast_mae(), tmp_path / "m")
-    about = json.loads((tmp_path / "m" / "config.json").read_text())
-    about["sizes"]["width"] = 32
-    (tmp_path / "m" / "config.json").write_text(json.dumps(about))
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["sizes"]["width"] = 32
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="cannot load the Forecast-MAE"):
         load_forecast_mae(tmp_path / "m")
 
@@ -304,8 +304,8 @@ def test_a_second_forecaster_is_refused_and_a_pretrained_model_cannot_forecast()
     add_head(model)
     before = copy_of(model)
     for add in (add_head, add_prompts):
-        with pytest.raises(UserError, match="forecasts already"):
+        with pytest.raises(UserError, match="already has a forecaster"):
             add(model)
     assert equal_bits(model.state_dict(), before)
-    with pytest.raises(UserError, match=r"needs a Forecast-MAE .* got Linear"):
+    with pytest.raises(UserError, match=r"expected a Forecast-MAE .* got Linear"):
         add_prompts(torch.nn.Linear(1, 1))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import foretune
+from forecasting.tiny_scenes import batch_of, forecast_mae, scene_tasks
 from foretune.adapters.bank import AdapterBank
 from foretune.forecasting.forecasters import add_head, add_prompts
 from foretune.forecasting.junctions import junctions
@@ -13,7 +14,6 @@ from foretune.methods import make
 from foretune.models.routing import route
 from foretune.run import Run
 from linear_tasks import copy_of, equal_bits
-from tiny_scenes import batch_of, forecast_mae, scene_tasks
 
 RUN = Run(steps=3, batch_size=4, device="cpu", eval_every=0)
 LORA = {"r": 2, "lora_alpha": 4}
@@ -70,7 +70,7 @@ def test_a_batch_that_mixes_tasks_gives_each_scene_its_own_adapter(kind):
         with route(slots):
             together = model(batch_of(rows).inputs).trajectories
         for i, slot in enumerate(slots):
-            for other in (0, 1):
-                with route([other]):
+            for candidate in (0, 1):
+                with route([candidate]):
                     alone = model(batch_of(rows[i : i + 1]).inputs).trajectories[0]
-                assert torch.allclose(together[i], alone, atol=1e-4) == (other == slot)
+                assert torch.allclose(together[i], alone, atol=1e-4) == (candidate == slot)

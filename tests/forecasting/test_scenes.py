@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from forecasting.tiny_scenes import STEPS
 from foretune.errors import UserError
 from foretune.forecasting.junctions import junctions
 from foretune.forecasting.objective import Forecast
@@ -18,15 +19,14 @@ from foretune.forecasting.readers import load_scenes, read_argoverse2, resampled
 from foretune.forecasting.scenes import in_focal_frame, save_scenes
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.task import Task, TaskCollection
-from tiny_scenes import STEPS
 
 HISTORY = STEPS["history_steps"]
 LOAD = {**STEPS}
 
 
 def moved(row, angle, shift):
-    spin = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    turned = {**row, "agents": row["agents"] @ spin + shift, "lanes": row["lanes"] @ spin + shift}
+    rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    turned = {**row, **{name: row[name] @ rotation + shift for name in ("agents", "lanes")}}
     if "headings" in row:
         turned["headings"] = row["headings"] + angle
     return turned
@@ -79,9 +79,9 @@ def test_what_is_far_is_left_out():
     row["agents"][3] += 500
     row["lanes"][1] += 500
     near = in_focal_frame(row, HISTORY, 150.0)
-    every = in_focal_frame(row, HISTORY)
-    assert len(near["kind"]) == len(every["kind"]) - 1
-    assert len(near["lanes"]) == len(every["lanes"]) - 1
+    unlimited = in_focal_frame(row, HISTORY)
+    assert len(near["kind"]) == len(unlimited["kind"]) - 1
+    assert len(near["lanes"]) == len(unlimited["lanes"]) - 1
 
 
 def test_history_and_future_of_an_agent_are_never_both_visible():
@@ -94,8 +94,8 @@ def test_history_and_future_of_an_agent_are_never_both_visible():
         assert not (scene["keep_history"] & scene["keep_future"]).any()
         assert (scene["keep_history"] ^ scene["keep_future"])[:3].all()
         assert scene["keep_history"][3] and not scene["keep_future"][3]  # there is nothing to hide
-    kept = np.mean([scene["keep_history"][:3] for scene in drawn], axis=0)
-    assert ((kept > 0.2) & (kept < 0.8)).all()
+    visible_share = np.mean([scene["keep_history"][:3] for scene in drawn], axis=0)
+    assert ((visible_share > 0.2) & (visible_share < 0.8)).all()
     lanes = len(encoded["lanes"])
     assert {int(scene["keep_lane"].sum()) for scene in drawn} == {(lanes + 1) // 2}
 
@@ -167,8 +167,8 @@ def test_a_folder_of_gzipped_tracks_is_a_task_each(tmp_path):
     text = "\n".join(f"{k} 7 {k} 1" for k in range(30))
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt.gz").write_bytes(gzip.compress(text.encode()))
-    found = load_scenes(tmp_path, history_steps=3, future_steps=2)
-    assert found.names == ["a", "b"]
+    tasks = load_scenes(tmp_path, history_steps=3, future_steps=2)
+    assert tasks.names == ["a", "b"]
 
 
 def scenario(folder, name="x1", split="train", *, centerline=True, drop=()):
@@ -194,9 +194,9 @@ def scenario(folder, name="x1", split="train", *, centerline=True, drop=()):
     rows = [{k: v for k, v in row.items() if k not in drop} for row in rows]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), place / f"scenario_{name}.parquet")
     line = [{"x": float(x), "y": 1.0, "z": 0.0} for x in (0, 4, 10)]
-    other = [{"x": float(x), "y": 3.0, "z": 0.0} for x in (0, 4, 10)]
+    right = [{"x": float(x), "y": 3.0, "z": 0.0} for x in (0, 4, 10)]
     lane = {"centerline": line} if centerline else {}
-    lane |= {"left_lane_boundary": line, "right_lane_boundary": other}
+    lane |= {"left_lane_boundary": line, "right_lane_boundary": right}
     (place / f"log_map_archive_{name}.json").write_text(json.dumps({"lane_segments": {"5": lane}}))
     return place
 
@@ -204,8 +204,8 @@ def scenario(folder, name="x1", split="train", *, centerline=True, drop=()):
 def test_argoverse_scenarios_are_read(tmp_path):
     scenario(tmp_path, "x1", "train")
     scenario(tmp_path, "x2", "val", centerline=False)
-    found = read_argoverse2(tmp_path, lane_points=6)
-    task = found["austin"]
+    tasks = read_argoverse2(tmp_path, lane_points=6)
+    task = tasks["austin"]
     assert (len(task.train), len(task.validation), len(task.test)) == (1, 0, 1)
     row = task.train[0]
     assert row["agents"].shape == (3, 110, 2)
@@ -215,7 +215,7 @@ def test_argoverse_scenarios_are_read(tmp_path):
     np.testing.assert_allclose(row["headings"], 0.5)
     np.testing.assert_allclose(row["lanes"], [[[x, 1] for x in (0, 2, 4, 6, 8, 10)]], atol=1e-6)
     np.testing.assert_allclose(task.test[0]["lanes"][0, :, 1], 2)  # the middle of two borders
-    Forecast().fit(found)
+    Forecast().fit(tasks)
     assert load_scenes(tmp_path, history_steps=50, future_steps=60).names == ["austin"]
 
 
@@ -248,7 +248,7 @@ def test_broken_scenarios_are_refused(tmp_path):
         ({"agents": np.zeros((2, 5, 2))}, r"shape \(agents, 22, 2\), .* got \(2, 5, 2\)"),
         ({"agents": np.zeros((0, 22, 2))}, r"got \(0, 22, 2\)"),
         ({"kinds": [0]}, "kinds must have one number for each of the 4 agents"),
-        ({"kinds": [0, 1, 2, 9]}, "kinds are 0 to 3; got 0 to 9"),
+        ({"kinds": [0, 1, 2, 9]}, "kinds must be 0 to 3; got 0 to 9"),
         ({"headings": [0.0]}, "headings must have one number"),
         ({"lanes": np.zeros((3, 2))}, r"lanes must have the shape \(lanes, points, 2\)"),
         ({"focal": slice(9, 10)}, "not observed at the last history step"),
@@ -270,7 +270,7 @@ def test_a_wrong_scene_is_named(change, message):
 
 
 def test_a_row_without_agents_is_named():
-    with pytest.raises(UserError, match='needs an array "agents"; the row has x'):
+    with pytest.raises(UserError, match='needs an array "agents"; the example has x'):
         Forecast().fit(TaskCollection((Task("t", [{"x": 1}]),)))
 
 
@@ -280,8 +280,8 @@ def test_a_row_without_agents_is_named():
         (["1 2 3"], "line 1: expected `frame id x y`, got '1 2 3'"),
         (["0 1 0 0", "a b c d"], "line 2"),
         ([""], "is empty"),
-        (["0 1 0 0", "1 1 0 0"], "was observed for 5 steps in a row"),
-        (["0 1 0 0"], "was observed for 5 steps in a row"),
+        (["0 1 0 0", "1 1 0 0"], "was observed for 5 consecutive steps"),
+        (["0 1 0 0"], "was observed for 5 consecutive steps"),
     ],
 )
 def test_wrong_tracks_are_named(tmp_path, lines, message):
@@ -299,14 +299,14 @@ def test_wrong_files_are_refused(tmp_path):
         with pytest.raises(UserError, match="cannot read"):
             load_scenes(tmp_path / name, **LOAD)
     (tmp_path / "s.csv").write_text("")
-    with pytest.raises(UserError, match=r"scenes are \.npz, \.parquet"):
+    with pytest.raises(UserError, match=r"scenes must be \.npz, \.parquet"):
         load_scenes(tmp_path / "s.csv", **LOAD)
     np.savez(tmp_path / "a.npz", task=np.array(["t"]))
     with pytest.raises(UserError, match="lacks agents; it has task"):
         load_scenes(tmp_path / "a.npz", **LOAD)
     agents = np.zeros((1, 1, 22, 2))
     np.savez(tmp_path / "a.npz", agents=agents, task=np.array(["t"]), split=np.array(["dev"]))
-    with pytest.raises(UserError, match="split is one of train, validation, test; got dev"):
+    with pytest.raises(UserError, match="split must be one of train, validation, test; got dev"):
         load_scenes(tmp_path / "a.npz", **LOAD)
     np.savez(tmp_path / "a.npz", agents=agents, task=np.array(["t", "u"]), split=np.array(["test"]))
     with pytest.raises(UserError, match="task has 2 rows where agents has 1"):

@@ -14,7 +14,7 @@ import torch
 import command_line
 import foretune
 import tiny_models
-from fused_models import adapted, ids, linears, output, saved
+from fusion.fused_models import adapted, ids, linears, output, saved
 
 call = partial(command_line.call, "fuse")
 the_error = partial(command_line.the_error, "fuse")

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import foretune
-import fused_models
 import linear_tasks
 import tiny_models
 from contract.cases import assert_survives_json, methods_of
 from foretune.errors import UserError
 from foretune.methods import make
 from foretune.run import Run
+from fusion import fused_models
 from linear_tasks import copy_of, equal_bits, family
 
 FUSE = methods_of("fuse")

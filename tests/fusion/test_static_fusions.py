@@ -11,7 +11,7 @@ from torch import nn
 import foretune
 import tiny_models
 from foretune import TIES, Average, TaskArithmetic, UserError
-from fused_models import FAMILIES, adapted, ids, nudged, output
+from fusion.fused_models import FAMILIES, adapted, ids, nudged, output
 
 NAMES = ("a", "b", "c")
 

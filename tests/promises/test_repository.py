@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 
 import foretune
-from foretune.recipes.schema import load_recipe, packaged_recipes
+from foretune.recipes.schema import load_any, load_recipe, packaged_recipes
 from foretune.recipes.templates import TEMPLATES
-from foretune.theory.recipe import load_any
 
 ROOT = Path(__file__).resolve().parents[2]
-SKIPPED = re.compile(r"\.git|\.venv|runs|build|dist|\w*_*cache_*|\.\w+_cache|.*\.egg-info")
+SKIPPED = re.compile(r"\.git|\.venv[-\w]*|runs|build|dist|\w*_*cache_*|\.\w+_cache|.*\.egg-info")
 TEXT = {".py", ".md", ".yaml", ".toml", ".txt", ".json", ".j2", ".css", ""}
 # Spelt in halves, or this file would be the first to be found.
 FORBIDDEN = re.compile("/wo" + "rk/|iss" + "ue #|/ro" + "ot/", re.IGNORECASE)
@@ -27,7 +26,8 @@ def texts() -> list[Path]:
     found: list[Path] = []
     for folder, below, files in os.walk(ROOT):
         below[:] = [name for name in below if not SKIPPED.fullmatch(name)]
-        found += [Path(folder) / name for name in files if Path(name).suffix in TEXT]
+        kept = [name for name in files if not SKIPPED.fullmatch(name)]  # .git of a worktree
+        found += [Path(folder) / name for name in kept if Path(name).suffix in TEXT]
     return found
 
 
@@ -58,10 +58,8 @@ def test_template_parses_as_it_is(name: str) -> None:
 
 
 def test_every_yaml_file_is_a_recipe_or_a_template() -> None:
-    folder = ROOT / "src/foretune/recipes"
-    names = {str(path.relative_to(folder)) for path in folder.rglob("*.yaml")}
-    known = {f"{name}.yaml" for name in packaged_recipes()}
-    assert names == known | {f"templates/{name}.yaml" for name in TEMPLATES}
+    names = {path.stem for path in (ROOT / "src").rglob("*.yaml")}
+    assert names == {*packaged_recipes(), *TEMPLATES}
 
 
 def test_licence_is_the_one_that_is_declared() -> None:

@@ -7,12 +7,12 @@ import torch
 
 import foretune
 import linear_tasks
-import tiny_mixtures
 import tiny_models
 from contract.cases import assert_survives_json, methods_of
 from foretune.errors import UserError
 from foretune.methods import make
 from linear_tasks import copy_of, equal_bits
+from pruning import tiny_mixtures
 
 PRUNE = methods_of("prune")
 

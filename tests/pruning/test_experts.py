@@ -12,7 +12,6 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-import tiny_mixtures
 import tiny_models
 from foretune.errors import UserError
 from foretune.pruning.experts import find_blocks, parse_router_output
@@ -28,6 +27,7 @@ from foretune.pruning.plan import (
 )
 from foretune.pruning.prune import collect_statistics
 from foretune.pruning.statistics import Collector, ExpertStatistics
+from pruning import tiny_mixtures
 
 FAMILIES = [*tiny_mixtures.FAMILIES, "switch"]
 ALL = range(8)

@@ -12,13 +12,13 @@ import torch
 import transformers
 
 import foretune
-import tiny_mixtures
 import tiny_models
 from foretune.errors import UserError
 from foretune.methods import make
 from foretune.pruning.experts import find_blocks
 from foretune.pruning.prune import collect_statistics, held_out_loss, prune_with
 from foretune.pruning.statistics import ExpertStatistics
+from pruning import tiny_mixtures
 
 PRUNE = ["uncurl", "random-experts", "frequency", "hc-smoe", "reap"]
 SPECIAL = [

@@ -1,4 +1,4 @@
-"""A recipe from start to end on arrays and a model of the user's own: seconds, no download."""
+"""A recipe from start to end on arrays and a model from a file: seconds, no download."""
 
 from __future__ import annotations
 
@@ -110,12 +110,12 @@ def test_interrupted_run_continues_to_the_same_scores(
     assert run_recipe(recipe, resume=True)["scores"] == undisturbed["scores"]
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_rows_that_changed_under_a_run_are_noticed(recipe: Recipe, whole: bool) -> None:
-    """Its stages would be read back, and the comparison be one of two collections."""
+@pytest.mark.parametrize("compares", [True, False])
+def test_rows_that_changed_during_a_run_are_noticed(recipe: Recipe, compares: bool) -> None:
+    """Finished stages would be reused, and the comparison would mix two collections."""
 
     def run(**more: bool) -> None:
-        if whole:
+        if compares:
             run_recipe(recipe, **more)
         else:
             retrain_one(recipe, "none", Path("one"), **more)
@@ -130,7 +130,7 @@ def test_rows_that_changed_under_a_run_are_noticed(recipe: Recipe, whole: bool) 
         run(resume=True)
 
 
-def test_a_run_that_failed_before_its_first_result_may_be_begun_anew(
+def test_a_run_that_failed_before_its_first_result_may_start_again(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object, **fields: object) -> None:
@@ -149,7 +149,7 @@ def test_repeats_are_kept_apart(recipe: Recipe) -> None:
     comparison = run_recipe(recipe.model_copy(update={"seeds": 2}))
     assert {score["seed"] for score in comparison["scores"]} == {0, 1}
     assert {pair["num_seeds"] for pair in comparison["pairs"]} == {2}
-    # Each searches its rates of adapting: one search for all would give every repeat its luck.
+    # Each repeat has its own search of adapt rates: a shared one would correlate the repeats.
     read = [json.loads(p.read_text()) for p in sorted((recipe.folder / "repeats").iterdir())]
     searched = [repeat["bases"][1]["adapt"]["searched"] for repeat in read]
     assert len(searched[0]) == len(searched[1]) == 2 and searched[0] != searched[1]
@@ -180,7 +180,7 @@ def test_a_model_that_cannot_take_the_rows_is_named_with_their_shape(recipe: Rec
     assert not recipe.folder.exists()
 
 
-def test_diverged_trial_is_passed_over(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diverged_trial_is_skipped(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     real = foretune.retrain
 
     def diverges(model: Any, tasks: Any, method: Any, run: Any, **more: Any) -> Any:
@@ -190,7 +190,7 @@ def test_diverged_trial_is_passed_over(recipe: Recipe, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(foretune, "retrain", diverges, raising=False)
     error: ForetuneError = ForetuneError("the disk is full")
-    with pytest.raises(ForetuneError, match="disk"):  # which says nothing of a rate
+    with pytest.raises(ForetuneError, match="disk"):  # not the fault of a rate
         run_recipe(recipe)
     error = DivergedError("the loss is nan")
     standard = run_recipe(recipe, resume=True)["bases"][1]
@@ -203,18 +203,18 @@ def test_recipe_without_unseen_tasks_cannot_be_compared(recipe: Recipe) -> None:
         run_recipe(load_recipe("my.yaml", [*SMALL, "tasks.unseen=null"]))
 
 
-def test_spectrum_is_measured_when_asked_for(recipe: Recipe) -> None:
-    asked = load_recipe("my.yaml", [*SMALL, "spectrum={shots: 4, ranks: [1, 2]}"])
-    spectrum = run_recipe(asked)["spectrum"]
+def test_spectrum_is_measured_if_the_recipe_has_it(recipe: Recipe) -> None:
+    with_spectrum = load_recipe("my.yaml", [*SMALL, "spectrum={shots: 4, ranks: [1, 2]}"])
+    spectrum = run_recipe(with_spectrum)["spectrum"]
     assert {row["rank"] for row in spectrum["rows"]} == {1, 2}
     costs = {cost["rank"]: cost for cost in spectrum["costs"] if cost["base"] == "standard"}
-    # Rank 1 on 4 × 6 and 6 × 2 weights, twice that at rank 2; the head is a part of all weights.
+    # Rank 1 on 4 × 6 and 6 × 2 weights, twice that at rank 2; all weights include the head.
     parameters = {rank: cost["trainable_parameters"] for rank, cost in costs.items()}
     assert parameters == {1: 18, 2: 36, None: 44}
     assert all(cost["tokens"] > 0 and cost["num_tasks"] == 2 for cost in costs.values())
 
 
-def test_plan_counts_without_leaving_anything(recipe: Recipe) -> None:
+def test_plan_counts_and_writes_nothing(recipe: Recipe) -> None:
     plan = plan_recipe(recipe)
     assert len(plan.seen) == 2  # a third one chooses the rate of adapting
     assert plan.unseen is not None
@@ -228,7 +228,7 @@ def test_plan_counts_without_leaving_anything(recipe: Recipe) -> None:
 
 def test_plan_times_tasks_whose_first_rows_lack_a_label(recipe: Recipe) -> None:
     rows = 40
-    y = np.tile(np.repeat([0, 1], rows // 2), 5)  # a task's first twenty rows are of one class
+    y = np.tile(np.repeat([0, 1], rows // 2), 5)  # the first twenty rows of a task are of one class
     x = np.random.default_rng(0).normal(size=(len(y), 4)).astype(np.float32)
     split = np.tile([*["train"] * (rows - 1), "test"], 5)
     task = np.repeat([f"t{i}" for i in range(5)], rows)
@@ -262,25 +262,31 @@ def test_tasks_take_turns(recipe: Recipe) -> None:
 
 
 def test_turns_must_be_complete(recipe: Recipe) -> None:
-    with pytest.raises(UserError, match=r"make 3 turns here, and seeds=2.*seeds=3 would do"):
+    with pytest.raises(
+        UserError, match="unseen=2 gives 3 turns; seeds must be a multiple of 3, got 2"
+    ):
         run_recipe(load_recipe("my.yaml", [*SMALL, "tasks.rotate=true", "seeds=2"]))
     with pytest.raises(UserError, match="turns need a number"):
         load_recipe("my.yaml", [*SMALL, "tasks.rotate=true", "tasks.unseen=[t1]"])
 
 
-def test_a_retraining_rate_is_tried_by_adapting_to_tasks_that_the_trial_did_not_meet(
+def test_a_retraining_rate_is_tried_by_adapting_to_tasks_that_are_held_out_of_the_trial(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = "adapt.learning_rate=1e-2"
-    overrides = [*SMALL, one, "adapt.learning_rates=null", "adapt.shots=[2, all]"]
+    overrides = [
+        *SMALL,
+        "adapt.learning_rate=1e-2",
+        "adapt.learning_rates=null",
+        "adapt.shots=[2, all]",
+    ]
     searching = load_recipe("my.yaml", overrides)
     setup = set_up(searching, SILENT)
     assert len(setup.seen) == 3 and set(setup.search.names) < set(setup.seen.names)
-    met: list[set[str]] = []
+    retrained_on: list[set[str]] = []
     real = foretune.retrain
 
     def watched(model: Any, tasks: Any, *args: Any, **more: Any) -> Any:
-        met.append(set(tasks.names))
+        retrained_on.append(set(tasks.names))
         return real(model, tasks, *args, **more)
 
     monkeypatch.setattr(foretune, "retrain", watched, raising=False)
@@ -288,7 +294,7 @@ def test_a_retraining_rate_is_tried_by_adapting_to_tasks_that_the_trial_did_not_
     rest = set(setup.seen.names) - set(setup.search.names)
     everything = set(setup.seen.names)
     # none; then two trials and the final retraining of standard and of PEFT-ML
-    assert met == [everything, rest, rest, everything, rest, rest, everything]
+    assert retrained_on == [everything, rest, rest, everything, rest, rest, everything]
 
     for trial in base["retrain"]["searched"]:
         run = searching.retrain_run().replace(steps=2)
@@ -318,11 +324,13 @@ def test_held_out_tasks_without_validation_rows_are_refused_before_anything_is_t
 
     monkeypatch.setattr(foretune, "retrain", fail, raising=False)
     overrides = [*SMALL, "tasks.validation=0", "retrain.methods=[standard]", "adapt.shots=[all]"]
-    with pytest.raises(UserError, match=r"of which they have none: set tasks\.validation"):
+    with pytest.raises(
+        UserError, match=r"no validation examples to score on; set tasks\.validation"
+    ):
         run_recipe(load_recipe("my.yaml", overrides))
 
 
-def test_rates_of_adapting_are_searched_on_tasks_that_no_retraining_meets(recipe: Recipe) -> None:
+def test_adapt_rates_are_searched_on_tasks_that_are_held_out_of_retraining(recipe: Recipe) -> None:
     setup = set_up(recipe, SILENT)
     assert len(setup.search) == 1 and len(setup.seen) == 2
     assert setup.unseen is not None
@@ -333,7 +341,7 @@ def test_rates_of_adapting_are_searched_on_tasks_that_no_retraining_meets(recipe
     assert set(json.loads(base.read_text())["tasks"]) == names[1]
 
 
-def test_auto_chooses_among_the_recipes_own_methods(recipe: Recipe) -> None:
+def test_auto_chooses_among_the_methods_of_the_recipe(recipe: Recipe) -> None:
     methods = "retrain.methods=[none, standard, {peft-ml: {as: ours}}, {auto: {rounds: 1}}]"
     chosen = load_recipe("my.yaml", [*SMALL, methods])
     comparison = run_recipe(chosen)
@@ -350,10 +358,10 @@ def test_auto_chooses_among_the_recipes_own_methods(recipe: Recipe) -> None:
     assert base["retrain"]["tokens"] > 0
 
 
-def test_auto_may_have_candidates_of_its_own(recipe: Recipe) -> None:
-    own = "[none, {standard: {interpolate: 0.5, learning_rate: 1e-3}}]"
-    one = load_recipe("my.yaml", [*SMALL, f"retrain.methods=[{{auto: {{candidates: {own}}}}}]"])
-    candidates = one.entries[0].record().candidates
+def test_auto_may_have_its_own_candidates(recipe: Recipe) -> None:
+    items = "[none, {standard: {interpolate: 0.5, learning_rate: 1e-3}}]"
+    changes = [*SMALL, f"retrain.methods=[{{auto: {{candidates: {items}}}}}]"]
+    candidates = load_recipe("my.yaml", changes).entries[0].record().candidates
     assert [c["name"] for c in candidates] == ["none", "standard"]
     assert candidates[1]["learning_rate"] == 1e-3
     bad = "retrain.methods=[none, {auto: {candidates: [none, {standrd: {}}]}}]"
@@ -366,20 +374,21 @@ def test_auto_may_have_candidates_of_its_own(recipe: Recipe) -> None:
 def test_the_plan_of_auto_counts_its_trials(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one second a step: a whole training, and a quarter of one for each that trains."""
-    monkeypatch.setattr(Stopwatch, "seconds_an_update", lambda self: 1.0)
+    """At one second per step: one full training, and a quarter of one per trained candidate."""
+    monkeypatch.setattr(Stopwatch, "seconds_per_update", lambda self: 1.0)
     monkeypatch.setattr("foretune.recipes.plan.FORWARD_SHARE", 0.0)
 
     def plan(methods: str) -> Plan:
         return plan_recipe(load_recipe("my.yaml", [*SMALL, f"retrain.methods={methods}"]))
 
     fixed = "{standard: {learning_rate: 1e-3}}"
-    one, auto = plan(f"[{fixed}]"), plan(f"[{{auto: {{rounds: 1, candidates: [none, {fixed}]}}}}]")
-    assert auto.retrain[0].seconds == pytest.approx(1.25 * one.retrain[0].seconds)
-    assert one.adapt is not None and auto.adapt is not None
-    # A step is of two tasks; two candidates adapt to one, in six draws, at each of the rates.
+    standard = plan(f"[{fixed}]")
+    auto = plan(f"[{{auto: {{rounds: 1, candidates: [none, {fixed}]}}}}]")
+    assert auto.retrain[0].seconds == pytest.approx(1.25 * standard.retrain[0].seconds)
+    assert standard.adapt is not None and auto.adapt is not None
+    # A step has two tasks; two candidates adapt to one task, in six draws, at each of the rates.
     steps = 3 * len(recipe.adapt.rates)
-    assert auto.adapt.seconds - one.adapt.seconds == pytest.approx(steps * 2 * 6 / 2)
+    assert auto.adapt.seconds - standard.adapt.seconds == pytest.approx(steps * 2 * 6 / 2)
 
 
 @pytest.mark.parametrize("item", ["5", "{standard: 5}", "{standard: {learning_rates: 0.1}}"])
@@ -394,7 +403,7 @@ def test_find_entry_guesses(recipe: Recipe) -> None:
         find_entry(recipe, "peftml")
 
 
-def test_auto_that_the_recipe_does_not_list_adapts_as_the_recipe_does(recipe: Recipe) -> None:
+def test_auto_that_the_recipe_does_not_list_adapts_as_in_the_recipe(recipe: Recipe) -> None:
     fields = find_entry(recipe, "auto").fields
     assert fields["shots"] == recipe.adapt.row_counts
     assert fields["adapt_rates"] == recipe.adapt.rates
@@ -424,7 +433,7 @@ def test_the_verbs_chain_through_folders(recipe: Recipe) -> None:
     assert page.is_file()
 
 
-def test_a_runs_own_bases_are_compared_and_told_apart_by_their_paths(recipe: Recipe) -> None:
+def test_bases_of_a_run_are_compared_under_names_from_their_paths(recipe: Recipe) -> None:
     run_recipe(recipe)
     write_data(Path("new.npz"), ["a", "b"])
     bases = [
@@ -439,50 +448,51 @@ def test_a_runs_own_bases_are_compared_and_told_apart_by_their_paths(recipe: Rec
     assert twice.exit_code == 2 and "is given twice" in twice.stderr
 
 
-def test_the_page_of_a_run_says_how_its_result_is_loaded(
+def test_code_in_the_readme_of_a_run_loads_its_result(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_recipe(recipe)
     monkeypatch.chdir(recipe.folder)
     for folder in (".", "bases/peft-ml/seed-0"):
         [code] = re.findall("```python\n(.*?)```", Path(folder, "README.md").read_text(), re.S)
-        found: dict[str, Any] = {}
+        variables: dict[str, Any] = {}
         with monkeypatch.context() as patch:
             patch.chdir(folder)
-            exec(code, found)
-        assert found["base"](torch.zeros(1, 4)).shape == (1, 2)
+            exec(code, variables)
+        assert variables["base"](torch.zeros(1, 4)).shape == (1, 2)
 
 
 @pytest.mark.parametrize(
     ("folder", "says"),
     [
         ("adapters/peft-ml/{}", "is an adapter: give the base that it belongs to"),
-        ("bases/peft-ml", "is no base: .* did you mean .*bases/peft-ml/seed-0/base"),
-        (".", "is no base: .* did you mean .*base"),
+        ("bases/peft-ml", "is not a base: .* did you mean .*bases/peft-ml/seed-0/base"),
+        (".", "is not a base: .* did you mean .*base"),
     ],
 )
-def test_a_folder_that_is_no_base_is_told_what_it_is(
+def test_error_for_a_folder_that_is_not_a_base_says_what_it_is(
     recipe: Recipe, folder: str, says: str
 ) -> None:
     run_recipe(recipe)
     task = next((recipe.folder / "adapters" / "peft-ml").iterdir()).name
-    given = str(recipe.folder / folder.format(task))
-    told = call("adapt", given, "--tasks", "data.npz", "--out", "new")
-    assert told.exit_code == 2 and re.search(says, told.stderr), told.stderr
+    path = str(recipe.folder / folder.format(task))
+    result = call("adapt", path, "--tasks", "data.npz", "--out", "new")
+    assert result.exit_code == 2 and re.search(says, result.stderr), result.stderr
 
 
 def test_adapting_without_test_rows_says_that_nothing_was_scored(recipe: Recipe) -> None:
     run_recipe(recipe)
     base = str(recipe.folder / "bases" / "none" / "seed-0" / "base")
-    whole = ["steps=2", "tasks.test=0", "tasks.validation=0", "--tasks", "data.npz", "--out", "all"]
-    assert "nothing was scored" in call("adapt", base, *whole).stdout
+    changes = ["steps=2", "tasks.test=0", "tasks.validation=0"]
+    shown = call("adapt", base, *changes, "--tasks", "data.npz", "--out", "all").stdout
+    assert "nothing was scored" in shown
 
 
 @pytest.mark.parametrize("device", ["banana", "cuda:99", "npu"])
-def test_a_device_that_is_not_here_is_refused(recipe: Recipe, device: str) -> None:
-    told = call("run", "my.yaml", *SMALL, f"device={device}")
-    assert told.exit_code == 2
-    assert f"device={device}" in told.stderr or f"got '{device}'" in told.stderr
+def test_a_missing_device_is_refused(recipe: Recipe, device: str) -> None:
+    result = call("run", "my.yaml", *SMALL, f"device={device}")
+    assert result.exit_code == 2
+    assert f"device={device}" in result.stderr or f"got '{device}'" in result.stderr
 
 
 def test_run_prints_a_table_and_the_verdict(recipe: Recipe) -> None:
@@ -492,9 +502,9 @@ def test_run_prints_a_table_and_the_verdict(recipe: Recipe) -> None:
     assert "PEFT-ML" in shown.stdout
     assert "runs/my-run/report.html" in shown.stdout
     assert "standard" not in shown.stderr.splitlines()[0]
-    said = shown.stdout.splitlines()[-1].removeprefix("New tasks, adapted as here: ")
+    last_line = shown.stdout.splitlines()[-1]
     write_data(Path("new.npz"), ["a"])
-    command = shlex.split(said.replace("NEW.jsonl", "new.npz"))
+    command = shlex.split(last_line.partition(": ")[2].replace("NEW.jsonl", "new.npz"))
     assert {"steps=3", "max_grad_norm=null"} <= set(command)  # as in the run
     done = call(*command[1:])
     assert done.exit_code == 0, done.output

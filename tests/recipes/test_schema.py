@@ -1,14 +1,25 @@
-"""Recipes: what is read, what is refused, and that the texts agree with the code."""
+"""Recipes: what is read, what is refused, and that recipe keys agree with the code."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import subprocess
+import sys
+from typing import Any, get_type_hints
 
 import pytest
 
 from foretune.errors import UserError
-from foretune.recipes.blocks import AdaptBlock, RetrainBlock, TasksBlock
+from foretune.recipes.blocks import (
+    RUN_FIELDS_OF_ADAPT,
+    RUN_FIELDS_OF_RETRAIN,
+    RUN_FIELDS_OF_THE_RECIPE,
+    AdaptBlock,
+    Block,
+    RetrainBlock,
+    TasksBlock,
+    with_fields_of,
+)
 from foretune.recipes.objective_blocks import OBJECTIVES
 from foretune.recipes.overrides import apply_overrides
 from foretune.recipes.schema import Recipe, load_recipe, packaged_recipes, parse_block, parse_recipe
@@ -67,17 +78,20 @@ def test_convai2_has_forty_unseen_personas() -> None:
             'unknown key "retrain.stepz" in my.yaml. Did you mean "retrain.steps"?',
         ),
         ("steps=3", 'unknown key "steps" in my.yaml. Did you mean retrain.steps or adapt.steps?'),
-        ("adapt.xyz=3", 'unknown key "adapt.xyz" in my.yaml. Known here: '),
+        ("adapt.xyz=3", 'unknown key "adapt.xyz" in my.yaml. Valid keys: '),
         ("retrain.steps=ten", "\"retrain.steps\" in my.yaml must be a whole number, got 'ten'"),
         ("retrain.steps=yes", "must be a whole number, got True"),
         ("retrain.steps=0", "my.yaml: retrain.steps must be a whole number not below 1, got 0"),
         ("retrain.schedule=fast", "must be 'linear', 'cosine' or 'constant', got 'fast'"),
         ("retrain.methods=[peft-mll]", 'Did you mean "peft-ml"?'),
-        ("retrain.methods=[lora]", '"lora" is to adapt'),
+        (
+            "retrain.methods=[lora]",
+            'retrain.methods: "lora" is for adapt; methods for retrain: none, ',
+        ),
         ("retrain.methods=[none, none]", 'names "none" twice'),
         ("retrain.methods=[{peft-ml: {frm: lora}}]", 'Did you mean "form"?'),
         ("retrain.methods=[]", '"retrain.methods"'),
-        ("adapt.method=standard", '"standard" is to retrain'),
+        ("adapt.method=standard", 'adapt.method: "standard" is for retrain; methods for adapt: '),
         ("adapt.shots=[0]", "at least 1 row"),
         ("adapt.lora.rank=3", 'lora field "rank"'),
         ("objective.kind=choise", 'Did you mean "choice"?'),
@@ -115,7 +129,7 @@ def test_missing_key_is_named() -> None:
         parse_recipe(raw, "my.yaml")
 
 
-def test_override_is_blamed_where_it_stands() -> None:
+def test_error_in_an_override_names_the_command_line() -> None:
     with pytest.raises(UserError, match="on the command line"):
         load_recipe("quickstart", ["retrain.stepz=1"])
 
@@ -155,8 +169,8 @@ def test_yaml_reads_exponents_as_numbers() -> None:
     assert parse_yaml("[1e-4, 2E5, -3e-1, 0x10, v1e4]", "x") == [1e-4, 2e5, -0.3, 16, "v1e4"]
 
 
-def test_yaml_refuses_a_key_that_stands_twice() -> None:
-    with pytest.raises(UserError, match='line 2: bad YAML: the key "steps" stands twice'):
+def test_yaml_refuses_duplicate_keys() -> None:
+    with pytest.raises(UserError, match='line 2: bad YAML: the key "steps" appears twice'):
         parse_yaml("steps: 1\nsteps: 2\n", "x.yaml")
 
 
@@ -172,16 +186,68 @@ def test_parse_block_refuses_unknown_keys() -> None:
 
 def test_tasks_block_is_source() -> None:
     block, source = TasksBlock(source="x").model_dump(), Source(source="x").to_dict()
-    # The recipe says that tasks take turns, a source which turn it is.
+    # A recipe says whether the unseen tasks rotate, a source which turn it is.
     assert (block.pop("rotate"), source.pop("turn")) == (False, None)
     assert block == source
+    assert list(block) == list(source)
 
 
-def test_blocks_have_the_fields_of_run() -> None:
-    # Where a run is set up once for all (seed, folder, device …) the blocks have no say.
-    common = {"seed", "precision", "device", "out", "resume", "overwrite"}
-    fields = {field.name for field in dataclasses.fields(Run)} - common
-    assert fields <= set(RetrainBlock.model_fields) | set(AdaptBlock.model_fields)
+@pytest.mark.parametrize(
+    ("block", "other_keys", "without"),
+    [
+        (
+            RetrainBlock,
+            {"learning_rate", "learning_rates", "methods", "search_steps"},
+            RUN_FIELDS_OF_THE_RECIPE + RUN_FIELDS_OF_ADAPT,
+        ),
+        (
+            AdaptBlock,
+            {
+                *("learning_rate", "learning_rates", "method", "lora", "fields"),
+                *("search_tasks", "shots", "draws"),
+            },
+            RUN_FIELDS_OF_THE_RECIPE + RUN_FIELDS_OF_RETRAIN,
+        ),
+    ],
+)
+def test_fields_of_run_are_keys_with_the_same_default(
+    block: type[Block], other_keys: set[str], without: tuple[str, ...]
+) -> None:
+    fields = {field.name: field for field in dataclasses.fields(Run)}
+    assert set(without) < set(fields)
+    assert block.model_fields.keys() - other_keys == fields.keys() - set(without)
+    types = get_type_hints(Run)
+    for name in fields.keys() - set(without):
+        assert block.model_fields[name].default == fields[name].default
+        assert block.model_fields[name].annotation == types[name]
+
+
+def test_a_new_field_of_a_record_is_a_key_at_once() -> None:
+    @dataclasses.dataclass
+    class Record:
+        needed: int
+        hidden: int = 1
+        names: list[str] = dataclasses.field(default_factory=list)
+
+    @with_fields_of(Record, without=("hidden",))
+    class RecordBlock(Block):
+        first: int = 0
+
+    assert list(RecordBlock.model_fields) == ["first", "needed", "names"]
+    assert parse_block(RecordBlock, ["needed=2"]).model_dump() == {
+        "first": 0,
+        "needed": 2,
+        "names": [],
+    }
+    with pytest.raises(UserError, match='"needed" on the command line must be a whole number'):
+        parse_block(RecordBlock, ["needed=yes"])
+    with pytest.raises(UserError, match='key "needed" is missing'):
+        parse_block(RecordBlock, [])
+
+
+def test_reading_recipes_does_not_import_torch() -> None:
+    code = "import sys, foretune.recipes.schema; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)

@@ -43,19 +43,20 @@ def place(tmp_path_factory):
         for part, chosen in {"train": slice(24), "test": slice(24, 36)}.items():
             saved = {"samples": torch.from_numpy(a[chosen]), "labels": torch.from_numpy(b[chosen])}
             torch.save(saved, folder / "ada" / f"{part}_{name}.pt")
-    made = the_json(
+    prepared = the_json(
         *("sfda", "prepare", "new", "--rows", folder / "source.npz"),
         *("--out", folder / "prepared", "--steps", 8, "--batch-size", 12),
         *("--rank-factor", 8, "--imputer"),
     )
-    assert made["labels"] == ["run", "sit", "walk"] and made["core"] < made["parameters"][1]
-    assert made["macs"][1] < 0.2 * made["macs"][0]
-    assert made["accuracy"][1] > 0.3
-    told = the_json(
+    assert prepared["labels"] == ["run", "sit", "walk"]
+    assert prepared["core"] < prepared["parameters"][1]
+    assert prepared["macs"][1] < 0.2 * prepared["macs"][0]
+    assert prepared["accuracy"][1] > 0.3
+    adapted = the_json(
         *("sfda", "adapt", folder / "prepared", "steps=3", "batch_size=8"),
         *("--rows", folder / "bare.npz", "--out", folder / "adapted"),
     )
-    assert told["rows"] == 24 and told["tuned"] == made["core"]
+    assert adapted["rows"] == 24 and adapted["tuned"] == prepared["core"]
     return folder
 
 
@@ -76,18 +77,19 @@ def test_eval_shows_every_class_before_and_after(place):
 
 
 def test_eval_agrees_with_the_python_api(place):
-    told = the_json("sfda", "eval", place / "adapted", "--rows", place / "target.npz")
+    scores = the_json("sfda", "eval", place / "adapted", "--rows", place / "target.npz")
     from foretune.source_free.core_state import load_core
     from foretune.source_free.tucker_format import load_tucker
 
-    base, about = load_tucker(place / "prepared")
+    base, metadata = load_tucker(place / "prepared")
     (x, y) = arrays(0.7, seed=1)
     for model, key in ((base, "before"), (load_core(base, place / "adapted"), "after")):
         with torch.no_grad():
-            said = model(torch.from_numpy(x[24:])).argmax(1).tolist()
-        right = [about["labels"][s] == LABELS[t] for s, t in zip(said, y[24:], strict=True)]
-        assert told[key]["accuracy"] == pytest.approx(sum(right) / 12)
-        assert sum(c["rows"] for c in told[key]["classes"]) == told[key]["rows"] == 12
+            predicted = model(torch.from_numpy(x[24:])).argmax(1).tolist()
+        pairs = zip(predicted, y[24:], strict=True)
+        right = [metadata["labels"][p] == LABELS[t] for p, t in pairs]
+        assert scores[key]["accuracy"] == pytest.approx(sum(right) / 12)
+        assert sum(c["rows"] for c in scores[key]["classes"]) == scores[key]["rows"] == 12
 
 
 def test_report_is_one_page_with_a_picture(place, tmp_path):
@@ -109,16 +111,16 @@ def test_report_is_one_page_with_a_picture(place, tmp_path):
 def test_domains_of_one_source_are_chosen_by_name(place, tmp_path, source):
     rows = place / ("both.npz" if source == "both" else "ada")
     first, second = ("ann", "bob") if source == "both" else ("1", "2")
-    made = the_json(
+    prepared = the_json(
         *("sfda", "prepare", "new", "--rows", rows, "--domain", first, "--steps", 1),
         *("--out", tmp_path / "p", "--epochs", 1, "--batch-size", 24),
     )
-    assert made["domain"] == first
-    told = the_json(
+    assert prepared["domain"] == first
+    adapted = the_json(
         *("sfda", "adapt", tmp_path / "p", "steps=1", "loss=nrc", "--rows", rows),
         *("--domain", second, "--out", tmp_path / "a", "--max-rows", 5),
     )
-    assert (told["domain"], told["rows"]) == (second, 5)
+    assert (adapted["domain"], adapted["rows"]) == (second, 5)
     scored = the_json("sfda", "eval", tmp_path / "a", "--rows", rows, "--domain", second)
     assert scored["after"]["rows"] == 12
     assert "domains" in the_error("sfda", "eval", tmp_path / "a", "--rows", rows)
@@ -130,9 +132,9 @@ def test_domains_of_one_source_are_chosen_by_name(place, tmp_path, source):
 def test_adatime_and_arrays_give_the_same_windows(place):
     from foretune.source_free.windows import read_windows
 
-    one, other = read_windows(str(place / "ada"), "2"), read_windows(str(place / "target.npz"))
-    assert len(one.train) == len(other.train) == 24 and len(one.test) == 12
-    for a, b in zip(one.train, other.train, strict=True):
+    ada, npz = read_windows(str(place / "ada"), "2"), read_windows(str(place / "target.npz"))
+    assert len(ada.train) == len(npz.train) == 24 and len(ada.test) == 12
+    for a, b in zip(ada.train, npz.train, strict=True):
         assert np.array_equal(a["x"], b["x"]) and LABELS[a["y"]] == b["y"]
 
 
@@ -140,11 +142,11 @@ def test_every_loss_and_form_runs(place, tmp_path):
     for i, changes in enumerate(
         [["loss=aad"], ["loss=mapu", "bn=affine"], ["tuned=all"], ["tuned=batch-norm"]]
     ):
-        told = the_json(
+        adapted = the_json(
             *("sfda", "adapt", place / "prepared", "steps=1", *changes),
             *("--rows", place / "bare.npz", "--out", tmp_path / str(i)),
         )
-        assert told["tuned"] > 0
+        assert adapted["tuned"] > 0
 
 
 def test_same_seed_writes_the_same_bytes(place, tmp_path):
@@ -153,8 +155,8 @@ def test_same_seed_writes_the_same_bytes(place, tmp_path):
             *("sfda", "adapt", place / "prepared", "steps=3", "batch_size=8"),
             *("--rows", place / "bare.npz", "--out", tmp_path / name),
         )
-    one, other = ((tmp_path / n / "core.safetensors").read_bytes() for n in ("a", "b"))
-    assert one == other == (place / "adapted" / "core.safetensors").read_bytes()
+    first, second = ((tmp_path / n / "core.safetensors").read_bytes() for n in ("a", "b"))
+    assert first == second == (place / "adapted" / "core.safetensors").read_bytes()
 
 
 def test_a_base_of_the_user_s_own_file_is_prepared(place, tmp_path):
@@ -166,16 +168,16 @@ def test_a_base_of_the_user_s_own_file_is_prepared(place, tmp_path):
         "torch.nn.Linear(8, 3))\n"
     )
     save_base(load_module(tmp_path / "net.py"), None, tmp_path / "base")
-    made = the_json(
+    prepared = the_json(
         *("sfda", "prepare", tmp_path / "base", "--rows", place / "source.npz"),
         *("--out", tmp_path / "p", "--epochs", 1, "--rank-factor", 2),
     )
-    assert made["ranks"] == {"0": [4, 3]}
-    told = the_json(
+    assert prepared["ranks"] == {"0": [4, 3]}
+    adapted = the_json(
         *("sfda", "adapt", tmp_path / "p", "steps=1", "--rows", place / "bare.npz"),
         *("--out", tmp_path / "a"),
     )
-    assert told["tuned"] == 4 * 3 * 3
+    assert adapted["tuned"] == 4 * 3 * 3
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -226,14 +228,14 @@ def test_bad_rows_are_named_and_leave_nothing_behind(place, tmp_path):
         *("sfda", "adapt", place / "prepared", "--rows", "none.npz", "--out", tmp_path / "a")
     )
     assert "row 1: x missing" in refused("1.npz", z=x)
-    assert "a window is an array x (channels, length), got x of shape (24,)" in refused(
+    assert "a window must be an array x (channels, length), got x of shape (24,)" in refused(
         "2.npz", x=x[:, 0]
     )
-    assert "windows of 2 channels, the source had 3" in refused("3.npz", x=x[:, :2])
+    assert "windows of 2 channels, but the source's have 3" in refused("3.npz", x=x[:, :2])
     broken = x.copy()
     broken[3, 0, 0] = np.nan
     assert "row 4: x holds NaN or infinity" in refused("4.npz", x=broken)
-    assert "no training rows of target" in refused("5.npz", x=x, split=["test"] * len(x))
+    assert "no training windows of target" in refused("5.npz", x=x, split=["test"] * len(x))
 
 
 def test_rows_without_or_with_unknown_labels_cannot_be_scored(place, tmp_path):
@@ -244,7 +246,7 @@ def test_rows_without_or_with_unknown_labels_cannot_be_scored(place, tmp_path):
     np.savez(tmp_path / "odd.npz", x=x, y=np.where(y == 0, "fly", LABELS[y]), split=["test"] * 36)
     line = the_error("sfda", "eval", place / "adapted", "--rows", tmp_path / "odd.npz")
     assert "needs a label of the source" in line and "'fly'" in line
-    assert "no rows of split validation" in the_error(
+    assert "no validation windows of target" in the_error(
         *("sfda", "eval", place / "adapted", "--rows", place / "target.npz"),
         *("--split", "validation"),
     )
@@ -256,7 +258,7 @@ def test_rows_without_or_with_unknown_labels_cannot_be_scored(place, tmp_path):
 def test_folders_that_are_something_else_are_named(place, tmp_path):
     rows = ("--rows", place / "target.npz")
     assert "no such folder" in the_error("sfda", "adapt", tmp_path / "x", *rows)
-    assert "is no prepared model: it has no sfda.json" in the_error(
+    assert "is not a prepared model: it has no sfda.json" in the_error(
         "sfda", "adapt", place / "adapted", *rows, "--out", tmp_path / "a"
     )
     assert "holds no adapted state" in the_error("sfda", "eval", place / "prepared", *rows)
@@ -276,7 +278,7 @@ def test_folders_that_are_something_else_are_named(place, tmp_path):
 def test_a_pickle_that_runs_code_is_refused(place, tmp_path):
     torch.save({"samples": LABELS, "labels": [print]}, tmp_path / "train_1.pt")
     line = the_error("sfda", "prepare", "new", "--rows", tmp_path, "--out", tmp_path / "p")
-    assert "is no dict of tensors samples and labels" in line
+    assert "is not a dict of tensors samples and labels" in line
 
 
 def test_bad_options_are_refused(place, tmp_path):

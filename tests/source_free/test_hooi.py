@@ -10,9 +10,9 @@ import torch
 
 from foretune.source_free.hooi import (
     compose,
+    feasible_ranks,
     hooi,
     hosvd,
-    possible,
     project,
     ranks_of_energy,
     relative_error,
@@ -24,9 +24,9 @@ RANKS = {(12, 9, 5): (4, 3), (6, 6): (2, 2), (8, 4, 3, 3): (3, 2), (5, 16, 1): (
 
 
 def weight(shape, dtype=torch.float32):
-    made = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
     decay = 1 / torch.arange(1, shape[0] + 1, dtype=dtype)
-    return made * decay.reshape(-1, *[1] * (len(shape) - 1))
+    return values * decay.reshape(-1, *[1] * (len(shape) - 1))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -48,9 +48,9 @@ def test_full_ranks_give_the_weight_back(shape):
 def test_energy_of_core_and_error_add_up(shape):
     w = weight(shape, torch.float64)
     core, factors, _ = hooi(w, RANKS[shape])
-    left = w - compose(core, factors)
-    whole = core.square().sum() + left.square().sum()
-    assert whole.item() == pytest.approx(w.square().sum().item(), rel=2e-7)
+    residual = w - compose(core, factors)
+    energy = core.square().sum() + residual.square().sum()
+    assert energy.item() == pytest.approx(w.square().sum().item(), rel=2e-7)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -110,8 +110,8 @@ def test_error_is_that_of_tensorly():
     (core, (v1, v2)), _ = decomposition.partial_tucker(
         w.numpy(), rank=[4, 3], modes=[0, 1], n_iter_max=100, tol=1e-10
     )
-    made = torch.from_numpy(tensorly.tenalg.multi_mode_dot(core, [v1, v2], modes=[0, 1]))
-    theirs = ((w - made).norm() / w.norm()).item()
+    composed = torch.from_numpy(tensorly.tenalg.multi_mode_dot(core, [v1, v2], modes=[0, 1]))
+    theirs = ((w - composed).norm() / w.norm()).item()
     assert hooi(w, (4, 3), tolerance=1e-10, sweeps=100)[2][-1] == pytest.approx(theirs, rel=1e-4)
 
 
@@ -122,11 +122,11 @@ def test_a_mode_without_rank_stays_whole():
 
 
 @pytest.mark.parametrize(
-    ("shape", "asked", "given"),
+    ("shape", "asked", "feasible"),
     [((8, 3), (8, 3), [3, 3]), ((64, 1, 8), (32, None), [8, None]), ((4, 9, 2), (9, 9), [4, 8])],
 )
-def test_ranks_are_cut_to_what_an_unfolding_can_have(shape, asked, given):
-    assert possible(torch.zeros(shape), asked) == given
+def test_ranks_are_clipped_to_what_an_unfolding_can_have(shape, asked, feasible):
+    assert feasible_ranks(torch.zeros(shape), asked) == feasible
     assert torch.isfinite(hooi(weight(shape), asked)[0]).all()
 
 

@@ -29,12 +29,14 @@ BN = ("stats", "frozen", "affine")
 def windows(count=18, *, labels=True, shift=0.0, seed=0):
     rng = np.random.default_rng([seed, 3])
     time = np.arange(24)
-    made = []
+    examples = []
     for i in range(count):
         wave = np.sin(time * (0.4 + 0.5 * (i % 3)) + rng.uniform(0, 6))
         x = np.stack([wave, shift + 0.5 * wave, np.roll(wave, 3)]) + 0.3 * rng.normal(size=(3, 24))
-        made.append({"x": x.astype("f4"), "y": "abc"[i % 3]} if labels else {"x": x.astype("f4")})
-    return made
+        examples.append(
+            {"x": x.astype("f4"), "y": "abc"[i % 3]} if labels else {"x": x.astype("f4")}
+        )
+    return examples
 
 
 def source_tasks():
@@ -92,21 +94,21 @@ def norms(model):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("bn", BN)
 def test_cores_move_and_bases_and_classifier_stay_bit_for_bit(prepared, loss, bn):
-    found = moved(prepared, adapt(prepared, loss=loss, bn=bn).models["target", 0])
+    changed = moved(prepared, adapt(prepared, loss=loss, bn=bn).models["target", 0])
     affine, running = norms(prepared)
     allowed = set(core_parameters(prepared))
     allowed |= {"stats": running, "frozen": set(), "affine": running | affine}[bn]
-    assert found <= allowed
-    assert found >= set(core_parameters(prepared))
-    assert (bn == "frozen") == running.isdisjoint(found)
-    assert (bn == "affine") == bool(affine & found)
+    assert changed <= allowed
+    assert changed >= set(core_parameters(prepared))
+    assert (bn == "frozen") == running.isdisjoint(changed)
+    assert (bn == "affine") == bool(affine & changed)
 
 
 def test_all_parameters_move_but_the_classifier_and_the_imputer(prepared):
-    found = moved(prepared, adapt(prepared, tuned="all").models["target", 0])
+    changed = moved(prepared, adapt(prepared, tuned="all").models["target", 0])
     parameters = {n for n, _ in prepared.named_parameters()}
     fixed = {n for n in parameters if n.startswith(("head.", "imputer."))}
-    assert found & parameters == parameters - fixed
+    assert changed & parameters == parameters - fixed
     frozen = moved(prepared, adapt(prepared, tuned="all", bn="frozen").models["target", 0])
     affine, running = norms(prepared)
     assert frozen == parameters - fixed - affine and frozen.isdisjoint(running)
@@ -114,8 +116,8 @@ def test_all_parameters_move_but_the_classifier_and_the_imputer(prepared):
 
 def test_batch_norm_alone_moves(prepared):
     affine, running = norms(prepared)
-    found = moved(prepared, adapt(prepared, tuned="batch-norm").models["target", 0])
-    assert found <= affine | running and found & affine
+    changed = moved(prepared, adapt(prepared, tuned="batch-norm").models["target", 0])
+    assert changed <= affine | running and changed & affine
 
 
 def test_change_of_a_weight_lies_within_the_spans_of_its_bases(prepared):
@@ -142,20 +144,20 @@ def test_labels_of_the_target_are_not_read(prepared, loss):
     tasks = target_tasks(labels=True, test=False)
     for row in tasks["target"].train:
         row["y"] = "nonsense"
-    given = adapt(prepared, tasks, loss=loss).models["target", 0]
-    assert not moved(bare, given)
+    labelled = adapt(prepared, tasks, loss=loss).models["target", 0]
+    assert not moved(bare, labelled)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_same_seed_same_bits_and_the_input_is_left_alone(prepared, loss):
     before = copy.deepcopy(prepared)
-    wanted = [p.requires_grad for p in prepared.parameters()]
+    trainable = [p.requires_grad for p in prepared.parameters()]
     state = torch.get_rng_state()
     first, second = (adapt(prepared, loss=loss).models["target", 0] for _ in range(2))
     assert not moved(first, second)
     assert moved(first, adapt(prepared, run=RUN.replace(seed=1), loss=loss).models["target", 0])
     assert not moved(before, prepared)
-    assert [p.requires_grad for p in prepared.parameters()] == wanted
+    assert [p.requires_grad for p in prepared.parameters()] == trainable
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -188,8 +190,8 @@ def test_a_whole_model_is_factorised_on_the_way_and_none_leaves_it():
     adapted = adapt(model, rank_factor=2).models["target", 0]
     assert set(tucker_layers(adapted)) == {f"blocks.{i}.0" for i in range(3)}
     assert not tucker_layers(model)
-    whole = adapt(model, rank_factor=None, tuned="all").models["target", 0]
-    assert not tucker_layers(whole)
+    unfactored = adapt(model, rank_factor=None, tuned="all").models["target", 0]
+    assert not tucker_layers(unfactored)
 
 
 # --- what is written ------------------------------------------------------------------------------
@@ -211,11 +213,11 @@ def test_saved_state_is_only_what_moved_and_comes_back(prepared, fields, tmp_pat
     assert names >= moved(prepared, loaded)
     if fields == {"bn": "frozen"}:
         assert names == set(core_parameters(prepared))
-    about = json.loads((folder / "core.json").read_text())
-    assert about["labels"] == ["a", "b", "c"]
-    known = about["method"]
-    assert known.pop("name") == "subspace-sfda"
-    assert SubspaceSFDA(**known) == SubspaceSFDA(**{"learning_rate": 1e-2, **fields})
+    metadata = json.loads((folder / "core.json").read_text())
+    assert metadata["labels"] == ["a", "b", "c"]
+    method = metadata["method"]
+    assert method.pop("name") == "subspace-sfda"
+    assert SubspaceSFDA(**method) == SubspaceSFDA(**{"learning_rate": 1e-2, **fields})
 
 
 def test_state_of_a_model_factorised_on_the_way_comes_back_onto_the_whole_one(tmp_path):
@@ -234,12 +236,12 @@ def test_a_run_with_a_folder_leaves_the_same_small_state(prepared, tmp_path):
 
 def test_state_of_another_base_is_refused(prepared, tmp_path):
     folder = adapt(prepared).save(tmp_path) / "target"
-    other = copy.deepcopy(prepared)
+    altered = copy.deepcopy(prepared)
     with torch.no_grad():
-        other.head.bias.add_(1)
-    with pytest.raises(UserError, match=r"belongs to another base .*: its weights are others"):
-        load_core(other, folder)
-    with pytest.raises(UserError, match=r"belongs to another base .*no blocks.0.0.core"):
+        altered.head.bias.add_(1)
+    with pytest.raises(UserError, match=r"does not belong to this base: its weights differ"):
+        load_core(altered, folder)
+    with pytest.raises(UserError, match=r"does not belong to this base: it has no blocks.0.0.core"):
         load_core(TimeSeriesCNN(3, 3, mid=4, features=8), folder)
 
 
@@ -305,7 +307,7 @@ def test_other_adapting_methods_take_unlabelled_rows_too():
         ({"imputation": -0.5}, "imputation must be a number not below 0"),
         ({"neighbours": 0}, "neighbours must be a whole number not below 1, got 0"),
         ({"decay": -1}, "decay must be a number not below 0, got -1"),
-        ({"tuned": "batch-norm", "bn": "frozen"}, "tunes nothing: choose bn affine"),
+        ({"tuned": "batch-norm", "bn": "frozen"}, "trains nothing; use bn=affine"),
     ],
 )
 def test_bad_fields_are_refused_by_name(fields, message):
@@ -314,17 +316,19 @@ def test_bad_fields_are_refused_by_name(fields, message):
 
 
 def test_what_has_no_place_is_said(prepared):
-    with pytest.raises(UserError, match="adapts to rows without labels: give the tasks"):
+    with pytest.raises(UserError, match="adapts to unlabelled examples; give the tasks"):
         adapt(prepared, source_tasks())
-    with pytest.raises(UserError, match="patience chooses a state by labels"):
+    with pytest.raises(UserError, match="patience needs target labels"):
         adapt(prepared, run=RUN.replace(patience=1))
-    whole = TimeSeriesCNN(3, 3, mid=4, features=8)
+    model = TimeSeriesCNN(3, 3, mid=4, features=8)
     with pytest.raises(UserError, match="loss mapu needs an imputer"):
-        adapt(whole, loss="mapu")
-    with pytest.raises(UserError, match="tuned=core finds nothing in TimeSeriesCNN"):
-        adapt(whole, rank_factor=None)
+        adapt(model, loss="mapu")
+    with pytest.raises(
+        UserError, match="tuned=core matches no trainable parameter of TimeSeriesCNN"
+    ):
+        adapt(model, rank_factor=None)
     plain = nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.Linear(8, 3))
-    with pytest.raises(UserError, match="tuned=batch-norm finds nothing"):
+    with pytest.raises(UserError, match="tuned=batch-norm matches no trainable parameter"):
         adapt(plain, tuned="batch-norm")
     with pytest.raises(UserError, match="has no attribute `temporal`"):
         add_imputer(plain, source_tasks(), RUN)
@@ -337,7 +341,9 @@ def test_unlabelled_rows_are_checked():
     with pytest.raises(UserError, match="Unlabelled needs the source's labels"):
         Unlabelled(source=Classification())
     bad = Task("t", windows(3), (), [{**windows(1)[0], "y": "z"}])
-    with pytest.raises(UserError, match=r"test row 1: a row to be scored needs a label .* got 'z'"):
+    with pytest.raises(
+        UserError, match=r"test row 1: scoring needs a label of the source .* got 'z'"
+    ):
         Unlabelled(source=fitted).fit(TaskCollection((bad,)))
     none = Task("t", [{"y": "a"}])
     with pytest.raises(UserError, match='train row 1: an array "x" is missing'):

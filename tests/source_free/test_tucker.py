@@ -65,8 +65,8 @@ def test_macs_equal_half_the_flops_that_torch_counts(case):
     layer, x = case
     if isinstance(layer, Conv1D):
         pytest.skip("torch counts its bias as a product")
-    for one in (layer, TuckerLayer(layer, (3, 2))):
-        model = nn.Sequential(one)
+    for module in (layer, TuckerLayer(layer, (3, 2))):
+        model = nn.Sequential(module)
         with FlopCounterMode(display=False) as counter:
             model(x)
         assert sum(count_macs(model, x).values()) == counter.get_total_flops() / 2
@@ -124,8 +124,8 @@ def test_families_of_transformers_come_through_at_full_rank(family):
     ids = torch.randint(4, tiny_models.VOCABULARY, (2, 6))
     before = model(ids)[0]
     factored = copy.deepcopy(model)
-    made = tuckerize(factored, rank_factor=1)
-    assert len(made) > 4
+    ranks = tuckerize(factored, rank_factor=1)
+    assert len(ranks) > 4
     torch.testing.assert_close(factored(ids)[0], before, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(merge(factored)(ids)[0], before, atol=2e-5, rtol=1e-4)
     assert {type(m) for m in merge(factored).modules()} <= {
@@ -154,10 +154,10 @@ def test_merge_leaves_the_model_alone_and_keeps_training_mode():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "give one of rank_factor, ranks and energy"),
-        ({"rank_factor": 2, "energy": 0.9}, "give one of"),
+        ({}, "give exactly one of rank_factor, ranks and energy"),
+        ({"rank_factor": 2, "energy": 0.9}, "give exactly one of"),
         ({"rank_factor": 0}, "rank_factor must be a whole number not below 1, got 0"),
-        ({"energy": 1.5}, "energy is a share above 0 and up to 1, got 1.5"),
+        ({"energy": 1.5}, "energy must be above 0 and at most 1, got 1.5"),
         ({"rank_factor": 2, "layers": "conv"}, "layers must be one of all"),
         ({"rank_factor": 2, "layers": "linear"}, "has no layer to factor"),
         ({"ranks": {"blocks.0.1": (2, 2)}}, r'ranks names "blocks.0.1".*Did you mean'),

@@ -174,5 +174,5 @@ def test_samples_are_seeded_and_make_a_sheet(unet, tmp_path):
     from PIL import Image
 
     assert Image.open(path).size == (2 * (3 * 10 - 2), 2 * (2 * 10 - 2))
-    with pytest.raises(UserError, match="a sheet wants grey images"):
+    with pytest.raises(UserError, match="a sheet needs greyscale images"):
         save_sheet({"a": np.zeros((1, 3, 8, 8))}, tmp_path / "x.png")

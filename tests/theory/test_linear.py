@@ -1,4 +1,4 @@
-"""The linear problem: gradients, closed forms, and what the paper's theorems say."""
+"""The linear experiment: gradients, closed forms, and what the paper's theorems say."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def error(name: str, rank: int, num_tasks: int = 3) -> float:
 
 
 def ranks(name: str, num_tasks: int) -> list[int]:
-    off = np.linalg.svd(base(name, num_tasks) - problem(num_tasks).shared, compute_uv=False)
-    return [int((one > 0.01).sum()) for one in off]
+    values = np.linalg.svd(base(name, num_tasks) - problem(num_tasks).shared, compute_uv=False)
+    return [int((values_of_seed > 0.01).sum()) for values_of_seed in values]
 
 
 def solution(symmetric: bool) -> tuple[Solution, Moments]:
@@ -48,20 +48,20 @@ def solution(symmetric: bool) -> tuple[Solution, Moments]:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gradients_are_those_of_the_loss(symmetric: bool) -> None:
-    found, seen = solution(symmetric)
-    a, u = (torch.tensor(p, requires_grad=True) for p in (found.a, found.u))
-    v = u if symmetric else torch.tensor(found.v, requires_grad=True)
+    point, seen = solution(symmetric)
+    a, u = (torch.tensor(p, requires_grad=True) for p in (point.a, point.u))
+    v = u if symmetric else torch.tensor(point.v, requires_grad=True)
     w = a[:, None] + u @ v.mT
     s, c = torch.tensor(seen.s), torch.tensor(seen.c)
     per_task = ((0.5 * w @ s - c) * w).sum((-2, -1))
-    assert np.allclose(per_task.mean(1).detach(), linear.loss(linear.weights_of(found), seen))
-    by_hand = linear.gradients(found, seen)
-    [in_a] = torch.autograd.grad(per_task.mean(1).sum(), [a], retain_graph=True)
-    inner = torch.autograd.grad(per_task.sum(), [u] if symmetric else [u, v])
+    assert np.allclose(per_task.mean(1).detach(), linear.loss(linear.weights_of(point), seen))
+    by_hand = linear.gradients(point, seen)
+    [grad_a] = torch.autograd.grad(per_task.mean(1).sum(), [a], retain_graph=True)
+    adapter_grads = torch.autograd.grad(per_task.sum(), [u] if symmetric else [u, v])
     assert all(
-        np.allclose(one, two)
-        for one, two in zip(by_hand, [in_a, *inner, None], strict=False)
-        if two is not None
+        np.allclose(gradient, automatic)
+        for gradient, automatic in zip(by_hand, [grad_a, *adapter_grads, None], strict=False)
+        if automatic is not None
     )
 
 
@@ -69,28 +69,28 @@ def test_gradients_are_those_of_the_loss(symmetric: bool) -> None:
 def test_one_outer_step_is_the_published_one(symmetric: bool) -> None:
     drawn = problem()
     start = linear.peft_ml(drawn, 1, 0, symmetric=symmetric)
-    now = start
+    point = start
     for _ in range(10):
-        _, in_u, in_v = linear.gradients(now, drawn.seen)
-        v = None if now.v is None else now.v - 0.003 * in_v
-        now = Solution(now.a, now.u - 0.003 * in_u, v)
-    a = now.a - 0.03 * linear.gradients(now, drawn.seen)[0]
+        _, grad_u, grad_v = linear.gradients(point, drawn.seen)
+        v = None if point.v is None else point.v - 0.003 * grad_v
+        point = Solution(point.a, point.u - 0.003 * grad_u, v)
+    a = point.a - 0.03 * linear.gradients(point, drawn.seen)[0]
     fast = linear.peft_ml(drawn, 1, 1, symmetric=symmetric)
-    assert np.allclose(fast.u, now.u, rtol=1e-10)
+    assert np.allclose(fast.u, point.u, rtol=1e-10)
     assert np.allclose(fast.a, a, rtol=1e-10)
 
 
-def test_moments_are_those_of_rows() -> None:
-    rows = linear.draw_shots(problem(), 200_000, NOISE)
-    assert np.allclose(rows.s, np.eye(10), atol=0.02)
-    assert np.allclose(rows.c, problem().unseen_weight @ rows.s, atol=1e-3)
+def test_moments_are_those_of_many_examples() -> None:
+    shots = linear.draw_shots(problem(), 200_000, NOISE)
+    assert np.allclose(shots.s, np.eye(10), atol=0.02)
+    assert np.allclose(shots.c, problem().unseen_weight @ shots.s, atol=1e-3)
 
 
 def test_problems_of_a_batch_are_those_of_single_runs() -> None:
     alone = linear.draw_problems([2], noise=NOISE)
     assert np.array_equal(alone.seen.s[0], problem().seen.s[2])
-    one, all_three = linear.peft_ml(alone, 1, 20), linear.peft_ml(problem(), 1, 20)
-    assert np.allclose(one.a[0], all_three.a[2], rtol=1e-12)
+    single, batch = linear.peft_ml(alone, 1, 20), linear.peft_ml(problem(), 1, 20)
+    assert np.allclose(single.a[0], batch.a[2], rtol=1e-12)
 
 
 def test_the_truth_does_not_change_with_the_number_of_tasks() -> None:
@@ -98,7 +98,7 @@ def test_the_truth_does_not_change_with_the_number_of_tasks() -> None:
     assert np.array_equal(problem(2).seen_weights, problem(3).seen_weights[:, :2])
 
 
-def test_standard_is_least_squares_of_the_pooled_rows() -> None:
+def test_standard_is_least_squares_of_the_pooled_examples() -> None:
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(2, 3, 4, 50))
     pooled = np.linalg.lstsq(np.hstack(list(x)).T, np.hstack(list(y)).T)[0].T
@@ -132,8 +132,8 @@ def test_descent_ends_at_the_closed_form(name: str, rank: int) -> None:
     assert np.allclose(by_descent, exact, atol=1e-3)
 
 
-def test_fewer_rows_than_dimensions_are_refused() -> None:
-    with pytest.raises(ValueError, match="fewer rows"):
+def test_fewer_examples_than_dimensions_are_refused() -> None:
+    with pytest.raises(ValueError, match="fewer examples"):
         linear.adapt_exactly(base("SR"), linear.draw_shots(problem(), 8, NOISE), 1)
 
 
@@ -158,10 +158,10 @@ def test_peft_ml_is_off_by_rank_2k_with_two_tasks_and_by_nothing_with_three() ->
 
 
 def test_standard_retraining_needs_k_times_tasks_plus_one() -> None:
-    found = [error("SR", rank) for rank in range(1, 5)]
-    assert all(one > two for one, two in pairwise(found))
-    assert found[2] > 1e-1
-    assert found[3] < 1e-3
+    errors = [error("SR", rank) for rank in range(1, 5)]
+    assert all(lower_rank > higher_rank for lower_rank, higher_rank in pairwise(errors))
+    assert errors[2] > 1e-1
+    assert errors[3] < 1e-3
 
 
 def test_two_tasks_at_rank_3k_tell_nothing() -> None:

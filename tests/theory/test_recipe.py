@@ -1,4 +1,4 @@
-"""`foretune run reproduce-…`: what its recipe may say, what it leaves, how it goes on."""
+"""`foretune run reproduce-…`: its recipe, the files that it writes, and how it resumes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from typer.testing import CliRunner, Result
 
 from foretune.cli import app
 from foretune.errors import UserError
+from foretune.recipes.schema import load_any
 from foretune.recipes.yaml_io import parse_yaml
 from foretune.theory import linear_panels
 from foretune.theory.experiment import panels_of
 from foretune.theory.recipe import (
     PANELS,
     ShallowRecipe,
-    load_any,
     parse_experiment,
-    run_theory,
 )
 
 SMALL = ["seeds=2", "outer_steps=30", "draws=1", "num_problems=2", "problems=[{d: 4, k: 1, T: 3}]"]
@@ -54,7 +53,7 @@ def test_recipe_round_trips(name: str) -> None:
 
 
 @pytest.mark.parametrize("experiment", PANELS)
-def test_names_of_panels_are_those_that_there_are(experiment: str) -> None:
+def test_the_recipe_lists_the_panels_that_exist(experiment: str) -> None:
     assert [panel.name for panel in panels_of(experiment)] == PANELS[experiment]
 
 
@@ -65,7 +64,7 @@ def test_scale_sets_what_is_left_open_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("sedes=3", 'unknown key "sedes" on the command line. Did you mean "seeds"?'),
         ("vary.q=[1]", "vary.q"),
@@ -78,8 +77,8 @@ def test_scale_sets_what_is_left_open_and_nothing_else() -> None:
         ("vary.d=[0]", "at least 1"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(override: str, says: str) -> None:
-    assert says in refusal("reproduce-linear", override)
+def test_mistakes_are_one_line(override: str, message: str) -> None:
+    assert message in refusal("reproduce-linear", override)
 
 
 @pytest.mark.parametrize(
@@ -94,12 +93,14 @@ def test_other_commands_say_what_would_do(command: list[str]) -> None:
 
 def test_a_bad_recipe_is_refused_without_torch() -> None:
     code = (
-        "import sys; from foretune.theory.recipe import load_any\n"
+        "import sys; from foretune.recipes.schema import load_any\n"
         "try: load_any('reproduce-linear', ['sedes=1'])\n"
         "except Exception: print('torch' in sys.modules)"
     )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout == "False\n"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stdout == "False\n"
 
 
 @pytest.mark.slow
@@ -107,10 +108,10 @@ def test_run_leaves_tables_numbers_and_figures(folder: Path) -> None:
     result = call("run", "reproduce-linear", *SMALL, "--out", "here")
     assert result.exit_code == 0, result.stderr
     assert "Rank that the unseen task needs" in result.stdout
-    kept = json.loads((folder / "here/result.json").read_text("utf-8"))
-    assert list(kept["panels"]) == PANELS["linear"]
+    stored = json.loads((folder / "here/result.json").read_text("utf-8"))
+    assert list(stored["panels"]) == PANELS["linear"]
     page = (folder / "here/README.md").read_text("utf-8")
-    assert page.count("**The paper.**") == page.count("**Found.**") == len(PANELS["linear"])
+    assert page.count("**The paper.**") == page.count("**Result.**") == len(PANELS["linear"])
     for panel in panels_of("linear"):
         figure = folder / "here/figures" / f"{panel.name}.svg"
         assert figure.is_file() == (panel.figure is not None)
@@ -148,12 +149,12 @@ def test_a_killed_run_goes_on_where_it_was(folder: Path, monkeypatch: pytest.Mon
     ]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(linear_panels, "PANELS", broken)
-        run_theory(recipe)
+        recipe.run()
     done = recipe.folder / "panels/singular-values.json"
     before = done.stat().st_mtime_ns
     with pytest.raises(UserError, match="--resume"):
-        run_theory(recipe)
-    result = run_theory(recipe, resume=True)
+        recipe.run()
+    result = recipe.run(resume=True)
     assert list(result["panels"]) == ["singular-values", "two-tasks"]
     assert done.stat().st_mtime_ns == before
 

@@ -18,7 +18,7 @@ RESULT = Path(__file__).resolve().parents[2] / "benchmarks/results/theory-shallo
 
 @cache
 def trials() -> Trials:
-    return shallow.draw_trials(range(3), d=5, rows=300, new_rows=1000)
+    return shallow.draw_trials(range(3), d=5, num_examples=300, num_held_out=1000)
 
 
 def held_out(base: Network, rank: int = 1, epochs: int = 1500) -> torch.Tensor:
@@ -29,7 +29,7 @@ def held_out(base: Network, rank: int = 1, epochs: int = 1500) -> torch.Tensor:
 @pytest.mark.parametrize("adapted", [True, False])
 def test_gradients_are_those_of_the_forward(adapted: bool) -> None:
     torch.manual_seed(0)
-    data = shallow.draw_trials(range(2), d=4, rows=20, new_rows=5).seen
+    data = shallow.draw_trials(range(2), d=4, num_examples=20, num_held_out=5).seen
     network = Network(torch.randn(2, 4, 4), torch.randn(2, 4))
     adapters = (torch.randn(2, 3, 4, 2), torch.randn(2, 3, 2, 4)) if adapted else None
     leaves = [network.weight, network.head, *(adapters or ())]
@@ -40,8 +40,8 @@ def test_gradients_are_those_of_the_forward(adapted: bool) -> None:
     automatic = torch.autograd.grad(loss, leaves)
     with torch.no_grad():
         by_hand = shallow.gradients(network, adapters, data)
-    for one, two in zip(automatic, by_hand, strict=False):
-        assert torch.allclose(one, two, rtol=1e-4, atol=1e-6)
+    for expected, gradient in zip(automatic, by_hand, strict=False):
+        assert torch.allclose(expected, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_forward_is_the_network_of_the_paper() -> None:
@@ -49,15 +49,15 @@ def test_forward_is_the_network_of_the_paper() -> None:
     network = shallow.fresh_network(range(3), 5)
     up, down = torch.randn(3, 3, 5, 1), torch.randn(3, 3, 1, 5)
     x = data.x[1, 2, :, 7]
-    one = network.head[1] @ torch.sigmoid((network.weight[1] + up[1, 2] @ down[1, 2]) @ x)
-    assert torch.allclose(shallow.forward(network, data.x, up, down)[1, 2, 7], one, atol=1e-6)
+    expected = network.head[1] @ torch.sigmoid((network.weight[1] + up[1, 2] @ down[1, 2]) @ x)
+    assert torch.allclose(shallow.forward(network, data.x, up, down)[1, 2, 7], expected, atol=1e-6)
 
 
 def test_trials_do_not_touch_one_another() -> None:
-    alone = shallow.draw_trials([2], d=5, rows=300, new_rows=1000)
+    alone = shallow.draw_trials([2], d=5, num_examples=300, num_held_out=1000)
     assert torch.equal(alone.seen.y[0], trials().seen.y[2])
-    one, three = (shallow.peft_ml(t, 1, 30) for t in (alone, trials()))
-    assert torch.allclose(one.weight[0], three.weight[2], atol=1e-5)
+    single, batch = (shallow.peft_ml(t, 1, 30) for t in (alone, trials()))
+    assert torch.allclose(single.weight[0], batch.weight[2], atol=1e-5)
 
 
 def test_adapting_leaves_the_base_alone() -> None:

@@ -5,14 +5,30 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import foretune
 from foretune import Classification, Run, Task, TaskCollection
 from foretune.models.surgery import batch_norms
-from foretune.source_free.time_series_cnn import TimeSeriesCNN
 
 RUN = Run(steps=4, batch_size=6, eval_every=2, device="cpu")
 LORA = {"r": 2, "lora_alpha": 4}
+
+
+class WindowNet(nn.Module):
+    """A convolution with batch normalisation and a head."""
+
+    head_modules = ("head",)
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv1d(3, 8, 5, padding=2, bias=False)
+        self.norm = nn.BatchNorm1d(8)
+        self.body = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.body(self.norm(self.convolution(x)).relu().mean(2)).relu())
 
 
 def tasks(*names):
@@ -33,7 +49,7 @@ def tasks(*names):
 @pytest.fixture(scope="module")
 def base():
     torch.manual_seed(0)
-    model = TimeSeriesCNN(3, 3, mid=4, features=8, dropout=0.0)
+    model = WindowNet()
     method = foretune.Standard(learning_rate=1e-2)
     return foretune.retrain(model, tasks("far", "near"), method, RUN).model.eval()
 

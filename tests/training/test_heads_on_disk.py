@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import foretune
 import tiny_models
 from command_line import call, the_error
-from foretune import PEFTML, SMILE, Classification, Full, LoRA, Run, Standard, Task, TaskCollection
+from foretune import PEFTML, Classification, Full, LoRA, Run, Standard, Task, TaskCollection
 from foretune.recipes.model_card import model_card
 
 WORDS = ["the", "cat", "dog", "house", "tree", "car", "red", "blue", "green", "runs"]
@@ -123,17 +123,6 @@ def test_adapt_says_how_to_load_a_wide_head(base, tmp_path):
     assert shown["model"].get_base_model().classifier.modules_to_save.default.out_features == 7
     full = foretune.adapt(base.model, collection(new="abcdefg"), Full(), STEPS)
     assert full.num_labels is None, "a whole model brings its head"
-
-
-def test_fusing_knows_the_labels(base, tmp_path):
-    unseen = collection(c=["no", "yes"], d=["high", "low", "middle"])
-    run = STEPS.replace(out=tmp_path)
-    foretune.adapt(base.model, unseen, LoRA(lora={"r": 2}), run)
-    folders = {name: tmp_path / name for name in unseen.names}
-    fused = foretune.fuse(base.run.out / "base", folders, SMILE())
-    spare = {i: f"LABEL_{i}" for i in range(5)}
-    assert fused.labels["c"] == spare | {0: "no", 1: "yes"}
-    assert fused.labels["d"] == spare | {0: "high", 1: "low", 2: "middle"}
 
 
 def test_a_head_that_the_base_never_had_is_in_the_adapter(tmp_path):

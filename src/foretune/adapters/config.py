@@ -77,6 +77,8 @@ def matching_modules(
         UserError: Nothing matches; the message lists the modules that could.
     """
     from peft import LoraConfig
+
+    # Not exported by peft, but what it decides by itself: a copy could come to differ.
     from peft.tuners.tuners_utils import check_target_module_exists
 
     from foretune.models.surgery import linear_modules

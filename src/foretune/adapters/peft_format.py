@@ -27,7 +27,7 @@ def peft_config(bank: AdapterBank, model: nn.Module, base: str | None) -> dict[s
     differ from what was trained.
     """
     from peft import LoraConfig
-    from peft.utils.constants import DUMMY_TARGET_MODULES
+    from peft.utils.constants import DUMMY_TARGET_MODULES  # not exported; its word for none
 
     lora = dict(bank.lora or {})
     modules = dict(model.named_modules())

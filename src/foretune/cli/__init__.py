@@ -1,6 +1,6 @@
-"""The command line. Thin: each command parses, calls one function, prints what it returned.
+"""The command line: each command parses its arguments, calls one function and prints the result.
 
-Nothing here imports torch, transformers or peft before a command really needs it.
+Nothing here imports torch, transformers or peft before a command needs it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # rich takes longer to import than all the rest of --help
+    rich_markup_mode=None,  # importing rich takes longer than the rest of --help
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         print(f"foretune {foretune.__version__}")
         raise typer.Exit
 
@@ -47,13 +47,15 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show where an error came from; anywhere on the line.")
+        bool,
+        typer.Option("--debug", help="Show the traceback of an error; may follow any command."),
     ] = False,
 ) -> None:
-    """Retrain a model on many tasks so that it adapts better to the next."""
+    """Retrain a model on many tasks so that it adapts better to new ones."""
 
 
 app.command("run")(run.run)
@@ -77,7 +79,7 @@ app.command("doctor")(doctor.doctor)
 
 def main() -> None:
     """The `foretune` program."""
-    # On busy cores OpenMP's threads otherwise burn each other's time while they wait.
+    # Otherwise waiting OpenMP threads spin and take time from the working ones on busy cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     keep_freed_memory()
     app()

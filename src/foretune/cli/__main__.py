@@ -1,4 +1,4 @@
-"""`python -m foretune.cli` is `foretune`."""
+"""Makes `python -m foretune.cli` the same as `foretune`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""`foretune ls`, `show`, `cite`: what there is, what its settings are, whose work it is."""
+"""`foretune ls`, `show` and `cite`: methods and recipes, their settings and their papers."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -13,40 +14,37 @@ from foretune.errors import UserError, did_you_mean
 
 
 def ls(
-    what: Annotated[str | None, typer.Argument(help="methods or recipes; both by default.")] = None,
+    what: Annotated[
+        str | None, typer.Argument(help="What to list: methods or recipes (default: both).")
+    ] = None,
     json: Json = False,
 ) -> None:
     """List methods and packaged recipes."""
-    kinds = {"methods": _methods, "recipes": _recipes}
-    if what is not None and what not in kinds:
-        hint = did_you_mean(what, kinds)
-        raise UserError(f'there is nothing to list called "{what}"; methods or recipes.{hint}')
-    found = {name: lister() for name, lister in kinds.items() if what in (None, name)}
+    listers = {"methods": _methods, "recipes": _recipes}
+    _check_kind(what, list(listers))
+    listings = {kind: lister() for kind, lister in listers.items() if what in (None, kind)}
     if json:
-        emit_json(found)
+        emit_json(listings)
         return
     parts = []
-    for rows in found.values():
+    for rows in listings.values():
         header = list(rows[0])
         parts.append(table(header, [list(row.values()) for row in rows]))
     emit("\n\n".join(parts))
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A method, or a packaged recipe.")],
+    name: Annotated[str, typer.Argument(help="Name of a method or a packaged recipe.")],
     json: Json = False,
 ) -> None:
     """Show a method's settings and paper, or a recipe's text."""
-    from foretune.methods import METHODS
     from foretune.recipes.schema import packaged_recipes
 
     recipes = packaged_recipes()
     if name in recipes:
         emit_json({"name": name, "yaml": recipes[name]}) if json else emit(recipes[name].rstrip())
         return
-    if name not in METHODS:
-        hint = did_you_mean(name, [*METHODS, *recipes])
-        raise UserError(f'no method or recipe "{name}": see foretune ls.{hint}')
+    _check_method(name, recipes)
     described = _describe(name)
     if json:
         emit_json(described)
@@ -56,26 +54,28 @@ def show(
         for key, value in described["fields"].items()
     ]
     emit(f"{name} ({described['verb']}): {described['summary']}")
-    emit("\n" + table(["field", "default", "meaning"], rows) if rows else "\nIt has no fields.")
+    emit("\n" + table(["field", "default", "meaning"], rows) if rows else "\nIt has no settings.")
     if described["paper"]:
         paper = described["paper"]
         emit(f"\n{_authors(paper)}, {paper['title']}, {paper['year']}, arXiv:{paper['arxiv']}")
 
 
 def cite(
-    method: Annotated[str, typer.Argument(help="A method.")],
+    method: Annotated[str, typer.Argument(help="Name of a method.")],
     json: Json = False,
 ) -> None:
     """Print the BibTeX entry of a method's paper."""
-    paper = _class(method).paper
-    if paper is None:
-        raise UserError(f'"{method}" has no paper of its own to cite')
+    paper = _paper(method)
     entry = bibtex(paper)
     emit_json({"method": method, "paper": paper, "bibtex": entry}) if json else emit(entry)
 
 
 def bibtex(paper: dict[str, Any]) -> str:
-    """The BibTeX entry of a paper: a dict with title, authors, year, arxiv."""
+    """The BibTeX entry of a paper.
+
+    Args:
+        paper: title, authors and year, and perhaps venue and arxiv.
+    """
     first = _authors(paper).split(", ")[0].split()
     word = next((w for w in re.findall(r"\w+", paper["title"].lower()) if len(w) > 3), "paper")
     key = re.sub(r"\W", "", first[-1].lower() if first else "") + f"{paper['year']}{word}"
@@ -90,6 +90,27 @@ def bibtex(paper: dict[str, Any]) -> str:
         fields |= {"eprint": paper["arxiv"], "archivePrefix": "arXiv"}
     lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
     return f"@article{{{key},\n{lines}\n}}"
+
+
+def _check_kind(kind: str | None, kinds: list[str]) -> None:
+    if kind is not None and kind not in kinds:
+        hint = did_you_mean(kind, kinds)
+        raise UserError(f'cannot list "{kind}"; choose {" or ".join(kinds)}.{hint}')
+
+
+def _check_method(name: str, recipes: Iterable[str]) -> None:
+    from foretune.methods import METHODS
+
+    if name not in METHODS:
+        hint = did_you_mean(name, [*METHODS, *recipes])
+        raise UserError(f'no method or recipe "{name}"; `foretune ls` lists them.{hint}')
+
+
+def _paper(method: str) -> dict[str, Any]:
+    paper: dict[str, Any] | None = _class(method).paper
+    if paper is None:
+        raise UserError(f'method "{method}" has no paper to cite')
+    return paper
 
 
 def _methods() -> list[dict[str, str]]:
@@ -138,9 +159,9 @@ def _summary(cls: type) -> str:
 
 
 def _args(docstring: str) -> dict[str, str]:
-    """The `Args:` of a Google docstring: name → meaning, on one line."""
+    """The `Args:` of a Google-style docstring: each argument's meaning on one line."""
     _, _, section = docstring.partition("Args:\n")
-    found: dict[str, list[str]] = {}
+    lines_of: dict[str, list[str]] = {}
     indent, name = None, ""
     for line in section.splitlines():
         if not line.strip():
@@ -151,9 +172,9 @@ def _args(docstring: str) -> dict[str, str]:
             break
         if depth == indent:
             name, _, line = line.strip().partition(":")
-            found[name] = []
-        found[name].append(line.strip())
-    return {name: " ".join(lines) for name, lines in found.items()}
+            lines_of[name] = []
+        lines_of[name].append(line.strip())
+    return {name: " ".join(lines) for name, lines in lines_of.items()}
 
 
 def _authors(paper: dict[str, Any], joint: str = ", ") -> str:

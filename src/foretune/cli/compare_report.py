@@ -1,10 +1,10 @@
-"""`foretune compare` and `report`: which base is better, and the page that says so."""
+"""`foretune compare` and `report`: compare bases on unseen tasks, and rebuild the report."""
 
 from __future__ import annotations
 
 import json as jsonlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,26 +25,26 @@ def compare(
         list[str],
         typer.Argument(
             metavar="BASE... [KEY=VALUE]...",
-            help="Folders of bases; settings of the adaptation, such as steps=100 lora.r=4.",
+            help="Folders of bases, and settings of the adaptation such as steps=100 lora.r=4.",
         ),
     ],
-    tasks: Annotated[str, typer.Option(help="Unseen tasks: a file, a folder, a dataset.")] = ...,  # type: ignore[assignment]
-    shots: Annotated[str, typer.Option(help="Rows of each task, such as 1,5,all.")] = "1,5,20",
-    seeds: Annotated[int, typer.Option(min=1, help="Draws of the shots.")] = 1,
+    tasks: Annotated[str, typer.Option(help="Unseen tasks: a file, a folder or a dataset.")] = ...,  # type: ignore[assignment]
+    shots: Annotated[
+        str, typer.Option(help="Training examples per task, such as 1,5,all.")
+    ] = "1,5,20",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of random draws of the shots.")] = 1,
     objective: Annotated[
-        str | None, typer.Option(help="Kind of objective, for bases that do not say.")
+        str | None, typer.Option(help="Kind of objective, for bases that do not record one.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("runs/compare"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/compare"),
     resume: Resume = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Adapt bases to the same unseen tasks, say which is better."""
-    folders = [Path(item) for item in bases if "=" not in item]
-    changes = [item for item in bases if "=" in item]
+    """Adapt bases to the same unseen tasks and compare their scores."""
+    changes = [argument for argument in bases if "=" in argument]
     counts = parse_shots(shots)
-    if not folders:
-        raise UserError("compare needs at least one base's folder")
+    folders = _base_folders(bases)
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
         from foretune.recipes.on_folders import compare_folders
@@ -69,19 +69,11 @@ def compare(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="A folder with a comparison.json.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with a comparison.json.")],
     json: Json = False,
 ) -> None:
-    """Build report.html again from comparison.json."""
-    path = folder / "comparison.json"
-    if not path.is_file():
-        raise UserError(f"no comparison in {folder}: it holds no comparison.json")
-    try:
-        comparison = jsonlib.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
-    if not isinstance(comparison, dict) or comparison.get("format") != 1:
-        raise UserError(f"{path} is no comparison of format 1")
+    """Rebuild report.html from comparison.json."""
+    comparison = _read_comparison(folder)
     with quiet_stdout():
         from foretune.evaluation.report import write_report
 
@@ -90,7 +82,10 @@ def report(
 
 
 def parse_shots(text: str) -> list[int | None]:
-    """Numbers of rows from `1,5,all`; None stands for all.
+    """Numbers of shots from `1,5,all`; None stands for all.
+
+    Raises:
+        UserError: A part is neither a number above 0 nor "all".
 
     >>> parse_shots("1,5,all")
     [1, 5, None]
@@ -99,6 +94,28 @@ def parse_shots(text: str) -> list[int | None]:
     for part in text.split(","):
         word = part.strip()
         if word != "all" and not (word.isdigit() and int(word) > 0):
-            raise UserError(f'--shots wants numbers of rows such as 1,5,20 or all, got "{text}"')
+            raise UserError(
+                f'--shots must be numbers above 0 or all, such as 1,5,all; got "{text}"'
+            )
         counts.append(None if word == "all" else int(word))
     return counts
+
+
+def _base_folders(arguments: list[str]) -> list[Path]:
+    folders = [Path(argument) for argument in arguments if "=" not in argument]
+    if not folders:
+        raise UserError("compare needs the folder of at least one base")
+    return folders
+
+
+def _read_comparison(folder: Path) -> dict[str, Any]:
+    path = folder / "comparison.json"
+    if not path.is_file():
+        raise UserError(f"no comparison in {folder}: it holds no comparison.json")
+    try:
+        comparison = jsonlib.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(comparison, dict) or comparison.get("format") != 1:
+        raise UserError(f"{path} is not a comparison of format 1")
+    return comparison

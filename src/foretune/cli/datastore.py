@@ -12,30 +12,36 @@ from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="A store of a model's last states and what followed them, for generate --method rtd.",
+    help="Build, tune and evaluate a store of references for RTD.",
 )
-Rows = Annotated[str, typer.Option(help="A file, a folder, a dataset; see docs/data.md.")]
-Task = Annotated[str | None, typer.Option(help="Only rows of this task.")]
-Split = Annotated[str | None, typer.Option(help="Only rows of this split.")]
-Store = Annotated[Path, typer.Argument(help="The store's folder.")]
+Source = Annotated[str, typer.Option(help="Rows: a file, a folder or a dataset; see docs/data.md.")]
+Task = Annotated[str | None, typer.Option(help="Use only rows of this task.")]
+Split = Annotated[str | None, typer.Option(help="Use only rows of this split.")]
+Store = Annotated[Path, typer.Argument(help="Folder of the store.")]
 
 
 @app.command()
 def build(
     model: Annotated[str, typer.Argument(help="A model folder, a hub id, or a PEFT folder.")],
-    rows: Rows = ...,  # type: ignore[assignment]
-    out: Annotated[Path, typer.Option(help="The store's folder.")] = Path("store"),
+    rows: Source = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="Folder to write the store to.")] = Path("store"),
     task: Task = None,
     split: Split = None,
-    heads: Annotated[int, typer.Option(min=1, help="Slices of a state looked up apart.")] = 1,
+    heads: Annotated[
+        int, typer.Option(min=1, help="Slices of a state that are looked up separately.")
+    ] = 1,
     permute_options: Annotated[
-        bool, typer.Option(help="Rows with candidates once for each rotation of them.")
+        bool, typer.Option(help="Read rows with candidates once per rotation.")
     ] = True,
-    key_type: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store.")] = False,
+    key_type: Annotated[
+        str, typer.Option(help="Type of the states: float32, float16 or bfloat16.")
+    ] = "float32",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing store.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Read rows with a model and keep its states."""
+    """Run a model on rows and store its states."""
     from foretune.run import check_one_of
 
     check_one_of("--key-type", key_type, ("float32", "float16", "bfloat16"))
@@ -66,32 +72,34 @@ def build(
 @app.command()
 def tune(
     store: Store,
-    heads: Annotated[int | None, typer.Option(min=1, help="Slices; the store's.")] = None,
-    sample: Annotated[int, typer.Option(min=2, help="Entries that are predicted.")] = 2000,
-    seed: Annotated[int, typer.Option(min=0, help="Draws them.")] = 0,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Slices per state (default: the store's).")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=2, help="Number of entries to predict.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of that sample.")] = 0,
     json: Json = False,
 ) -> None:
-    """Choose neighbours, temperature and mix on the store, one row left out at a time."""
+    """Choose neighbours, temperature and mix by leaving out one row of the store at a time."""
     with quiet_stdout():
         from foretune.decoding.datastore_folders import tune_folder
 
-        found = tune_folder(store, heads=heads, sample=sample, seed=seed)
+        tuned = tune_folder(store, heads=heads, sample=sample, seed=seed)
     if json:
-        emit_json(found)
+        emit_json(tuned)
         return
     emit(
-        f"neighbours {found['neighbours']}, temperature {found['temperature']:.4g}, "
-        f"mix {found['mix']:g}, heads {found['heads']}"
+        f"neighbours {tuned['neighbours']}, temperature {tuned['temperature']:.4g}, "
+        f"mix {tuned['mix']:g}, heads {tuned['heads']}"
     )
-    said = [
-        ["the model alone", found["model_alone"]],
-        ["with the store's token counts", found["with_counts"]],
-        ["with the store", found["log_likelihood"]],
+    scores = [
+        ["the model alone", tuned["model_alone"]],
+        ["with the store's token counts", tuned["with_counts"]],
+        ["with the store", tuned["log_likelihood"]],
     ]
-    cells = [[name, f"{score:.3f}"] for name, score in said]
-    emit(table([f"left out, {found['entries']} entries", "log-likelihood a token"], cells))
-    if found["mix"] == 0:
-        emit("The store is of no use to this model: nothing of it is mixed in.")
+    cells = [[name, f"{score:.3f}"] for name, score in scores]
+    emit(table([f"left out, {tuned['entries']} entries", "log-likelihood a token"], cells))
+    if tuned["mix"] == 0:
+        emit("The store does not help this model: its weight in the mixture is 0.")
 
 
 @app.command("eval")
@@ -100,21 +108,23 @@ def evaluate(
     changes: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="Fields of RTD (foretune show rtd), such as mix=0.5."
+            metavar="[KEY=VALUE]...", help="Fields of RTD such as mix=0.5 (foretune show rtd)."
         ),
     ] = None,
-    rows: Rows = ...,  # type: ignore[assignment]
-    model: Annotated[str | None, typer.Option(help="The store's own by default.")] = None,
+    rows: Source = ...,  # type: ignore[assignment]
+    model: Annotated[str | None, typer.Option(help="Model (default: the store's).")] = None,
     task: Task = None,
     split: Split = None,
-    shots: Annotated[int, typer.Option(min=0, help="Store rows put into the prompt.")] = 8,
+    shots: Annotated[
+        int, typer.Option(min=0, help="Rows of the store to put into the prompt.")
+    ] = 8,
     lora_steps: Annotated[
-        int, typer.Option(min=0, help="Batches of LoRA, in each of three trainings; 0 for none.")
+        int, typer.Option(min=0, help="Steps in each of LoRA's three training runs; 0 to skip it.")
     ] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the shots, seeds LoRA.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of shots and LoRA.")] = 0,
     json: Json = False,
 ) -> None:
-    """Score the store, and what else could be done with its rows, on other rows."""
+    """Score the store on held-out rows, beside baselines that use the store's rows."""
     from foretune.decoding.prompts import decode_method
 
     decode_method("rtd", changes or [])
@@ -147,6 +157,6 @@ def evaluation_text(result: dict[str, Any]) -> str:
         score = "-" if row["score"] is None else f"{row['score']:.3f}"
         loss = "-" if row["log_loss"] is None else f"{row['log_loss']:.3f}"
         rows.append([row["method"], score, *error, loss, f"{row['seconds']:.1f}"])
-    what = "rows" if labelled else "tokens"
-    said = f"{result['examples']} {what}, {result['entries']} entries in the store"
-    return f"{table(header, rows)}\n{said}"
+    unit = "rows" if labelled else "tokens"
+    footer = f"{result['examples']} {unit}, {result['entries']} entries in the store"
+    return f"{table(header, rows)}\n{footer}"

@@ -1,4 +1,4 @@
-"""`foretune forecast`: pretrain, adapt and evaluate a forecaster of trajectories."""
+"""`foretune forecast`: pretrain, adapt and evaluate a trajectory forecaster."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Forecasts of trajectories: a Forecast-MAE, adapted to new scenes by Forecast-PEFT.",
+    help="Pretrain, adapt and evaluate forecasters of trajectories.",
 )
 Scenes = Annotated[
-    Path, typer.Option(help="Scenes: .npz, .parquet, tracks (.txt), a folder of them, Argoverse 2.")
+    Path,
+    typer.Option(
+        help="Scenes: .npz, .parquet, tracks (.txt), or a folder of tracks or of Argoverse 2."
+    ),
 ]
 Changes = Annotated[
     list[str] | None,
@@ -23,57 +26,66 @@ Changes = Annotated[
         metavar="[KEY=VALUE]...", help="Settings, such as steps=500 learning_rate=1e-3."
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")]
-Replace = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
+Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
 
 
 @app.command()
 def pretrain(
     changes: Changes = None,
     scenes: Scenes = ...,  # type: ignore[assignment]
-    out: Annotated[Path, typer.Option(help="The model's folder.")] = Path("forecast-mae"),
+    out: Annotated[Path, typer.Option(help="Folder of the pretrained model.")] = (
+        Path("forecast-mae")
+    ),
     seed: Seed = 0,
     overwrite: Replace = False,
     json: Json = False,
 ) -> None:
-    """Pretrain a Forecast-MAE: hidden histories, futures and lanes are predicted from the rest."""
-    from foretune.forecasting.folders import pretraining
+    """Pretrain a Forecast-MAE to predict hidden histories, futures and lanes from visible ones."""
+    from foretune.forecasting.folders import pretrain_settings
 
-    asked = pretraining(changes or [], seed)
+    settings = pretrain_settings(changes or [], seed)
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
         from foretune.forecasting.folders import pretrain_folder
 
-        result = pretrain_folder(asked, scenes, out, overwrite=overwrite, console=StderrConsole())
+        result = pretrain_folder(
+            settings, scenes, out, overwrite=overwrite, console=StderrConsole()
+        )
     if json:
         emit_json(result)
         return
-    loss = result["validation_loss"]
-    known = "" if loss is None else f", validation loss {loss:.3f}"
+    num_tasks, loss = result["tasks"], result["validation_loss"]
+    validation = "" if loss is None else f", validation loss {loss:.3f}"
     emit(
         f"Model: {result['out']} ({result['parameters']:,} parameters, {result['scenes']} scenes "
-        f"of {result['tasks']} tasks{known})"
+        f"of {num_tasks} task{'' if num_tasks == 1 else 's'}{validation})"
     )
 
 
 @app.command()
 def adapt(
-    base: Annotated[Path, typer.Argument(help="A pretrained model's folder.")],
+    base: Annotated[Path, typer.Argument(help="Folder of the pretrained model.")],
     changes: Changes = None,
     scenes: Scenes = ...,  # type: ignore[assignment]
-    out: Annotated[Path, typer.Option(help="Folder; one folder a task.")] = Path("forecasters"),
-    method: Annotated[str, typer.Option(help="forecast-peft, or full: an MLP head.")] = (
-        "forecast-peft"
-    ),
-    shots: Annotated[int | None, typer.Option(min=1, help="Scenes of each task; all.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the adapted forecasters, with one folder per task.")
+    ] = Path("forecasters"),
+    method: Annotated[
+        str,
+        typer.Option(help="forecast-peft, or full: fine-tune the whole encoder with an MLP head."),
+    ] = "forecast-peft",
+    shots: Annotated[
+        int | None, typer.Option(min=1, help="Training scenes per task (default: all).")
+    ] = None,
     seed: Seed = 0,
     overwrite: Replace = False,
     json: Json = False,
 ) -> None:
     """Adapt a pretrained model to each task of the scenes."""
-    from foretune.forecasting.folders import adapting
+    from foretune.forecasting.folders import adapt_settings
 
-    record, run = adapting(method, changes or [], seed)
+    record, run = adapt_settings(method, changes or [], seed)
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
         from foretune.forecasting.folders import adapt_folder
@@ -94,21 +106,31 @@ def adapt(
     rows = [[task, f"{score:.2f}"] for task, score in result["minFDE"].items()]
     if rows:
         emit(table(["task", "minFDE (m)"], rows))
-    emit(f"{result['out']}: {result['cost']['trainable_parameters']:,} parameters of each task")
+    emit(f"{result['out']}: {result['cost']['trainable_parameters']:,} trained parameters per task")
 
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A folder of adapt, or a model that forecasts.")],
+    model: Annotated[
+        Path,
+        typer.Argument(help="Folder that adapt wrote, or of one model that can forecast."),
+    ],
     scenes: Scenes = ...,  # type: ignore[assignment]
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    base: Annotated[Path | None, typer.Option(help="The pretrained model, if it moved.")] = None,
-    out: Annotated[Path | None, typer.Option(help="An HTML page with pictures.")] = None,
-    pictures: Annotated[int, typer.Option(min=0, help="Scenes of each task on it.")] = 4,
+    split: Annotated[
+        str, typer.Option(help="Split to evaluate on: train, validation or test.")
+    ] = "test",
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the pretrained model, if it moved since adapting."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML page to write, with the table and pictures.")
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=0, help="Pictured scenes per task on the page.")] = 4,
     overwrite: Replace = False,
     json: Json = False,
 ) -> None:
-    """Measure forecasts (minADE, minFDE, miss rate) beside constant velocity; draw them."""
+    """Evaluate forecasts (minADE, minFDE, miss rate) against constant velocity; draw them."""
     from foretune.run import check_one_of
 
     check_one_of("--split", split, ("train", "validation", "test"))

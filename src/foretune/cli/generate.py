@@ -1,4 +1,4 @@
-"""`foretune generate`: text from a model, plainly or by a decode method."""
+"""`foretune generate`: text from a model, alone or with a decode method."""
 
 from __future__ import annotations
 
@@ -21,82 +21,80 @@ def generate(
         list[str] | None,
         typer.Argument(
             metavar="[PROMPT] [KEY=VALUE]...",
-            help="The prompt, and fields of the method (foretune show METHOD), such as beta=0.5.",
+            help="The prompt, and fields of the method such as beta=0.5 (foretune show METHOD).",
         ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts: a line each, or .jsonl; - for stdin.")
+        Path | None, typer.Option(help="File of prompts: one per line, or .jsonl; - for stdin.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="A decode method; none by default.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Decode method (default: the model alone).")
+    ] = None,
     tuned: Annotated[
         list[str] | None,
-        typer.Option(help="eft: a fine-tuned model or PEFT folder; may be given several times."),
+        typer.Option(help="eft: a fine-tuned model or PEFT folder; can be repeated."),
     ] = None,
     untuned: Annotated[
         list[str] | None,
-        typer.Option(help="eft: what it was tuned from; not needed for a PEFT folder."),
+        typer.Option(help="eft: the model it was tuned from; not needed with a PEFT folder."),
     ] = None,
     tuned_prompts: Annotated[
-        Path | None, typer.Option(help="eft: what tuned models read in place of each prompt.")
+        Path | None, typer.Option(help="eft: file of prompts for the tuned models.")
     ] = None,
     untuned_prompts: Annotated[
-        Path | None, typer.Option(help="eft: what untuned models read in place of each prompt.")
+        Path | None, typer.Option(help="eft: file of prompts for the untuned models.")
     ] = None,
     speculative: Annotated[
-        bool, typer.Option("--speculative", help="eft: the tuned model drafts; the law is kept.")
+        bool,
+        typer.Option(
+            "--speculative", help="eft: the tuned model drafts; output distribution unchanged."
+        ),
     ] = False,
-    store: Annotated[Path | None, typer.Option(help="rtd: the datastore's folder.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many for each.")] = 50,
-    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens; greedy without.")] = False,
+    store: Annotated[Path | None, typer.Option(help="rtd: folder of the datastore.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum number of new tokens per prompt.")
+    ] = 50,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Sample tokens (default: greedy decoding).")
+    ] = False,
     temperature: Annotated[
-        float | None, typer.Option(help="Of drawing; below 1 sharper. Implies --sample.")
+        float | None, typer.Option(help="Sampling temperature; implies --sample.")
     ] = None,
-    beams: Annotated[int, typer.Option(min=1, help="Width of beam search.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seeds drawing.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
+    beams: Annotated[int, typer.Option(min=1, help="Number of beams.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
     beta_sweep: Annotated[
         str | None, typer.Option(metavar="B,B,…", help="eft: compare these values of beta.")
     ] = None,
     oracle: Annotated[
-        str | None, typer.Option(help="With --beta-sweep: the large model truly tuned.")
+        str | None, typer.Option(help="With --beta-sweep: the fine-tuned large model.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="With --beta-sweep: the frontier as an .svg file.")
+        Path | None, typer.Option(help="With --beta-sweep: write the frontier to this .svg file.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the --out file.")] = False,
     json: Json = False,
 ) -> None:
-    """Continue prompts, plainly or with another law of the next token."""
-    from foretune.decoding.prompts import check_resources, decode_method, split_words
+    """Continue prompts with a model, plain or steered by EFT or RTD."""
+    from foretune.decoding.prompts import check_resources, split_words
 
     prompt, settings = split_words(words or [], method, prompts is not None)
-    if method is None and settings:
-        raise UserError(
-            f"{settings[0]!r} needs a --method; a prompt of several words goes in quotes"
-        )
-    record = None if method is None else decode_method(method, settings)
+    record = _record(method, settings)
     resources = check_resources(
         method, {"tuned": tuned, "untuned": untuned, "store": None if store is None else str(store)}
     )
     betas = _betas(beta_sweep, method)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
-    options |= _drawing(sample, temperature, beams)
+    options |= _sampling(sample, temperature, beams)
     _check_figure(out, betas, oracle, overwrite)
     with quiet_stdout(), _warnings_as_lines():
         from foretune.decoding.generation import read_prompts
 
-        if prompt is None and prompts is None and sys.stdin.isatty():
-            raise UserError('no prompt: foretune generate MODEL "text", --prompts FILE, or stdin')
-        texts = [prompt] if prompt is not None else read_prompts(prompts or "-")
-        own = {"tuned_prompts": tuned_prompts, "untuned_prompts": untuned_prompts}
-        read = {k: read_prompts(v) for k, v in own.items() if v is not None}
-        if (read or speculative) and method != "eft":
-            raise UserError(
-                "--tuned-prompts, --untuned-prompts and --speculative need --method eft"
-            )
+        texts = [prompt] if prompt is not None else _read(prompts)
+        files = {"tuned_prompts": tuned_prompts, "untuned_prompts": untuned_prompts}
+        side_prompts = {k: read_prompts(file) for k, file in files.items() if file is not None}
+        _check_side_options(method, betas, bool(side_prompts or speculative))
         if betas is not None:
-            if read or speculative:
-                raise UserError("--beta-sweep takes the same prompts for all and drafts nothing")
             from foretune.decoding.beta_sweep import figure, sweep, table_rows
 
             rows = sweep(model, texts, record, betas, resources, oracle, **options)
@@ -111,7 +109,7 @@ def generate(
                 resources,
                 batch_size=batch_size,
                 **options,
-                **read,
+                **side_prompts,
                 **drafting,
             )
     if betas is not None:
@@ -123,17 +121,50 @@ def generate(
     elif json:
         emit_json(result)
     else:
-        emit("\n".join(one["text"] for one in result["results"]))
+        emit("\n".join(continuation["text"] for continuation in result["results"]))
 
 
-def _drawing(sample: bool, temperature: float | None, beams: int) -> dict[str, Any]:
+def _record(method: str | None, settings: list[str]) -> Any:
+    from foretune.decoding.prompts import decode_method
+
+    if method is not None:
+        return decode_method(method, settings)
+    if settings:
+        raise UserError(
+            f"{settings[0]!r} needs a --method; put a prompt of several words in quotes"
+        )
+    return None
+
+
+def _read(prompts: Path | None) -> list[str]:
+    """Prompts of a file or of stdin.
+
+    Raises:
+        UserError: There is none.
+    """
+    from foretune.decoding.generation import read_prompts
+
+    if prompts is None and sys.stdin.isatty():
+        raise UserError('no prompt: give foretune generate MODEL "text", --prompts FILE, or stdin')
+    return read_prompts(prompts or "-")
+
+
+def _check_side_options(method: str | None, betas: list[float] | None, side_options: bool) -> None:
+    names = "--tuned-prompts, --untuned-prompts and --speculative"
+    if side_options and method != "eft":
+        raise UserError(f"{names} need --method eft")
+    if side_options and betas is not None:
+        raise UserError(f"{names} cannot be combined with --beta-sweep")
+
+
+def _sampling(sample: bool, temperature: float | None, beams: int) -> dict[str, Any]:
     if temperature is not None and not temperature > 0:
         raise UserError(f"--temperature must be above 0, got {temperature:g}")
-    drawn = sample or temperature is not None
-    options: dict[str, Any] = {"do_sample": drawn, "num_beams": beams}
-    # From the whole law: without the truncation that a model's generation config may bring along.
+    do_sample = sample or temperature is not None
+    options: dict[str, Any] = {"do_sample": do_sample, "num_beams": beams}
+    # From the full distribution, without the truncation that a generation config may set.
     return options | (
-        {"temperature": temperature or 1.0, "top_k": 0, "top_p": 1.0} if drawn else {}
+        {"temperature": temperature or 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
     )
 
 
@@ -152,18 +183,18 @@ def _check_figure(
     out: Path | None, betas: list[float] | None, oracle: str | None, overwrite: bool
 ) -> None:
     if betas is None and (out is not None or oracle is not None):
-        raise UserError(f"{'--out' if out is not None else '--oracle'} goes with --beta-sweep")
+        raise UserError(f"{'--out' if out is not None else '--oracle'} needs --beta-sweep")
     if out is None:
         return
     if out.suffix != ".svg":
-        raise UserError(f"--out is a picture: a name that ends in .svg, got {out}")
+        raise UserError(f"--out must be an .svg file, got {out}")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists: --overwrite replaces it")
 
 
 @contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Warnings as one line on stderr, without file and line of code, none for programmers."""
+    """Prints UserWarnings as one line on stderr each; other warnings are ignored."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", UserWarning)

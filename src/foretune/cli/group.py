@@ -1,4 +1,4 @@
-"""Errors become one line on stderr and an exit code, whatever command they come from."""
+"""The command group: turns errors of any command into one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from foretune.errors import ForetuneError, LostProcessError
 from foretune.processes import process_rank
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
-ALONE_S = 5.0  # the launcher ends a job well within it
+ALONE_S = 5.0  # seconds within which the launcher ends a job that failed
 
 
 class Group(TyperGroup):
-    """The `foretune` command. `--debug` may stand anywhere, and shows where an error came from."""
+    """The `foretune` command; `--debug` anywhere on the command line shows tracebacks."""
 
     def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
-        """Runs a command line; exits 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
+        """Runs a command line and exits: 0 done, 1 failed, 2 user error, 130 interrupted."""
         args = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in args
         args = [arg for arg in args if arg != "--debug"]
@@ -32,7 +32,7 @@ class Group(TyperGroup):
             code = super().main(args, **extra)
             sys.stdout.flush()
         except BrokenPipeError:
-            # The reader went away (`foretune ls | head`); what is left must not be flushed at exit.
+            # The reader has closed the pipe (`foretune ls | head`): do not flush the rest at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             code = FAILED
         except Exception as error:
@@ -40,11 +40,15 @@ class Group(TyperGroup):
                 traceback.print_exc()
             line, code = explain(error)
             if line:
-                _tell(line, error)
+                _print_error(line, error)
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command, so that Ctrl-C becomes an error like the others."""
+        """Runs the command; Ctrl-C becomes an error like the others.
+
+        Raises:
+            InterruptedRunError: Ctrl-C was pressed.
+        """
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -52,14 +56,14 @@ class Group(TyperGroup):
 
 
 class InterruptedRunError(Exception):
-    """Ctrl-C."""
+    """A run was interrupted by Ctrl-C."""
 
 
-def _tell(line: str, error: Exception) -> None:
-    """Says what went wrong, where several processes fail alike only once.
+def _print_error(line: str, error: Exception) -> None:
+    """Prints an error, only once where several processes fail alike.
 
-    A mistake ends all of them. The first one says so and the launcher ends the others, which wait
-    for it and speak only when they are left alone with their error.
+    A user error ends all processes. The first one reports it and the launcher ends the others,
+    which wait for that and report the error only if they are still running afterwards.
     """
     rank = process_rank()
     if rank > 0 and not isinstance(error, LostProcessError):
@@ -68,16 +72,19 @@ def _tell(line: str, error: Exception) -> None:
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """(the line for stderr, the exit code) of an error.
+    """The line on stderr and the exit code of an error.
 
     >>> explain(ForetuneError("the disk is full"))
     ('error: the disk is full', 1)
     """
     if isinstance(error, InterruptedRunError):
-        return "interrupted; --resume continues where checkpoints were written", INTERRUPTED
+        return (
+            "interrupted; --resume continues from the last checkpoint, if there is one",
+            INTERRUPTED,
+        )
     if isinstance(error, ForetuneError):
         return f"error: {_one_line(error)}", error.exit_code
-    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # of the command line
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error
         return _usage(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return (
@@ -87,7 +94,7 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) or "No space left on device" in str(error):
         return f"error: {_one_line(error)}", FAILED
     return (
-        f"error: {type(error).__name__}: {_one_line(error)} (this is a bug; run again with --debug)"
+        f"error: {type(error).__name__}: {_one_line(error)} (this is a bug; --debug shows where)"
     ), FAILED
 
 

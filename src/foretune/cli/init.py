@@ -12,21 +12,22 @@ from foretune.errors import UserError
 
 
 def init(
-    file: Annotated[Path, typer.Argument(help="The recipe to write.")] = Path("recipe.yaml"),
+    file: Annotated[Path, typer.Argument(help="File to write the recipe to.")] = Path(
+        "recipe.yaml"
+    ),
     template: Annotated[
-        str, typer.Option(help="choice, classification, causal-lm or arrays.")
+        str, typer.Option(help="Template: choice, classification, causal-lm or arrays.")
     ] = "choice",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing file.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write a commented recipe to edit."""
     from foretune.recipes.templates import template_text
 
     text = template_text(template)
-    if file.is_dir():
-        raise UserError(f"{file} is a folder; name a file, such as {file / 'recipe.yaml'}")
-    if file.exists() and not overwrite:
-        raise UserError(f"{file} exists already; use --overwrite or another name")
+    _check_file(file, overwrite)
     file.parent.mkdir(parents=True, exist_ok=True)
     name = "".join(c if c.isalnum() or c in "_.-" else "-" for c in file.stem)
     file.write_text(
@@ -36,3 +37,10 @@ def init(
         emit_json({"recipe": str(file), "template": template})
         return
     emit(f"Wrote {file}. Set tasks.source, then: foretune plan {file}")
+
+
+def _check_file(file: Path, overwrite: bool) -> None:
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; name a file, such as {file / 'recipe.yaml'}")
+    if file.exists() and not overwrite:
+        raise UserError(f"{file} exists already; use --overwrite or another name")

@@ -1,4 +1,4 @@
-"""Results on stdout, progress on stderr."""
+"""What commands print: results on stdout; and the options that several commands share."""
 
 from __future__ import annotations
 
@@ -13,35 +13,39 @@ import typer
 
 from foretune.processes import process_rank
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue what was begun in the folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty the folder first.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as retrain.steps=100."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Changes to the recipe, such as retrain.steps=100."
+    ),
 ]
 
 
 def emit(value: Any) -> None:
-    """A result as text: a line, or lines. Of several processes the first says it."""
+    """Prints a result; of several processes only the first prints."""
     if process_rank() == 0:
         print(value)
 
 
 def emit_json(value: Any) -> None:
-    """A result for machines."""
+    """Prints a result as JSON."""
     emit(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=_plain))
 
 
 @contextlib.contextmanager
 def quiet_stdout() -> Iterator[None]:
-    """Sends what libraries and the user's model file print to stderr: stdout is for results."""
+    """Sends what libraries and the user's code print to stderr: stdout is for results."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns of text: the first to the left, numbers to the right.
+    """Rows as aligned columns of text, numeric columns to the right.
 
     >>> print(table(["base", "score"], [["none", 0.5]]))
     base  score
@@ -64,12 +68,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def comparison_text(comparison: Mapping[str, Any]) -> str:
-    """The table and the verdict of a comparison, for a terminal."""
+    """The table, the verdict and the choices of a comparison as text."""
     from foretune.evaluation.report import summary_rows
     from foretune.evaluation.wording import choice_sentences
 
-    said = [comparison["verdict"]["sentence"], *choice_sentences(comparison["bases"])]
-    return "\n\n".join([table(*summary_rows(comparison)), *said])
+    sentences = [comparison["verdict"]["sentence"], *choice_sentences(comparison["bases"])]
+    return "\n\n".join([table(*summary_rows(comparison)), *sentences])
 
 
 def _numeral(cell: object) -> bool:
@@ -81,4 +85,4 @@ def _plain(value: Any) -> Any:
         return str(value)
     if hasattr(value, "item"):
         return value.item()
-    raise TypeError(f"no JSON for {type(value).__name__}")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

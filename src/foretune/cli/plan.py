@@ -1,4 +1,4 @@
-"""`foretune plan`: what a recipe would do and cost."""
+"""`foretune plan`: what a recipe would do, and its cost."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from foretune.cli.output import Json, Overrides, emit, emit_json, quiet_stdout, 
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A packaged recipe (foretune ls) or a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="Packaged recipe (see foretune ls) or YAML file.")],
     changes: Overrides = None,
     json: Json = False,
 ) -> None:
-    """Show tasks, leaks, parameters, memory, time; no training."""
+    """Show a recipe's tasks, leaks, parameters, memory and time.
+
+    Two steps are measured; nothing is saved.
+    """
     from foretune.recipes.schema import load_recipe
 
     loaded = load_recipe(recipe, changes or [])
@@ -28,22 +31,22 @@ def plan(
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:
-    """A plan for a terminal."""
+    """A plan as text."""
     parts = [_tasks("seen", plan["seen"])]
     if plan["unseen"]:
         parts.append(_tasks("unseen", plan["unseen"]))
     parts.append(_leaks(plan["leaks"]))
     rows = [_cost(cost) for cost in [*plan["retrain"], *([plan["adapt"]] if plan["adapt"] else [])]]
-    header = ["method", "base", "adapter a task", "head a task", "s a step", "in all"]
+    header = ["method", "base", "adapter per task", "head per task", "s per step", "total"]
     parts.append("trainable parameters and time\n" + table(header, rows))
     memory = plan["peak_memory_mb"]
-    peak = f", memory up to {memory:.0f} MB" if memory else ""
-    parts.append(f"In all about {duration(plan['seconds'])}{peak} (measured on two steps).")
+    peak = f", up to {memory:.0f} MB of memory" if memory else ""
+    parts.append(f"Total: about {duration(plan['seconds'])}{peak} (measured on two steps).")
     return "\n\n".join(parts)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them.
+    """A duration in seconds, minutes or hours, as text.
 
     >>> duration(42), duration(600), duration(9000)
     ('42 s', '10 min', '2.5 h')
@@ -64,10 +67,12 @@ def _tasks(side: str, tasks: Mapping[str, Mapping[str, int]], most: int = 12) ->
 
 def _leaks(leaks: list[Mapping[str, Any]], most: int = 8) -> str:
     if not leaks:
-        return "leaks: none found (no example stands in both train and test, or seen and unseen)"
+        return (
+            "leaks: none found (no example is in both train and test, or in seen and unseen tasks)"
+        )
     lines = [
-        f"  {leak['kind']}: {leak['count']} rows of {leak['other_task']} stand in the train "
-        f"rows of {leak['task']}, such as {leak['sample']!r}"
+        f"  {leak['kind']}: {leak['count']} examples of {leak['other_task']} are also in the train "
+        f"split of {leak['task']}, such as {leak['sample']!r}"
         for leak in leaks[:most]
     ]
     more = [f"  and {len(leaks) - most} more"] if len(leaks) > most else []

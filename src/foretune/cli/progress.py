@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a line now and then elsewhere."""
+"""Progress on stderr: a bar on a terminal, occasional lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from typing_extensions import override
+
 from foretune.processes import process_rank
 from foretune.recipes.console import Console, Progress
 
-QUIET_S = 10.0  # the least time between two plain lines of one bar
+LINE_INTERVAL_S = 10.0  # minimum time between two plain lines of one bar
 
 
 class Rounds:
-    """Counts several trainings, one after the other, as one."""
+    """Progress over several trainings that run one after another.
+
+    Args:
+        rounds: Number of trainings.
+    """
 
     def __init__(self, rounds: int) -> None:
         self.rounds, self.round, self.last = rounds, 0, 0
 
     def share(self, step: int, steps: int) -> float:
-        """The share that is done, from 0 to 1.
+        """The share completed, from 0 to 1, after `step` of the `steps` of the current training.
 
         >>> rounds = Rounds(2)
         >>> [rounds.share(step, 2) for step in (1, 2, 1, 2)]
@@ -34,19 +40,21 @@ class Rounds:
 
 
 class StderrConsole(Console):
-    """Says everything on stderr; of several processes the first does."""
+    """Reports on stderr; of several processes only the first reports."""
 
+    @override
     def say(self, line: str) -> None:
         if process_rank() == 0:
             print(line, file=sys.stderr, flush=True)
 
+    @override
     @contextlib.contextmanager
     def bar(self, label: str, rounds: int = 1) -> Iterator[Progress | None]:
         if process_rank() > 0:
             yield None
             return
-        shown = _rich_bar if sys.stderr.isatty() else _plain_bar
-        with shown(label, Rounds(rounds)) as progress:
+        bar = _rich_bar if sys.stderr.isatty() else _plain_bar
+        with bar(label, Rounds(rounds)) as progress:
             yield progress
 
 
@@ -75,13 +83,13 @@ def _rich_bar(label: str, rounds: Rounds) -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def _plain_bar(label: str, rounds: Rounds) -> Iterator[Progress]:
-    said = time.monotonic()
+    last_line_at = time.monotonic()
 
     def progress(step: int, steps: int, figures: dict[str, Any]) -> None:
-        nonlocal said
+        nonlocal last_line_at
         share = rounds.share(step, steps)
-        if time.monotonic() - said >= QUIET_S:
-            said = time.monotonic()
+        if time.monotonic() - last_line_at >= LINE_INTERVAL_S:
+            last_line_at = time.monotonic()
             line = f"{label}: {share:.0%} {_figures(figures)}".rstrip()
             print(line, file=sys.stderr, flush=True)
 
@@ -89,5 +97,5 @@ def _plain_bar(label: str, rounds: Rounds) -> Iterator[Progress]:
 
 
 def _figures(figures: dict[str, Any]) -> str:
-    known = {name: value for name, value in figures.items() if isinstance(value, float)}
-    return " ".join(f"{name} {value:.3g}" for name, value in known.items())
+    numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
+    return " ".join(f"{name} {value:.3g}" for name, value in numbers.items())

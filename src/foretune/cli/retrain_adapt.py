@@ -1,4 +1,4 @@
-"""`foretune retrain` and `adapt`: the two halves of a run, one at a time."""
+"""`foretune retrain` and `adapt`: the two stages of a run, one at a time."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ from foretune.cli.output import (
 
 
 def retrain(
-    recipe: Annotated[str, typer.Argument(help="A packaged recipe (foretune ls) or a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="Packaged recipe (see foretune ls) or YAML file.")],
     changes: Overrides = None,
     method: Annotated[
-        str, typer.Option(help="One of the recipe's methods, or another that retrains, as it is.")
+        str,
+        typer.Option(
+            help="Method: one of the recipe's, or any other retrain method with its defaults."
+        ),
     ] = "peft-ml",
-    out: Annotated[Path | None, typer.Option(help="Folder; runs/METHOD by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder (default: runs/METHOD).")] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Retrain with one method; the base is in OUT/base."""
+    """Retrain with one method and save the base as OUT/base."""
     from foretune.recipes.schema import load_recipe
 
     loaded = load_recipe(recipe, changes or [])
@@ -46,33 +49,37 @@ def retrain(
         emit_json(result)
         return
     score = result["validation_score"]
-    known = "" if score is None else f" (mean validation score {score:.4f})"
-    emit(f"Base: {result['base']}{known}")
+    scored = "" if score is None else f" (mean validation score {score:.4f})"
+    emit(f"Base: {result['base']}{scored}")
 
 
 def adapt(
-    base: Annotated[Path, typer.Argument(help="A base's folder.")],
+    base: Annotated[Path, typer.Argument(help="Folder of the base.")],
     changes: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="Settings, such as steps=100 lora.r=4 tasks.num_candidates=10.",
+            help="Settings of the adaptation, such as steps=100 lora.r=4 tasks.num_candidates=10.",
         ),
     ] = None,
-    tasks: Annotated[str, typer.Option(help="New tasks: a file, a folder, a dataset.")] = ...,  # type: ignore[assignment]
-    out: Annotated[Path, typer.Option(help="Folder; one adapter folder a task.")] = Path(
-        "adapters"
-    ),
-    shots: Annotated[int | None, typer.Option(min=1, help="Rows of each task; all.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seeds shots and adapters.")] = 0,
+    tasks: Annotated[str, typer.Option(help="New tasks: a file, a folder or a dataset.")] = ...,  # type: ignore[assignment]
+    out: Annotated[
+        Path, typer.Option(help="Output folder; it gets one subfolder per task.")
+    ] = Path("adapters"),
+    shots: Annotated[
+        int | None, typer.Option(min=1, help="Training examples per task (default: all).")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Random seed of the shots and the adapters.")
+    ] = 0,
     objective: Annotated[
-        str | None, typer.Option(help="Kind of objective, for a base that does not say.")
+        str | None, typer.Option(help="Kind of objective, for a base that does not record one.")
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Adapt a base to new tasks; one PEFT folder for each."""
+    """Adapt a base to new tasks and save one adapter per task."""
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
         from foretune.recipes.on_folders import adapt_folder
@@ -96,8 +103,8 @@ def adapt(
     if rows:
         emit(table(["task", result["metric"]], [*rows, ["mean", f"{result['mean']:.3f}"]]))
     else:
-        emit("No task has test rows: nothing was scored.")
+        emit("No task has test examples, so nothing was scored.")
     emit(f"Adapters: {out}")
     if result["num_labels"] is not None:
-        emit("A task has more labels than the base's head has outputs, so load them like this:")
+        emit("The adapters of some tasks have a wider head than the base; load them like this:")
         emit("\n".join(result["code"]))

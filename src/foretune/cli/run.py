@@ -1,4 +1,4 @@
-"""`foretune run`: the main job."""
+"""`foretune run`: all stages of a recipe."""
 
 from __future__ import annotations
 
@@ -20,24 +20,30 @@ from foretune.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from foretune.theory.recipe import TheoryRecipe
+    from foretune.recipes.schema import Experiment
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="A packaged recipe (foretune ls) or a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="Packaged recipe (see foretune ls) or YAML file.")],
     changes: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder; the recipe's own by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder (default: the one in the recipe).")
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Retrain, adapt to unseen tasks, compare, report; or an experiment."""
-    from foretune.theory.recipe import TheoryRecipe, load_any
+    """Run a recipe: retrain, adapt, compare and report.
+
+    Every method of the recipe retrains the base on the seen tasks. The bases are adapted to the
+    unseen tasks, and the report compares their scores. An experiment recipe runs its experiment.
+    """
+    from foretune.recipes.schema import Recipe, load_any
 
     loaded = load_any(recipe, changes or [])
     if out is not None:
         loaded = loaded.model_copy(update={"out": str(out)})
-    if isinstance(loaded, TheoryRecipe):
+    if not isinstance(loaded, Recipe):
         _run_experiment(loaded, resume, overwrite, json)
         return
     with quiet_stdout():
@@ -51,19 +57,17 @@ def run(
         return
     emit(comparison_text(comparison))
     emit(f"\nReport: {loaded.folder / 'report.html'}")
-    emit(f"New tasks, adapted as here: {adapt_command(loaded, comparison)}")
+    emit(f"To adapt to new tasks in the same way: {adapt_command(loaded, comparison)}")
 
 
-def _run_experiment(recipe: TheoryRecipe, resume: bool, overwrite: bool, json: bool) -> None:
+def _run_experiment(experiment: Experiment, resume: bool, overwrite: bool, json: bool) -> None:
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
-        from foretune.theory.experiment import tables
-        from foretune.theory.recipe import run_theory
 
-        result = run_theory(recipe, resume=resume, overwrite=overwrite, console=StderrConsole())
+        result = experiment.run(resume=resume, overwrite=overwrite, console=StderrConsole())
     if json:
-        emit_json({"out": str(recipe.folder), **result})
+        emit_json({"out": str(experiment.folder), **result})
         return
-    for panel, shown, finding in tables(result):
-        emit(f"{panel.title}\n\n{table(shown.header, shown.rows)}\n\n{finding}\n")
-    emit(f"Tables, the paper's statements and figures: {recipe.folder / 'README.md'}")
+    for title, header, rows, finding in experiment.tables(result):
+        emit(f"{title}\n\n{table(header, rows)}\n\n{finding}\n")
+    emit(f"Tables, figures and the paper's statements: {experiment.folder / 'README.md'}")

@@ -13,37 +13,52 @@ from foretune.errors import UserError
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Adapt a classifier of windows to a target without labels and without source data.",
+    help="Adapt a classifier of sensor windows to an unlabelled target. Only the preparation needs "
+    "source data.",
 )
 Rows = Annotated[
-    str, typer.Option(help="Windows: .npz, .jsonl, .parquet, or AdaTime's folder of .pt.")
+    str,
+    typer.Option(
+        help="Windows: a .npz, .jsonl or .parquet file, or an AdaTime folder of .pt files."
+    ),
 ]
-Domain = Annotated[str | None, typer.Option(help="Of several domains in the rows, this one.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seeds weights and the order of the rows.")]
+Domain = Annotated[str | None, typer.Option(help="Domain to use if the windows come from several.")]
+Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
 
 
 @app.command()
 def prepare(
-    model: Annotated[str, typer.Argument(help='"new", or the folder of a base.')],
+    model: Annotated[str, typer.Argument(help='"new" for a new CNN, or the folder of a base.')],
     rows: Rows = ...,  # type: ignore[assignment]
-    out: Annotated[Path, typer.Option(help="Folder of the prepared model.")] = Path("prepared"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("prepared"),
     domain: Domain = None,
-    rank_factor: Annotated[int, typer.Option(min=1, help="C channels get rank C // this.")] = 4,
-    layers: Annotated[str, typer.Option(help="convolutions, linear or all.")] = "all",
+    rank_factor: Annotated[
+        int, typer.Option(min=1, help="Rank reduction: C channels get rank C // RANK_FACTOR.")
+    ] = 4,
+    layers: Annotated[
+        str, typer.Option(help="Layers to factorise: convolutions, linear or all.")
+    ] = "all",
     steps: Annotated[
-        int | None, typer.Option(min=0, help="Training first: 300 for new, else 0.")
+        int | None,
+        typer.Option(
+            min=0, help="Training steps before factorising (default: 300 for a new CNN, else 0)."
+        ),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=0, help="Training of the factors.")] = 3,
-    learning_rate: Annotated[float, typer.Option(help="Of both.")] = 1e-3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 32,
-    imputer: Annotated[bool, typer.Option("--imputer", help="Train what loss=mapu needs.")] = False,
+    epochs: Annotated[int, typer.Option(min=0, help="Training epochs after factorising.")] = 3,
+    learning_rate: Annotated[
+        float, typer.Option(help="Learning rate of both training stages.")
+    ] = 1e-3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per batch.")] = 32,
+    imputer: Annotated[
+        bool, typer.Option("--imputer", help="Also train the imputer that loss=mapu needs.")
+    ] = False,
     seed: Seed = 0,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a prepared model in the folder.")
+        bool, typer.Option("--overwrite", help="Replace a prepared model in the output folder.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Put a source model into Tucker form and train its factors on labelled rows."""
+    """Factorise a source model and train it on labelled windows."""
     from foretune.run import check_one_of, check_positive
 
     check_positive("--learning-rate", learning_rate)
@@ -71,7 +86,7 @@ def prepare(
     if json:
         emit_json(result)
         return
-    names = ("as it was", f"rank factor {rank_factor}")
+    names = ("original", f"rank factor {rank_factor}")
     lines = [
         [name, f"{p:,}", f"{m:,}", "-" if a is None else f"{a:.3f}"]
         for name, p, m, a in zip(
@@ -79,30 +94,32 @@ def prepare(
         )
     ]
     emit(table(["model", "parameters", "MACs", "source accuracy"], lines))
-    emit(f"Prepared: {out} ({result['core']:,} numbers in the cores)")
+    emit(f"Prepared: {out} ({result['core']:,} parameters in the cores)")
 
 
 @app.command()
 def adapt(
-    prepared: Annotated[Path, typer.Argument(help="The prepared model's folder.")],
+    prepared: Annotated[Path, typer.Argument(help="Folder of the prepared model.")],
     changes: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="Settings, such as loss=nrc steps=200 (foretune show subspace-sfda).",
+            help="Settings, such as loss=nrc steps=200 (see foretune show subspace-sfda).",
         ),
     ] = None,
     rows: Rows = ...,  # type: ignore[assignment]
-    out: Annotated[Path, typer.Option(help="Folder of what changed.")] = Path("adapted"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("adapted"),
     domain: Domain = None,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="Of the rows; all.")] = None,
+    max_rows: Annotated[
+        int | None, typer.Option(min=1, help="Use at most this many windows (default: all).")
+    ] = None,
     seed: Seed = 0,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an adapted state in the folder.")
+        bool, typer.Option("--overwrite", help="Replace an adapted state in the output folder.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Tune the cores on rows of a target; labels are not read."""
+    """Tune the cores on windows of a target; labels are not read."""
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
         from foretune.source_free.folders import adapt_folder
@@ -122,25 +139,31 @@ def adapt(
         emit_json(result)
         return
     emit(
-        f"Adapted: {out} ({result['rows']} rows of {result['domain']}; {result['tuned']:,} of "
-        f"{result['parameters']:,} numbers tuned, {result['bytes'] / 1000:.1f} kB)"
+        f"Adapted: {out} ({result['rows']} windows of {result['domain']}; {result['tuned']:,} of "
+        f"{result['parameters']:,} parameters tuned, {result['bytes'] / 1000:.1f} kB)"
     )
 
 
 @app.command("eval")
 def evaluate(
-    adapted: Annotated[Path, typer.Argument(help="The adapted state's folder.")],
+    adapted: Annotated[Path, typer.Argument(help="Folder of the adapted state.")],
     rows: Rows = ...,  # type: ignore[assignment]
-    base: Annotated[Path | None, typer.Option(help="Prepared model; the one it names.")] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the prepared model (default: the one recorded in ADAPTED)."),
+    ] = None,
     domain: Domain = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    report: Annotated[Path | None, typer.Option(help="HTML file with a picture.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the report.")] = False,
+    split: Annotated[str, typer.Option(help="Split to score: train, validation or test.")] = "test",
+    report: Annotated[
+        Path | None, typer.Option(help="HTML file to write a figure and a table to.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing report.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Accuracy and F1 of each class, before and after adapting, on labelled rows."""
-    if report is not None and report.exists() and not overwrite:
-        raise UserError(f"{report} exists: --overwrite replaces it")
+    """Score labelled windows before and after adapting, per class."""
+    _check_report(report, overwrite)
     with quiet_stdout():
         from foretune.source_free.folders import eval_folder
 
@@ -156,3 +179,8 @@ def evaluate(
     emit(table(head, shift_rows(result["before"], result["after"])))
     if report is not None:
         emit(f"Report: {report}")
+
+
+def _check_report(report: Path | None, overwrite: bool) -> None:
+    if report is not None and report.exists() and not overwrite:
+        raise UserError(f"{report} exists: --overwrite replaces it")

@@ -1,9 +1,9 @@
-"""EFT over a range of beta: implicit reward against distance from the model alone.
+"""EFT over a range of beta: implicit reward against KL from the model alone.
 
-Each text is scored where its own author would have written it: at every token the expected reward
-E_p[log p_tuned − log p_untuned] and KL(p || p_base), means over tokens, in nats. For a given
-distance EFT's law has the highest reward that there is (paper, section 3), so the curve is a
-frontier token by token; the small tuned model and a large one that is truly tuned lie on or below.
+Texts are scored under the distribution p that generated them: at each token, the expected reward
+E_p[log p_tuned − log p_untuned] and KL(p || p_base), averaged over tokens, in nats. For a given KL
+EFT's distribution has the highest possible reward (paper, section 3), so token by token the curve
+is a frontier; the small tuned model and a fine-tuned large model lie on it or below.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretune.decoding.generation import generate_texts, prompt_ids
+from foretune.decoding.generation import Generated, generate_texts, prompt_ids
 from foretune.errors import UserError
 from foretune.evaluation.report import svg
 
@@ -31,19 +31,22 @@ def sweep(
     oracle: str | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """One row for each beta, the small tuned model alone, and the truly tuned large one.
+    """One row per beta, one for the small tuned model, and one for the fine-tuned large model.
 
     Args:
         model: The large model's folder.
-        prompts: Texts.
+        prompts: Prompts to continue.
         method: The `EFT` record; its beta is replaced.
-        betas: What to try; 0, the model alone, is added.
-        resources: `tuned` and `untuned`.
-        oracle: Folder of the large model truly tuned, where there is one.
-        options: As of `generate`.
+        betas: Values to try; 0, the model alone, is added.
+        resources: `tuned` and `untuned`, as `EFT.load` takes them.
+        oracle: Folder of the fine-tuned large model; None if there is none.
+        options: Options of `generate_texts`.
 
     Returns:
-        Rows of who, beta, reward, kl, texts.
+        Rows with who, beta, reward, kl, texts.
+
+    Raises:
+        UserError: The tuned model is missing, or models do not fit together.
     """
     if not resources.get("tuned"):
         raise UserError("--beta-sweep needs --tuned, and --untuned unless it is an adapter")
@@ -52,55 +55,60 @@ def sweep(
     for beta in sorted({0.0, *betas}):
         record = dataclasses.replace(method, beta=beta)
         with record.steer(large, **parts):
-            found = generate_texts(large, tokenizer, prompts, **options)
-        rows.append(_row("EFT" if beta else "model alone", beta, found))
-        rows[-1] |= _scores(record, large, tokenizer, parts, found, record)
-    others = [("small tuned alone", parts["tuned"][0])]
+            texts = generate_texts(large, tokenizer, prompts, **options)
+        rows.append(_row("EFT" if beta else "model alone", beta, texts))
+        rows[-1] |= _scores(record, large, tokenizer, parts, texts, record)
+    comparisons = [("small tuned alone", parts["tuned"][0])]
     if oracle is not None:
         from foretune.decoding.peft_model import load_generator
 
-        others.append(("large truly tuned", load_generator(oracle)[0]))
-    for who, other in others:
-        found = generate_texts(other, tokenizer, prompts, **options)
-        rows.append(_row(who, None, found))
-        rows[-1] |= _scores(method, large, tokenizer, parts, found, other)
+        comparisons.append(("large truly tuned", load_generator(oracle)[0]))
+    for who, author in comparisons:
+        texts = generate_texts(author, tokenizer, prompts, **options)
+        rows.append(_row(who, None, texts))
+        rows[-1] |= _scores(method, large, tokenizer, parts, texts, author)
     return rows
 
 
-def _row(who: str, beta: float | None, found: Sequence[Any]) -> dict[str, Any]:
-    return {"who": who, "beta": beta, "texts": [one.text for one in found]}
+def _row(who: str, beta: float | None, texts: Sequence[Generated]) -> dict[str, Any]:
+    return {"who": who, "beta": beta, "texts": [text.text for text in texts]}
 
 
 @torch.no_grad()
 def _scores(
-    method: Any, large: Any, tokenizer: Any, parts: Mapping[str, Any], found: Any, author: Any
+    method: Any,
+    large: Any,
+    tokenizer: Any,
+    parts: Mapping[str, Any],
+    texts: Sequence[Generated],
+    author: Any,
 ) -> dict[str, float]:
-    """Means over the tokens of the texts of expected reward and KL from the model, nats a token.
+    """Expected reward and KL from the model, means over the tokens of texts, in nats per token.
 
-    `author` is the record or the model whose law wrote them.
+    `author` is the record or the model that generated the texts.
     """
     rewards: list[Tensor] = []
     distances: list[Tensor] = []
     count = len(parts["tuned"])
-    kept: list[tuple[Tensor, list[Tensor]]] = []
+    captured: list[tuple[Tensor, list[Tensor]]] = []
 
-    def keep(base: Tensor, logits: list[Tensor]) -> Tensor:
-        kept.append((base, logits))
+    def capture(base: Tensor, logits: list[Tensor]) -> Tensor:
+        captured.append((base, logits))
         return base
 
-    for one in found:
-        start = prompt_ids(tokenizer, one.prompt)
-        ids = torch.tensor([[*start, *one.token_ids][:-1]])
+    for text in texts:
+        start = prompt_ids(tokenizer, text.prompt)
+        ids = torch.tensor([[*start, *text.token_ids][:-1]])
         with method.steer(large, **parts) as beside:
-            beside.combine = keep
+            beside.combine = capture
             large(input_ids=ids.to(next(large.parameters()).device), use_cache=False)
-        whole, sides = kept.pop()
-        behind = slice(len(start) - 1, None)  # from the prompt's last token on
-        base, logits = whole[0, behind], [side[0, behind] for side in sides]
+        large_logits, side_logits = captured.pop()
+        new = slice(len(start) - 1, None)  # from the prompt's last token on
+        base, logits = large_logits[0, new], [side[0, new] for side in side_logits]
         if hasattr(author, "combine"):
             log_p = author.combine(base, logits[:count], logits[count:], parts["shared"])
         else:
-            log_p = torch.log_softmax(author(input_ids=ids).logits[0, behind].float(), -1)
+            log_p = torch.log_softmax(author(input_ids=ids).logits[0, new].float(), -1)
         delta = method.delta(logits[:count], logits[count:], base.shape[-1])
         width = min(delta.shape[-1], log_p.shape[-1])
         log_p, delta = log_p[:, :width], delta[:, :width]
@@ -111,7 +119,7 @@ def _scores(
 
 
 def table_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[object]]]:
-    """Header and rows for a terminal; the first text stands for all."""
+    """Header and rows for a terminal, with the first text of each row."""
     header = ["model", "beta", "reward", "KL", "first text"]
     return header, [
         [
@@ -126,7 +134,7 @@ def table_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[
 
 
 def figure(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The frontier as SVG: KL to the right, reward upwards."""
+    """The frontier as SVG: KL on the x axis, reward on the y axis."""
     width, height = SIZE
     ink = svg.LIGHT
     x = svg.linear(svg.padded([row["kl"] for row in rows]), (60, width - 20))
@@ -151,14 +159,14 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> str:
         parts.append(svg.text(label, right + shift, up + 4, colour, anchor=side, halo=ink.paper))
     parts.append(
         svg.text(
-            "KL from the model alone, nats a token",
+            "KL from the model alone, nats per token",
             width / 2,
             height - 10,
             ink.text,
             anchor="middle",
         )
     )
-    parts.append(svg.text("implicit reward, nats a token", 60, 14, ink.text))
+    parts.append(svg.text("implicit reward, nats per token", 60, 14, ink.text))
     return svg.tag(
         "svg",
         *parts,

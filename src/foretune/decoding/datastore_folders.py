@@ -1,4 +1,4 @@
-"""`foretune datastore`: a store of references on folders and files."""
+"""`foretune datastore` on folders and files: building, tuning and evaluating a store."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from foretune.tasks.readers import read_rows
 
 
 def rows_of(source: str, *, task: str | None = None, split: str | None = None) -> list[Any]:
-    """The rows of a file, of one task or split where that is asked for.
+    """The rows of a file or dataset, optionally of one task or split.
 
     Args:
         source: A path or a dataset, as in a recipe's `tasks.source`.
-        task: Rows whose `task` it is; None for all.
-        split: Rows whose `split` it is; None for all.
+        task: Only rows of this task; None for all.
+        split: Only rows of this split; None for all.
 
     Raises:
-        UserError: No file, or no such row.
+        UserError: The source does not exist, or has no such row.
     """
-    found, tasks, splits = [], set(), set()
+    selected, tasks, splits = [], set(), set()
     for row in read_rows(source):
         its_split = row.fields.get("split", row.split)
         tasks.add(row.fields.get("task"))
         splits.add(its_split)
         if task in (None, row.fields.get("task")) and split in (None, its_split):
-            found.append(row.fields)
-    if not found:
-        wanted = ", ".join(f"{k} {v}" for k, v in (("task", task), ("split", split)) if v)
-        has = sorted(str(one) for one in (tasks if task else splits) if one is not None)
+            selected.append(row.fields)
+    if not selected:
+        condition = ", ".join(f"{k} {v}" for k, v in (("task", task), ("split", split)) if v)
+        has = sorted(str(v) for v in (tasks if task else splits) if v is not None)
         raise UserError(
             f"{source} has no row"
-            + (f" of {wanted}; it has {', '.join(has[:8])}" if wanted else "")
+            + (f" of {condition}; it has {', '.join(has[:8])}" if condition else "")
         )
-    return found
+    return selected
 
 
 def build_folder(
@@ -51,26 +51,30 @@ def build_folder(
         model: A model folder, a hub id, or a PEFT folder.
         rows: A path or a dataset.
         out: The store's folder.
-        task: As of `rows_of`.
-        split: As of `rows_of`.
-        options: `overwrite`, and what `ReferenceStore.build` takes.
+        task: Only rows of this task; None for all.
+        split: Only rows of this split; None for all.
+        options: `overwrite`, and the options of `ReferenceStore.build`.
+
+    Returns:
+        JSON-able: out, kind, rows, entries, hidden_size, labels, megabytes, seconds.
     """
     from foretune.decoding.peft_model import load_generator
-    from foretune.decoding.reference_store import ReferenceStore, check_place
+    from foretune.decoding.reference_store import ReferenceStore
+    from foretune.decoding.store_folder import check_place
 
     overwrite = options.pop("overwrite")
     check_place(out, overwrite=overwrite)
-    found = rows_of(rows, task=task, split=split)
+    selected = rows_of(rows, task=task, split=split)
     loaded, tokenizer = load_generator(model)
     began = time.perf_counter()
-    store = ReferenceStore.build(loaded, found, tokenizer=tokenizer, **options)
+    store = ReferenceStore.build(loaded, selected, tokenizer=tokenizer, **options)
     seconds = time.perf_counter() - began
     store.name = str(Path(model).resolve()) if Path(model).is_dir() else model
     store.save(out, overwrite=overwrite)
     return {
         "out": str(out),
         "kind": store.kind,
-        "rows": len(found),
+        "rows": len(selected),
         "entries": len(store),
         "hidden_size": store.keys.shape[1],
         "labels": list(store.labels),
@@ -80,15 +84,15 @@ def build_folder(
 
 
 def tune_folder(folder: Path, *, heads: int | None, sample: int, seed: int) -> dict[str, Any]:
-    """Tunes a store and writes what was found into its folder."""
+    """Tunes a store, writes the result into its folder and returns it."""
     from foretune.decoding.reference_store import ReferenceStore
 
     store = ReferenceStore.load(folder)
     if heads is not None:
         store.lookup = dataclasses.replace(store.lookup, heads=heads)
-    found = store.tune(sample=sample, seed=seed)
+    tuned = store.tune(sample=sample, seed=seed)
     store.save_lookup(folder)
-    return found
+    return tuned
 
 
 def evaluate_folder(
@@ -102,17 +106,21 @@ def evaluate_folder(
     console: Console = SILENT,
     **options: Any,
 ) -> dict[str, Any]:
-    """Scores a store and its rivals on rows.
+    """Scores a store and its baselines on held-out rows; see `evaluate_store`.
 
     Args:
-        folder: The store's.
+        folder: The store's folder.
         rows: A path or a dataset.
         changes: `key=value` for the fields of RTD.
         model: A model folder; None for the one that the store names.
-        task: As of `rows_of`.
-        split: As of `rows_of`.
-        console: Is told how LoRA goes.
-        options: What `evaluate_store` takes.
+        task: Only rows of this task; None for all.
+        split: Only rows of this split; None for all.
+        console: Shows the progress of training LoRA.
+        options: Options of `evaluate_store`.
+
+    Raises:
+        UserError: The folder is no store, its model is unknown or another one, or the rows are of
+            another kind than the store's.
     """
     record = decode_method("rtd", changes)
     from foretune.decoding.peft_model import load_generator
@@ -120,17 +128,17 @@ def evaluate_folder(
     from foretune.decoding.store_table import evaluate_store
 
     store = ReferenceStore.load(folder)
-    found = rows_of(rows, task=task, split=split)
+    selected = rows_of(rows, task=task, split=split)
     name = model if model is not None else store.name
     if name is None:
-        raise UserError(f"{folder} does not say which model it was made with: give --model")
+        raise UserError(f"{folder} does not name the model that it was built with: give --model")
     loaded, tokenizer = load_generator(name)
-    with console.bar("training LoRA, a rival", rounds=3) as progress:
+    with console.bar("training LoRA, a baseline", rounds=3) as progress:
         return evaluate_store(
             loaded,
             tokenizer,
             store,
-            found,
+            selected,
             lookup=record.lookup(store),
             progress=progress,
             **options,

@@ -1,30 +1,30 @@
-"""EFT: a large model steered at decoding by what fine-tuning changed in a small one.
+"""EFT: decode from a large model with the change that fine-tuning made to a small one.
 
 Paper: Mitchell et al., "An Emulator for Fine-Tuning Large Language Models using Small Language
 Models", ICLR 2024, arXiv:2310.12962.
 
 Fine-tuning maximises a reward r under a penalty on KL(p || p_ref), whose solution is
 p ∝ p_ref exp(r / beta). So a fine-tuned model at scale M has the implicit reward
-log p_ft^M − log p_ref^M, and any model at scale N can be given it:
+log p_ft^M − log p_ref^M, which can be added to any model at scale N:
 
     log p(y_t | x, y_<t) = log p_ref^N + beta Σ_k w_k (log p_ft_k^M − log p_ref^M) − log Z_t
 
     symbol     here      shape                      meaning
-    p_ref^N    base      (rows, positions, V)       the model that is steered
-    p_ft_k^M   tuned     the same, V of its own     fine-tuned side models
-    p_ref^M    untuned   the same, V of its own     what these were tuned from
-    beta       beta      ()                         strength; 1 is the paper's
-    w_k        weights   (number of tuned,)         of the tuned models
+    p_ref^N    base      (rows, positions, V)       the steered model
+    p_ft_k^M   tuned     (rows, positions, V_k)     fine-tuned side models
+    p_ref^M    untuned   (rows, positions, V_k)     the models that these were tuned from
+    beta       beta      ()                         strength; 1 in the paper
+    w_k        weights   (number of tuned,)         weights of the tuned models
 
 N large, M small is up-scaling; N small, M large is down-scaling.
 
 Deviations:
-    - V may differ: the difference is taken over the ids that all side models and the base share,
-      each side's law renormalised on them; it is 0 elsewhere
+    - vocabularies may differ: the difference is taken over the ids that all side models and the
+      base share, with each side's distribution renormalised on them; it is 0 elsewhere
     - `delta_clip` and `uncap` are not in the paper
 Silent in the paper:
     - the normaliser belongs to whole sequences; as the authors do, each token has its own
-    - laws are those that the models give, with a soft cap on logits where a model has one
+    - the distributions are those that the models output, after a soft cap on logits if any
 """
 
 from __future__ import annotations
@@ -57,22 +57,21 @@ PAPER = {
     "venue": "ICLR",
     "arxiv": "2310.12962",
 }
-UNSEEN = 1e-6  # a token below this probability was never learned by the untuned model
 
 
 @dataclass(frozen=True, kw_only=True)
 class EFT(Method):
-    """A large model decodes with what fine-tuning changed in a small one.
+    """Decode from a large model with the change that fine-tuning made to a small one.
 
     Args:
-        beta: Times the difference of the side models; 0 is the model alone, 1 the paper's.
-            Negative turns the fine-tuning around.
-        weights: One for each tuned model; None for equal ones that sum to 1.
-        top_p: The difference counts only for the model's most probable tokens, up to this share
-            of probability; 1 for all tokens. (Not the sampler's top-p.)
-        delta_clip: Bound on the size of the difference, in nats; None for none.
-        uncap: Take the difference of the side models before the soft cap that some models put on
-            their logits (Gemma 2).
+        beta: Factor of the side models' difference: 0 is the model alone, 1 the paper's choice;
+            negative values reverse the fine-tuning.
+        weights: One weight per tuned model; None for equal weights that sum to 1.
+        top_p: Apply the difference only to the model's most probable tokens, up to this total
+            probability; 1 for all tokens. (Not the sampler's top-p.)
+        delta_clip: Bound on the absolute difference, in nats; None for none.
+        uncap: Take the side models' difference before the soft cap that some models (Gemma 2) put
+            on their logits.
     """
 
     beta: float = 1.0
@@ -113,15 +112,18 @@ class EFT(Method):
         """The log-probabilities of the steered model.
 
         Args:
-            base: Logits of the model, (..., V).
-            tuned: Logits of each tuned model, (..., V of its own).
-            untuned: Of what each was tuned from; one for all, or one for each.
-            shared: (ids,) bool: which ids mean the same token everywhere; None for all.
+            base: (…, V) logits of the model.
+            tuned: (…, V_k) logits of each tuned model.
+            untuned: (…, V_k) logits of the models that these were tuned from: one for all, or one
+                per tuned model.
+            shared: (ids,) bool, the ids that mean the same token to all models; None for all.
 
         Returns:
-            float32, (..., V), normalised.
+            (…, V), float32, normalised.
         """
         import torch
+
+        from foretune.decoding.token_distributions import in_nucleus
 
         log_p = torch.log_softmax(base.float(), -1)
         delta = self.delta(tuned, untuned, log_p.shape[-1])
@@ -129,9 +131,9 @@ class EFT(Method):
             delta = delta.clamp(-self.delta_clip, self.delta_clip)
         width = delta.shape[-1]
         if shared is not None:
-            known = torch.zeros(width, dtype=torch.bool, device=delta.device)
-            known[: len(shared)] = shared[:width].to(delta.device)
-            delta = delta.where(known, 0.0)
+            comparable = torch.zeros(width, dtype=torch.bool, device=delta.device)
+            comparable[: len(shared)] = shared[:width].to(delta.device)
+            delta = delta.where(comparable, 0.0)
         if self.top_p < 1:
             delta = delta.where(in_nucleus(log_p, self.top_p)[..., :width], 0.0)
         steered = log_p.clone()
@@ -139,16 +141,25 @@ class EFT(Method):
         return torch.log_softmax(steered, -1)
 
     def delta(self, tuned: Sequence[Tensor], untuned: Sequence[Tensor], width: int) -> Tensor:
-        """Σ_k w_k (log p_ft_k − log p_ref), the implicit reward, on the ids that all have."""
+        """Σ_k w_k (log p_ft_k − log p_ref), the implicit reward, on the ids that all models have.
+
+        Args:
+            tuned: (…, V_k) logits of each tuned model.
+            untuned: (…, V_k) logits of the models that these were tuned from.
+            width: V, the vocabulary of the steered model.
+
+        Returns:
+            (…, min(V, V_k)), float32.
+        """
         import torch
 
-        width = min(width, *(one.shape[-1] for one in (*tuned, *untuned)))
-        refs = [torch.log_softmax(one[..., :width].float(), -1) for one in untuned]
+        width = min(width, *(logits.shape[-1] for logits in (*tuned, *untuned)))
+        refs = [torch.log_softmax(logits[..., :width].float(), -1) for logits in untuned]
         total = torch.zeros_like(refs[0])
-        for k, (weight, one) in enumerate(zip(self._weights(len(tuned)), tuned, strict=True)):
-            log_p = torch.log_softmax(one[..., :width].float(), -1)
+        for k, (weight, logits) in enumerate(zip(self._weights(len(tuned)), tuned, strict=True)):
+            log_p = torch.log_softmax(logits[..., :width].float(), -1)
             ref = refs[k if len(refs) > 1 else 0]
-            # A token that both forbid (−inf) has no difference.
+            # The difference is 0 where both forbid a token (−inf).
             total = total + weight * torch.where(log_p == ref, 0.0, log_p - ref)
         return total
 
@@ -163,52 +174,54 @@ class EFT(Method):
         prompts: Mapping[str, Mapping[str, Tensor]] | None = None,
         prompt_length: int | None = None,
     ) -> Iterator[SideModels]:
-        """Inside the block the model's logits, and so `model.generate`, are EFT's.
+        """Inside the block the model outputs EFT's logits, also in `model.generate`.
 
         Args:
-            model: The causal language model that is steered, in place; as it was afterwards.
+            model: The causal language model to steer; changed in place, and restored afterwards.
             tuned: A fine-tuned model, or several.
-            untuned: What they were tuned from: one model, or one for each. None where each is a
-                `PeftModel`: it is its own base with its adapter off, in the same memory.
-            shared: Ids that mean the same token everywhere, (ids,) bool; None for all.
+            untuned: The model that they were tuned from, or one per tuned model. None if each is a
+                `PeftModel`, which serves as its own base with its adapter off, at no extra memory.
+            shared: (ids,) bool, the ids that mean the same token to all models; None for all.
             prompts: "tuned" or "untuned" → `input_ids` and `attention_mask` that these side models
-                read in place of the prompt.
-            prompt_length: Tokens of the model's own prompt; needed with `prompts`.
+                read instead of the model's prompt.
+            prompt_length: Tokens of the model's prompt; needed with `prompts`.
 
         Yields:
             The side models, which count forward calls.
 
         Raises:
-            UserError: Models that cannot be steered, or numbers of them that do not fit.
+            UserError: A model cannot be steered, or the numbers of models do not match.
 
         Example:
             with EFT(beta=0.5).steer(large, tuned=small_tuned, untuned=small):
                 large.generate(ids, max_new_tokens=20, num_beams=4)
         """
         from foretune.decoding.side_models import Side, run_beside
+        from foretune.decoding.token_distributions import UNSEEN, before_cap, is_unseen
 
         ups, downs = self._pairs(tuned, untuned)
         prompts = dict(prompts or {})
         if set(prompts) - {"tuned", "untuned"}:
-            raise UserError(f"prompts are of tuned and untuned models, got {', '.join(prompts)}")
+            raise UserError(f"prompts takes tuned and untuned, got {', '.join(prompts)}")
         if prompts and prompt_length is None:
-            raise UserError("prompts of the side models need prompt_length, of the model's own")
-        sides = [Side(model=one, prompt=prompts.get("tuned")) for one in ups]
+            raise UserError("prompts of the side models need prompt_length, that of the model's")
+        sides = [Side(model=up, prompt=prompts.get("tuned")) for up in ups]
         sides += [
-            Side(model=one, adapter_off=off, prompt=prompts.get("untuned")) for one, off in downs
+            Side(model=down, adapter_off=off, prompt=prompts.get("untuned")) for down, off in downs
         ]
         caps = [_soft_cap(side.bare) if self.uncap else None for side in sides]
-        told: list[bool] = []
+        warned = False
 
         def combine(base: Tensor, logits: list[Tensor]) -> Tensor:
-            laws = [before_cap(one, cap) for one, cap in zip(logits, caps, strict=True)]
-            high, low = laws[: len(ups)], laws[len(ups) :]
-            if not told and self.delta_clip is None and _unheard_of(high, low):
-                told.append(True)
+            nonlocal warned
+            uncapped = [before_cap(x, cap) for x, cap in zip(logits, caps, strict=True)]
+            high, low = uncapped[: len(ups)], uncapped[len(ups) :]
+            if not warned and self.delta_clip is None and is_unseen(high, low):
+                warned = True
                 warnings.warn(
-                    f"the tuned model wants a token that the untuned one gives less than {UNSEEN:g}"
-                    ", which says little: the large model may never emit it, or always; "
-                    "delta_clip=10 bounds the difference",
+                    "the tuned model prefers a token to which the untuned model gives a "
+                    f"probability below {UNSEEN:g}, an unreliable one: the large model may never "
+                    "emit it, or always; delta_clip=10 bounds the difference",
                     stacklevel=2,
                 )
             return self.combine(base, high, low, shared)
@@ -231,36 +244,41 @@ class EFT(Method):
         seed: int = 0,
         **options: Any,
     ) -> list[Generated]:
-        """Continues every prompt with the steered model.
+        """Continues each prompt with the steered model.
 
         Args:
             model: A causal language model, its folder, or a PEFT folder.
-            prompts: One or several.
-            tokenizer: Of the model; None takes that of its folder.
-            tuned: As of `steer`; folders too.
-            untuned: As of `steer`; folders too. None with PEFT folders as `tuned`.
-            tuned_prompts: What the tuned models read in place of each prompt.
-            untuned_prompts: What the untuned models read in place of each prompt.
-            speculative: The first tuned model drafts several tokens that the others check at once:
-                the same law, fewer calls of the large model.
-            batch_size: Prompts in one call.
-            seed: Seeds sampling.
-            options: What `generate` takes: `max_new_tokens`, `do_sample`, `num_beams`, …
+            prompts: One prompt or several.
+            tokenizer: The model's tokenizer; None for the one in its folder.
+            tuned: A fine-tuned model or its folder, or several; a PEFT folder will do.
+            untuned: The model or folder that they were tuned from, or one per tuned model; None
+                if `tuned` are PEFT folders.
+            tuned_prompts: What the tuned models read instead of each prompt.
+            untuned_prompts: What the untuned models read instead of each prompt.
+            speculative: The first tuned model drafts several tokens, which the others check at
+                once: the output distribution is unchanged, the large model is called less often.
+            batch_size: Prompts per call.
+            seed: Random seed of sampling.
+            options: Options of `generate`: `max_new_tokens`, `do_sample`, `num_beams`, …
 
         Returns:
-            One continuation for each prompt, in order.
+            One continuation per prompt, in order.
 
         Raises:
-            UserError: No tuned model, models or tokenizers that do not fit one another.
+            UserError: The tuned model is missing, or models or tokenizers do not fit together.
         """
         from foretune.decoding.generation import check_options, encode, generate_texts
         from foretune.decoding.side_models import bare_model
 
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_options({k: v for k, v in options.items() if k != "max_new_tokens"})
-        given = {"tuned": tuned_prompts, "untuned": untuned_prompts}
-        own = {k: [v] if isinstance(v, str) else list(v) for k, v in given.items() if v is not None}
-        for kind, texts in own.items():
+        by_kind = {"tuned": tuned_prompts, "untuned": untuned_prompts}
+        side_prompts = {
+            kind: [texts] if isinstance(texts, str) else list(texts)
+            for kind, texts in by_kind.items()
+            if texts is not None
+        }
+        for kind, texts in side_prompts.items():
             if len(texts) != len(prompts):
                 raise UserError(f"{len(prompts)} prompts but {len(texts)} {kind}_prompts")
         large, tokenizer, resources = self.load(
@@ -271,15 +289,15 @@ class EFT(Method):
             _check_drafter(drafter, bare_model(large))
             options["assistant_model"], batch_size = drafter, 1
         if getattr(bare_model(large), "generation_config", None) is not None:
-            ask = bare_model(large).generation_config.cache_implementation
-            options |= {"cache_implementation": "dynamic"} if ask else {}
-        found: list[Generated] = []
+            cache = bare_model(large).generation_config.cache_implementation
+            options |= {"cache_implementation": "dynamic"} if cache else {}
+        continuations: list[Generated] = []
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
             length = encode(large, tokenizer, prompts[rows])["input_ids"].shape[1]
-            read = {k: encode(large, tokenizer, texts[rows]) for k, texts in own.items()}
+            read = {k: encode(large, tokenizer, texts[rows]) for k, texts in side_prompts.items()}
             with self.steer(large, **resources, prompts=read, prompt_length=length):
-                found += generate_texts(
+                continuations += generate_texts(
                     large,
                     tokenizer,
                     prompts[rows],
@@ -287,42 +305,43 @@ class EFT(Method):
                     seed=seed + start,
                     **options,
                 )
-        return found
+        return continuations
 
     def load(
         self, model: Any, *, tuned: Any, untuned: Any = None, tokenizer: Any = None
     ) -> tuple[Any, Any, dict[str, Any]]:
-        """Loads what is given as a folder: (model, tokenizer, what `steer` takes besides).
+        """Loads folders: (model, tokenizer, the resources that `steer` takes).
 
         Raises:
-            UserError: No tuned model, or tokenizers that do not fit one another.
+            UserError: The tuned model is missing, the numbers of models do not match, or the
+                tokenizers differ.
         """
         from foretune.decoding.generation import shared_tokens
 
         if tuned is None:
             raise UserError(
-                "EFT needs a tuned model: tuned=FOLDER, and untuned=FOLDER of what it was tuned "
-                "from unless it is a PEFT folder"
+                "EFT needs a tuned model: tuned=FOLDER, and unless that is a PEFT folder, "
+                "untuned=FOLDER of the model that it was tuned from"
             )
-        large, found = _loaded(model)
-        tokenizer = tokenizer if tokenizer is not None else found
+        large, own_tokenizer = _loaded(model)
+        tokenizer = tokenizer if tokenizer is not None else own_tokenizer
         names, bases = _listed(tuned), [] if untuned is None else _listed(untuned)
         if len(bases) not in (0, 1, len(names)):
             raise UserError(
-                f"{len(names)} tuned models but {len(bases)} untuned: one for all or each"
+                f"{len(names)} tuned models but {len(bases)} untuned: give one, or one for each"
             )
         loaded = [_loaded(base) for base in bases]
-        ups, downs, tokenizers = [], [], [one for _, one in loaded]
+        ups, downs, tokenizers = [], [], [base_tokenizer for _, base_tokenizer in loaded]
         for k, name in enumerate(names):
             base = loaded[k if len(loaded) > 1 else 0][0] if loaded else None
             if _is_adapter(name) and base is not None:
-                # peft puts the adapter into the base that it is given; several need one each
+                # peft injects the adapter into the base, so each adapter needs its own copy
                 base = copy.deepcopy(base)
-            up, own = _loaded(name, base)
+            up, side_tokenizer = _loaded(name, base)
             ups.append(up)
-            tokenizers.append(own)
+            tokenizers.append(side_tokenizer)
             downs.append(up if base is None or _is_adapter(name) else base)
-        shared = shared_tokens(tokenizer, [one for one in tokenizers if one is not None])
+        shared = shared_tokens(tokenizer, [t for t in tokenizers if t is not None])
         resources = {"tuned": ups, "untuned": downs if loaded else None, "shared": shared}
         return large, tokenizer, resources
 
@@ -330,51 +349,34 @@ class EFT(Method):
         return (1 / count,) * count if self.weights is None else self.weights
 
     def _pairs(self, tuned: Any, untuned: Any) -> tuple[list[Any], list[tuple[Any, bool]]]:
-        """(tuned models, (untuned model, whether its adapter is to be off) for all or each)."""
+        """(tuned models, (untuned model, whether to turn its adapter off) for all or for each).
+
+        Raises:
+            UserError: The untuned model is missing, or the numbers do not match.
+        """
         ups = _listed(tuned)
         downs = ups if untuned is None else _listed(untuned)
         if len(downs) not in (1, len(ups)):
             raise UserError(
-                f"{len(ups)} tuned models but {len(downs)} untuned: one for all or each"
+                f"{len(ups)} tuned models but {len(downs)} untuned: give one, or one for each"
             )
         if self.weights is not None and len(self.weights) != len(ups):
             raise UserError(f"{len(self.weights)} weights for {len(ups)} tuned models")
-        if len(downs) > 1 and all(one is downs[0] for one in downs):
+        if len(downs) > 1 and all(down is downs[0] for down in downs):
             downs = downs[:1]
-        # A PeftModel in the place of an untuned model, or the base inside it (which peft has put
-        # the adapter into), is meant without its adapter.
-        adapted = [one for one in ups if hasattr(one, "disable_adapter")]
+        # A tuned PeftModel as the untuned model, or the base inside it (into which peft has
+        # injected the adapter), means that model without its adapter.
+        adapted = [up for up in ups if hasattr(up, "disable_adapter")]
         pairs = []
-        for one in downs:
-            inside = [up for up in adapted if one is up or one is up.get_base_model()]
-            pairs.append((inside[0], True) if inside else (one, False))
+        for down in downs:
+            wrappers = [up for up in adapted if down is up or down is up.get_base_model()]
+            pairs.append((wrappers[0], True) if wrappers else (down, False))
         if untuned is None and not all(off for _, off in pairs):
             raise UserError(
-                "untuned is missing: what the tuned model was tuned from. Only a PeftModel is its "
-                "own, with its adapter off"
+                "untuned is missing: give the model that the tuned model was tuned from; only a "
+                "PeftModel needs none"
             )
         return ups, pairs
-
-
-def in_nucleus(log_p: Tensor, share: float) -> Tensor:
-    """Which ids are among the most probable ones that together reach `share`; (..., V) bool.
-
-    The first that reaches it belongs to them, so there is always one.
-    """
-    import torch
-
-    ordered, places = log_p.sort(-1, descending=True)
-    p = ordered.exp()
-    inside = p.cumsum(-1) - p < share
-    return torch.zeros_like(inside).scatter(-1, places, inside)
-
-
-def before_cap(logits: Tensor, cap: float | None) -> Tensor:
-    """Undoes logits = cap · tanh(logits / cap); what has reached the cap comes back finite."""
-    if cap is None:
-        return logits
-    most = 1 - 1e-6
-    return cap * (logits.float() / cap).clamp(-most, most).atanh()
 
 
 def _soft_cap(model: Any) -> float | None:
@@ -382,44 +384,30 @@ def _soft_cap(model: Any) -> float | None:
     return cap
 
 
-def _unheard_of(tuned: Sequence[Tensor], untuned: Sequence[Tensor]) -> bool:
-    """Whether a tuned model's top token has next to no probability in the untuned one."""
-    import torch
-
-    for k, high in enumerate(tuned):
-        low = untuned[k if len(untuned) > 1 else 0]
-        top = high[:, -1].argmax(-1, keepdim=True)
-        inside = top < low.shape[-1]
-        log_p = torch.log_softmax(low[:, -1].float(), -1).gather(-1, top.where(inside, 0))
-        if bool((inside & (log_p < math.log(UNSEEN))).any()):
-            return True
-    return False
-
-
 def _check_drafter(drafter: Any, large: Any) -> None:
     sizes = drafter.config.vocab_size, large.config.vocab_size
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"speculative needs a tuned model with the vocabulary of the large one, got {sizes[0]} "
-            f"and {sizes[1]} tokens"
+            "speculative needs a tuned model with the vocabulary of the large one, got "
+            f"{sizes[0]} and {sizes[1]} tokens"
         )
 
 
-def _loaded(one: Any, base: Any = None) -> tuple[Any, Any]:
+def _loaded(source: Any, base: Any = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder; (model, None) of a model."""
     from foretune.decoding.peft_model import load_generator
 
-    if isinstance(one, str | PathLike):
-        return load_generator(Path(one) if _is_adapter(one) else str(one), base)
-    return one, None
+    if isinstance(source, str | PathLike):
+        return load_generator(Path(source) if _is_adapter(source) else str(source), base)
+    return source, None
 
 
-def _is_adapter(one: Any) -> bool:
-    return isinstance(one, str | PathLike) and (Path(one) / "adapter_config.json").is_file()
+def _is_adapter(source: Any) -> bool:
+    return isinstance(source, str | PathLike) and (Path(source) / "adapter_config.json").is_file()
 
 
-def _listed(one: Any) -> list[Any]:
-    return list(one) if isinstance(one, list | tuple) else [one]
+def _listed(item: Any) -> list[Any]:
+    return list(item) if isinstance(item, list | tuple) else [item]
 
 
 def _finite(name: str, value: Any) -> None:

@@ -1,7 +1,6 @@
-"""Text in, text out: prompts become left-padded ids, `generate` runs, continuations come back.
+"""Text in, text out: prompts are tokenised and left-padded, `generate` runs, texts come back.
 
-What a decode method changes (a hook on the model) is in place while this runs; nothing here knows
-of it.
+A decode method changes the model by hooks while this runs; nothing here depends on them.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ class Generated:
     """A continuation of one prompt.
 
     Args:
-        prompt: As it was given.
-        text: The continuation, without the prompt and special tokens.
-        token_ids: Its ids, an end-of-text token included, padding not.
-        details: What a method adds, such as the neighbours of every token; JSON-able.
+        prompt: The prompt.
+        text: The continuation, without prompt and special tokens.
+        token_ids: Its ids, including an end-of-text token, without padding.
+        details: Additions of a method, such as the neighbours of each token; JSON-able.
     """
 
     prompt: str
@@ -50,36 +49,37 @@ def generate_texts(
     seed: int = 0,
     **options: Any,
 ) -> list[Generated]:
-    """Continues every prompt by the model's `generate`, in left-padded batches.
+    """Continues each prompt by the model's `generate`, in left-padded batches.
 
     Args:
         model: A causal language model of transformers or peft.
         tokenizer: Its tokenizer.
-        prompts: One or several.
-        max_new_tokens: At most so many tokens each.
-        batch_size: Prompts in one call; 1 where `assistant_model` drafts.
-        seed: Seeds sampling; the global random state is left as it was.
-        options: What `generate` takes: `do_sample`, `temperature`, `num_beams`, …
+        prompts: One prompt or several.
+        max_new_tokens: Maximum length of a continuation.
+        batch_size: Prompts per call; always 1 with an `assistant_model`.
+        seed: Random seed of sampling; the global random state is not changed.
+        options: Options of `generate`: `do_sample`, `temperature`, `num_beams`, …
 
     Returns:
-        One for each prompt, in order; `num_return_sequences` of them where that is given.
+        One continuation per prompt, in order; with `num_return_sequences`, so many per prompt.
 
     Raises:
-        UserError: No tokenizer, an empty prompt that has no beginning-of-text token to stand for
-            it, a prompt beyond the model's positions, or an option that `generate` does not have.
+        UserError: The tokenizer is missing, a prompt is empty and the tokenizer has no
+            beginning-of-text token, a prompt exceeds the model's positions, or `generate` has no
+            such option.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     check_options(options)
     if options.get("assistant_model") is not None:
-        batch_size = 1  # transformers drafts for one row at a time
+        batch_size = 1  # transformers drafts for one prompt at a time
     repeats = options.get("num_return_sequences") or 1
     pad, end = pad_id(tokenizer), end_ids(model, tokenizer)
-    found = []
+    continuations = []
     with torch.random.fork_rng(devices=_cuda(model)), torch.inference_mode():
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
-            some = prompts[start : start + batch_size]
-            batch = encode(model, tokenizer, some, max_new_tokens)
+            chunk = prompts[start : start + batch_size]
+            batch = encode(model, tokenizer, chunk, max_new_tokens)
             ids = model.generate(  # type: ignore[operator]
                 **batch,
                 max_new_tokens=max_new_tokens,
@@ -89,19 +89,22 @@ def generate_texts(
             )
             new = ids[:, batch["input_ids"].shape[1] :].tolist()
             for i, row in enumerate(new):
-                prompt, kept = some[i // repeats], _until_end(row, end)
-                text = _continuation(tokenizer, prompt_ids(tokenizer, prompt), kept)
-                found.append(Generated(prompt=prompt, text=text, token_ids=tuple(kept)))
-    return found
+                prompt, ids_of_text = chunk[i // repeats], _until_end(row, end)
+                text = _continuation(tokenizer, prompt_ids(tokenizer, prompt), ids_of_text)
+                continuations.append(
+                    Generated(prompt=prompt, text=text, token_ids=tuple(ids_of_text))
+                )
+    return continuations
 
 
 def encode(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 0
 ) -> dict[str, Tensor]:
-    """Prompts as left-padded `input_ids` and `attention_mask`, (prompts, longest), on the device.
+    """Left-padded `input_ids` and `attention_mask`, (prompts, longest), on the model's device.
 
     Raises:
-        UserError: As of `generate_texts`.
+        UserError: The tokenizer is missing, a prompt is empty and the tokenizer has no
+            beginning-of-text token, or prompt and `max_new_tokens` exceed the model's positions.
     """
     if tokenizer is None:
         raise UserError("the model comes without a tokenizer: give one")
@@ -110,7 +113,7 @@ def encode(
     longest = max(len(row) for row in rows)
     if room is not None and longest + max_new_tokens > room:
         raise UserError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the model's "
+            f"a prompt of {longest} tokens and {max_new_tokens} new tokens exceed the model's "
             f"{room} positions; shorten the prompt or lower max_new_tokens"
         )
     batch = left_padded(rows, pad_id(tokenizer))
@@ -118,24 +121,26 @@ def encode(
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids of a prompt, open at its end.
+    """The ids of a prompt, without an end-of-text token that the tokenizer appends.
 
     Raises:
-        UserError: The prompt is empty and no beginning-of-text token can stand for it.
+        UserError: The prompt is empty and the tokenizer has no beginning-of-text token.
     """
     ids = list(tokenizer(prompt, verbose=False)["input_ids"])
-    # Tokenizers of encoders close a text, after which a decoder has nothing to say.
+    # Encoders' tokenizers append an end-of-text token, after which a decoder would not continue.
     if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
         ids.pop()
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:
-        raise UserError("a prompt is empty and the tokenizer has no beginning-of-text token")
+        raise UserError(
+            "a prompt is empty, and the tokenizer has no beginning-of-text token to start from"
+        )
     return ids
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` of rows of ids, padded on the left.
+    """`input_ids` and `attention_mask`, (rows, longest), of ids padded on the left.
 
     >>> left_padded([[5], [6, 7]], pad=0)["input_ids"].tolist()
     [[0, 5], [6, 7]]
@@ -147,13 +152,13 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id that fills rows: of the pad token, else of end-of-text, else 0; it is masked."""
-    known = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0] if tokenizer is not None else [0]
-    return next(i for i in known if i is not None)
+    """The id for padding: that of the pad token, else of end-of-text, else 0; it is masked."""
+    ids = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0] if tokenizer is not None else [0]
+    return next(i for i in ids if i is not None)
 
 
 def end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """The ids that end a text: those of the model's generation config, else the tokenizer's."""
+    """The end-of-text ids of the model's generation config, else of the tokenizer."""
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     if ends is None and tokenizer is not None:
@@ -162,39 +167,39 @@ def end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuses what `generate` does not take.
+    """Checks that `generate` has these options.
 
     Raises:
-        UserError: An unknown name.
+        UserError: It has no option of that name.
     """
-    known = [*vars(transformers.GenerationConfig()), *GENERATE_TAKES]
+    names = [*vars(transformers.GenerationConfig()), *GENERATE_TAKES]
     for name in options:
-        if name not in known or name.startswith("_"):
-            raise UserError(f'generate has no option "{name}".{did_you_mean(name, known)}')
+        if name not in names or name.startswith("_"):
+            raise UserError(f'generate has no option "{name}".{did_you_mean(name, names)}')
 
 
 def shared_tokens(tokenizer: Any, others: Sequence[Any]) -> Tensor | None:
-    """Which ids are the same token for all tokenizers.
+    """The ids that mean the same token to all tokenizers.
 
     Args:
-        tokenizer: Of the model that decodes.
-        others: Of the models beside it.
+        tokenizer: Tokenizer of the model that decodes.
+        others: Tokenizers of its side models.
 
     Returns:
-        (ids,) bool; None where all ids are, or nothing is known.
+        (ids,) bool; None if that is all ids, or if a tokenizer is missing.
 
     Raises:
-        UserError: More than a tenth of the ids that all have differ: another tokenizer.
+        UserError: More than a tenth of the common ids differ.
     """
     if tokenizer is None or not others:
         return None
-    all_tokens = [_tokens(one) for one in (tokenizer, *others)]
+    all_tokens = [_tokens(vocabulary) for vocabulary in (tokenizer, *others)]
     size = min(len(tokens) for tokens in all_tokens)
     same = torch.tensor([len({t[i] for t in all_tokens}) == 1 for i in range(size)])
     if not same.float().mean() >= 0.9:
         raise UserError(
-            f"the models read different tokens: {int((~same).sum())} of {size} ids differ; all "
-            "models must have one tokenizer"
+            f"the tokenizers differ: {int((~same).sum())} of {size} ids differ; all models must "
+            "share one tokenizer"
         )
     return None if bool(same.all()) and len({len(t) for t in all_tokens}) == 1 else same
 
@@ -206,24 +211,24 @@ def _tokens(tokenizer: Any) -> list[str | None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter is."""
+    """The device of the model's first parameter."""
     return next(model.parameters()).device
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a file: of a text file its lines, of .jsonl the `prompt` of each row.
+    """Reads prompts: the lines of a text file, or the `prompt` of each row of a .jsonl file.
 
     Args:
-        path: The file; "-" for standard input, one prompt a line.
+        path: The file; "-" for standard input, one prompt per line.
 
     Raises:
-        UserError: No such file, a row without a prompt, or none at all.
+        UserError: The file does not exist, is malformed or has no prompt.
     """
     path = Path(path)
-    found = list(_prompts(path))
-    if not found:
+    prompts = list(_prompts(path))
+    if not prompts:
         raise UserError(f"no prompt in {'standard input' if str(path) == '-' else path}")
-    return found
+    return prompts
 
 
 def _prompts(path: Path) -> Iterator[str]:
@@ -235,7 +240,7 @@ def _prompts(path: Path) -> Iterator[str]:
     try:
         lines = path.read_text("utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text: {error.reason}") from None
+        raise UserError(f"{path} is not UTF-8 text: {error.reason}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -245,23 +250,23 @@ def _prompts(path: Path) -> Iterator[str]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: no JSON: {error.msg}") from None
+            raise UserError(f"{path}, line {number}: not JSON: {error.msg}") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise UserError(f'{path}, line {number}: a row needs a text under "prompt"')
+            raise UserError(f'{path}, line {number}: a row needs text under "prompt"')
         yield row["prompt"]
 
 
 def _continuation(tokenizer: Any, before: list[int], new: list[int]) -> str:
-    """The text of `new` as it stands after the prompt: a decoder strips the first blank."""
+    """The text of `new` after the prompt; decoded alone, its first space would be stripped."""
     head = tokenizer.decode(before, skip_special_tokens=True)
-    whole = tokenizer.decode([*before, *new], skip_special_tokens=True)
-    if whole.startswith(head):
-        return str(whole[len(head) :])
+    full = tokenizer.decode([*before, *new], skip_special_tokens=True)
+    if full.startswith(head):
+        return str(full[len(head) :])
     return str(tokenizer.decode(new, skip_special_tokens=True))
 
 
 def _until_end(row: list[int], ends: Sequence[int]) -> list[int]:
-    """The ids up to the first end-of-text, that one included: padding follows it."""
+    """The ids up to and including the first end-of-text; the rest is padding."""
     for place, token in enumerate(row):
         if token in ends:
             return row[: place + 1]

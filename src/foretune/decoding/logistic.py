@@ -1,4 +1,4 @@
-"""Multinomial logistic regression: the probe that a lookup of states must be held against."""
+"""Multinomial logistic regression on states: a baseline for looking them up."""
 
 from __future__ import annotations
 
@@ -14,37 +14,36 @@ HELD_OUT = 0.2
 def logistic_probe(
     states: Tensor,
     classes: Tensor,
-    asked: Tensor,
+    queries: Tensor,
     size: int,
     penalties: Sequence[float] = PENALTIES,
 ) -> Tensor:
-    """Log-probabilities of the classes of states, learned from other states.
+    """Class log-probabilities of states, by logistic regression on other states.
 
-    The penalty on the weights is chosen on a fifth of the examples, spread over them; the rest of
-    the fit is convex, so there is no seed.
+    The weight penalty is chosen on every fifth example. Each fit is convex, so there is no seed.
 
     Args:
-        states: (n, d).
-        classes: (n,), from 0 to `size` − 1.
-        asked: (m, d).
+        states: (n, d) training states.
+        classes: (n,) their classes, from 0 to `size` − 1.
+        queries: (m, d) states to classify.
         size: Number of classes.
-        penalties: Half of this times |W|² is added to the mean loss.
+        penalties: Values to try; half of it times |W|² is added to the mean loss.
 
     Returns:
-        (m, size), float32.
+        (m, size) log-probabilities, float32.
     """
     centre, scale = states.float().mean(0), states.float().std(0, correction=0).clamp(min=1e-6)
     x, y = (states.float() - centre) / scale, classes
-    # Rows may stand in the order of their classes: every fifth one, not the last fifth.
-    out = torch.arange(len(x)) % round(1 / HELD_OUT) == 0
+    # Examples may be sorted by class: every fifth one, not the last fifth.
+    held_out = torch.arange(len(x)) % round(1 / HELD_OUT) == 0
     best = penalties[0]
-    if 0 < int(out.sum()) < len(x):
+    if 0 < int(held_out.sum()) < len(x):
         losses = [
-            float(torch.nn.functional.cross_entropy(_law(fit, x[out]), y[out]))
-            for fit in (_fit(x[~out], y[~out], size, penalty) for penalty in penalties)
+            float(torch.nn.functional.cross_entropy(_log_probs(fit, x[held_out]), y[held_out]))
+            for fit in (_fit(x[~held_out], y[~held_out], size, penalty) for penalty in penalties)
         ]
         best = penalties[losses.index(min(losses))]
-    return _law(_fit(x, y, size, best), (asked.float() - centre) / scale)
+    return _log_probs(_fit(x, y, size, best), (queries.float() - centre) / scale)
 
 
 def _fit(x: Tensor, y: Tensor, size: int, penalty: float) -> tuple[Tensor, Tensor]:
@@ -66,5 +65,5 @@ def _fit(x: Tensor, y: Tensor, size: int, penalty: float) -> tuple[Tensor, Tenso
     return weight.detach(), bias.detach()
 
 
-def _law(fitted: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+def _log_probs(fitted: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
     return torch.log_softmax(x @ fitted[0].T + fitted[1], -1)

@@ -1,10 +1,10 @@
-"""Nearest neighbours by squared Euclidean distance, and a distribution made of what they carry.
+"""Nearest neighbours by squared Euclidean distance, and the distribution of their values.
 
 symbol   here       shape        meaning
-k_i      keys       (N, d)       what is searched
-h        queries    (Q, d)       what it is searched with
-d_ij     squared    (Q, K)       squared distances to the K nearest
-T        temperature             softmax(−d / T) weighs the neighbours
+k_i      keys       (N, d)       the indexed vectors
+h        queries    (Q, d)       the vectors to look up
+d_ij     squared    (Q, K)       squared distances to the K nearest keys
+T        temperature             neighbours are weighted by softmax(−d / T)
 """
 
 from __future__ import annotations
@@ -16,60 +16,64 @@ from torch import Tensor
 
 from foretune.errors import UserError
 
-CELLS = 2**24  # of the matrix of distances that is held at once: 64 MB
+CELLS = 2**24  # of the distance matrix held at once: 64 MB
 RERANKED = 8  # candidates beyond K whose distances are computed exactly
-FLAT = 100_000  # keys that faiss searches one by one; beyond them it walks a graph of neighbours
-LINKS, EFFORT = 32, 128  # of that graph: edges of a key, candidates held on the way
+FLAT = 100_000  # keys up to which faiss searches exhaustively; beyond, it walks an HNSW graph
+LINKS, EFFORT = 32, 128  # of that graph: edges per key, candidates held during a search
 
 
 class Index(Protocol):
-    """What answers `search`."""
+    """A set of keys that can be searched."""
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """(squared distances (Q, k) in rising order, places of the keys (Q, k))."""
+        """(squared distances (Q, k), ascending; indices of the keys (Q, k)) of queries (Q, d)."""
 
 
 class ExactIndex:
     """Exact search in torch, in chunks.
 
-    The matrix product |q|² + |k|² − 2 q·k finds candidates; it loses digits where keys lie close
-    together and far from zero, so the distances returned are those of the differences.
+    Candidates are found by |q|² + |k|² − 2 q·k, which loses precision where keys lie close
+    together and far from zero; the distances returned are computed from the differences.
 
     Args:
         keys: (N, d), any float type.
-        groups: (N,), or None: keys that are left out together; see `search`.
+        groups: (N,) the group of each key, which `search` can exclude; or None.
     """
 
     def __init__(self, keys: Tensor, groups: Tensor | None = None) -> None:
         self.keys, self.groups = keys, groups
-        # Distances do not change when all is moved, and small numbers have small errors.
+        # A translation changes no distance, and small numbers have small errors.
         self.centre = keys[:CELLS].float().mean(0)
 
     def search(
         self, queries: Tensor, k: int, without: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The `k` nearest keys of every query.
+        """The `k` nearest keys of each query.
 
         Args:
             queries: (Q, d).
             k: At most the number of keys.
-            without: (Q,), or None: the group whose keys a query must not find.
+            without: (Q,) the group whose keys are excluded for each query; or None.
 
         Returns:
-            (squared distances, float32 (Q, k), rising; places (Q, k)). Where a query has fewer
-            keys left than `k` the distance is infinite.
+            (squared distances (Q, k), float32, ascending; indices (Q, k)). Distances are infinite
+            where fewer than `k` keys are left for a query.
         """
         held = max(len(self.keys), (k + RERANKED) * self.keys.shape[1])
         step = max(1, CELLS // held)
         parts = [
-            self._some(queries[i : i + step], k, None if without is None else without[i : i + step])
+            self._search_chunk(
+                queries[i : i + step], k, None if without is None else without[i : i + step]
+            )
             for i in range(0, len(queries), step)
         ]
         if not parts:
             return queries.new_zeros(0, k, dtype=torch.float32), queries.new_zeros(0, k).long()
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-    def _some(self, queries: Tensor, k: int, without: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _search_chunk(
+        self, queries: Tensor, k: int, without: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         moved = queries.float() - self.centre
         best, places = None, None
         chunk = max(k + RERANKED, CELLS // max(self.keys.shape[1], len(queries)))
@@ -94,7 +98,7 @@ class ExactIndex:
 
 
 class FaissIndex:
-    """Search by faiss: exact up to `FLAT` keys, a graph of neighbours (HNSW) beyond.
+    """Search by faiss: exact up to `FLAT` keys, approximate (an HNSW graph) beyond.
 
     Args:
         keys: (N, d), any float type; faiss keeps float32 copies.
@@ -115,12 +119,12 @@ class FaissIndex:
             self.index.add(keys[start : start + FLAT].float().cpu().contiguous().numpy())
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The `k` nearest keys of every query, as of `ExactIndex`."""
-        squared, places = self.index.search(queries.float().cpu().contiguous().numpy(), k)
-        found = torch.from_numpy(squared).to(queries.device).clamp(min=0)
-        where = torch.from_numpy(places).to(queries.device)
-        # The graph answers −1 where it found no more.
-        return found.masked_fill(where < 0, torch.inf), where.clamp(min=0)
+        """(squared distances (Q, k), indices (Q, k)) as returned by `ExactIndex.search`."""
+        distances, indices = self.index.search(queries.float().cpu().contiguous().numpy(), k)
+        squared = torch.from_numpy(distances).to(queries.device).clamp(min=0)
+        places = torch.from_numpy(indices).to(queries.device)
+        # The graph returns −1 where it finds no more.
+        return squared.masked_fill(places < 0, torch.inf), places.clamp(min=0)
 
 
 def _faiss() -> Any:
@@ -128,16 +132,16 @@ def _faiss() -> Any:
         import faiss
     except ImportError:
         raise UserError(
-            'search="faiss" needs faiss, which is not installed; pip install "foretune[rtd]" '
-            'brings it, and search="exact" needs nothing'
+            'search="faiss" needs faiss, which is not installed: pip install "foretune[rtd]", '
+            'or use search="exact"'
         ) from None
     return faiss
 
 
 def neighbour_weights(squared: Tensor, temperature: float) -> Tensor:
-    """softmax(−d / T) over the last dimension; 0 where the distance is infinite.
+    """softmax(−d / T) of distances (…, K), ascending; 0 where a distance is infinite.
 
-    It subtracts the smallest distance first, so that far neighbours do not underflow together.
+    The smallest distance is subtracted first, so that distant neighbours do not all underflow.
 
     >>> neighbour_weights(torch.tensor([[1e4, 1e4 + 1]]), 1.0).sum().item()
     1.0
@@ -148,29 +152,34 @@ def neighbour_weights(squared: Tensor, temperature: float) -> Tensor:
 
 
 def votes(weights: Tensor, values: Tensor, size: int) -> Tensor:
-    """The sum of the weights of the neighbours that carry each value.
+    """The summed weight of the neighbours that carry each value.
 
     Args:
-        weights: (..., K).
-        values: (..., K), from 0 to `size` − 1.
-        size: Number of values there are.
+        weights: (…, K).
+        values: (…, K), from 0 to `size` − 1.
+        size: Number of possible values.
 
     Returns:
-        (..., size).
+        (…, size).
 
     >>> votes(torch.tensor([0.5, 0.25, 0.25]), torch.tensor([2, 0, 2]), 3).tolist()
     [0.25, 0.0, 0.75]
     """
-    counted = weights.new_zeros(*weights.shape[:-1], size)
-    return counted.scatter_add_(-1, values, weights)
+    totals = weights.new_zeros(*weights.shape[:-1], size)
+    return totals.scatter_add_(-1, values, weights)
 
 
 def mixed(logits: Tensor, reference: Tensor, share: float) -> Tensor:
-    """log((1 − share) softmax(logits) + share · reference), in the type of `logits`.
+    """log((1 − share) softmax(logits) + share · reference), (…, V), in the type of `logits`.
 
     With share 0 it is `logits` itself, bit for bit.
+
+    Args:
+        logits: (…, V) of the model.
+        reference: (…, V) distribution.
+        share: Weight of the reference, from 0 to 1.
     """
     if share == 0:
         return logits
-    own = torch.softmax(logits.float(), -1)
-    return ((1 - share) * own + share * reference).log().to(logits.dtype)
+    probs = torch.softmax(logits.float(), -1)
+    return ((1 - share) * probs + share * reference).log().to(logits.dtype)

@@ -1,4 +1,4 @@
-"""A causal language model from a folder: a model's own, or a PEFT folder over its base."""
+"""Loading a causal language model: a model folder, or a PEFT folder over its base."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ CONFIG = "adapter_config.json"
 
 
 def load_generator(name: str | Path, base: nn.Module | None = None) -> tuple[nn.Module, Any]:
-    """Loads a causal language model, or a base with the adapter of a PEFT folder on it.
+    """Loads a causal language model, or a base with the adapter of a PEFT folder.
 
     Args:
         name: A model folder, a hub id, or a PEFT folder.
-        base: What an adapter goes on; None for the base that its folder names.
+        base: The base of an adapter; None for the one that its folder names.
 
     Returns:
         (model in eval mode, its tokenizer or None). With an adapter the model is a `PeftModel`,
-        whose `disable_adapter()` gives the base back.
+        whose `disable_adapter()` restores the base.
 
     Raises:
-        UserError: No such model, an adapter without safetensors, or one of another base.
+        UserError: The model does not exist, or the adapter has no safetensors file or belongs to
+            another base.
     """
     folder = Path(name).expanduser()
     if not (folder / CONFIG).is_file():
         return load_model(name, head="causal-lm")
     if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder} has no adapter_model.safetensors; no other format is read")
+        raise UserError(
+            f"{folder} has no adapter_model.safetensors; other formats are not supported"
+        )
     tokenizer = None
     if base is None:
         base, tokenizer = load_model(_base_of(folder), head="causal-lm")
@@ -41,10 +44,10 @@ def load_generator(name: str | Path, base: nn.Module | None = None) -> tuple[nn.
 
 
 def with_adapter(base: nn.Module, folder: Path) -> nn.Module:
-    """A PeftModel of `base` with the adapter of a folder, which must fit.
+    """A PeftModel in eval mode: `base` with the adapter of a folder.
 
     Raises:
-        UserError: The adapter belongs to another base.
+        UserError: The adapter belongs to another base, or does not fit it.
     """
     from peft import PeftModel
 
@@ -58,7 +61,7 @@ def with_adapter(base: nn.Module, folder: Path) -> nn.Module:
 
 
 def _base_of(folder: Path) -> str:
-    named = json.loads((folder / CONFIG).read_text("utf-8")).get("base_model_name_or_path")
-    if not named:
-        raise UserError(f"{folder / CONFIG} names no base_model_name_or_path: give its base")
-    return str(named)
+    base = json.loads((folder / CONFIG).read_text("utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{folder / CONFIG} names no base_model_name_or_path: give the base")
+    return str(base)

@@ -1,4 +1,4 @@
-"""`foretune generate`: prompts on a model, plainly or by a decode method."""
+"""`foretune generate` on folders: continuing prompts with a model or a decode method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from foretune.errors import UserError, did_you_mean
 from foretune.methods import METHODS, make, method_class
 from foretune.recipes.yaml_io import parse_yaml
 
-RESOURCES = ("tuned", "untuned", "store")  # options that belong to a method, not to `generate`
 WHAT_IT_IS = {
     "tuned": "a fine-tuned model or a PEFT folder",
     "store": "foretune datastore build MODEL --rows FILE --out FOLDER makes one",
@@ -22,16 +21,18 @@ def decode_method(name: str, settings: Sequence[str]) -> Any:
     """The record of a decode method.
 
     Args:
-        name: A row of the table whose verb is decode.
+        name: A method whose verb is decode.
         settings: `key=value` for its fields.
 
     Raises:
-        UserError: No such method, another verb, no such field.
+        UserError: There is no such method or field, or the method is not a decode method.
     """
-    classes: dict[str, Any] = {one: method_class(one) for one in [name, *METHODS]}
+    classes: dict[str, Any] = {method: method_class(method) for method in [name, *METHODS]}
     if classes[name].verb != "decode":
-        known = [one for one in METHODS if classes[one].verb == "decode"]
-        raise UserError(f"{name} is no method to generate with; there are {', '.join(known)}")
+        names = [method for method in METHODS if classes[method].verb == "decode"]
+        raise UserError(
+            f"{name} is not a decode method; generate takes --method {' or '.join(names)}"
+        )
     fields = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -44,7 +45,7 @@ def decode_method(name: str, settings: Sequence[str]) -> Any:
 def split_words(
     words: Sequence[str], method: str | None, from_elsewhere: bool
 ) -> tuple[str | None, list[str]]:
-    """(prompt, settings) of what stands behind the model on the command line.
+    """(prompt, settings) from the words after the model on the command line.
 
     The first word is the prompt, unless prompts come from elsewhere or it sets a field.
 
@@ -60,23 +61,28 @@ def split_words(
     return first, list(words[1:])
 
 
-def check_resources(method: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given of --tuned, --untuned, --store, for the method that takes it.
+def check_resources(method: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of --tuned, --untuned and --store that are set, for the method that takes them.
 
     Raises:
-        UserError: Something that this method does not take, or lacks.
+        UserError: The method does not take one of them, or lacks one.
     """
-    some = {key: value for key, value in given.items() if value}
+    resources = {key: value for key, value in options.items() if value}
     takes = getattr(method_class(method), "resources", ()) if method else ()
-    for key in some:
+    for key in resources:
         if key not in takes:
             who = (
-                f"{method} takes {', '.join(f'--{k}' for k in takes)}" if method else "no --method"
+                f"{method} takes {', '.join(f'--{k}' for k in takes)}"
+                if method
+                else "there is no --method"
             )
-            raise UserError(f"--{key} is of no use here: {who}.{did_you_mean(key, takes)}")
-    if takes and takes[0] not in some:
+            raise UserError(f"--{key} does not apply: {who}.{did_you_mean(key, takes)}")
+    if takes and takes[0] not in resources:
         raise UserError(f"{method} needs --{takes[0]} FOLDER: {WHAT_IT_IS[takes[0]]}")
-    return {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in some.items()}
+    return {
+        key: value[0] if isinstance(value, list) and len(value) == 1 else value
+        for key, value in resources.items()
+    }
 
 
 def generate(
@@ -86,18 +92,18 @@ def generate(
     resources: Mapping[str, Any],
     **options: Any,
 ) -> dict[str, Any]:
-    """Continues every prompt.
+    """Continues each prompt.
 
     Args:
         model: A model folder, a hub id, or a PEFT folder.
-        prompts: Texts.
-        method: A decode method; None for the model as it is.
-        resources: Side models or a store, as the method takes them.
-        options: What `generate` takes, and `max_new_tokens`, `batch_size`, `seed`.
+        prompts: Prompts to continue.
+        method: The record of a decode method; None for the model alone.
+        resources: The method's side models or store.
+        options: `max_new_tokens`, `batch_size`, `seed`, and options of the model's `generate`.
 
     Returns:
-        JSON-able: model, method, results (prompt, text, num_tokens and what the method adds),
-        seconds, loading included.
+        JSON-able: model, method, results (prompt, text, num_tokens, and the method's details),
+        seconds (with loading).
     """
     began = time.perf_counter()
     if method is None:
@@ -105,15 +111,16 @@ def generate(
         from foretune.decoding.peft_model import load_generator
 
         loaded, tokenizer = load_generator(model)
-        found = generate_texts(loaded, tokenizer, prompts, **options)
+        texts = generate_texts(loaded, tokenizer, prompts, **options)
     else:
-        found = method.decode(model, prompts, **resources, **options)
+        texts = method.decode(model, prompts, **resources, **options)
     return {
         "model": model,
         "method": None if method is None else method.to_dict(),
         "results": [
-            {"prompt": one.prompt, "text": one.text, "num_tokens": len(one.token_ids)} | one.details
-            for one in found
+            {"prompt": text.prompt, "text": text.text, "num_tokens": len(text.token_ids)}
+            | text.details
+            for text in texts
         ],
         "seconds": round(time.perf_counter() - began, 3),
     }

@@ -1,72 +1,57 @@
-"""`ReferenceStore`: the last hidden states of a model on known texts, and the token that followed.
+"""`ReferenceStore`: a model's last hidden states on reference texts, and the token after each.
 
-It belongs to one base (and one adapter on it) as an adapter does, whose fingerprints it records.
+Like an adapter, a store belongs to one base (and one adapter on it); it records their fingerprints.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foretune.adapters.fingerprint import base_and_adapter
+from foretune.decoding.lookup import (
+    MIXES,
+    MULTIPLES,
+    NEIGHBOURS,
+    Lookup,
+    best_lookup,
+    mean_distance,
+    mean_log,
+)
 from foretune.decoding.nearest import ExactIndex, FaissIndex, Index, neighbour_weights, votes
 from foretune.decoding.output_states import read_states
 from foretune.decoding.references import References, read_references
 from foretune.decoding.side_models import bare_model
+from foretune.decoding.store_folder import (
+    check_place,
+    damage_reported,
+    read_store,
+    write_metadata,
+    write_store,
+)
 from foretune.errors import UserError
-from foretune.files import whole_folder, write_whole
-from foretune.run import check_fraction, check_int, check_one_of, check_positive
+from foretune.run import check_one_of
 
-TENSORS, ABOUT, ROWS = "store.safetensors", "store.json", "rows.jsonl"
-NEIGHBOURS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-MULTIPLES = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the automatic temperature
-MIXES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
-SAMPLED = 512  # entries whose neighbours set the automatic temperature
+TENSOR_NAMES = ("keys", "values", "own", "sources")  # in the file; own: model_log_probs
+SAMPLED = 512  # entries whose neighbours determine the automatic temperature
 KEY_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Search = Literal["exact", "faiss"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lookup:
-    """How a store is asked.
-
-    Args:
-        neighbours: K, entries fetched for a state.
-        temperature: T of their weights; None for the automatic one.
-        mix: λ, the share of the store in the output.
-        heads: H, slices of a state that are looked up apart.
-    """
-
-    neighbours: int = 32
-    temperature: float | None = None
-    mix: float = 1.0
-    heads: int = 1
-
-    def __post_init__(self) -> None:
-        check_int("neighbours", self.neighbours, 1)
-        if self.temperature is not None:
-            check_positive("temperature", self.temperature)
-        check_fraction("mix", self.mix)
-        check_int("heads", self.heads, 1)
-
-
 @dataclass(frozen=True)
-class Found:
-    """What a store answers to Q states.
+class LookupResult:
+    """What a store returns for Q states.
 
     Args:
-        reference: (Q, V), the distribution r over the vocabulary.
-        places: (H, Q, K), the entries found, for each head.
-        weights: (H, Q, K), of each; they sum to 1 over K.
+        reference: (Q, V) next-token distribution r.
+        places: (H, Q, K) indices of the retrieved entries, per head.
+        weights: (H, Q, K) weight of each; they sum to 1 over K.
     """
 
     reference: Tensor
@@ -75,27 +60,27 @@ class Found:
 
 
 class ReferenceStore:
-    """States of a model on reference texts, and what followed them.
+    """A model's states on reference texts, and the tokens that followed them.
 
     Args:
         keys: (N, d) states.
         values: (N,) the token that followed each.
-        own: (N,) log-probability that the model itself gave that token.
-        sources: (N,) the row of each entry, from 0.
-        rows: The rows, so that an answer can be traced.
+        model_log_probs: (N,) log-probability of that token under the model alone.
+        sources: (N,) the row that each entry comes from, counted from 0.
+        rows: The rows themselves, so that an answer can be traced.
         kind: What rows hold: "label", "choice", "completion" or "text".
-        labels: Label → token, empty for running text.
+        labels: Label → token; empty for running text.
         model: Fingerprints of the base and its adapter; see `base_and_adapter`.
-        name: Folder or hub id of the model, where it is known.
-        lookup: How it is asked.
-        tuned: What `tune` found; None before.
+        name: Folder or hub id of the model; None if unknown.
+        lookup: How the store is queried by default.
+        tuned: What `tune` returned; None before.
     """
 
     def __init__(
         self,
         keys: Tensor,
         values: Tensor,
-        own: Tensor,
+        model_log_probs: Tensor,
         sources: Tensor,
         *,
         rows: Sequence[Mapping[str, Any]] = (),
@@ -106,7 +91,8 @@ class ReferenceStore:
         lookup: Lookup | None = None,
         tuned: Mapping[str, Any] | None = None,
     ) -> None:
-        self.keys, self.values, self.own, self.sources = keys, values, own, sources
+        self.keys, self.values, self.sources = keys, values, sources
+        self.model_log_probs = model_log_probs
         self.rows = [dict(row) for row in rows]
         self.kind, self.labels = kind, dict(labels or {})
         self.model = dict(model) if model is not None else None
@@ -132,26 +118,26 @@ class ReferenceStore:
         permute_options: bool = True,
         key_type: str = "float32",
     ) -> ReferenceStore:
-        """Reads rows with a model and keeps its states.
+        """Runs a model on rows and stores its states.
 
         Args:
-            model: A causal language model of transformers or peft, with the adapter on that it
-                will have in use.
+            model: A causal language model of transformers or peft, with the adapter enabled that
+                it will be used with.
             rows: Each `{"prompt", "label"}`, `{"context", "candidates", "answer"}`,
                 `{"prompt", "completion"}` or `{"text"}`; see `read_references`.
-            tokenizer: Of the model.
-            heads: Slices of a state that are looked up apart; it can be changed later.
-            permute_options: Choice rows once for each rotation of their candidates.
-            key_type: "float32", "float16" or "bfloat16"; distances are float32 in any case.
+            tokenizer: The model's tokenizer.
+            heads: Slices of a state that are looked up separately; can be changed later.
+            permute_options: Read choice rows once per rotation of their candidates.
+            key_type: "float32", "float16" or "bfloat16"; distances are always float32.
 
         Returns:
-            The store, not tuned. As many neighbours as the authors take, fewer in a small store;
-            for labels the store alone answers, as in the authors' code, and running text takes a
-            quarter from the store.
+            The store, not tuned. Its lookup retrieves as many neighbours as the authors do, fewer
+            in a small store. With labels the store alone answers, as in the authors' code; for
+            running text its weight is a quarter.
 
         Raises:
-            UserError: No causal language model, rows that cannot be read, or states that are not
-                finite in `key_type`.
+            UserError: The model is not a causal language model, a row cannot be read, or states
+                are not finite in `key_type`.
 
         Example:
             store = ReferenceStore.build(model, rows, tokenizer=tokenizer)
@@ -160,8 +146,12 @@ class ReferenceStore:
         """
         check_one_of("key_type", key_type, tuple(KEY_TYPES))
         room = getattr(getattr(bare_model(model), "config", None), "max_position_embeddings", None)
-        found = read_references(rows, tokenizer, max_tokens=room, permute_options=permute_options)
-        return cls.of_references(model, found, rows=rows, heads=heads, key_type=KEY_TYPES[key_type])
+        references = read_references(
+            rows, tokenizer, max_tokens=room, permute_options=permute_options
+        )
+        return cls.of_references(
+            model, references, rows=rows, heads=heads, key_type=KEY_TYPES[key_type]
+        )
 
     @classmethod
     def of_references(
@@ -173,39 +163,43 @@ class ReferenceStore:
         heads: int = 1,
         key_type: torch.dtype = torch.float32,
     ) -> ReferenceStore:
-        """A store of texts that are tokenised already."""
-        values = torch.tensor([v for some in references.values for v in some])
-        states, own, done = [], [], 0
-        for some, logits in read_states(model, references.texts, references.places):
-            followed = values[done : done + len(some)].to(logits.device)
-            done += len(some)
+        """Builds a store from tokenised texts.
+
+        Raises:
+            UserError: States are not finite in `key_type`, or cannot be cut into `heads` slices.
+        """
+        values = references.flat_values()
+        states, log_probs, start = [], [], 0
+        for batch, logits in read_states(model, references.texts, references.places):
+            next_tokens = values[start : start + len(batch)].to(logits.device)
+            start += len(batch)
             log_p = torch.log_softmax(logits.float(), -1)
-            own.append(log_p.gather(1, followed[:, None])[:, 0].cpu())
-            states.append(some.to(key_type).cpu())
+            log_probs.append(log_p.gather(1, next_tokens[:, None])[:, 0].cpu())
+            states.append(batch.to(key_type).cpu())
         keys = torch.cat(states)
         if not keys.isfinite().all():
             raise UserError(f"states are not finite in {str(key_type).removeprefix('torch.')}")
-        counted = [
+        sources = [
             source
-            for source, some in zip(references.sources, references.values, strict=True)
-            for _ in some
+            for source, text_values in zip(references.sources, references.values, strict=True)
+            for _ in text_values
         ]
         _check_heads(heads, keys.shape[1])
-        fewest = len(keys)
+        max_neighbours = len(keys)
         if references.has_labels:
             # K near half of a small store mixes in other labels.
-            fewest = max(1, len(keys) // (2 * len(references.labels)))
+            max_neighbours = max(1, len(keys) // (2 * len(references.labels)))
         return cls(
             keys,
             values,
-            torch.cat(own),
-            torch.tensor(counted),
+            torch.cat(log_probs),
+            torch.tensor(sources),
             rows=rows,
             kind=references.kind,
             labels=references.labels,
             model=base_and_adapter(model),
             lookup=Lookup(
-                neighbours=min(32, fewest),
+                neighbours=min(32, max_neighbours),
                 mix=1.0 if references.has_labels else 0.25,
                 heads=heads,
             ),
@@ -214,53 +208,60 @@ class ReferenceStore:
     def search(
         self, states: Tensor, lookup: Lookup, search: Search = "exact"
     ) -> tuple[Tensor, Tensor]:
-        """The nearest entries of every state, for every head.
+        """The nearest entries of each state, per head.
 
         Args:
             states: (Q, d).
-            lookup: Its `neighbours` and `heads` count.
-            search: "exact", or "faiss".
+            lookup: Only its `neighbours` and `heads` are used.
+            search: "exact" or "faiss".
 
         Returns:
-            (squared distances (H, Q, K), float32; entries (H, Q, K)).
+            (squared distances (H, Q, K), float32; indices of the entries (H, Q, K)).
+
+        Raises:
+            UserError: The states have another width than the store's.
         """
         if states.shape[1] != self.keys.shape[1]:
             raise UserError(
-                f"states have {states.shape[1]} numbers, those of the store {self.keys.shape[1]}"
+                f"states must have the store's width {self.keys.shape[1]}, got {states.shape[1]}"
             )
         k, heads = min(lookup.neighbours, len(self)), lookup.heads
         indices = self._index(heads, search, states.device)
         parts = states.detach().chunk(heads, dim=1)
-        found = [index.search(part, k) for index, part in zip(indices, parts, strict=True)]
-        return torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found])
+        per_head = [index.search(part, k) for index, part in zip(indices, parts, strict=True)]
+        return torch.stack([h[0] for h in per_head]), torch.stack([h[1] for h in per_head])
 
     def reference(
         self, states: Tensor, lookup: Lookup, size: int, search: Search = "exact"
-    ) -> Found:
-        """The distribution of what followed the nearest entries.
+    ) -> LookupResult:
+        """The distribution of the tokens that followed the nearest entries.
 
         Args:
             states: (Q, d).
-            lookup: How.
-            size: V, of the vocabulary.
-            search: As of `search`.
+            lookup: How to query the store.
+            size: V, the size of the vocabulary.
+            search: "exact" or "faiss".
         """
         squared, places = self.search(states, lookup, search)
-        # H slices have a distance of 1/H of the whole's, times H they share its temperature.
+        # A slice's distance is about 1/H of the full state's; times H it fits its temperature.
         weights = neighbour_weights(squared * lookup.heads, self.temperature(lookup))
         values = self.values.to(places.device)[places]
-        return Found(votes(weights, values, size).mean(0), places, weights)
+        return LookupResult(votes(weights, values, size).mean(0), places, weights)
 
     def temperature(self, lookup: Lookup) -> float:
-        """T of a lookup: what it says, or the mean squared distance of an entry to its K nearest
-        ones of other rows."""
+        """T of a lookup.
+
+        Without one of its own: the mean squared distance of entries to their K nearest entries
+        from other rows.
+        """
         if lookup.temperature is not None:
             return lookup.temperature
         key = (lookup.neighbours, lookup.heads)
         if key not in self._automatic:
-            some = _sample(len(self), SAMPLED, seed=0)
-            squared, _ = self._others(some, min(lookup.neighbours, len(self)), lookup.heads)
-            self._automatic[key] = _mean_distance(squared * lookup.heads)
+            sample = _sample(len(self), SAMPLED, seed=0)
+            k = min(lookup.neighbours, len(self))
+            squared, _ = self._nearest_in_other_rows(sample, k, lookup.heads)
+            self._automatic[key] = mean_distance(squared * lookup.heads)
         return self._automatic[key]
 
     def tune(
@@ -274,141 +275,115 @@ class ReferenceStore:
     ) -> dict[str, Any]:
         """Chooses K, T and λ by leaving out one row at a time.
 
-        Every entry's token is predicted by the entries of other rows, mixed with what the model
-        itself gave it; the highest mean log-probability wins. λ = 0 is among the choices: the
-        store is of no use then.
+        The token of each entry is predicted from the entries of other rows, mixed with the model's
+        own distribution; the highest mean log-probability wins. λ = 0 is among the choices: the
+        store is then of no use.
 
         Args:
-            neighbours: K that are tried, those below half of the store.
-            multiples: T that are tried, times the automatic one.
-            mixes: λ that are tried.
-            sample: Entries that are predicted; all where there are fewer.
-            seed: Draws them.
+            neighbours: Values of K to try, as far as they are at most half of the store.
+            multiples: Values of T to try, as multiples of the automatic temperature.
+            mixes: Values of λ to try.
+            sample: Number of entries to predict; all if there are fewer.
+            seed: Random seed of that sample.
 
         Returns:
-            What was found, in `tuned` and `lookup` too: the lookup, its mean log-probability, that
-            of the model alone and that of the store's token counts mixed in.
+            The chosen lookup's fields, its mean log-probability, that of the model alone and that
+            of the store's token counts mixed in. Also kept in `tuned` and `lookup`.
 
         Raises:
-            UserError: Only one row.
+            UserError: The store has only one row.
         """
         if int(self.sources.unique().numel()) < 2:
-            raise UserError("a store of one row cannot be tuned: nothing is left when it is out")
+            raise UserError("a store of one row cannot be tuned; build it from two or more")
         heads = self.lookup.heads
-        some = _sample(len(self), sample, seed)
-        own, wanted = self.own[some].exp(), self.values[some]
-        tried = sorted({k for k in neighbours if k <= max(1, len(self) // 2)})
-        squared, places = self._others(some, tried[-1], heads)
-        right = (self.values[places] == wanted[None, :, None]).float()
-        best: tuple[float, Lookup] | None = None
-        for k in tried:
-            automatic = _mean_distance(squared[..., :k] * heads)
-            for multiple in multiples:
-                weights = neighbour_weights(squared[..., :k] * heads, automatic * multiple)
-                voted = (weights * right[..., :k]).sum(-1).mean(0)
-                for mix in mixes:
-                    score = _mean_log((1 - mix) * own + mix * voted)
-                    if best is None or score > best[0]:
-                        best = (
-                            score,
-                            Lookup(
-                                neighbours=k, temperature=automatic * multiple, mix=mix, heads=heads
-                            ),
-                        )
-        assert best is not None
+        entries = _sample(len(self), sample, seed)
+        model_probs, tokens = self.model_log_probs[entries].exp(), self.values[entries]
+        candidates = sorted({k for k in neighbours if k <= max(1, len(self) // 2)})
+        squared, places = self._nearest_in_other_rows(entries, candidates[-1], heads)
+        hits = (self.values[places] == tokens[None, :, None]).float()
+        score, self.lookup = best_lookup(
+            squared, hits, model_probs, neighbours=candidates, multiples=multiples, mixes=mixes
+        )
         counts = torch.bincount(self.values, minlength=int(self.values.max()) + 1)
-        prior = counts[wanted] / len(self)
-        counts_score, counts_mix = max((_mean_log((1 - m) * own + m * prior), m) for m in mixes)
-        self.lookup = best[1]
+        frequency = counts[tokens] / len(self)
+        counts_score, counts_mix = max(
+            (mean_log((1 - mix) * model_probs + mix * frequency), mix) for mix in mixes
+        )
         self.tuned = {
-            **dataclasses.asdict(best[1]),
-            "log_likelihood": best[0],
-            "model_alone": _mean_log(own),
+            **dataclasses.asdict(self.lookup),
+            "log_likelihood": score,
+            "model_alone": mean_log(model_probs),
             "with_counts": counts_score,
             "counts_mix": counts_mix,
-            "entries": len(some),
+            "entries": len(entries),
         }
         return dict(self.tuned)
 
     def check_model(self, model: Any) -> None:
-        """Refuses a model that the store was not made with.
+        """Checks that the store was built with this model.
 
         Raises:
-            UserError: Another base or adapter, by their fingerprints.
+            UserError: The fingerprint of the base or of the adapter differs.
         """
         if self.model is None:
             return
-        got = base_and_adapter(model)
-        if got["base"] != self.model["base"]:
+        actual = base_and_adapter(model)
+        if actual["base"] != self.model["base"]:
             raise UserError(
-                f"the store was made with another base (fingerprint {str(self.model['base'])[:12]},"
-                f" this one has {str(got['base'])[:12]}); build it again with this model"
+                f"the store was built with another base (fingerprint {str(self.model['base'])[:12]}"
+                f", this model has {str(actual['base'])[:12]}); rebuild it with this model"
             )
-        if got["adapter"] != self.model["adapter"]:
-            names = [
-                "no adapter" if one is None else f"an adapter (fingerprint {one[:12]})"
-                for one in (self.model["adapter"], got["adapter"])
-            ]
+        if actual["adapter"] != self.model["adapter"]:
+            expected, present = (
+                "no adapter" if digest is None else f"an adapter (fingerprint {digest[:12]})"
+                for digest in (self.model["adapter"], actual["adapter"])
+            )
             raise UserError(
-                f"the store was made with {names[0]}, this model has {names[1]}; build it again, "
-                "or load the model as it was"
+                f"the store was built with {expected}, this model has {present}; rebuild it, or "
+                "load the model as it was"
             )
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Writes the store whole: `store.safetensors`, `store.json`, `rows.jsonl`.
+        """Writes `store.safetensors`, `store.json` and `rows.jsonl` into a new folder.
 
         Raises:
-            UserError: Something is in the folder, and it is no store or `overwrite` is false.
+            UserError: The folder is not empty, and it is no store or `overwrite` is false.
         """
         folder = Path(folder)
         check_place(folder, overwrite=overwrite)
         tensors = {
-            name: getattr(self, name).contiguous() for name in ("keys", "values", "own", "sources")
+            name: tensor.contiguous()
+            for name, tensor in zip(TENSOR_NAMES, _tensors(self), strict=True)
         }
-        with whole_folder(folder) as part:
-            save_file(tensors, part / TENSORS, metadata={"format": "pt"})
-            lines = [json.dumps(row, ensure_ascii=False, default=str) for row in self.rows]
-            (part / ROWS).write_text("".join(f"{line}\n" for line in lines), "utf-8")
-            (part / ABOUT).write_text(self._about(), "utf-8")
+        write_store(folder, tensors, self.rows, self._metadata())
 
     def save_lookup(self, folder: str | Path) -> None:
-        """Writes what `tune` found into the store's folder; nothing else changes."""
-        write_whole(Path(folder) / ABOUT, self._about())
+        """Writes the result of `tune` into the store's folder; nothing else changes."""
+        write_metadata(Path(folder), self._metadata())
 
     @classmethod
     def load(cls, folder: str | Path) -> ReferenceStore:
-        """Reads what `save` wrote.
+        """Reads the folder that `save` wrote.
 
         Raises:
-            UserError: No store is there, or its files do not fit one another.
+            UserError: The folder is no store, or its files do not fit one another.
         """
         folder = Path(folder)
-        for name in (TENSORS, ABOUT, ROWS):
-            if not (folder / name).is_file():
-                raise UserError(
-                    f"{folder} is no store: it has no {name}; foretune datastore build makes one"
-                )
-        try:
-            about = json.loads((folder / ABOUT).read_text("utf-8"))
-            lines = (folder / ROWS).read_text("utf-8").split("\n")
-            rows = [json.loads(line) for line in lines if line]
-            tensors = load_file(folder / TENSORS)
+        with damage_reported(folder):
+            tensors, rows, metadata = read_store(folder)
             return cls(
-                *(tensors[name] for name in ("keys", "values", "own", "sources")),
+                *(tensors[name] for name in TENSOR_NAMES),
                 rows=rows,
-                kind=about["kind"],
-                labels=about["labels"],
-                model=about["model"],
-                name=about["name"],
-                lookup=Lookup(**about["lookup"]),
-                tuned=about["tuned"],
+                kind=metadata["kind"],
+                labels=metadata["labels"],
+                model=metadata["model"],
+                name=metadata["name"],
+                lookup=Lookup(**metadata["lookup"]),
+                tuned=metadata["tuned"],
             )
-        except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(f"{folder} is a damaged store: {reason}; build it again") from error
 
-    def _about(self) -> str:
-        known = {
+    def _metadata(self) -> dict[str, Any]:
+        return {
             "kind": self.kind,
             "labels": self.labels,
             "model": self.model,
@@ -418,70 +393,48 @@ class ReferenceStore:
             "entries": len(self),
             "hidden_size": self.keys.shape[1],
         }
-        return json.dumps(known, indent=1, ensure_ascii=False) + "\n"
 
     def _index(self, heads: int, search: Search, device: torch.device) -> list[Index]:
         key = (heads, search, str(device))
         if key not in self._indices:
             _check_heads(heads, self.keys.shape[1])
             check_one_of("search", search, ("exact", "faiss"))
-            made: type = ExactIndex if search == "exact" else FaissIndex
+            index: type = ExactIndex if search == "exact" else FaissIndex
             parts = self.keys.to(device).chunk(heads, dim=1)
-            self._indices[key] = [made(part) for part in parts]
+            self._indices[key] = [index(part) for part in parts]
         return self._indices[key]
 
-    def _others(self, some: Tensor, k: int, heads: int) -> tuple[Tensor, Tensor]:
-        """The nearest entries of other rows, (H, entries, K) each, of some entries."""
+    def _nearest_in_other_rows(self, entries: Tensor, k: int, heads: int) -> tuple[Tensor, Tensor]:
+        """(squared distances, indices) of their nearest entries from other rows, (H, S, K) each."""
         _check_heads(heads, self.keys.shape[1])
-        found = [
-            ExactIndex(part, self.sources).search(part[some], k, self.sources[some])
+        per_head = [
+            ExactIndex(part, self.sources).search(part[entries], k, self.sources[entries])
             for part in self.keys.chunk(heads, dim=1)
         ]
-        return torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found])
+        return torch.stack([h[0] for h in per_head]), torch.stack([h[1] for h in per_head])
 
 
-def check_place(folder: Path, *, overwrite: bool) -> None:
-    """Refuses a folder that a store must not be written to.
-
-    Raises:
-        UserError: Something is in it, and it is no store or `overwrite` is false.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; a store is a folder")
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if names and not overwrite:
-        raise UserError(f"{folder} is not empty: --overwrite replaces a store, or choose another")
-    if names and ABOUT not in names:
-        raise UserError(
-            f"{folder} holds no store ({', '.join(names[:3])}, …): it is not overwritten; choose "
-            "another folder"
-        )
+def _tensors(store: ReferenceStore) -> tuple[Tensor, ...]:
+    """The tensors of a store in the order of `TENSOR_NAMES`."""
+    return store.keys, store.values, store.model_log_probs, store.sources
 
 
 def _check_tensors(store: ReferenceStore) -> None:
-    shapes = [tuple(t.shape) for t in (store.keys, store.values, store.own, store.sources)]
+    shapes = [tuple(tensor.shape) for tensor in _tensors(store)]
     n = len(store.keys)
     if store.keys.ndim != 2 or n == 0 or shapes[1:] != [(n,)] * 3:
-        raise UserError(f"a store needs keys (N, d) and values, own, sources (N,), got {shapes}")
+        raise UserError(f"a store needs keys (N, d) and three tensors (N,), got {shapes}")
     if store.rows and int(store.sources.max()) >= len(store.rows):
-        raise UserError(f"entries name row {int(store.sources.max())} of {len(store.rows)}")
+        last = int(store.sources.max())
+        raise UserError(f"an entry names row {last}, counted from 0, of {len(store.rows)}")
 
 
 def _check_heads(heads: int, width: int) -> None:
     if heads < 1 or width % heads:
-        raise UserError(f"heads must divide the width of a state, {width}; got {heads}")
+        raise UserError(f"heads must divide the width of a state, {width}, got {heads}")
 
 
-def _sample(count: int, most: int, seed: int) -> Tensor:
+def _sample(count: int, size: int, seed: int) -> Tensor:
+    """(size,) ascending indices below `count`, drawn without replacement."""
     drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return drawn[:most].sort().values
-
-
-def _mean_distance(squared: Tensor) -> float:
-    """The mean of the finite ones; never 0, which entries that are all alike would give."""
-    known = squared[squared.isfinite()]
-    return max(float(known.double().mean()) if len(known) else 1.0, 1e-12)
-
-
-def _mean_log(probability: Tensor) -> float:
-    return float(probability.double().log().mean())
+    return drawn[:size].sort().values

@@ -1,4 +1,4 @@
-"""Rows as references: texts, the positions in them that count, and the token that follows each."""
+"""Rows as references: texts, the positions that count, and the token that follows each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from foretune.decoding.generation import prompt_ids
 from foretune.errors import UserError
@@ -23,15 +26,15 @@ LETTERS = string.ascii_uppercase
 
 @dataclass(frozen=True)
 class References:
-    """What is read of rows.
+    """Tokenised rows.
 
     Args:
         kind: "label", "choice", "completion" or "text".
-        labels: Label → the id of its first token; empty where every token counts.
-        texts: Token ids that a model reads.
-        places: Positions of each text that count.
-        values: The token that follows each of these.
-        sources: The row of each text, from 0.
+        labels: Label → the id of its first token; empty for running text and completions.
+        texts: Token ids of each text.
+        places: Positions of each text that count: the last ones, without a gap.
+        values: The token that follows each of these positions.
+        sources: The row that each text comes from, counted from 0.
     """
 
     kind: str
@@ -43,11 +46,15 @@ class References:
 
     @property
     def has_labels(self) -> bool:
-        """Whether one label follows each text, as opposed to running text."""
+        """Whether one label follows each text."""
         return self.kind in ("label", "choice")
 
+    def flat_values(self) -> Tensor:
+        """(N,) the values of all texts, concatenated."""
+        return torch.tensor([value for values in self.values for value in values])
+
     def add(self, text: list[int], places: list[int], values: list[int], source: int) -> None:
-        """Puts one text in."""
+        """Appends one text."""
         self.texts.append(text)
         self.places.append(places)
         self.values.append(values)
@@ -62,62 +69,66 @@ def read_references(
     permute_options: bool = False,
     like: References | None = None,
 ) -> References:
-    """Tokenises rows of one kind.
+    """Tokenises rows, all of one kind.
 
-    `prompt` with `label`: the first token of the label, after the last of the prompt. `context`,
-    `candidates`, `answer`: likewise, the label is the letter of the right candidate. `prompt` with
-    `completion`: every token of the completion, end of text included. `text`: every next token;
-    a text longer than `max_tokens` is cut into pieces.
+    What counts in a row with `prompt` (or `text`) and `label`: the first token of the label, after
+    the prompt. With `context`, `candidates` and `answer`: the letter of the right candidate. With
+    `prompt` and `completion`: every token of the completion and the end-of-text token. With `text`:
+    every token but the first; texts longer than `max_tokens` are split.
 
     Args:
         rows: The rows.
-        tokenizer: Of the model that will read them.
-        max_tokens: Positions that the model has; None for no bound.
-        permute_options: One text for each rotation of a row's candidates, so that no letter is
-            right more often than another.
-        like: References whose kind and labels these must have.
+        tokenizer: The model's tokenizer.
+        max_tokens: Number of positions of the model; None for no limit.
+        permute_options: Make one text per rotation of a row's candidates, so that each letter is
+            right equally often.
+        like: References whose kind and labels the rows must have.
 
     Raises:
-        UserError: No rows, rows of several kinds, labels that begin with the same token, a prompt
-            that is too long; the message names the row.
+        UserError: There are no rows, rows of several kinds, malformed rows, labels that begin with
+            the same token, or a prompt that is too long; the message names the row.
     """
     if not rows:
-        raise UserError("no rows to make references of")
+        raise UserError("no rows to read references from; give at least one")
     if tokenizer is None:
-        raise UserError("rows are texts, and the model comes without a tokenizer: give one")
+        raise UserError("the model comes without a tokenizer, which reading rows needs: give one")
     kinds = [_kind(row, i) for i, row in enumerate(rows)]
     kind = kinds[0]
-    for i, other in enumerate(kinds):
-        if other != kind:
-            raise UserError(f"row {i + 1} holds {KINDS[other]}, row 1 {KINDS[kind]}")
+    for i, kind_of_row in enumerate(kinds):
+        if kind_of_row != kind:
+            raise UserError(
+                f"all rows must be of one kind: row {i + 1} holds {KINDS[kind_of_row]}, row 1 "
+                f"{KINDS[kind]}"
+            )
     if like is not None and like.kind != kind:
-        raise UserError(f"rows hold {KINDS[kind]}, the store was made of {KINDS[like.kind]}")
+        raise UserError(f"rows hold {KINDS[kind]}, but the store was built from {KINDS[like.kind]}")
     labels = like.labels if like is not None else _label_ids(rows, kind, tokenizer)
-    found = References(kind, dict(labels))
+    references = References(kind, dict(labels))
     for i, row in enumerate(rows):
         turns = len(row["candidates"]) if kind == "choice" and permute_options else 1
         for turn in range(turns):
-            before = len(found.texts)
-            _add(found, row, i, tokenizer, max_tokens, turn)
-            longest = max((len(text) for text in found.texts[before:]), default=0)
+            start = len(references.texts)
+            _add(references, row, i, tokenizer, max_tokens, turn)
+            longest = max((len(text) for text in references.texts[start:]), default=0)
             if max_tokens is not None and longest > max_tokens:
                 raise UserError(
-                    f"row {i + 1} has {longest} tokens, the model reads {max_tokens}; shorten it"
+                    f"row {i + 1} has {longest} tokens, but the model reads at most {max_tokens}; "
+                    "shorten it"
                 )
-    if not any(found.values):
+    if not any(references.values):
         raise UserError("a text needs two tokens or more, one to predict from the other")
-    return found
+    return references
 
 
 def choice_prompt(row: Mapping[str, Any], turn: int = 0) -> tuple[str, str]:
-    """The prompt of a choice row and the letter that answers it.
+    r"""The prompt of a choice row and the letter of its answer.
 
     Args:
-        row: `context` (text or turns), `candidates`, `answer`.
-        turn: By how many places the candidates are rotated.
+        row: `context` (text or a list of turns), `candidates`, `answer`.
+        turn: Number of places by which the candidates are rotated.
 
     >>> choice_prompt({"context": "1 + 1?", "candidates": ["one", "two"], "answer": 1}, turn=1)
-    ('1 + 1?\\nA. two\\nB. one\\nAnswer:', 'A')
+    ('1 + 1?\nA. two\nB. one\nAnswer:', 'A')
     """
     context, candidates = row["context"], row["candidates"]
     lines = [context] if isinstance(context, str) else list(context)
@@ -127,53 +138,62 @@ def choice_prompt(row: Mapping[str, Any], turn: int = 0) -> tuple[str, str]:
 
 
 def prompt_and_label(row: Mapping[str, Any], kind: str, turn: int = 0) -> tuple[str, str]:
-    """The prompt of a row whose label counts, and the label."""
+    """(prompt, label) of a row of kind "label" or "choice"."""
     if kind == "choice":
         return choice_prompt(row, turn)
     return _prompt(row), str(row["label"])
 
 
 def _prompt(row: Mapping[str, Any]) -> str:
-    """The prompt of a row with a label; a classification row calls it its text."""
+    """The prompt of a row with a label; classification rows have it under `text`."""
     prompt: str = row["text"] if row.get("prompt") is None else row["prompt"]
     return prompt
 
 
 def _add(
-    found: References, row: Any, source: int, tokenizer: Any, max_tokens: int | None, turn: int
+    references: References,
+    row: Any,
+    source: int,
+    tokenizer: Any,
+    max_tokens: int | None,
+    turn: int,
 ) -> None:
-    if found.kind == "text":
+    if references.kind == "text":
         ids = prompt_ids(tokenizer, row["text"])
         step = max_tokens or len(ids)
         for start in range(0, len(ids) - 1, step):
             piece = ids[start : start + step + 1]
-            found.add(piece[:-1], list(range(len(piece) - 1)), piece[1:], source)
-    elif found.kind == "completion":
+            references.add(piece[:-1], list(range(len(piece) - 1)), piece[1:], source)
+    elif references.kind == "completion":
         ids = prompt_ids(tokenizer, row["prompt"])
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         after = [*plain_ids(tokenizer, [row["completion"]])[0], *end]
         places = list(range(len(ids) - 1, len(ids) + len(after) - 1))
-        found.add([*ids, *after][:-1], places, after, source)
+        references.add([*ids, *after][:-1], places, after, source)
     else:
-        prompt, label = prompt_and_label(row, found.kind, turn)
-        if label not in found.labels:
+        prompt, label = prompt_and_label(row, references.kind, turn)
+        if label not in references.labels:
             raise UserError(
-                f'row {source + 1} has the label "{label}", which the store does not have; it has '
-                f"{', '.join(list(found.labels)[:8])}"
+                f'row {source + 1} has the label "{label}", which is not in the store; it has '
+                f"{', '.join(list(references.labels)[:8])}"
             )
         ids = prompt_ids(tokenizer, prompt)
-        found.add(ids, [len(ids) - 1], [found.labels[label]], source)
+        references.add(ids, [len(ids) - 1], [references.labels[label]], source)
 
 
 def _kind(row: Mapping[str, Any], place: int) -> str:
-    """What a row is, its fields checked."""
+    """The kind of a row; checks its fields.
+
+    Raises:
+        UserError: The row is of no kind, or a field is malformed.
+    """
     kind = next(
         (k for k, needs in _NEEDS if all(row.get(name) is not None for name in needs)), None
     )
     if kind is None:
         has = ", ".join(k for k, v in row.items() if v is not None) or "nothing"
-        wanted = "; or ".join(KINDS.values())
-        raise UserError(f"row {place + 1}: a row needs {wanted}; this one has {has}")
+        kinds = "; or ".join(KINDS.values())
+        raise UserError(f"row {place + 1}: a row needs {kinds}; this one has {has}")
     for name in ("prompt", "completion", "text"):
         if row.get(name) is not None and (not isinstance(row[name], str) or not row[name].strip()):
             raise UserError(f"row {place + 1}: {name} must be text, got {row[name]!r:.40}")
@@ -181,7 +201,7 @@ def _kind(row: Mapping[str, Any], place: int) -> str:
     if kind == "label" and (
         isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip()
     ):
-        raise UserError(f"row {place + 1}: label must be text or a whole number, got {label!r:.40}")
+        raise UserError(f"row {place + 1}: label must be text or an integer, got {label!r:.40}")
     if kind == "choice":
         _check_choice(row, place)
     return kind
@@ -210,28 +230,37 @@ def _check_choice(row: Mapping[str, Any], place: int) -> None:
 
 
 def _label_ids(rows: Sequence[Mapping[str, Any]], kind: str, tokenizer: Any) -> dict[str, int]:
-    """Label → the id of its first token, in the order of the alphabet."""
+    """Label → the id of its first token, in alphabetical order.
+
+    Raises:
+        UserError: Two labels begin with the same token.
+    """
     if kind == "label":
         names = {str(row["label"]): _prompt(row) for row in rows}
     elif kind == "choice":
-        most = max(len(row["candidates"]) for row in rows)
-        names = dict.fromkeys(LETTERS[:most], "Answer:")
+        num_letters = max(len(row["candidates"]) for row in rows)
+        names = dict.fromkeys(LETTERS[:num_letters], "Answer:")
     else:
         return {}
-    found = {name: _first_token(tokenizer, name, names[name]) for name in sorted(names)}
-    for (one, a), (other, b) in pairwise(sorted(found.items(), key=lambda item: item[1])):
-        if a == b:
+    labels = {name: _first_token(tokenizer, name, names[name]) for name in sorted(names)}
+    by_token = sorted(labels.items(), key=lambda item: item[1])
+    for (label, token), (next_label, next_token) in pairwise(by_token):
+        if token == next_token:
             raise UserError(
-                f'labels "{one}" and "{other}" begin with the same token: rename one, since only '
-                "the first token of a label is looked up"
+                f'labels "{label}" and "{next_label}" begin with the same token, and only the '
+                "first token of a label is looked up: rename one of them"
             )
-    return found
+    return labels
 
 
 def _first_token(tokenizer: Any, label: str, prompt: str) -> int:
-    """The first token of a label as it follows a prompt, after a blank unless there is one."""
+    """The first token of a label after a prompt, from which a space separates it.
+
+    Raises:
+        UserError: The label has no token.
+    """
     ids = plain_ids(tokenizer, [label if prompt[-1].isspace() else f" {label}"])[0]
-    # Tokenizers that put a blank before every text would begin with that blank alone.
+    # Tokenizers that put a space before every text may begin with that space alone.
     if not ids or not tokenizer.decode(ids[:1]).strip():
         ids = plain_ids(tokenizer, [label])[0]
     if not ids:

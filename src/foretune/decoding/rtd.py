@@ -1,4 +1,4 @@
-"""RTD: the next token is also looked up in a store of references, by the model's last state.
+"""RTD: mix the next-token distribution with one looked up in a store of references.
 
 Paper: Shi et al., "Reference Trustable Decoding: A Training-Free Augmentation Paradigm for Large
 Language Models", NeurIPS 2024, arXiv:2409.20181.
@@ -6,24 +6,25 @@ Language Models", NeurIPS 2024, arXiv:2409.20181.
     symbol    here          shape     meaning
     h         states        (Q, d)    last hidden state, after the final norm
     k_i v_i   keys values   (N, d)    states of the references and the token that followed each
-    K         neighbours              entries fetched, by squared Euclidean distance d
-    T         temperature             of their weights softmax(−d / T)
-    r         reference     (Q, V)    sum of the weights of the entries that carry each token
+    K         neighbours              number of entries retrieved, by squared Euclidean distance d
+    T         temperature             entries are weighted by softmax(−d / T)
+    r         reference     (Q, V)    total weight of the entries that carry each token
     λ         mix                     the output is λ r + (1 − λ) softmax(logits)
-    H         heads                   slices of h that are looked up apart; r is their mean
+    H         heads                   slices of h that are looked up separately; r is their mean
 
-The store and the search are `ReferenceStore` (adapters) and `linalg.nearest`.
+The store is `ReferenceStore` (reference_store.py); nearest.py searches it.
 
 Deviations:
-    - weights are a softmax that subtracts the least distance. The authors divide exp(−d / T) by
-      its sum and stop where that underflows, which with far neighbours weighs heads by distance
-    - T is by default the mean squared distance of an entry to its K nearest ones of other rows;
+    - the softmax of the weights subtracts the smallest distance. The authors divide exp(−d / T)
+      by its sum and stop where that underflows; with distant neighbours that weights heads by
+      distance
+    - T defaults to the mean squared distance of entries to their K nearest ones from other rows;
       the authors set it by hand for each model (160 to 5000)
-    - K is cut to N / (2 labels) in small stores of labels
-    - K, T, λ can be chosen on the store, one row left out at a time
+    - K is at most N / (2 labels) in small stores of labels
+    - K, T, λ can be chosen on the store, leaving out one row at a time
 Silent in the paper:
-    - which of r and the model λ weighs is read off its authors' code, which is λ = 1
-    - the entries behind every token are returned, found by one more forward call over the text
+    - whether λ weights r or the model is taken from the authors' code, which uses λ = 1
+    - the entries behind each token are returned; that takes one more forward call over the text
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from foretune.decoding.generation import Generated
-    from foretune.decoding.reference_store import Lookup, ReferenceStore
+    from foretune.decoding.lookup import Lookup
+    from foretune.decoding.reference_store import ReferenceStore
 
 PAPER = {
     "title": "Reference Trustable Decoding: A Training-Free Augmentation Paradigm for Large "
@@ -57,15 +59,14 @@ PAPER = {
 
 @dataclass(frozen=True, kw_only=True)
 class RTD(Method):
-    """The next token is also looked up in a store of reference states.
+    """Mix the next-token distribution with one looked up in a store of reference states.
 
     Args:
-        neighbours: Entries that are fetched for a token; None for what the store was tuned to.
-        temperature: Of their weights, in squared distance; None for what the store was tuned to,
-            the automatic one with another number of neighbours or heads.
-        mix: Share of the store in the output, 0 is the model alone; None for what the store was
-            tuned to.
-        heads: Slices of a state that are looked up apart; None for those of the store.
+        neighbours: Entries retrieved per token; None for the store's setting.
+        temperature: Temperature of their weights, in squared distance; None for the store's
+            setting, or the automatic one if `neighbours` or `heads` differ from the store's.
+        mix: Weight of the store in the output; 0 is the model alone; None for the store's setting.
+        heads: Slices of a state that are looked up separately; None for the store's setting.
         search: "exact" in torch, or "faiss", which is exact up to 100,000 entries and approximate
             beyond.
     """
@@ -92,30 +93,30 @@ class RTD(Method):
         check_one_of("search", self.search, ("exact", "faiss"))
 
     def lookup(self, store: ReferenceStore) -> Lookup:
-        """How a store is asked: its own lookup with this record's fields over it."""
-        fields = ("neighbours", "temperature", "mix", "heads")
-        own = {k: getattr(self, k) for k in fields if getattr(self, k) is not None}
-        made = dataclasses.replace(store.lookup, **own)
-        alike = (made.neighbours, made.heads) == (store.lookup.neighbours, store.lookup.heads)
-        # A temperature was found for one number of neighbours and heads.
-        return (
-            made if alike or "temperature" in own else dataclasses.replace(made, temperature=None)
-        )
+        """The lookup of a store, with this record's fields in place of its own."""
+        names = ("neighbours", "temperature", "mix", "heads")
+        fields = {k: getattr(self, k) for k in names if getattr(self, k) is not None}
+        lookup = dataclasses.replace(store.lookup, **fields)
+        alike = (lookup.neighbours, lookup.heads) == (store.lookup.neighbours, store.lookup.heads)
+        # A tuned temperature only holds for its number of neighbours and heads.
+        if alike or "temperature" in fields:
+            return lookup
+        return dataclasses.replace(lookup, temperature=None)
 
     @contextmanager
     def steer(self, model: Any, *, store: Any) -> Iterator[ReferenceStore]:
-        """Inside the block the model's logits, and so `model.generate`, are RTD's.
+        """Inside the block the model outputs RTD's logits, also in `model.generate`.
 
         Args:
-            model: The causal language model, of transformers or peft, in place; as it was
+            model: A causal language model of transformers or peft; changed in place, and restored
                 afterwards.
-            store: A `ReferenceStore` made with this model, or its folder.
+            store: A `ReferenceStore` built with this model, or its folder.
 
         Yields:
             The store.
 
         Raises:
-            UserError: The store was made with another model or adapter.
+            UserError: The store was built with another model or adapter.
 
         Example:
             with RTD(mix=0.5).steer(model, store="store"):
@@ -124,21 +125,21 @@ class RTD(Method):
         from foretune.decoding.nearest import mixed
         from foretune.decoding.output_states import rewritten_logits
 
-        found = _store(store)
-        found.check_model(model)
-        lookup = self.lookup(found)
-        found.temperature(lookup)  # counted once, outside of the forward calls
+        loaded = _store(store)
+        loaded.check_model(model)
+        lookup = self.lookup(loaded)
+        loaded.temperature(lookup)  # computed once, outside of the forward calls
 
         def rewrite(logits: Tensor, states: Tensor) -> Tensor:
             if lookup.mix == 0:
                 return logits
-            answer = found.reference(
+            answer = loaded.reference(
                 states.flatten(0, 1), lookup, logits.shape[-1], search=self.search
             )
             return mixed(logits, answer.reference.view(*logits.shape), lookup.mix)
 
         with rewritten_logits(model, rewrite):
-            yield found
+            yield loaded
 
     def decode(
         self,
@@ -150,47 +151,46 @@ class RTD(Method):
         neighbours_shown: int = 3,
         **options: Any,
     ) -> list[Generated]:
-        """Continues every prompt, and says which references stand behind every token.
+        """Continues each prompt, and lists the references behind each token.
 
         Args:
             model: A causal language model, its folder, or a PEFT folder.
-            prompts: One or several.
-            tokenizer: Of the model; None takes that of its folder.
-            store: A `ReferenceStore` made with this model, or its folder.
-            neighbours_shown: Entries named for each token, those of most weight; 0 for none, which
-                saves a forward call over the text.
-            options: What `generate_texts` takes: `max_new_tokens`, `seed`, `do_sample`, …
+            prompts: One prompt or several.
+            tokenizer: The model's tokenizer; None for the one in its folder.
+            store: A `ReferenceStore` built with this model, or its folder.
+            neighbours_shown: Number of entries to list per token, those with the largest weights;
+                0 for none, which saves a forward call over the text.
+            options: Options of `generate_texts`: `max_new_tokens`, `seed`, `do_sample`, …
 
         Returns:
-            One continuation for each prompt, in order. Its `details["tokens"]` has for each token
-            its `text`, `own` (probability by the model), `reference` (by the store), and
-            `neighbours`: each `row` (from 0), `weight`, `token` and the row's text.
+            One continuation per prompt, in order. Its `details["tokens"]` has for each token its
+            `text`, `own` (probability under the model), `reference` (under the store), and
+            `neighbours`: each `row` (from 0), `weight`, `token`, and `reference`, the row itself.
 
         Raises:
-            UserError: No store, or one that was made with another model.
+            UserError: The store is missing, or was built with another model.
         """
         from foretune.decoding.generation import generate_texts
 
         check_int("neighbours_shown", neighbours_shown, 0)
         model, tokenizer, resources = self.load(model, store=store, tokenizer=tokenizer)
-        with self.steer(model, **resources) as used:
-            found = generate_texts(model, tokenizer, prompts, **options)
+        with self.steer(model, **resources) as loaded:
+            texts = generate_texts(model, tokenizer, prompts, **options)
         if not neighbours_shown:
-            return found
+            return texts
+        traces = [self.trace(model, tokenizer, loaded, text, neighbours_shown) for text in texts]
         return [
-            dataclasses.replace(
-                one, details={"tokens": self.trace(model, tokenizer, used, one, neighbours_shown)}
-            )
-            for one in found
+            dataclasses.replace(text, details={"tokens": trace})
+            for text, trace in zip(texts, traces, strict=True)
         ]
 
     def load(
         self, model: Any, *, store: Any, tokenizer: Any = None
     ) -> tuple[Any, Any, dict[str, Any]]:
-        """Loads what is given as a folder: (model, tokenizer, what `steer` takes besides).
+        """Loads folders: (model, tokenizer, the resources that `steer` takes).
 
         Raises:
-            UserError: No store is given.
+            UserError: The store is missing, or is none.
         """
         from foretune.decoding.peft_model import load_generator
 
@@ -199,16 +199,16 @@ class RTD(Method):
                 "RTD needs a store: store=FOLDER; foretune datastore build MODEL --rows FILE "
                 "--out FOLDER makes one"
             )
-        found = _store(store)  # before the model, which takes longer to load
+        loaded = _store(store)  # before the model, which takes longer to load
         if isinstance(model, str | PathLike):
-            model, own = load_generator(model)  # type: ignore[arg-type]
-            tokenizer = tokenizer if tokenizer is not None else own
-        return model, tokenizer, {"store": found}
+            model, own_tokenizer = load_generator(model)  # type: ignore[arg-type]
+            tokenizer = tokenizer if tokenizer is not None else own_tokenizer
+        return model, tokenizer, {"store": loaded}
 
     def trace(
         self, model: Any, tokenizer: Any, store: ReferenceStore, text: Generated, shown: int = 3
     ) -> list[dict[str, Any]]:
-        """The references behind every token of a continuation; see `decode`."""
+        """The references behind each token of a continuation; see `decode`."""
         import torch
 
         from foretune.decoding.generation import prompt_ids
@@ -220,17 +220,17 @@ class RTD(Method):
         places = range(len(prompt) - 1, len(prompt) + len(new) - 1)
         [(states, logits)] = read_states(model, [[*prompt, *new][:-1]], [list(places)])
         lookup = self.lookup(store)
-        found = store.reference(states, lookup, logits.shape[-1], search=self.search)
-        own = torch.softmax(logits.float(), -1)
+        answer = store.reference(states, lookup, logits.shape[-1], search=self.search)
+        model_probs = torch.softmax(logits.float(), -1)
         tokens = []
         for i, token in enumerate(new):
             tokens.append(
                 {
                     "text": tokenizer.decode([token]),
-                    "own": float(own[i, token]),
-                    "reference": float(found.reference[i, token]),
+                    "own": float(model_probs[i, token]),
+                    "reference": float(answer.reference[i, token]),
                     "neighbours": _heaviest(
-                        store, tokenizer, found.places[:, i], found.weights[:, i], shown
+                        store, tokenizer, answer.places[:, i], answer.weights[:, i], shown
                     ),
                 }
             )
@@ -240,7 +240,7 @@ class RTD(Method):
 def _heaviest(
     store: ReferenceStore, tokenizer: Any, places: Tensor, weights: Tensor, shown: int
 ) -> list[dict[str, Any]]:
-    """The entries of most weight, summed over heads, that stand behind one token."""
+    """The entries behind one token with the largest weights, averaged over heads."""
     total: dict[int, float] = {}
     for place, weight in zip(places.flatten().tolist(), weights.flatten().tolist(), strict=True):
         total[place] = total.get(place, 0.0) + weight / len(places)

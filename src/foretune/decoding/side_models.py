@@ -1,12 +1,12 @@
-"""Models that run beside another one: on the same tokens, each with its own KV cache.
+"""Side models: they run beside a steered model on the same tokens, each with its own KV cache.
 
-A hook after the model's forward runs the side models on what it was given and replaces its logits
-by a function of all of them. Everything that `generate` does then works, because it sees one model:
-greedy, sampling, beams, left-padded batches, assisted decoding.
+A hook after the steered model's forward runs the side models on the same inputs and replaces its
+logits by a function of all logits. To `generate` it is one model, so everything works: greedy
+decoding, sampling, beams, left-padded batches, assisted decoding.
 
-`generate` owns the KV cache, and rolls it back, reorders and repeats it. A hook before the forward
-turns the cache, while it is empty, into one that takes the caches of the side models along. A cache
-that was filled without them is refused: the side models would see one token only.
+`generate` owns the KV cache: it crops, reorders and repeats it. A hook before the forward turns the
+cache, while it is empty, into one that carries the side models' caches along. A cache that was
+filled without them is refused: the side models would see a single token.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from foretune.errors import UserError
+from foretune.models.calls import CACHE_NAMES, cache_among, cache_argument
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Side:
-    """One model beside the steered one.
+    """One side model.
 
     Args:
         model: A causal language model of transformers or peft.
-        adapter_off: Run it without its adapter (a `PeftModel` only).
-        prompt: `input_ids` and `attention_mask` that it reads in place of the prompt; (rows,
-            tokens), padded on the left.
+        adapter_off: Run it without its adapter (`PeftModel` only).
+        prompt: `input_ids` and `attention_mask`, (rows, tokens), left-padded, that it reads
+            instead of the steered model's prompt.
     """
 
     model: Any
@@ -42,32 +43,32 @@ class Side:
 
     @property
     def bare(self) -> Any:
-        """The model of transformers inside, adapters included."""
+        """The transformers model inside, with its adapters."""
         return bare_model(self.model)
 
     @property
     def key(self) -> tuple[int, bool, int]:
-        """What a cache of this side belongs to."""
+        """Identifies the side whose tokens a cache holds."""
         return id(self.bare), self.adapter_off, id(self.prompt) if self.prompt else 0
 
 
 def bare_model(model: Any) -> Any:
-    """The model in a `PeftModel`: `generate` calls its forward, not the wrapper's."""
+    """The model inside a `PeftModel`, whose forward `generate` calls; other models themselves."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @dataclass(eq=False, repr=False)
 class SideModels:
-    """What the hooks do and count.
+    """The hooks on a steered model, and the number of forward calls.
 
     Args:
-        model: The steered model of transformers.
-        sides: The models beside it.
-        combine: (logits of the model, logits of each side) → logits; all (rows, positions,
-            vocabulary of its own), positions aligned.
-        prompt_length: Tokens of the steered model's prompt; where a side has a prompt of its own.
-        forwards: Forward calls of the steered model so far, and
-        side_forwards: of all side models.
+        model: The steered model, of transformers.
+        sides: Its side models.
+        combine: (logits of the model, logits of each side) → logits; each (rows, positions, V)
+            with the V of its model, positions aligned.
+        prompt_length: Tokens of the steered model's prompt; needed if a side has its own prompt.
+        forwards: Forward calls of the steered model so far.
+        side_forwards: Forward calls of all side models so far.
     """
 
     model: Any
@@ -80,69 +81,93 @@ class SideModels:
     _warned: bool = False
 
     def before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Names all arguments, and makes the cache one that takes the sides' caches along."""
+        """Names all arguments, and makes the cache carry the sides' caches along.
+
+        Raises:
+            UserError: The call cannot be steered.
+        """
         if self._busy:  # the steered model is a side model too
             return None
         kwargs = _named(self.model, args, kwargs)
-        _refuse_what_cannot_be(kwargs)
+        _check_arguments(kwargs)
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self.model.config, "use_cache", True)
-        if kwargs.get("past_key_values") is None and use_cache:
-            kwargs["past_key_values"] = DynamicCache(config=self.model.config)
-        if kwargs.get("past_key_values") is not None:
-            carry(kwargs["past_key_values"], [side.key for side in self.sides])
-        return (), kwargs
+        caches = [kwargs.pop(name, None) for name in CACHE_NAMES]  # deprecated or not
+        cache = next((cache for cache in caches if cache is not None), None)
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.model.config)
+        if cache is not None:
+            carry(cache, [side.key for side in self.sides])
+        return (), {**kwargs, str(cache_argument(self.model)): cache}
 
     def after(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        """Replaces the logits."""
+        """Replaces the logits.
+
+        Raises:
+            UserError: The model returns a tuple, or a side's cache is out of step.
+        """
         if self._busy:
             return None
         if not hasattr(out, "logits"):
-            raise UserError("a steered model returns its logits by name: leave return_dict alone")
+            raise UserError("a steered model cannot return a tuple: leave out return_dict=False")
         self.forwards += 1
-        kept = out.logits.shape[1]
-        cache = kwargs.get("past_key_values")
+        num_positions = out.logits.shape[1]
+        cache = cache_among(kwargs.values())
         self._busy = True
         try:
             with torch.no_grad():
                 logits = [
-                    self._run(side, None if cache is None else (cache, i), kwargs, kept)
+                    self._run(side, None if cache is None else (cache, i), kwargs, num_positions)
                     for i, side in enumerate(self.sides)
                 ]
         finally:
             self._busy = False
-        out.logits = self.combine(out.logits, [one.to(out.logits.device) for one in logits])
+        out.logits = self.combine(
+            out.logits, [side_logits.to(out.logits.device) for side_logits in logits]
+        )
         return out
 
     def _run(
-        self, side: Side, cached: tuple[Any, int] | None, kwargs: dict[str, Any], kept: int
+        self,
+        side: Side,
+        cached: tuple[Any, int] | None,
+        kwargs: dict[str, Any],
+        num_positions: int,
     ) -> Tensor:
-        """The logits of one side at the last `kept` positions."""
-        main, own = (None, None) if cached is None else (cached[0], cached[0].sides[cached[1]])
+        """The logits of one side at the last positions, (rows, num_positions, V).
+
+        `cached`: the steered model's cache and the index of the side in it.
+        """
+        main, cache = (None, None) if cached is None else (cached[0], cached[0].sides[cached[1]])
         ids = kwargs["input_ids"]
         past = 0 if main is None else main.get_seq_length() - ids.shape[1]
-        inputs = self._inputs(side, kwargs, past, kept)
-        _check_length(own, past, 0 if side.prompt is None else self._offset(side))
+        inputs = self._inputs(side, kwargs, past, num_positions)
+        _check_length(cache, past, 0 if side.prompt is None else self._offset(side))
         takes = inspect.signature(side.bare.forward).parameters
-        inputs["input_ids"] = self._known(side, inputs["input_ids"])
+        inputs["input_ids"] = self._readable(side, inputs["input_ids"])
         device = next(side.bare.parameters()).device
         inputs = {
             k: None if v is None else v.to(device)
             for k, v in inputs.items()
             if k in takes or k != "position_ids"
         }
-        some = {"logits_to_keep": kept} if "logits_to_keep" in takes else {}
+        cache_options = {str(cache_argument(side.bare)): cache, "use_cache": cache is not None}
+        keep = {"logits_to_keep": num_positions} if "logits_to_keep" in takes else {}
         self.side_forwards += 1
         off = side.model.disable_adapter() if side.adapter_off else contextlib.nullcontext()
         with off:
-            out = side.bare(**inputs, **some, past_key_values=own, use_cache=own is not None)
-        return out.logits[:, -kept:]
+            out = side.bare(**inputs, **keep, **cache_options)
+        return out.logits[:, -num_positions:]
 
     def _inputs(
-        self, side: Side, kwargs: dict[str, Any], past: int, kept: int
+        self, side: Side, kwargs: dict[str, Any], past: int, num_positions: int
     ) -> dict[str, Tensor | None]:
-        """Ids, mask and positions for a side; `past` tokens of the steered model lie behind."""
+        """Ids, mask and positions for a side; `past` tokens are in the steered model's cache.
+
+        Raises:
+            UserError: A side with its own prompt is called with a part of the prompt.
+        """
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         if side.prompt is None:
             positions = kwargs.get("position_ids")
@@ -150,10 +175,10 @@ class SideModels:
                 positions = _positions(mask, ids.shape[1])
             return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         length, rows = self.prompt_length or 0, ids.shape[0]
-        if past == 0 and not kept - 1 <= ids.shape[1] - length:
+        if past == 0 and not num_positions - 1 <= ids.shape[1] - length:
             raise UserError(
-                "a side model with a prompt of its own needs the whole prompt in one forward and "
-                "the logits behind it only: leave prefill_chunk_size alone"
+                "a side model with its own prompt needs the full prompt in one forward call, and "
+                "logits after it only: leave out prefill_chunk_size"
             )
         read = {k: v.to(ids.device) for k, v in side.prompt.items()}
         repeats = rows // read["input_ids"].shape[0]  # beams, or several returned sequences
@@ -173,10 +198,10 @@ class SideModels:
         assert side.prompt is not None
         return side.prompt["input_ids"].shape[1] - (self.prompt_length or 0)
 
-    def _known(self, side: Side, ids: Any) -> Any:
-        """Ids that a side lacks become its end-of-text: it cannot read them."""
-        known = side.bare.get_input_embeddings().weight.shape[0]
-        unknown = ids >= known
+    def _readable(self, side: Side, ids: Any) -> Any:
+        """The ids (rows, tokens), with end-of-text in place of ids that a side does not have."""
+        vocabulary = side.bare.get_input_embeddings().weight.shape[0]
+        unknown = ids >= vocabulary
         if not bool(unknown.any()):
             return ids
         end = side.bare.config.eos_token_id
@@ -184,11 +209,11 @@ class SideModels:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"a side model has {known} tokens and cannot read token "
-                f"{int(ids[unknown][0])}: it reads its end-of-text there",
+                f"a side model has {vocabulary} tokens and cannot read token "
+                f"{int(ids[unknown][0])}: it reads end-of-text instead",
                 stacklevel=2,
             )
-        return ids.masked_fill(unknown, end if isinstance(end, int) and end < known else 0)
+        return ids.masked_fill(unknown, end if isinstance(end, int) and end < vocabulary else 0)
 
 
 @contextlib.contextmanager
@@ -198,26 +223,27 @@ def run_beside(
     combine: Callable[[Tensor, list[Tensor]], Tensor],
     prompt_length: int | None = None,
 ) -> Iterator[SideModels]:
-    """Inside the block the model's logits are `combine(its own, those of the sides)`.
+    """Inside the block the model's logits are `combine(its own logits, logits of the sides)`.
 
     Args:
-        model: A causal language model of transformers or peft; steered in place, and as it was
+        model: A causal language model of transformers or peft; steered in place, and restored
             after the block.
-        sides: What runs beside it; the model itself may be among them.
-        combine: As of `SideModels`.
-        prompt_length: Tokens of its prompt, where a side has a prompt of its own.
+        sides: Side models; the model itself may be among them.
+        combine: Computes the new logits; see `SideModels`.
+        prompt_length: Tokens of the model's prompt; needed if a side has its own prompt.
 
     Yields:
-        The side models, which count forward calls.
+        The hooks, which count forward calls.
 
     Raises:
-        UserError: A model that is no decoder, or keeps its state where it cannot be rolled back.
+        UserError: A model is not a decoder, or keeps a recurrent state, which cannot be rolled
+            back.
     """
-    for one in [model, *(side.model for side in sides)]:
-        check_decoder(bare_model(one))
+    for decoder in [model, *(side.model for side in sides)]:
+        check_decoder(bare_model(decoder))
     target = bare_model(model)
     beside = SideModels(target, sides, combine, prompt_length)
-    with _as_it_was([target, *(side.bare for side in sides)]):
+    with _evaluating([target, *(side.bare for side in sides)]):
         first = target.register_forward_pre_hook(beside.before, with_kwargs=True)
         second = target.register_forward_hook(beside.after, with_kwargs=True)
         try:
@@ -228,10 +254,10 @@ def run_beside(
 
 
 def check_decoder(model: Any) -> None:
-    """Refuses what is no decoder-only causal language model with a KV cache.
+    """Checks that a model is a decoder-only causal language model with a KV cache.
 
     Raises:
-        UserError: Says which class was got.
+        UserError: It is not; the message names its class.
     """
     name = type(model).__name__
     config = getattr(model, "config", None)
@@ -239,13 +265,14 @@ def check_decoder(model: Any) -> None:
         raise UserError(f"a causal language model is needed, got a {name}")
     if config.is_encoder_decoder:
         raise UserError(f"a decoder-only model is needed, got the encoder-decoder {name}")
-    takes = inspect.signature(model.forward).parameters
-    if getattr(model, "_is_stateful", False) or "past_key_values" not in takes:
+    if getattr(model, "_is_stateful", False):  # private: nothing public says it
         raise UserError(f"{name} keeps a recurrent state; a model with a KV cache is needed")
+    if cache_argument(model) is None:
+        raise UserError(f"{name} takes no KV cache; a model with one is needed")
 
 
 class _Carrier:
-    """A cache with the caches of the side models, which follow all that is done to it."""
+    """A cache that carries the side models' caches, which follow every operation on it."""
 
     sides: list[Any]
     keys: list[tuple[int, bool, int]]
@@ -272,30 +299,32 @@ class _Carrier:
 
 
 def carry(cache: Any, keys: Sequence[tuple[int, bool, int]]) -> None:
-    """Makes an empty cache take the sides' caches along, in place; checks one that does already.
+    """Makes an empty cache carry the sides' caches, in place; checks a cache that already does.
 
-    In place and by its class, so that the user's own cache object stays the one that is used, and
-    a deep copy of it (a prompt that is computed once) copies the sides' caches too.
+    In place and by changing its class, so that the user's cache object stays in use, and a deep
+    copy of it (a prompt that is computed once) copies the sides' caches too.
 
     Raises:
-        UserError: A static cache, one filled without these sides, or one of other sides.
+        UserError: Not a cache of transformers, a static one, or one that was filled without these
+            sides or with others.
     """
-    if isinstance(cache, StaticCache):
+    cls = type(cache)
+    if not issubclass(cls, Cache):
+        raise UserError(f"a cache is one of transformers' Cache classes, got {cls.__name__}")
+    if issubclass(cls, StaticCache):
         raise UserError('steering needs a dynamic cache: cache_implementation="dynamic"')
     carries, filled = isinstance(cache, _Carrier), cache.get_seq_length() > 0
     if carries and cache.keys == list(keys):
         return
     if carries and filled:
-        raise UserError("this cache was filled beside other models: begin with a fresh one")
+        raise UserError("this cache was filled with other side models: start with a new one")
     if filled:
         raise UserError(
-            "this cache was filled without the side models: begin with a fresh one, or with "
-            "past_key_values=None"
+            "this cache was filled without the side models: start with a new one, or with none"
         )
     if not carries:
-        cls = type(cache)
         cache.__class__ = type(f"{cls.__name__}WithSides", (_Carrier, cls), {})
-    # Without a config every layer keeps all tokens, also of sliding windows, and can be cropped.
+    # Without a config every layer keeps all tokens, sliding windows too, and can be cropped.
     cache.sides = [DynamicCache() for _ in keys]
     cache.keys = list(keys)
 
@@ -303,11 +332,11 @@ def carry(cache: Any, keys: Sequence[tuple[int, bool, int]]) -> None:
 def _check_length(cache: Any, past: int, offset: int) -> None:
     if cache is None:
         return
-    have, need = cache.get_seq_length(), past + offset if past else 0
-    if have != need:
+    length, expected = cache.get_seq_length(), past + offset if past else 0
+    if length != expected:
         raise UserError(
-            f"the cache of a side model holds {have} tokens where {need} are behind: it was used "
-            "outside of the block that steers; begin with a fresh one"
+            f"the cache of a side model holds {length} tokens instead of {expected}: it was used "
+            "outside of the `steer` block; start with a new one"
         )
 
 
@@ -316,28 +345,30 @@ def _named(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _refuse_what_cannot_be(kwargs: Mapping[str, Any]) -> None:
+def _check_arguments(kwargs: Mapping[str, Any]) -> None:
     if kwargs.get("labels") is not None:
-        raise UserError("a steered model has no loss: leave labels away and use its logits")
+        raise UserError(
+            "a steered model computes no loss: leave out labels, and compute it from the logits"
+        )
     if kwargs.get("input_ids") is None:
-        raise UserError("the side models read tokens: give input_ids, not inputs_embeds")
+        raise UserError("the side models need tokens: pass input_ids, not inputs_embeds")
     if isinstance(kwargs.get("logits_to_keep"), Tensor):
-        raise UserError("a steered model takes a number as logits_to_keep, got a tensor")
+        raise UserError("logits_to_keep of a steered model must be an integer, got a tensor")
     mask = kwargs.get("attention_mask")
     if mask is not None and getattr(mask, "ndim", 0) != 2:
-        raise UserError("a steered model takes an attention_mask of shape (rows, tokens)")
+        raise UserError("the attention_mask of a steered model must have shape (rows, tokens)")
 
 
 def _positions(mask: Tensor, last: int) -> Tensor:
-    """Positions of the last tokens, counted without padding."""
+    """(rows, last) positions of the last tokens, counted without padding."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -last:]
 
 
 @contextlib.contextmanager
-def _as_it_was(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Eval mode inside; afterwards the modes and what may train (peft switches it) as before."""
+def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Eval mode inside; restores modes and requires_grad (which peft changes) afterwards."""
     modules = {m: m.training for model in models for m in model.modules()}
-    wanted = {p: p.requires_grad for model in models for p in model.parameters()}
+    trainable = {p: p.requires_grad for model in models for p in model.parameters()}
     try:
         for module in modules:
             module.training = False
@@ -345,5 +376,5 @@ def _as_it_was(models: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module, training in modules.items():
             module.training = training
-        for parameter, requires_grad in wanted.items():
+        for parameter, requires_grad in trainable.items():
             parameter.requires_grad_(requires_grad)

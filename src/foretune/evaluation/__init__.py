@@ -1,1 +1,1 @@
-"""Adaptability: which base adapts best to unseen tasks, and how sure that is."""
+"""Adaptability: which base adapts best to unseen tasks, and how certain the answer is."""

@@ -1,8 +1,8 @@
-"""`compare`: adapt several bases to the same unseen tasks, score them in pairs, say what it cost.
+"""`compare`: adapt several bases to the same unseen tasks; paired differences, verdict, costs.
 
-Fair by construction: every base gets the same rows, the same fresh adapters, the same number of
-steps and the same search of a learning rate, which sees the validation rows of *seen* tasks and
-nothing of the unseen ones. The unit of the statistics is the unseen task.
+Fair by construction: every base gets the same examples, the same fresh adapters, the same number
+of steps and the same learning-rate search, which uses validation examples of *seen* tasks and
+nothing from the unseen ones. The unit of the statistics is the unseen task.
 """
 
 from __future__ import annotations
@@ -50,14 +50,15 @@ class Comparison:
 
     @property
     def sentence(self) -> str:
-        """Which base to take, with the interval, or that the data cannot tell."""
+        """The verdict: which base to take, with the interval, or that the data cannot tell."""
         return self.record["verdict"]["sentence"]
 
     def to_dict(self) -> dict[str, Any]:
+        """The record, which is JSON-able."""
         return self.record
 
     def save(self, folder: Path | str) -> Path:
-        """Writes comparison.json and report.html; returns the report's path."""
+        """Writes comparison.json and report.html; returns the path of the report."""
         from foretune.evaluation.report import write_report
 
         folder = Path(folder)
@@ -78,44 +79,47 @@ def compare(
     keep: Path | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Adapts every base to every unseen task at several numbers of shots, and compares.
+    """Adapts every base to every unseen task at several numbers of shots, and compares the scores.
 
     Args:
-        bases: Name → base. A mapping that loads them one by one is welcome.
-        unseen: Tasks that no base was retrained on, with an objective and test rows.
-        adapt: The adapting method, such as `foretune.LoRA()`.
-        run: Seed and budget of each adaptation.
-        shots: Rows to adapt on (of each class for a classification); None for all.
+        bases: Name → base. The mapping may load each base when it is looked up.
+        unseen: Tasks that no base was retrained on, with an objective and test examples.
+        adapt: The adapt method, such as `foretune.LoRA()`.
+        run: Random seed and budget of each adaptation.
+        shots: Numbers of training examples per task (per class for classification); None for all.
         draws: Independent draws of the shots.
-        seen: Tasks on whose validation rows the learning rate is searched.
-        learning_rates: Candidates, the same for every base; empty for the method's own rate.
-        keep: Folder for the adapters at the last of `shots` (first draw), `<base>/<task>`; None
-            forgets them.
+        seen: Tasks on whose validation examples the learning rate is searched.
+        learning_rates: Candidates, the same for every base; empty for the method's default.
+        keep: Folder in which to save the adapters of the last of `shots` (first draw) as
+            `<base>/<task>`; None does not save them.
         progress: Called with (update, updates, figures) during each adaptation.
 
     Returns:
         Scores at 0 shots (before adapting, where the base's head fits) and at all `shots`.
 
     Raises:
-        UserError: No bases, an unseen task without test rows, a search without seen tasks.
+        UserError: No bases, an unseen task without test examples, or a search without seen tasks.
     """
     run = run or Run()
     if not bases:
         raise UserError("compare needs at least one base, got none")
     if learning_rates and seen is None:
-        raise UserError("learning_rates are searched on seen tasks: give seen=..., or one rate")
+        raise UserError(
+            "learning_rates are searched on seen tasks: pass seen=..., or a single rate"
+        )
     for task in unseen:
         if not task.test:
-            raise UserError(f'unseen task "{task.name}" has no test rows to be scored on')
-    # Seen tasks say whether their labels are shared; a head means the same on unseen ones then.
-    known = verbs.objective_of(unseen) if seen is None else verbs.objective_of(seen).fit(seen)
-    objective = known.fit(unseen)
+            raise UserError(f'unseen task "{task.name}" has no test examples to score on')
+    # Seen tasks come first: if they share labels, a base's head means the same on unseen tasks.
+    objective = verbs.objective_of(unseen if seen is None else seen)
+    for tasks in (unseen,) if seen is None else (seen, unseen):
+        objective = objective.fit(tasks)
     unseen = unseen.with_objective(objective)
     scores: list[dict[str, Any]] = []
-    about: list[dict[str, Any]] = []
+    base_records: list[dict[str, Any]] = []
     for name in bases:
-        given = bases[name]
-        model = given.model if isinstance(given, Outcome) else given
+        base = bases[name]
+        model = base.model if isinstance(base, Outcome) else base
         method, searched = search_rate(model, seen, adapt, learning_rates, run, shots, progress)
         scores += zero_shot(name, model, unseen, draws)
         cost: dict[str, Any] = {}
@@ -137,15 +141,15 @@ def compare(
             cost = _summed(cost, adapted.cost)
         if keep is not None:
             adapted.first_draw().save(keep / name)
-        entry = {**_about(name, given), "model_class": class_name(model)}
+        entry = {**_base_record(name, base), "model_class": class_name(model)}
         entry["num_labels"] = adapted.num_labels
         entry["adapt"] = {
             "learning_rate": method.learning_rate,
             "searched": searched,
             **cost,
         }
-        about.append(entry)
-    pairs, means = pairs_and_means(scores, about)
+        base_records.append(entry)
+    pairs, means = pairs_and_means(scores, base_records)
     unit = "rows per class" if objective.kind in CLASSES else "rows"
     return Comparison(
         {
@@ -162,12 +166,14 @@ def compare(
                 "shots_unit": unit,
             },
             "collection": _counted(seen, "seen") | _counted(unseen, "unseen"),
-            "bases": about,
+            "bases": base_records,
             "scores": scores,
             "pairs": pairs,
             "means": means,
             "spectrum": None,
-            "verdict": verdict(pairs, means, about, metric=objective.metric, shots_unit=unit),
+            "verdict": verdict(
+                pairs, means, base_records, metric=objective.metric, shots_unit=unit
+            ),
             "recipe": "",
         }
     )
@@ -182,10 +188,10 @@ def search_rate(
     shots: Sequence[int | None],
     progress: Progress | None,
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """The method at the best of several learning rates, and every trial.
+    """The method with the best of several learning rates, and all trials.
 
-    A trial adapts to seen tasks with the same shots and scores their validation rows; a rate's
-    score is the mean over tasks, draws and numbers of shots.
+    A trial adapts to seen tasks with the same shots and scores their validation examples; the
+    score of a rate is the mean over tasks, draws and numbers of shots.
     """
     if not learning_rates:
         return adapt, []
@@ -201,13 +207,13 @@ def search_rate(
 def zero_shot(
     name: str, model: nn.Module, unseen: TaskCollection, draws: int
 ) -> list[dict[str, Any]]:
-    """The base's scores on the unseen tasks before adapting; none where heads differ by task."""
+    """Scores of the base on the unseen tasks before adapting; none where heads are per task."""
     objective = verbs.objective_of(unseen)
     if objective.num_outputs() is not None and objective.shared() is not objective:
         return []
     data = TaskData([slot_of(task) for task in unseen], objective.bind(model))
     with frozen_prefix(model, []):
-        found = score_slots(model, data, "test")
+        scores = score_slots(model, data, "test")
     return [
         {
             "base": name,
@@ -218,12 +224,12 @@ def zero_shot(
             "num_rows": data.num_rows(slot, "test"),
         }
         for draw in range(draws)
-        for slot, score in found.items()
+        for slot, score in scores.items()
     ]
 
 
-def _about(name: str, given: nn.Module | Outcome) -> dict[str, Any]:
-    if not isinstance(given, Outcome):
+def _base_record(name: str, base: nn.Module | Outcome) -> dict[str, Any]:
+    if not isinstance(base, Outcome):
         return {
             "name": name,
             "method": name,
@@ -232,14 +238,14 @@ def _about(name: str, given: nn.Module | Outcome) -> dict[str, Any]:
             "path": None,
             "retrain": None,
         }
-    method = given.method
+    method = base.method
     return {
         "name": name,
         "method": method.name,
         "label": method.label,
         "config": method.to_dict(),
-        "path": None if given.run.out is None else str(given.run.out / "base"),
-        "retrain": {"learning_rate": method.learning_rate, **given.cost},
+        "path": None if base.run.out is None else str(base.run.out / "base"),
+        "retrain": {"learning_rate": method.learning_rate, **base.cost},
     }
 
 
@@ -250,7 +256,7 @@ def _counted(tasks: TaskCollection | None, side: str) -> dict[str, int]:
 
 
 def _summed(total: dict[str, Any], cost: Mapping[str, Any]) -> dict[str, Any]:
-    """Costs of one more adaptation: times and tokens add up, peaks do not."""
+    """The total with one more cost added: times and tokens add up, peaks are maxima."""
     peaks = ("peak_memory_mb", "trainable_parameters")
     merged = dict(total)
     for key, value in cost.items():

@@ -1,8 +1,9 @@
-"""What a base reaches on seen tasks that its retraining did not meet: what rates are chosen by.
+"""Scores on held-out seen tasks, by which learning rates and methods are chosen.
 
-How well a base does on the tasks that it was retrained on does not say how well it adapts; a rate
-that is too high serves the first and spoils the second. So all that is chosen is chosen here, and
-on many rows: with 20 of each of 8 tasks luck makes up for a rate that is two points worse.
+The score on the tasks that a base was retrained on does not show how well the base adapts: a
+learning rate that is too high raises the first and lowers the second. Every choice is therefore
+made on seen tasks that were held out of retraining, and on many examples: with 20 examples from
+each of 8 tasks, chance can hide a difference of two points between rates.
 """
 
 from __future__ import annotations
@@ -24,32 +25,32 @@ from foretune.training import verbs
 from foretune.training.loop import DivergedError, Progress
 from foretune.training.shots import draw_shots
 
-ADAPTATIONS = 6  # behind a score, at least, at each number of shots: one draw has too much luck
+ADAPTATIONS = 6  # at least so many per score and number of shots: a single draw is too noisy
 
 
-def exam(
+def build_search_tasks(
     tasks: TaskCollection,
     shots: Sequence[int | None],
     seed: int,
     group_column: str | None = None,
 ) -> TaskCollection:
-    """The tasks with many rows to be scored on.
+    """Copies of held-out seen tasks with many validation examples to score on.
 
-    No base that is tried has met them, so half of their training rows may stand beside the
-    validation rows; not so where the other half would be too few to adapt to (of a label even).
+    No base that is scored on them was retrained on them, so half of their training examples move
+    to the validation split, unless the other half would be too small for a draw of `shots`.
 
     Args:
-        tasks: Seen tasks, held out from every retraining that is tried on them.
-        shots: Numbers of rows with which they will be adapted to; None for all.
-        seed: Seeds the halves.
-        group_column: The column that says which rows belong together.
+        tasks: Seen tasks, held out of every retraining that is scored on them.
+        shots: Numbers of training examples that bases are adapted on; None for all.
+        seed: Random seed of the halves.
+        group_column: Column with the group of an example; a group is not split.
 
     Raises:
-        UserError: None of them has rows to be scored on.
+        UserError: No task has validation examples.
     """
-    found = []
+    search_tasks = []
     for task in tasks:
-        whole = Task(task.name, task.train, task.validation)
+        unsplit = Task(task.name, task.train, task.validation)
         half = carve(
             Task(task.name, task.train),
             validation=0,
@@ -58,13 +59,13 @@ def exam(
             group_column=group_column,
         )
         halved = Task(task.name, half.train, join([half.test, task.validation]))
-        enough = all(_drawn(tasks, halved, k) == _drawn(tasks, whole, k) for k in shots)
-        found.append(halved if enough else whole)
-    return usable(dataclasses.replace(tasks, tasks=tuple(found)))
+        enough = all(_num_drawn(tasks, halved, k) == _num_drawn(tasks, unsplit, k) for k in shots)
+        search_tasks.append(halved if enough else unsplit)
+    return usable(dataclasses.replace(tasks, tasks=tuple(search_tasks)))
 
 
 def usable(tasks: TaskCollection) -> TaskCollection:
-    """The tasks that can be adapted to and scored on other rows.
+    """The tasks that have both training and validation examples.
 
     Raises:
         UserError: There are none.
@@ -72,21 +73,20 @@ def usable(tasks: TaskCollection) -> TaskCollection:
     names = [task.name for task in tasks if task.validation and task.train]
     if not names:
         raise UserError(
-            "seen tasks that are held out are adapted to and scored on other rows, of which they "
-            "have none: set tasks.validation"
+            "held-out seen tasks have no validation examples to score on; set tasks.validation"
         )
     return tasks.subset(names)
 
 
-def _drawn(tasks: TaskCollection, task: Task, shots: int | None) -> int:
-    """How many training rows a draw of so many shots holds: of each label, where there are any."""
+def _num_drawn(tasks: TaskCollection, task: Task, shots: int | None) -> int:
+    """Training examples in a draw of `shots` from the task; shots are per class if it has any."""
     alone = dataclasses.replace(tasks, tasks=(task,))
     kind = verbs.objective_of(tasks).kind
     return sum(len(slot.train) for slot in draw_shots(alone, kind, shots, 1, 0))
 
 
 def num_draws(num_tasks: int) -> int:
-    """Draws of its shots with which each of so many tasks is adapted to."""
+    """Draws of shots per task, so that `num_tasks` tasks make at least `ADAPTATIONS` in all."""
     return math.ceil(ADAPTATIONS / num_tasks)
 
 
@@ -102,31 +102,31 @@ def try_rates(
     """Adapts a base to held-out tasks at each learning rate.
 
     Args:
-        base: What retraining made; it is not changed.
-        tasks: Tasks that it was not retrained on; `usable` ones.
-        method: The adapting method.
-        rates: Its learning rates; empty for its own.
-        run: Seed and budget of each adaptation, which has no patience here: it would stop on the
-            very rows that the trial is scored on.
-        shots: Numbers of rows with which it is done; None for all.
+        base: The retrained base; it is not changed.
+        tasks: `usable` tasks that the base was not retrained on.
+        method: The adapt method.
+        rates: Learning rates to try; empty for the method's default.
+        run: Random seed and budget of each adaptation. `patience` is ignored: early stopping would
+            use the same examples that the trial is scored on.
+        shots: Numbers of training examples; None for all.
         progress: Called during each adaptation.
 
     Returns:
-        `learning_rate` (None: the method's own), `by_task` (its scores on validation rows, a
-        number of shots after the other) and `score`, the mean over numbers of shots of their
-        means, for each rate; of one that diverged `score` is None, and `reason` says why.
+        One trial per rate: `learning_rate` (None: the method's default), `by_task` (scores on
+        validation examples, in the order of `shots`) and `score` (for each number of shots the
+        mean over tasks and draws, averaged). If it diverged, `score` is None and `reason` is set.
     """
-    found: list[dict[str, Any]] = []
+    trials: list[dict[str, Any]] = []
     run = run.replace(patience=None)
-    wanted: list[float | None] = [*rates] or [None]
-    for rate in wanted:
+    rates_to_try: list[float | None] = [*rates] or [None]
+    for rate in rates_to_try:
         record = method if rate is None else dataclasses.replace(method, learning_rate=rate)
         by_task: dict[str, list[float]] = {name: [] for name in tasks.names}
         means = []
         try:
             for k in shots:
                 draws = 1 if k is None else num_draws(len(tasks))
-                done = verbs.adapt(
+                adapted = verbs.adapt(
                     base,
                     tasks,
                     record,
@@ -136,24 +136,24 @@ def try_rates(
                     split="validation",
                     progress=progress,
                 )
-                for (task, _), score in done.scores.items():
+                for (task, _), score in adapted.scores.items():
                     by_task[task].append(score)
-                means.append(statistics.fmean(done.scores.values()))
+                means.append(statistics.fmean(adapted.scores.values()))
         except DivergedError as error:
-            found.append({"learning_rate": rate, "score": None, "reason": str(error)})
+            trials.append({"learning_rate": rate, "score": None, "reason": str(error)})
             continue
         mean = statistics.fmean(means)
-        found.append({"learning_rate": rate, "score": mean, "by_task": by_task})
-    return found
+        trials.append({"learning_rate": rate, "score": mean, "by_task": by_task})
+    return trials
 
 
 def best(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The trial with the highest score; of equals the first.
+    """The trial with the highest score, the first of several.
 
     Raises:
-        DivergedError: All of them diverged.
+        DivergedError: All trials diverged.
     """
-    whole = [trial for trial in trials if trial["score"] is not None]
-    if not whole:
+    finished = [trial for trial in trials if trial["score"] is not None]
+    if not finished:
         raise DivergedError(f"adapting diverged at every learning rate: {trials[-1]['reason']}")
-    return max(whole, key=lambda trial: trial["score"])
+    return max(finished, key=lambda trial: trial["score"])

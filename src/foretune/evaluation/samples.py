@@ -1,4 +1,4 @@
-"""Images that a denoising model draws, and a sheet of them side by side."""
+"""Images sampled from a denoising model, and a contact sheet of them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ GAP = 2  # pixels between images
 def draw_samples(
     model: nn.Module, objective: Any, shape: Sequence[int], num: int = 16, *, seed: int = 0
 ) -> np.ndarray:
-    """Images from noise, by ancestral sampling over all moments of the schedule.
+    """Images from noise, by ancestral sampling over all timesteps of the schedule.
 
-    Ho, Jain, Abbeel, arXiv:2006.11239, algorithm 2. The same seed starts two models from the same
-    noise.
+    Ho, Jain, Abbeel, arXiv:2006.11239, algorithm 2. Two models with the same seed start from the
+    same noise.
 
     Args:
-        model: Called as model(noisy, t); put back into the mode in which it was.
-        objective: A `foretune.Denoising`, the one that the model was trained with.
-        shape: Of one image: (channels, height, width).
-        num: How many.
-        seed: Seeds the noise.
+        model: Called as model(noisy, t); its training mode is restored afterwards.
+        objective: The `foretune.Denoising` that the model was trained with.
+        shape: Shape of one image, (channels, height, width).
+        num: Number of images.
+        seed: Random seed of the noise.
 
     Returns:
-        (num, *shape) float32, cut to −1..1.
+        Images (num, *shape), float32, clipped to −1..1.
 
     Example:
         >>> draw_samples(model, Denoising(), (1, 16, 16), 8)  # doctest: +SKIP
@@ -52,26 +52,24 @@ def draw_samples(
 
 
 def save_sheet(rows: Mapping[str, np.ndarray], path: Path | str, *, scale: int = 3) -> Path:
-    """Writes grey images as one PNG, a line of them for each entry, in the order of the mapping.
+    """Writes greyscale images as one PNG, one row of images per entry, in the mapping's order.
 
     Args:
-        rows: Name → (n, 1, height, width) in −1..1; the names are for the reader of the code.
-        path: Ends with .png.
-        scale: Screen pixels of a pixel.
+        rows: Name → images (n, 1, height, width) in −1..1; the names are not written.
+        path: File to write, ending with .png.
+        scale: Factor by which the images are enlarged.
 
     Raises:
-        UserError: No images, or images of several sizes or with colours.
+        UserError: No images, images of several sizes, colour images, or Pillow is missing.
     """
     try:
         from PIL import Image
     except ImportError as error:
-        raise UserError(
-            "a sheet needs Pillow; pip install 'foretune[diffusion]' would do"
-        ) from error
+        raise UserError("a sheet needs Pillow: pip install 'foretune[diffusion]'") from error
     shapes = {images.shape[1:] for images in rows.values()}
     if len(shapes) != 1 or next(iter(shapes))[0] != 1:
         raise UserError(
-            f"a sheet wants grey images (n, 1, height, width) of one size, got {shapes}"
+            f"a sheet needs greyscale images (n, 1, height, width) of one size, got {shapes}"
         )
     _, height, width = next(iter(shapes))
     most = max(len(images) for images in rows.values())

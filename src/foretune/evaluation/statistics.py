@@ -1,10 +1,10 @@
-"""Is one base better than another? Paired differences over tasks and seeds, and the verdict.
+"""Is one base better than another? Paired differences over tasks and seeds.
 
-The unit is the unseen task. A score is one task under one seed, so scores are crossed: tasks share
-seeds and seeds share tasks. The bootstrap therefore draws tasks and seeds independently of each
-other, each with replacement, and averages the scores where they cross. This counts the noise of
-single cells more than once, so the intervals err on the wide side; only with two or three seeds,
-whose own spread a bootstrap underestimates, can they come out too narrow.
+The unit is the unseen task. A score belongs to one task and one seed, so the design is crossed:
+tasks share seeds and seeds share tasks. The bootstrap therefore draws tasks and seeds
+independently, each with replacement, and averages the scores of the drawn pairs. The noise of
+single scores is counted more than once, so the intervals are rather too wide; only with two or
+three seeds, whose spread a bootstrap underestimates, can they be too narrow.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from foretune.evaluation.wording import shots_label, shots_order
 
 __all__ = ["holm", "mean_interval", "paired_difference", "pairs_and_means", "verdict"]
 
-RELATIVE_ZERO = 1e-12  # Smaller than this share of the largest score is rounding, hence a tie.
-CHUNK = 2_000_000  # Drawn task numbers held in memory at a time.
+RELATIVE_ZERO = 1e-12  # A difference below this share of the largest score is rounding: a tie.
+CHUNK = 2_000_000  # Drawn task indices held in memory at a time.
 
 Array = NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """How far method a is above method b on the same tasks and seeds.
+    """By how much method a is above method b on the same tasks and seeds.
 
     Args:
         difference: Mean of a − b over tasks and seeds.
@@ -43,7 +43,7 @@ class PairedDifference:
         ties: Tasks on which they are equal.
         num_tasks: Tasks compared.
         num_seeds: Seeds compared.
-        few: The tasks are so few that interval and test say little.
+        few: Whether there are too few tasks for the interval and the test to be reliable.
     """
 
     difference: float
@@ -73,16 +73,16 @@ def paired_difference(
         b: Scores of the other on the same tasks and seeds, (num_tasks, num_seeds).
         confidence: Share of resamples that the interval holds.
         num_resamples: Bootstrap resamples.
-        seed: Seeds the bootstrap.
+        seed: Random seed of the bootstrap.
 
     Returns:
         The mean difference a − b, its interval, test and wins.
 
     Raises:
-        ValueError: The shapes differ, are not two-dimensional or empty, or a score is not finite.
+        ValueError: The shapes differ, are empty or not two-dimensional, or a score is not finite.
 
-    >>> one = paired_difference([[0.5], [0.6], [0.7]], [[0.4], [0.6], [0.5]])
-    >>> round(one.difference, 3), one.wins, one.losses, one.ties
+    >>> pair = paired_difference([[0.5], [0.6], [0.7]], [[0.4], [0.6], [0.5]])
+    >>> round(pair.difference, 3), pair.wins, pair.losses, pair.ties
     (0.1, 2, 0, 1)
     """
     left, right = _scores(a, "a"), _scores(b, "b")
@@ -92,11 +92,11 @@ def paired_difference(
         )
     difference = left - right
     low, high = _crossed_interval(difference, confidence, num_resamples, seed)
-    # Equal scores averaged over seeds can differ in the last bits; such tasks are ties.
+    # Means of equal scores over seeds can differ in the last bits; such tasks are ties.
     scale = max(np.abs(left).max(), np.abs(right).max()) or 1.0
     per_task = difference.mean(axis=1) / scale
     per_task = np.round(per_task / RELATIVE_ZERO) * RELATIVE_ZERO
-    moved = per_task[per_task != 0]  # with zeros scipy leaves the exact distribution
+    moved = per_task[per_task != 0]  # SciPy uses the exact distribution only without zeros
     return PairedDifference(
         difference=float(difference.mean()),
         low=low,
@@ -124,20 +124,20 @@ def mean_interval(
         scores: Scores of one method, (num_tasks, num_seeds).
         confidence: Share of resamples that the interval holds.
         num_resamples: Bootstrap resamples.
-        seed: Seeds the bootstrap.
+        seed: Random seed of the bootstrap.
 
     Returns:
         (mean, low, high).
 
     Raises:
-        ValueError: The scores are not two-dimensional, are empty or not all finite.
+        ValueError: The scores are not two-dimensional, empty, or not all finite.
     """
     values = _scores(scores, "scores")
     return float(values.mean()), *_crossed_interval(values, confidence, num_resamples, seed)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values, in the order given.
+    """Holm's step-down adjusted p-values, in the order of `p_values`.
 
     Raises:
         ValueError: A value is not between 0 and 1.
@@ -160,11 +160,11 @@ def pairs_and_means(
     bases: Sequence[Mapping[str, Any]],
     controls: Sequence[str] = CONTROLS,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Every base against every other at each number of shots, and every base's mean.
+    """All pairs of bases at each number of shots, and the mean of each base.
 
-    A pair reads a − b. A control stands on the right (the first control against all others), and
-    two bases that are no controls keep their order. Holm's correction runs over all pairs of the
-    same number of shots.
+    A pair reads a − b. Controls are on the right (the first control in all its pairs), and two
+    bases that are not controls keep their order. Holm's correction covers all pairs at the same
+    number of shots.
 
     Args:
         scores_records: The comparison's `scores`: base, task, shots, seed, score.
@@ -175,8 +175,8 @@ def pairs_and_means(
         The comparison's `pairs` and `means`.
 
     Raises:
-        ValueError: A base lacks a task under one of its seeds, has one twice, is not among `bases`,
-            or shares nothing with another; the message names the cells.
+        ValueError: A base has no score or two scores for a task and seed, is not among `bases`, or
+            shares no task and seed with another; the message names the scores.
     """
     cells = _cells(scores_records, [base["name"] for base in bases])
     ordered = _pair_order(bases, controls)
@@ -184,18 +184,20 @@ def pairs_and_means(
     means: list[dict[str, Any]] = []
     for shots in sorted({key[1] for key in cells}, key=shots_order):
         present = [name for name in ordered if (name, shots) in cells]
-        found = []
+        compared_pairs = []
         for a, b in combinations(present, 2):
             compared = paired_difference(*_shared(cells, a, b, shots))
             fields = dataclasses.asdict(compared)
             fields.pop("few")
-            found.append({"a": a, "b": b, "shots": shots, **fields})
-        for pair, adjusted in zip(found, holm([pair["p_value"] for pair in found]), strict=True):
+            compared_pairs.append({"a": a, "b": b, "shots": shots, **fields})
+        p_holm = holm([pair["p_value"] for pair in compared_pairs])
+        for pair, adjusted in zip(compared_pairs, p_holm, strict=True):
             pairs.append({**pair, "p_holm": adjusted})
         for base in bases:
             if (base["name"], shots) in cells:
-                own = cells[base["name"], shots]
-                mean, low, high = mean_interval(_matrix(own, *_axes(own), base["name"], shots))
+                scores = cells[base["name"], shots]
+                matrix = _matrix(scores, *_axes(scores), base["name"], shots)
+                mean, low, high = mean_interval(matrix)
                 row = {"base": base["name"], "shots": shots, "mean": mean, "low": low, "high": high}
                 means.append(row)
     return pairs, means
@@ -210,14 +212,18 @@ def _scores(values: ArrayLike, name: str) -> Array:
         raise ValueError(f"{name} must have the shape (num_tasks, num_seeds), got {array.shape}")
     if not np.isfinite(array).all():
         bad = int((~np.isfinite(array)).sum())
-        raise ValueError(f"{name} holds {bad} scores that are not finite, shape {array.shape}")
+        raise ValueError(f"{name} has {bad} scores that are not finite, shape {array.shape}")
     return array
 
 
 def _crossed_interval(
     values: Array, confidence: float, num_resamples: int, seed: int
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of `values` (T, S), rows and columns drawn independently."""
+    """Percentile interval of the mean of `values` (T, S), rows and columns drawn independently.
+
+    Raises:
+        ValueError: `confidence` or `num_resamples` is out of range.
+    """
     if not 0 < confidence < 1 or num_resamples < 1:
         raise ValueError(
             "confidence must lie between 0 and 1 and num_resamples be at least 1, "
@@ -237,7 +243,7 @@ def _crossed_interval(
 
 
 def _draws(rng: np.random.Generator, rows: int, size: int) -> Array:
-    """How often each of `size` things is drawn in each of `rows` resamples, as shares."""
+    """Shares (rows, size): how often each of `size` items is drawn in each of `rows` resamples."""
     drawn = rng.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
     return np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size) / size
 
@@ -245,20 +251,20 @@ def _draws(rng: np.random.Generator, rows: int, size: int) -> Array:
 def _cells(
     records: Iterable[Mapping[str, Any]], names: Sequence[str]
 ) -> dict[tuple[str, int | None], Cells]:
-    found: dict[tuple[str, int | None], Cells] = {}
+    cells: dict[tuple[str, int | None], Cells] = {}
     for record in records:
         base, task, seed, shots = (record[key] for key in ("base", "task", "seed", "shots"))
         if base not in names:
             raise ValueError(f"a score belongs to base {base!r}; the bases are {', '.join(names)}")
-        own = found.setdefault((base, shots), {})
-        if (task, seed) in own:
+        scores = cells.setdefault((base, shots), {})
+        if (task, seed) in scores:
             raise ValueError(f"two scores for {_place(base, shots)}, task {task!r}, seed {seed}")
-        own[task, seed] = float(record["score"])
-    return found
+        scores[task, seed] = float(record["score"])
+    return cells
 
 
 def _pair_order(bases: Sequence[Mapping[str, Any]], controls: Sequence[str]) -> list[str]:
-    """Names such that the first of any two is the left side of their pair."""
+    """Names ordered so that of any two, the first is the left side of their pair."""
     rank = {control: len(controls) - index for index, control in enumerate(controls)}
     return [base["name"] for base in sorted(bases, key=lambda base: rank.get(base["method"], 0))]
 

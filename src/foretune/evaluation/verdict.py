@@ -2,16 +2,16 @@
 
 The rule, at one number of shots:
 
-- A difference is *clear* when its 95 % interval leaves out zero and its Holm-corrected p-value is
-  below 0.05. (The interval sees tasks and seeds; the test guards against picking the luckiest of
+- A difference is *clear* when its 95 % interval excludes zero and its Holm-corrected p-value is
+  below 0.05. (The interval covers tasks and seeds; the test guards against picking the luckiest of
   many pairs, and against too few tasks.)
-- A base is *proven* when it is clearly above every control besides itself: above the model as it
-  is and above standard retraining. Where it has no control to beat, it must beat all other bases.
-- Of the proven bases the one with the highest mean is taken.
+- A base is *proven* when it is clearly above every control other than itself: above the model as it
+  is and above standard retraining. Without controls, it must beat all other bases.
+- The proven base with the highest mean is taken.
 - If none is proven and the model as it is has the highest mean, it is kept.
 - Otherwise the data cannot tell.
 
-Whatever is said, every base is named with its difference, the losing ones too.
+Whatever the verdict, it names every base with its difference, losing bases included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from foretune.evaluation.wording import AS_IT_IS, Scale, counted, p_text, shots_
 
 CONTROLS = ("none", "standard")
 ALPHA = 0.05
-FEW_TASKS = 6  # With fewer, no two-sided signed-rank test can fall below 0.05.
+FEW_TASKS = 6  # With fewer, the p-value of a two-sided signed-rank test is never below 0.05.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Contrast:
 def contrast(
     pairs: Sequence[Mapping[str, Any]], a: str, b: str, shots: int | None
 ) -> Contrast | None:
-    """The pair of `a` and `b` read as a − b, whichever way it is stored; None if there is none."""
+    """The pair of `a` and `b` read as a − b, in whichever order it is stored; None if missing."""
     names = [field.name for field in dataclasses.fields(Contrast)]
     for pair in pairs:
         if pair["shots"] == shots and {pair["a"], pair["b"]} == {a, b}:
@@ -94,22 +94,22 @@ def verdict(
         pairs: The comparison's `pairs`.
         means: The comparison's `means`.
         bases: The comparison's `bases`, of which `name`, `method` and `label` are read.
-        shots: Where to judge; None for the largest finite number of shots, or all rows where
+        shots: Number of shots to judge at; None for the largest finite one, or all examples if
             nothing else was measured.
         metric: The metric's name; accuracy is written in points.
         shots_unit: "rows" or "rows per class".
 
     Returns:
-        best (a base's name or None), shots, sentence.
+        best (the name of a base, or None), shots, sentence.
 
     Raises:
         ValueError: Nothing was measured at `shots`.
     """
-    known = sorted({row["shots"] for row in means}, key=shots_order)
+    measured = sorted({row["shots"] for row in means}, key=shots_order)
     if shots is None:
-        shots = max((k for k in known if k), default=None if None in known else 0)
-    if shots not in known:
-        raise ValueError(f"nothing was measured at {shots} shots; there are {known}")
+        shots = max((k for k in measured if k), default=None if None in measured else 0)
+    if shots not in measured:
+        raise ValueError(f"nothing was measured at {shots} shots; there are {measured}")
     return _Judge(pairs, means, bases, shots, Scale(metric), shots_unit).verdict()
 
 
@@ -127,19 +127,21 @@ class _Judge:
     ) -> None:
         self.pairs, self.shots, self.scale, self.shots_unit = pairs, shots, scale, shots_unit
         rows = {row["base"]: row for row in means if row["shots"] == shots}
-        kept = {base["name"]: base for base in bases if base["name"] in rows}
+        measured = {base["name"]: base for base in bases if base["name"] in rows}
+        methods = {name: base["method"] for name, base in measured.items()}
         self.rows = rows
         self.labels = {
             name: AS_IT_IS if base["method"] == "none" else base["label"]
-            for name, base in kept.items()
+            for name, base in measured.items()
         }
-        self.ranked = sorted(kept, key=lambda name: -rows[name]["mean"])
-        self.as_it_is = [name for name in kept if kept[name]["method"] == "none"]
+        self.ranked = sorted(measured, key=lambda name: -rows[name]["mean"])
+        self.as_it_is = [name for name in measured if methods[name] == "none"]
         self.controls = [
-            name for method in CONTROLS for name in kept if kept[name]["method"] == method
+            name for control in CONTROLS for name in measured if methods[name] == control
         ]
 
     def verdict(self) -> dict[str, Any]:
+        """The best base (or None), the number of shots and the sentence."""
         best, sentence = self._decide()
         return {"best": best, "shots": self.shots, "sentence": sentence}
 
@@ -151,70 +153,70 @@ class _Judge:
             if name not in self.as_it_is and self._proven(name):
                 return name, f"Take {self.labels[name]}: {self._margins(name)}"
         if top in self.as_it_is:
-            kept = f"Keep the model as it is: no retraining beats it {self._where(top)}."
-            return top, kept + self._others(top, self.ranked)
+            sentence = f"Keep the model as it is: no retraining beats it {self._where(top)}."
+            return top, sentence + self._others(top, self.ranked)
         label = self.labels[top]
         return None, f"The data cannot tell: {label} has the highest mean, {self._margins(top)}"
 
     def _rivals(self, name: str) -> list[str]:
         """The bases that `name` has to beat."""
         controls = [control for control in reversed(self.controls) if control != name]
-        return controls or [other for other in self.ranked if other != name]
+        return controls or [rival for rival in self.ranked if rival != name]
 
-    def _contrasts(self, name: str, others: Sequence[str]) -> list[Contrast]:
-        found = [contrast(self.pairs, name, other, self.shots) for other in others]
-        return [one for one in found if one is not None]
+    def _contrasts(self, name: str, rivals: Sequence[str]) -> list[Contrast]:
+        pairs = [contrast(self.pairs, name, rival, self.shots) for rival in rivals]
+        return [pair for pair in pairs if pair is not None]
 
     def _proven(self, name: str) -> bool:
         rivals = self._rivals(name)
-        found = self._contrasts(name, rivals)
-        return len(found) == len(rivals) and all(one.better for one in found)
+        pairs = self._contrasts(name, rivals)
+        return len(pairs) == len(rivals) and all(pair.better for pair in pairs)
 
     def _margins(self, name: str) -> str:
         """'+5.5 points over Standard (95 % interval …), with 16 rows ….' and all other bases."""
         rivals = self._rivals(name)
         parts: list[str] = []
-        for one in self._contrasts(name, rivals):
+        for pair in self._contrasts(name, rivals):
             first = not parts
-            difference = self.scale.signed(one.difference, unit=first)
-            interval = "95 % interval " * first + self._interval(one)
-            parts.append(f"{difference} over {self.labels[one.b]} ({interval})")
-        others = [other for other in self.ranked if other not in rivals]
+            difference = self.scale.signed(pair.difference, unit=first)
+            interval = "95 % interval " * first + self._interval(pair)
+            parts.append(f"{difference} over {self.labels[pair.b]} ({interval})")
+        others = [base for base in self.ranked if base not in rivals]
         return f"{' and '.join(parts)}, {self._where(name)}.{self._others(name, others)}"
 
     def _others(self, name: str, others: Sequence[str]) -> str:
         """' Clearly behind it: …. Not clearly different from it: ….', with the differences."""
-        found = self._contrasts(name, [other for other in others if other != name])
-        behind = [one for one in found if one.better]
-        level = [one for one in found if not one.better]
+        pairs = self._contrasts(name, [rival for rival in others if rival != name])
+        behind = [pair for pair in pairs if pair.better]
+        level = [pair for pair in pairs if not pair.better]
         text = ""
         for title, members in (("Clearly behind it", behind), ("Not clearly different", level)):
             listed = [
-                f"{self.labels[one.b]} {self.scale.signed(-one.difference, unit=index == 0)} "
-                f"({self._interval(one.flipped())})"
-                for index, one in enumerate(members)
+                f"{self.labels[pair.b]} {self.scale.signed(-pair.difference, unit=index == 0)} "
+                f"({self._interval(pair.flipped())})"
+                for index, pair in enumerate(members)
             ]
             text += f" {title}: {', '.join(listed)}." if listed else ""
         return text
 
-    def _interval(self, one: Contrast) -> str:
-        """The interval, with the p-value where the two disagree on whether it is clear."""
-        text = self.scale.interval(one.low, one.high)
-        if (one.low > 0 or one.high < 0) and one.p_holm >= ALPHA and one.num_tasks >= FEW_TASKS:
-            text += f", but p = {p_text(one.p_holm)} after Holm's correction"
+    def _interval(self, pair: Contrast) -> str:
+        """The interval; with the p-value if the two disagree on whether the difference is clear."""
+        text = self.scale.interval(pair.low, pair.high)
+        if (pair.low > 0 or pair.high < 0) and pair.p_holm >= ALPHA and pair.num_tasks >= FEW_TASKS:
+            text += f", but p = {p_text(pair.p_holm)} after Holm's correction"
         return text
 
     def _where(self, name: str) -> str:
-        """'with 16 rows a task, 24 unseen tasks, 3 repeats'."""
-        found = self._contrasts(name, [other for other in self.ranked if other != name])
+        """'with 16 rows per task, 24 unseen tasks, 3 repeats'."""
+        pairs = self._contrasts(name, [rival for rival in self.ranked if rival != name])
         where = shots_phrase(self.shots, self.shots_unit)
-        if not found:
+        if not pairs:
             return where
-        tasks = min(one.num_tasks for one in found)
+        tasks = min(pair.num_tasks for pair in pairs)
         few = f" (fewer than {FEW_TASKS}, too few to be sure of anything)"
         return (
             f"{where}, {counted(tasks, 'unseen task')}{few if tasks < FEW_TASKS else ''}, "
-            f"{counted(min(one.num_seeds for one in found), 'repeat')}"
+            f"{counted(min(pair.num_seeds for pair in pairs), 'repeat')}"
         )
 
     def _alone(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""How scores, differences and numbers of shots are written for people: one wording everywhere."""
+"""One wording everywhere for scores, differences and numbers of shots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AS_IT_IS = "the model as it is"
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """The unit of a metric: accuracy is written in percent and points, all else as it is.
+    """The unit of a metric: accuracy in percent and points, all other metrics unscaled.
 
     Args:
         metric: The metric's name, such as "accuracy" or "log-likelihood per token".
@@ -29,17 +29,17 @@ class Scale:
 
     @property
     def factor(self) -> float:
-        """What a score is multiplied by before it is written."""
+        """The factor between a score and its written value."""
         return 100.0 if self.metric == "accuracy" else 1.0
 
     @property
     def axis(self) -> str:
-        """The metric with its unit, as an axis or a table is titled."""
+        """Title of an axis or table column of scores: the metric with its unit."""
         return "accuracy, %" if self.metric == "accuracy" else self.metric
 
     @property
     def difference_axis(self) -> str:
-        """The unit of a difference, as an axis or a table is titled."""
+        """Title of an axis or table column of differences: their unit."""
         return "points of accuracy" if self.metric == "accuracy" else self.metric
 
     def level(self, score: float, *, unit: bool = False) -> str:
@@ -61,12 +61,12 @@ class Scale:
 
 
 def shots_order(shots: int | None) -> float:
-    """Sorts numbers of shots; None, which is all rows, comes last."""
+    """Sort key of a number of shots; None (all examples) comes last."""
     return math.inf if shots is None else shots
 
 
 def shots_label(shots: int | None, unit: str = "rows") -> str:
-    """A number of shots as a column is titled.
+    """A number of shots as the title of a column.
 
     >>> shots_label(0), shots_label(1), shots_label(5, "rows per class"), shots_label(None)
     ('before adapting', '1 row', '5 rows per class', 'all rows')
@@ -82,16 +82,16 @@ def shots_phrase(shots: int | None, unit: str = "rows") -> str:
     """A number of shots inside a sentence.
 
     >>> shots_phrase(0), shots_phrase(16), shots_phrase(5, "rows per class")
-    ('before adapting', 'with 16 rows a task', 'with 5 rows per class')
+    ('before adapting', 'with 16 rows per task', 'with 5 rows per class')
     """
     label = shots_label(shots, unit)
     if shots == 0:
         return label
-    return f"with {label}" if " per " in label else f"with {label} a task"
+    return f"with {label}" if " per " in label else f"with {label} per task"
 
 
 def choice_sentences(bases: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each base that was chosen among others: what was taken, and how sure that is.
+    """For each base that `auto` chose: the method that it took, and how clear the choice was.
 
     >>> above = {"over": "none", "difference": 0.02, "low": -0.01, "high": 0.05, "num_tasks": 9}
     >>> choice_sentences([{"label": "auto", "choices": [{"chosen": "standard", "above": [above]}]}])
@@ -100,20 +100,21 @@ def choice_sentences(bases: Sequence[Mapping[str, Any]]) -> list[str]:
     >>> choice_sentences([{"label": "auto", "choices": [choice, choice]}])[0][:48]
     'auto took, in 2 retrainings, standard in 2; in 0'
     """
-    found = []
+    sentences = []
     for base in bases:
         choices = base.get("choices") or []
         if len(choices) == 1:
-            found.append(f"{base['label']} took {choices[0]['chosen']}: {_sureness(choices[0])}.")
+            sureness = _sureness(choices[0])
+            sentences.append(f"{base['label']} took {choices[0]['chosen']}: {sureness}.")
         elif choices:
-            taken = Counter(choice["chosen"] for choice in choices)
-            which = ", ".join(f"{name} in {number}" for name, number in taken.most_common())
+            counts = Counter(choice["chosen"] for choice in choices)
+            which = ", ".join(f"{name} in {number}" for name, number in counts.most_common())
             clear = sum(all(row["low"] > 0 for row in choice["above"]) for choice in choices)
-            found.append(
+            sentences.append(
                 f"{base['label']} took, in {len(choices)} retrainings, {which}; in {clear} of "
                 "them it was clearly better than all others on the held-out seen tasks."
             )
-    return found
+    return sentences
 
 
 def _sureness(choice: Mapping[str, Any]) -> str:
@@ -126,7 +127,7 @@ def _sureness(choice: Mapping[str, Any]) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun.
+    """A number with its noun, in the singular or plural.
 
     >>> counted(1, "seed"), counted(3, "seed")
     ('1 seed', '3 seeds')
@@ -135,5 +136,5 @@ def counted(number: int, noun: str) -> str:
 
 
 def p_text(p_value: float) -> str:
-    """A p-value: '0.031', or '<0.001' where more digits say nothing."""
+    """A p-value: '0.031', or '<0.001' for all smaller ones."""
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"

@@ -1,1 +1,1 @@
-"""Trajectory forecasting: Forecast-MAE and Forecast-PEFT. A wing."""
+"""Trajectory forecasting: a Forecast-MAE, pretrained on scenes and adapted by Forecast-PEFT."""

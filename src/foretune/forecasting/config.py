@@ -1,4 +1,4 @@
-"""The sizes of a Forecast-MAE; importing this does not import torch."""
+"""The sizes of a Forecast-MAE. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ class ForecastMAEConfig:
     """Sizes of a Forecast-MAE; the defaults are those of the released model for Argoverse 2.
 
     Args:
-        width: Of a token; a multiple of 8 and of `num_heads`.
-        encoder_depth: Blocks of the encoder.
-        decoder_depth: Blocks of the decoder.
-        num_heads: Attention heads of a block.
-        drop_path: Share of the examples that skip the last block's branches; rises from 0.
+        width: Token width d; a multiple of 8 and of `num_heads`.
+        encoder_depth: Encoder blocks.
+        decoder_depth: Decoder blocks.
+        num_heads: Attention heads per block.
+        drop_path: Stochastic-depth rate of the last block; rises linearly from 0 at the first.
         history_steps: Observed steps of an agent.
         future_steps: Steps to predict.
-        lane_points: Points of a lane.
-        radius: Agents and lanes farther from the focal agent, in metres, are not seen; None sees
-            all.
-        metres: What is read and written as 1. More makes far positions small numbers, which trains
-            in fewer steps; the released model has 1.
+        lane_points: Points per lane.
+        radius: Agents and lanes farther than this from the focal agent, in metres, are left out;
+            None keeps all.
+        metres: Length unit of the model's inputs and outputs, in metres. A larger unit keeps far
+            positions small, which trains in fewer steps; the released model has 1.
 
     Raises:
         UserError: A value is out of range.

@@ -7,18 +7,18 @@ from torch import Tensor
 
 
 def displacements(trajectories: Tensor, truth: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Average and final displacement error of every mode.
+    """Average and final displacement error (ADE, FDE) of every mode.
 
     Args:
         trajectories: (n, K, F, 2) in m.
-        truth: (n, F, 2); whatever it holds at steps that were not observed is not read.
-        valid: (n, F) true where a step was observed; at least one step of each row.
+        truth: (n, F, 2) in m; unobserved steps may hold any value.
+        valid: (n, F) true where a step was observed; at least one step per scene.
 
     Returns:
         (n, K) mean over the observed steps and (n, K) value at the last observed step, in m.
     """
-    apart = trajectories - torch.where(valid[..., None], truth, 0)[:, None]
-    distance = apart.norm(dim=-1) * valid[:, None]
+    difference = trajectories - torch.where(valid[..., None], truth, 0)[:, None]
+    distance = difference.norm(dim=-1) * valid[:, None]
     average = distance.sum(-1) / valid.sum(-1)[:, None]
     step = torch.arange(valid.shape[-1], device=valid.device)
     last = torch.where(valid, step, -1).amax(-1)

@@ -1,9 +1,9 @@
 """Encoders of Forecast-MAE that turn one agent's track or one lane's polyline into one token.
 
 symbol  here             meaning
-n       tracks or lanes  those that are there; padding never comes here
+n       tracks or lanes  real ones only; padding is removed before
 t       steps
-d       width            of a token
+d       width            token width
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ KERNELS, DEPTHS, HEADS, MLP_RATIO = (3, 3, 5), (2, 2, 2), (2, 4, 8), 3
 
 
 class DropPath(nn.Module):
-    """Leaves a residual branch out for some of the examples while training (stochastic depth).
+    """Stochastic depth: drops a residual branch for a random share of the examples in training.
 
     Args:
-        rate: Share of the examples.
+        rate: Probability of dropping the branch.
     """
 
     def __init__(self, rate: float) -> None:
@@ -30,20 +30,20 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, …) → (n, …), the mean unchanged."""
+        """(n, …) → (n, …), unchanged in expectation."""
         if not self.training or self.rate == 0:
             return x
         keep = 1 - self.rate
-        kept = torch.empty(len(x), *[1] * (x.dim() - 1), device=x.device).bernoulli_(keep)
-        return x * kept.to(x.dtype) / keep
+        mask = torch.empty(len(x), *[1] * (x.dim() - 1), device=x.device).bernoulli_(keep)
+        return x * mask.to(x.dtype) / keep
 
 
 class Mlp(nn.Module):
     """Linear, GELU, Linear.
 
     Args:
-        width: Of input and output.
-        hidden: In between.
+        width: Input and output width.
+        hidden: Hidden width.
     """
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -59,13 +59,13 @@ class Mlp(nn.Module):
 class NeighbourAttention(nn.Module):
     """Each step attends to the `kernel` steps nearest to it (Hassani et al., arXiv:2204.07143).
 
-    At the borders the window is moved inwards, so every step has `kernel` neighbours. The bias
-    depends on the distance. Names of parameters are those of natten before 0.17.
+    At the ends of a track the window is shifted inwards, so every step has `kernel` neighbours.
+    The bias depends on the relative position. Parameter names are those of natten before 0.17.
 
     Args:
-        width: Of a step.
+        width: Width of a step.
         heads: Attention heads.
-        kernel: Odd number of neighbours; a shorter track has all its steps as neighbours.
+        kernel: Odd window size; in a track shorter than this all steps attend to each other.
     """
 
     def __init__(self, width: int, heads: int, kernel: int) -> None:
@@ -89,7 +89,7 @@ class NeighbourAttention(nn.Module):
 
 
 class NeighbourLayer(nn.Module):
-    """Neighbourhood attention and an MLP, each behind a norm."""
+    """Pre-norm transformer layer: neighbourhood attention and an MLP."""
 
     def __init__(self, width: int, heads: int, kernel: int, drop_path: float) -> None:
         super().__init__()
@@ -106,13 +106,13 @@ class NeighbourLayer(nn.Module):
 
 
 class Conv3(nn.Conv1d):
-    """A convolution over three steps as one matrix product, which a CPU does much faster.
+    """A convolution of kernel size 3 as one matrix product, which is much faster on a CPU.
 
     Args:
-        inputs: Numbers in a step.
-        outputs: Numbers in a step of the result.
-        stride: 1, or 2 for half as many steps.
-        bias: Whether there is one.
+        inputs: Input channels.
+        outputs: Output channels.
+        stride: 1, or 2 to halve the number of steps.
+        bias: Whether to add a bias.
     """
 
     channels_last = True  # read by the adapter bank
@@ -127,7 +127,7 @@ class Conv3(nn.Conv1d):
 
 
 class Halve(nn.Module):
-    """Half as many steps of twice the width."""
+    """Halves the number of steps and doubles the width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -144,9 +144,9 @@ class AgentEncoder(nn.Module):
     """A track → a token: three levels of neighbourhood attention, joined by a feature pyramid.
 
     Args:
-        channels: Numbers in a step.
-        width: Of the token; the levels have a quarter, a half and the whole of it.
-        drop_path: Of the last layer; it rises linearly from 0.
+        channels: Channels of a step.
+        width: Token width; the three levels have a quarter, a half and all of it.
+        drop_path: Stochastic-depth rate of the last layer; rises linearly from 0 at the first.
     """
 
     def __init__(self, channels: int, width: int, drop_path: float) -> None:
@@ -166,32 +166,32 @@ class AgentEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(n, t, channels) → (n, width)."""
         x = self.proj(x)
-        found: list[Tensor] = []
+        features: list[Tensor] = []
         for i in range(LEVELS):
             x = self.levels[i](x)
-            found.append(self.lateral_convs[i](self.norms[i](x)))
+            features.append(self.lateral_convs[i](self.norms[i](x)))
             if i + 1 < LEVELS:
                 x = self.downsamples[i](x)
-        newest = _from_the_top(found)[:, -2:]  # all that the last step's convolution reads
+        newest = _top_down_sum(features)[:, -2:]  # all that the last step's convolution reads
         out: Tensor = self.fpn_conv(newest)[:, -1]
         return out
 
 
-def _from_the_top(levels: Sequence[Tensor]) -> Tensor:
-    """(n, t, width): each level plus the coarser ones, stretched to its length."""
+def _top_down_sum(levels: Sequence[Tensor]) -> Tensor:
+    """(n, t, width): the finest level plus the coarser ones, upsampled level by level."""
     out = levels[-1].transpose(1, 2)
     for level in reversed(levels[:-1]):
-        stretched = F.interpolate(out, size=level.shape[1], mode="linear", align_corners=False)
-        out = level.transpose(1, 2) + stretched
+        upsampled = F.interpolate(out, size=level.shape[1], mode="linear", align_corners=False)
+        out = level.transpose(1, 2) + upsampled
     return out.transpose(1, 2)
 
 
 class LaneEncoder(nn.Module):
-    """A polyline → a token, as PointNet does: what is said of a point knows all the others.
+    """A polyline → a token by a PointNet: each point's features are joined with their maximum.
 
     Args:
-        channels: Numbers in a point.
-        width: Of the token.
+        channels: Channels of a point.
+        width: Token width.
     """
 
     def __init__(self, channels: int, width: int) -> None:
@@ -203,9 +203,9 @@ class LaneEncoder(nn.Module):
         """(n, points, channels) → (n, width)."""
         n = len(x)
         points = self.first_conv(x.flatten(0, 1)).unflatten(0, (n, -1))
-        whole = points.amax(1, keepdim=True).expand_as(points)
-        mixed = self.second_conv(torch.cat([whole, points], 2).flatten(0, 1))
-        out: Tensor = mixed.unflatten(0, (n, -1)).amax(1)
+        polyline = points.amax(1, keepdim=True).expand_as(points)
+        joined = self.second_conv(torch.cat([polyline, points], 2).flatten(0, 1))
+        out: Tensor = joined.unflatten(0, (n, -1)).amax(1)
         return out
 
 

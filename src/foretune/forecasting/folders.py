@@ -1,4 +1,4 @@
-"""`foretune forecast`: pretrain, adapt and evaluate a forecaster of trajectories on folders."""
+"""The work of `foretune forecast`: pretrain, adapt and evaluate forecasters stored as folders."""
 
 from __future__ import annotations
 
@@ -17,88 +17,107 @@ from foretune.recipes.overrides import method_and_run
 from foretune.run import Run, check_positive
 
 SUMMARY = "forecasts.json"
-ADAPTING = ("forecast-peft", "full")
+ADAPT_METHODS = ("forecast-peft", "full")
 RUN_FIELDS = tuple(
     f.name for f in dataclasses.fields(Run) if f.name not in ("seed", "out", "resume", "overwrite")
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretraining:
-    """What `foretune forecast pretrain` was asked for, checked."""
+class PretrainSettings:
+    """The checked settings of `foretune forecast pretrain`."""
 
     sizes: ForecastMAEConfig
     learning_rate: float
     run: Run
 
 
-def pretraining(changes: Sequence[str], seed: int) -> Pretraining:
-    """Checks the settings; imports no torch.
+def pretrain_settings(changes: Sequence[str], seed: int) -> PretrainSettings:
+    """Check the settings of `foretune forecast pretrain`, without importing torch.
+
+    Args:
+        changes: `key=value` of the model's sizes, the learning rate and the run.
+        seed: Random seed of the run.
 
     Raises:
         UserError: A setting is unknown or out of range.
     """
-    sizes = [f.name for f in dataclasses.fields(ForecastMAEConfig)]
-    own, run = method_and_run(changes, "the model", [*sizes, "learning_rate"], RUN_FIELDS)
-    rate = own.pop("learning_rate", 1e-3)
-    check_positive("learning_rate", rate)
-    asked = Run(**{"schedule": "cosine", "batch_size": 32, **run}, seed=seed)
-    return Pretraining(ForecastMAEConfig(**own), rate, asked)
+    size_names = [f.name for f in dataclasses.fields(ForecastMAEConfig)]
+    sizes, run = method_and_run(changes, "the model", [*size_names, "learning_rate"], RUN_FIELDS)
+    learning_rate = sizes.pop("learning_rate", 1e-3)
+    check_positive("learning_rate", learning_rate)
+    run = {"schedule": "cosine", "batch_size": 32, **run}
+    return PretrainSettings(ForecastMAEConfig(**sizes), learning_rate, Run(**run, seed=seed))
 
 
-def adapting(name: str, changes: Sequence[str], seed: int) -> tuple[Any, Run]:
-    """(method, run) of `foretune forecast adapt`; imports no torch.
+def adapt_settings(name: str, changes: Sequence[str], seed: int) -> tuple[Any, Run]:
+    """Check the settings of `foretune forecast adapt`, without importing torch.
+
+    Args:
+        name: Name of the method.
+        changes: `key=value` of the method and the run.
+        seed: Random seed of the run.
+
+    Returns:
+        (method, run).
 
     Raises:
-        UserError: No such way to adapt, or a setting is unknown or out of range.
+        UserError: The method or a setting is unknown, or a setting is out of range.
     """
-    if name not in ADAPTING:
+    if name not in ADAPT_METHODS:
         raise UserError(
-            f"--method is one of {', '.join(ADAPTING)}; got {name!r}.{did_you_mean(name, ADAPTING)}"
+            f"--method must be one of {', '.join(ADAPT_METHODS)}; got {name!r}."
+            f"{did_you_mean(name, ADAPT_METHODS)}"
         )
-    fields = [f.name for f in dataclasses.fields(method_class(name))]
-    own, run = method_and_run(changes, name, fields, RUN_FIELDS)
+    field_names = [f.name for f in dataclasses.fields(method_class(name))]
+    fields, run = method_and_run(changes, name, field_names, RUN_FIELDS)
     if name == "full":
-        own = {"learning_rate": 1e-3, **own}
-    usual = {"schedule": "cosine", "batch_size": 16, "weight_decay": 1e-4}
-    return make(name, **own), Run(**{**usual, **run}, seed=seed)
+        fields = {"learning_rate": 1e-3, **fields}
+    run = {"schedule": "cosine", "batch_size": 16, "weight_decay": 1e-4, **run}
+    return make(name, **fields), Run(**run, seed=seed)
 
 
 def pretrain_folder(
-    asked: Pretraining,
+    settings: PretrainSettings,
     scenes: Path,
     out: Path,
     *,
     overwrite: bool = False,
     console: Console = SILENT,
 ) -> dict[str, Any]:
-    """Pretrains a fresh Forecast-MAE on the training rows of all tasks; saves it as a folder.
+    """Pretrain a fresh Forecast-MAE on the training scenes of all tasks and save it as a folder.
 
     Args:
-        asked: Sizes, rate and run.
+        settings: Sizes, learning rate and run.
         scenes: A file or a folder of scenes.
-        out: Where.
-        overwrite: Replace a model that is there.
-        console: Is told how it goes.
+        out: Folder of the model.
+        overwrite: Replace a model already in the folder.
+        console: Receives progress.
+
+    Returns:
+        The folder, counts of tasks, scenes and parameters, the validation loss and the cost.
+
+    Raises:
+        UserError: The scenes cannot be read or do not fit the sizes, or the folder is in use.
     """
-    _there(scenes)
+    _check_exist(scenes)
     import torch
 
     import foretune
     from foretune.forecasting.model import CONFIG_FILE, ForecastMAE, save_forecast_mae
 
     claim_model_folder(out, CONFIG_FILE, overwrite=overwrite)
-    sizes = asked.sizes
+    sizes = settings.sizes
     objective = foretune.SceneReconstruction(**_steps(sizes))
     tasks = _load(scenes, sizes).with_objective(objective)
-    torch.manual_seed(asked.run.seed)
+    torch.manual_seed(settings.run.seed)
     model = ForecastMAE(sizes)
     with console.bar(f"pretraining on {sum(len(t.train) for t in tasks)} scenes") as progress:
         outcome = foretune.retrain(
             model,
             tasks,
-            make("standard", learning_rate=asked.learning_rate),
-            asked.run,
+            make("standard", learning_rate=settings.learning_rate),
+            settings.run,
             progress=progress,
         )
     pretrained: Any = outcome.model
@@ -124,19 +143,27 @@ def adapt_folder(
     overwrite: bool = False,
     console: Console = SILENT,
 ) -> dict[str, Any]:
-    """Adapts a pretrained model to each task; a folder of each in `out`.
+    """Adapt a pretrained model to each task and save the results as one folder per task.
 
     Args:
-        base: A folder of `pretrain_folder`.
-        method: `ForecastPEFT`, or `Full`, which puts an MLP head on the encoder.
-        run: Steps, batch size.
+        base: Folder of the pretrained model.
+        method: `ForecastPEFT`, or `Full`, which fine-tunes the encoder with an MLP head.
+        run: Steps, batch size and the like.
         scenes: A file or a folder of scenes.
-        out: Where.
-        shots: Training scenes of each task; None for all.
-        overwrite: Replace what is there.
-        console: Is told how it goes.
+        out: Folder of the task folders.
+        shots: Training scenes per task; None for all.
+        overwrite: Replace adapted forecasters already in the folder.
+        console: Receives progress.
+
+    Returns:
+        The folder, the minFDE of each task in m and the cost.
+
+    Raises:
+        UserError: The base or the scenes cannot be read or do not fit, or the folder is in use.
     """
-    _there(base, scenes)
+    _check_exist(base, scenes)
+    import torch
+
     import foretune
     from foretune.forecasting.forecasters import add_head, load_forecast_mae
     from foretune.forecasting.model import save_forecast_mae
@@ -146,7 +173,9 @@ def adapt_folder(
     model = load_forecast_mae(base)
     tasks = _load(scenes, model.sizes).with_objective(foretune.Forecast(**_steps(model.sizes)))
     if method.name == "full":
-        add_head(model, spread=True)  # beginning alike, its modes stay alike
+        with torch.random.fork_rng():
+            torch.manual_seed(run.seed)
+            add_head(model, spread=True)  # modes that start equal stay equal
     with console.bar(f"adapting to {len(tasks)} tasks", rounds=len(tasks)) as progress:
         adapted = foretune.adapt(model, tasks, method, run, shots=shots, progress=progress)
     folders = {task.name: folder_name(task.name) for task in tasks}
@@ -159,8 +188,8 @@ def adapt_folder(
     with whole_folder(out) as part:
         for name, folder in folders.items():
             if method.name == "full":
-                adapted_model: Any = adapted.models[name, 0]
-                save_forecast_mae(adapted_model, part / folder)
+                forecaster: Any = adapted.models[name, 0]
+                save_forecast_mae(forecaster, part / folder)
             else:
                 (part / folder).mkdir()
                 adapted.learners[name, 0].write(part / folder, None)
@@ -179,51 +208,64 @@ def evaluate_folder(
     pictures: int = 4,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Measures adapted forecasters, each on its own task, beside constant velocity.
+    """Evaluate adapted forecasters, each on its own task, against constant velocity.
 
     Args:
-        folder: Of `adapt_folder`, or a model with a forecaster, which is tried on all tasks.
+        folder: Folder of `adapt_folder`, or of a model with a forecaster, which is evaluated on
+            all tasks.
         scenes: A file or a folder of scenes.
-        split: The rows.
-        base: The pretrained model, where it has moved since.
-        page: An HTML file with the table and pictures; None for none.
-        pictures: Scenes of each task on it.
+        split: "train", "validation" or "test".
+        base: Folder of the pretrained model; None takes the one recorded in `folder`.
+        page: HTML file for the table and pictures; None for none.
+        pictures: Pictured scenes per task.
         overwrite: Replace the page.
+
+    Returns:
+        "rows", the metrics of each model and task, and "page", its path or None.
+
+    Raises:
+        UserError: The page exists, a model or the scenes cannot be read, or no task has both a
+            model and scenes.
     """
-    _there(folder, scenes)
+    _check_exist(folder, scenes)
     import foretune
     from foretune.forecasting.measures import forecast_rows, measures
     from foretune.forecasting.report import forecast_page, scene_figure
     from foretune.forecasting.scenes import in_focal_frame
 
     if page is not None and page.exists() and not overwrite:
-        raise UserError(f"{page} is there already: --overwrite replaces it, another name leaves it")
-    models = _Adapted(folder, base)
+        raise UserError(f"{page} already exists: --overwrite replaces it, or choose another --out")
+    models = _AdaptedModels(folder, base)
     objective = foretune.Forecast(**_steps(models.sizes))
     tasks = _load(scenes, models.sizes)
-    rows, figures = [], []
     objective = objective.fit(tasks)
+    rows, figures = [], []
     for task in tasks:
         examples = task.split(split)
-        model = models.of(task.name)
+        model = models.model_of(task.name)
         if model is None or not examples:
             continue
-        said = forecast_rows(model, examples, objective)
-        about = {"task": task.name, "scenes": len(examples)}
-        rows.append({"model": folder.name, **about, **measures(said)})
-        still = measures(forecast_rows(None, examples, objective))
-        keys = [key for key in rows[-1] if key not in ("model", *about)]
+        forecasts = forecast_rows(model, examples, objective)
+        cell = {"task": task.name, "scenes": len(examples)}
+        metrics = measures(forecasts)
+        rows.append({"model": folder.name, **cell, **metrics})
+        baseline = measures(forecast_rows(None, examples, objective))
+        # Constant velocity has a single mode: its best of K is its only one.
+        baseline_keys = {
+            key: key if key in baseline else key.rstrip("0123456789") + "1" for key in metrics
+        }
         rows.append(
-            {"model": "constant velocity", **about}
-            | {key: still[key if key in still else key.rstrip("0123456789") + "1"] for key in keys}
+            {"model": "constant velocity", **cell}
+            | {key: baseline[baseline_key] for key, baseline_key in baseline_keys.items()}
         )
         for i in range(min(pictures, len(examples))):
             scene = in_focal_frame(examples[i], models.sizes.history_steps, models.sizes.radius)
-            drawn = scene_figure(scene, said[0][i].numpy(), said[1][i].softmax(0).numpy())
-            figures.append((f"{task.name}, {split} scene {i + 1}", drawn))
+            trajectories, probabilities = forecasts[0][i], forecasts[1][i].softmax(0)
+            svg = scene_figure(scene, trajectories.numpy(), probabilities.numpy())
+            figures.append((f"{task.name}, {split} scene {i + 1}", svg))
     if not rows:
         raise UserError(
-            f"{scenes} has no {split} scenes of a task that {folder} was adapted to "
+            f"{scenes} has no {split} scenes of the tasks that {folder} was adapted to "
             f"({', '.join(models.names)})"
         )
     if page is not None:
@@ -231,8 +273,8 @@ def evaluate_folder(
     return {"rows": rows, "page": None if page is None else str(page)}
 
 
-class _Adapted:
-    """The model of each task in a folder, read when asked for."""
+class _AdaptedModels:
+    """The models of a folder's tasks, each loaded on request."""
 
     def __init__(self, folder: Path, base: Path | None) -> None:
         from foretune.forecasting.forecasters import load_forecast_mae
@@ -242,24 +284,24 @@ class _Adapted:
         if not summary.is_file():
             self.single = load_forecast_mae(folder)
             if self.single.forecaster is None:
-                self.single.forecast({})  # says what is missing
-            self.names, self.sizes = ["every task"], self.single.sizes
+                self.single.forecast({})  # raises: the model has no forecaster
+            self.names, self.sizes = ["all tasks"], self.single.sizes
             return
         try:
-            about = json.loads(summary.read_text("utf-8"))
-            self.folders: dict[str, str] = about["folders"]
-            self.method = make(**about["method"])
-            place = base or Path(about["base"])
+            adaptation = json.loads(summary.read_text("utf-8"))
+            self.folders: dict[str, str] = adaptation["folders"]
+            self.method = make(**adaptation["method"])
+            base_folder = base or Path(adaptation["base"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot read {summary}: {error}") from error
-        if not place.is_dir():
-            raise UserError(f"the base {place} has moved: say where it is by --base")
+        if not base_folder.is_dir():
+            raise UserError(f"the base model is not at {base_folder}: pass its folder by --base")
         self.names = list(self.folders)
-        self.base = load_forecast_mae(place)
+        self.base = load_forecast_mae(base_folder)
         self.sizes = self.base.sizes
 
-    def of(self, task: str) -> Any:
-        """The task's model; None for a task that was not adapted to."""
+    def model_of(self, task: str) -> Any:
+        """The task's model; None if the folder has none."""
         from foretune.forecasting.forecast_peft import load_adapted
         from foretune.forecasting.forecasters import load_forecast_mae
 
@@ -267,20 +309,25 @@ class _Adapted:
             return self.single
         if task not in self.folders:
             return None
-        place = self.folder / self.folders[task]
+        task_folder = self.folder / self.folders[task]
         if self.method.name == "full":
-            return load_forecast_mae(place)
-        return load_adapted(place, self.base)
+            return load_forecast_mae(task_folder)
+        return load_adapted(task_folder, self.base)
 
 
-def _there(*paths: Path) -> None:
-    """Asked first: a mistyped path must not wait for torch."""
+def _check_exist(*paths: Path) -> None:
+    """Check that files or folders exist, before torch is imported: a mistyped path fails at once.
+
+    Raises:
+        UserError: A path does not exist.
+    """
     for path in paths:
         if not path.exists():
             raise UserError(f"no such file or folder: {path}")
 
 
 def _steps(sizes: ForecastMAEConfig) -> dict[str, Any]:
+    """The fields that the objectives share with a model's sizes."""
     return {
         "history_steps": sizes.history_steps,
         "future_steps": sizes.future_steps,
@@ -289,6 +336,7 @@ def _steps(sizes: ForecastMAEConfig) -> dict[str, Any]:
 
 
 def _load(scenes: Path, sizes: ForecastMAEConfig) -> Any:
+    """The scenes as a collection without an objective."""
     from foretune.forecasting.readers import load_scenes
 
     return load_scenes(

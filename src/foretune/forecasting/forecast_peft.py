@@ -1,30 +1,30 @@
-"""Forecast-PEFT: a pretrained trajectory forecaster is adapted by prompts and small adapters.
+"""Forecast-PEFT: adapt a pretrained trajectory forecaster by prompts and small adapters.
 
 Paper: Wang et al., "Forecast-PEFT: Parameter-Efficient Fine-Tuning for Pre-trained Motion
 Forecasting Models", 2024, arXiv:2407.19564.
 
-The pretrained Forecast-MAE keeps encoder and decoder, and to forecast is its pretext task with all
-histories visible and all futures hidden. What is new, and what of the old is trained:
+The pretrained Forecast-MAE keeps its encoder and decoder: forecasting is its pretext task with all
+histories visible and all futures hidden. The trained parameters:
 
-    symbol  here                     trained
-    CEP     forecaster.prompt_scene  prompts of each encoder block (section 3.3)
-    MCP     forecaster.prompt_mode   prompts of each of K modes, in the decoder
-    A1 A2   adapter_attn, _mlp       beside attention and MLP of each block, rank r
-            *bias*, *norm*           of the whole model
-            future_pred, decoder_embed
+    symbol  here                        meaning
+    CEP     forecaster.prompt_scene     prompts of each encoder block (section 3.3)
+    MCP     forecaster.prompt_mode      prompts of each of the K modes, in the decoder
+    A1 A2   adapter_attn, adapter_mlp   beside attention and MLP of each block, rank r
+            *bias*, *norm*              in the whole model
+            future_pred, decoder_embed  prediction layer and decoder input
 
     x ← x + drop(attention(n1 x) + A1(n1 x));   x ← x + drop(mlp(n2 x) + A2(n2 x))
 
 Deviations:
-    - the up-projections of the adapters begin at zero, so that training starts at the pretrained
-      function; the authors' code draws all linear layers anew after it has zeroed the adapters
-    - the second adapter is dropped with its branch; theirs is outside of it
-    - all modes go through the decoder in one call; theirs are a loop of K calls
-    - `freeze_bn`: running statistics of the lane encoder stay; theirs go on moving
-    - the winner among the modes is the one nearest on average over the observed steps
+    - the up-projections of the adapters start at zero, so that training starts at the pretrained
+      function; the authors' code reinitialises all linear layers after zeroing the adapters
+    - the second adapter is inside the dropped branch; theirs is outside
+    - all modes go through the decoder in one call; theirs loops over K calls
+    - `freeze_bn`: running statistics of the lane encoder are frozen; theirs keep moving
+    - the winning mode is the one with the smallest average displacement over the observed steps
 Silent in the paper:
-    - which parameters the word "bias" takes in: as in the authors' code all of them, those of
-      attention, embeddings and batch norms as well
+    - which parameters count as "bias": all of them, as in the authors' code, including those of
+      attention, embeddings and batch norms
 """
 
 from __future__ import annotations
@@ -55,16 +55,19 @@ RECORD_FILE, DELTA_FILE = "forecast_peft.json", "forecast_peft.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastPEFT(AdaptMethod):
-    """Prompts and parallel adapters on a frozen Forecast-MAE, for each task.
+    """Prompts and parallel adapters on a frozen Forecast-MAE, per task.
 
     Args:
-        modes: Futures that are forecast (K).
-        prompts: Prompt tokens of each encoder block, and of each mode.
-        adapter_rank: Inner width of the adapters (r); 0 for none.
+        modes: Number of forecast futures K.
+        prompts: Prompt tokens per encoder block, and per mode.
+        adapter_rank: Inner width r of the adapters; 0 for none.
         train: "parts", or "all" for the whole model (with `adapter_rank` 0 the paper's
             Forecast-FT).
-        learning_rate: Of AdamW; prompts, biases and norms do not decay.
-        freeze_bn: Keep the running statistics of batch norms.
+        learning_rate: Learning rate of AdamW; prompts, biases and norms have no weight decay.
+        freeze_bn: Freeze the running statistics of batch norms.
+
+    Raises:
+        UserError: A value is out of range.
     """
 
     modes: int = 6
@@ -103,14 +106,19 @@ class ForecastPEFT(AdaptMethod):
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        """Puts the new parts into the model, in place, and trains what is to be trained."""
+        """A learner of the task's parameters; adds the prompts and adapters to the model in place.
+
+        Raises:
+            UserError: The objective is not `Forecast`, or the model is not a pretrained
+                Forecast-MAE.
+        """
         from foretune.adapters.fingerprint import fingerprint
         from foretune.forecasting.forecasters import check_pretrained
         from foretune.forecasting.learner import ForecastLearner
 
         if objective.kind != "forecast":
             raise UserError(
-                f"forecast-peft adapts to scenes with the objective Forecast, got {objective.kind}"
+                f"forecast-peft needs tasks with the objective Forecast, got {objective.kind}"
             )
         forecaster = check_pretrained(model)
         base_fingerprint = fingerprint(model)
@@ -127,16 +135,16 @@ class ForecastPEFT(AdaptMethod):
         )
 
     def install(self, model: ForecastMAE) -> None:
-        """Puts the new parts into a pretrained model, in place, and freezes what stays."""
+        """Add prompts and adapters to a pretrained model in place, and freeze the other weights."""
         from foretune.forecasting.forecasters import add_prompts
 
         add_prompts(model, modes=self.modes, prompts=self.prompts, adapter_rank=self.adapter_rank)
-        wanted = set(self.trained_names(model))
+        trained = set(self.trained_names(model))
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in wanted)
+            parameter.requires_grad_(name in trained)
 
     def trained_names(self, model: nn.Module) -> list[str]:
-        """The names of the parameters that differ from task to task."""
+        """Names of the trained parameters, which differ between tasks."""
         names = [name for name, _ in model.named_parameters()]
         if self.train == "all":
             return names
@@ -144,14 +152,15 @@ class ForecastPEFT(AdaptMethod):
 
 
 def load_adapted(folder: Path | str, base: ForecastMAE) -> ForecastMAE:
-    """A copy of the base with the task that was saved in a folder.
+    """A copy of the base with the trained parameters of one task, in eval mode.
 
     Args:
-        folder: Of one task.
-        base: The pretrained model that it was adapted from; it is not changed.
+        folder: Folder of one task, as `ForecastLearner.write` writes it.
+        base: The pretrained model that was adapted; it is not changed.
 
     Raises:
-        UserError: No such folder, another base, or a file that does not fit.
+        UserError: The folder holds no adapted forecaster, a file in it is broken, or it was
+            adapted from another base.
     """
     import copy
 
@@ -164,23 +173,26 @@ def load_adapted(folder: Path | str, base: ForecastMAE) -> ForecastMAE:
     if not (folder / RECORD_FILE).is_file():
         raise UserError(f"{folder} holds no adapted forecaster: {RECORD_FILE} is missing")
     try:
-        about = json.loads((folder / RECORD_FILE).read_text("utf-8"))
+        record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
         tensors = safetensors.torch.load_file(folder / DELTA_FILE)
-        method = make(**about["method"])
-        wanted = about["base_fingerprint"]
+        method = make(**record["method"])
+        base_fingerprint = record["base_fingerprint"]
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot load the forecaster in {folder}: {reason}") from error
-    if fingerprint(base) != wanted:
+    if fingerprint(base) != base_fingerprint:
         raise UserError(
-            f"{folder} was adapted from another base: its fingerprint is {wanted[:12]}, this "
-            f"base's is {fingerprint(base)[:12]}"
+            f"{folder} was adapted from another base: its fingerprint is {base_fingerprint[:12]}, "
+            f"that of the given base is {fingerprint(base)[:12]}"
         )
     model = copy.deepcopy(base)
     method.install(model)
-    strange = set(tensors) ^ set(method.trained_names(model))
-    strange -= {name for name, _ in model.named_buffers()}
-    if strange:
-        raise UserError(f"{folder / DELTA_FILE} does not fit its {RECORD_FILE}: {min(strange)}")
+    mismatched = set(tensors) ^ set(method.trained_names(model))
+    mismatched -= {name for name, _ in model.named_buffers()}
+    if mismatched:
+        raise UserError(
+            f"{folder / DELTA_FILE} does not fit {RECORD_FILE}: {min(mismatched)} is in only one "
+            "of them"
+        )
     model.load_state_dict(tensors, strict=False)
     return model.eval()

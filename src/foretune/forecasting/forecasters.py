@@ -1,14 +1,14 @@
-"""What makes a pretrained Forecast-MAE forecast: prompts that keep its decoder, or a new MLP head.
+"""Forecasters for a pretrained Forecast-MAE: prompts that keep its decoder, or a new MLP head.
 
-    symbol  here          shape        meaning
-    K       modes                      futures of the focal agent
-    P       prompts                    prompt tokens of a layer, or of a mode
-    r       adapter_rank               inner width of a parallel adapter
-    CEP     prompt_scene  (depth, P, d)  contextual embedding prompts, of each encoder block
-    MCP     prompt_mode   (K, P, d)    modality-control prompts, of each mode
+    symbol  here          shape          meaning
+    K       modes                        futures of the focal agent
+    P       prompts                      prompt tokens per encoder block, and per mode
+    r       adapter_rank                 inner width of a parallel adapter
+    CEP     prompt_scene  (depth, P, d)  contextual embedding prompts of each encoder block
+    MCP     prompt_mode   (K, P, d)      modality-control prompts of each mode
 
-Source of the prompts and adapters: Wang et al., arXiv:2407.19564, section 3.3; of the head: Cheng
-et al., arXiv:2308.09882, section 3.4.
+Prompts and adapters: Wang et al., arXiv:2407.19564, section 3.3. Head: Cheng et al.,
+arXiv:2308.09882, section 3.4.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from foretune.forecasting.model import (
     ForecastMAE,
     Forecasts,
     Scene,
-    remove,
+    remove_parts,
 )
 
 PRETEXT_ONLY = (
@@ -55,17 +55,18 @@ DECODER = (
 
 
 class Adapter(nn.Module):
-    """Linear, GELU, Linear beside a branch; adds nothing until it is trained.
+    """Linear, GELU, Linear in parallel to a branch; its output is zero before training.
 
     Args:
-        width: Of a token.
+        width: Token width.
         rank: Inner width.
     """
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
         self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
-        nn.init.zeros_(self.up.weight)  # of both layers, and only the last bias would get gradients
+        # Were both layers zero, only the last bias would receive a gradient.
+        nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,13 +76,13 @@ class Adapter(nn.Module):
 
 
 class ModePrompts(nn.Module):
-    """Forecasts by the pretext task: the future is hidden, and prompts say which mode is meant.
+    """Forecasts by the pretext task: all futures are hidden, and prompts select the mode.
 
     Args:
         config: Sizes of the model.
-        modes: K.
-        prompts: P.
-        adapter_rank: r; 0 for no adapters. They sit in the model's blocks.
+        modes: Number of modes K.
+        prompts: Prompt tokens P per encoder block and per mode.
+        adapter_rank: Inner width r of the adapters, which sit in the model's blocks; 0 for none.
     """
 
     def __init__(
@@ -100,23 +101,23 @@ class ModePrompts(nn.Module):
         self.prompt_score = nn.Linear(d, 1)
 
     def forward(self, model: ForecastMAE, scene: Scene) -> Forecasts:
-        """All modes in one call of the decoder, as a batch of B·K."""
+        """Forecasts of all modes from one decoder call on a batch of B·K."""
         batch, num_agents = scene["kind"].shape
         modes, prompts, d = self.prompt_mode.shape
         x, pose, present = model.observed(scene)
         x = x + model.pos_embed(pose)
         size = x.shape[1]
-        seen = F.pad(present, (0, prompts), value=True)
+        visible = F.pad(present, (0, prompts), value=True)
         for block, prompt in zip(model.blocks, self.prompt_scene, strict=True):
-            # Fresh prompts before each block; what became of the last ones is dropped.
-            x = block(torch.cat([x, prompt.expand(batch, -1, -1)], 1), seen)[:, :size]
+            # Each block gets its own prompts; their outputs are dropped.
+            x = block(torch.cat([x, prompt.expand(batch, -1, -1)], 1), visible)[:, :size]
         x = model.decoder_embed(model.norm(x))
         future = model.future_mask_token.expand(batch, num_agents, -1)
         x = torch.cat([x[:, :num_agents], future, x[:, num_agents:]], 1)
         agents, lanes = pose[:, :num_agents], pose[:, num_agents:]
         x = x + model.decoder_pos_embed(torch.cat([agents, agents, lanes], 1))
         agents, lanes = present[:, :num_agents], present[:, num_agents:]
-        seen = F.pad(torch.cat([agents, agents, lanes], 1), (0, prompts), value=True)
+        visible = F.pad(torch.cat([agents, agents, lanes], 1), (0, prompts), value=True)
         size = x.shape[1]
         x = torch.cat(
             [
@@ -125,9 +126,9 @@ class ModePrompts(nn.Module):
             ],
             2,
         ).reshape(batch * modes, size + prompts, d)
-        seen = seen.repeat_interleave(modes, 0)
+        visible = visible.repeat_interleave(modes, 0)
         for block in model.decoder_blocks:
-            x = block(x, seen)
+            x = block(x, visible)
         x = model.decoder_norm(x).view(batch, modes, size + prompts, d)
         trajectories = model.positions(model.future_pred(x[:, :, num_agents]))
         if prompts == 0:
@@ -136,12 +137,12 @@ class ModePrompts(nn.Module):
 
 
 class ModeHead(nn.Module):
-    """Forecast-MAE's own way to fine-tune: no decoder, an MLP of the focal token gives all modes.
+    """Forecast-MAE's fine-tuning head: no decoder, an MLP of the focal token gives all modes.
 
     Args:
         config: Sizes of the model.
-        modes: K.
-        spread: Draw the modes' biases with standard deviation 1, so that the modes begin apart.
+        modes: Number of modes K.
+        spread: Draw the modes' biases with standard deviation 1, so that the modes start apart.
     """
 
     def __init__(self, config: ForecastMAEConfig, *, modes: int, spread: bool) -> None:
@@ -156,7 +157,7 @@ class ModeHead(nn.Module):
         self.dense_predictor = _mlp(d, wide, 2 * config.future_steps)
 
     def forward(self, model: ForecastMAE, scene: Scene) -> Forecasts:
-        """Modes of the focal agent, and one future for each of the others."""
+        """Forecasts of the focal agent's modes, and one future for each other agent."""
         num_agents = scene["kind"].shape[1]
         x, pose, present = model.observed(scene)
         x = x + model.pos_embed(pose)
@@ -178,19 +179,19 @@ def _mlp(*widths: int) -> nn.Sequential:
 def add_prompts(
     model: ForecastMAE, *, modes: int = 6, prompts: int = 50, adapter_rank: int = 64
 ) -> None:
-    """Makes a pretrained model forecast with its own decoder, in place.
+    """Add prompts and adapters to a pretrained model, in place: it forecasts with its own decoder.
 
     Args:
-        model: Without a forecaster; loses what only the pretext task needs.
-        modes: K.
-        prompts: P.
-        adapter_rank: r; 0 for no adapters.
+        model: Pretrained, without a forecaster; loses the parts that only the pretext task uses.
+        modes: Number of modes K.
+        prompts: Prompt tokens P per encoder block and per mode.
+        adapter_rank: Inner width r of the adapters; 0 for none.
 
     Raises:
-        UserError: It has a forecaster already.
+        UserError: It is not a Forecast-MAE, or already has a forecaster.
     """
     check_pretrained(model)
-    remove(model, PRETEXT_ONLY)
+    remove_parts(model, PRETEXT_ONLY)
     model.forecaster = ModePrompts(
         model.sizes, modes=modes, prompts=prompts, adapter_rank=adapter_rank
     )
@@ -201,35 +202,41 @@ def add_prompts(
 
 
 def add_head(model: ForecastMAE, *, modes: int = 6, spread: bool = False) -> None:
-    """Puts an MLP head in the place of the decoder, in place.
+    """Replace the decoder of a pretrained model by an MLP head, in place.
+
+    Args:
+        model: Pretrained, without a forecaster.
+        modes: Number of modes K.
+        spread: Draw the modes' biases with standard deviation 1, so that the modes start apart.
 
     Raises:
-        UserError: The model has a forecaster already.
+        UserError: It is not a Forecast-MAE, or already has a forecaster.
     """
     check_pretrained(model)
-    remove(model, PRETEXT_ONLY + DECODER)
+    remove_parts(model, PRETEXT_ONLY + DECODER)
     model.forecaster = ModeHead(model.sizes, modes=modes, spread=spread)
 
 
 def check_pretrained(model: Any) -> ForecastMAE:
-    """The model.
+    """The model itself, if it is a pretrained Forecast-MAE.
 
     Raises:
-        UserError: It is no Forecast-MAE, or one that forecasts already.
+        UserError: It is not a Forecast-MAE, or already has a forecaster.
     """
     if not isinstance(model, ForecastMAE):
         raise UserError(
-            f"this needs a Forecast-MAE (foretune forecast pretrain), got {type(model).__name__}"
+            "expected a Forecast-MAE (foretune forecast pretrain makes one), "
+            f"got {type(model).__name__}"
         )
     if model.forecaster is not None:
         raise UserError(
-            "this Forecast-MAE forecasts already; adapt the pretrained one that it was made from"
+            "this Forecast-MAE already has a forecaster; start from the pretrained model instead"
         )
     return model
 
 
 def load_forecast_mae(folder: Path | str) -> ForecastMAE:
-    """Reads what `save_forecast_mae` wrote, in eval mode.
+    """Load a model that `save_forecast_mae` wrote, in eval mode.
 
     Raises:
         UserError: The folder holds no Forecast-MAE, or its weights do not fit its config.
@@ -237,18 +244,18 @@ def load_forecast_mae(folder: Path | str) -> ForecastMAE:
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(
-            f"{folder} holds no Forecast-MAE: it needs {CONFIG_FILE} and {WEIGHTS_FILE}, which "
-            "foretune forecast pretrain writes"
+            f"{folder} holds no Forecast-MAE: it lacks {CONFIG_FILE}, which foretune forecast "
+            f"pretrain writes beside {WEIGHTS_FILE}"
         )
     try:
-        about = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-        if about.get("architecture") != ARCHITECTURE:
+        config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+        if config.get("architecture") != ARCHITECTURE:
             raise UserError(
-                f"{folder / CONFIG_FILE} describes no Forecast-MAE: its architecture is "
-                f"{about.get('architecture')!r}"
+                f"{folder / CONFIG_FILE} does not describe a Forecast-MAE: its architecture is "
+                f"{config.get('architecture')!r}"
             )
-        model = ForecastMAE(ForecastMAEConfig(**about["sizes"]))
-        put_forecaster(model, about["forecaster"])
+        model = ForecastMAE(ForecastMAEConfig(**config["sizes"]))
+        add_forecaster(model, config["forecaster"])
         safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
     except (
         OSError,
@@ -263,8 +270,8 @@ def load_forecast_mae(folder: Path | str) -> ForecastMAE:
     return model.eval()
 
 
-def put_forecaster(model: ForecastMAE, options: dict[str, Any] | None) -> None:
-    """Makes the forecaster that a config describes; None for none."""
+def add_forecaster(model: ForecastMAE, options: dict[str, Any] | None) -> None:
+    """Add the forecaster that a config describes, in place; None adds nothing."""
     if options is None:
         return
     fields = {k: v for k, v in options.items() if k != "kind"}

@@ -1,4 +1,4 @@
-"""`ForecastLearner`: trains the new parts of a forecaster, and writes them without the rest."""
+"""`ForecastLearner`: trains the parameters of one task and writes only these."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ DELTA_FILE, RECORD_FILE = "forecast_peft.safetensors", "forecast_peft.json"
 
 
 class ForecastLearner(Learner):
-    """The joint learner on one task's parts.
+    """The joint learner of one task's prompts, adapters and other trained parameters.
 
     Args:
-        model: The pretrained model with the new parts.
+        model: The pretrained model with prompts and adapters added.
         objective: Losses and scores.
         learning_rate: Learning rate of AdamW.
         not_decayed: Parameters with one of these in their names have no weight decay.
-        freeze_bn: Keep the running statistics of batch norms.
-        trained_names: Parameters that differ from task to task.
+        freeze_bn: Freeze the running statistics of batch norms.
+        trained_names: Names of the trained parameters, which differ between tasks.
         base_fingerprint: Fingerprint of the pretrained model.
         method: The method's record as a mapping.
     """
@@ -57,7 +57,7 @@ class ForecastLearner(Learner):
 
     @override
     def write(self, folder: Path, labels: Sequence[Any] | None) -> None:
-        """Writes what was trained, and which base it belongs to, for `load_adapted`."""
+        """Write the trained tensors and the fingerprint of the base, for `load_adapted`."""
         state = self.model.state_dict()
         tensors = {name: state[name].contiguous().clone() for name in self.names}
         safetensors.torch.save_file(tensors, str(folder / DELTA_FILE))

@@ -1,9 +1,9 @@
-"""How good forecasts of trajectories are: pure functions, and what a model gets on a task.
+"""Metrics of trajectory forecasts (minADE, minFDE, miss rate), and the forecasts of a model.
 
 symbol  shape          meaning
 traj    (n, K, F, 2)   forecasts in m
 scores  (n, K)         logits of the modes
-truth   (n, F, 2)      what happened
+truth   (n, F, 2)      true positions in m
 valid   (n, F)         which steps were observed
 """
 
@@ -19,32 +19,32 @@ from foretune.forecasting.displacement import displacements
 from foretune.tasks.task import Objective
 
 MISSED_M = 2.0
-Said = tuple[Tensor, Tensor, Tensor, Tensor]  # traj, scores, truth, valid
+ForecastsAndTruth = tuple[Tensor, Tensor, Tensor, Tensor]  # traj, scores, truth, valid
 
 
 def min_ade(
     traj: Tensor, scores: Tensor, truth: Tensor, valid: Tensor, k: int | None = None
 ) -> Tensor:
-    """(n,) average displacement in m of the mode that is best by it, among the k likeliest."""
+    """(n,) smallest average displacement in m among the k likeliest modes (None: all)."""
     return displacements(_likeliest(traj, scores, k), truth, valid)[0].amin(1)
 
 
 def min_fde(
     traj: Tensor, scores: Tensor, truth: Tensor, valid: Tensor, k: int | None = None
 ) -> Tensor:
-    """(n,) displacement in m at the last observed step of the best of the k likeliest modes."""
+    """(n,) smallest final displacement in m among the k likeliest modes (None: all)."""
     return displacements(_likeliest(traj, scores, k), truth, valid)[1].amin(1)
 
 
 def missed(
     traj: Tensor, scores: Tensor, truth: Tensor, valid: Tensor, k: int | None = None
 ) -> Tensor:
-    """(n,) 1 where no mode ends within 2 m of the truth."""
+    """(n,) 1 where none of the k likeliest modes (None: all) ends within 2 m of the truth."""
     return (min_fde(traj, scores, truth, valid, k) > MISSED_M).float()
 
 
 def brier_min_fde(traj: Tensor, scores: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
-    """(n,) minFDE of all modes plus (1 - p)², p the probability of the mode that is best by it."""
+    """(n,) minFDE of all modes plus (1 - p)², where p is the probability of the best mode."""
     final = displacements(traj, truth, valid)[1]
     best = final.argmin(1, keepdim=True)
     probability = scores.softmax(1).gather(1, best)
@@ -52,11 +52,11 @@ def brier_min_fde(traj: Tensor, scores: Tensor, truth: Tensor, valid: Tensor) ->
 
 
 def constant_velocity(history: Tensor, steps: int) -> Tensor:
-    """(n, 1, F, 2): each focal agent goes on as in its last step.
+    """(n, 1, F, 2) forecasts in which each focal agent repeats its last step.
 
     Args:
-        history: (n, H, 4) of the focal agents, as a model sees it.
-        steps: F.
+        history: (n, H, 4) encoded histories of the focal agents.
+        steps: Future steps F.
     """
     ahead = torch.arange(1, steps + 1, device=history.device)
     return (history[:, -1, :2][:, None] * ahead[:, None])[:, None]
@@ -69,15 +69,15 @@ def _likeliest(traj: Tensor, scores: Tensor, k: int | None) -> Tensor:
     return traj.gather(1, chosen[..., None, None].expand(-1, -1, *traj.shape[2:]))
 
 
-def measures(said: Said) -> dict[str, float]:
-    """The usual figures, means over all rows: of the likeliest mode, and of the best of K."""
-    modes = said[0].shape[1]
-    found = {"minADE1": min_ade(*said, k=1), "minFDE1": min_fde(*said, k=1)}
+def measures(forecasts: ForecastsAndTruth) -> dict[str, float]:
+    """The benchmark metrics, averaged over scenes: of the likeliest mode and of the best of K."""
+    modes = forecasts[0].shape[1]
+    metrics = {"minADE1": min_ade(*forecasts, k=1), "minFDE1": min_fde(*forecasts, k=1)}
     if modes > 1:
-        found |= {f"minADE{modes}": min_ade(*said), f"minFDE{modes}": min_fde(*said)}
-    found[f"MR{modes}"] = missed(*said)
-    found[f"b-minFDE{modes}"] = brier_min_fde(*said)
-    return {name: float(values.mean()) for name, values in found.items()}
+        metrics |= {f"minADE{modes}": min_ade(*forecasts), f"minFDE{modes}": min_fde(*forecasts)}
+    metrics[f"MR{modes}"] = missed(*forecasts)
+    metrics[f"b-minFDE{modes}"] = brier_min_fde(*forecasts)
+    return {name: float(values.mean()) for name, values in metrics.items()}
 
 
 @torch.no_grad()
@@ -87,21 +87,21 @@ def forecast_rows(
     objective: Objective,
     *,
     batch_size: int = 64,
-) -> Said:
-    """What a model says of scenes, and what happened.
+) -> ForecastsAndTruth:
+    """A model's forecasts of scenes, with the truth.
 
     Args:
-        model: Forecasts; None for constant velocity.
-        rows: Plain scenes.
+        model: A Forecast-MAE with a forecaster; None for constant velocity.
+        rows: Scenes in the plain format.
         objective: A `Forecast`.
-        batch_size: Scenes at a time.
+        batch_size: Scenes per forward pass.
 
     Returns:
-        traj, scores, truth, valid.
+        traj (n, K, F, 2), scores (n, K), truth (n, F, 2), valid (n, F).
     """
     if model is not None:
         model.eval()
-    parts: list[Said] = []
+    parts: list[ForecastsAndTruth] = []
     for start in range(0, len(rows), batch_size):
         encoded = [objective.encode(row, "") for row in rows[start : start + batch_size]]
         scene = objective.collate(encoded, [0] * len(encoded)).inputs
@@ -111,8 +111,8 @@ def forecast_rows(
             scores = traj.new_zeros(len(traj), 1)
         else:
             device = next(model.parameters()).device
-            said = model({name: value.to(device) for name, value in scene.items()})
-            traj, scores = said.trajectories.float().cpu(), said.scores.float().cpu()
+            forecasts = model({name: value.to(device) for name, value in scene.items()})
+            traj, scores = forecasts.trajectories.float().cpu(), forecasts.scores.float().cpu()
         parts.append((traj, scores, future[..., :2], future[..., 2] > 0))
     traj, scores, truth, valid = (torch.cat(column) for column in zip(*parts, strict=True))
     return traj, scores, truth, valid

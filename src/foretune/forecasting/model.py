@@ -7,23 +7,23 @@ Autoencoders", ICCV 2023, arXiv:2308.09882.
     B A L   batch, agents and lanes of a scene (padded); agent 0 is the focal one
     H F P   history and future steps of an agent, points of a lane
     S       tokens: A histories, A futures, L lanes, in this order
-    d       width
+    d       token width
 
 A scene is a dict of tensors, made by `foretune.forecasting.scenes`:
 
     history (B, A, H, 4)   step (x, y) in m, change of the step's length, 1 where observed
-    past    (B, A, H, 2)   position from the agent's last one; what is to be reconstructed
+    past    (B, A, H, 2)   position relative to the agent's last observed one: the pretext target
     future  (B, A, F, 3)   likewise, and 1 where observed
     kind    (B, A)         0 to 3: vehicle, pedestrian, cyclist, other
-    lanes   (B, L, P, 3)   position from the lane's middle, and 1 where there is a point
+    lanes   (B, L, P, 3)   position relative to the lane's centre, and 1 where there is a point
     agent_pose, lane_pose (B, ·, 4)   x, y, cosine and sine of the heading, in the focal frame
-    agent_present, lane_present (B, ·)   padding is False
-    keep_history, keep_future, keep_lane (B, ·)   what the pretext task lets the encoder see
+    agent_present, lane_present (B, ·)   False for padding
+    keep_history, keep_future, keep_lane (B, ·)   True where the pretext task shows the token
 
 Deviations:
     - neighbourhood attention is a mask in plain torch; natten is not needed
-    - hidden tokens are masked out of the attention, not gathered away: the same numbers
-    - query, key and value are three layers (LoRA finds them), and head widths are free
+    - hidden tokens are masked in the attention instead of removed, which gives the same outputs
+    - query, key and value are three layers, so that LoRA finds them; head widths are configurable
 Silent in the paper:
     - widths inside the PointNet and the prediction head: those of the released model
 """
@@ -54,7 +54,7 @@ ARCHITECTURE = "ForecastMAE"
 
 
 class Reconstruction(NamedTuple):
-    """What the pretext task predicts: (B, A, H, 2), (B, A, F, 2), (B, L, P, 2)."""
+    """Predictions of the pretext task: (B, A, H, 2), (B, A, F, 2), (B, L, P, 2) in m."""
 
     history: Tensor
     future: Tensor
@@ -62,9 +62,12 @@ class Reconstruction(NamedTuple):
 
 
 class Forecasts(NamedTuple):
-    """(B, modes, F, 2) positions from the focal agent's last one, (B, modes) logits of the modes.
+    """Forecasts of a batch of scenes.
 
-    `others` (B, A - 1, F, 2) is one future for each other agent, or None.
+    Attributes:
+        trajectories: (B, K, F, 2) in m, relative to the focal agent's last observed position.
+        scores: (B, K) logits of the modes.
+        others: (B, A - 1, F, 2) one future per other agent, or None.
     """
 
     trajectories: Tensor
@@ -73,7 +76,7 @@ class Forecasts(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention among the tokens that can be seen."""
+    """Multi-head self-attention over the visible tokens."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -91,7 +94,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block with room for an adapter beside each of its two branches."""
+    """A pre-norm transformer block with an optional parallel adapter beside each branch."""
 
     def __init__(self, config: ForecastMAEConfig, drop_path: float) -> None:
         super().__init__()
@@ -121,7 +124,7 @@ class ForecastMAE(nn.Module):
     """The masked autoencoder; with a forecaster (`foretune.forecasting.forecasters`) it forecasts.
 
     Args:
-        config: Its sizes.
+        config: Sizes of the model.
     """
 
     def __init__(self, config: ForecastMAEConfig) -> None:
@@ -150,7 +153,7 @@ class ForecastMAE(nn.Module):
     def observed(self, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens (B, A + L, d), poses (B, A + L, 4), present (B, A + L)) of histories and lanes.
 
-        The tokens have no positions yet.
+        The tokens do not include position embeddings yet.
         """
         present, lanes = scene["agent_present"], scene["lane_present"]
         history = self._embed(self.hist_embed, scene["history"], present, 3)
@@ -164,39 +167,42 @@ class ForecastMAE(nn.Module):
             torch.cat([present, lanes], 1),
         )
 
-    def positions(self, said: Tensor) -> Tensor:
-        """(…, 2 steps) of a prediction layer → (…, steps, 2) in m."""
-        return self.sizes.metres * said.unflatten(-1, (-1, 2))
+    def positions(self, outputs: Tensor) -> Tensor:
+        """(…, 2 steps) outputs of a prediction layer → (…, steps, 2) in m."""
+        return self.sizes.metres * outputs.unflatten(-1, (-1, 2))
 
-    def _scaled(self, features: Tensor, lengths: int) -> Tensor:
-        """The first numbers of a step are lengths."""
-        parts = [features[..., :lengths] / self.sizes.metres, features[..., lengths:]]
+    def _scaled(self, features: Tensor, num_lengths: int) -> Tensor:
+        """The features with their first `num_lengths` channels, which are lengths, in `metres`."""
+        parts = [features[..., :num_lengths] / self.sizes.metres, features[..., num_lengths:]]
         return torch.cat(parts, -1)
 
-    def _embed(self, encoder: nn.Module, features: Tensor, present: Tensor, lengths: int) -> Tensor:
-        """(B, N, d): tokens of those that are there, zeros for padding, which no norm may see."""
+    def _embed(
+        self, encoder: nn.Module, features: Tensor, present: Tensor, num_lengths: int
+    ) -> Tensor:
+        """(B, N, d) tokens, zeros for padding: padding must not enter a batch norm."""
         out = features.new_zeros(*present.shape, self.sizes.width)
         if present.any():
-            with route(_owners(present)):
-                out[present] = encoder(self._scaled(features[present], lengths)).to(out.dtype)
+            with route(_slots_of_tokens(present)):
+                out[present] = encoder(self._scaled(features[present], num_lengths)).to(out.dtype)
         return out
 
     def reconstruct(self, scene: Scene) -> Reconstruction:
-        """The pretext task: tokens that `keep_…` hides are predicted from the others."""
+        """The pretext task: predict the tokens that `keep_…` hides from the visible ones."""
         assert self.future_embed is not None
         num_agents = scene["kind"].shape[1]
-        seen, pose, present = self.observed(scene)
-        known = scene["agent_present"] & scene["future"][..., 2].any(-1)
-        future = self._embed(self.future_embed, scene["future"], known, 2)
+        observed, pose, present = self.observed(scene)
+        has_future = scene["agent_present"] & scene["future"][..., 2].any(-1)
+        future = self._embed(self.future_embed, scene["future"], has_future, 2)
         future = future + self.actor_type_embed[scene["kind"]]
 
-        def joined(observed: Tensor, futures: Tensor) -> Tensor:
-            return torch.cat([observed[:, :num_agents], futures, observed[:, num_agents:]], 1)
+        def joined(agents_and_lanes: Tensor, futures: Tensor) -> Tensor:
+            agents, lanes = agents_and_lanes[:, :num_agents], agents_and_lanes[:, num_agents:]
+            return torch.cat([agents, futures, lanes], 1)
 
-        pose, present = joined(pose, pose[:, :num_agents]), joined(present, known)
+        pose, present = joined(pose, pose[:, :num_agents]), joined(present, has_future)
         visible = torch.cat([scene[f"keep_{k}"] for k in ("history", "future", "lane")], 1)
         visible = visible & present
-        x = joined(seen, future) + self.pos_embed(pose)
+        x = joined(observed, future) + self.pos_embed(pose)
         for block in self.blocks:
             x = block(x, visible)
         x = self.decoder_embed(self.norm(x))
@@ -218,7 +224,7 @@ class ForecastMAE(nn.Module):
         )
 
     def forecast(self, scene: Scene) -> Forecasts:
-        """Futures of the focal agent.
+        """Forecasts of the focal agent's future.
 
         Raises:
             UserError: The model has no forecaster.
@@ -226,18 +232,18 @@ class ForecastMAE(nn.Module):
         if self.forecaster is None:
             raise UserError(
                 "this Forecast-MAE is only pretrained and cannot forecast yet: adapt it "
-                "(foretune forecast adapt), or put a forecaster on it (add_prompts, add_head)"
+                "(foretune forecast adapt) or add a forecaster (add_prompts, add_head)"
             )
         out: Forecasts = self.forecaster(self, scene)
         return out
 
     def forward(self, scene: Scene) -> Reconstruction | Forecasts:
-        """Forecasts where there is a forecaster, the pretext task where there is none."""
+        """Forecasts if the model has a forecaster, else the pretext task's predictions."""
         return self.reconstruct(scene) if self.forecaster is None else self.forecast(scene)
 
 
-def _owners(present: Tensor) -> list[int] | None:
-    """The task of each token that is there: scenes have unlike numbers of agents and lanes."""
+def _slots_of_tokens(present: Tensor) -> list[int] | None:
+    """The slot of each token that is present: scenes differ in their numbers of tokens."""
     rows = current_rows()
     if rows is None:
         return None
@@ -254,14 +260,14 @@ def _blocks(config: ForecastMAEConfig, depth: int) -> nn.ModuleList:
     return nn.ModuleList(Block(config, rate) for rate in rates)
 
 
-def remove(model: ForecastMAE, names: Sequence[str]) -> None:
-    """Takes away parts that a forecaster never reads: neither saved nor counted."""
+def remove_parts(model: ForecastMAE, names: Sequence[str]) -> None:
+    """Remove parts that a forecaster never uses, so that they are neither saved nor counted."""
     for name in names:
         setattr(model, name, None)
 
 
 def save_forecast_mae(model: ForecastMAE, folder: Path | str) -> Path:
-    """Writes config.json and model.safetensors, whole or not at all."""
+    """Write config.json and model.safetensors as a folder that appears only when complete."""
     folder = Path(folder)
     with whole_folder(folder) as part:
         (part / CONFIG_FILE).write_text(json.dumps(describe(model), indent=1), encoding="utf-8")
@@ -270,7 +276,7 @@ def save_forecast_mae(model: ForecastMAE, folder: Path | str) -> Path:
 
 
 def describe(model: ForecastMAE) -> dict[str, Any]:
-    """What config.json says of a model."""
+    """The content of a model's config.json."""
     forecaster = getattr(model.forecaster, "options", None)
     return {
         "architecture": ARCHITECTURE,

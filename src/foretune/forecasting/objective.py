@@ -1,4 +1,4 @@
-"""`Forecast`: several futures of a scene's focal agent, of which the best one counts."""
+"""`Forecast`: the objective of forecasting several futures, of which the best one counts."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from foretune.tasks.batch import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast(SceneObjective):
-    """Winner takes all: the mode nearest to what happened learns where, and that it was the one.
+    """Winner-takes-all: only the mode nearest to the truth learns, and the scores learn to pick it.
 
     The loss is `regression` times the smooth L1 distance of the winner, plus the cross-entropy of
-    the modes' scores against it (arXiv:2407.19564, section 3.4); a model that forecasts the other
-    agents too has their smooth L1 distance added. The score is minus the smallest final
+    the modes' scores against it (arXiv:2407.19564, section 3.4), plus the smooth L1 distance of
+    the other agents if the model forecasts them. The score is the negative of the smallest final
     displacement over all modes, in metres.
 
     Args:
         history_steps: Observed steps of a scene.
         future_steps: Steps to forecast.
-        radius: Agents and lanes farther from the focal agent, in metres, are left out; None for
-            none.
-        regression: Weight of the distance against the cross-entropy.
+        radius: Agents and lanes farther than this from the focal agent, in metres, are left out;
+            None keeps all.
+        regression: Weight of the distance relative to the cross-entropy.
     """
 
     regression: float = 10.0
@@ -45,28 +45,30 @@ class Forecast(SceneObjective):
 
     @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
+        """(n,) winner-takes-all losses of the scenes."""
         with route(batch.slots):
-            said = model(batch.inputs)
+            forecasts = model(batch.inputs)
         truth, valid = focal_future(batch)
-        average, _ = displacements(said.trajectories.detach().float(), truth, valid)
+        average, _ = displacements(forecasts.trajectories.detach().float(), truth, valid)
         winner = average.argmin(1)
-        best = said.trajectories[torch.arange(len(batch)), winner]
+        best = forecasts.trajectories[torch.arange(len(batch)), winner]
         loss = self.regression * _smooth_l1(best, truth, valid)
-        loss = loss + F.cross_entropy(said.scores, winner, reduction="none")
-        if said.others is None:
+        loss = loss + F.cross_entropy(forecasts.scores, winner, reduction="none")
+        if forecasts.others is None:
             return loss
         future = batch.inputs["future"][:, 1:]
-        seen = (future[..., 2] > 0) & batch.inputs["agent_present"][:, 1:, None]
+        observed = (future[..., 2] > 0) & batch.inputs["agent_present"][:, 1:, None]
         others = _smooth_l1(
-            said.others.flatten(1, 2), future[..., :2].flatten(1, 2), seen.flatten(1)
+            forecasts.others.flatten(1, 2), future[..., :2].flatten(1, 2), observed.flatten(1)
         )
         return loss + others
 
     @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
+        """(n,) negative minFDE over all modes, in m."""
         with route(batch.slots):
-            said = model(batch.inputs)
-        _, final = displacements(said.trajectories.float(), *focal_future(batch))
+            forecasts = model(batch.inputs)
+        _, final = displacements(forecasts.trajectories.float(), *focal_future(batch))
         return -final.amin(1)
 
     @override
@@ -75,12 +77,12 @@ class Forecast(SceneObjective):
 
 
 def focal_future(batch: Batch) -> tuple[Tensor, Tensor]:
-    """(n, F, 2) in the focal frame and (n, F) which steps were observed."""
+    """The focal agents' true positions (n, F, 2) in m, and (n, F) which steps were observed."""
     future = batch.inputs["future"][:, 0]
     return future[..., :2], future[..., 2] > 0
 
 
-def _smooth_l1(said: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+def _smooth_l1(trajectories: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     """(n,) mean over the observed steps; 0 where there are none."""
-    apart = F.smooth_l1_loss(said, truth, reduction="none").mean(-1)
-    return torch.where(valid, apart, 0).sum(-1) / valid.sum(-1).clamp(min=1)
+    distance = F.smooth_l1_loss(trajectories, truth, reduction="none").mean(-1)
+    return torch.where(valid, distance, 0).sum(-1) / valid.sum(-1).clamp(min=1)

@@ -19,18 +19,18 @@ from foretune.tasks.batch import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class SceneReconstruction(SceneObjective):
-    """Of each agent the history or the future is hidden, and half of the lanes; predict them.
+    """Predict what is hidden: the history or the future of each agent, and half of the lanes.
 
     Loss: mean absolute error of the hidden futures, plus that of the hidden histories, plus
     `lane_weight` times the mean squared error of the hidden lanes (arXiv:2308.09882, section 3.3).
-    The score is its negative.
+    The score is the negative loss.
 
     Args:
         history_steps: Observed steps of a scene.
         future_steps: Steps that follow.
-        radius: Agents and lanes farther from the focal agent, in metres, are left out; None for
-            none.
-        lane_weight: Of the lanes in the loss.
+        radius: Agents and lanes farther than this from the focal agent, in metres, are left out;
+            None keeps all.
+        lane_weight: Weight of the lanes in the loss.
     """
 
     lane_weight: float = 0.35
@@ -44,29 +44,32 @@ class SceneReconstruction(SceneObjective):
 
     @override
     def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
+        """The scene with freshly drawn masks."""
         agents = rng.permutation(len(row["kind"])) + rng.integers(2)
         return {**row, **masks(row, agents % 2 == 1, lane_hidden(row, rng))}
 
     @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
+        """(n,) reconstruction losses of the scenes."""
         scene = batch.inputs
         with route(batch.slots):
-            said = model.reconstruct(scene)
+            predicted = model.reconstruct(scene)
         present = scene["agent_present"]
         future = scene["future"]
         hidden = present & ~scene["keep_future"]
-        loss = _mean(said.future - future[..., :2], (future[..., 2] > 0) & hidden[..., None])
+        loss = _mean(predicted.future - future[..., :2], (future[..., 2] > 0) & hidden[..., None])
         hidden = present & ~scene["keep_history"]
         loss = loss + _mean(
-            said.history - scene["past"], (scene["history"][..., 3] > 0) & hidden[..., None]
+            predicted.history - scene["past"], (scene["history"][..., 3] > 0) & hidden[..., None]
         )
         hidden = scene["lane_present"] & ~scene["keep_lane"]
         lanes = scene["lanes"]
-        apart = (said.lanes - lanes[..., :2]).square()
-        return loss + self.lane_weight * _mean(apart, (lanes[..., 2] > 0) & hidden[..., None])
+        squared = (predicted.lanes - lanes[..., :2]).square()
+        return loss + self.lane_weight * _mean(squared, (lanes[..., 2] > 0) & hidden[..., None])
 
     @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
+        """(n,) negative reconstruction losses."""
         return -self.losses(model, batch)
 
     @override
@@ -74,7 +77,7 @@ class SceneReconstruction(SceneObjective):
         return {"kind": self.kind, **asdict(self)}
 
 
-def _mean(apart: Tensor, where: Tensor) -> Tensor:
-    """(n,) mean size of (n, N, T, 2) over the steps that are asked for; 0 where there are none."""
-    sizes = torch.where(where, apart.abs().mean(-1), 0)
+def _mean(errors: Tensor, where: Tensor) -> Tensor:
+    """(n,) mean absolute value of (n, N, T, 2) over the steps in `where`; 0 if there are none."""
+    sizes = torch.where(where, errors.abs().mean(-1), 0)
     return sizes.flatten(1).sum(1) / where.flatten(1).sum(1).clamp(min=1)

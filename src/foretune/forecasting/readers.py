@@ -1,4 +1,4 @@
-"""Readers of scenes: the plain files, folders of Argoverse 2, and tracks `frame id x y`."""
+"""Readers of scenes: plain files, tracks of lines `frame id x y`, and folders of Argoverse 2."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from foretune.errors import UserError
-from foretune.forecasting.scenes import Arrays, collected, read_npz
+from foretune.forecasting.scenes import Arrays, collection_of, read_npz
 from foretune.tasks.example import SPLITS
 from foretune.tasks.task import Task, TaskCollection
 
-TRAIN, VALIDATION = 0.5, 0.6  # of a recording's time; the rest is test
+TRAIN, VALIDATION = 0.5, 0.6  # ends of these splits as shares of a recording; the rest is test
 AV2_KINDS = {"vehicle": 0, "bus": 0, "pedestrian": 1, "cyclist": 2, "motorcyclist": 2}
-AV2_SPLITS = {"train": "train", "val": "test"}  # its own test split has no futures
+AV2_SPLITS = {"train": "train", "val": "test"}  # Argoverse's test split has no futures
 AV2_STEPS, AV2_HISTORY = 110, 50
 
 
@@ -30,25 +30,25 @@ def load_scenes(
     lane_points: int = 20,
     stride: int = 4,
 ) -> TaskCollection:
-    """Reads scenes, whatever kind of file or folder they are in.
+    """Read scenes from a file or folder of any supported format.
 
     Args:
         path: .npz or .parquet in the plain format; a file of tracks (.txt, .txt.gz) or a folder of
-            them, each a task; a folder of Argoverse 2 scenarios, each city a task.
-        history_steps: Observed steps, for tracks.
-        future_steps: Steps that follow, for tracks.
-        lane_points: Points that each lane is sampled at, for Argoverse 2.
-        stride: Steps between two scenes of one track, for tracks.
+            them, one task per file; a folder of Argoverse 2 scenarios, one task per city.
+        history_steps: Tracks: observed steps.
+        future_steps: Tracks: steps that follow.
+        lane_points: Argoverse 2: points per lane after resampling.
+        stride: Tracks: steps between two scenes of one track.
 
     Returns:
         A collection without an objective.
 
     Raises:
-        UserError: There is no such file, or it holds no scene.
+        UserError: The path does not exist, has an unsupported format or holds no scenes.
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise UserError(f"no scenes in {path}: no such file or folder")
+        raise UserError(f"cannot read scenes from {path}: no such file or folder")
     if path.is_dir():
         if any(path.rglob("scenario_*.parquet")):
             return read_argoverse2(path, lane_points=lane_points)
@@ -66,59 +66,63 @@ def load_scenes(
     if path.name.endswith((".txt", ".txt.gz")):
         return read_tracks([path], history_steps, future_steps, stride=stride)
     raise UserError(
-        f"{path}: scenes are .npz, .parquet, tracks in .txt or .txt.gz, or a folder of Argoverse 2"
+        f"{path}: scenes must be .npz, .parquet, tracks in .txt or .txt.gz, or a folder of tracks "
+        "or of Argoverse 2 scenarios"
     )
 
 
 def read_parquet(path: Path) -> TaskCollection:
-    """The plain format with a row a scene and its arrays as nested lists.
+    """Read the plain format as parquet: one row per scene, with arrays as nested lists.
 
     Raises:
-        UserError: pyarrow is missing, or it is no such file.
+        UserError: pyarrow is missing, or the file cannot be read or lacks a column.
     """
     columns: dict[str, Any] = {k: list(v) for k, v in _parquet(path).items()}
     for name in set(columns) - {"task", "split"}:
         columns[name] = [np.array(value, np.float64) for value in columns[name]]
     if "lanes" in columns:
         columns["lanes"] = [v.reshape(-1, 1, 2) if not v.size else v for v in columns["lanes"]]
-    return collected(path, columns)
+    return collection_of(path, columns)
 
 
 def _parquet(path: Path) -> dict[str, list[Any]]:
+    """The columns of a parquet file.
+
+    Raises:
+        UserError: pyarrow is missing, or the file cannot be read.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(
-            f"{path}: reading parquet needs pyarrow; pip install 'foretune[scenes]' would do"
+            f"{path}: reading parquet needs pyarrow: pip install 'foretune[scenes]'"
         ) from error
     try:
-        found: dict[str, list[Any]] = pyarrow.parquet.read_table(path).to_pydict()
+        columns: dict[str, list[Any]] = pyarrow.parquet.read_table(path).to_pydict()
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    return found
-
-
-# --- tracks ---------------------------------------------------------------------------------------
+    return columns
 
 
 def read_tracks(
     files: list[Path], history_steps: int, future_steps: int, *, stride: int = 4
 ) -> TaskCollection:
-    """One task for each file of lines `frame id x y`: windows in which one track is complete.
+    """Read tracks of lines `frame id x y`: one task per file, one scene per complete window.
 
-    The focal agent is that track; the others are all that were observed at its last history step.
-    By time the first half of a recording is train, the next tenth validation, the rest test; a
-    window across a border is left out.
+    A window is complete if one track, the focal agent, was observed at all of its steps; the other
+    agents are those observed at the last history step. The first half of a recording, by time, is
+    train, the next tenth validation, the rest test; windows that cross a border are left out.
 
     Args:
-        files: Text files, gzipped or not; metres.
+        files: Text files, gzipped or not, with positions in metres.
         history_steps: Observed steps.
         future_steps: Steps that follow.
         stride: Steps between two windows of one track.
 
     Raises:
-        UserError: A line that is not four numbers, or no window in any file.
+        UserError: A file cannot be read, is empty or has a line that is not four numbers, or no
+            file has a complete window.
     """
     tasks = []
     for file in files:
@@ -132,17 +136,21 @@ def read_tracks(
     if not tasks:
         raise UserError(
             f"no track in {files[0]}{' …' if len(files) > 1 else ''} was observed for "
-            f"{history_steps + future_steps} steps in a row"
+            f"{history_steps + future_steps} consecutive steps"
         )
     return TaskCollection(tuple(tasks))
 
 
 def _points(file: Path) -> np.ndarray:
-    """(n, 4): frame, id, x, y."""
-    open_ = gzip.open if file.suffix == ".gz" else open
-    found = []
+    """(n, 4): frame, id, x, y.
+
+    Raises:
+        UserError: The file cannot be read, is empty or has a line that is not four numbers.
+    """
+    opener = gzip.open if file.suffix == ".gz" else open
+    points = []
     try:
-        with open_(file, "rt", encoding="utf-8") as lines:
+        with opener(file, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 parts = line.replace(",", " ").split()
                 if not parts:
@@ -153,22 +161,23 @@ def _points(file: Path) -> np.ndarray:
                     raise UserError(
                         f"{file} line {number}: expected `frame id x y`, got {line.strip()!r}"
                     ) from None
-                found.append((frame, agent, x, y))
+                points.append((frame, agent, x, y))
     except (OSError, UnicodeDecodeError, EOFError) as error:
         raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from error
-    if not found:
+    if not points:
         raise UserError(f"{file} is empty")
-    return np.array(found)
+    return np.array(points)
 
 
 def _windows(
     points: np.ndarray, history_steps: int, steps: int, stride: int
 ) -> Iterator[tuple[str, Arrays]]:
+    """(split, scene) of each complete window; points are (n, 4) as `_points` returns them."""
     tracks: dict[float, dict[float, tuple[float, float]]] = defaultdict(dict)
-    seen: dict[float, list[float]] = defaultdict(list)
+    agents_at: dict[float, list[float]] = defaultdict(list)
     for frame, agent, x, y in points.tolist():
         tracks[agent][frame] = (x, y)
-        seen[frame].append(agent)
+        agents_at[frame].append(agent)
     gaps = Counter(
         gap for track in tracks.values() for gap in np.diff(sorted(track)).tolist() if gap > 0
     )
@@ -176,7 +185,7 @@ def _windows(
         return
     period = gaps.most_common(1)[0][0]
     begin, end = points[:, 0].min(), points[:, 0].max()
-    nowhere = (np.nan, np.nan)
+    unobserved = (np.nan, np.nan)
     for agent, track in tracks.items():
         for start in sorted(track)[::stride]:
             frames = [start + period * k for k in range(steps)]
@@ -185,8 +194,8 @@ def _windows(
             split = _split_of(frames[0], frames[-1], begin, end)
             if split is None:
                 continue
-            others = [a for a in seen[frames[history_steps - 1]] if a != agent]
-            agents = [[tracks[a].get(f, nowhere) for f in frames] for a in [agent, *others]]
+            others = [a for a in agents_at[frames[history_steps - 1]] if a != agent]
+            agents = [[tracks[a].get(f, unobserved) for f in frames] for a in [agent, *others]]
             yield (
                 split,
                 {
@@ -197,6 +206,7 @@ def _windows(
 
 
 def _split_of(first: float, last: float, begin: float, end: float) -> str | None:
+    """The split of a window of frames in a recording; None if it crosses a border."""
     borders = [begin + share * (end - begin) for share in (0, TRAIN, VALIDATION, 1)]
     for name, low, high in zip(SPLITS, borders, borders[1:], strict=False):
         if low <= first and (last <= high if name == "test" else last < high):
@@ -204,22 +214,19 @@ def _split_of(first: float, last: float, begin: float, end: float) -> str | None
     return None
 
 
-# --- Argoverse 2 ----------------------------------------------------------------------------------
-
-
 def read_argoverse2(folder: Path | str, *, lane_points: int = 20) -> TaskCollection:
-    """Scenarios of Argoverse 2's motion forecasting data; one task for each city.
+    """Read scenarios of the Argoverse 2 motion forecasting data: one task per city.
 
-    A scenario is a folder with `scenario_ID.parquet` and `log_map_archive_ID.json`, at 10 Hz, 50
-    steps of history and 60 of future. Folders `train` and `val` above it become train and test rows
-    (the test split proper has no futures); a scenario in neither becomes a test row.
+    A scenario is a folder with `scenario_ID.parquet` and `log_map_archive_ID.json`: 50 history and
+    60 future steps at 10 Hz. Scenarios below a folder `train` are train examples; those below
+    `val`, or below neither, are test examples, since Argoverse's own test split has no futures.
 
     Args:
         folder: Holds scenarios at any depth.
-        lane_points: Points that each lane's middle line is sampled at.
+        lane_points: Points per lane centre line after resampling.
 
     Raises:
-        UserError: A file cannot be read or lacks a column.
+        UserError: There is no scenario, or a file cannot be read or lacks a column.
     """
     folder = Path(folder)
     rows: dict[str, dict[str, list[Arrays]]] = {}
@@ -229,19 +236,19 @@ def read_argoverse2(folder: Path | str, *, lane_points: int = 20) -> TaskCollect
         city, row = read_scenario(file, lane_points=lane_points)
         rows.setdefault(city, {s: [] for s in SPLITS})[split].append(row)
     if not rows:
-        raise UserError(f"{folder} holds no Argoverse 2 scenario (scenario_*.parquet)")
+        raise UserError(f"{folder} holds no Argoverse 2 scenarios (scenario_*.parquet)")
     return TaskCollection(tuple(Task(city, **splits) for city, splits in rows.items()))
 
 
 def read_scenario(file: Path, *, lane_points: int = 20) -> tuple[str, Arrays]:
-    """(city, scene) of one scenario; its focal track comes first.
+    """Read one scenario as (city, scene), with the focal track as the first agent.
 
     Raises:
         UserError: A file cannot be read or lacks a column, or the focal track is missing.
     """
     table = _parquet(file)
-    needed = ("track_id", "object_type", "timestep", "position_x", "position_y", "heading")
-    for name in (*needed, "focal_track_id"):
+    columns = ("track_id", "object_type", "timestep", "position_x", "position_y", "heading")
+    for name in (*columns, "focal_track_id"):
         if name not in table:
             raise UserError(f"{file} lacks the column {name}; it has {', '.join(table)}")
     focal = table["focal_track_id"][0] if table["focal_track_id"] else None
@@ -249,9 +256,9 @@ def read_scenario(file: Path, *, lane_points: int = 20) -> tuple[str, Arrays]:
     agents = np.full((len(names), AV2_STEPS, 2), np.nan, np.float32)
     kinds = np.full(len(names), 3, np.int64)
     headings = np.full(len(names), np.nan, np.float32)
-    place = {name: i for i, name in enumerate(names)}
-    for track, kind, step, x, y, heading in zip(*(table[n] for n in needed), strict=True):
-        i = place[track]
+    index_of = {name: i for i, name in enumerate(names)}
+    for track, kind, step, x, y, heading in zip(*(table[n] for n in columns), strict=True):
+        i = index_of[track]
         if 0 <= step < AV2_STEPS:
             agents[i, step], kinds[i] = (x, y), AV2_KINDS.get(kind, 3)
         if step == AV2_HISTORY - 1:
@@ -265,9 +272,14 @@ def read_scenario(file: Path, *, lane_points: int = 20) -> tuple[str, Arrays]:
 
 
 def _lanes(archive: Path, points: int) -> np.ndarray:
+    """(L, points, 2) centre lines of a map's lanes.
+
+    Raises:
+        UserError: The map cannot be read.
+    """
     try:
         segments = json.loads(archive.read_text("utf-8"))["lane_segments"].values()
-        lines = [_middle_line(segment, points) for segment in segments]
+        lines = [_centre_line(segment, points) for segment in segments]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"cannot read the map {archive}: {type(error).__name__} {' '.join(str(error).split())}"
@@ -275,8 +287,8 @@ def _lanes(archive: Path, points: int) -> np.ndarray:
     return np.array(lines, np.float32).reshape(-1, points, 2)
 
 
-def _middle_line(segment: dict[str, Any], points: int) -> np.ndarray:
-    """(points, 2): the lane's middle, which some maps say and others give by its two borders."""
+def _centre_line(segment: dict[str, Any], points: int) -> np.ndarray:
+    """(points, 2) centre line of a lane; maps without one give the two boundaries instead."""
     if "centerline" in segment:
         return resampled(_line(segment["centerline"]), points)
     sides = (segment["left_lane_boundary"], segment["right_lane_boundary"])
@@ -284,12 +296,13 @@ def _middle_line(segment: dict[str, Any], points: int) -> np.ndarray:
     return middle
 
 
-def _line(said: list[dict[str, float]]) -> np.ndarray:
-    return np.array([(point["x"], point["y"]) for point in said])
+def _line(points: list[dict[str, float]]) -> np.ndarray:
+    """(n, 2) from points with the keys x and y."""
+    return np.array([(point["x"], point["y"]) for point in points])
 
 
 def resampled(line: np.ndarray, points: int) -> np.ndarray:
-    """(points, 2) on a polyline at even distances along it."""
+    """(points, 2) evenly spaced along a polyline (n, 2)."""
     along = np.concatenate([[0], np.linalg.norm(np.diff(line, axis=0), axis=1).cumsum()])
-    wanted = np.linspace(0, along[-1], points)
-    return np.stack([np.interp(wanted, along, line[:, axis]) for axis in (0, 1)], -1)
+    distances = np.linspace(0, along[-1], points)
+    return np.stack([np.interp(distances, along, line[:, axis]) for axis in (0, 1)], -1)

@@ -146,7 +146,7 @@ class Auto(RetrainMethod):
         Raises:
             UserError: One seen task, or those held out have no rows to be scored on.
         """
-        from foretune.evaluation.held_out import exam
+        from foretune.evaluation.held_out import build_search_tasks
         from foretune.training.process_group import process_group
         from foretune.training.record import metered
 
@@ -164,7 +164,7 @@ class Auto(RetrainMethod):
         for number in range(self.rounds):
             held = groups[number % len(groups)]
             seen, own = tasks.without(held), tasks.subset(held)
-            rows = exam(own, self.shots, run.seed, self.group_column)
+            rows = build_search_tasks(own, self.shots, run.seed, self.group_column)
             steps = max(1, round(run.steps * min(1.0, self.budget * 2**number)))
             part = run.replace(out=None, resume=False, overwrite=False, steps=steps)
             for together in by_training(alive):

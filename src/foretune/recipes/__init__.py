@@ -1,1 +1,1 @@
-"""Recipes: YAML files that say what a run does, packaged and the user's own."""
+"""Recipes: YAML files that configure a run, packaged ones and the user's."""

@@ -2,31 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from foretune.run import Run
+from foretune.tasks.sources import Source
 
-PLAIN = Run()
+B = TypeVar("B", bound="Block")
+
+# Fields of `Run` that are keys of neither `retrain:` nor `adapt:`. Precision and device hold for
+# the whole recipe, the seed is the number of the repeat, and the folder with what may happen to it
+# comes from the key `out` and the command line.
+RUN_FIELDS_OF_THE_RECIPE = ("seed", "precision", "device", "out", "resume", "overwrite")
+# Retraining mixes tasks in a step; adapting trains each task by itself, in waves, and with AdamW.
+RUN_FIELDS_OF_RETRAIN = ("tasks_per_step", "optimizer")
+RUN_FIELDS_OF_ADAPT = ("tasks_per_wave", "patience")
 
 
 class Block(BaseModel):
-    """Unknown keys are refused, and values are not bent into shape: `steps: yes` is no number."""
+    """A block of keys: unknown ones are errors, values are not coerced (`yes` is not a number)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+def with_fields_of(
+    record: type, *, without: Sequence[str] = (), renamed: Mapping[str, str] | None = None
+) -> Callable[[type[B]], type[B]]:
+    """A class decorator that appends the fields of a dataclass to a block.
+
+    Names, types, defaults and order are those of the dataclass, so that a new field of it is a key
+    of the block at once. Code reads these keys from the record that the block is turned into.
+
+    Args:
+        record: The dataclass.
+        without: Fields that are not keys of the block.
+        renamed: Field → key for keys of another name.
+    """
+    types = get_type_hints(record)
+    keys = renamed or {}
+
+    def append_fields(block: type[B]) -> type[B]:
+        fields: dict[str, Any] = {
+            keys.get(field.name, field.name): (types[field.name], _default_of(field))
+            for field in dataclasses.fields(record)
+            if field.name not in without
+        }
+        return create_model(
+            block.__name__,
+            __base__=block,
+            __module__=block.__module__,
+            __doc__=block.__doc__,
+            **fields,
+        )
+
+    return append_fields
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a dataclass field as pydantic writes it; `...` for a required field."""
+    if field.default_factory is not dataclasses.MISSING:
+        return Field(default_factory=field.default_factory)
+    return ... if field.default is dataclasses.MISSING else field.default
+
+
 class ModelBlock(Block):
-    """The model to begin with: a `name`, or a `file` of the user's that builds one.
+    """The input model: a `name`, or a Python `file` that builds one.
 
     Args:
         name: "minilm", a local Hugging Face folder, or a hub id.
         file: A Python file with a function that returns an `nn.Module`.
-        factory: That function's name.
+        factory: The name of that function.
         args: Its keyword arguments.
-        trainable_layers: Train the last so many blocks (and the head) only; None: everything.
-        trust_remote_code: Let the hub's repository run its own Python code here.
+        trainable_layers: Number of last blocks that are trained besides the head; None: all.
+        trust_remote_code: Whether a hub repository may run its own Python code.
     """
 
     name: str | None = None
@@ -45,34 +96,25 @@ class ModelBlock(Block):
         return self
 
 
-class TasksBlock(Block):
+@with_fields_of(Source, renamed={"turn": "rotate"})  # which turn it is depends on the repeat
+class _SourceBlock(Block):
+    """The fields of `Source`."""
+
+
+class TasksBlock(_SourceBlock):
     """The data: the fields of `foretune.tasks.sources.Source`, documented there.
 
     Args:
-        rotate: Repeat i sets the i-th group of `unseen` tasks aside, so that after all turns each
-            task has been an unseen one once.
+        rotate: Repeat i sets aside the i-th group of `unseen` tasks, so that after all turns each
+            task has been unseen once.
     """
 
-    source: str
-    task_column: str = "task"
-    group_column: str | None = None
-    unseen: int | list[str | int] | str | None = None
+    unseen: int | list[str | int] | str | None = None  # YAML reads the name of a task 7 as a number
     rotate: bool = False
-    validation: float = 0.1
-    test: float = 0.2
-    min_rows: int = 1
-    max_tasks: int | None = None
-    max_rows: int | None = None
-    num_candidates: int = 20
-    candidate_pool: int | None = None
-    candidates_from: Literal["others", "own"] = "others"
-    candidate_seed: int = 0
-    columns: dict[str, str] = Field(default_factory=dict)
-    seed: int = 0
 
 
 class RatesBlock(Block):
-    """A learning rate that is fixed, or several that are searched."""
+    """One fixed learning rate, or several that are searched."""
 
     learning_rate: float | None = Field(default=None, gt=0)
     learning_rates: list[float] | None = Field(default=None, min_length=1)
@@ -89,79 +131,67 @@ class RatesBlock(Block):
 
     @property
     def rates(self) -> list[float]:
-        """The rates to try; empty: the method's own default."""
+        """The learning rates to try; empty for the method's default."""
         if self.learning_rate is not None:
             return [self.learning_rate]
         return list(self.learning_rates or ())
 
 
-class RetrainBlock(RatesBlock):
-    """The methods that are compared, and the budget that each of them gets.
+@with_fields_of(Run, without=RUN_FIELDS_OF_THE_RECIPE + RUN_FIELDS_OF_ADAPT)
+class _RetrainRunBlock(RatesBlock):
+    """The methods of retraining and the fields of their `Run`."""
+
+    methods: list[str | dict[str, dict[str, Any] | None]] = Field(min_length=1)
+
+
+class RetrainBlock(_RetrainRunBlock):
+    """The methods to compare, and the budget of each.
 
     Args:
         methods: Names, or one-key mappings of a name to its fields:
-            `{peft-ml: {form: last-layer, as: peft-ml-last}}`. `as` is the name that is shown;
-            `learning_rates` there is searched instead of the block's.
-        search_steps: Steps of each trial of the search; None: all of them. A trial's base is
-            adapted to the `adapt.search_tasks`, which it does not meet; the method then retrains
-            on all seen tasks, unless rates of adapting are searched on them too.
+            `{peft-ml: {form: last-layer, as: peft-ml-last}}`. `as` is the displayed name;
+            `learning_rates` there replaces that of the block.
+        search_steps: Steps of each trial of the learning-rate search; None for `steps`. The base of
+            a trial is adapted to the `adapt.search_tasks`, on which it is not retrained; the method
+            then retrains on all seen tasks, unless they also choose the adapt learning rate.
 
     The other fields are those of `foretune.Run`.
     """
 
-    methods: list[str | dict[str, dict[str, Any] | None]] = Field(min_length=1)
-    steps: int = PLAIN.steps
-    tasks_per_step: int | None = PLAIN.tasks_per_step
-    batch_size: int = PLAIN.batch_size
-    warmup: float = PLAIN.warmup
-    schedule: Literal["linear", "cosine", "constant"] = PLAIN.schedule
-    weight_decay: float = PLAIN.weight_decay
-    max_grad_norm: float | None = PLAIN.max_grad_norm
-    eval_every: int | None = PLAIN.eval_every
-    eval_rows: int | None = PLAIN.eval_rows
-    optimizer: Literal["adamw", "adamw-8bit"] = PLAIN.optimizer
-    token_budget: int | None = PLAIN.token_budget
-    gradient_checkpointing: bool = PLAIN.gradient_checkpointing
     search_steps: int | None = Field(default=None, ge=1)
 
 
-class AdaptBlock(RatesBlock):
-    """How each base is adapted to the unseen tasks.
-
-    Args:
-        method: "lora", "head", "full" or another method to adapt with.
-        lora: Fields of `peft.LoraConfig`, for `method: lora`.
-        fields: Other fields of the method.
-        search_tasks: Tasks on which several rates are searched; they are taken from the seen
-            ones, a quarter of these at most, and no base that is tried on them met them.
-        shots: Training rows (a class, where there are classes) of an unseen task; "all" for all.
-        draws: Draws of the shots for each repeat.
-
-    The other fields are those of `foretune.Run`.
-    """
+@with_fields_of(Run, without=RUN_FIELDS_OF_THE_RECIPE + RUN_FIELDS_OF_RETRAIN)
+class _AdaptRunBlock(RatesBlock):
+    """The method of adapting and the fields of its `Run`."""
 
     method: str = "lora"
     lora: dict[str, Any] | None = None
     fields: dict[str, Any] = Field(default_factory=dict)
-    steps: int = PLAIN.steps
-    batch_size: int = PLAIN.batch_size
-    warmup: float = PLAIN.warmup
-    schedule: Literal["linear", "cosine", "constant"] = PLAIN.schedule
-    weight_decay: float = PLAIN.weight_decay
-    max_grad_norm: float | None = PLAIN.max_grad_norm
-    token_budget: int | None = PLAIN.token_budget
-    gradient_checkpointing: bool = PLAIN.gradient_checkpointing
-    tasks_per_wave: int | None = PLAIN.tasks_per_wave
-    patience: int | None = PLAIN.patience
-    eval_every: int | None = PLAIN.eval_every
-    eval_rows: int | None = PLAIN.eval_rows
+
+
+class AdaptBlock(_AdaptRunBlock):
+    """How each base is adapted to the unseen tasks.
+
+    Args:
+        method: "lora", "head", "full" or another adapt method.
+        lora: Fields of `peft.LoraConfig`, for `method: lora`.
+        fields: Other fields of the method.
+        search_tasks: Number of tasks on which learning rates are searched: at most a quarter of the
+            seen tasks, held out of the retraining of every base that is scored on them.
+        shots: Training examples per unseen task (per class for classification); "all" for all.
+        draws: Draws of the shots in each repeat.
+
+    The other fields are those of `foretune.Run`.
+    """
+
     search_tasks: int = Field(default=8, ge=1)
     shots: list[int | Literal["all"]] = Field(default=[8, 40], min_length=1)
     draws: int = Field(default=1, ge=1)
 
     @property
     def row_counts(self) -> list[int | None]:
-        """The shots as the verbs take them: None for all rows."""
+        """The shots with None for all examples, as the verbs take them."""
         return [None if shots == "all" else shots for shots in self.shots]
 
     @model_validator(mode="after")
@@ -174,11 +204,11 @@ class AdaptBlock(RatesBlock):
 
 
 class SpectrumBlock(Block):
-    """The rank that an unseen task needs: full adaptation, then its best low-rank parts.
+    """The rank that an unseen task needs: LoRA at several ranks, and full fine-tuning.
 
     Args:
-        shots: Training rows of each task.
-        ranks: The ranks to try.
+        shots: Training examples per task.
+        ranks: LoRA ranks to try.
     """
 
     shots: int = Field(default=40, ge=1)

@@ -1,4 +1,4 @@
-"""`Console`: who is told how a run goes."""
+"""`Console`: receives the progress of a run."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-Progress = Callable[[int, int, dict[str, Any]], None]  # (update, updates, newest figures)
+Progress = Callable[[int, int, dict[str, Any]], None]  # (update, updates, latest figures)
 
 
 class Console:
-    """Says nothing. The command line has one that does."""
+    """A console that prints nothing; the command line has a subclass that prints."""
 
     def say(self, line: str) -> None:
-        """A stage begins or ends."""
+        """Reports that a stage begins or ends."""
 
     @contextlib.contextmanager
     def bar(self, label: str, rounds: int = 1) -> Iterator[Progress | None]:
-        """A bar for the block.
+        """A progress bar for the duration of the block.
 
         Args:
-            label: What is going on.
-            rounds: Trainings that follow one another inside it.
+            label: What is being done.
+            rounds: Number of training runs inside the block.
 
         Yields:
-            What the training calls after every update.
+            The callback of the training runs, called after every update; None for no bar.
         """
         yield None
 

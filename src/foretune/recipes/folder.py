@@ -1,4 +1,4 @@
-"""The folder of a run: refused when something is in it, unless the user says what to do."""
+"""The folder of a run: refused if not empty, unless the user resumes or overwrites."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from foretune.tasks.task import Task
 
 T = TypeVar("T")
-MOVABLE = ("out", "device")  # what may change between a run and its continuation
+MAY_DIFFER = ("out", "device")  # keys that may change when a run is resumed
 
 
 def check_place(folder: Path, *, resume: bool, overwrite: bool, config: str | None = None) -> None:
-    """Refuses early what `prepare_folder` would refuse; nothing is done to the folder yet.
+    """Checks whether `prepare_folder` would accept the folder, without changing it.
 
     Args:
-        folder: Where the results go.
-        resume: Keep what is in it.
-        overwrite: Remove what is in it.
-        config: The resolved recipe, which a resumed run must share.
+        folder: Output folder.
+        resume: Keep its content.
+        overwrite: Remove its content.
+        config: The resolved recipe, which must be that of a resumed run.
 
     Raises:
-        UserError: Something is in it and neither was asked for, both were, the folder was begun
-            with another recipe, or no run of foretune's has made it.
+        UserError: The folder is not empty and neither or both of `resume` and `overwrite` are set,
+            it was begun with another recipe, or it was not made by foretune.
     """
 
     def check() -> None:
@@ -45,7 +45,7 @@ def check_place(folder: Path, *, resume: bool, overwrite: bool, config: str | No
 def prepare_folder(
     folder: Path, *, resume: bool, overwrite: bool, config: str | None = None
 ) -> Path:
-    """Makes the folder ready to be written to; the recipe is written into it.
+    """Creates, empties or keeps the folder as asked, and writes the recipe into it.
 
     Raises:
         UserError: As `check_place`.
@@ -64,12 +64,12 @@ def prepare_folder(
 
 
 def check_inputs(folder: Path, model: nn.Module, tasks: Sequence[Task]) -> None:
-    """Writes down the model and the rows of a run, or checks that it was begun with these.
+    """Records digests of the model and the examples of a run, or compares them when it is resumed.
 
-    The recipe does not tell: a file may have changed under its name.
+    The recipe alone is not enough: the content of a file may have changed.
 
     Raises:
-        UserError: The folder was begun with another model or other rows of a task.
+        UserError: The run was begun with another model or other examples of a task.
     """
     from foretune.training.resume import check_same, inputs_of, read_record
 
@@ -85,8 +85,16 @@ def check_inputs(folder: Path, model: nn.Module, tasks: Sequence[Task]) -> None:
     _first(check)
 
 
+def write_run_record(folder: Path) -> None:
+    """Writes run.json, which says that the run is finished and in which environment."""
+    from foretune.training.record import environment
+
+    record = {"finished": True, "environment": environment()}
+    write_whole(folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False))
+
+
 def _first(work: Callable[[], T]) -> T:
-    """Does it on the first of several processes."""
+    """The result of `work`, done by the first of several processes."""
     if num_processes() == 1:
         return work()
     from foretune.training.process_group import process_group
@@ -97,14 +105,14 @@ def _first(work: Callable[[], T]) -> T:
 def _check_same(folder: Path, config: str) -> None:
     path = folder / RECIPE
     if not path.is_file():
-        raise UserError(f"{folder} holds no run to resume (no {RECIPE}); use --overwrite")
+        raise UserError(f"{folder} has no run to resume (no {RECIPE}): use --overwrite")
     begun = _flat(parse_yaml(path.read_text("utf-8"), str(path)))
-    wanted = _flat(parse_yaml(config, "the recipe"))
-    for key in dict.fromkeys([*begun, *wanted]):
-        if key not in MOVABLE and begun.get(key) != wanted.get(key):
+    current = _flat(parse_yaml(config, "the recipe"))
+    for key in dict.fromkeys([*begun, *current]):
+        if key not in MAY_DIFFER and begun.get(key) != current.get(key):
             raise UserError(
                 f"{folder} was begun with {key}={begun.get(key)!r}, the recipe now says "
-                f"{wanted.get(key)!r}: resume with the same recipe, or use --overwrite"
+                f"{current.get(key)!r}: resume with the same recipe, or use --overwrite"
             )
 
 
@@ -112,6 +120,6 @@ def _flat(value: object, prefix: str = "") -> dict[str, object]:
     if not isinstance(value, dict):
         return {prefix: value}
     flat: dict[str, object] = {}
-    for key, below in value.items():
-        flat |= _flat(below, f"{prefix}.{key}" if prefix else str(key))
+    for key, nested in value.items():
+        flat |= _flat(nested, f"{prefix}.{key}" if prefix else str(key))
     return flat

@@ -1,4 +1,4 @@
-"""Puts the comparisons of several whole repeats together."""
+"""Merges the comparisons of several repeats of a run."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ AVERAGED = ("seconds", "cpu_seconds", "tokens", "examples")
 
 
 def merge_repeats(repeats: Sequence[dict[str, Any]], turns: int = 1) -> dict[str, Any]:
-    """One comparison over all scores; costs are the means of the repeats.
+    """One comparison over the scores of all repeats; costs are means over the repeats.
 
     Args:
-        repeats: Comparisons of the same bases under different seeds.
-        turns: So many in a row are of different unseen tasks and together make one seed.
+        repeats: Comparisons of the same bases under different random seeds.
+        turns: Number of consecutive repeats with different unseen tasks that make up one seed.
     """
     from foretune.evaluation.statistics import pairs_and_means, verdict
 
     first = repeats[0]
     draws = 1 + max(score["seed"] for score in first["scores"])
     scores = [
-        # Draws of one repeat are numbered from 0, so repeats are kept apart by an offset.
+        # The draws of each repeat are numbered from 0; an offset keeps repeats apart.
         {**score, "seed": number // turns * draws + score["seed"]}
         for number, repeat in enumerate(repeats)
         for score in repeat["scores"]
@@ -48,9 +48,9 @@ def merge_repeats(repeats: Sequence[dict[str, Any]], turns: int = 1) -> dict[str
 
 
 def _mean_base(bases: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The first repeat's base, with the mean cost of all and what each repeat chose.
+    """The base of the first repeat, with mean costs and the choices of all repeats.
 
-    `learning_rate` and `searched` are the first repeat's, `learning_rates` those of all.
+    `learning_rate` and `searched` are those of the first repeat, `learning_rates` those of all.
     """
     merged = dict(bases[0])
     if merged.pop("choice", None) is not None:

@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a recipe, as one line that a person can act on."""
+"""Pydantic's validation errors of a recipe as a one-line message that says what to fix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from foretune.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-WANTED = {
+EXPECTED = {
     "int": "a whole number",
     "float": "a number",
     "string": "text",
@@ -31,20 +31,20 @@ def user_error(
     overridden: set[str],
     known_keys: Callable[[Sequence[str]], Sequence[str]],
 ) -> UserError:
-    """The first of `errors` as a UserError, with the number of the others.
+    """The most telling of `errors` as a UserError, with the number of the others.
 
     Args:
-        errors: What `ValidationError.errors()` gave.
+        errors: The result of `ValidationError.errors()`.
         raw: The mapping that was validated.
-        where: The recipe's name or file.
-        overridden: Dotted keys that came from the command line.
-        known_keys: The keys that a block (given as a path of keys) may hold.
+        where: The name or file of the recipe.
+        overridden: Dotted keys that were set on the command line.
+        known_keys: Maps a block, as a path of keys, to its valid keys.
     """
     grouped: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for error in errors:
-        # A union reports each of its members: the same key, several complaints.
+        # A union reports an error for each of its members under the same key.
         grouped.setdefault(_path(error, raw), []).append(error)
-    # A key that nobody knows is most often the cause of the others.
+    # An unknown key is most often the cause of the other errors.
     paths = sorted(grouped, key=lambda path: not _is_unknown(grouped[path][0]))
     path = paths[0]
     dotted = ".".join(path)
@@ -58,7 +58,7 @@ def _is_unknown(error: ErrorDetails) -> bool:
 
 
 def _path(error: ErrorDetails, raw: Any) -> tuple[str, ...]:
-    """The part of an error's location that stands in the recipe, without the tags of unions."""
+    """The path of keys of an error in the recipe, without the tags of unions."""
     loc = error["loc"]
     if error["type"].startswith("missing"):
         loc, last = loc[:-1], [str(loc[-1])]
@@ -82,29 +82,30 @@ def _sentence(
     error, dotted = errors[0], ".".join(path)
     kind = error["type"]
     if _is_unknown(error):
-        known, block = known_keys(path[:-1]), "".join(f"{key}." for key in path[:-1])
-        inside = [f"{key}.{dotted}" for key in known if dotted in known_keys((key,))]
+        valid_keys, block = known_keys(path[:-1]), "".join(f"{key}." for key in path[:-1])
+        inside = [f"{key}.{dotted}" for key in valid_keys if dotted in known_keys((key,))]
         if len(path) == 1 and inside:
             return f'unknown key "{dotted}" {place}. Did you mean {" or ".join(inside)}?'
-        hint = did_you_mean(path[-1], known).replace('"', f'"{block}', 1)
-        hint = hint or f" Known here: {', '.join(known)}."
+        hint = did_you_mean(path[-1], valid_keys).replace('"', f'"{block}', 1)
+        hint = hint or f" Valid keys: {', '.join(valid_keys)}."
         return f'unknown key "{dotted}" {place}.{hint}'
     if kind.startswith("missing") or kind == "union_tag_not_found":
         missing = dotted if kind.startswith("missing") else f"{dotted}.kind"
         return f'key "{missing}" is missing {place}'
     if kind == "union_tag_invalid":
         context = error.get("ctx", {})
-        got, tags = str(context.get("tag")), str(context.get("expected_tags")).replace("'", "")
-        hint = did_you_mean(got, tags.split(", "))
-        return f'"{dotted}.kind" {place} must be one of {tags}; got "{got}".{hint}'
-    if kind == "value_error":  # of a whole block, whose text would fill the screen
-        return f'"{dotted}" {place} {_wanted(error)}'
-    wanted = list(dict.fromkeys(_wanted(one) for one in errors))
-    either = " or ".join([wanted[0], *(one.removeprefix("must be ") for one in wanted[1:])])
+        tag, tags = str(context.get("tag")), str(context.get("expected_tags")).replace("'", "")
+        hint = did_you_mean(tag, tags.split(", "))
+        return f'"{dotted}.kind" {place} must be one of {tags}; got "{tag}".{hint}'
+    if kind == "value_error":  # its input is a block, too long to print
+        return f'"{dotted}" {place} {_requirement(error)}'
+    first, *others = dict.fromkeys(map(_requirement, errors))
+    either = " or ".join([first, *(text.removeprefix("must be ") for text in others)])
     return f'"{dotted}" {place} {either}, got {error["input"]!r}'
 
 
-def _wanted(error: ErrorDetails) -> str:
+def _requirement(error: ErrorDetails) -> str:
+    """What the value must be, such as 'must be a number'."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "literal_error":
         return f"must be {context['expected']}"
@@ -114,7 +115,7 @@ def _wanted(error: ErrorDetails) -> str:
         return f"must not be below {context['ge']}"
     if kind == "greater_than":
         return f"must be above {context['gt']}"
-    for name, wanted in WANTED.items():
+    for name, expected in EXPECTED.items():
         if kind.startswith(name):
-            return f"must be {wanted}"
+            return f"must be {expected}"
     return error["msg"][0].lower() + error["msg"][1:]

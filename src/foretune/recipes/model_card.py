@@ -1,4 +1,4 @@
-"""README.md of a run: a model card for whoever finds the folder."""
+"""README.md of a run: a model card for readers of the folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from foretune.models.loading_code import loading_code
 
 
 def model_card(comparison: dict[str, Any]) -> str:
-    """The card, in Markdown, with the front matter that the hub reads."""
+    """The model card in Markdown, with the front matter that the Hugging Face Hub reads."""
     from foretune.training.outcome import folder_name
 
     best = comparison["verdict"]["best"]
@@ -18,7 +18,7 @@ def model_card(comparison: dict[str, Any]) -> str:
     collection = comparison["collection"]
     seen, number = collection.get("num_seen"), collection["num_unseen"]
     tasks = "task" if number == 1 else "tasks"
-    some_task = folder_name(comparison["scores"][-1]["task"])
+    example_task = folder_name(comparison["scores"][-1]["task"])
     retrained = "" if seen is None else f" retrained on {seen} tasks and"
     lines = [
         "---",
@@ -30,10 +30,9 @@ def model_card(comparison: dict[str, Any]) -> str:
         "",
         comparison["verdict"]["sentence"],
         "",
-        f"Bases{retrained} compared by adapting each to {number} {tasks} that no retraining saw. "
-        "`report.html` shows the "
-        "few-shot curves, the differences by task and the costs; `comparison.json` holds every "
-        "score; `config.yaml` runs it again.",
+        f"Bases{retrained} compared by adapting each to {number} {tasks} that were not part of "
+        "any retraining. `report.html` shows few-shot curves, differences by task and costs; "
+        "`comparison.json` has all scores; `foretune run config.yaml` repeats the run.",
         "",
         "| base | method | folder |",
         "|---|---|---|",
@@ -43,7 +42,7 @@ def model_card(comparison: dict[str, Any]) -> str:
         *loading_code(
             chosen["model_class"],
             path,
-            f"adapters/{chosen['name']}/{some_task}",
+            f"adapters/{chosen['name']}/{example_task}",
             chosen["num_labels"],
         ),
         "```",

@@ -1,7 +1,7 @@
-"""The `objective:` block. Importing the objectives themselves would import torch.
+"""The `objective:` block.
 
-The keys and defaults repeat those of the classes in `foretune.tasks.objectives`; a test compares
-the two.
+Keys and defaults repeat those of the classes in `foretune.tasks.objectives`, whose import would
+import torch; a test compares the two.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from foretune.recipes.blocks import Block
 
 
 class ChoiceBlock(Block):
-    """Pick the right candidate for a context."""
+    """Choose the right candidate for a context."""
 
     kind: Literal["choice"]
     scoring: Literal["bi-encoder", "cross-encoder", "causal"] = "bi-encoder"
@@ -24,27 +24,27 @@ class ChoiceBlock(Block):
 
 
 class ClassificationBlock(Block):
-    """A label for a text or an array."""
+    """Predict the label of a text or an array."""
 
     kind: Literal["classification"]
     max_tokens: int = 128
 
 
 class CausalLMBlock(Block):
-    """The next token; with prompt and completion, of the completion only."""
+    """Predict the next token; with prompt and completion, of the completion only."""
 
     kind: Literal["causal-lm"]
     max_tokens: int = 128
 
 
 class RegressionBlock(Block):
-    """An array from an array."""
+    """Predict an array from an array."""
 
     kind: Literal["regression"]
 
 
 class PromptsBlock(Block):
-    """A label for a text or an image, by the labels' names."""
+    """Predict the label of a text or an image from the names of the labels."""
 
     kind: Literal["prompts"]
     max_tokens: int = 128
@@ -53,7 +53,7 @@ class PromptsBlock(Block):
 
 
 class DenoisingBlock(Block):
-    """The noise in a noisy image."""
+    """Predict the noise in a noisy image."""
 
     kind: Literal["denoising"]
     num_steps: int = 1000

@@ -1,4 +1,4 @@
-"""`foretune adapt` and `compare`: the verbs on folders, for bases that some run has saved."""
+"""`foretune adapt` and `foretune compare` for bases that were saved in folders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from foretune.recipes.setup import with_tokenizer
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.sources import Source, load_tasks
 
-ABOUT = "foretune.json"
+METADATA = "foretune.json"
 
 
 @dataclass(frozen=True)
@@ -33,38 +33,38 @@ class SavedBase:
     """A base on disk.
 
     Args:
-        name: How it is called in tables.
+        name: Its name in tables.
         folder: A plain model folder.
-        about: What its `foretune.json` says: method, objective; empty for a model of others.
+        metadata: The content of its `foretune.json` (method, objective); empty without that file.
     """
 
     name: str
     folder: Path
-    about: dict[str, Any]
+    metadata: dict[str, Any]
 
     @property
     def kind(self) -> str | None:
-        """The kind of objective that it was retrained with, if any."""
-        return self.about.get("objective", {}).get("kind")
+        """The kind of objective that it was retrained with, None if unknown."""
+        return self.metadata.get("objective", {}).get("kind")
 
     def objective(self, kind: str | None, tokenizer: Any) -> Any:
-        """Its own objective, or a plain one of the given kind; not yet fitted.
+        """Its own objective, or one of another `kind` with default fields; not yet fitted.
 
         Raises:
-            UserError: Neither is known.
+            UserError: `kind` is None and the folder does not name its objective.
         """
         if kind is not None and kind != self.kind:
             return make_objective(kind, tokenizer)
         if self.kind is None:
             raise UserError(
-                f"{self.folder} does not say what it was trained for (no {ABOUT}): give "
-                "--objective choice, classification, causal-lm, regression, prompts or denoising"
+                f"{self.folder} does not name its objective (no {METADATA}): add --objective "
+                "choice, classification, causal-lm, regression, prompts or denoising"
             )
-        made = make_objective(tokenizer=None, **self.about["objective"])
-        return with_tokenizer(made, tokenizer)
+        objective = make_objective(tokenizer=None, **self.metadata["objective"])
+        return with_tokenizer(objective, tokenizer)
 
     def load(self) -> tuple[Any, Any]:
-        """(model, tokenizer)."""
+        """(model, tokenizer), read from the folder; the tokenizer may be None."""
         from foretune.models.loading import load_base
 
         return load_base(self.folder)
@@ -74,26 +74,26 @@ def find_base(folder: Path) -> SavedBase:
     """The base in a folder: the folder itself, or its `base/`.
 
     Raises:
-        UserError: There is no such folder.
+        UserError: There is no such folder, or it is not a base.
     """
     if not folder.is_dir():
         raise UserError(f"no base in {folder}: no such folder")
     place = folder / "base" if (folder / "base").is_dir() else folder
-    if not any((place / file).is_file() for file in ("config.json", MODULE_FILE, ABOUT)):
+    if not any((place / file).is_file() for file in ("config.json", MODULE_FILE, METADATA)):
         raise UserError(_no_base(place))
-    about = place / ABOUT
+    metadata_file = place / METADATA
     name = folder.resolve().parent.name if folder.name == "base" else folder.resolve().name
-    known = json.loads(about.read_text("utf-8")) if about.is_file() else {}
-    return SavedBase(name, place, known)
+    metadata = json.loads(metadata_file.read_text("utf-8")) if metadata_file.is_file() else {}
+    return SavedBase(name, place, metadata)
 
 
 def _no_base(folder: Path) -> str:
-    """Why a folder is no base, and which one may be meant."""
+    """Why a folder is not a base, and which folder may have been meant."""
     if (folder / "adapter_config.json").is_file():
         return f"{folder} is an adapter: give the base that it belongs to"
-    inside = sorted(path.parent for path in folder.glob("**/base/foretune.json"))
-    meant = f"; did you mean {inside[0]}?" if inside else ""
-    return f"{folder} is no base: it holds neither config.json nor {ABOUT}{meant}"
+    inside = sorted(path.parent for path in folder.glob(f"**/base/{METADATA}"))
+    hint = f"; did you mean {inside[0]}?" if inside else ""
+    return f"{folder} is not a base: it has neither config.json nor {METADATA}{hint}"
 
 
 def adapt_folder(
@@ -109,33 +109,39 @@ def adapt_folder(
     overwrite: bool = False,
     console: Console = SILENT,
 ) -> dict[str, Any]:
-    """Adapts a base to every task of a source; one adapter folder a task in `out`.
+    """Adapts a base to every task of a source and saves one adapter folder per task in `out`.
 
     Args:
-        base: The base's folder.
-        tasks: A path or a dataset, as in a recipe's `tasks.source`.
-        out: Where.
-        changes: `key=value` for the keys of a recipe's `adapt:` block, `tasks.key=value` for those
+        base: Folder of the base.
+        tasks: A path or a dataset, as `tasks.source` in a recipe.
+        out: Output folder.
+        changes: `key=value` for keys of the `adapt:` block of a recipe, `tasks.key=value` for keys
             of its `tasks:` block.
-        objective: Kind of objective, for a base that does not say.
-        shots: Training rows of each task; None for all.
-        seed: Seeds the draw of shots and the fresh adapters.
+        objective: Kind of objective; None for that of the base.
+        shots: Training examples per task (per class for classification); None for all.
+        seed: Random seed of the draw of shots and of the fresh adapters.
         resume: Keep what is in `out`.
         overwrite: Empty `out` first.
-        console: Is told how it goes.
+        console: Receives the progress.
+
+    Returns:
+        Scores per task, their mean, the cost, and Python code that loads the first adapter.
+
+    Raises:
+        UserError: The folder is not a base, or the data, a setting or `out` is not acceptable.
     """
     from foretune.training.outcome import folder_name
 
     block, source = settings(tasks, changes)
-    found = find_base(base)
-    known = objective or found.kind
-    if known is None:
-        found.objective(None, None)  # says what is missing
-    collection, _ = load_tasks(source, str(known))
-    model, tokenizer = found.load()
-    fitted = found.objective(objective, tokenizer).fit(collection)
+    saved = find_base(base)
+    kind = objective or saved.kind
+    if kind is None:
+        saved.objective(None, None)  # raises
+    collection, _ = load_tasks(source, str(kind))
+    model, tokenizer = saved.load()
+    fitted = saved.objective(objective, tokenizer).fit(collection)
     run = run_of(block, seed=seed, out=out, resume=resume, overwrite=overwrite)
-    with console.bar(f"adapting {found.folder} to {len(collection)} tasks") as progress:
+    with console.bar(f"adapting {saved.folder} to {len(collection)} tasks") as progress:
         adapted = foretune.adapt(
             model,
             collection.with_objective(fitted),
@@ -153,7 +159,7 @@ def adapt_folder(
         "num_labels": adapted.num_labels,
         "code": loading_code(
             class_name(model),
-            str(found.folder),
+            str(saved.folder),
             str(out / folder_name(collection.names[0])),
             adapted.num_labels,
         ),
@@ -162,9 +168,9 @@ def adapt_folder(
 
 
 def adapt_command(recipe: Recipe, comparison: Mapping[str, Any]) -> str:
-    """The `foretune adapt` that adapts a run's best base to new tasks as the run did.
+    """The `foretune adapt` command that adapts the best base of a run to new tasks as the run did.
 
-    The best by the verdict; where that cannot tell, the highest mean with most rows.
+    The best base is that of the verdict or, without one, that with the highest mean at its shots.
     """
     verdict = comparison["verdict"]
     best = (
@@ -175,18 +181,18 @@ def adapt_command(recipe: Recipe, comparison: Mapping[str, Any]) -> str:
         )["base"]
     )
     base = next(base for base in comparison["bases"] if base["name"] == best)
-    own = recipe.adapt.model_dump(
+    changes = recipe.adapt.model_dump(
         mode="json",
         exclude_defaults=True,
         exclude={"shots", "draws", "search_tasks", "learning_rates", "learning_rate"},
     )
     if base["adapt"]["learning_rate"] is not None:
-        own["learning_rate"] = base["adapt"]["learning_rate"]
-    of_rows = {"task_column", "group_column", "columns", "num_candidates", "candidate_pool"}
-    of_rows |= {"candidates_from", "candidate_seed"}
-    data = recipe.tasks.model_dump(mode="json", exclude_defaults=True, include=of_rows)
-    own |= {f"tasks.{key}": value for key, value in data.items()}
-    settings = [f"{key}={json.dumps(value)}" for key, value in own.items()]
+        changes["learning_rate"] = base["adapt"]["learning_rate"]
+    reading = {"task_column", "group_column", "columns", "num_candidates", "candidate_pool"}
+    reading |= {"candidates_from", "candidate_seed"}
+    data = recipe.tasks.model_dump(mode="json", exclude_defaults=True, include=reading)
+    changes |= {f"tasks.{key}": value for key, value in data.items()}
+    settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
     words = [str(recipe.folder / base["path"]), "--tasks", "NEW.jsonl", "--out", "adapters"]
     return shlex.join(["foretune", "adapt", *words, *settings])
 
@@ -208,16 +214,23 @@ def compare_folders(
 
     Args:
         folders: Folders of bases.
-        tasks: A path or a dataset, as in a recipe's `tasks.source`.
-        out: Where comparison.json and report.html go.
-        changes: `key=value` for the keys of a recipe's `adapt:` block, `tasks.key=value` for those
+        tasks: A path or a dataset, as `tasks.source` in a recipe.
+        out: Output folder of comparison.json and report.html.
+        changes: `key=value` for keys of the `adapt:` block of a recipe, `tasks.key=value` for keys
             of its `tasks:` block.
-        shots: Training rows of each task; None for all.
-        draws: Draws of the shots.
-        objective: Kind of objective, for bases that do not say.
+        shots: Numbers of training examples per task (per class for classification); None for all.
+        draws: Independent draws of the shots.
+        objective: Kind of objective; None for that of the bases.
         resume: Keep what is in `out`.
         overwrite: Empty `out` first.
-        console: Is told how it goes.
+        console: Receives the progress.
+
+    Returns:
+        The content of `comparison.json`.
+
+    Raises:
+        UserError: A folder is not a base, the bases cannot be compared, or the data, a setting or
+            `out` is not acceptable.
     """
     block, source = settings(tasks, changes)
     bases = _named([find_base(folder) for folder in folders])
@@ -242,36 +255,44 @@ def compare_folders(
         ).to_dict()
     for base in comparison["bases"]:
         _describe(base, bases[base["name"]])
-    comparison = merge_repeats([comparison])  # the verdict must know which base is a control
+    comparison = merge_repeats([comparison])  # a new verdict that knows the controls
     comparison["title"] = out.resolve().name
-    # Which tasks the bases have seen is not written in their folders.
-    known = {k: v for k, v in comparison["collection"].items() if v is not None}
-    comparison["collection"] = known
+    # The folders of the bases do not record which tasks they were retrained on.
+    counts = {k: v for k, v in comparison["collection"].items() if v is not None}
+    comparison["collection"] = counts
     finish(out, comparison)
     return comparison
 
 
 def _fixed_rate(block: AdaptBlock) -> float | None:
-    """The one learning rate of the block; None for the method's default."""
+    """The learning rate of the block; None for the method's default.
+
+    Raises:
+        UserError: The block has several.
+    """
     if len(block.rates) > 1:
         raise UserError(
-            "learning_rates are searched on seen tasks, which only a recipe has: give one "
+            "learning_rates are searched on seen tasks, which only a recipe has: set a single "
             "learning_rate"
         )
     return block.rates[0] if block.rates else None
 
 
 def settings(tasks: str, changes: Sequence[str]) -> tuple[AdaptBlock, Source]:
-    """What `key=value` settings say of adapting, and `tasks.key=value` ones of the data.
+    """The `adapt:` block from `key=value` changes, and the source from `tasks.key=value` ones.
+
+    Args:
+        tasks: A path or a dataset, as `tasks.source` in a recipe.
+        changes: The changes.
 
     Raises:
-        UserError: An unknown key, or `tasks.unseen`: here every task is adapted to.
+        UserError: An unknown key, a bad value, or tasks.unseen: bases are adapted to all tasks.
     """
     of_tasks = [c.removeprefix("tasks.") for c in changes if c.startswith("tasks.")]
     for key in ("unseen", "rotate"):
         if any(change.partition("=")[0] == key for change in of_tasks):
             raise UserError(
-                f"tasks.{key} has no meaning here: every task is adapted to; leave it out"
+                f"tasks.{key} is not used here, because the base is adapted to all tasks: remove it"
             )
     block = parse_block(AdaptBlock, [c for c in changes if not c.startswith("tasks.")])
     data = parse_block(TasksBlock, [f"source={json.dumps(tasks)}", *of_tasks])
@@ -279,7 +300,7 @@ def settings(tasks: str, changes: Sequence[str]) -> tuple[AdaptBlock, Source]:
 
 
 class _Loaded(Mapping[str, Any]):
-    """Name → model, read from its folder when asked for: one in memory at a time."""
+    """Name → model, loaded from its folder on access, so that one is in memory at a time."""
 
     def __init__(self, bases: Mapping[str, SavedBase]) -> None:
         self.bases = bases
@@ -294,19 +315,23 @@ class _Loaded(Mapping[str, Any]):
         return len(self.bases)
 
     def tokenizer(self, name: str) -> Any:
-        """The tokenizer of a base."""
+        """The tokenizer of a base, or None."""
         return self.bases[name].load()[1]
 
 
 def _named(bases: Sequence[SavedBase]) -> dict[str, SavedBase]:
-    """The bases by name; where names are the same, with so much of their paths that they differ."""
+    """The bases by name; if names are equal, by the shortest ends of their paths that differ.
+
+    Raises:
+        UserError: A folder is given twice.
+    """
     paths = [base.folder.resolve().parts for base in bases]
     for path, base in zip(paths, bases, strict=True):
         if paths.count(path) > 1:
             raise UserError(f"{base.folder} is given twice")
     names = [base.name for base in bases]
     if len(set(names)) < len(names):
-        # `bases/peft-ml/seed-0/base` and `bases/none/seed-0/base` differ in the third from the end.
+        # bases/peft-ml/seed-0/base and bases/none/seed-0/base differ in the last three parts.
         depth = next(d for d in itertools.count(1) if len({p[-d:] for p in paths}) == len(paths))
         names = ["/".join(p for p in path[-depth:] if p != "base") for path in paths]
     return {
@@ -315,26 +340,31 @@ def _named(bases: Sequence[SavedBase]) -> dict[str, SavedBase]:
 
 
 def _one_tokenizer(loaded: _Loaded) -> Any:
-    """The tokenizer of all bases, which read the same rows.
+    """The tokenizer that all bases share.
 
     Raises:
-        UserError: Bases have other tokens, or heads for other labels, than the first one.
+        UserError: A base has another vocabulary, or a head for other labels, than the first base.
     """
     first, *others = loaded
     tokenizer = loaded.tokenizer(first)
-    for other in others:
-        if _vocabulary(loaded.tokenizer(other)) != _vocabulary(tokenizer):
+    first_space = _label_space(loaded.bases[first])
+    for name in others:
+        if _vocabulary(loaded.tokenizer(name)) != _vocabulary(tokenizer):
             raise UserError(
-                f"{other} has another tokenizer than {first}, and all bases are given the same "
-                "tokens: compare bases of one model"
+                f"{name} has another tokenizer than {first}, but all bases get the same tokens: "
+                "compare bases of the same model"
             )
-        spaces = [loaded.bases[n].about.get("objective", {}).get("space") for n in (first, other)]
-        if None not in spaces and spaces[0] != spaces[1]:
+        space = _label_space(loaded.bases[name])
+        if None not in (first_space, space) and first_space != space:
             raise UserError(
-                f"the head of {other} is for other labels than that of {first}: compare bases that "
+                f"the head of {name} is for other labels than that of {first}: compare bases that "
                 "were retrained on the same labels"
             )
     return tokenizer
+
+
+def _label_space(base: SavedBase) -> Any:
+    return base.metadata.get("objective", {}).get("space")
 
 
 def _vocabulary(tokenizer: Any) -> Any:
@@ -347,20 +377,20 @@ def _one_kind(bases: Mapping[str, SavedBase], objective: str | None) -> str:
     kinds = {name: base.kind for name, base in bases.items()}
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
-        raise UserError(f"the bases were trained for different objectives ({listed})")
+        raise UserError(f"the bases were retrained with different objectives ({listed})")
     first = next(iter(bases.values()))
     if first.kind is None:
-        first.objective(None, None)
+        first.objective(None, None)  # raises
     return str(first.kind)
 
 
 def _describe(base: dict[str, Any], saved: SavedBase) -> None:
-    """What the base's own folder says of how it was made."""
-    method = saved.about.get("method", {}).get("name", "unknown")
+    """Adds to the record of a base how it was retrained, as its folder says."""
+    method = saved.metadata.get("method", {}).get("name", "unknown")
     base |= {
         "method": method,
         "label": saved.name,
-        "config": saved.about.get("method", {}),
+        "config": saved.metadata.get("method", {}),
         "path": str(saved.folder),
     }
     record = saved.folder.parent / "run.json"

@@ -1,4 +1,4 @@
-"""`retrain.steps=10` on the command line: written over a recipe, or for a method and its run."""
+"""`key=value` changes on the command line, for a recipe or for a method and its run."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ EXCLUSIVE = {
 
 
 def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `recipe` with each override written into it, the later over the earlier.
+    """A copy of `recipe` with all overrides applied, later ones over earlier ones.
 
     Args:
         recipe: The raw mapping of a recipe.
-        overrides: `dotted.key=value`, the value in YAML: `adapt.shots=[1,5]`, `device=null`.
+        overrides: `dotted.key=value` with a YAML value: `adapt.shots=[1,5]`, `device=null`.
 
     Raises:
-        UserError: An override has no `=`, its value is no YAML, or it reaches into something that
-            is no block of keys.
+        UserError: An override has no `=`, its value is not YAML, or it sets a key inside a value
+            that is not a block of keys.
 
     >>> apply_overrides({"retrain": {"steps": 5}}, ["retrain.steps=10", "seeds=2"])
     {'retrain': {'steps': 10}, 'seeds': 2}
@@ -40,39 +40,39 @@ def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[st
         keys = dotted.strip().split(".")
         if not equals or not all(keys):
             raise UserError(
-                f'setting "{override}" must read KEY=VALUE, the value in YAML: 100, [8, 32]'
+                f'setting "{override}" must read KEY=VALUE with a YAML value: 100, [8, 32]'
             )
         block = _set(changed, keys, parse_yaml(text, f'override "{override}"'), override)
-        # Of two keys that exclude each other, the one on the command line replaces the recipe's.
-        other = EXCLUSIVE.get(".".join(keys), "")
-        if other not in override_keys(overrides):
-            block.pop(other.rpartition(".")[2], None)
+        # A key on the command line replaces the recipe's key that it excludes.
+        excluded = EXCLUSIVE.get(".".join(keys), "")
+        if excluded not in override_keys(overrides):
+            block.pop(excluded.rpartition(".")[2], None)
     return changed
 
 
 def method_and_run(
     changes: Sequence[str], of: str, fields: Sequence[str], run_fields: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Sorts `key=value` settings into (fields of a method or model, fields of the run).
+    """Splits `key=value` settings into (fields of a method or model, fields of the run).
 
     Args:
-        changes: As for `apply_overrides`.
-        of: What has the fields, for the message.
-        fields: Its fields.
-        run_fields: Those of the run.
+        changes: Settings, as for `apply_overrides`.
+        of: What the fields belong to, for the error message.
+        fields: Names of its fields.
+        run_fields: Names of the fields of the run.
 
     Raises:
-        UserError: As `apply_overrides`; a key that neither has.
+        UserError: As `apply_overrides`, or neither has the key.
     """
-    given = apply_overrides({}, changes)
-    for key in given:
+    values = apply_overrides({}, changes)
+    for key in values:
         if key not in fields and key not in run_fields:
             raise UserError(
                 f'no setting "{key}"; {of} has {", ".join(fields)}; the run has '
                 f"{', '.join(run_fields)}.{did_you_mean(key, [*fields, *run_fields])}"
             )
-    own = {key: value for key, value in given.items() if key in fields}
-    return own, {key: value for key, value in given.items() if key not in fields}
+    field_values = {key: value for key, value in values.items() if key in fields}
+    return field_values, {key: value for key, value in values.items() if key not in fields}
 
 
 def override_keys(overrides: Sequence[str]) -> set[str]:
@@ -81,20 +81,24 @@ def override_keys(overrides: Sequence[str]) -> set[str]:
 
 
 def _set(block: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> dict[str, Any]:
-    """Sets the key; returns the block that holds it."""
+    """Sets a nested key and returns the block that contains it.
+
+    Raises:
+        UserError: A value on the way to the key is not a block.
+    """
     for depth, key in enumerate(keys[:-1]):
-        below = block.get(key)
-        if below is None:
-            below = {}
-        if not isinstance(below, dict):
+        nested = block.get(key)
+        if nested is None:
+            nested = {}
+        if not isinstance(nested, dict):
             parent = ".".join(keys[: depth + 1])
             raise UserError(
-                f'override "{override}" reaches into "{parent}", which is {below!r}: '
-                f"set it whole, as {parent}=VALUE"
+                f'override "{override}" sets a key inside "{parent}", which is {nested!r}: '
+                f"set {parent}=VALUE instead"
             )
-        # The original must not change, so each level is copied on the way down.
-        below = dict(below)
-        block[key] = below
-        block = below
+        # Each level is copied, so that the original does not change.
+        nested = dict(nested)
+        block[key] = nested
+        block = nested
     block[keys[-1]] = value
     return block

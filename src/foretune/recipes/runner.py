@@ -1,4 +1,4 @@
-"""`run_recipe`: retrain with every method, adapt to the unseen tasks, compare, report."""
+"""`run_recipe`: retrain with all methods, adapt to the unseen tasks, compare, report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import foretune
 from foretune.errors import UserError, did_you_mean
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.folder import check_inputs, check_place, prepare_folder
+from foretune.recipes.folder import check_inputs, check_place, prepare_folder, write_run_record
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.model_card import model_card
 from foretune.recipes.schema import MethodEntry, Recipe
@@ -21,7 +21,7 @@ from foretune.recipes.stages import (
     retrain,
     retrain_stage,
     search_rate,
-    whole_cost,
+    total_cost,
     write_json,
 )
 
@@ -33,29 +33,29 @@ def run_recipe(
     overwrite: bool = False,
     console: Console = SILENT,
 ) -> dict[str, Any]:
-    """Runs a recipe from start to end, or from where it was.
+    """Runs a recipe from the start, or from where it was interrupted.
 
     Args:
-        recipe: What to do.
-        resume: Continue what is in the recipe's folder.
+        recipe: The recipe.
+        resume: Continue the run in the recipe's folder.
         overwrite: Empty that folder first.
-        console: Is told how it goes.
+        console: Receives the progress.
 
     Returns:
-        The comparison, as it stands in `comparison.json`.
+        The content of `comparison.json`.
 
     Raises:
-        UserError: The folder, the data or the model is not what the recipe needs.
+        UserError: The folder, the data or the model does not fit the recipe.
     """
     if recipe.spectrum is not None and num_processes() > 1:
         raise UserError(
-            "the spectrum is measured in one process: leave out spectrum, or launch one"
+            "the spectrum is measured in a single process: remove spectrum, or launch one process"
         )
     place: Any = {"resume": resume, "overwrite": overwrite, "config": recipe.to_yaml()}
     check_place(recipe.folder, **place)
     first = setup = set_up(recipe, console)
-    tasks = [*first.known, *need_unseen(first)]
-    # Only now, when data and model are there, may what is in the folder go.
+    tasks = [*first.all_seen, *need_unseen(first)]
+    # The folder is emptied only after data and model have been loaded.
     out = prepare_folder(recipe.folder, **place)
     check_inputs(out, first.model, tasks)
     repeats: list[dict[str, Any]] = []
@@ -76,10 +76,10 @@ def run_recipe(
 
 
 def retrain_all(setup: Setup, out: Path, seed: int, console: Console) -> dict[str, dict[str, Any]]:
-    """Every method under one seed: {name: what its stage says}."""
+    """Retrains with all methods under one random seed: {name: record of the stage}."""
     stages = {}
     for entry in setup.recipe.entries:
-        # Tasks that take turns must not choose a rate for a turn in which they are unseen.
+        # With tasks.rotate, each turn has its own search: its unseen tasks must not choose a rate.
         turn = f"turn-{seed}" if setup.recipe.tasks.rotate else ""
         rate, searched = search_rate(setup, entry, out / "bases" / entry.name / turn, console)
         stages[entry.name] = retrain_stage(setup, entry, seed, out, rate, searched, console)
@@ -95,22 +95,28 @@ def retrain_one(
     overwrite: bool = False,
     console: Console = SILENT,
 ) -> dict[str, Any]:
-    """`foretune retrain`: one method of a recipe, its base straight in `out/base`.
+    """`foretune retrain`: retrains with one method of a recipe and saves the base in `out/base`.
 
     Args:
-        recipe: What to do.
-        name: The name of one of its methods.
-        out: Where.
-        resume: Continue what is in `out`.
+        recipe: The recipe.
+        name: Name of one of its methods, or of a registered method.
+        out: Output folder.
+        resume: Continue the run in `out`.
         overwrite: Empty `out` first.
-        console: Is told how it goes.
+        console: Receives the progress.
+
+    Returns:
+        Folder of the base, method, validation score, trials of the search and cost.
+
+    Raises:
+        UserError: `name`, `out`, the data or the model does not fit the recipe.
     """
     entry = find_entry(recipe, name)
     config = recipe.to_yaml()
     check_place(out, resume=resume, overwrite=overwrite, config=config)
     setup = set_up(recipe, console)
     prepare_folder(out, resume=resume, overwrite=overwrite, config=config)
-    check_inputs(out, setup.model, setup.known)
+    check_inputs(out, setup.model, setup.all_seen)
     rate, searched = search_rate(setup, entry, out, console)
     record = entry.record(rate)
     run = recipe.retrain_run(out=out, resume=True)
@@ -120,12 +126,16 @@ def retrain_one(
         "method": record.to_dict(),
         "validation_score": outcome.validation_score,
         "searched": searched,
-        "cost": whole_cost(outcome),
+        "cost": total_cost(outcome),
     }
 
 
 def find_entry(recipe: Recipe, name: str) -> MethodEntry:
-    """The recipe's entry of this name; a method that it does not list, with its own defaults."""
+    """The entry of this name in the recipe, or an unlisted method with its defaults.
+
+    Raises:
+        UserError: There is no such entry or method.
+    """
     from foretune.methods import METHODS
 
     for entry in recipe.entries:
@@ -147,17 +157,17 @@ def compare_repeat(
     stages: Mapping[str, dict[str, Any]],
     console: Console,
 ) -> dict[str, Any]:
-    """Adapts the bases of one seed to the unseen tasks: the comparison of this repeat.
+    """The comparison of one repeat: adapts the bases of one random seed to the unseen tasks.
 
-    Rates of adapting are searched in each repeat anew, so that the luck of the search is a part of
-    what repeats differ by.
+    Adapt learning rates are searched again in each repeat, so that the variance between repeats
+    includes that of the search.
 
     Args:
         setup: Tasks and model.
-        out: The run's folder.
-        seed: Of this repeat.
-        stages: What each retraining says of itself.
-        console: Is told how it goes.
+        out: Folder of the run.
+        seed: Random seed of this repeat.
+        stages: Record of each retraining by name.
+        console: Receives the progress.
     """
     path = out / "repeats" / f"seed-{seed}.json"
     if path.is_file():
@@ -190,14 +200,14 @@ def compare_repeat(
 
 
 def adapt_rates(repeat: Mapping[str, Any]) -> dict[str, float]:
-    """The learning rate with which each base of a repeat was adapted."""
+    """The adapt learning rate of each base of a repeat."""
     return {base["name"]: base["adapt"]["learning_rate"] for base in repeat["bases"]}
 
 
 def spectrum_stage(
     setup: Setup, out: Path, rates: Mapping[str, float], console: Console
 ) -> dict[str, Any] | None:
-    """The adaptability spectrum of the first seed's bases, when the recipe asks for it."""
+    """The adaptability spectrum of the bases of the first seed; None if it is not in the recipe."""
     block = setup.recipe.spectrum
     if block is None:
         return None
@@ -228,7 +238,7 @@ def spectrum_stage(
 
 
 class SavedBases(Mapping[str, Any]):
-    """Name → retrained model, read from its folder when asked for: one in memory at a time."""
+    """Name → retrained model, loaded from its folder on access: one in memory at a time."""
 
     def __init__(self, out: Path, entries: list[MethodEntry], seed: int) -> None:
         self.folders = {e.name: base_folder(out, e, seed) / "base" for e in entries}
@@ -258,13 +268,12 @@ def _counts(setup: Setup) -> dict[str, Any]:
 
 
 def finish(out: Path, comparison: dict[str, Any]) -> None:
-    """Writes what people and machines read: comparison.json, report.html, README.md, run.json."""
+    """Writes comparison.json, report.html, README.md and run.json."""
     if process_rank() > 0:
         return
     from foretune.evaluation.report import write_report
-    from foretune.training.record import environment
 
     write_json(out / "comparison.json", comparison)
     write_report(comparison, out)
     (out / "README.md").write_text(model_card(comparison), encoding="utf-8")
-    write_json(out / "run.json", {"finished": True, "environment": environment()})
+    write_run_record(out)

@@ -1,4 +1,4 @@
-"""`Recipe`: all that a run is told, checked before anything slow begins."""
+"""`Recipe`: the configuration of a run, checked before anything slow begins."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
 
 from pydantic import Field, ValidationError
 
 from foretune import methods
+from foretune.entry_points import entry_point
 from foretune.errors import UserError, did_you_mean
 from foretune.methods import METHODS
 from foretune.recipes.blocks import (
@@ -22,6 +23,7 @@ from foretune.recipes.blocks import (
     SpectrumBlock,
     TasksBlock,
 )
+from foretune.recipes.console import Console
 from foretune.recipes.messages import user_error
 from foretune.recipes.objective_blocks import OBJECTIVES, ObjectiveBlock
 from foretune.recipes.overrides import apply_overrides, override_keys
@@ -31,16 +33,48 @@ from foretune.tasks.sources import Source
 
 B = TypeVar("B", bound=Block)
 
+# A wing's recipes lie in its package; a top-level key of theirs says who parses them.
+PACKAGES = (
+    "foretune.recipes",
+    "foretune.theory",
+)
+EXPERIMENTS = {
+    "experiment": "foretune.theory.recipe:parse_experiment",
+}
+
+
+class Experiment(Protocol):
+    """A recipe that makes its own data and needs no model; it can only be run."""
+
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the results."""
+        ...
+
+    def model_copy(self, *, update: dict[str, Any]) -> Self:
+        """A copy with other values of some fields."""
+        ...
+
+    def run(self, *, resume: bool, overwrite: bool, console: Console) -> dict[str, Any]:
+        """Runs the experiment, or what is left of it."""
+        ...
+
+    def tables(self, result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]], str]]:
+        """(title, header, rows, finding) of each table of a result."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class MethodEntry:
     """One item of `retrain.methods`.
 
     Args:
-        name: The name that is shown, unique within the recipe.
-        method: The registered method.
-        fields: What the recipe sets of the method's fields.
-        rates: Learning rates to try; empty: the method's own default.
+        name: The displayed name, unique within the recipe.
+        method: Name of the registered method.
+        fields: Fields of the method that the recipe sets.
+        rates: Learning rates to try; empty for the method's default.
     """
 
     name: str
@@ -49,7 +83,7 @@ class MethodEntry:
     rates: list[float]
 
     def record(self, learning_rate: float | None = None) -> Any:
-        """The method's record, at this learning rate."""
+        """The method with this learning rate, or with its default."""
         fields = dict(self.fields)
         if learning_rate is not None:
             fields["learning_rate"] = learning_rate
@@ -57,13 +91,13 @@ class MethodEntry:
 
 
 class Recipe(Block):
-    """All that a run is told. See the packaged recipes and `foretune init` for examples.
+    """The configuration of a run. See the packaged recipes and `foretune init` for examples.
 
     Args:
-        name: Title of the report, and the default folder.
-        data: Where the data is to be had, for a recipe that leaves `tasks.source` open.
-        seeds: Whole repeats: retraining and the draw of shots.
-        out: Folder of the results; `{name}` stands for the name.
+        name: Title of the report, and name of the default folder.
+        data: How to get the data, for a recipe that does not set `tasks.source`.
+        seeds: Number of repeats of retraining, adapting and the draw of shots.
+        out: Output folder; `{name}` is replaced by the name.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -81,32 +115,40 @@ class Recipe(Block):
 
     @property
     def folder(self) -> Path:
+        """The output folder."""
         return Path(self.out.replace("{name}", self.name))
 
     @property
     def entries(self) -> list[MethodEntry]:
-        """The items of `retrain.methods`."""
-        found = [_entry(item, self.retrain.rates) for item in self.retrain.methods]
-        return [self._choosing(e, found) if e.method == "auto" else e for e in found]
+        """The items of `retrain.methods`.
+
+        Raises:
+            UserError: An item is not a name, or a name with its fields.
+        """
+        entries = [_entry(item, self.retrain.rates) for item in self.retrain.methods]
+        return [self._choosing(e, entries) if e.method == "auto" else e for e in entries]
 
     def with_method(self, name: str) -> MethodEntry:
-        """An entry for a method that the recipe does not list, with the method's own defaults."""
+        """An entry for a method that the recipe does not list, with the method's defaults."""
         entry = MethodEntry(name=name, method=name, fields={}, rates=self.retrain.rates)
         return self._choosing(entry, self.entries) if name == "auto" else entry
 
     def _choosing(self, auto: MethodEntry, entries: list[MethodEntry]) -> MethodEntry:
-        """`auto` adapts as the recipe does, and chooses among its other methods if told no others.
+        """`auto` with the adapt settings of the recipe and, by default, its other methods.
 
-        A candidate for which several rates are searched stands there once for each.
+        A candidate with several learning rates is repeated once per rate.
+
+        Raises:
+            UserError: The candidates are not a list of methods.
         """
-        given = auto.fields.get("candidates")
-        if given is not None and not isinstance(given, list):
-            raise UserError(f"auto: candidates is a list as retrain.methods is, got {given!r}")
-        among = [e for e in entries if e.method != "auto"]
-        if given is not None:
-            among = [_entry(item, self.retrain.rates) for item in given]
+        items = auto.fields.get("candidates")
+        if items is not None and not isinstance(items, list):
+            raise UserError(f"auto: candidates must be a list like retrain.methods, got {items!r}")
+        pool = [e for e in entries if e.method != "auto"]
+        if items is not None:
+            pool = [_entry(item, self.retrain.rates) for item in items]
         candidates = []
-        for entry in among:
+        for entry in pool:
             fields = {"name": entry.method, "as": entry.name, **entry.fields}
             rates = entry.rates if entry.method in METHODS and takes_rate(entry.method) else []
             for rate in rates:
@@ -119,18 +161,18 @@ class Recipe(Block):
             "adapt_run": {k: v for k, v in self.adapt_run().to_dict().items() if k != "out"},
             "adapt_rates": self.adapt.rates,
             "shots": self.adapt.row_counts,
-            "group_column": self.tasks.group_column,
+            "group_column": self.tasks.model_dump()["group_column"],
         }
         chosen = {**adapting, **auto.fields, "candidates": candidates}
         return dataclasses.replace(auto, fields=chosen, rates=[])
 
     @property
     def searches(self) -> bool:
-        """Whether a rate of a retraining is searched."""
+        """Whether the learning rate of any retraining is searched."""
         return any(len(entry.rates) > 1 and takes_rate(entry.method) for entry in self.entries)
 
     def source(self, repeat: int = 0) -> Source:
-        """The `tasks:` block as what `load_tasks` takes in that repeat."""
+        """The `tasks:` block as a `Source`, for `load_tasks` in this repeat."""
         turn = repeat if self.tasks.rotate else None
         return Source(**self.tasks.model_dump(exclude={"rotate"}), turn=turn)
 
@@ -139,7 +181,7 @@ class Recipe(Block):
         return self.objective.model_dump(exclude={"kind"})
 
     def adapt_record(self, learning_rate: float | None = None) -> Any:
-        """The adapting method's record."""
+        """The adapt method with this learning rate, or with its default."""
         return adapt_record(self.adapt, learning_rate)
 
     def retrain_run(self, **changes: Any) -> Run:
@@ -151,7 +193,7 @@ class Recipe(Block):
         return run_of(self.adapt, precision=self.precision, device=self.device, **changes)
 
     def to_yaml(self) -> str:
-        """The recipe with every default written out; reading it gives the recipe back."""
+        """The recipe with all defaults written out; reading it gives the recipe back."""
         return dump_yaml(self.model_dump(mode="json"))
 
 
@@ -159,11 +201,11 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """Reads and checks a recipe.
 
     Args:
-        name_or_path: A packaged recipe's name, or a YAML file.
-        overrides: `dotted.key=value`, values in YAML.
+        name_or_path: Name of a packaged recipe, or path of a YAML file.
+        overrides: `dotted.key=value` with YAML values.
 
     Raises:
-        UserError: There is no such recipe, or something in it is wrong.
+        UserError: There is no such recipe, or it is invalid.
 
     >>> load_recipe("quickstart", ["seeds=2"]).seeds
     2
@@ -171,22 +213,47 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     text, where = read_recipe(name_or_path)
     raw = parse_yaml(text, where)
     if not isinstance(raw, dict):
-        raise UserError(f"{where} is no recipe: it must hold keys such as model, tasks, retrain")
-    if "experiment" in raw:
+        raise UserError(f"{where} is not a recipe: it must have keys such as model, tasks, retrain")
+    if EXPERIMENTS.keys() & raw:
         raise UserError(
-            f"{where} is an experiment, of which there is nothing to plan, retrain or adapt: "
-            f"foretune run {name_or_path}"
+            f"{where} is an experiment recipe; it can only be run: foretune run {name_or_path}"
         )
     return parse_recipe(apply_overrides(raw, overrides), where, override_keys(overrides))
 
 
+def load_any(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Experiment:
+    """Reads and checks a recipe, or the recipe of an experiment.
+
+    Args:
+        name_or_path: Name of a packaged recipe, or path of a YAML file.
+        overrides: `dotted.key=value` with YAML values.
+
+    Raises:
+        UserError: There is no such recipe, or it is invalid.
+
+    >>> load_any("reproduce-linear", ["seeds=2"]).seeds
+    2
+    """
+    text, where = read_recipe(name_or_path)
+    raw = parse_yaml(text, where)
+    for key, parser in EXPERIMENTS.items():
+        if isinstance(raw, dict) and key in raw:
+            changed = apply_overrides(raw, overrides)
+            experiment: Experiment = entry_point(parser)(changed, where, override_keys(overrides))
+            return experiment
+    return load_recipe(name_or_path, overrides)
+
+
 def parse_recipe(raw: dict[str, Any], where: str, overridden: set[str] | None = None) -> Recipe:
-    """Checks the mapping that a recipe holds.
+    """The recipe in a mapping, checked.
 
     Args:
         raw: The mapping.
-        where: What to call the recipe in an error.
-        overridden: Dotted keys that came from the command line.
+        where: Name of the recipe in error messages.
+        overridden: Dotted keys that were set on the command line.
+
+    Raises:
+        UserError: A key or a value is invalid.
     """
     tasks = raw.get("tasks")
     if raw.get("data") and (tasks is None or (isinstance(tasks, dict) and "source" not in tasks)):
@@ -194,14 +261,17 @@ def parse_recipe(raw: dict[str, Any], where: str, overridden: set[str] | None = 
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        known = _known_keys(raw)
-        raise user_error(error.errors(), raw, where, overridden or set(), known) from None
+        mistake = user_error(error.errors(), raw, where, overridden or set(), _key_lookup(raw))
+        raise mistake from None
     _check(recipe, where)
     return recipe
 
 
 def parse_block(block: type[B], overrides: Sequence[str]) -> B:
-    """One block from `key=value` on the command line alone.
+    """One block from `key=value` overrides alone.
+
+    Raises:
+        UserError: A key or a value is invalid.
 
     >>> parse_block(AdaptBlock, ["steps=10", "lora.r=4"]).steps
     10
@@ -211,20 +281,25 @@ def parse_block(block: type[B], overrides: Sequence[str]) -> B:
         return block.model_validate(raw)
     except ValidationError as error:
         keys = list(block.model_fields)
-        raise user_error(
+        mistake = user_error(
             error.errors(), raw, "the settings", override_keys(overrides), lambda path: keys
-        ) from None
+        )
+        raise mistake from None
 
 
 def packaged_recipes() -> dict[str, str]:
     """Name → text of the recipes that come with foretune."""
-    folder = resources.files("foretune.recipes")
-    files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
-    return {f.name.removesuffix(".yaml"): f.read_text("utf-8") for f in sorted(files, key=str)}
+    files = [file for package in PACKAGES for file in resources.files(package).iterdir()]
+    recipes = sorted((f for f in files if f.name.endswith(".yaml")), key=lambda file: file.name)
+    return {file.name.removesuffix(".yaml"): file.read_text("utf-8") for file in recipes}
 
 
 def read_recipe(name_or_path: str | Path) -> tuple[str, str]:
-    """(text, what to call it in an error) of a recipe."""
+    """(text of a recipe, its name in error messages).
+
+    Raises:
+        UserError: There is no such recipe.
+    """
     path, packaged = Path(name_or_path), packaged_recipes()
     if str(name_or_path) in packaged:
         return packaged[str(name_or_path)], f"recipe {name_or_path}"
@@ -232,12 +307,13 @@ def read_recipe(name_or_path: str | Path) -> tuple[str, str]:
         try:
             return path.read_text("utf-8"), str(path)
         except UnicodeDecodeError:
-            raise UserError(f"{path} is no recipe: it is not a text file") from None
+            raise UserError(f"{path} is not a recipe: it is not a text file") from None
     hint = did_you_mean(str(name_or_path), packaged) or f" Packaged: {', '.join(packaged)}."
-    raise UserError(f'no recipe "{name_or_path}": no such file, and no such packaged recipe.{hint}')
+    raise UserError(f'no recipe "{name_or_path}": neither a file nor a packaged recipe.{hint}')
 
 
-def _known_keys(raw: dict[str, Any]) -> Any:
+def _key_lookup(raw: dict[str, Any]) -> Callable[[Sequence[str]], list[str]]:
+    """A function from a path of keys to the valid keys of the block there."""
     blocks: dict[str, type[Block]] = {
         "model": ModelBlock,
         "tasks": TasksBlock,
@@ -249,11 +325,11 @@ def _known_keys(raw: dict[str, Any]) -> Any:
     if isinstance(objective, dict) and objective.get("kind") in OBJECTIVES:
         blocks["objective"] = OBJECTIVES[objective["kind"]]
 
-    def known(path: Sequence[str]) -> list[str]:
+    def valid_keys(path: Sequence[str]) -> list[str]:
         block = blocks.get(path[0]) if path else Recipe
         return list(block.model_fields) if block else []
 
-    return known
+    return valid_keys
 
 
 def _entry(item: Any, rates: list[float]) -> MethodEntry:
@@ -268,14 +344,18 @@ def _entry(item: Any, rates: list[float]) -> MethodEntry:
     [method] = item
     fields = dict(fields or {})
     name = fields.pop("as", method)
-    own = check_list(f"{name}.learning_rates", fields.pop("learning_rates", None) or [])
+    method_rates = check_list(f"{name}.learning_rates", fields.pop("learning_rates", None) or [])
     if "learning_rate" in fields:
-        own = [fields.pop("learning_rate")]
-    return MethodEntry(name=str(name), method=method, fields=fields, rates=own or rates)
+        method_rates = [fields.pop("learning_rate")]
+    return MethodEntry(name=str(name), method=method, fields=fields, rates=method_rates or rates)
 
 
 def _check(recipe: Recipe, where: str) -> None:
-    """What needs the methods' records: names, fields, values."""
+    """Checks that need the methods, `Run` and `Source`: names, fields and ranges of values.
+
+    Raises:
+        UserError: A check fails.
+    """
     checks: dict[str, Callable[[], object]] = {
         "": lambda: _check_methods(recipe),
         "retrain.": recipe.retrain_run,
@@ -295,8 +375,8 @@ def _check_methods(recipe: Recipe) -> None:
         _check_verb(entry.method, "retrain", "retrain.methods")
         if entry.name in names:
             raise UserError(
-                f'retrain.methods names "{entry.name}" twice: give one another name, '
-                f"as {{{entry.method}: {{as: another}}}}"
+                f'retrain.methods names "{entry.name}" twice: rename one of them with '
+                f"{{{entry.method}: {{as: another-name}}}}"
             )
         names.add(entry.name)
         for rate in entry.rates if takes_rate(entry.method) else ():
@@ -309,26 +389,26 @@ def _check_methods(recipe: Recipe) -> None:
 
 
 def takes_rate(method: str) -> bool:
-    """Whether the method has a learning rate at all ("none" has not)."""
+    """Whether the method has a learning rate ("none" has not)."""
     return "learning_rate" in class_of(method).__dataclass_fields__
 
 
 def class_of(method: str) -> Any:
-    """The record class of a method, with its class attributes."""
+    """The class of a method, with its class attributes."""
     return methods.method_class(method)
 
 
 def _check_verb(method: str, verb: str, key: str) -> None:
-    found = class_of(method).verb
-    if found != verb:
-        right = [n for n in methods.METHODS if class_of(n).verb == verb]
+    method_verb = class_of(method).verb
+    if method_verb != verb:
+        names = [name for name in methods.METHODS if class_of(name).verb == verb]
         raise UserError(
-            f'{key} wants a method to {verb} with ({", ".join(right)}); "{method}" is to {found}'
+            f'{key}: "{method}" is for {method_verb}; methods for {verb}: {", ".join(names)}'
         )
 
 
 def adapt_record(block: AdaptBlock, learning_rate: float | None = None) -> Any:
-    """The adapting method's record; without a learning rate, at its own default."""
+    """The adapt method of a block with this learning rate, or with its default."""
     fields = _fields(block)
     if learning_rate is not None:
         fields["learning_rate"] = learning_rate
@@ -346,6 +426,9 @@ def run_of(block: RetrainBlock | AdaptBlock, **more: Any) -> Run:
     Args:
         block: The block.
         **more: Other fields of `Run`.
+
+    Raises:
+        UserError: A value is out of range.
     """
     names = set(Run.__dataclass_fields__)
     return Run(**{**block.model_dump(include=names), **more})

@@ -1,4 +1,4 @@
-"""From a recipe to what the verbs take: a model, and collections with their objective."""
+"""From a recipe to the arguments of the verbs: a model, and tasks with their objective."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from foretune.tasks.task import Task, TaskCollection
 
 @dataclass(frozen=True)
 class Setup:
-    """What a recipe's run begins with.
+    """The inputs of a run.
 
     Args:
         recipe: The recipe.
         model: The model before any retraining.
-        tokenizer: None for arrays.
-        seen: Tasks to learn from, with their objective.
-        search: Tasks on which rates are searched, by adapting to them a base that did not meet
-            them, with many rows to be scored on (`held_out.exam`). They are none of the seen ones
-            where rates of adapting are searched, because these are chosen for the final bases;
-            else they are some of the seen ones.
-        unseen: Tasks to adapt to, with their objective; None when the recipe sets none aside.
+        tokenizer: The tokenizer of the model; None for arrays.
+        seen: Tasks to retrain on, with their objective.
+        search: Tasks that choose the learning rates: bases that were not retrained on them are
+            adapted to them (`held_out.build_search_tasks`). If adapt learning rates are searched,
+            for the final bases, they are not among the seen ones; otherwise they are.
+        unseen: Tasks to adapt to, with their objective; None if the recipe has none.
     """
 
     recipe: Recipe
@@ -41,31 +40,35 @@ class Setup:
     unseen: TaskCollection | None
 
     @property
-    def known(self) -> list[Task]:
-        """The tasks to learn from and to search on."""
+    def all_seen(self) -> list[Task]:
+        """The tasks to retrain on and to search on."""
         return list({task.name: task for task in (*self.search, *self.seen)}.values())
 
     @property
     def turns(self) -> int:
-        """Repeats after which each task has been an unseen one, where they take turns; else 1."""
+        """Repeats after which each task has been unseen once, with `tasks.rotate`; else 1."""
         if not self.recipe.tasks.rotate or self.unseen is None:
             return 1
         size = self.recipe.tasks.unseen
-        assert isinstance(size, int)  # Source sees to it
-        return -(-(len(self.known) + len(self.unseen)) // size)
+        assert isinstance(size, int)  # checked by Source
+        return -(-(len(self.all_seen) + len(self.unseen)) // size)
 
 
 def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
-    """Reads the tasks, then the model: bad data should not have to wait for a model."""
-    from foretune.evaluation.held_out import exam
+    """Reads the tasks, then the model, so that bad data is reported early.
+
+    Raises:
+        UserError: The data or the model does not fit the recipe.
+    """
+    from foretune.evaluation.held_out import build_search_tasks
 
     seen, unseen = read_tasks(recipe, repeat)
     searched = search_names(recipe, seen)
-    about = f"tasks: {_counted(seen)} seen"
+    counts = f"tasks: {_counted(seen)} seen"
     if searched:
-        about += f", of which {len(searched)} choose the learning rates"
-    console.say(about + (f", {_counted(unseen)} unseen" if unseen else ""))
-    # Label spaces are learnt before there is a tokenizer, because the head's width depends on them.
+        counts += f", of which {len(searched)} choose the learning rates"
+    console.say(counts + (f", {_counted(unseen)} unseen" if unseen else ""))
+    # The labels are collected before the model is loaded: the width of its head depends on them.
     objective = make_objective(recipe.objective.kind, None, **recipe.objective_fields())
     fitted = objective.fit(seen)
     model, tokenizer = load(recipe, fitted, seen)
@@ -74,47 +77,50 @@ def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
     if recipe.model.file is not None:
         _check_forward(model, seen)
     if unseen is not None:
-        own = with_tokenizer(objective.fit(unseen), tokenizer)
-        unseen = unseen.with_objective(own)
+        unseen = unseen.with_objective(with_tokenizer(objective.fit(unseen), tokenizer))
     search = seen
     if searched:
-        block, shots = recipe.tasks, recipe.adapt.row_counts
-        search = exam(seen.subset(searched), shots, block.seed, block.group_column)
+        source, shots = recipe.source(repeat), recipe.adapt.row_counts
+        search = build_search_tasks(seen.subset(searched), shots, source.seed, source.group_column)
     if len(recipe.adapt.rates) > 1:
         seen = seen.without(searched)
     setup = Setup(recipe, model, tokenizer, seen, search, unseen)
     if recipe.seeds % setup.turns:
         raise UserError(
-            f"tasks.rotate: groups of {recipe.tasks.unseen} make {setup.turns} turns here, and "
-            f"seeds={recipe.seeds} is no multiple of that: seeds={setup.turns} would do"
+            f"tasks.rotate with unseen={recipe.tasks.unseen} gives {setup.turns} turns; seeds must "
+            f"be a multiple of {setup.turns}, got {recipe.seeds}"
         )
     return setup
 
 
 def read_tasks(recipe: Recipe, repeat: int = 0) -> tuple[TaskCollection, TaskCollection | None]:
-    """The (seen, unseen) tasks of a recipe in that repeat, without an objective."""
+    """The (seen, unseen) tasks of a recipe in this repeat, without an objective."""
     return load_tasks(recipe.source(repeat), recipe.objective.kind)
 
 
 def search_names(recipe: Recipe, seen: TaskCollection) -> list[str]:
-    """The seen tasks that choose learning rates; none where nothing is searched.
+    """Names of the seen tasks that choose learning rates; empty if nothing is searched.
 
-    On tasks that it was retrained on, a base says little about how well it adapts.
+    They are held out, because the score on tasks that a base was retrained on says little about how
+    well it adapts.
+
+    Raises:
+        UserError: There is only one seen task.
     """
     if len(recipe.adapt.rates) < 2 and not recipe.searches:
         return []
     if len(seen) < 2:
         raise UserError(
-            "learning_rates are searched on a seen task that no trial retrains on, and there is "
-            "only one seen task: give one learning_rate to retrain with and one to adapt with"
+            "learning_rates are searched on held-out seen tasks, but there is only one seen task: "
+            "set retrain.learning_rate and adapt.learning_rate instead"
         )
     number = min(recipe.adapt.search_tasks, max(1, len(seen) // 4))
-    chosen = set(random.Random(recipe.tasks.seed).sample(sorted(seen.names), number))
+    chosen = set(random.Random(recipe.source().seed).sample(sorted(seen.names), number))
     return [name for name in seen.names if name in chosen]
 
 
 def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, Any]:
-    """(model, tokenizer) of a recipe; the tokenizer is None for a model of the user's own."""
+    """(model, tokenizer) of a recipe; the tokenizer is None for a model from `model.file`."""
     from foretune.models import loading, surgery
 
     block = recipe.model
@@ -122,13 +128,13 @@ def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, An
         import torch
 
         with torch.random.fork_rng():
-            # Fresh weights must be the same ones when the run is resumed.
+            # Fresh weights must be the same when the run is resumed.
             torch.manual_seed(0)
             model = loading.load_module(block.file, block.factory, **block.args)
         if block.trainable_layers is not None:
             surgery.freeze_lower(model, block.trainable_layers)
         return model, None
-    assert block.name is not None  # the schema sees to it
+    assert block.name is not None  # checked by ModelBlock
     return loading.load_model(
         block.name,
         head=head_of(objective, tasks),
@@ -139,10 +145,10 @@ def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, An
 
 
 def _check_forward(model: Any, tasks: TaskCollection) -> None:
-    """Shows the user's model one row.
+    """Calls the user's model on one row.
 
     Raises:
-        UserError: It cannot take the row, or its output does not fit the objective.
+        UserError: The call fails, or the output does not fit the objective.
     """
     import torch
 
@@ -152,11 +158,11 @@ def _check_forward(model: Any, tasks: TaskCollection) -> None:
 
     objective = objective_of(tasks)
     data = TaskData.of(tasks, objective)
-    tried = fresh_copy(model, objective, 0).eval()
+    copy = fresh_copy(model, objective, 0).eval()
     [batch] = data.step([(0, 0)], "train", train=False, seed=[0]).chunks
     try:
         with torch.no_grad():
-            objective.losses(tried, batch)
+            objective.losses(copy, batch)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shape = getattr(data.slots[0].train[0].get("x"), "shape", None)
         raise UserError(
@@ -166,7 +172,7 @@ def _check_forward(model: Any, tasks: TaskCollection) -> None:
 
 
 def head_of(objective: Any, tasks: TaskCollection) -> Any:
-    """The head that `load_model` should give the model for these tasks."""
+    """The head that `load_model` should add for these tasks."""
     if objective.kind == "classification":
         row = next(row for task in tasks for split in SPLITS for row in task.split(split))
         return "classification" if "text" in row else "image-classification"
@@ -174,17 +180,17 @@ def head_of(objective: Any, tasks: TaskCollection) -> Any:
 
 
 def with_tokenizer(objective: Any, tokenizer: Any) -> Any:
-    """The objective with the model's tokenizer, where it has a place for one."""
+    """The objective with the tokenizer, if it has a field for one."""
     if "tokenizer" not in {field.name for field in dataclasses.fields(objective)}:
         return objective
     return dataclasses.replace(objective, tokenizer=tokenizer)
 
 
 def need_unseen(setup: Setup) -> TaskCollection:
-    """The unseen tasks.
+    """The unseen tasks of the setup.
 
     Raises:
-        UserError: The recipe sets none aside.
+        UserError: The recipe has none.
     """
     if setup.unseen is None:
         raise UserError(

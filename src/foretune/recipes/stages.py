@@ -1,6 +1,6 @@
-"""The stages of a run: the search of a learning rate, one retraining. Each leaves a file behind.
+"""The stages of a run: search of a learning rate, and retraining. Each writes a file.
 
-A stage whose file is there is finished, so that a run that was killed continues where it was.
+A stage whose file exists is finished, so that an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ DONE = "stage.json"
 
 
 def base_folder(out: Path, entry: MethodEntry, seed: int) -> Path:
-    """The folder of one retraining; its `base/` is a plain model folder."""
+    """The folder of one retraining, with a plain model folder `base/` in it."""
     return out / "bases" / entry.name / f"seed-{seed}"
 
 
 def search_rate(
     setup: Setup, entry: MethodEntry, folder: Path, console: Console
 ) -> tuple[float | None, list[dict[str, Any]]]:
-    """(the best learning rate, every trial).
+    """(best learning rate, all trials).
 
-    Each trial is a retraining from the same model under the first seed, without the tasks to search
-    on, to which its base is adapted then as to the unseen ones. A trial that diverges has the
-    score None. Trials are written down one by one.
+    Each trial retrains the same model under the first seed without the search tasks, then adapts
+    the base to these as to unseen tasks. A trial that diverges has the score None. Trials are
+    written to the folder one by one.
+
+    Raises:
+        UserError: All trials diverged.
     """
     if not takes_rate(entry.method) or not entry.rates:
         return None, []
@@ -47,7 +50,7 @@ def search_rate(
     scored = [trial for trial in trials if trial["score"] is not None]
     if not scored:
         rates = ", ".join(f"{rate:g}" for rate in entry.rates)
-        raise UserError(f"{entry.name} diverged at every learning rate ({rates}): try lower ones")
+        raise UserError(f"{entry.name} diverged at all learning rates ({rates}): try lower ones")
     return max(scored, key=lambda trial: trial["score"])["learning_rate"], trials
 
 
@@ -60,7 +63,7 @@ def retrain_stage(
     searched: list[dict[str, Any]],
     console: Console,
 ) -> dict[str, Any]:
-    """Retrains, saves the base; returns what the comparison says of it."""
+    """Retrains and saves the base; returns its record for the comparison."""
     folder = base_folder(out, entry, seed)
     if (folder / DONE).is_file():
         console.say(f"{entry.name}, seed {seed}: already done")
@@ -80,7 +83,7 @@ def retrain_stage(
             "learning_rate": used,
             "searched": searched,
             "validation_score": outcome.validation_score,
-            **whole_cost(outcome),
+            **total_cost(outcome),
         },
     }
     if outcome.choice is not None:
@@ -90,8 +93,8 @@ def retrain_stage(
     return stage
 
 
-def whole_cost(outcome: Any) -> dict[str, Any]:
-    """What a retraining cost, with the trials of a method that chose among others."""
+def total_cost(outcome: Any) -> dict[str, Any]:
+    """The cost of a retraining, including the trials of a method that chooses among others."""
     cost: dict[str, Any] = dict(outcome.cost)
     if outcome.choice is not None:
         for key, value in outcome.choice["cost"].items():
@@ -102,14 +105,14 @@ def whole_cost(outcome: Any) -> dict[str, Any]:
 def retrain(
     setup: Setup, seen: TaskCollection, record: Any, run: Run, console: Console, label: str
 ) -> Any:
-    """`foretune.retrain` under a bar; returns its outcome."""
+    """The outcome of `foretune.retrain`, with a progress bar."""
     with console.bar(label) as progress:
         outcome = foretune.retrain(
             setup.model, seen, record, run, tokenizer=setup.tokenizer, progress=progress
         )
     score = outcome.validation_score
-    known = "" if score is None else f", validation score {score:.4f}"
-    console.say(f"{label}: {outcome.cost['seconds']:.0f} s{known}")
+    validation = "" if score is None else f", validation score {score:.4f}"
+    console.say(f"{label}: {outcome.cost['seconds']:.0f} s{validation}")
     return outcome
 
 
@@ -118,36 +121,37 @@ def _trial(setup: Setup, entry: MethodEntry, rate: float, console: Console) -> f
     from foretune.evaluation.wording import counted
     from foretune.training.loop import DivergedError
 
-    recipe, exam = setup.recipe, setup.search
-    steps = recipe.retrain.search_steps or recipe.retrain.steps
-    run = recipe.retrain_run().replace(steps=min(steps, recipe.retrain.steps))
+    recipe, search = setup.recipe, setup.search
+    full_run = recipe.retrain_run()
+    steps = recipe.retrain.search_steps or full_run.steps
+    run = full_run.replace(steps=min(steps, full_run.steps))
     label = f"{entry.name}, trying learning_rate={rate:g}"
     block, adapting = recipe.adapt, recipe.adapt_run()
     rounds = len(block.shots) * max(1, len(block.rates))
     try:
-        seen = setup.seen.without(exam.names)
+        seen = setup.seen.without(search.names)
         outcome = retrain(setup, seen, entry.record(rate), run, console, label)
         with console.bar(f"{label}: adapting", rounds=rounds) as progress:
             method = recipe.adapt_record()
             trials = held_out.try_rates(
-                outcome.model, exam, method, block.rates, adapting, block.row_counts, progress
+                outcome.model, search, method, block.rates, adapting, block.row_counts, progress
             )
         score = float(held_out.best(trials)["score"])
     except DivergedError as error:
         console.say(f"{entry.name}: {error}")
         return None
-    tasks = counted(len(exam), "held-out task")
+    tasks = counted(len(search), "held-out task")
     console.say(f"{label}: {score:.4f} after adapting to {tasks}")
     return score
 
 
 def read_json(path: Path) -> Any:
-    """What a stage wrote."""
+    """The content of a file that a stage wrote."""
     return json.loads(path.read_text("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes the file whole or not at all; of several processes the first does it."""
+    """Writes a JSON file atomically, in the first of several processes."""
     from foretune.files import write_whole
 
     if process_rank() > 0:

@@ -1,4 +1,4 @@
-"""Reading YAML as people write it: safe, `1e-4` is a number, a key that stands twice is refused."""
+"""YAML as people write it: loaded safely, `1e-4` is a number, duplicate keys are errors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _FLOAT = re.compile(
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader with two repairs of its own, see below."""
+    """The safe loader with the two changes below."""
 
 
-# YAML 1.1 wants a dot in a float, so that the safe loader reads 1e-4 as text.
+# A float needs a dot in YAML 1.1, so the safe loader reads 1e-4 as text.
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:float"]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
@@ -34,10 +34,10 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
-        # The plain loader keeps the last of two, and says nothing.
+        # The plain loader silently keeps the last of two values.
         if isinstance(key, str) and key in seen:
             raise yaml.constructor.ConstructorError(
-                None, None, f'the key "{key}" stands twice', key_node.start_mark
+                None, None, f'the key "{key}" appears twice', key_node.start_mark
             )
         if isinstance(key, str):
             seen.add(key)
@@ -48,14 +48,14 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value that `text` holds.
+    """The value of a YAML text.
 
     Args:
-        text: YAML.
-        where: What to call the text in an error: a file's name.
+        text: The text.
+        where: Name of the text in error messages, such as a file name.
 
     Raises:
-        UserError: It is no YAML; the message names the line.
+        UserError: The text is not valid YAML; the message names the line.
 
     >>> parse_yaml("learning_rates: [1e-4, 3]", "x.yaml")
     {'learning_rates': [0.0001, 3]}
@@ -71,6 +71,6 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """`value` as YAML, keys in their own order."""
+    """`value` as YAML, keys in the given order."""
     text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
     return text

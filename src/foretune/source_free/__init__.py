@@ -1,1 +1,1 @@
-"""Source-free adaptation of classifiers of time series: subspace SFDA. A wing."""
+"""Source-free adaptation of time-series classifiers: subspace SFDA. A wing."""

@@ -1,4 +1,4 @@
-"""How well each class is recognised: precision, recall, F1, and their mean over the classes."""
+"""Precision, recall and F1 per class, accuracy and macro-F1."""
 
 from __future__ import annotations
 
@@ -9,41 +9,43 @@ from typing import Any
 def class_report(
     truth: Sequence[int], predicted: Sequence[int], labels: Sequence[object]
 ) -> dict[str, Any]:
-    """Accuracy, macro-F1 and each class's figures.
+    """Accuracy, macro-F1 and the scores of each class.
 
     A class that neither occurs nor is predicted has no F1 and does not count in the mean; one that
-    occurs but is never predicted has 0.
+    occurs but is never predicted has an F1 of 0.
 
     Args:
-        truth: Right class of each row, as its place in `labels`.
-        predicted: Predicted class, likewise.
+        truth: True class of each example, as an index into `labels`.
+        predicted: Predicted class of each example, likewise.
         labels: The classes.
 
     Returns:
-        "accuracy", "macro_f1", "rows" and "classes": label, rows, predicted, precision, recall, f1.
+        "accuracy", "macro_f1", "rows" (the number of examples) and "classes": for each class its
+        label, rows, predicted (how often it was), precision, recall and f1.
 
     >>> class_report([0, 0, 1], [0, 1, 1], ["walk", "sit"])["macro_f1"]
     0.6666666666666666
     """
     pairs = list(zip(truth, predicted, strict=True))
     classes: list[dict[str, Any]] = []
-    for place, label in enumerate(labels):
-        hits = sum(t == p == place for t, p in pairs)
-        rows, said = sum(t == place for t, _ in pairs), sum(p == place for _, p in pairs)
+    for index, label in enumerate(labels):
+        hits = sum(t == p == index for t, p in pairs)
+        num_true = sum(t == index for t, _ in pairs)
+        num_predicted = sum(p == index for _, p in pairs)
         classes.append(
             {
                 "label": label,
-                "rows": rows,
-                "predicted": said,
-                "precision": hits / said if said else None,
-                "recall": hits / rows if rows else None,
-                "f1": 2 * hits / (rows + said) if rows + said else None,
+                "rows": num_true,
+                "predicted": num_predicted,
+                "precision": hits / num_predicted if num_predicted else None,
+                "recall": hits / num_true if num_true else None,
+                "f1": 2 * hits / (num_true + num_predicted) if num_true + num_predicted else None,
             }
         )
-    known = [c["f1"] for c in classes if c["f1"] is not None]
+    f1_scores = [c["f1"] for c in classes if c["f1"] is not None]
     return {
         "accuracy": sum(t == p for t, p in pairs) / len(pairs) if pairs else None,
-        "macro_f1": sum(known) / len(known) if known else None,
+        "macro_f1": sum(f1_scores) / len(f1_scores) if f1_scores else None,
         "rows": len(pairs),
         "classes": classes,
     }

@@ -1,8 +1,8 @@
-"""What an adapted model has that its base has not, as a small folder, and back onto the base.
+"""The difference between an adapted model and its base as a small folder, and how to apply it.
 
 core.safetensors   the tensors that may differ from the base's: cores, batch normalisation
-core.json          method, fingerprint of the rest, labels, ranks where the base is not factored
-README.md          what it is
+core.json          method, fingerprint of the other weights, labels, ranks if the base has none
+README.md          model card
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from foretune.adapters.fingerprint import fingerprint
 from foretune.errors import UserError
 from foretune.source_free.tucker import tucker_layers, tuckerize
 
-STATE, ABOUT, CARD = "core.safetensors", "core.json", "README.md"
+STATE_FILE, METADATA_FILE, CARD_FILE = "core.safetensors", "core.json", "README.md"
 
 
 def write_core(
@@ -31,86 +31,89 @@ def write_core(
     *,
     factored: dict[str, Any],
     method: dict[str, Any],
-    about: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | None = None,
 ) -> None:
-    """Writes these tensors of an adapted model.
+    """Writes the named tensors of an adapted model.
 
     Args:
-        folder: Exists.
+        folder: An existing folder.
         model: The adapted model.
-        names: Of its state, those that may differ from the base's.
-        factored: (r_out, r_in) of the layers that the base has whole; {} for a prepared base.
-        method: The method's record as a mapping.
-        about: More for core.json.
+        names: The keys of its state that may differ from the base's.
+        factored: (r_out, r_in) of each layer that is not factored in the base; {} for a prepared
+            base.
+        method: The method's `to_dict()`.
+        metadata: Further entries of core.json.
     """
     state = model.state_dict()
     tensors = {name: state[name].detach().cpu().contiguous() for name in names}
-    safetensors.torch.save_file(tensors, str(folder / STATE))
-    numbers = sum(t.numel() for t in tensors.values())
-    written = {
+    safetensors.torch.save_file(tensors, str(folder / STATE_FILE))
+    count = sum(t.numel() for t in tensors.values())
+    record = {
         "method": method,
         "base": str(getattr(model, "name_or_path", "") or ""),
-        "rest": _rest(model, names, list(factored)),
+        "rest": _rest_fingerprint(model, names, list(factored)),
         "factored": {name: list(ranks) for name, ranks in factored.items()},
-        "numbers": numbers,
-        **(about or {}),
+        "numbers": count,
+        **(metadata or {}),
     }
-    (folder / ABOUT).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    base = written["base"] or "the base that it was adapted from"
-    (folder / CARD).write_text(
+    (folder / METADATA_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    base = record["base"] or "the base model"
+    (folder / CARD_FILE).write_text(
         f"---\nlibrary_name: foretune\ntags: [foretune, {method['name']}]\n---\n\n"
-        f"# What adapting changed\n\n{numbers:,} numbers that replace those of {base}, by foretune "
-        f"({method['name']}, loss {method.get('loss')}). Nothing else of the base changed.\n\n"
+        f"# Adapted state\n\n{count:,} parameters and statistics that replace those of {base}, "
+        f"adapted by foretune ({method['name']}, loss {method.get('loss')}). All other weights are "
+        "those of the base.\n\n"
         "```python\nfrom foretune.source_free.core_state import load_core\n\n"
         'model = load_core(base, "this folder")\n```\n',
         encoding="utf-8",
     )
 
 
-def read_about(folder: Path | str) -> dict[str, Any]:
-    """What core.json says.
+def read_metadata(folder: Path | str) -> dict[str, Any]:
+    """The contents of core.json.
 
     Raises:
-        UserError: The folder holds no adapted state.
+        UserError: The folder holds no adapted state, or core.json is not readable.
     """
-    file = Path(folder) / ABOUT
+    file = Path(folder) / METADATA_FILE
     if not file.is_file():
-        raise UserError(f"{folder} holds no adapted state: it has no {ABOUT}")
+        raise UserError(f"{folder} holds no adapted state: it has no {METADATA_FILE}")
     try:
-        about: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        _ = about["rest"], about["factored"], about["method"]
+        metadata: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        _ = metadata["rest"], metadata["factored"], metadata["method"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not readable: {' '.join(str(error).split())}") from error
-    return about
+    return metadata
 
 
 def load_core(base: nn.Module, folder: Path | str) -> nn.Module:
-    """A copy of the base with the adapted state of a folder in it.
+    """A copy of the base with an adapted state loaded into it.
 
     Args:
         base: The model that was adapted; it is not changed.
-        folder: What `Adapted.save` or `foretune sfda adapt` wrote for a task.
+        folder: One task's folder, written by `Adapted.save` or `foretune sfda adapt`.
 
     Raises:
-        UserError: The folder holds no adapted state, or it belongs to another base.
+        UserError: The folder holds no readable adapted state, or it belongs to another base.
     """
-    about = read_about(folder)
+    metadata = read_metadata(folder)
     model = copy.deepcopy(base)
-    if about["factored"]:
-        tuckerize(model, ranks=about["factored"], fit=False)
+    if metadata["factored"]:
+        tuckerize(model, ranks=metadata["factored"], fit=False)
     try:
-        tensors = safetensors.torch.load_file(str(Path(folder) / STATE))
+        tensors = safetensors.torch.load_file(str(Path(folder) / STATE_FILE))
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{Path(folder) / STATE} is not readable: {' '.join(str(error).split())[:200]}"
+            f"{Path(folder) / STATE_FILE} is not readable: {' '.join(str(error).split())[:200]}"
         ) from error
     state = model.state_dict()
-    wrong = [k for k, v in tensors.items() if k not in state or state[k].shape != v.shape]
-    if wrong or _rest(model, list(tensors), list(about["factored"])) != about["rest"]:
-        why = f": it has no {wrong[0]} of that shape" if wrong else ": its weights are others"
+    unmatched = [k for k, v in tensors.items() if k not in state or state[k].shape != v.shape]
+    factored = list(metadata["factored"])
+    if unmatched or _rest_fingerprint(model, list(tensors), factored) != metadata["rest"]:
+        reason = f"it has no {unmatched[0]} of that shape" if unmatched else "its weights differ"
         raise UserError(
-            f"{folder} belongs to another base than the one given{why}; it was adapted from "
-            f"{about.get('base') or 'a model in memory'}"
+            f"{folder} does not belong to this base: {reason}; it was adapted from "
+            f"{metadata.get('base') or 'a model in memory'}"
         )
     with torch.no_grad():
         for name, value in tensors.items():
@@ -118,7 +121,7 @@ def load_core(base: nn.Module, folder: Path | str) -> nn.Module:
     return model
 
 
-def _rest(model: nn.Module, moved: list[str], factored: list[str]) -> str:
-    """The fingerprint of what adapting leaves alone."""
+def _rest_fingerprint(model: nn.Module, adapted: list[str], factored: list[str]) -> str:
+    """The fingerprint of the weights that adaptation leaves unchanged."""
     assert all(name in tucker_layers(model) for name in factored)
-    return fingerprint(model, [*moved, *factored])
+    return fingerprint(model, [*adapted, *factored])

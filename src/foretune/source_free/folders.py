@@ -1,4 +1,4 @@
-"""`foretune sfda`: prepare a source model, adapt it to rows without labels, score both."""
+"""`foretune sfda`: prepare a source model, adapt it to unlabelled windows, score both models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from foretune.source_free.unlabelled import Unlabelled
 
-NEW = "new"  # the model that stands for TimeSeriesCNN
+NEW = "new"  # a freshly initialised TimeSeriesCNN
 RUN_FIELDS = (
     "steps",
     "batch_size",
@@ -32,18 +32,18 @@ RUN_FIELDS = (
     "max_grad_norm",
     "device",
 )
-ADAPT = {"steps": 100, "batch_size": 32, "weight_decay": 0.0}
+ADAPT_DEFAULTS = {"steps": 100, "batch_size": 32, "weight_decay": 0.0}
 
 
 def settings(changes: Sequence[str], seed: int) -> tuple[SubspaceSFDA, Run]:
-    """The method and the run of `field=value` settings.
+    """The method and the run that `field=value` settings describe.
 
     Raises:
-        UserError: No such field, or a value out of range.
+        UserError: An unknown field, or a value out of range.
     """
     fields = [f.name for f in dataclasses.fields(SubspaceSFDA)]
-    own, run = method_and_run(changes, SubspaceSFDA.name, fields, RUN_FIELDS)
-    return SubspaceSFDA(**own), Run(seed=seed, eval_every=0, **(ADAPT | run))
+    method, run = method_and_run(changes, SubspaceSFDA.name, fields, RUN_FIELDS)
+    return SubspaceSFDA(**method), Run(seed=seed, eval_every=0, **(ADAPT_DEFAULTS | run))
 
 
 def prepare_folder(
@@ -63,67 +63,72 @@ def prepare_folder(
     overwrite: bool = False,
     console: Console = SILENT,
 ) -> dict[str, Any]:
-    """Trains a source model where there is none, factorises it, trains all of it a little more.
+    """Trains a source model, factorises it and fine-tunes the factors.
 
     Args:
         model: "new" for a `TimeSeriesCNN`, or the folder of a base.
         rows: Labelled windows of the source.
-        out: Where the prepared model goes.
-        domain: Of several in `rows`, this one.
+        out: Folder of the prepared model.
+        domain: The domain to use; may be None if `rows` has only one.
         rank_factor: RF: a mode of C channels gets rank C // RF.
         layers: "convolutions", "linear" or "all".
-        steps: Of training before factorising; 300 for a new model, 0 for one that is given.
-        epochs: Over the rows after factorising (the paper: 2 to 3).
-        learning_rate: Of both trainings.
-        batch_size: Rows of a batch.
-        imputer: Whether to train what loss mapu needs.
-        seed: Of weights and order.
-        overwrite: Replace a prepared model in `out`.
-        console: Is told how it goes.
+        steps: Training steps before factorising; None for 300 with a new model, 0 with a base.
+        epochs: Training epochs after factorising (the paper: 2 to 3).
+        learning_rate: Learning rate of both training stages.
+        batch_size: Windows per batch.
+        imputer: Whether to train the imputer that loss mapu needs.
+        seed: Random seed of the initial weights and the order of the windows.
+        overwrite: Whether to replace a prepared model in `out`.
+        console: Reports the progress.
 
     Returns:
-        out, model, domain, labels, ranks, parameters and macs (as given, factorised), core (its
-        numbers), accuracy of the source's test rows (given, prepared), None without such rows.
+        out, model, domain, labels, shape (of a window), rank_factor, ranks, parameters and macs
+        (each before and after factorising), core (number of core parameters), and accuracy on the
+        source's test windows (before and after), None without test windows.
+
+    Raises:
+        UserError: `out` may not be written, or the windows or the model do not fit.
     """
     claim_model_folder(out, "sfda.json", overwrite=overwrite)
-    task = read_windows(rows, domain, labelled=True)
-    if not task.train:
-        raise UserError(f"{rows} has no training rows of {task.name}: they are of split train")
+    task = _read_training(rows, domain, labelled=True)
     from foretune.tasks.objectives.classification import Classification
 
     fitted = Classification().fit(TaskCollection((task,)))
     source = TaskCollection((task,), fitted)
-    whole = _source_model(model, task, fitted, seed)
-    base = Run(seed=seed, batch_size=batch_size, eval_every=0, weight_decay=0.0)
-    first = (300 if model == NEW else 0) if steps is None else steps
-    whole = _trained(whole, source, base, first, learning_rate, console, "training the source")
+    run = Run(seed=seed, batch_size=batch_size, eval_every=0, weight_decay=0.0)
+    source_steps = (300 if model == NEW else 0) if steps is None else steps
+    original = _source_model(model, task, fitted, seed)
+    label = "training the source model"
+    original = _trained(original, source, run, source_steps, learning_rate, console, label)
     import copy
 
     from foretune.source_free.learner import add_imputer
     from foretune.source_free.tucker import core_parameters, tuckerize
     from foretune.source_free.tucker_format import write_tucker
 
-    small = copy.deepcopy(whole)
-    ranks = tuckerize(small, rank_factor=rank_factor, layers=layers)
-    count = epochs * math.ceil(len(task.train) / batch_size)
-    small = _trained(small, source, base, count, learning_rate, console, "training the factors")
+    prepared = copy.deepcopy(original)
+    ranks = tuckerize(prepared, rank_factor=rank_factor, layers=layers)
+    factor_steps = epochs * math.ceil(len(task.train) / batch_size)
+    label = "training the factors"
+    prepared = _trained(prepared, source, run, factor_steps, learning_rate, console, label)
     if imputer:
         console.say("training the imputer")
-        add_imputer(small, source, base.replace(steps=max(count, 1)), learning_rate=learning_rate)
-    accuracy = [_report(m, task.test, fitted.space or ())["accuracy"] for m in (whole, small)]
+        imputer_run = run.replace(steps=max(factor_steps, 1))
+        add_imputer(prepared, source, imputer_run, learning_rate=learning_rate)
+    models = (original, prepared)
     result: dict[str, Any] = {
         "model": model,
         "domain": task.name,
         "labels": list(fitted.space or ()),
         "shape": list(task.train[0]["x"].shape),
         "rank_factor": rank_factor,
-        "parameters": [sum(p.numel() for p in m.parameters()) for m in (whole, small)],
-        "macs": [_macs(m, task) for m in (whole, small)],
-        "core": sum(p.numel() for p in core_parameters(small).values()),
-        "accuracy": accuracy,
+        "parameters": [sum(p.numel() for p in m.parameters()) for m in models],
+        "macs": [_macs(m, task) for m in models],
+        "core": sum(p.numel() for p in core_parameters(prepared).values()),
+        "accuracy": [_report(m, task.test, fitted.space or ())["accuracy"] for m in models],
     }
     with whole_folder(out) as part:
-        write_tucker(small, part, result)
+        write_tucker(prepared, part, result)
     return {"out": str(out), **result, "ranks": {k: list(v) for k, v in ranks.items()}}
 
 
@@ -139,35 +144,37 @@ def adapt_folder(
     overwrite: bool = False,
     console: Console = SILENT,
 ) -> dict[str, Any]:
-    """Adapts a prepared model to windows whose labels, if there are any, are not read.
+    """Adapts a prepared model to windows of a target; their labels, if any, are not read.
 
     Args:
-        base: What `prepare_folder` wrote.
-        rows: Windows of the target; those of split train are adapted to.
-        out: Where what changed goes.
+        base: Folder written by `prepare_folder`.
+        rows: Windows of the target; the split train is adapted to.
+        out: Folder of the adapted state.
         changes: Settings of `SubspaceSFDA` and of the run, such as `loss=nrc`, `steps=200`.
-        domain: Of several in `rows`, this one.
-        max_rows: Adapt to so many of the rows, drawn with the seed.
-        seed: Of the order of the rows.
-        overwrite: Replace what is in `out`.
-        console: Is told how it goes.
+        domain: The domain to use; may be None if `rows` has only one.
+        max_rows: Maximum number of windows, drawn with the seed; None for all.
+        seed: Random seed of the draw and the order of the windows.
+        overwrite: Whether to replace an adapted state in `out`.
+        console: Reports the progress.
 
     Returns:
-        out, base, domain, rows, tuned (numbers trained), numbers and bytes (of the state).
+        out, base, domain, rows (windows adapted to), tuned (number of trained parameters),
+        parameters (of the model) and bytes (of the state).
+
+    Raises:
+        UserError: A bad setting, `out` may not be written, or windows and model do not fit.
     """
     method, run = settings(changes, seed)
     claim_model_folder(out, "core.json", overwrite=overwrite)
     if not base.is_dir():
         raise UserError(f"no prepared model in {base}: no such folder")
-    task = read_windows(rows, domain)
-    if not task.train:
-        raise UserError(f"{rows} has no training rows of {task.name}: they are of split train")
+    task = _read_training(rows, domain, labelled=False)
     import foretune
     from foretune.source_free.tucker_format import load_tucker
 
-    model, about = load_tucker(base)
-    _check_shape(task, about, rows)
-    tasks = TaskCollection((Task(task.name, task.train),), _objective(about))
+    model, metadata = load_tucker(base)
+    _check_shape(task, metadata, rows)
+    tasks = TaskCollection((Task(task.name, task.train),), _objective(metadata))
     with console.bar(f"adapting to {task.name}") as progress:
         result = foretune.adapt(model, tasks, method, run, shots=max_rows, progress=progress)
     adapted = result.models[task.name, 0]
@@ -193,37 +200,40 @@ def eval_folder(
     split: str = "test",
     report: Path | None = None,
 ) -> dict[str, Any]:
-    """Scores a prepared model before and after adapting, class by class.
+    """Scores a prepared model before and after adaptation, in total and per class.
 
     Args:
-        folder: What `adapt_folder` wrote.
+        folder: Folder written by `adapt_folder`.
         rows: Labelled windows.
-        base: The prepared model; None for the one that the folder names.
-        domain: Of several in `rows`, this one.
-        split: Which rows are scored.
-        report: HTML file for a picture and a table; None for none.
+        base: Folder of the prepared model; None for the one recorded in `folder`.
+        domain: The domain to use; may be None if `rows` has only one.
+        split: The split to score.
+        report: HTML file to write a figure and a table to; None for none.
 
     Returns:
-        folder, domain, split, before, after: each accuracy, macro_f1, rows and classes.
+        folder, domain, split, before and after, the last two as in `class_report`.
+
+    Raises:
+        UserError: No adapted state, no prepared model, or no labelled windows that fit it.
     """
-    from foretune.source_free.core_state import load_core, read_about
+    from foretune.source_free.core_state import load_core, read_metadata
     from foretune.source_free.shift import write_shift
     from foretune.source_free.tucker_format import load_tucker
 
-    named = read_about(folder)["base"]
-    if base is None and not named:
-        raise UserError(f"{folder} does not say from which model it was adapted: give --base")
+    recorded_base = read_metadata(folder)["base"]
+    if base is None and not recorded_base:
+        raise UserError(f"{folder} does not record the model it was adapted from; pass --base")
     task = read_windows(rows, domain, labelled=True)
-    chosen = task.split(split)
-    if not chosen:
-        raise UserError(f"{rows} has no rows of split {split} of {task.name}; give another --split")
-    model, about = load_tucker(base or Path(named))
-    _check_shape(task, about, rows)
-    _objective(about).fit(TaskCollection((Task(task.name, (), (), chosen),)))
+    windows = task.split(split)
+    if not windows:
+        raise UserError(f"{rows} has no {split} windows of {task.name}; choose another --split")
+    model, metadata = load_tucker(base or Path(recorded_base))
+    _check_shape(task, metadata, rows)
+    _objective(metadata).fit(TaskCollection((Task(task.name, (), (), windows),)))
     adapted = load_core(model, folder)
-    before, after = (_report(m, chosen, about["labels"]) for m in (model, adapted))
+    before, after = (_report(m, windows, metadata["labels"]) for m in (model, adapted))
     if report is not None:
-        write_shift(report, f"{task.name}: before and after adapting", before, after)
+        write_shift(report, f"{task.name}: before and after adaptation", before, after)
     return {
         "folder": str(folder),
         "domain": task.name,
@@ -231,6 +241,13 @@ def eval_folder(
         "before": before,
         "after": after,
     }
+
+
+def _read_training(rows: str, domain: str | None, *, labelled: bool) -> Task:
+    task = read_windows(rows, domain, labelled=labelled)
+    if not task.train:
+        raise UserError(f"{rows} has no training windows of {task.name}: none has split train")
+    return task
 
 
 def _source_model(name: str, task: Task, objective: Any, seed: int) -> nn.Module:
@@ -247,7 +264,9 @@ def _source_model(name: str, task: Task, objective: Any, seed: int) -> nn.Module
 
     shape = task.train[0]["x"].shape
     if len(shape) != 2:
-        raise UserError(f"model new reads windows (channels, length), got x of shape {shape}")
+        raise UserError(
+            f'model "new" takes windows x of shape (channels, length), got x of shape {shape}'
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return TimeSeriesCNN(shape[0], objective.num_outputs())
@@ -260,39 +279,39 @@ def _trained(
     steps: int,
     learning_rate: float,
     console: Console,
-    what: str,
+    label: str,
 ) -> nn.Module:
     if not steps:
         return model
     import foretune
 
     method = foretune.Standard(learning_rate=learning_rate)
-    with console.bar(what) as progress:
+    with console.bar(label) as progress:
         outcome = foretune.retrain(
             model, source, method, run.replace(steps=steps), progress=progress
         )
-    trained: nn.Module = outcome.model.cpu()  # scored and factorised here, on rows in memory
+    trained: nn.Module = outcome.model.cpu()  # factorising and scoring run on the CPU
     return trained
 
 
-def _objective(about: Mapping[str, Any]) -> Unlabelled:
+def _objective(metadata: Mapping[str, Any]) -> Unlabelled:
     from foretune.source_free.unlabelled import Unlabelled
     from foretune.tasks.objectives.classification import Classification
 
-    space = tuple(about["labels"])
-    return Unlabelled(source=Classification(labels={about["domain"]: space}, space=space))
+    space = tuple(metadata["labels"])
+    return Unlabelled(source=Classification(labels={metadata["domain"]: space}, space=space))
 
 
-def _check_shape(task: Task, about: Mapping[str, Any], rows: str) -> None:
-    first = next(row for split in (task.train, task.validation, task.test) for row in split)
-    if first["x"].shape[0] != about["shape"][0]:
+def _check_shape(task: Task, metadata: Mapping[str, Any], rows: str) -> None:
+    first = next(window for split in (task.train, task.validation, task.test) for window in split)
+    if first["x"].shape[0] != metadata["shape"][0]:
         raise UserError(
-            f"{rows} has windows of {first['x'].shape[0]} channels, the source had "
-            f"{about['shape'][0]}: x is (channels, length)"
+            f"{rows} has windows of {first['x'].shape[0]} channels, but the source's have "
+            f"{metadata['shape'][0]}; x must be (channels, length)"
         )
 
 
-def _report(model: nn.Module, rows: Sequence[Any], labels: Sequence[Any]) -> dict[str, Any]:
+def _report(model: nn.Module, windows: Sequence[Any], labels: Sequence[Any]) -> dict[str, Any]:
     import numpy as np
     import torch
 
@@ -300,12 +319,14 @@ def _report(model: nn.Module, rows: Sequence[Any], labels: Sequence[Any]) -> dic
     from foretune.source_free.classes import class_report
     from foretune.tasks.objectives.text import logits_of
 
-    said: list[int] = []
+    predicted: list[int] = []
     with eval_no_grad(model):
-        for start in range(0, len(rows), 64):
-            x = np.stack([row["x"] for row in rows[start : start + 64]]).astype(np.float32)
-            said += logits_of(model(torch.from_numpy(x))).argmax(1).tolist()
-    return class_report([list(labels).index(row["y"]) for row in rows], said, labels)
+        for start in range(0, len(windows), 64):
+            x = np.stack([window["x"] for window in windows[start : start + 64]])
+            logits = logits_of(model(torch.from_numpy(x.astype(np.float32))))
+            predicted += logits.argmax(1).tolist()
+    truth = [list(labels).index(window["y"]) for window in windows]
+    return class_report(truth, predicted, labels)
 
 
 def _macs(model: nn.Module, task: Task) -> int:

@@ -1,16 +1,16 @@
-"""Tucker-2: a layer's weight as a small core between two orthonormal bases, one a channel mode.
+"""Tucker-2: a layer's weight as a small core and two orthonormal bases, one per channel mode.
 
     W ≈ T ×₁ V₁ ×₂ V₂          T = W ×₁ V₁ᵀ ×₂ V₂ᵀ
 
     symbol   here         shape                  meaning
-    W        weight       (out, in, *kernel)     a weight; a matrix has no kernel
+    W        weight       (out, in, *kernel)     a layer's weight; a matrix has no kernel
     T        core         (r_out, r_in, *kernel)
     V₁ V₂    factors      (out, r_out) (in, r_in)   None where a mode is not factored
 
-HOSVD takes each basis from its own unfolding of W (De Lathauwer, De Moor, Vandewalle, "A
-multilinear singular value decomposition", SIAM J. Matrix Anal. Appl. 2000); HOOI goes on from
-there, one basis at a time, and never makes the error larger (the same authors, "On the best rank-1
-and rank-(R1, …, RN) approximation of higher-order tensors", same year).
+HOSVD takes each basis from the SVD of one unfolding of W (De Lathauwer, De Moor, Vandewalle, "A
+multilinear singular value decomposition", SIAM J. Matrix Anal. Appl. 2000). HOOI starts from HOSVD
+and updates one basis at a time, which never increases the error (the same authors, "On the best
+rank-1 and rank-(R1, …, RN) approximation of higher-order tensors", same year).
 """
 
 from __future__ import annotations
@@ -24,65 +24,74 @@ Factors = list[Tensor | None]
 
 
 def unfold(tensor: Tensor, mode: int) -> Tensor:
-    """(size of the mode, all others): the tensor as a matrix whose rows are that mode."""
+    """The mode-`mode` unfolding, of shape (size of the mode, product of the other sizes)."""
     return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
 
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
-    """tensor ×_mode matrix: the mode of size `matrix.shape[1]` becomes one of `matrix.shape[0]`."""
+    """The mode product, tensor ×_mode matrix.
+
+    Args:
+        tensor: A tensor whose mode has size k.
+        matrix: (m, k); the mode has size m afterwards.
+        mode: The mode.
+    """
     return torch.tensordot(matrix, tensor, dims=([1], [mode])).movedim(0, mode)
 
 
 def compose(core: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
-    """T ×₁ V₁ ×₂ V₂: the weight that core and bases stand for."""
+    """The weight T ×₁ V₁ ×₂ V₂, of shape (out, in, *kernel); see the legend for the arguments."""
     for mode, factor in enumerate(factors):
         core = core if factor is None else mode_product(core, factor, mode)
     return core
 
 
 def project(weight: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
-    """W ×₁ V₁ᵀ ×₂ V₂ᵀ: the best core for orthonormal bases."""
+    """W ×₁ V₁ᵀ ×₂ V₂ᵀ of shape (r_out, r_in, *kernel): the best core for orthonormal bases."""
     return compose(weight, [None if factor is None else factor.T for factor in factors])
 
 
 def hosvd(weight: Tensor, ranks: Sequence[int | None]) -> Factors:
-    """The leading left singular vectors of each channel mode's unfolding.
+    """Truncated HOSVD: the leading left singular vectors of each channel mode's unfolding.
 
     Args:
         weight: (out, in, *kernel).
         ranks: (r_out, r_in); None for a mode that is not factored.
+
+    Returns:
+        [V₁, V₂].
     """
     return [
         None if rank is None else _leading(unfold(weight, mode), rank)
-        for mode, rank in enumerate(possible(weight, ranks))
+        for mode, rank in enumerate(feasible_ranks(weight, ranks))
     ]
 
 
 def hooi(
     weight: Tensor, ranks: Sequence[int | None], *, sweeps: int = 20, tolerance: float = 1e-6
 ) -> tuple[Tensor, Factors, list[float]]:
-    """Tucker-2 by higher-order orthogonal iteration from HOSVD.
+    """Tucker-2 decomposition by higher-order orthogonal iteration, started from HOSVD.
 
     Args:
-        weight: (out, in, *kernel), any floating type; the work is done in float64.
-        ranks: (r_out, r_in); None for a mode that is not factored. A rank beyond the size of its
-            mode, or beyond the product of all other ranks and the kernel, is cut to it.
-        sweeps: At most so many; one renews each basis once.
-        tolerance: Stops when a sweep lowers the relative error by less.
+        weight: (out, in, *kernel), any floating-point type; computed in float64.
+        ranks: (r_out, r_in); None for a mode that is not factored. Ranks are clipped as in
+            `feasible_ranks`.
+        sweeps: Maximum number of sweeps; one sweep updates each basis once.
+        tolerance: Stops when a sweep lowers the relative error by less than this.
 
     Returns:
-        (core, [V₁, V₂], the relative error ‖W − Ŵ‖ / ‖W‖ of HOSVD and after each sweep), in the
-        weight's own type.
+        (core, [V₁, V₂], errors): the tensors in the weight's dtype, and the relative errors
+        ‖W − Ŵ‖ / ‖W‖ of HOSVD and after each sweep.
     """
     exact = weight.detach().double()
-    ranks = possible(exact, ranks)
+    ranks = feasible_ranks(exact, ranks)
     factors = hosvd(exact, ranks)
     errors = [relative_error(exact, factors)]
     for _ in range(sweeps):
         for mode, rank in enumerate(ranks):
             if rank is not None:
-                others = [None if other == mode else f for other, f in enumerate(factors)]
-                factors[mode] = _leading(unfold(project(exact, others), mode), rank)
+                fixed = [None if i == mode else factor for i, factor in enumerate(factors)]
+                factors[mode] = _leading(unfold(project(exact, fixed), mode), rank)
         errors.append(relative_error(exact, factors))
         if errors[-2] - errors[-1] < tolerance:
             break
@@ -91,33 +100,56 @@ def hooi(
 
 
 def relative_error(weight: Tensor, factors: Sequence[Tensor | None]) -> float:
-    """‖W − Ŵ‖ / ‖W‖ with the best core for these orthonormal bases; 0 for a weight of zeros."""
+    """‖W − Ŵ‖ / ‖W‖ with the best core for orthonormal bases.
+
+    Args:
+        weight: (out, in, *kernel).
+        factors: [V₁, V₂]; None for a mode that is not factored.
+
+    Returns:
+        The relative error; 0 if the weight is zero.
+    """
     norm = float(weight.norm())
-    left = weight - compose(project(weight, factors), factors)
-    return float(left.norm()) / norm if norm else 0.0
+    residual = weight - compose(project(weight, factors), factors)
+    return float(residual.norm()) / norm if norm else 0.0
 
 
 def ranks_of_energy(weight: Tensor, energy: float) -> list[int]:
-    """For each channel mode the least rank that keeps this share of ‖W‖² in its unfolding."""
-    found = []
+    """The smallest rank per channel mode that keeps a share of ‖W‖² in the mode's unfolding.
+
+    Args:
+        weight: (out, in, *kernel).
+        energy: The share to keep, above 0 and at most 1.
+
+    Returns:
+        [r_out, r_in].
+    """
+    ranks = []
     for mode in (0, 1):
         squares = torch.linalg.svdvals(unfold(weight.detach().double(), mode)).square()
-        held = squares.cumsum(0) / squares.sum()
-        found.append(min(int((held < energy - 1e-12).sum()) + 1, weight.shape[mode]))
-    return found
+        captured = squares.cumsum(0) / squares.sum()
+        ranks.append(min(int((captured < energy - 1e-12).sum()) + 1, weight.shape[mode]))
+    return ranks
 
 
-def possible(weight: Tensor, ranks: Sequence[int | None]) -> list[int | None]:
-    """The ranks cut to what the shape allows: no unfolding has a rank above its smaller side."""
-    found = list(ranks)
+def feasible_ranks(weight: Tensor, ranks: Sequence[int | None]) -> list[int | None]:
+    """The ranks clipped to what the shape allows.
+
+    A rank exceeds neither the size of its mode nor the product of the other mode's rank and the
+    kernel's size: the two sides of the unfolding.
+
+    Args:
+        weight: (out, in, *kernel).
+        ranks: (r_out, r_in); None for a mode that is not factored.
+    """
+    clipped = list(ranks)
     for mode, rank in enumerate(ranks):
         if rank is not None:
-            others = weight[0, 0].numel()
-            for other in (0, 1):
-                if other != mode:
-                    others *= min(found[other] or weight.shape[other], weight.shape[other])
-            found[mode] = min(rank, weight.shape[mode], others)
-    return found
+            opposite = 1 - mode
+            size = weight.shape[opposite]
+            num_columns = weight[0, 0].numel() * min(clipped[opposite] or size, size)
+            clipped[mode] = min(rank, weight.shape[mode], num_columns)
+    return clipped
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:

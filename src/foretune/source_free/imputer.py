@@ -1,8 +1,8 @@
-"""An imputer of features over time: what MAPU trains on the source and keeps for the target.
+"""MAPU's temporal imputer: trained on the source, frozen on the target.
 
 Ragab et al., "Source-Free Domain Adaptation with Temporal Imputation for Time Series Data" (MAPU),
-KDD 2023, arXiv:2307.07542: from the features of a window with one stretch masked, those of the
-whole window.
+KDD 2023, arXiv:2307.07542. It predicts the features of a full window from those of the same window
+with one stretch masked.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class Imputer(nn.Module):
-    """An LSTM over time and a linear layer.
+    """An LSTM over time, then a linear layer.
 
     Args:
-        channels: Of the sequence of features.
+        channels: Channels of the feature sequence.
     """
 
     def __init__(self, channels: int) -> None:
@@ -23,5 +23,5 @@ class Imputer(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def forward(self, sequence: Tensor) -> Tensor:
-        """(n, channels, T) → (n, channels, T)."""
+        """Imputed features (n, channels, T) of features of masked windows (n, channels, T)."""
         return self.out(self.lstm(sequence.transpose(1, 2))[0]).transpose(1, 2)

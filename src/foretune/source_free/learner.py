@@ -1,4 +1,4 @@
-"""`SourceFreeLearner`: adapt to rows without labels. `add_imputer`: what MAPU takes along."""
+"""`SourceFreeLearner` adapts to unlabelled examples; `add_imputer` trains MAPU's imputer."""
 
 from __future__ import annotations
 
@@ -30,24 +30,27 @@ from foretune.training.loop import Progress, fit
 from foretune.training.process_group import Partition
 
 BatchNorm = Literal["stats", "frozen", "affine"]
-ROWS = 64  # of a look at all target rows
+PROBE_BATCH_SIZE = 64  # of the pass over all target examples
 
 
 class SourceFreeLearner(Learner):
-    """Moves what the model lets train by a loss of its own predictions and features.
+    """Trains the model's trainable parameters by a loss of its predictions and features.
 
-    One task at a time: the loss compares rows of one target domain with each other.
+    One task at a time: the loss compares examples of one target domain with each other.
 
     Args:
         model: A classifier; its trainable parameters are trained.
-        objective: Gives its logits.
-        learning_rate: Of them.
-        loss: What is asked of the predictions.
-        bn: "frozen": batch normalisation works with the source's statistics; otherwise with those
-            of the batch, and the running ones follow the target.
-        tuned_state: Names in the model's state that may differ from the base's.
-        factored: (r_out, r_in) of the layers that were put into Tucker form for this.
-        method: The method's record as a mapping.
+        objective: Computes its logits.
+        learning_rate: Learning rate of the trainable parameters.
+        loss: The source-free loss.
+        bn: "frozen" normalises with the source's running statistics; otherwise batch norms use
+            the statistics of the batch, and the running statistics follow the target.
+        tuned_state: The keys of the model's state that may differ from the base's.
+        factored: (r_out, r_in) of the layers that were factorised for this adaptation.
+        method: The method's `to_dict()`.
+
+    Raises:
+        UserError: The loss needs features over time and the model does not name its module.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class SourceFreeLearner(Learner):
         self.source_labels = list(objective.labels)
         self.tuned_state, self.factored = list(tuned_state), dict(factored or {})
         self.method = dict(method or {})
-        self.look = Look(model, objective, sequence=loss.imputes)
+        self.probe = FeatureProbe(model, objective, sequence=loss.imputes)
         self.loss, self.bn = loss, bn
         self.updates, self.steps = 0, 1
         self.data: TaskData | None = None
@@ -80,29 +83,29 @@ class SourceFreeLearner(Learner):
     def start(self, run: Run) -> None:
         if run.patience:
             raise UserError(
-                "patience chooses a state by labels of the target, which source-free adaptation "
-                "has not: leave it out"
+                "patience needs target labels to choose the best state, and source-free "
+                "adaptation has none; leave it out"
             )
         super().start(run)
-        self.token_budget = None  # diversity is of the whole batch
+        self.token_budget = None  # the diversity term needs the full batch at once
         self.steps = run.steps
 
     @override
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Nothing is packed or left out: the classifier's input must come as it is."""
+        """Neither packs nor skips anything: the classifier head needs its usual input."""
         yield
 
     @override
     def write(self, folder: Path, labels: Sequence[Any] | None) -> None:
-        """Writes what adapting changed: core.safetensors, core.json and README.md."""
+        """Writes the adapted state: core.safetensors, core.json and README.md."""
         write_core(
             folder,
             self.model,
             self.tuned_state,
             factored=self.factored,
             method=self.method,
-            about={"labels": self.source_labels},
+            metadata={"labels": self.source_labels},
         )
 
     @override
@@ -110,53 +113,51 @@ class SourceFreeLearner(Learner):
         step = steps[0]
         device = next(self.model.parameters()).device
         batch = step.chunks[0].to(device)
-        self._see(len(batch))
+        self._refresh_loss(len(batch))
         for module in batch_norms(self.model).values():
             module.train(self.bn != "frozen")
         with self.autocast():
-            outputs = self.look(batch)
+            outputs = self.probe(batch)
             imputed = self._imputed(batch) if self.loss.imputes else None
-            rows = torch.tensor(step.rows, device=device)
-            loss = self.loss(outputs, rows, self.updates / self.steps, imputed)
+            indices = torch.tensor(step.rows, device=device)
+            loss = self.loss(outputs, indices, self.updates / self.steps, imputed)
         loss.backward()
         self.updates += 1
         return {batch.slots[0]: float(loss.detach())}
 
-    def _see(self, batch_size: int) -> None:
-        """Shows the loss all target rows, at the start and, where it wants that, every epoch."""
+    def _refresh_loss(self, batch_size: int) -> None:
+        """Gives the loss the outputs for all target examples: once, or at every epoch's start."""
         assert self.data is not None
         count = len(self.data.slots[0].train)
-        epoch = math.ceil(count / batch_size)
-        if self.updates and not (self.loss.refreshes and self.updates % epoch == 0):
+        epoch_steps = math.ceil(count / batch_size)
+        if self.updates and not (self.loss.refreshes and self.updates % epoch_steps == 0):
             return
         device = next(self.model.parameters()).device
-        found = []
+        parts = []
         with eval_no_grad(self.model):
-            for start in range(0, count, ROWS):
-                picks = [(0, i) for i in range(start, min(start + ROWS, count))]
-                part = self.data.step(picks, "train", train=False, seed=[0])
-                found.append(self.look(part.chunks[0].to(device)))
-        self.loss.see(
-            Outputs(torch.cat([o.features for o in found]), torch.cat([o.logits for o in found]))
-        )
+            for start in range(0, count, PROBE_BATCH_SIZE):
+                picks = [(0, i) for i in range(start, min(start + PROBE_BATCH_SIZE, count))]
+                step = self.data.step(picks, "train", train=False, seed=[0])
+                parts.append(self.probe(step.chunks[0].to(device)))
+        features, logits = [part.features for part in parts], [part.logits for part in parts]
+        self.loss.refresh(Outputs(torch.cat(features), torch.cat(logits)))
 
     def _imputed(self, batch: Batch) -> Tensor:
         imputer: Any = self.model.imputer
-        masked = replace(batch, inputs={**batch.inputs, "x": mask_patches(batch.inputs["x"])})
-        imputed: Tensor = imputer(self.look(masked).sequence)
+        imputed: Tensor = imputer(self.probe(_masked(batch)).sequence)
         return imputed
 
 
-class Look:
-    """Calls a classifier and says what its last layer read.
+class FeatureProbe:
+    """Calls a classifier and captures the features that its last linear layer reads.
 
     Args:
-        model: Its head is a linear layer, or ends in one.
-        objective: Makes logits of a batch.
-        sequence: Whether the features over time are asked for as well.
+        model: A classifier whose head is a linear layer, or ends in one.
+        objective: Computes the logits of a batch.
+        sequence: Whether to capture the features over time as well.
 
     Raises:
-        UserError: The model does not say where its features over time are.
+        UserError: The model does not name the module of its features over time.
     """
 
     def __init__(self, model: nn.Module, objective: Any, *, sequence: bool = False) -> None:
@@ -171,15 +172,16 @@ class Look:
         name = getattr(model, "temporal", None) if sequence else None
         if sequence and name is None:
             raise UserError(
-                f"{type(model).__name__} has no attribute `temporal`, the name of the module whose "
-                "output is the sequence of features (n, channels, T): loss mapu needs it"
+                f"{type(model).__name__} has no attribute `temporal`; loss mapu needs it to name "
+                "the module that outputs features over time (n, channels, T)"
             )
         self.temporal = None if name is None else model.get_submodule(name)
 
     def __call__(self, batch: Batch) -> Outputs:
+        """The outputs for the batch, in the model's current mode."""
         features: list[Tensor] = []
         sequence: list[Tensor] = []
-        hooks = [self.head.register_forward_pre_hook(lambda _, given: features.append(given[0]))]
+        hooks = [self.head.register_forward_pre_hook(lambda _, args: features.append(args[0]))]
         if self.temporal is not None:
             hooks.append(self.temporal.register_forward_hook(lambda _, __, y: sequence.append(y)))
         try:
@@ -187,38 +189,47 @@ class Look:
         finally:
             for hook in hooks:
                 hook.remove()
-        return Outputs(_of_rows(features[0], batch), logits, *sequence)
+        return Outputs(_example_features(features[0], batch), logits, *sequence)
 
 
-def _of_rows(features: Tensor, batch: Batch) -> Tensor:
-    """(n, d): features of a row, of its last token where the head reads every token."""
+def _masked(batch: Batch) -> Batch:
+    """The batch with one stretch of time masked in every window."""
+    return replace(batch, inputs={**batch.inputs, "x": mask_patches(batch.inputs["x"])})
+
+
+def _example_features(features: Tensor, batch: Batch) -> Tensor:
+    """(n, d) features per example: those of its last token where the head reads all tokens.
+
+    Raises:
+        UserError: The features have another shape.
+    """
     if features.dim() == 2:
         return features
     mask = batch.inputs.get("attention_mask")
     if features.dim() == 3 and mask is not None:
         return features[torch.arange(len(features)), mask.sum(1) - 1]
     raise UserError(
-        f"the head reads features of shape {tuple(features.shape)}; it needs (rows, channels), or "
-        "(rows, tokens, channels) of a text"
+        f"the head reads features of shape {tuple(features.shape)}; source-free losses need "
+        "(n, d), or (n, tokens, d) with an attention mask"
     )
 
 
 class ImputerLearner(Learner):
-    """Trains `model.imputer` to fill in masked stretches; the rest of the model is fixed."""
+    """Trains `model.imputer` to predict the features of masked windows; all else is frozen."""
 
     def __init__(self, model: nn.Module, objective: Any, *, learning_rate: float) -> None:
         super().__init__(model, objective, learning_rate=learning_rate)
-        self.look = Look(model, objective, sequence=True)
+        self.probe = FeatureProbe(model, objective, sequence=True)
 
     @override
     def gradients(self, steps: Sequence[Step], seed: int = 0) -> dict[int, float]:
         imputer: Any = self.model.imputer
         batch = steps[0].chunks[0].to(next(imputer.parameters()).device)
-        masked = replace(batch, inputs={**batch.inputs, "x": mask_patches(batch.inputs["x"])})
+        masked = _masked(batch)
         with eval_no_grad(self.model):
-            wanted, given = self.look(batch).sequence, self.look(masked).sequence
-        assert wanted is not None
-        loss = F.mse_loss(imputer(given), wanted)
+            target, masked_sequence = self.probe(batch).sequence, self.probe(masked).sequence
+        assert target is not None
+        loss = F.mse_loss(imputer(masked_sequence), target)
         loss.backward()
         return {batch.slots[0]: float(loss.detach())}
 
@@ -231,25 +242,28 @@ def add_imputer(
     learning_rate: float = 1e-3,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Gives a model an imputer trained on the source, as `model.imputer`; needed by loss "mapu".
+    """Adds an imputer trained on the source as `model.imputer`, which loss "mapu" needs.
 
     Args:
-        model: A classifier of windows with an attribute `temporal`; nothing else of it changes.
-        tasks: Source rows, with an objective.
-        run: Seed, steps, batch size.
-        learning_rate: Of the imputer.
+        model: A classifier of windows with an attribute `temporal`; its weights do not change.
+        tasks: Source examples, with an objective.
+        run: Random seed, steps and batch size.
+        learning_rate: Learning rate of the imputer.
         progress: Called after every update.
 
     Returns:
         The history: mean squared error by step.
+
+    Raises:
+        UserError: The model has no attribute `temporal`.
     """
     assert tasks.objective is not None
     objective = tasks.objective.fit(tasks)
     data = TaskData.of(tasks, objective)
-    look = Look(model, objective, sequence=True)
+    probe = FeatureProbe(model, objective, sequence=True)
     first = data.step([(0, 0)], "train", train=False, seed=[0]).chunks[0]
     with eval_no_grad(model):
-        sequence = look(first).sequence
+        sequence = probe(first).sequence
     assert sequence is not None
     with torch.random.fork_rng(), _only_imputer_trains(model, sequence.shape[1], run.seed):
         learner = ImputerLearner(model, objective, learning_rate=learning_rate)
@@ -262,13 +276,13 @@ def add_imputer(
 
 @contextlib.contextmanager
 def _only_imputer_trains(model: nn.Module, channels: int, seed: int) -> Iterator[None]:
-    wanted = {p: p.requires_grad for p in model.parameters()}
+    was_trainable = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
     torch.manual_seed(seed)
     model.imputer = Imputer(channels)
     try:
         yield
     finally:
-        for p, trained in wanted.items():
-            p.requires_grad_(trained)
+        for p, trainable in was_trainable.items():
+            p.requires_grad_(trainable)
         model.imputer.requires_grad_(False)

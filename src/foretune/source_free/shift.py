@@ -1,4 +1,4 @@
-"""A page of its own: how well each class is recognised before and after adapting."""
+"""A standalone HTML page: F1 per class before and after adaptation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROW, TOP, WIDTH = 30.0, 16.0, 640.0
 
 
 def shift_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[list[str]]:
-    """label, rows, F1 before, F1 after, difference: each class, then their mean."""
+    """Rows (label, rows, F1 before, F1 after, difference) per class, then macro-F1 and accuracy."""
     pairs = [
         (str(b["label"]), b["rows"], b["f1"], a["f1"])
         for b, a in zip(before["classes"], after["classes"], strict=True)
@@ -33,7 +33,7 @@ def _figures(before: float | None, after: float | None) -> list[str]:
 
 
 def shift_figure(before: Mapping[str, Any], after: Mapping[str, Any], ink: Ink) -> Figure:
-    """For each class a line from its F1 before (hollow) to its F1 after (filled)."""
+    """A figure with one line per class, from its F1 before (hollow) to its F1 after (filled)."""
     classes = list(zip(before["classes"], after["classes"], strict=True))
     left = 16 + max(svg.text_width(svg.shorten(str(b["label"]), 160)) for b, _ in classes)
     x = svg.linear((0.0, 1.0), (left, WIDTH - 16))
@@ -43,8 +43,8 @@ def shift_figure(before: Mapping[str, Any], after: Mapping[str, Any], ink: Ink) 
         svg.text(f"{v:g}", x(v), bottom + 18, ink.muted, anchor="middle", size=12)
         for v in (0, 0.25, 0.5, 0.75, 1)
     ]
-    for place, (b, a) in enumerate(classes):
-        y = TOP + ROW * (place + 0.5)
+    for index, (b, a) in enumerate(classes):
+        y = TOP + ROW * (index + 0.5)
         label = svg.shorten(str(b["label"]), 160)
         parts.append(svg.text(label, left - 10, y + 4, ink.text, anchor="end"))
         if b["f1"] is None or a["f1"] is None:
@@ -54,7 +54,7 @@ def shift_figure(before: Mapping[str, Any], after: Mapping[str, Any], ink: Ink) 
         parts.append(svg.marker("circle", x(b["f1"]), y, colour, ink.paper))
         parts.append(svg.marker("circle", x(a["f1"]), y, colour, colour))
     return Figure(
-        title="F1 of each class, before (hollow) and after (filled) adapting",
+        title="F1 per class before (hollow) and after (filled) adaptation",
         description="; ".join(
             f"{row[0]} {row[2]} to {row[3]}" for row in shift_rows(before, after)
         ),
@@ -67,7 +67,7 @@ def shift_figure(before: Mapping[str, Any], after: Mapping[str, Any], ink: Ink) 
 def write_shift(
     path: Path, title: str, before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> None:
-    """Writes one HTML file with the picture and the table; it needs nothing else."""
+    """Writes one self-contained HTML file with the figure and the table."""
     figure = shift_figure(before, after, LIGHT)
     head = ["class", "rows", "F1 before", "F1 after", "difference"]
     body = "".join(_row("td", row) for row in shift_rows(before, after))

@@ -1,30 +1,30 @@
-"""Subspace SFDA: adapt a factorised classifier to unlabelled rows by its small Tucker cores alone.
+"""Subspace SFDA: adapt a factorised classifier to unlabelled data by tuning only its Tucker cores.
 
 Paper: "Efficient Source-Free Time-Series Adaptation via Parameter Subspace Disentanglement", ICLR
 2025, arXiv:2410.02147.
 
     symbol   here                     shape             meaning
-    W        layer.weight    (out, in, K)      weight of a convolution
-    T        layer.core               (r_out, r_in, K)  core; all that the target tunes
+    W        layer.weight             (out, in, K)      weight of a convolution
+    T        layer.core               (r_out, r_in, K)  core; the only part tuned on the target
     V₁ V₂    out_factor, in_factor    (out, r) (in, r)  bases of its two channel modes, frozen
     RF       rank_factor                                r = C / RF
 
-Source: train; W = T ×₁ V₁ ×₂ V₂ by HOOI (source_free/hooi.py); train all factors a little more.
-Target: T follows a source-free loss (source_free/losses.py); V₁, V₂ and the classifier
-stay. A change of W then lies in span(V₁) × span(V₂). The paper's PAC-Bayes argument: the fewer
-numbers may move, the smaller ‖W_target − W_source‖, the smaller the bound on the target's error.
+Source: train; factorise W ≈ T ×₁ V₁ ×₂ V₂ by HOOI (source_free/hooi.py); fine-tune all factors.
+Target: T is tuned by a source-free loss (source_free/losses.py); V₁, V₂ and the classifier are
+frozen, so any change of W lies in span(V₁) × span(V₂). The paper's PAC-Bayes argument: fewer
+trainable parameters give a smaller ‖W_target − W_source‖ and a tighter bound on the target error.
 
 Deviations:
-    - AdamW with the `Run`'s schedule; the suite of the paper's losses has Adam, and halves the rate
-      every 50 epochs. The source is trained without label smoothing.
-    - Losses: see source_free/losses.py for what is mended there.
-    - MAPU's imputer is trained after the classifier, on its frozen features, not beside it.
-    - Beyond the paper: Conv2d and linear layers (there T is the r × r core of LoRA-XS).
-Silent in the sources at hand (abstract, reviews, summaries; no code is public):
-    - What batch normalisation does on the target: `bn`. By default statistics follow the target,
-      weights stay.
-    - Ranks of the first layer: its input are the data's channels, which keep their full rank.
-    - Whether V₁ and V₂ are made orthonormal again after re-training: here they are not.
+    - AdamW with the `Run`'s schedule; the reference suite of the losses uses Adam and halves the
+      learning rate every 50 epochs. The source is trained without label smoothing.
+    - Losses: see the deviations in source_free/losses.py.
+    - MAPU's imputer is trained after the classifier, on its frozen features, not jointly with it.
+    - Beyond the paper: Conv2d and linear layers (where T is the r × r core of LoRA-XS).
+Silent in the available sources (abstract, reviews, summaries; no code is public):
+    - What batch normalisation does on the target: `bn`. By default the statistics follow the
+      target and the weights are frozen.
+    - Ranks of the first layer: its input channels are those of the data and keep their full rank.
+    - Whether V₁ and V₂ are re-orthonormalised after fine-tuning: here they are not.
 """
 
 from __future__ import annotations
@@ -54,31 +54,36 @@ PAPER = {
     "venue": "ICLR",
     "arxiv": "2410.02147",
 }
-# Of the time-series suite for human activities: (shot, mapu).
+# Loss weights of the time-series suite for human activity recognition.
 ENTROPY = {"shot": 0.6709, "mapu": 0.05897}
 DIVERSITY = {"shot": 0.8969, "mapu": 0.2759}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubspaceSFDA(AdaptMethod):
-    """Tune only the cores of a factorised classifier on rows without labels.
+    """Tune only the cores of a factorised classifier on unlabelled examples.
 
     Args:
-        learning_rate: Of what is tuned.
+        learning_rate: Learning rate of the tuned parameters.
         loss: "shot", "nrc", "aad", or "mapu" (for a model with an imputer: `add_imputer`).
         tuned: "core" for the Tucker cores, "all" for everything but the classifier, "batch-norm"
             for the weights of batch normalisation.
-        bn: Batch normalisation: "stats" lets its statistics follow the target, "affine" tunes its
-            weights too, "frozen" keeps both as they are. `tuned` "all" and "batch-norm" tune
-            the weights unless frozen.
-        rank_factor: RF: layers that are not in Tucker form yet are put into it, a mode of C
-            channels with rank C // RF. None leaves the model's layers as they are.
-        entropy: Weight of the predictions' entropy (shot, mapu); None for the loss's own.
-        diversity: Weight of the entropy of their mean (shot, mapu); None likewise.
-        pseudo_labels: Weight of the cross entropy with the pseudo-labels (shot).
-        imputation: Weight of the imputation (mapu).
-        neighbours: K of nrc and aad.
-        decay: β of aad's λ = (1 + 10·share of the steps)^−β.
+        bn: Batch normalisation: "stats" lets its statistics follow the target, "affine" also tunes
+            its weights, "frozen" changes neither. `tuned` "all" and "batch-norm" tune the weights
+            unless frozen.
+        rank_factor: RF: a model without Tucker layers is factorised, a mode of C channels with
+            rank C // RF. None leaves its layers unchanged.
+        entropy: Weight of the mean entropy of the predictions (shot, mapu); None for the default
+            of the loss.
+        diversity: Weight of the entropy of the mean prediction (shot, mapu); None for the default
+            of the loss.
+        pseudo_labels: Weight of the cross-entropy with the pseudo-labels (shot).
+        imputation: Weight of the imputation error (mapu).
+        neighbours: K, neighbours per example (nrc, aad).
+        decay: β of the dispersion weight λ = (1 + 10·share of the steps)^−β (aad).
+
+    Raises:
+        UserError: A value is out of range; the message names the field.
     """
 
     learning_rate: float = 1e-3
@@ -111,7 +116,7 @@ class SubspaceSFDA(AdaptMethod):
             check_at_least(name, getattr(self, name), 0)
         check_int("neighbours", self.neighbours, 1)
         if self.tuned == "batch-norm" and self.bn == "frozen":
-            raise UserError("tuned batch-norm with bn frozen tunes nothing: choose bn affine")
+            raise UserError("tuned=batch-norm with bn=frozen trains nothing; use bn=affine")
 
     @override
     def learner(
@@ -123,13 +128,13 @@ class SubspaceSFDA(AdaptMethod):
 
         if not isinstance(objective, Unlabelled):
             raise UserError(
-                f"{self.name} adapts to rows without labels: give the tasks an objective "
-                "Unlabelled(source=…) with the source's labels"
+                f"{self.name} adapts to unlabelled examples; give the tasks the objective "
+                "Unlabelled(source=…), whose source is the fitted Classification of the source"
             )
         factored: dict[str, Any] = {}
         if self.rank_factor is not None and not tucker_layers(model):
             factored = tuckerize(model, rank_factor=self.rank_factor)
-        self._let_train(model)
+        self._set_trainable(model)
         return SourceFreeLearner(
             model,
             objective,
@@ -141,42 +146,46 @@ class SubspaceSFDA(AdaptMethod):
             method=self.to_dict(),
         )
 
-    def _let_train(self, model: nn.Module) -> None:
-        """Leaves `requires_grad` to what this form tunes, of what the model lets train."""
+    def _set_trainable(self, model: nn.Module) -> None:
+        """Freezes everything but what `tuned` and `bn` select among the trainable parameters.
+
+        Raises:
+            UserError: Nothing is left to train.
+        """
         from foretune.models.surgery import batch_norms, head_modules
         from foretune.source_free.tucker import core_parameters
 
-        weights = {f"{name}.{p}" for name in batch_norms(model) for p in ("weight", "bias")}
-        wanted = set(core_parameters(model)) if self.tuned == "core" else set()
+        affine = {f"{name}.{p}" for name in batch_norms(model) for p in ("weight", "bias")}
+        selected = set(core_parameters(model)) if self.tuned == "core" else set()
         if self.tuned == "all":
             fixed = (*head_modules(model), "imputer")
             names = [name for name, _ in model.named_parameters()]
-            wanted = {n for n in names if not n.startswith(tuple(f"{m}." for m in fixed))}
+            selected = {n for n in names if not n.startswith(tuple(f"{m}." for m in fixed))}
         if self.bn == "affine" or self.tuned == "batch-norm":
-            wanted |= weights
+            selected |= affine
         if self.bn == "frozen":
-            wanted -= weights
+            selected -= affine
         for name, p in model.named_parameters():
-            p.requires_grad_(p.requires_grad and name in wanted)
+            p.requires_grad_(p.requires_grad and name in selected)
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError(
-                f"tuned={self.tuned} finds nothing in {type(model).__name__} that may train: cores "
-                "come with a rank_factor or from `foretune sfda prepare`, batch-norm needs such "
-                "layers"
+                f"tuned={self.tuned} matches no trainable parameter of {type(model).__name__}; "
+                "core needs a rank_factor or a model from `foretune sfda prepare`, batch-norm "
+                "needs batch-norm layers"
             )
 
     def _tuned_state(self, model: nn.Module, factored: dict[str, Any]) -> list[str]:
-        """The names of the state that differs from the given model's, however much was trained."""
+        """The keys of the state that adaptation may change, or that factorising has added."""
         from foretune.models.surgery import batch_norms
 
         state = list(model.state_dict())
-        moved = {name for name, p in model.named_parameters() if p.requires_grad}
+        changed = {name for name, p in model.named_parameters() if p.requires_grad}
         running = tuple(f"{name}." for name in batch_norms(model))
         if running and self.bn != "frozen":
             parameters = dict(model.named_parameters())
-            moved |= {n for n in state if n.startswith(running) and n not in parameters}
-        inside = tuple(f"{name}." for name in factored)
-        return [n for n in state if n in moved or (inside and n.startswith(inside))]
+            changed |= {n for n in state if n.startswith(running) and n not in parameters}
+        in_factored = tuple(f"{name}." for name in factored)
+        return [n for n in state if n in changed or (in_factored and n.startswith(in_factored))]
 
     def _loss(self, model: nn.Module) -> SourceFreeLoss:
         from foretune.source_free.losses import Aad, Mapu, Nrc, Shot
@@ -191,7 +200,7 @@ class SubspaceSFDA(AdaptMethod):
             return Shot(entropy=entropy, diversity=diversity, labels=self.pseudo_labels)
         if not hasattr(model, "imputer"):
             raise UserError(
-                "loss mapu needs an imputer trained on the source: `foretune sfda prepare "
-                "--imputer`, or add_imputer(model, source, run)"
+                "loss mapu needs an imputer trained on the source; run `foretune sfda prepare "
+                "--imputer` or call add_imputer(model, source, run)"
             )
         return Mapu(entropy=entropy, diversity=diversity, imputation=self.imputation)

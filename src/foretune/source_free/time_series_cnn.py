@@ -1,8 +1,8 @@
-"""The convolutional classifier for windows of sensors that the field's benchmarks use.
+"""The convolutional classifier of sensor windows that time-series adaptation benchmarks use.
 
 Ragab et al., "AdaTime: A Benchmarking Suite for Domain Adaptation on Time Series Data", TKDD 2023,
 arXiv:2203.08321: three blocks of convolution, batch normalisation, ReLU and pooling, a mean over
-time and a linear classifier. Channels go in → mid → 2·mid → features.
+time and a linear classifier. The channels are in → mid → 2·mid → features.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ class TimeSeriesCNN(nn.Module):
 
     Args:
         channels: Channels of a window.
-        classes: Labels.
-        mid: Channels of the first block.
-        features: Channels of the last block.
-        kernel_size: Of the first block's convolution; the others have 8.
-        stride: Of the first block's convolution.
-        dropout: After the first block.
+        classes: Number of classes.
+        mid: Output channels of the first block.
+        features: Output channels of the last block.
+        kernel_size: Kernel size of the first convolution; the others have 8.
+        stride: Stride of the first convolution.
+        dropout: Dropout probability after the first block.
 
     Attributes:
-        sizes: The arguments; `TimeSeriesCNN(**sizes)` has the same shape.
-        temporal: Name of the module whose output is the sequence of features (n, features, T).
+        sizes: The arguments; `TimeSeriesCNN(**sizes)` has the same architecture.
+        temporal: Name of the module that outputs the feature sequence (n, features, T).
+
+    Raises:
+        UserError: A size below 1 or a negative dropout.
     """
 
     head_modules = ("head",)
@@ -67,7 +70,7 @@ class TimeSeriesCNN(nn.Module):
         self.head = nn.Linear(features, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, channels, length) → (n, classes) logits."""
+        """Logits (n, classes) of windows (n, channels, length)."""
         return self.head(self.pool(self.blocks(x)).flatten(1))
 
 

@@ -1,9 +1,9 @@
-"""Layers in Tucker-2 form: thin projection, small core, thin projection. A model rewrite.
+"""Layers in Tucker-2 form: a thin projection, a small core and a thin projection.
 
     y = V₁ · (T ∗ (V₂ᵀ x)) + b
 
-A convolution becomes one of kernel 1 (V₂ᵀ), one of the same kernel, stride, padding and dilation
-on few channels (T), and one of kernel 1 (V₁); a linear layer becomes V₁ T V₂ᵀ with an r × r core.
+A convolution becomes one of kernel size 1 (V₂ᵀ), one of the original kernel size, stride, padding
+and dilation on few channels (T), and one of kernel size 1 (V₁); a linear layer becomes V₁ T V₂ᵀ.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from foretune.errors import UserError, did_you_mean
 from foretune.models.calls import eval_no_grad
 from foretune.models.surgery import head_modules
 from foretune.run import check_int, check_one_of
-from foretune.source_free.hooi import compose, hooi, possible, ranks_of_energy
+from foretune.source_free.hooi import compose, feasible_ranks, hooi, ranks_of_energy
 
 CONVOLUTIONS: dict[int, tuple[type[nn.Module], Any]] = {
     0: (nn.Linear, F.linear),
     1: (nn.Conv1d, F.conv1d),
     2: (nn.Conv2d, F.conv2d),
 }
-Ranks = tuple[int | None, int | None]
+TuckerRanks = tuple[int | None, int | None]  # (r_out, r_in); None for a mode not factored
 
 
 class TuckerLayer(nn.Module):
@@ -38,17 +38,17 @@ class TuckerLayer(nn.Module):
     Args:
         layer: The layer; it is not changed.
         ranks: (r_out, r_in); None for a mode that is not factored.
-        fit: False leaves zeros, for weights that are read from a file afterwards.
+        fit: Whether to decompose the weight; False fills zeros, to be overwritten from a file.
 
     Attributes:
         core: T (r_out, r_in, *kernel).
-        out_factor: V₁ (out, r_out), None where that mode is not factored.
-        in_factor: V₂ (in, r_in), likewise.
-        bias: (out,) or None, as it was.
-        error: ‖W − Ŵ‖ / ‖W‖ when it was made.
+        out_factor: V₁ (out, r_out); None if that mode is not factored.
+        in_factor: V₂ (in, r_in); None if that mode is not factored.
+        bias: (out,), or None for a layer without bias.
+        error: ‖W − Ŵ‖ / ‖W‖ of the decomposition.
     """
 
-    def __init__(self, layer: nn.Module, ranks: Ranks, *, fit: bool = True) -> None:
+    def __init__(self, layer: nn.Module, ranks: TuckerRanks, *, fit: bool = True) -> None:
         super().__init__()
         weight: Any = layer.weight
         weight = weight.detach().T if isinstance(layer, Conv1D) else weight.detach()
@@ -65,11 +65,11 @@ class TuckerLayer(nn.Module):
 
     @property
     def dims(self) -> int:
-        """Dimensions of the kernel: 0 for a linear layer."""
+        """Number of kernel dimensions: 0 for a linear layer."""
         return self.core.dim() - 2
 
     @property
-    def ranks(self) -> Ranks:
+    def ranks(self) -> TuckerRanks:
         """(r_out, r_in); None for a mode that is not factored."""
         return (
             None if self.out_factor is None else self.out_factor.shape[1],
@@ -77,7 +77,7 @@ class TuckerLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, in, *length), or (…, in) for a linear layer → (n, out, *length), or (…, out)."""
+        """(n, in, *length) → (n, out, *length); for a linear layer (…, in) → (…, out)."""
         apply = CONVOLUTIONS[self.dims][1]
         if self.in_factor is not None:
             x = apply(x, self._thin(self.in_factor.T))
@@ -90,12 +90,12 @@ class TuckerLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """T ×₁ V₁ ×₂ V₂ (out, in, *kernel): the weight that this layer applies."""
+        """The full weight T ×₁ V₁ ×₂ V₂, of shape (out, in, *kernel)."""
         return compose(self.core, (self.out_factor, self.in_factor))
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """The plain layer that computes the same."""
+        """The equivalent plain layer."""
         weight = self.weight
         kind, sizes = CONVOLUTIONS[self.dims][0], (weight.shape[1], weight.shape[0])
         options = {**self.options, "kernel_size": tuple(weight.shape[2:])} if self.dims else {}
@@ -106,11 +106,16 @@ class TuckerLayer(nn.Module):
         return plain.train(self.training)
 
     def macs(self, x: Tensor, y: Tensor) -> int:
-        """Multiplications of one call: L_in·in·r_in + L_out·K·r_in·r_out + L_out·r_out·out."""
-        places_in, places_out = _places(x, self.dims), _places(y, self.dims)
-        first = 0 if self.in_factor is None else places_in * self.in_factor.numel()
-        last = 0 if self.out_factor is None else places_out * self.out_factor.numel()
-        return first + places_out * self.core.numel() + last
+        """Multiply-accumulates of one call: L_in·in·r_in + L_out·K·r_in·r_out + L_out·r_out·out.
+
+        Args:
+            x: Input (n, in, *length), or (…, in) for a linear layer.
+            y: Output (n, out, *length), or (…, out).
+        """
+        num_inputs, num_outputs = _num_positions(x, self.dims), _num_positions(y, self.dims)
+        first = 0 if self.in_factor is None else num_inputs * self.in_factor.numel()
+        last = 0 if self.out_factor is None else num_outputs * self.out_factor.numel()
+        return first + num_outputs * self.core.numel() + last
 
 
 def tuckerize(
@@ -121,85 +126,89 @@ def tuckerize(
     energy: float | None = None,
     layers: str = "all",
     fit: bool = True,
-) -> dict[str, Ranks]:
-    """Puts layers of a model into Tucker-2 form, in place; its head stays as it is.
+) -> dict[str, TuckerRanks]:
+    """Puts layers of a model, except its head, into Tucker-2 form in place.
 
-    Left alone: convolutions of several groups (their channels do not mix, so no one basis serves
-    them), those that do not pad with zeros, and a mode of one channel. With `rank_factor` the first
-    convolution keeps the rank of its input, which are the channels of the data.
+    Skipped: grouped convolutions (their channels do not mix, so no single basis fits them),
+    convolutions with non-zero padding modes, and modes of one channel. With `rank_factor` the input
+    mode of the first convolution, which holds the channels of the data, keeps its full rank.
 
     Args:
         model: The model.
-        rank_factor: RF: a mode of C channels gets the rank C // RF, at least 1.
-        ranks: Or (r_out, r_in) by layer name; only these are factored.
-        energy: Or the share of ‖W‖² that each mode's basis keeps of its unfolding.
-        layers: "convolutions", "linear" or "all" of what the model has.
-        fit: False leaves zeros, for weights that are read from a file afterwards.
+        rank_factor: RF: a mode of C channels gets rank C // RF, at least 1.
+        ranks: Alternatively (r_out, r_in) by layer name; only these layers are factored.
+        energy: Alternatively the share of ‖W‖² that each mode's basis keeps in its unfolding.
+        layers: "convolutions", "linear" or "all".
+        fit: Whether to decompose the weights; False fills zeros, to be overwritten from a file.
 
     Returns:
-        (r_out, r_in) of every layer that was put into this form.
+        (r_out, r_in) of every factored layer, by name.
 
     Raises:
-        UserError: Not one of the three ways to say the ranks, or nothing to put into this form.
+        UserError: Not exactly one of `rank_factor`, `ranks` and `energy`, a value out of range, a
+            name in `ranks` that cannot be factored, or no layer to factor.
     """
-    if sum(way is not None for way in (rank_factor, ranks, energy)) != 1:
-        raise UserError("give one of rank_factor, ranks and energy")
+    if sum(choice is not None for choice in (rank_factor, ranks, energy)) != 1:
+        raise UserError("give exactly one of rank_factor, ranks and energy")
     check_int("rank_factor", rank_factor, 1, optional=True)
     if energy is not None and not 0 < energy <= 1:
-        raise UserError(f"energy is a share above 0 and up to 1, got {energy!r}")
+        raise UserError(f"energy must be above 0 and at most 1, got {energy!r}")
     check_one_of("layers", layers, ("all", "convolutions", "linear"))
-    found = dict(_factorable(model, layers))
-    if not found:
+    factorable = dict(_factorable(model, layers))
+    if not factorable:
         raise UserError(
-            f"{type(model).__name__} has no layer to factor: Conv1d or Conv2d of one group, or a "
-            f"linear layer besides its head (layers={layers})"
+            f"{type(model).__name__} has no layer to factor with layers={layers}: it needs a "
+            "Conv1d or Conv2d without groups, or a linear layer outside its head"
         )
     for name in ranks or ():
-        if name not in found:
+        if name not in factorable:
             raise UserError(
-                f'ranks names "{name}", which is no layer to factor; there are '
-                f"{', '.join(found)}.{did_you_mean(name, found)}"
+                f'ranks names "{name}", which cannot be factored; choose from '
+                f"{', '.join(factorable)}.{did_you_mean(name, factorable)}"
             )
-    first = next((name for name, layer in found.items() if _dims(layer)), None)
-    made: dict[str, Ranks] = {}
-    for name, layer in found.items():
-        if ranks is not None and name not in ranks:
+    first = next((name for name, layer in factorable.items() if _dims(layer)), None)
+    factored: dict[str, TuckerRanks] = {}
+    for name, layer in factorable.items():
+        if ranks is None:
+            layer_ranks = _choose_ranks(layer, rank_factor, energy, name == first)
+        elif name in ranks:
+            layer_ranks = ranks[name]
+        else:
             continue
-        wanted = _ranks(layer, rank_factor, energy, name == first) if ranks is None else ranks[name]
-        tucker = TuckerLayer(layer, _factored(layer, wanted), fit=fit).train(layer.training)
-        _put(model, name, tucker)
-        made[name] = tucker.ranks
-    return made
+        tucker = TuckerLayer(layer, _skip_single_channels(layer, layer_ranks), fit=fit)
+        _replace(model, name, tucker.train(layer.training))
+        factored[name] = tucker.ranks
+    return factored
 
 
 def tucker_layers(model: nn.Module) -> dict[str, TuckerLayer]:
-    """Name → layer of those in Tucker-2 form."""
+    """The layers in Tucker-2 form by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, TuckerLayer)}
 
 
 def core_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → T of each layer in Tucker-2 form; what a target domain tunes."""
+    """The core T of every layer in Tucker-2 form by name: what is tuned on a target domain."""
     return {f"{name}.core": layer.core for name, layer in tucker_layers(model).items()}
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """A copy of the model with plain layers that compute the same."""
+    """A copy of the model whose Tucker layers are merged into equivalent plain layers."""
     plain = copy.deepcopy(model)
     for name, layer in tucker_layers(plain).items():
-        _put(plain, name, layer.merge())
+        _replace(plain, name, layer.merge())
     return plain
 
 
-def count_macs(model: nn.Module, *inputs: Any, **named: Any) -> dict[str, int]:
-    """Multiplications of convolutions and linear layers in one call of the model, by layer."""
-    found: Counter[str] = Counter()
+def count_macs(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, int]:
+    """Multiply-accumulates of convolutions and linear layers in one call of the model, by layer."""
+    macs: Counter[str] = Counter()
 
     def counter(name: str) -> Any:
-        def count(layer: Any, given: tuple[Any, ...], y: Tensor) -> None:
+        def count(layer: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
             if isinstance(layer, TuckerLayer):
-                found[name] += layer.macs(given[0], y)
+                macs[name] += layer.macs(inputs[0], y)
             else:
-                found[name] += _places(y, _dims(layer)) * layer.weight.numel()
+                macs[name] += _num_positions(y, _dims(layer)) * layer.weight.numel()
 
         return count
 
@@ -211,11 +220,11 @@ def count_macs(model: nn.Module, *inputs: Any, **named: Any) -> dict[str, int]:
     ]
     try:
         with eval_no_grad(model):
-            model(*inputs, **named)
+            model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-    return dict(found)
+    return dict(macs)
 
 
 def _factorable(model: nn.Module, layers: str) -> Iterator[tuple[str, nn.Module]]:
@@ -239,9 +248,9 @@ def _channels(layer: Any) -> tuple[int, int]:
     return (shape[1], shape[0]) if isinstance(layer, Conv1D) else (shape[0], shape[1])
 
 
-def _ranks(
+def _choose_ranks(
     layer: Any, rank_factor: int | None, energy: float | None, first: bool
-) -> tuple[int, int]:
+) -> Sequence[int | None]:
     if energy is not None:
         weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
         out, inner = ranks_of_energy(weight, energy)
@@ -251,28 +260,28 @@ def _ranks(
     return max(1, out // rank_factor), inner if first else max(1, inner // rank_factor)
 
 
-def _zeros(weight: Tensor, ranks: Ranks) -> tuple[Tensor, list[Tensor | None], list[float]]:
-    cut = possible(weight, ranks)
-    sizes = zip(weight.shape, cut, strict=False)
+def _zeros(weight: Tensor, ranks: TuckerRanks) -> tuple[Tensor, list[Tensor | None], list[float]]:
+    clipped = feasible_ranks(weight, ranks)
+    sizes = zip(weight.shape, clipped, strict=False)
     factors = [None if rank is None else weight.new_zeros(size, rank) for size, rank in sizes]
-    core = [size if r is None else r for size, r in zip(weight.shape, cut, strict=False)]
+    core = [size if r is None else r for size, r in zip(weight.shape, clipped, strict=False)]
     return weight.new_zeros(*core, *weight.shape[2:]), factors, [1.0]
 
 
-def _factored(layer: Any, ranks: Sequence[int | None]) -> Ranks:
-    """The ranks, None for a mode of one channel."""
+def _skip_single_channels(layer: Any, ranks: Sequence[int | None]) -> TuckerRanks:
+    """The ranks with None for modes of one channel."""
     out, inner = (
         None if size == 1 else rank for size, rank in zip(_channels(layer), ranks, strict=True)
     )
     return out, inner
 
 
-def _places(tensor: Tensor, dims: int) -> int:
-    """Positions at which a layer is applied, over the whole batch."""
+def _num_positions(tensor: Tensor, dims: int) -> int:
+    """Number of positions at which a layer is applied, summed over the batch."""
     channels = tensor.shape[-1] if dims == 0 else tensor.shape[-1 - dims]
     return tensor.numel() // channels
 
 
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, layer)
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, layer)

@@ -1,8 +1,9 @@
-"""A model in Tucker form on disk: what it is made of, its ranks, its weights, its labels.
+"""The file format of a model in Tucker form.
 
 model.safetensors   weights, factors and cores
 sfda.json           architecture, ranks by layer, labels, imputer, scores
-README.md           what it is; config.json where transformers has the architecture
+README.md           model card
+config.json         the model's config, for an architecture of transformers
 """
 
 from __future__ import annotations
@@ -22,57 +23,61 @@ from foretune.source_free.imputer import Imputer
 from foretune.source_free.time_series_cnn import TimeSeriesCNN
 from foretune.source_free.tucker import tucker_layers, tuckerize
 
-ABOUT, CARD = "sfda.json", "README.md"
+METADATA_FILE, CARD_FILE = "sfda.json", "README.md"
 
 
-def write_tucker(model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
-    """Writes a model, so that `load_tucker` reads it.
+def write_tucker(model: nn.Module, folder: Path, metadata: dict[str, Any]) -> None:
+    """Writes a model in the format that `load_tucker` reads.
 
     Args:
-        model: With layers in Tucker form.
-        folder: Exists.
-        about: More for sfda.json.
+        model: A model with layers in Tucker form.
+        folder: An existing folder.
+        metadata: Further entries of sfda.json.
 
     Raises:
-        UserError: A model that no file says how to build.
+        UserError: The architecture of the model is unknown.
     """
     imputer = getattr(model, "imputer", None)
     record = {
         "architecture": _architecture(model, folder),
         "ranks": {name: list(layer.ranks) for name, layer in tucker_layers(model).items()},
         "imputer": None if imputer is None else imputer.out.out_features,
-        **about,
+        **metadata,
     }
     safetensors.torch.save_model(model, str(folder / WEIGHTS_FILE))
-    (folder / ABOUT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(
+    (folder / METADATA_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text(
         "---\nlibrary_name: foretune\ntags: [foretune, subspace-sfda]\n---\n\n"
-        "# A source model in Tucker form\n\nIts convolutions are small cores between two bases "
-        "(ranks in sfda.json). Adapt it to rows without labels:\n\n"
+        "# Source model in Tucker form\n\nIts layers are factored into a small core and two bases "
+        "(ranks in sfda.json). Adapt it to unlabelled windows:\n\n"
         "```\nforetune sfda adapt THIS_FOLDER --rows target.npz --out adapted\n```\n",
         encoding="utf-8",
     )
 
 
 def load_tucker(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
-    """(model, what sfda.json says).
+    """Loads a model written by `write_tucker`.
+
+    Returns:
+        (model, contents of sfda.json).
 
     Raises:
-        UserError: The folder holds no such model, or its files do not fit each other.
+        UserError: The folder holds no such model, or its files do not match.
     """
     folder = Path(folder)
-    file = folder / ABOUT
+    file = folder / METADATA_FILE
     if not file.is_file():
         raise UserError(
-            f"{folder} is no prepared model: it has no {ABOUT}; `foretune sfda prepare` makes one"
+            f"{folder} is not a prepared model: it has no {METADATA_FILE}; `foretune sfda prepare` "
+            "writes one"
         )
     try:
-        about: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        model = _build(about["architecture"], folder)
-        if about["ranks"]:
-            tuckerize(model, ranks=about["ranks"], fit=False)
-        if about["imputer"] is not None:
-            model.imputer = Imputer(about["imputer"])
+        metadata: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        model = _build(metadata["architecture"], folder)
+        if metadata["ranks"]:
+            tuckerize(model, ranks=metadata["ranks"], fit=False)
+        if metadata["imputer"] is not None:
+            model.imputer = Imputer(metadata["imputer"])
             model.imputer.requires_grad_(False)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not readable: {' '.join(str(error).split())[:200]}") from error
@@ -82,7 +87,7 @@ def load_tucker(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder / WEIGHTS_FILE} does not fit {file}: {reason}") from error
     model.name_or_path = str(folder)  # type: ignore[assignment]
-    return model.eval(), about
+    return model.eval(), metadata
 
 
 def _architecture(model: nn.Module, folder: Path) -> dict[str, Any]:
@@ -91,24 +96,24 @@ def _architecture(model: nn.Module, folder: Path) -> dict[str, Any]:
     if isinstance(model, transformers.PreTrainedModel):
         model.config.save_pretrained(folder)
         return {"kind": "transformers", "class": type(model).__name__}
-    made: Any = getattr(model, "foretune_module", None)
-    if made is None:
+    origin: Any = getattr(model, "foretune_module", None)
+    if origin is None:
         raise UserError(
-            f"{type(model).__name__} does not say how it is built, so it cannot be written: load "
-            "it by load_module(file, factory)"
+            f"{type(model).__name__} cannot be saved, as its architecture is unknown; load the "
+            "model with load_module(file, factory)"
         )
-    return {"kind": "module", **made}
+    return {"kind": "module", **origin}
 
 
 def _build(architecture: dict[str, Any], folder: Path) -> nn.Module:
-    about = dict(architecture)
-    kind = about.pop("kind")
+    fields = dict(architecture)
+    kind = fields.pop("kind")
     if kind == "time-series-cnn":
-        return TimeSeriesCNN(**about)
+        return TimeSeriesCNN(**fields)
     if kind == "module":
-        return load_module(about["file"], about["factory"], **about["args"])
-    if kind != "transformers" or not hasattr(transformers, str(about["class"])):
+        return load_module(fields["file"], fields["factory"], **fields["args"])
+    if kind != "transformers" or not hasattr(transformers, str(fields["class"])):
         raise ValueError(f"unknown architecture {architecture}")
     config = transformers.AutoConfig.from_pretrained(folder)
-    model: nn.Module = getattr(transformers, about["class"])(config)
+    model: nn.Module = getattr(transformers, fields["class"])(config)
     return model

@@ -1,4 +1,4 @@
-"""`Unlabelled`: rows of a target domain, for a classifier that knows its labels from the source."""
+"""`Unlabelled`: examples of a target domain, for a classifier whose labels are the source's."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from foretune.tasks.task import Objective, Task, TaskCollection
 
 @dataclass(frozen=True, kw_only=True)
 class Unlabelled(Objective):
-    """Arrays or texts without labels; what a label may be, the source's objective knows.
+    """Arrays or texts without labels; the label set is that of the source's objective.
 
-    Training rows need no label, and what they have is not read. Rows that are scored need one.
+    Training examples need no labels, and labels they have are not read. Scored examples need one.
 
     Args:
-        source: The classification as fitted to the source, with one label set for all its tasks.
+        source: A `Classification` fitted to source tasks that share one label set.
+
+    Raises:
+        UserError: The source's objective has no shared label set.
     """
 
     source: Classification
@@ -37,7 +40,7 @@ class Unlabelled(Objective):
     def __post_init__(self) -> None:
         if self.source.space is None:
             raise UserError(
-                "Unlabelled needs the source's labels: give it a Classification fitted to source "
+                "Unlabelled needs the source's labels: pass a Classification fitted to source "
                 "tasks that share one label set, as Classification().fit(source) returns it"
             )
 
@@ -61,10 +64,10 @@ class Unlabelled(Objective):
 
     @override
     def fit(self, tasks: TaskCollection) -> Self:
-        """Checks the rows; there is nothing to learn.
+        """Checks the examples; there is nothing to learn from them.
 
         Raises:
-            UserError: A row without its array, or one to be scored without a label of the source.
+            UserError: An example has no array, or a scored one has no label of the source.
         """
         if self.source.tokenizer is None:
             check_arrays(tasks, ("x",))
@@ -78,21 +81,21 @@ class Unlabelled(Objective):
             label = _label(row)
             if label not in self.labels:
                 raise UserError(
-                    f'task "{task.name}", {split} row {i + 1}: a row to be scored needs a label of '
-                    f"the source, which are {shown(self.labels)}; got {label!r}"
+                    f'task "{task.name}", {split} row {i + 1}: scoring needs a label of the source '
+                    f"({shown(self.labels)}); got {label!r}"
                 )
 
     @override
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
         label = _label(example)
-        known = label in self.labels
-        stand_in = {**example, "y": self.labels[0], "label": self.labels[0]}
-        encoded = self._known(task).encode(stand_in, task)
-        # Only scoring reads it, and `fit` has seen that the rows that are scored have one.
-        encoded["label"] = self.labels.index(label) if known else IGNORED
+        placeholder = {**example, "y": self.labels[0], "label": self.labels[0]}
+        encoded = self._classification(task).encode(placeholder, task)
+        # Only scoring reads the label; `fit` has checked that scored examples have one.
+        encoded["label"] = self.labels.index(label) if label in self.labels else IGNORED
         return encoded
 
-    def _known(self, task: str) -> Classification:
+    def _classification(self, task: str) -> Classification:
+        """The source's objective, with the source's labels for a task that it was not fitted to."""
         if task in self.source.labels:
             return self.source
         return Classification(
@@ -111,12 +114,12 @@ class Unlabelled(Objective):
         return self.source.collate(rows, slots)
 
     def logits(self, model: Any, batch: Batch) -> Tensor:
-        """(n, labels) logits."""
+        """The logits (n, number of labels) of n examples."""
         return self.source.logits(model, batch)
 
     @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
-        """(n,) the entropy of each prediction: all that a row without a label can say alone."""
+        """(n,) entropies of the predictions: a loss of single examples that needs no labels."""
         return torch.special.entr(self.logits(model, batch).softmax(1)).sum(1)
 
     @override

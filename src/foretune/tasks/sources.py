@@ -6,7 +6,7 @@ import dataclasses
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from foretune.errors import UserError, did_you_mean
 from foretune.run import check_at_least, check_one_of
@@ -69,7 +69,7 @@ class Source:
     max_rows: int | None = None
     num_candidates: int = 20
     candidate_pool: int | None = None
-    candidates_from: str = "others"
+    candidates_from: Literal["others", "own"] = "others"
     candidate_seed: int = 0
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     seed: int = 0

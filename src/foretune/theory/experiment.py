@@ -1,4 +1,4 @@
-"""Runs an experiment panel by panel, and writes what people and machines read."""
+"""Runs an experiment panel by panel and writes its tables, figures and raw numbers."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def panels_of(experiment: str) -> list[Panel]:
 def run_panels(
     settings: Settings, folder: Path, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Runs the panels that are not in the folder yet, and writes result.json, README.md, figures.
+    """Run the panels that are not in the folder yet, then write result.json, README.md and figures.
 
     Args:
-        settings: A recipe's values; `panels` names those to run, None runs all.
-        folder: Where the results go; `panels/NAME.json` is written when a panel is done.
-        say: Is told how it goes.
+        settings: A recipe's values; `panels` names the panels to run, None runs all.
+        folder: Folder of the results; `panels/NAME.json` is written when a panel is done.
+        say: Receives progress messages.
 
     Returns:
-        What result.json holds: {"title", "experiment", "scale", "settings", "panels"}.
+        The content of result.json: {"title", "experiment", "scale", "settings", "panels"}.
     """
-    found: dict[str, Any] = {}
+    panel_results: dict[str, Any] = {}
     panels = [
         panel
         for panel in panels_of(settings["experiment"])
@@ -58,12 +58,12 @@ def run_panels(
             seconds = round(time.process_time() - start, 1)
             write_whole(path, json.dumps({"cpu_seconds": seconds, "rows": rows}))
             say(f"{panel.name}: {seconds:.0f} s of CPU time")
-        found[panel.name] = json.loads(path.read_text("utf-8"))
+        panel_results[panel.name] = json.loads(path.read_text("utf-8"))
     result = {
         "title": settings["name"],
         **{key: settings[key] for key in ("experiment", "scale")},
         "settings": {key: value for key, value in settings.items() if key != "out"},
-        "panels": found,
+        "panels": panel_results,
     }
     figures = draw_figures(result, folder / "figures", say)
     write_whole(folder / "result.json", json.dumps(result, ensure_ascii=False) + "\n")
@@ -74,24 +74,30 @@ def run_panels(
 def draw_figures(
     result: dict[str, Any], folder: Path, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, str]:
-    """Draws the panels that have a figure into the folder: {panel: file name}.
+    """Draw the figures of the panels that have one.
 
-    Without matplotlib there are none, and `say` is told.
+    Args:
+        result: The content of result.json.
+        folder: Folder of the figures.
+        say: Receives a message if matplotlib is missing.
+
+    Returns:
+        {panel: file name}; empty without matplotlib.
     """
     panels = [p for p in panels_of(result["experiment"]) if p.name in result["panels"] and p.figure]
     if panels and find_spec("matplotlib") is None:
-        say("no figures: they need matplotlib (pip install matplotlib), then run with --resume")
+        say("no figures without matplotlib: pip install matplotlib, then run with --resume")
         return {}
-    drawn = {}
+    figures = {}
     for panel in panels:
         assert panel.figure is not None
         panel.figure(result["panels"][panel.name]["rows"], folder / f"{panel.name}.svg")
-        drawn[panel.name] = f"{panel.name}.svg"
-    return drawn
+        figures[panel.name] = f"{panel.name}.svg"
+    return figures
 
 
 def tables(result: dict[str, Any]) -> list[tuple[Panel, Table, str]]:
-    """(panel, its table, what it says) of every panel of a result."""
+    """(panel, table, finding) of each panel of a result."""
     return [
         (panel, panel.table(rows), panel.finding(rows))
         for panel in panels_of(result["experiment"])
@@ -101,22 +107,22 @@ def tables(result: dict[str, Any]) -> list[tuple[Panel, Table, str]]:
 
 
 def page(result: dict[str, Any], figures: dict[str, str]) -> str:
-    """The result as Markdown.
+    """The result as a page of Markdown.
 
     Args:
-        result: What result.json holds.
+        result: The content of result.json.
         figures: {panel: file name below figures/}.
     """
     settings = result["settings"]
-    shown = ("seeds", "noise", "outer_steps", "retrain_epochs", "adapt_epochs", "num_problems")
-    numbers = ", ".join(f"{key} {settings[key]}" for key in shown if key in settings)
+    keys = ("seeds", "noise", "outer_steps", "retrain_epochs", "adapt_epochs", "num_problems")
+    numbers = ", ".join(f"{key} {settings[key]}" for key in keys if key in settings)
     seconds = sum(panel["cpu_seconds"] for panel in result["panels"].values())
     parts = [
         f"# {result['title']}",
         f"The {result['experiment']} experiment of {PAPER}. Scale {result['scale']}: {numbers}; "
-        f"{seconds:.0f} s of CPU time in all. Cells are the median over the seeds, with the least "
-        "and the greatest. LoRA-ML is the paper's name for PEFT-ML with LoRA, SR for standard "
-        "retraining.",
+        f"{seconds:.0f} s of CPU time in total. Cells are the median over the seeds, with the "
+        "minimum and maximum in brackets. LoRA-ML is the paper's name for PEFT-ML with LoRA, SR "
+        "that for standard retraining.",
     ]
     for panel, table, finding in tables(result):
         parts += [
@@ -124,7 +130,7 @@ def page(result: dict[str, Any], figures: dict[str, str]) -> str:
             f"**The paper.** {panel.paper}",
             f"**Here.** {panel.here}",
             markdown(table),
-            f"**Found.** {finding}",
+            f"**Result.** {finding}",
         ]
         if panel.name in figures:
             parts.append(f"![{panel.title}](figures/{figures[panel.name]})")

@@ -1,4 +1,4 @@
-"""The figures, as SVG that comes out the same every time."""
+"""The figures of the experiments, as SVG files that are the same in every run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-Rows = list[dict[str, Any]]
+from foretune.theory.panel import PanelRows
 
 COLOURS = {"peft-ml": "#1f6feb", "standard": "#d1570f", "none": "#6e7781", "full": "#8250df"}
 NAMES = {
@@ -41,42 +41,45 @@ def figure(
 
     Args:
         path: The SVG to write.
-        columns: How many axes.
-        width: Of each, in inches.
-        height: Of each, in inches.
+        columns: Number of axes.
+        width: Width of each in inches.
+        height: Height of each in inches.
+
+    Yields:
+        The axes.
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE):
-        drawn = Figure(figsize=(width * columns, height), layout="constrained")
-        FigureCanvasSVG(drawn)
-        yield list(drawn.subplots(1, columns, squeeze=False)[0])
+        canvas = Figure(figsize=(width * columns, height), layout="constrained")
+        FigureCanvasSVG(canvas)
+        yield list(canvas.subplots(1, columns, squeeze=False)[0])
         path.parent.mkdir(parents=True, exist_ok=True)
         text = io.StringIO()
-        drawn.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    # Hundredths of a point are enough, and half the size.
+        canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    # Two decimals are enough and halve the file size.
     path.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", text.getvalue()), encoding="utf-8")
 
 
-def band(axis: Any, x: Sequence[float], values: Sequence[Sequence[float]], **look: Any) -> None:
-    """A line through the medians of `values`, one list for each x, and their range."""
-    axis.plot(x, [np.median(v) for v in values], marker="o", markersize=3.5, **look)
-    look = {key: look[key] for key in look.keys() & {"color"}}
+def band(axis: Any, x: Sequence[float], values: Sequence[Sequence[float]], **style: Any) -> None:
+    """Draw the medians of `values`, one list per x, as a line and their ranges as a band."""
+    axis.plot(x, [np.median(v) for v in values], marker="o", markersize=3.5, **style)
+    fill = {key: style[key] for key in style.keys() & {"color"}}
     low, high = [min(v) for v in values], [max(v) for v in values]
-    axis.fill_between(x, low, high, alpha=0.15, linewidth=0, **look)
+    axis.fill_between(x, low, high, alpha=0.15, linewidth=0, **fill)
 
 
-def rank_at_test(rows: Rows, path: Path) -> None:
-    """Error against the rank at test, one axis for each k."""
+def rank_at_test(rows: PanelRows, path: Path) -> None:
+    """Draw the error against the rank at test, with one axis per k."""
     ks = list(dict.fromkeys(row["k"] for row in rows))
     with figure(path, len(ks)) as axes:
         for axis, k in zip(axes, ks, strict=True):
             for name in ("standard", "peft-ml"):
-                own = [row for row in rows if row["k"] == k and row["base"] == name]
-                x = [row["rank"] for row in own]
-                values = [row["error"] for row in own]
+                line = [row for row in rows if row["k"] == k and row["base"] == name]
+                x = [row["rank"] for row in line]
+                values = [row["error"] for row in line]
                 band(axis, x, values, color=COLOURS[name], label=NAMES[name])
             for at, text in ((k, "k"), (4 * k, "k(T+1)")):
                 axis.axvline(at, color="#6e7781", linewidth=0.8, linestyle=":")
@@ -86,28 +89,28 @@ def rank_at_test(rows: Rows, path: Path) -> None:
             axis.legend()
 
 
-def curves(rows: Rows, path: Path) -> None:
-    """Error against fine-tuning steps, one axis for each key that varies."""
+def curves(rows: PanelRows, path: Path) -> None:
+    """Draw the error against fine-tuning steps, with one axis per varied key."""
     keys = list(dict.fromkeys(row["key"] for row in rows))
     dashes = ("-", "--", ":", "-.")
     with figure(path, len(keys), width=3.2) as axes:
         for axis, key in zip(axes, keys, strict=True):
-            own = [row for row in rows if row["key"] == key]
-            values = list(dict.fromkeys(row["value"] for row in own))
-            for row in own:
+            curves_of_key = [row for row in rows if row["key"] == key]
+            values = list(dict.fromkeys(row["value"] for row in curves_of_key))
+            for row in curves_of_key:
                 rank = f", rank {row['rank']}" if (key, row["value"]) == ("T", 2) else ""
-                look = {"color": COLOURS[row["base"]]}
-                style = dashes[values.index(row["value"]) % len(dashes)]
+                colour = COLOURS[row["base"]]
+                dash = dashes[values.index(row["value"]) % len(dashes)]
                 label = f"{key}={row['value']}{rank}, {NAMES[row['base']]}"
-                axis.plot(row["steps"], row["median"], linestyle=style, label=label, **look)
-                axis.fill_between(row["steps"], row["low"], row["high"], alpha=0.1, **look)
+                axis.plot(row["steps"], row["median"], linestyle=dash, label=label, color=colour)
+                axis.fill_between(row["steps"], row["low"], row["high"], alpha=0.1, color=colour)
             axis.set(xscale="log", yscale="log", xlabel="fine-tuning steps")
             axis.legend(fontsize=6)
         axes[0].set_ylabel(ERROR)
 
 
-def singular_values(rows: Rows, path: Path) -> None:
-    """Singular values of A_hat − A*, one axis for each number of tasks."""
+def singular_values(rows: PanelRows, path: Path) -> None:
+    """Draw the singular values of A_hat − A*, with one axis per number of tasks."""
     tasks = list(dict.fromkeys(row["T"] for row in rows))
     with figure(path, len(tasks)) as axes:
         for axis, num_tasks in zip(axes, tasks, strict=True):
@@ -123,8 +126,8 @@ def singular_values(rows: Rows, path: Path) -> None:
         axes[0].set_ylabel("singular value of Â − A*")
 
 
-def rate(rows: Rows, path: Path) -> None:
-    """Error against the number of shots, with the line of the theory."""
+def rate(rows: PanelRows, path: Path) -> None:
+    """Draw the error against the number of shots, with the theoretical line."""
     with figure(path, 1) as (axis,):
         x = [row["n"] for row in rows]
         for name, label, colour in (
@@ -138,17 +141,17 @@ def rate(rows: Rows, path: Path) -> None:
         axis.legend()
 
 
-def offsets(rows: Rows, path: Path) -> None:
-    """Error against the number of tasks, for positive and for zero-mean offsets."""
+def offsets(rows: PanelRows, path: Path) -> None:
+    """Draw the error against the number of tasks, for positive and for zero-mean offsets."""
     kinds = list(dict.fromkeys(row["offsets"] for row in rows))
     with figure(path, len(kinds)) as axes:
         for axis, kind in zip(axes, kinds, strict=True):
-            own = [row for row in rows if row["offsets"] == kind]
-            x = [row["T"] for row in own]
+            line = [row for row in rows if row["offsets"] == kind]
+            x = [row["T"] for row in line]
             for name in ("standard", "peft-ml"):
-                values = [row[name] for row in own]
+                values = [row[name] for row in line]
                 band(axis, x, values, color=COLOURS[name], label=NAMES[name])
-            limits = [row["limit"] for row in own]
+            limits = [row["limit"] for row in line]
             axis.plot(x, limits, "k--", linewidth=1, label="large-T value for SR")
             axis.set(
                 xscale="log", yscale="log", xlabel=f"seen tasks T ({kind} offsets)", ylabel=ERROR
@@ -156,15 +159,15 @@ def offsets(rows: Rows, path: Path) -> None:
             axis.legend()
 
 
-def shallow(rows: Rows, path: Path) -> None:
-    """Held-out error of each base, by dimension and by number of tasks."""
+def shallow(rows: PanelRows, path: Path) -> None:
+    """Draw the held-out error of each base, by dimension and by number of tasks."""
     with figure(path, 2) as axes:
         for axis, key in zip(axes, ("d", "T"), strict=True):
-            own = [row for row in rows if key in row["varies"] and row["rank"] == row["k"]]
-            own.sort(key=lambda row: row[key])
-            x = [row[key] for row in own]
+            line = [row for row in rows if key in row["varies"] and row["rank"] == row["k"]]
+            line.sort(key=lambda row: row[key])
+            x = [row[key] for row in line]
             for name in ("none", "full", "standard", "peft-ml"):
-                values = [row["held_out"][name] for row in own]
+                values = [row["held_out"][name] for row in line]
                 band(axis, x, values, color=COLOURS[name], label=NAMES[name])
             label = "dimension d" if key == "d" else "seen tasks T"
             axis.set(yscale="log", xlabel=label, ylabel="squared error on new inputs")

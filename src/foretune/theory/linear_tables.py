@@ -1,90 +1,55 @@
-"""The linear experiment: rows, table and finding of each panel."""
+"""The linear experiment: rows, table and finding of the panels on the paper's own claims."""
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from foretune.theory import linear
-from foretune.theory.linear import Array, Offsets, Problems, Solution
-from foretune.theory.panel import Rows, Settings, Table, median, numbers, short, spread
+from foretune.theory.linear import Array
+from foretune.theory.linear_bases import (
+    DEFAULTS,
+    LONGER,
+    adapted_error,
+    compared_bases,
+    peft_ml_solution,
+    problems_of,
+)
+from foretune.theory.panel import PanelRows, Settings, Table, median, numbers, short, spread
 
-DEFAULTS = {"d": 10, "T": 3, "N": 5000, "n": 100, "k": 1}
-LONGER = 5  # times the outer steps, to tell slow from stuck
-ADAPT_STEPS = {"d": 1400, "T": 10_000, "N": 1000, "n": 1000, "k": 10_000}  # of the authors' code
-AWAY = 1e-2  # ‖A_hat − A*‖² from which a problem counts as not recovered
-ABOVE_NOISE = 1e-3  # excess of the loss over that of the truth
-AT_REST = 1e-6  # largest entry of a gradient at a stationary point
+ADAPT_STEPS = {"d": 1400, "T": 10_000, "N": 1000, "n": 1000, "k": 10_000}  # as in the authors' code
 LABELS = {"peft-ml": "LoRA-ML", "standard": "SR", "none": "none (A = 0)"}
 
 
-@cache
-def problems(
-    seeds: int, d: int, num_tasks: int, rows: int, k: int, noise: float, offsets: Offsets = "psd"
-) -> Problems:
-    """`linear.draw_problems` under the seeds 0, 1, …; remembered, since panels share them."""
-    return linear.draw_problems(
-        range(seeds), d=d, num_tasks=num_tasks, rows=rows, k=k, noise=noise, offsets=offsets
-    )
-
-
-def problem_of(settings: Settings, offsets: Offsets = "psd", /, **changed: int) -> Problems:
-    """The default problem with some of d, T, N, k changed."""
-    at = DEFAULTS | changed
-    return problems(
-        settings["seeds"], at["d"], at["T"], at["N"], at["k"], settings["noise"], offsets
-    )
-
-
-@cache
-def retrained(problem: Any, k: int, steps: int, symmetric: bool = True) -> Solution:
-    """`linear.peft_ml`, remembered: the panels share bases. Problems are compared by identity."""
-    return linear.peft_ml(problem, k, steps, symmetric=symmetric)
-
-
-def bases(settings: Settings, problem: Problems, k: int) -> dict[str, Array]:
-    """The two bases that are compared everywhere."""
-    return {
-        "peft-ml": retrained(problem, k, settings["outer_steps"]).a,
-        "standard": linear.standard(problem.seen),
-    }
-
-
-def adapted_error(base: Array, problem: Problems, shots: linear.Moments, rank: int) -> Array:
-    """Error on the unseen task after the best change of that rank, (B,)."""
-    change = linear.adapt_exactly(base, shots, rank)
-    return linear.error(base + change, problem.unseen_weight)
-
-
-def sweep_rows(settings: Settings) -> Rows:
-    rows: Rows = [_sweep_row(settings, "", 0)]
+def sweep_rows(settings: Settings) -> PanelRows:
+    """Errors of every base, for the defaults and for each changed setting."""
+    rows: PanelRows = [_sweep_row(settings, "", 0)]
     for key, values in settings["vary"].items():
         rows += [_sweep_row(settings, key, v) for v in values if v != DEFAULTS[key]]
     return rows
 
 
 def _sweep_row(settings: Settings, key: str, value: int) -> dict[str, Any]:
-    at = DEFAULTS | ({key: value} if key else {})
-    k = at["k"]
-    problem = problem_of(settings, **{name: at[name] for name in "dTNk"})
-    shots = linear.draw_shots(problem, at["n"], settings["noise"])
-    every = bases(settings, problem, k) | {"none": np.zeros_like(problem.shared)}
-    first = retrained(problem, k, settings["outer_steps"])
-    further = (LONGER - 1) * settings["outer_steps"]
-    longer = linear.peft_ml(problem, k, further, start=first)
-    every["longer"] = longer.a
-    row: dict[str, Any] = {"setting": f"{key}={value}" if key else "defaults", **at}
-    for name, base in every.items():
-        row[name] = numbers(adapted_error(base, problem, shots, k))
-        row[f"{name}_off"] = numbers(linear.error(base, problem.shared))
-    row["floor"] = numbers(linear.floor(every["standard"], problem.unseen_weight, k))
-    row["expected"] = linear.expected_error(at["d"], k, at["n"], settings["noise"])
+    sizes = DEFAULTS | ({key: value} if key else {})
+    k = sizes["k"]
+    problems = problems_of(settings, **{name: sizes[name] for name in "dTNk"})
+    shots = linear.draw_shots(problems, sizes["n"], settings["noise"])
+    bases = compared_bases(settings, problems, k) | {"none": np.zeros_like(problems.shared)}
+    first = peft_ml_solution(problems, k, settings["outer_steps"])
+    further_steps = (LONGER - 1) * settings["outer_steps"]
+    bases["longer"] = linear.peft_ml(problems, k, further_steps, start=first).a
+    row: dict[str, Any] = {"setting": f"{key}={value}" if key else "defaults", **sizes}
+    for name, base in bases.items():
+        row[name] = numbers(adapted_error(base, problems, shots, k))
+        row[f"{name}_off"] = numbers(linear.error(base, problems.shared))
+    row["floor"] = numbers(linear.floor(bases["standard"], problems.unseen_weight, k))
+    row["expected"] = linear.expected_error(sizes["d"], k, sizes["n"], settings["noise"])
     return row
 
 
-def sweep_table(rows: Rows) -> Table:
+def sweep_table(rows: PanelRows) -> Table:
+    """One line per setting, with the theory and the floor of SR."""
     header = ["setting", "LoRA-ML", "theory", f"LoRA-ML, {LONGER} × steps", "SR", "floor of SR"]
     header += ["none", "off A*: LoRA-ML", "SR"]
     return Table(
@@ -100,45 +65,48 @@ def sweep_table(rows: Rows) -> Table:
     )
 
 
-def sweep_finding(rows: Rows) -> str:
+def sweep_finding(rows: PanelRows) -> str:
+    """In how many settings SR is worse than LoRA-ML for all seeds, and by what ratio."""
     ratios = [median(row["standard"]) / median(row["peft-ml"]) for row in rows]
     worst = rows[int(np.argmin(ratios))]
     clear = sum(min(row["standard"]) > max(row["peft-ml"]) for row in rows)
     return (
         f"In {clear} of {len(rows)} settings the best seed of SR is worse than the worst of "
         f"LoRA-ML; the ratio of the medians SR : LoRA-ML is {short(min(ratios))} "
-        f"({worst['setting']}) to {short(max(ratios))}. SR sits on its floor: more shots do not "
-        f"help. Where LoRA-ML is well above the theory, the column '{LONGER} × steps' tells "
-        "whether it is slow."
+        f"({worst['setting']}) to {short(max(ratios))}. SR stays at its floor: more shots do not "
+        f"help. Where LoRA-ML is well above the theory, the column '{LONGER} × steps' shows "
+        "whether it converges slowly."
     )
 
 
-def curves_rows(settings: Settings) -> Rows:
-    rows: Rows = []
+def curves_rows(settings: Settings) -> PanelRows:
+    """Errors along gradient descent, per changed setting and base."""
+    rows: PanelRows = []
     for key, values in settings["vary"].items():
         last = ADAPT_STEPS[key]
         steps = np.unique(np.geomspace(1, last, 30).astype(int))
         for value in values:
-            at = DEFAULTS | {key: value}
-            rank = 3 * at["k"] if key == "T" and value == 2 else at["k"]
-            problem = problem_of(settings, **{name: at[name] for name in "dTNk"})
-            shots = linear.draw_shots(problem, at["n"], settings["noise"])
-            for name, base in bases(settings, problem, at["k"]).items():
-                changes = linear.adapt_by_descent(base, shots, rank, steps.tolist(), problem.seeds)
-                found = np.stack([linear.error(base + c, problem.unseen_weight) for c in changes])
-                exact = adapted_error(base, problem, shots, rank)
+            sizes = DEFAULTS | {key: value}
+            rank = 3 * sizes["k"] if key == "T" and value == 2 else sizes["k"]
+            problems = problems_of(settings, **{name: sizes[name] for name in "dTNk"})
+            shots = linear.draw_shots(problems, sizes["n"], settings["noise"])
+            for name, base in compared_bases(settings, problems, sizes["k"]).items():
+                changes = linear.adapt_by_descent(base, shots, rank, steps.tolist(), problems.seeds)
+                errors = np.stack([linear.error(base + c, problems.unseen_weight) for c in changes])
+                exact = adapted_error(base, problems, shots, rank)
                 rows.append(
                     {
                         **{"key": key, "value": value, "rank": rank, "base": name},
-                        **{"steps": steps.tolist(), "median": numbers(np.median(found, 1))},
-                        **{"low": numbers(found.min(1)), "high": numbers(found.max(1))},
-                        **{"last": numbers(found[-1]), "exact": numbers(exact)},
+                        **{"steps": steps.tolist(), "median": numbers(np.median(errors, 1))},
+                        **{"low": numbers(errors.min(1)), "high": numbers(errors.max(1))},
+                        **{"last": numbers(errors[-1]), "exact": numbers(exact)},
                     }
                 )
     return rows
 
 
-def curves_table(rows: Rows) -> Table:
+def curves_table(rows: PanelRows) -> Table:
+    """One line per setting and base: the last error and that of the closed form."""
     header = ["setting", "rank", "base", "steps", "by descent", "closed form"]
     return Table(
         header,
@@ -152,35 +120,39 @@ def curves_table(rows: Rows) -> Table:
     )
 
 
-def curves_finding(rows: Rows) -> str:
+def curves_finding(rows: PanelRows) -> str:
+    """Where gradient descent reaches the closed form."""
     gaps = [median(row["last"]) / median(row["exact"]) - 1 for row in rows]
-    far = [row for row, gap in zip(rows, gaps, strict=True) if gap > 0.01]
+    unconverged = [row for row, gap in zip(rows, gaps, strict=True) if gap > 0.01]
     slow = "; ".join(
         f"{row['key']}={row['value']}, rank {row['rank']}, {LABELS[row['base']]}: "
         f"{short(median(row['last']))} against {short(median(row['exact']))}"
-        for row in far
+        for row in unconverged
     )
     return (
-        f"Descent ends within 1 % of the closed form in {len(rows) - len(far)} of {len(rows)} "
-        "cells, so the closed form stands for it in the other tables. The others are slow: "
+        "Descent ends within 1 % of the closed form in "
+        f"{len(rows) - len(unconverged)} of {len(rows)} cells, so the other tables use the closed "
+        "form. Cells where descent is slow: "
         f"{slow or 'none'}."
     )
 
 
-def rank_rows(settings: Settings) -> Rows:
-    rows: Rows = []
+def rank_rows(settings: Settings) -> PanelRows:
+    """Errors and floors per k, base and rank at test."""
+    rows: PanelRows = []
     for k in settings["ranks_for"]:
-        problem = problem_of(settings, k=k)
-        shots = linear.draw_shots(problem, DEFAULTS["n"], settings["noise"])
-        for name, base in bases(settings, problem, k).items():
+        problems = problems_of(settings, k=k)
+        shots = linear.draw_shots(problems, DEFAULTS["n"], settings["noise"])
+        for name, base in compared_bases(settings, problems, k).items():
             for rank in range(1, min(DEFAULTS["d"], k * (DEFAULTS["T"] + 1) + 1) + 1):
-                error = numbers(adapted_error(base, problem, shots, rank))
-                floor = numbers(linear.floor(base, problem.unseen_weight, rank))
+                error = numbers(adapted_error(base, problems, shots, rank))
+                floor = numbers(linear.floor(base, problems.unseen_weight, rank))
                 rows.append({"k": k, "base": name, "rank": rank, "error": error, "floor": floor})
     return rows
 
 
-def rank_table(rows: Rows) -> Table:
+def rank_table(rows: PanelRows) -> Table:
+    """One line per k and rank at test."""
     cells = {(row["k"], row["rank"], row["base"]): row for row in rows}
     keys = dict.fromkeys((row["k"], row["rank"]) for row in rows)
     return Table(
@@ -196,77 +168,86 @@ def rank_table(rows: Rows) -> Table:
     )
 
 
-def rank_finding(rows: Rows) -> str:
-    parts = []
+def rank_finding(rows: PanelRows) -> str:
+    """The smallest rank that each base needs."""
+    sentences = []
     for k in dict.fromkeys(row["k"] for row in rows):
-        need = {
+        sufficient = {
             name: [r["rank"] for r in rows if (r["k"], r["base"]) == (k, name) and _fits(r)]
             for name in ("peft-ml", "standard")
         }
-        first = {name: str(min(ranks)) if ranks else "more" for name, ranks in need.items()}
-        parts.append(f"k = {k}: LoRA-ML needs rank {first['peft-ml']}, SR {first['standard']}")
-    return f"Rank at which the median error is below 1e-3, with T = 3. {'; '.join(parts)}."
+        least = {
+            name: f"rank {min(ranks)}" if ranks else "a higher rank than tested"
+            for name, ranks in sufficient.items()
+        }
+        sentences.append(f"k = {k}: LoRA-ML needs {least['peft-ml']}, SR {least['standard']}")
+    return f"Smallest rank with a median error below 1e-3, for T = 3. {'; '.join(sentences)}."
 
 
 def _fits(row: dict[str, Any]) -> bool:
     return median(row["error"]) < 1e-3
 
 
-def values_rows(settings: Settings) -> Rows:
-    rows: Rows = []
+def values_rows(settings: Settings) -> PanelRows:
+    """Singular values of A_hat − A* per number of tasks and base."""
+    rows: PanelRows = []
     for num_tasks in (3, 2):
-        problem = problem_of(settings, T=num_tasks)
-        for name, base in bases(settings, problem, 1).items():
-            found = np.linalg.svd(base - problem.shared, compute_uv=False)
-            middle = numbers(np.median(found, 0))
-            each = [numbers(one) for one in found]
-            rows.append({"T": num_tasks, "base": name, "values": middle, "each": each})
+        problems = problems_of(settings, T=num_tasks)
+        for name, base in compared_bases(settings, problems, 1).items():
+            values = np.linalg.svd(base - problems.shared, compute_uv=False)
+            medians = numbers(np.median(values, 0))
+            by_seed = [numbers(values_of_seed) for values_of_seed in values]
+            rows.append({"T": num_tasks, "base": name, "values": medians, "each": by_seed})
     return rows
 
 
-def values_table(rows: Rows) -> Table:
-    shown = 5
+def values_table(rows: PanelRows) -> Table:
+    """The five largest singular values and the numerical ranks."""
+    num_columns = 5
     return Table(
-        ["T", "base", *(f"σ{i + 1}" for i in range(shown)), "rank (σ > 0.01)"],
+        ["T", "base", *(f"σ{i + 1}" for i in range(num_columns)), "rank (σ > 0.01)"],
         [
             [
-                *(str(row["T"]), LABELS[row["base"]], *map(short, row["values"][:shown])),
-                ", ".join(str(sum(v > 0.01 for v in one)) for one in row["each"]),
+                *(str(row["T"]), LABELS[row["base"]], *map(short, row["values"][:num_columns])),
+                _numerical_ranks(row),
             ]
             for row in rows
         ],
     )
 
 
-def values_finding(rows: Rows) -> str:
+def values_finding(rows: PanelRows) -> str:
+    """The numerical rank of A_hat − A* for each seed."""
     return "Ranks over the seeds: " + "; ".join(
-        f"T = {row['T']}, {LABELS[row['base']]}: "
-        f"{', '.join(str(sum(v > 0.01 for v in one)) for one in row['each'])}"
-        for row in rows
+        f"T = {row['T']}, {LABELS[row['base']]}: {_numerical_ranks(row)}" for row in rows
     )
 
 
-def rate_rows(settings: Settings) -> Rows:
-    rows: Rows = []
-    problem = problem_of(settings)
-    base = retrained(problem, 1, settings["outer_steps"]).a
+def _numerical_ranks(row: dict[str, Any]) -> str:
+    """The number of singular values above 0.01, seed by seed."""
+    return ", ".join(str(sum(value > 0.01 for value in values)) for values in row["each"])
+
+
+def rate_rows(settings: Settings) -> PanelRows:
+    """Errors per number of shots from the base of LoRA-ML and from A*, means over draws."""
+    rows: PanelRows = []
+    problems = problems_of(settings)
+    base = peft_ml_solution(problems, 1, settings["outer_steps"]).a
     for n in settings["shots"]:
-        found: dict[str, list[Array]] = {"peft-ml": [], "exact": []}
+        errors: dict[str, list[Array]] = {"peft-ml": [], "exact": []}
         for draw in range(settings["draws"]):
-            shots = linear.draw_shots(problem, n, settings["noise"], draw)
-            found["peft-ml"].append(adapted_error(base, problem, shots, 1))
-            found["exact"].append(adapted_error(problem.shared, problem, shots, 1))
-        means = {name: numbers(np.mean(each, 0)) for name, each in found.items()}
+            shots = linear.draw_shots(problems, n, settings["noise"], draw)
+            errors["peft-ml"].append(adapted_error(base, problems, shots, 1))
+            errors["exact"].append(adapted_error(problems.shared, problems, shots, 1))
+        means = {name: numbers(np.mean(by_draw, 0)) for name, by_draw in errors.items()}
         theory = linear.expected_error(DEFAULTS["d"], 1, n, settings["noise"])
-        rows.append({"n": n, "theory": theory, "floor": median(_floors(base, problem)), **means})
+        floor = median(numbers(linear.floor(base, problems.unseen_weight, 1)))
+        rows.append({"n": n, "theory": theory, "floor": floor, **means})
     return rows
 
 
-def _floors(base: Array, problem: Problems) -> list[float]:
-    return numbers(linear.floor(base, problem.unseen_weight, 1))
-
-
-def rate_table(rows: Rows) -> Table:
+def rate_table(rows: PanelRows) -> Table:
+    """One line per number of shots, with ratios to the theoretical line."""
     header = ["n", "LoRA-ML", "from A* itself", "noise²(2dk − k²)/n", "LoRA-ML : line", "A* : line"]
     return Table(
         header,
@@ -281,195 +262,36 @@ def rate_table(rows: Rows) -> Table:
     )
 
 
-def rate_finding(rows: Rows) -> str:
-    close = [row["n"] for row in rows if median(row["peft-ml"]) < 2 * row["theory"]]
+def rate_finding(rows: PanelRows) -> str:
+    """Where the error follows the theoretical rate."""
+    close = [str(row["n"]) for row in rows if median(row["peft-ml"]) < 2 * row["theory"]]
     return (
-        f"LoRA-ML is within a factor of 2 of the line for n = {', '.join(map(str, close))}. For "
-        "large n the retraining data's own error remains: its floor is "
+        f"LoRA-ML is within a factor of 2 of the line for n = {', '.join(close) or 'none'}. For "
+        "large n the error from the finite retraining data remains: its floor is "
         f"{short(rows[-1]['floor'])}. For small n the line, which holds for n well above d, is "
         "too low even from A* itself."
     )
 
 
-def two_rows(settings: Settings) -> Rows:
-    rows: Rows = []
-    problem = problem_of(settings, T=2)
-    shots = linear.draw_shots(problem, DEFAULTS["n"], settings["noise"])
+def two_rows(settings: Settings) -> PanelRows:
+    """Errors and floors of both bases with T = 2, at ranks k, 2k and 3k."""
+    rows: PanelRows = []
+    problems = problems_of(settings, T=2)
+    shots = linear.draw_shots(problems, DEFAULTS["n"], settings["noise"])
     for rank in (1, 2, 3):
-        for name, base in bases(settings, problem, 1).items():
-            error = numbers(adapted_error(base, problem, shots, rank))
-            rows.append({"k": 1, "base": name, "rank": rank, "error": error})
-            rows[-1]["floor"] = numbers(linear.floor(base, problem.unseen_weight, rank))
+        for name, base in compared_bases(settings, problems, 1).items():
+            error = numbers(adapted_error(base, problems, shots, rank))
+            floor = numbers(linear.floor(base, problems.unseen_weight, rank))
+            rows.append({"k": 1, "base": name, "rank": rank, "error": error, "floor": floor})
     return rows
 
 
-def two_finding(rows: Rows) -> str:
-    at = {(row["rank"], row["base"]): median(row["error"]) for row in rows}
+def two_finding(rows: PanelRows) -> str:
+    """The errors at rank k, where the bases differ, and at 3k, where they do not."""
+    error = {(row["rank"], row["base"]): median(row["error"]) for row in rows}
     return (
-        f"At rank k LoRA-ML leaves {short(at[1, 'peft-ml'])} and SR {short(at[1, 'standard'])}. "
-        f"At rank 3k they leave {short(at[3, 'peft-ml'])} and {short(at[3, 'standard'])}: since "
-        "k(T+1) = 3k, that comparison cannot tell them apart. T = 2 does not recover A*, but is "
-        "far better than SR."
-    )
-
-
-def offsets_rows(settings: Settings) -> Rows:
-    rows: Rows = []
-    d, k = DEFAULTS["d"], 1
-    kinds: tuple[Offsets, ...] = ("psd", "zero-mean")
-    for kind in kinds:
-        for num_tasks in settings["num_tasks"]:
-            problem = problem_of(settings, kind, T=num_tasks)
-            shots = linear.draw_shots(problem, DEFAULTS["n"], settings["noise"])
-            sr = linear.standard(problem.seen)
-            ml = retrained(problem, k, settings["outer_steps"], kind == "psd").a
-            left = d - k
-            rest = left * (left + 1) if kind == "psd" else left * left
-            rows.append(
-                {
-                    **{"offsets": kind, "T": num_tasks},
-                    "peft-ml": numbers(adapted_error(ml, problem, shots, k)),
-                    "standard": numbers(adapted_error(sr, problem, shots, k)),
-                    "standard_off": numbers(linear.error(sr, problem.shared)),
-                    # E R = kI for positive offsets; what a rank-k change cannot reach has d − k
-                    # dimensions. Exact for the mean's part, of leading order in 1/T.
-                    "limit": (k * k * left if kind == "psd" else 0) + k * rest / num_tasks,
-                }
-            )
-    return rows
-
-
-def offsets_table(rows: Rows) -> Table:
-    return Table(
-        ["offsets", "T", "LoRA-ML", "SR", "large-T value for SR", "‖A_SR − A*‖²"],
-        [
-            [
-                *(row["offsets"], str(row["T"]), spread(row["peft-ml"]), spread(row["standard"])),
-                *(short(row["limit"]), short(median(row["standard_off"]))),
-            ]
-            for row in rows
-        ],
-    )
-
-
-def offsets_finding(rows: Rows) -> str:
-    last = {row["offsets"]: row for row in rows}
-    psd, zero = last["psd"], last["zero-mean"]
-    return (
-        f"With T = {psd['T']} SR leaves {short(median(psd['standard']))} where offsets are "
-        f"positive and {short(median(zero['standard']))} where their mean is zero: it catches up "
-        "as 1/T in the second case, never in the first, where the mean offset kI stays. LoRA-ML "
-        f"is at {short(median(psd['peft-ml']))} and {short(median(zero['peft-ml']))}."
-    )
-
-
-def symmetry_rows(settings: Settings) -> Rows:
-    rows: Rows = []
-    cases: list[tuple[Offsets, bool]] = [("psd", True), ("psd", False), ("zero-mean", False)]
-    for offsets, symmetric in [*cases, ("zero-mean", True)]:
-        for num_tasks in (2, 3, 5):
-            problem = problem_of(settings, offsets, T=num_tasks)
-            shots = linear.draw_shots(problem, DEFAULTS["n"], settings["noise"])
-            base = retrained(problem, 1, settings["outer_steps"], symmetric).a
-            rows.append(
-                {
-                    **{"offsets": offsets, "adapters": "U Uᵀ" if symmetric else "U Vᵀ"},
-                    **{"T": num_tasks, "off": numbers(linear.error(base, problem.shared))},
-                    "error": numbers(adapted_error(base, problem, shots, 1)),
-                }
-            )
-    return rows
-
-
-def symmetry_table(rows: Rows) -> Table:
-    return Table(
-        ["offsets", "adapters in retraining", "T", "error at rank k", "off A*"],
-        [
-            [
-                *(row["offsets"], row["adapters"], str(row["T"])),
-                *(spread(row["error"]), short(median(row["off"]))),
-            ]
-            for row in rows
-        ],
-    )
-
-
-def symmetry_finding(rows: Rows) -> str:
-    at = {(r["offsets"], r["adapters"], r["T"]): median(r["error"]) for r in rows}
-    return (
-        f"T = 3, positive offsets: U Uᵀ {short(at['psd', 'U Uᵀ', 3])}, U Vᵀ "
-        f"{short(at['psd', 'U Vᵀ', 3])}: adapters need not be symmetric. Where offsets are not, "
-        f"symmetric adapters fail ({short(at['zero-mean', 'U Uᵀ', 3])}) and U Vᵀ does not "
-        f"({short(at['zero-mean', 'U Vᵀ', 3])})."
-    )
-
-
-def recovery_rows(settings: Settings) -> Rows:
-    rows: Rows = []
-    steps, count = 2 * settings["outer_steps"], settings["num_problems"]
-    for case in settings["problems"]:
-        d, k, num_tasks = case["d"], case["k"], case["T"]
-        problem = linear.draw_problems(
-            range(count), d=d, num_tasks=num_tasks, k=k, noise=settings["noise"]
-        )
-        first = linear.peft_ml(problem, k, steps)
-        away = np.flatnonzero(linear.error(first.a, problem.shared) > AWAY)
-        row: dict[str, Any] = {"d": d, "k": k, "T": num_tasks, "problems": count}
-        row |= {"away": len(away), "away_later": 0, "spurious": 0, "far": [], "steps": steps}
-        if len(away):
-            rest = _some(problem, away)
-            start = Solution(first.a[away], first.u[away], None)
-            last = linear.peft_ml(rest, k, (LONGER - 1) * steps, start=start)
-            off = linear.error(last.a, rest.shared)
-            in_a, in_u, _ = linear.gradients(last, rest.seen)
-            top = np.maximum(np.abs(in_a).max((1, 2)), np.abs(in_u).max((1, 2, 3)))
-            excess = linear.loss(linear.weights_of(last), rest.seen)
-            excess = excess - linear.loss(rest.seen_weights, rest.seen)
-            stuck = (top < AT_REST) & (excess > ABOVE_NOISE) & (off > AWAY)
-            row |= {"away_later": int((off > AWAY).sum()), "spurious": int(stuck.sum())}
-            row |= {"far": numbers(off), "excess": numbers(excess), "gradient": numbers(top)}
-        rows.append(row)
-    return rows
-
-
-def _some(problem: Problems, chosen: Any) -> Problems:
-    index = np.asarray(chosen, dtype=int)
-    return Problems(
-        tuple(problem.seeds[i] for i in index),
-        problem.shared[index],
-        problem.seen_weights[index],
-        problem.unseen_weight[index],
-        linear.Moments(problem.seen.s[index], problem.seen.c[index]),
-    )
-
-
-def recovery_table(rows: Rows) -> Table:
-    def share(part: int, row: dict[str, Any]) -> str:
-        return f"{100 * part / row['problems']:.0f} %"
-
-    steps = rows[0]["steps"]
-    header = ["d", "k", "T", "k(T+1) ≤ d", "problems", f"off A* after {steps} steps"]
-    header += [f"after {LONGER * steps}", "of these at rest above the noise"]
-    return Table(
-        header,
-        [
-            [
-                *(str(row[key]) for key in "dkT"),
-                "yes" if row["k"] * (row["T"] + 1) <= row["d"] else "no",
-                *(str(row["problems"]), share(row["away"], row), share(row["away_later"], row)),
-                str(row["spurious"]),
-            ]
-            for row in rows
-        ],
-    )
-
-
-def recovery_finding(rows: Rows) -> str:
-    total, away = sum(r["problems"] for r in rows), sum(r["away"] for r in rows)
-    later, stuck = sum(r["away_later"] for r in rows), sum(r["spurious"] for r in rows)
-    return (
-        f"Of {total} random problems {away} were off A* (‖A_hat − A*‖² > {AWAY:g}) at the end, "
-        f"{later} after {LONGER} times as many steps. {stuck} of these rested at a spurious "
-        f"minimum (gradient below {AT_REST:g}, loss more than {ABOVE_NOISE:g} above that of the "
-        f"truth); the other {later - stuck} were still on their way."
+        f"At rank k the error is {short(error[1, 'peft-ml'])} for LoRA-ML and "
+        f"{short(error[1, 'standard'])} for SR; at rank 3k {short(error[3, 'peft-ml'])} and "
+        f"{short(error[3, 'standard'])}: since k(T+1) = 3k, that comparison cannot tell them "
+        "apart. LoRA-ML with T = 2 does not recover A*, but is far better than SR."
     )

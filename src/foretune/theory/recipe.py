@@ -1,4 +1,4 @@
-"""`TheoryRecipe`: a recipe with `experiment:`, which makes its own data and needs no model."""
+"""`TheoryRecipe`: a recipe with `experiment:`, which generates its data and needs no model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from foretune.errors import UserError, did_you_mean
-from foretune.files import write_whole
-from foretune.recipes import schema
 from foretune.recipes.blocks import Block
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.folder import prepare_folder
+from foretune.recipes.folder import prepare_folder, write_run_record
 from foretune.recipes.messages import user_error
-from foretune.recipes.overrides import apply_overrides, override_keys
-from foretune.recipes.yaml_io import dump_yaml, parse_yaml
+from foretune.recipes.yaml_io import dump_yaml
 
 Count = Field(ge=1)
 SCALES: dict[str, dict[str, dict[str, int]]] = {
@@ -40,17 +37,17 @@ PANELS = {
 
 
 class TheoryRecipe(Block):
-    """What the experiments share.
+    """The keys that both experiments share.
 
     Args:
-        name: Title of the page, and the default folder.
-        experiment: Which one.
-        scale: "pocket" takes minutes, "paper" is the full protocol; a key that is left out or null
-            takes the scale's value.
-        panels: Which tables to make; None: all.
-        seeds: Problems, each with a ground truth of its own.
-        noise: Standard deviation of the outputs' noise.
-        vary: The values of each key that is changed, one at a time.
+        name: Title of the page, and part of the default folder.
+        experiment: "linear" or "shallow".
+        scale: "pocket" takes minutes, "paper" is the full protocol; keys that are left out or null
+            take the scale's value.
+        panels: Tables to make; None for all.
+        seeds: Number of random problems, each with its own ground truth.
+        noise: Standard deviation of the noise on the outputs.
+        vary: Values of each varied key; one key is varied at a time.
         out: Folder of the results; `{name}` stands for the name.
     """
 
@@ -74,24 +71,72 @@ class TheoryRecipe(Block):
 
     @property
     def folder(self) -> Path:
+        """The folder of the results."""
         return Path(self.out.replace("{name}", self.name))
 
     def check(self) -> None:
-        """Raises UserError for what the types alone do not show."""
+        """Check what the types do not express.
+
+        Raises:
+            UserError: A panel is unknown, or a list has a number below 1.
+        """
         names = PANELS[self.experiment]
         for name in self.panels or ():
             if name not in names:
                 hint = did_you_mean(name, names)
                 raise UserError(f'no panel "{name}"; there are {", ".join(names)}.{hint}')
-        _positive({f"vary.{key}": values for key, values in self.vary.items()})
+        _check_positive({f"vary.{key}": values for key, values in self.vary.items()})
+
+    def run(
+        self,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        console: Console = SILENT,
+    ) -> dict[str, Any]:
+        """Run the experiment, or with `resume` the panels that are not done yet.
+
+        Args:
+            resume: Continue the run in the recipe's folder.
+            overwrite: Empty that folder first.
+            console: Receives progress.
+
+        Returns:
+            The content of result.json.
+
+        Raises:
+            UserError: The folder is not empty and may be neither continued nor replaced.
+        """
+        config = self.to_yaml()
+        out = prepare_folder(self.folder, resume=resume, overwrite=overwrite, config=config)
+        from foretune.theory.experiment import run_panels
+
+        result = run_panels(self.model_dump(mode="json"), out, console.say)
+        write_run_record(out)
+        return result
+
+    def tables(self, result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]], str]]:
+        """(title, header, rows, finding) of each table of a result."""
+        from foretune.theory.experiment import tables
+
+        return [
+            (panel.title, cells.header, cells.rows, finding)
+            for panel, cells, finding in tables(result)
+        ]
 
     def to_yaml(self) -> str:
-        """The recipe with every default written out; reading it gives the recipe back."""
+        """The recipe as YAML, including defaults; parsing it gives an equal recipe."""
         return dump_yaml(self.model_dump(mode="json"))
 
 
 class Case(Block):
-    """One kind of random problem: dimension, rank of the offsets, seen tasks."""
+    """One kind of random problem.
+
+    Args:
+        d: Dimension of inputs and outputs.
+        k: Rank of the offsets.
+        T: Number of seen tasks.
+    """
 
     d: int = Count
     k: int = Count
@@ -103,10 +148,10 @@ class LinearRecipe(TheoryRecipe):
 
     Args:
         outer_steps: Outer gradient steps of PEFT-ML.
-        ranks_for: The k for which the rank at test is varied.
-        shots: The n of the panel `rate`.
-        draws: Draws of these shots.
-        num_tasks: The T of the panel `offsets`.
+        ranks_for: Values of k in the panel `rank-at-test`.
+        shots: Values of n in the panel `rate`.
+        draws: Draws of the shots in the panel `rate`.
+        num_tasks: Values of T in the panel `offsets`.
         problems: Kinds of random problems in the panel `recovery`.
         num_problems: Random problems of each kind.
     """
@@ -124,20 +169,24 @@ class LinearRecipe(TheoryRecipe):
     num_problems: int = Count
 
     def check(self) -> None:
-        """Raises UserError when there are fewer rows than dimensions."""
+        """Check what the types do not express.
+
+        Raises:
+            UserError: As in `TheoryRecipe.check`, or there are not more examples than dimensions.
+        """
         super().check()
-        _positive({"ranks_for": self.ranks_for, "num_tasks": self.num_tasks})
-        widest = max([10, *self.vary.get("d", [])])
-        rows = [*self.shots, *self.vary.get("n", []), *self.vary.get("N", [])]
-        if min(rows) <= widest:
+        _check_positive({"ranks_for": self.ranks_for, "num_tasks": self.num_tasks})
+        largest_d = max([10, *self.vary.get("d", [])])
+        counts = [*self.shots, *self.vary.get("n", []), *self.vary.get("N", [])]
+        if min(counts) <= largest_d:
             raise UserError(
-                f"shots, vary.n and vary.N must be above d, which goes up to {widest}; "
-                f"got {min(rows)}"
+                f"shots, vary.n and vary.N must be above d, which goes up to {largest_d}; "
+                f"got {min(counts)}"
             )
 
 
 class ShallowRecipe(TheoryRecipe):
-    """The shallow network's experiment.
+    """The shallow-network experiment.
 
     Args:
         retrain_epochs: Full-batch epochs of retraining.
@@ -154,35 +203,18 @@ class ShallowRecipe(TheoryRecipe):
 KINDS: dict[str, type[TheoryRecipe]] = {"linear": LinearRecipe, "shallow": ShallowRecipe}
 
 
-def load_any(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Any:
-    """A `Recipe` or, where the text has `experiment:`, a `TheoryRecipe`.
-
-    Args:
-        name_or_path: A packaged recipe's name, or a YAML file.
-        overrides: `dotted.key=value`, values in YAML.
-
-    Raises:
-        UserError: There is no such recipe, or something in it is wrong.
-
-    >>> load_any("reproduce-linear", ["seeds=2"]).seeds
-    2
-    """
-    text, where = schema.read_recipe(name_or_path)
-    raw = parse_yaml(text, where)
-    if not isinstance(raw, dict) or "experiment" not in raw:
-        return schema.load_recipe(name_or_path, overrides)
-    return parse_experiment(apply_overrides(raw, overrides), where, override_keys(overrides))
-
-
 def parse_experiment(
     raw: dict[str, Any], where: str, overridden: set[str] | None = None
 ) -> TheoryRecipe:
-    """Checks the mapping that a recipe with `experiment:` holds.
+    """Validate the mapping of a recipe with `experiment:`.
 
     Args:
-        raw: The mapping.
-        where: What to call the recipe in an error.
+        raw: The parsed YAML.
+        where: Name of the recipe in error messages.
         overridden: Dotted keys that came from the command line.
+
+    Raises:
+        UserError: The recipe is invalid.
     """
     kind = KINDS.get(str(raw.get("experiment")))
     if kind is None:
@@ -192,12 +224,13 @@ def parse_experiment(
         recipe = kind.model_validate(raw)
     except ValidationError as error:
 
-        def known(path: Sequence[str]) -> list[str]:
+        def keys_at(path: Sequence[str]) -> list[str]:
             if path[:1] == ("vary",):
                 return ["d", "T"] if kind is ShallowRecipe else ["d", "T", "N", "n", "k"]
             return list((Case if path[:1] == ("problems",) else kind).model_fields)
 
-        raise user_error(error.errors(), raw, where, overridden or set(), known) from None
+        one_line = user_error(error.errors(), raw, where, overridden or set(), keys_at)
+        raise one_line from None
     try:
         recipe.check()
     except UserError as error:
@@ -205,41 +238,12 @@ def parse_experiment(
     return recipe
 
 
-def run_theory(
-    recipe: TheoryRecipe,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    console: Console = SILENT,
-) -> dict[str, Any]:
-    """Runs an experiment from start to end, or from the panel where it was.
-
-    Args:
-        recipe: What to do.
-        resume: Continue what is in the recipe's folder.
-        overwrite: Empty that folder first.
-        console: Is told how it goes.
-
-    Returns:
-        The result, as it stands in `result.json`.
+def _check_positive(lists: dict[Any, list[int]]) -> None:
+    """Check that each list has numbers, all at least 1.
 
     Raises:
-        UserError: The folder holds something else.
+        UserError: A list does not.
     """
-    config = recipe.to_yaml()
-    out = prepare_folder(recipe.folder, resume=resume, overwrite=overwrite, config=config)
-    import json
-
-    from foretune.theory.experiment import run_panels
-    from foretune.training.record import environment
-
-    result = run_panels(recipe.model_dump(mode="json"), out, console.say)
-    run = {"finished": True, "environment": environment()}
-    write_whole(out / "run.json", json.dumps(run, indent=1) + "\n")
-    return result
-
-
-def _positive(lists: dict[Any, list[int]]) -> None:
     for key, values in lists.items():
         if not values or min(values) < 1:
             raise UserError(f"{key} must hold numbers of at least 1, got {values}")

@@ -1,4 +1,4 @@
-"""The shallow network: several trials of several tasks at once, in torch.
+"""The shallow network: a batch of trials, each of several tasks, in torch.
 
 Paper: Block et al., "Provable Meta-Learning with Low-Rank Adaptations", 2025, arXiv:2410.22264 v2.
 
@@ -8,15 +8,15 @@ Paper: Block et al., "Provable Meta-Learning with Low-Rank Adaptations", 2025, a
     A        weight         (B, d, d)                   first layer of each of B trials
     c        head           (B, d)                      second layer
     V_t, U_t down, up       (B, T, k, d), (B, T, d, k)  adapters of the first layer
-    X, y     x, y           (B, T, d, N), (B, T, N)     a column is a row of data
+    X, y     x, y           (B, T, d, N), (B, T, N)     one column per example
 
-A stack of bases is trained as one: the losses of trials are added, and AdamW treats every entry on
-its own, so that trials do not touch one another.
+The bases of all trials are trained together: their losses are summed, and since AdamW is
+elementwise, the trials do not influence one another.
 
 Deviations:
     - The error is also reported on new inputs; the authors report it on the fine-tuning inputs.
-    - The authors' learning rate (1e-3), weight decay (0.01) and full batches are kept; how many
-      epochs is up to the caller.
+    - The authors' learning rate (1e-3), weight decay (0.01) and full batches are kept; the number
+      of epochs is up to the caller.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WEIGHT_DECAY = 0.01
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A stack of networks: `weight` (B, d, d) and `head` (B, d)."""
+    """A batch of networks: `weight` (B, d, d) and `head` (B, d)."""
 
     weight: Tensor
     head: Tensor
@@ -49,10 +49,14 @@ class Data:
 
 @dataclass(frozen=True, eq=False)
 class Trials:
-    """Data of B trials, each with a ground truth of its own.
+    """Data of B trials, each with its own ground truth.
 
-    `shots` has noise; `shots_clean` and `held_out` have none. All three are of the unseen task,
-    with T = 1.
+    Attributes:
+        seeds: Random seed of each trial.
+        seen: Noisy data of the seen tasks.
+        shots: Noisy fine-tuning data of the unseen task (T = 1).
+        shots_clean: The same with noise-free outputs.
+        held_out: Noise-free data of the unseen task on new inputs.
     """
 
     seeds: tuple[int, ...]
@@ -67,49 +71,53 @@ def draw_trials(
     *,
     d: int = 10,
     num_tasks: int = 3,
-    rows: int = 1000,
-    shots: int = 100,
+    num_examples: int = 1000,
+    num_shots: int = 100,
     k: int = 1,
     noise: float = 0.1,
-    new_rows: int = 5000,
+    num_held_out: int = 5000,
 ) -> Trials:
-    """Draws one trial for each seed; every entry of A*, c*, U_t* and x is standard normal.
+    """Draw one trial per seed; all entries of A*, c*, U_t* and x are standard normal.
 
     Args:
-        seeds: One for each trial.
+        seeds: Random seed of each trial.
         d: Dimension of inputs and width of the layer.
-        num_tasks: Seen tasks, T.
-        rows: Rows of each seen task, N.
-        shots: Rows of the unseen task, n.
+        num_tasks: Number of seen tasks T.
+        num_examples: Examples per seen task, N.
+        num_shots: Fine-tuning examples of the unseen task, n.
         k: Rank of a task's offset.
-        noise: Standard deviation of the outputs' noise.
-        new_rows: Inputs on which the held-out error is measured.
+        noise: Standard deviation of the noise on the outputs.
+        num_held_out: New inputs on which the held-out error is measured.
     """
-    each = []
+    by_seed = []
     for seed in seeds:
         rng = torch.Generator().manual_seed(seed)
         a, c = torch.randn(d, d, generator=rng), torch.randn(1, d, generator=rng)
         u = torch.randn(num_tasks + 1, d, k, generator=rng)
         truth = Network(a + u @ u.mT, c.expand(num_tasks + 1, d))
-        parts = []
-        for tasks, count in ((slice(1), new_rows), (slice(1), shots), (slice(1, None), rows)):
-            part = Network(truth.weight[tasks], truth.head[tasks])
-            x = torch.randn(len(part.weight), d, count, generator=rng)
-            y = forward(part, x[:, None])[:, 0]
-            parts.append((x, y, y + noise * torch.randn(y.shape, generator=rng)))
-        each.append(parts)
-    new, few, many = zip(*each, strict=True)
+        samples = []  # (x, noise-free y, noisy y); the first task is the unseen one
+        for tasks, count in (
+            (slice(1), num_held_out),
+            (slice(1), num_shots),
+            (slice(1, None), num_examples),
+        ):
+            networks = Network(truth.weight[tasks], truth.head[tasks])
+            x = torch.randn(len(networks.weight), d, count, generator=rng)
+            y = forward(networks, x[:, None])[:, 0]
+            samples.append((x, y, y + noise * torch.randn(y.shape, generator=rng)))
+        by_seed.append(samples)
+    held_out, shots, seen = zip(*by_seed, strict=True)
 
-    def data(parts: Sequence[tuple[Tensor, ...]], at: int) -> Data:
-        return Data(torch.stack([p[0] for p in parts]), torch.stack([p[at] for p in parts]))
+    def data(samples: Sequence[tuple[Tensor, ...]], output: int) -> Data:
+        return Data(torch.stack([s[0] for s in samples]), torch.stack([s[output] for s in samples]))
 
-    return Trials(tuple(seeds), data(many, 2), data(few, 2), data(few, 1), data(new, 1))
+    return Trials(tuple(seeds), data(seen, 2), data(shots, 2), data(shots, 1), data(held_out, 1))
 
 
 def forward(
     network: Network, x: Tensor, up: Tensor | None = None, down: Tensor | None = None
 ) -> Tensor:
-    """Outputs (B, T, N) for x (B, T, d, N), with the adapters where they are given."""
+    """Outputs (B, T, N) for inputs x (B, T, d, N), with optional adapters."""
     weight = network.weight[:, None]
     if up is not None and down is not None:
         weight = weight + up @ down
@@ -118,7 +126,7 @@ def forward(
 
 
 def fresh_network(seeds: Sequence[int], d: int) -> Network:
-    """Entries uniform within ±1/√d, torch's default for a linear layer."""
+    """Networks with entries uniform in ±1/√d, torch's default for a linear layer."""
     return Network(
         torch.stack([_uniform((d, d), d, seed) for seed in seeds]),
         torch.stack([_uniform((d,), d, seed, 1) for seed in seeds]),
@@ -126,42 +134,42 @@ def fresh_network(seeds: Sequence[int], d: int) -> Network:
 
 
 def standard(trials: Trials, epochs: int) -> Network:
-    """Standard retraining (SR): one network for all tasks' rows together."""
+    """Standard retraining (SR): one network per trial for the pooled examples of all tasks."""
     base = fresh_network(trials.seeds, trials.seen.x.shape[-2])
-    weight, head, _, _ = _train(base, None, trials.seen, epochs, base_learns=True)
+    weight, head, _, _ = _train(base, None, trials.seen, epochs, train_base=True)
     return Network(weight, head)
 
 
 def peft_ml(trials: Trials, k: int, epochs: int) -> Network:
-    """PEFT-ML (eq. 5): base and one adapter of rank k for each task, learned at once; the base."""
+    """PEFT-ML (eq. 5): the bases after joint training with one adapter of rank k per task."""
     _, num_tasks, d, _ = trials.seen.x.shape
     base = fresh_network(trials.seeds, d)
     adapters = fresh_adapters(trials.seeds, num_tasks, d, k)
-    weight, head, _, _ = _train(base, adapters, trials.seen, epochs, base_learns=True)
+    weight, head, _, _ = _train(base, adapters, trials.seen, epochs, train_base=True)
     return Network(weight, head)
 
 
 def adapt(
     base: Network, shots: Data, seeds: Sequence[int], rank: int, epochs: int
 ) -> Callable[[Tensor], Tensor]:
-    """Fine-tunes a LoRA of that rank on the first layer, the rest at rest.
+    """Fine-tune a LoRA of rank `rank` on the first layer; everything else is frozen.
 
     Returns:
-        The adapted networks, from x (B, 1, d, N) to (B, 1, N).
+        The adapted networks, as a function from x (B, 1, d, N) to outputs (B, 1, N).
     """
     adapters = fresh_adapters(seeds, 1, base.weight.shape[-1], rank)
-    _, _, up, down = _train(base, adapters, shots, epochs, base_learns=False)
+    _, _, up, down = _train(base, adapters, shots, epochs, train_base=False)
     return lambda x: forward(base, x, up, down)
 
 
 def adapt_fully(base: Network, shots: Data, epochs: int) -> Callable[[Tensor], Tensor]:
-    """Fine-tunes every weight; what it returns is as with `adapt`."""
-    weight, head, _, _ = _train(base, None, shots, epochs, base_learns=True)
+    """Fine-tune all weights; returns the adapted networks as `adapt` does."""
+    weight, head, _, _ = _train(base, None, shots, epochs, train_base=True)
     return lambda x: forward(Network(weight, head), x)
 
 
 def fresh_adapters(seeds: Sequence[int], num_tasks: int, d: int, k: int) -> tuple[Tensor, Tensor]:
-    """(up, down): up is zero and down uniform within ±1/√d, as LoRA begins."""
+    """LoRA's initial (up, down): up (B, T, d, k) zero, down (B, T, k, d) uniform in ±1/√d."""
     down = torch.stack([_uniform((num_tasks, k, d), d, seed, 2) for seed in seeds])
     return torch.zeros(len(seeds), num_tasks, d, k), down
 
@@ -169,9 +177,9 @@ def fresh_adapters(seeds: Sequence[int], num_tasks: int, d: int, k: int) -> tupl
 def gradients(
     network: Network, adapters: tuple[Tensor, Tensor] | None, data: Data
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of Σ_t mean_j (f(x_j) − y_j)² in weight, head, up and down.
+    """Gradients of Σ_t mean_j (f(x_j) − y_j)² in weight, head, up and down, in their shapes.
 
-    Written out, since a third of the time of automatic differentiation is enough for it.
+    Written by hand: this takes a third of the time of automatic differentiation.
     """
     up, down = (None, None) if adapters is None else adapters
     weight = network.weight[:, None]
@@ -179,13 +187,13 @@ def gradients(
         weight = weight + up @ down
     head = network.head[:, None, :, None]
     hidden = torch.matmul(weight, data.x).sigmoid_()
-    off = (head * hidden).sum(-2).sub_(data.y).mul_(2 / data.y.shape[-1])[..., None, :]
-    in_head = (hidden * off).sum(-1).sum(1)
-    slope = torch.addcmul(hidden, hidden, hidden, value=-1).mul_(off)  # σ' = σ − σ²
-    in_weight = (slope @ data.x.mT) * head  # (B, T, d, d)
+    residual = (head * hidden).sum(-2).sub_(data.y).mul_(2 / data.y.shape[-1])[..., None, :]
+    grad_head = (hidden * residual).sum(-1).sum(1)
+    slope = torch.addcmul(hidden, hidden, hidden, value=-1).mul_(residual)  # σ' = σ − σ²
+    grad_weight = (slope @ data.x.mT) * head  # (B, T, d, d)
     if up is None or down is None:
-        return in_weight.sum(1), in_head, None, None
-    return in_weight.sum(1), in_head, in_weight @ down.mT, up.mT @ in_weight
+        return grad_weight.sum(1), grad_head, None, None
+    return grad_weight.sum(1), grad_head, grad_weight @ down.mT, up.mT @ grad_weight
 
 
 def _train(
@@ -194,18 +202,18 @@ def _train(
     data: Data,
     epochs: int,
     *,
-    base_learns: bool,
+    train_base: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Full-batch AdamW on adapters, and on the base where it learns; (weight, head, up, down)."""
+    """(weight, head, up, down) after full-batch AdamW on the adapters and, optionally, the base."""
     weight, head = base.weight.clone(), base.head.clone()
     up, down = (None, None) if adapters is None else (adapters[0].clone(), adapters[1].clone())
     state = (weight, head, up, down)
-    learn = [*((weight, head) if base_learns else ()), *(p for p in (up, down) if p is not None)]
-    optimizer = torch.optim.AdamW(learn, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-    now = None if up is None or down is None else (up, down)
+    trained = [*((weight, head) if train_base else ()), *(p for p in (up, down) if p is not None)]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    adapters = None if up is None or down is None else (up, down)
     for _ in range(epochs):
-        found = gradients(Network(weight, head), now, data)
-        for parameter, gradient in zip(state, found, strict=True):
+        state_gradients = gradients(Network(weight, head), adapters, data)
+        for parameter, gradient in zip(state, state_gradients, strict=True):
             if parameter is not None:
                 parameter.grad = gradient
         optimizer.step()

@@ -1,4 +1,4 @@
-"""The panels of the shallow experiment."""
+"""The panel of the shallow experiment: rows, table and finding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from foretune.files import write_whole
 from foretune.theory import figures, shallow
-from foretune.theory.panel import Panel, Rows, Settings, Table, median, numbers, short, spread
+from foretune.theory.panel import Panel, PanelRows, Settings, Table, median, numbers, short, spread
 
 DEFAULTS = {"d": 10, "T": 3, "N": 1000, "n": 100, "k": 1}
 LABELS = {
@@ -18,35 +18,35 @@ LABELS = {
 }
 
 
-def _rows(settings: Settings) -> Rows:
+def _rows(settings: Settings) -> PanelRows:
     cells: list[tuple[int, int]] = []
     for key, values in settings["vary"].items():
         for value in values:
-            at = DEFAULTS | {key: value}
-            if (at["d"], at["T"]) not in cells:
-                cells.append((at["d"], at["T"]))
-    return [row for d, num_tasks in cells for row in _remembered(settings, d, num_tasks)]
+            sizes = DEFAULTS | {key: value}
+            if (sizes["d"], sizes["T"]) not in cells:
+                cells.append((sizes["d"], sizes["T"]))
+    return [row for d, num_tasks in cells for row in _stored_cell(settings, d, num_tasks)]
 
 
-def _remembered(settings: Settings, d: int, num_tasks: int) -> Rows:
-    """A cell takes long: each is kept in the run's folder as soon as it is done."""
+def _stored_cell(settings: Settings, d: int, num_tasks: int) -> PanelRows:
+    """The rows of a cell, which takes long: stored in the run's folder once computed."""
     path = settings["folder"] / "panels" / "cells" / f"d{d}-T{num_tasks}.json"
     if not path.is_file():
         settings["say"](f"d={d} T={num_tasks}")
         write_whole(path, json.dumps(_cell(settings, d, num_tasks)))
-    rows: Rows = json.loads(path.read_text("utf-8"))
+    rows: PanelRows = json.loads(path.read_text("utf-8"))
     return rows
 
 
-def _cell(settings: Settings, d: int, num_tasks: int) -> Rows:
-    """All bases of one d and T, adapted at rank k and with T = 2 at rank 3k too."""
+def _cell(settings: Settings, d: int, num_tasks: int) -> PanelRows:
+    """Errors of all bases for one d and T, adapted at rank k and, for T = 2, also at rank 3k."""
     seeds, k, epochs = range(settings["seeds"]), DEFAULTS["k"], settings["adapt_epochs"]
     trials = shallow.draw_trials(
         seeds,
         d=d,
         num_tasks=num_tasks,
-        rows=DEFAULTS["N"],
-        shots=DEFAULTS["n"],
+        num_examples=DEFAULTS["N"],
+        num_shots=DEFAULTS["n"],
         k=k,
         noise=settings["noise"],
     )
@@ -55,10 +55,10 @@ def _cell(settings: Settings, d: int, num_tasks: int) -> Rows:
         "standard": shallow.standard(trials, settings["retrain_epochs"]),
         "peft-ml": shallow.peft_ml(trials, k, settings["retrain_epochs"]),
     }
-    varies = [
-        key for key, rest in (("d", num_tasks == DEFAULTS["T"]), ("T", d == DEFAULTS["d"])) if rest
-    ]
-    rows: Rows = []
+    # The figure's axes (d or T) that this cell is on: those whose other size is the default.
+    on_axis = {"d": num_tasks == DEFAULTS["T"], "T": d == DEFAULTS["d"]}
+    varies = [key for key, is_on in on_axis.items() if is_on]
+    rows: PanelRows = []
     for rank in (k, 3 * k) if num_tasks == 2 else (k,):
         row: dict[str, Any] = {"d": d, "T": num_tasks, "k": k, "rank": rank, "varies": varies}
         row |= {"held_out": {}, "on_shots": {}}
@@ -74,7 +74,7 @@ def _cell(settings: Settings, d: int, num_tasks: int) -> Rows:
     return rows
 
 
-def _table(rows: Rows) -> Table:
+def _table(rows: PanelRows) -> Table:
     header = ["d", "T", "rank", "inputs", *LABELS.values(), "LoRA-ML below SR"]
     return Table(
         header,
@@ -92,28 +92,30 @@ def _table(rows: Rows) -> Table:
 
 
 def _wins(errors: dict[str, list[float]]) -> tuple[int, int]:
+    """(trials in which LoRA-ML has a lower error than SR, all trials)."""
     pairs = list(zip(errors["peft-ml"], errors["standard"], strict=True))
     return sum(ml < sr for ml, sr in pairs), len(pairs)
 
 
-def _finding(rows: Rows) -> str:
-    own = [row for row in rows if row["rank"] == row["k"]]
-    better = [
-        r for r in own if median(r["held_out"]["peft-ml"]) < median(r["held_out"]["standard"])
-    ]
-    wins = [_wins(row["held_out"]) for row in own]
-    full = [r for r in own if median(r["held_out"]["full"]) < median(r["held_out"]["peft-ml"])]
-    ratios = [median(r["held_out"]["standard"]) / median(r["held_out"]["peft-ml"]) for r in own]
-    gaps = [median(r["held_out"]["peft-ml"]) / median(r["on_shots"]["peft-ml"]) for r in own]
-    lowest = sum(min(r["on_shots"], key=lambda n: median(r["on_shots"][n])) == "full" for r in own)
+def _finding(rows: PanelRows) -> str:
+    cells = [row for row in rows if row["rank"] == row["k"]]
+    held_out = [{name: median(v) for name, v in cell["held_out"].items()} for cell in cells]
+    on_shots = [{name: median(v) for name, v in cell["on_shots"].items()} for cell in cells]
+    better = sum(error["peft-ml"] < error["standard"] for error in held_out)
+    full_better = sum(error["full"] < error["peft-ml"] for error in held_out)
+    wins = [_wins(cell["held_out"]) for cell in cells]
+    ratios = [error["standard"] / error["peft-ml"] for error in held_out]
+    gaps = [h["peft-ml"] / s["peft-ml"] for h, s in zip(held_out, on_shots, strict=True)]
+    full_first = sum(min(error, key=lambda name: error[name]) == "full" for error in on_shots)
     return (
-        f"At rank k, on new inputs, LoRA-ML has the lower median in {len(better)} of {len(own)} "
-        f"cells and is lower in {sum(w for w, _ in wins)} of {sum(n for _, n in wins)} trials; "
-        f"the ratio SR : LoRA-ML of the medians is {short(min(ratios))} to {short(max(ratios))}. "
-        f"Fine-tuning all weights of the SR base is better than LoRA-ML in {len(full)} of "
-        f"{len(own)} cells. On the fine-tuning inputs, which the paper shows, LoRA-ML looks better "
-        f"than on new ones by a factor of up to {short(max(gaps))}, and fine-tuning all weights "
-        f"would come first in {lowest} of {len(own)} cells: that measure rewards overfitting."
+        f"At rank k, on new inputs, LoRA-ML has the lower median in {better} of {len(cells)} "
+        f"cells and the lower error in {sum(w for w, _ in wins)} of {sum(n for _, n in wins)} "
+        f"trials; the ratio SR : LoRA-ML of the medians is {short(min(ratios))} to "
+        f"{short(max(ratios))}. Fine-tuning all weights of the SR base is better than LoRA-ML in "
+        f"{full_better} of {len(cells)} cells. On the fine-tuning inputs, which the paper shows, "
+        f"the error of LoRA-ML is lower than on new ones by a factor of up to {short(max(gaps))}, "
+        f"and fine-tuning all weights would rank first in {full_first} of {len(cells)} cells: that "
+        "measure rewards overfitting."
     )
 
 
@@ -124,11 +126,12 @@ PANELS = [
         paper="LoRA-ML is better than SR for every d and T (curves only, no numbers), on the "
         "fine-tuning inputs; T = 2 is fine-tuned at rank 3k; 40000 epochs of retraining, 15000 of "
         "fine-tuning, 10 trials.",
-        here="Defaults d = 10, T = 3, N = 1000, n = 100, k = 1; noise-free targets. 'none' is a "
-        "network of random weights whose first layer alone is adapted. 'SR, all weights' "
-        "fine-tunes everything, head included: what is possible without LoRA. T = 2 at rank k as "
-        "well as 3k. Rates and batches are the paper's. At pocket size 12000 + 6000 epochs and 5 "
-        "trials, at paper size its own.",
+        here="Defaults d = 10, T = 3, N = 1000, n = 100, k = 1; errors against noise-free targets. "
+        "'none' adapts the first layer of a randomly initialised network. 'SR, all weights' "
+        "fine-tunes all weights of the SR base, including the head: the result without LoRA. "
+        "T = 2 is adapted at rank k as well as 3k. Learning rates and full batches are the "
+        "paper's. Scale pocket has 12000 + 6000 epochs and 5 trials, scale paper the paper's "
+        "numbers.",
         rows=_rows,
         table=_table,
         finding=_finding,

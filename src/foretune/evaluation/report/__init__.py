@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML file that needs nothing else, and its pictures."""
+"""The report of a comparison: one self-contained HTML file, and its figures as SVG files."""
 
 from foretune.evaluation.report.page import write_report
 from foretune.evaluation.report.summary import summary_rows

@@ -1,4 +1,4 @@
-"""Pictures of paired differences: against the controls, and task by task."""
+"""Figures of paired differences: against the controls, and task by task."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from foretune.evaluation.report.view import View
 from foretune.evaluation.verdict import Contrast
 
 NAMED_TASKS = 40  # With more, tasks are drawn as a strip without names.
-BOLD = 1.06  # How much wider bold text is.
+BOLD = 1.06  # Width of bold text relative to regular text.
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """Where the parts of a forest plot's rows stand.
+class RowLayout:
+    """Layout of the rows of a forest plot, in pixels.
 
     Args:
-        stacked: The label stands above its interval, not beside it.
-        left: Where the plot begins.
-        right: Where it ends.
-        height: Of one row.
+        stacked: Whether the label is above its interval, not beside it.
+        left: Left edge of the plot.
+        right: Right edge of the plot.
+        height: Height of a row.
     """
 
     stacked: bool
@@ -33,27 +33,27 @@ class Rows:
 
 
 def forest(view: View, shots: int | None, width: int, ink: Ink) -> Figure:
-    """The paired differences against each control with their intervals, at one number of shots."""
+    """Paired differences against each control with their intervals, at one number of shots."""
     groups = view.against_controls(shots)
-    # One scale for all numbers of shots, so that their plots can be compared.
-    everywhere = [
-        one for k in view.shots for _, members in view.against_controls(k) for one in members
+    # The same scale for all numbers of shots makes their plots comparable.
+    all_pairs = [
+        pair for k in view.shots for _, members in view.against_controls(k) for pair in members
     ]
-    domain = svg.padded([0.0, *(v for one in everywhere for v in (one.low, one.high))])
-    rows = _rows(view, everywhere, width)
-    x = svg.linear(domain, (rows.left + 6, rows.right - 6))
-    look = styles(view, ink)
+    domain = svg.padded([0.0, *(v for pair in all_pairs for v in (pair.low, pair.high))])
+    layout = _row_layout(view, all_pairs, width)
+    x = svg.linear(domain, (layout.left + 6, layout.right - 6))
+    base_styles = styles(view, ink)
     parts: list[str] = []
     y = 6.0
     for b, members in groups:
         title = svg.shorten(f"over {view.rival(b)}", width * 0.93)
         parts.append(svg.text(title, 0, y + 18, ink.text, weight=650, halo=ink.paper))
         y += 24
-        for one in members:
-            parts.append(_forest_row(view, one, look[one.a], x, y, rows, width, ink))
-            y += rows.height
+        for pair in members:
+            parts.append(_forest_row(view, pair, base_styles[pair.a], x, y, layout, width, ink))
+            y += layout.height
         y += 10
-    axis = _bottom_axis(view, x, domain, (rows.left, rows.right), 10.0, y, ink)
+    axis = _bottom_axis(view, x, domain, (layout.left, layout.right), 10.0, y, ink)
     return Figure(
         f"Paired differences in {view.scale.metric}, {view.shots_label(shots)}",
         "Each row is a base's mean difference with its 95 % interval; filled markers are clear.",
@@ -63,31 +63,31 @@ def forest(view: View, shots: int | None, width: int, ink: Ink) -> Figure:
     )
 
 
-def _rows(view: View, contrasts: Sequence[Contrast], width: int) -> Rows:
-    labels = max(svg.text_width(view.labels[one.a]) for one in contrasts) + 20
-    numbers = max(svg.text_width(view.difference_text(one)) for one in contrasts) * BOLD + 10
+def _row_layout(view: View, pairs: Sequence[Contrast], width: int) -> RowLayout:
+    labels = max(svg.text_width(view.labels[pair.a]) for pair in pairs) + 20
+    numbers = max(svg.text_width(view.difference_text(pair)) for pair in pairs) * BOLD + 10
     if width < NARROW or labels + numbers > 0.6 * width:
-        return Rows(stacked=True, left=8.0, right=width - 8.0, height=38.0)
-    return Rows(stacked=False, left=labels, right=width - numbers, height=26.0)
+        return RowLayout(stacked=True, left=8.0, right=width - 8.0, height=38.0)
+    return RowLayout(stacked=False, left=labels, right=width - numbers, height=26.0)
 
 
 def _forest_row(
     view: View,
-    one: Contrast,
+    pair: Contrast,
     style: Style,
     x: Callable[[float], float],
     top: float,
-    rows: Rows,
+    layout: RowLayout,
     width: int,
     ink: Ink,
 ) -> str:
-    clear = one.better or one.worse
+    clear = pair.better or pair.worse
     weight = 650 if clear else 400
-    label, numbers = view.labels[one.a], view.difference_text(one)
-    y = top + (rows.height - 10 if rows.stacked else rows.height / 2)
-    baseline = y - 10 if rows.stacked else y + 4.5
-    room = width - svg.text_width(numbers, 12) * BOLD - 16 if rows.stacked else rows.left
-    size = 12 if rows.stacked else 13
+    label, numbers = view.labels[pair.a], view.difference_text(pair)
+    y = top + (layout.height - 10 if layout.stacked else layout.height / 2)
+    baseline = y - 10 if layout.stacked else y + 4.5
+    room = width - svg.text_width(numbers, 12) * BOLD - 16 if layout.stacked else layout.left
+    size = 12 if layout.stacked else 13
     return "".join(
         (
             svg.text(svg.shorten(label, room), 8, baseline, ink.text, halo=ink.paper),
@@ -99,10 +99,10 @@ def _forest_row(
                 weight=weight,
                 halo=ink.paper,
             ),
-            svg.line(x(one.low), y, x(one.high), y, style.color, width=2),
+            svg.line(x(pair.low), y, x(pair.high), y, style.color, width=2),
             svg.marker(
                 style.marker,
-                *(x(one.difference), y, style.color),
+                *(x(pair.difference), y, style.color),
                 style.color if clear else ink.paper,
             ),
         )
@@ -110,25 +110,25 @@ def _forest_row(
 
 
 def task_differences(view: View, focus: Contrast, width: int, ink: Ink) -> Figure:
-    """Each task's difference between two bases, sorted; bars with names while they fit."""
-    found = view.task_differences(focus.a, focus.b, view.judged)
+    """Per-task differences between two bases, sorted; bars with names as long as they fit."""
+    differences = view.task_differences(focus.a, focus.b, view.judged)
     title = f"{view.labels[focus.a]} minus {view.rival(focus.b)}, task by task"
     described = f"{focus.wins} tasks above zero, {focus.losses} below, {focus.ties} equal."
-    draw = _named_bars if len(found) <= NAMED_TASKS else _strip
-    body, height = draw(view, found, styles(view, ink)[focus.a].color, width, ink)
+    draw = _named_bars if len(differences) <= NAMED_TASKS else _strip
+    body, height = draw(view, differences, styles(view, ink)[focus.a].color, width, ink)
     return Figure(title, described, width, height, body)
 
 
 def _named_bars(
-    view: View, found: Sequence[tuple[str, float]], color: str, width: int, ink: Ink
+    view: View, differences: Sequence[tuple[str, float]], color: str, width: int, ink: Ink
 ) -> tuple[str, float]:
-    domain = svg.padded([0.0, *(value for _, value in found)])
-    widest = max(svg.text_width(task, 12) for task, _ in found) + 14
-    numbers = max(svg.text_width(view.scale.signed(value), 12) for _, value in found)
+    domain = svg.padded([0.0, *(value for _, value in differences)])
+    widest = max(svg.text_width(task, 12) for task, _ in differences) + 14
+    numbers = max(svg.text_width(view.scale.signed(value), 12) for _, value in differences)
     left, right = min(widest, width * 0.36), width - numbers - 16
     x = svg.linear(domain, (left, right))
     parts = []
-    for index, (task, value) in enumerate(found):
+    for index, (task, value) in enumerate(differences):
         y = 14.0 + 18 * index
         fill = color if value > 0 else ink.paper
         label = svg.tag("title", svg.content(task)) + svg.text(
@@ -138,21 +138,21 @@ def _named_bars(
         dot = svg.marker("circle", x(value), y, color, fill, size=3.5)
         number = svg.text(view.scale.signed(value), width, y + 4, ink.muted, anchor="end", size=12)
         parts.append(svg.tag("g", label, bar, dot, number))
-    bottom = 14.0 + 18 * len(found)
+    bottom = 14.0 + 18 * len(differences)
     axis = _bottom_axis(view, x, domain, (left, right), 2.0, bottom, ink)
     return axis + "".join(parts), bottom + 44
 
 
 def _strip(
-    view: View, found: Sequence[tuple[str, float]], color: str, width: int, ink: Ink
+    view: View, differences: Sequence[tuple[str, float]], color: str, width: int, ink: Ink
 ) -> tuple[str, float]:
     height, top = 260.0, 26.0
-    domain = svg.padded([0.0, *(value for _, value in found)])
+    domain = svg.padded([0.0, *(value for _, value in differences)])
     y = svg.linear(domain, (height - 34, top))
     grid, left = value_axis(domain, y, width, view.scale.factor, ink)
-    step = (width - left - 4) / len(found)
+    step = (width - left - 4) / len(differences)
     parts = [svg.text(view.scale.difference_axis, 0, 13, ink.muted, size=12), grid]
-    for index, (task, value) in enumerate(found):
+    for index, (task, value) in enumerate(differences):
         top_edge, bottom_edge = sorted((y(value), y(0)))
         opacity = 1 if value > 0 else 0.45
         bar = svg.tag(
@@ -166,7 +166,7 @@ def _strip(
         )
         parts.append(bar)
     parts.append(svg.line(left, y(0), width, y(0), ink.muted))
-    note = f"{len(found)} tasks, sorted"
+    note = f"{len(differences)} tasks, sorted"
     parts.append(svg.text(note, width, height - 10, ink.muted, anchor="end", size=12))
     return "".join(parts), height
 
@@ -180,9 +180,9 @@ def _bottom_axis(
     bottom: float,
     ink: Ink,
 ) -> str:
-    """Vertical grid lines, a stronger one at zero, numbers and a title below."""
+    """Vertical grid lines (a stronger one at zero), with numbers and a title below."""
     parts = []
-    for tick in svg.ticks(*domain, about=max(2, int((span[1] - span[0]) / 60))):
+    for tick in svg.ticks(*domain, count=max(2, int((span[1] - span[0]) / 60))):
         color = ink.muted if tick == 0 else ink.line
         parts.append(svg.line(x(tick), top, x(tick), bottom, color))
         label = svg.tick_text(tick, view.scale.factor)

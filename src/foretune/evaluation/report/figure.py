@@ -1,4 +1,4 @@
-"""A drawn picture, and how the bases are told apart in all of them."""
+"""`Figure`, a drawn SVG figure, and the style of each base in all figures."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from foretune.evaluation.report import svg
 from foretune.evaluation.report.svg import Ink
 from foretune.evaluation.report.view import View
 
-NARROW = 480  # Below this width, labels move above their rows.
+NARROW = 480  # Below this width (pixels), labels move above their rows.
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A drawn picture.
+    """A drawn figure.
 
     Args:
-        title: What it shows, for those who cannot see it.
-        description: What is to be seen in it.
-        width: In pixels.
-        height: In pixels.
+        title: What it shows, for screen readers.
+        description: What can be seen in it, for screen readers.
+        width: Width in pixels.
+        height: Height in pixels.
         body: The markup inside the svg element.
     """
 
@@ -31,11 +31,11 @@ class Figure:
     body: str
 
     def inline(self, key: str) -> str:
-        """The svg element for the page; `key` makes its ids unique there."""
+        """The svg element for the page; `key` is the prefix that makes its ids unique."""
         return self._element(key, self.body, (0, 0, self.width, self.height))
 
     def standalone(self, ink: Ink) -> str:
-        """The same as a file of its own, with its title, a margin and the paper under it."""
+        """The content of an SVG file, with a visible title, a margin and a background."""
         side, above = 20.0, 52.0
         box = (-side, -above, self.width + 2 * side, self.height + above + side)
         ground = svg.tag(
@@ -71,7 +71,7 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How one base is told from the others, with and without colour."""
+    """How a base is drawn: distinct with and without colour."""
 
     color: str
     dash: str
@@ -80,26 +80,26 @@ class Style:
 
 
 def styles(view: View, ink: Ink) -> dict[str, Style]:
-    """One style a base; the model as it is is always the grey dotted one."""
-    found: dict[str, Style] = {}
+    """One style per base; the unmodified model is always grey and dotted."""
+    base_styles: dict[str, Style] = {}
     others = 0
     for name in view.names:
         if view.methods[name] == "none":
-            found[name] = Style(ink.series[0], svg.DASHES[0], svg.MARKERS[0], ink.paper)
+            base_styles[name] = Style(ink.series[0], svg.DASHES[0], svg.MARKERS[0], ink.paper)
             continue
         index = 1 + others % (len(ink.series) - 1)
         hollow = others >= len(ink.series) - 1
         others += 1
         color = ink.series[index]
         fill = ink.paper if hollow else color
-        found[name] = Style(color, svg.DASHES[index], svg.MARKERS[index], fill)
-    return found
+        base_styles[name] = Style(color, svg.DASHES[index], svg.MARKERS[index], fill)
+    return base_styles
 
 
 def value_axis(
     domain: tuple[float, float], y: Callable[[float], float], right: float, factor: float, ink: Ink
 ) -> tuple[str, float]:
-    """Horizontal grid lines with their numbers; the markup and where the plot begins."""
+    """Horizontal grid lines with their numbers: (markup, left edge of the plot)."""
     ticks = [(svg.tick_text(tick, factor), y(tick)) for tick in svg.ticks(*domain)]
     left = max([38.0, *(svg.text_width(label, 12) for label, _ in ticks)]) + 8
     parts = []

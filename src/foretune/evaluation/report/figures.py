@@ -1,4 +1,4 @@
-"""Which pictures a comparison has, by name."""
+"""The figures of a comparison, by file name."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from foretune.evaluation.report.view import View
 
 
 def all_figures(view: View, width: int, ink: Ink) -> dict[str, Figure]:
-    """Every picture that the comparison has data for, by its file name."""
-    found = {"few-shot-curves": few_shot_curves(view, width, ink)}
+    """All figures that the comparison has data for, by file name."""
+    figures = {"few-shot-curves": few_shot_curves(view, width, ink)}
     for shots in view.shots:
         if view.against_controls(shots):
-            found[forest_name(shots)] = forest(view, shots, width, ink)
+            figures[forest_name(shots)] = forest(view, shots, width, ink)
     focus = view.focus()
     if focus is not None:
-        found["task-differences"] = task_differences(view, focus, width, ink)
+        figures["task-differences"] = task_differences(view, focus, width, ink)
     if view.rank_scores():
-        found["spectrum-scores"] = spectrum_scores(view, width, ink)
+        figures["spectrum-scores"] = spectrum_scores(view, width, ink)
     if view.singular_values():
-        found["singular-values"] = singular_values(view, width, ink)
-    return found
+        figures["singular-values"] = singular_values(view, width, ink)
+    return figures
 
 
 def forest_name(shots: int | None) -> str:
-    """The name of the picture of paired differences at `shots`."""
+    """The file name of the figure of paired differences at `shots`."""
     return f"differences-{'all' if shots is None else shots}"

@@ -1,4 +1,4 @@
-"""Pictures with one line a base: few-shot curves and the spectrum."""
+"""Figures with one line per base: few-shot curves and the spectrum."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from foretune.evaluation.statistics import mean_interval
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One line of a chart: a base with its points, from left to right."""
+    """One line of a chart: a base with its points (column, mean), from left to right."""
 
     label: str
     style: Style
@@ -22,24 +22,24 @@ class Series:
 
 
 def few_shot_curves(view: View, width: int, ink: Ink) -> Figure:
-    """Mean score with its interval against the number of shots, one line a base."""
-    look = styles(view, ink)
+    """Mean score with its interval against the number of shots, one line per base."""
+    base_styles = styles(view, ink)
     series = [
         Series(
             view.labels[name],
-            look[name],
+            base_styles[name],
             [(i, view.means[name, k]) for i, k in enumerate(view.shots) if (name, k) in view.means],
         )
         for name in view.names
     ]
     leader = view.leader(view.judged)
-    described = f"One line a base, {len(series)} in all; the table below holds the numbers."
+    described = f"One line per base, {len(series)} in all; the table below holds the numbers."
     if leader is not None:
         at = view.shots_label(view.judged)
-        described = f"At {at} the highest mean is that of {view.labels[leader]}. {described}"
+        described = f"At {at}, {view.labels[leader]} has the highest mean. {described}"
     names = ["0" if k == 0 else "all" if k is None else f"{k}" for k in view.shots]
     return _line_chart(
-        [one for one in series if one.points],
+        [line for line in series if line.points],
         names,
         width,
         ink,
@@ -53,13 +53,13 @@ def few_shot_curves(view: View, width: int, ink: Ink) -> Figure:
 
 
 def spectrum_scores(view: View, width: int, ink: Ink) -> Figure:
-    """Mean score with adapters of each rank, one line a base."""
-    scores, look = view.rank_scores(), styles(view, ink)
+    """Mean score with adapters of each rank, one line per base."""
+    scores, base_styles = view.rank_scores(), styles(view, ink)
     ranks = sorted({rank for _, rank in scores})
     series = [
         Series(
             view.labels[name],
-            look[name],
+            base_styles[name],
             [
                 (i, Mean(*mean_interval([[value] for value in scores[name, rank]])))
                 for i, rank in enumerate(ranks)
@@ -69,7 +69,7 @@ def spectrum_scores(view: View, width: int, ink: Ink) -> Figure:
         for name in view.names
     ]
     return _line_chart(
-        [one for one in series if one.points],
+        [line for line in series if line.points],
         [str(rank) for rank in ranks],
         width,
         ink,
@@ -82,18 +82,22 @@ def spectrum_scores(view: View, width: int, ink: Ink) -> Figure:
 
 
 def singular_values(view: View, width: int, ink: Ink) -> Figure:
-    """How fast the singular values of the tasks' changes fall, one line a base."""
-    curves, look = view.singular_values(), styles(view, ink)
+    """Mean singular values of the changes by full fine-tuning, one line per base."""
+    curves, base_styles = view.singular_values(), styles(view, ink)
     longest = max(len(curve) for curve in curves.values())
     series = [
-        Series(view.labels[n], look[n], [(i, Mean(v, v, v)) for i, v in enumerate(curves[n])])
-        for n in view.names
-        if n in curves
+        Series(
+            view.labels[name],
+            base_styles[name],
+            [(i, Mean(v, v, v)) for i, v in enumerate(curves[name])],
+        )
+        for name in view.names
+        if name in curves
     ]
-    every = max(1, -(-longest // (16 if width >= NARROW else 8)))
+    label_step = max(1, -(-longest // (16 if width >= NARROW else 8)))
     return _line_chart(
         series,
-        [str(i + 1) if i % every == 0 else "" for i in range(longest)],
+        [str(i + 1) if i % label_step == 0 else "" for i in range(longest)],
         width,
         ink,
         title="Singular values of the tasks' changes relative to the largest",
@@ -119,12 +123,12 @@ def _line_chart(
     rule: tuple[float | None, str] = (None, ""),
     dodge: float = 7.0,
 ) -> Figure:
-    """Lines over evenly spaced columns, with intervals, a legend above and numbers at the axes."""
+    """Lines over evenly spaced columns, with intervals, a legend above and labelled axes."""
     legend, top = _legend(series, width, ink)
     top += 34.0
     bottom = top + (300.0 if width >= NARROW else 230.0)
     right = width - 10.0
-    domain = svg.padded([v for one in series for _, m in one.points for v in (m.low, m.high)])
+    domain = svg.padded([v for line in series for _, m in line.points for v in (m.low, m.high)])
     y = svg.linear(domain, (bottom, top))
     grid, left = value_axis(domain, y, right, factor, ink)
     step = (right - left) / len(columns)
@@ -140,18 +144,20 @@ def _line_chart(
         parts.append(
             svg.text(name, right, y(level) - 5, ink.muted, anchor="end", size=12, halo=ink.paper)
         )
-    # Neighbours stand side by side, so that their intervals do not hide one another.
+    # Points of one column are drawn side by side, so that their intervals do not overlap.
     if len(columns) == 1:
         dodge *= 6
     dodge = min(dodge, 0.6 * step / len(series))
-    for index, one in enumerate(series):
+    for index, line in enumerate(series):
         shift = (index - (len(series) - 1) / 2) * dodge
-        places = [(left + step * (i + 0.5) + shift, mean) for i, mean in one.points]
-        parts.append(_drawn(places, one.style, y))
+        places = [(left + step * (i + 0.5) + shift, mean) for i, mean in line.points]
+        parts.append(_draw_line(places, line.style, y))
     return Figure(title, description, width, bottom + 46, "".join(parts))
 
 
-def _drawn(places: Sequence[tuple[float, Mean]], style: Style, y: Callable[[float], float]) -> str:
+def _draw_line(
+    places: Sequence[tuple[float, Mean]], style: Style, y: Callable[[float], float]
+) -> str:
     bars = [
         svg.line(x, y(mean.low), x, y(mean.high), style.color, width=1.5)
         for x, mean in places
@@ -163,17 +169,19 @@ def _drawn(places: Sequence[tuple[float, Mean]], style: Style, y: Callable[[floa
 
 
 def _legend(series: Sequence[Series], width: int, ink: Ink) -> tuple[str, float]:
-    """Samples with their labels in as many rows as they need; the markup and its height."""
+    """Line samples with their labels in as many rows as needed: (markup, height)."""
     parts, x, y = [], 0.0, 14.0
-    for one in series:
-        label = svg.shorten(one.label, width - 50)
+    for line in series:
+        label = svg.shorten(line.label, width - 50)
         needed = 44 + svg.text_width(label) + 14
         if x > 0 and x + needed > width:
             x, y = 0.0, y + 22
         parts.append(
-            svg.polyline([(x + 1, y - 4), (x + 35, y - 4)], one.style.color, dash=one.style.dash)
+            svg.polyline([(x + 1, y - 4), (x + 35, y - 4)], line.style.color, dash=line.style.dash)
         )
-        parts.append(svg.marker(one.style.marker, x + 18, y - 4, one.style.color, one.style.fill))
+        parts.append(
+            svg.marker(line.style.marker, x + 18, y - 4, line.style.color, line.style.fill)
+        )
         parts.append(svg.text(label, x + 43, y, ink.text))
         x += needed
     return "".join(parts), y + 8

@@ -18,7 +18,7 @@ from foretune.evaluation.verdict import Contrast
 from foretune.evaluation.wording import choice_sentences, counted, p_text, shots_phrase
 from foretune.models.loading_code import loading_code
 
-WIDE_PX, NARROW_PX = 720, 340  # The page shows one or the other, so that text stays readable.
+WIDE_PX, NARROW_PX = 720, 340  # The page shows the one that fits, so that text stays readable.
 
 
 def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
@@ -26,7 +26,7 @@ def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
 
     Args:
         comparison: The content of `comparison.json`.
-        folder: Made if it is missing; an earlier report in it is replaced.
+        folder: Created if missing; an earlier report in it is replaced.
 
     Returns:
         The path of report.html.
@@ -76,7 +76,7 @@ def _page(view: View) -> str:
 
 
 def _variables(scheme: str, ink: Ink) -> str:
-    """The colours of one scheme as CSS variables, so that page and pictures share them."""
+    """The colours of one scheme as CSS variables, which page and figures share."""
     names = {"text": ink.text, "muted": ink.muted, "line": ink.line, "paper": ink.paper}
     names |= {f"series-{index}": color for index, color in enumerate(ink.series)}
     rule = ":root{" + "".join(f"--{name}:{color};" for name, color in names.items()) + "}\n"
@@ -99,7 +99,7 @@ def _markup(figure: Figure, key: str) -> Markup:
 
 
 def _facts(view: View) -> str:
-    """One line on what was measured."""
+    """One line that says what was measured."""
     comparison = view.comparison
     adapt, collection = comparison["adapt"], comparison.get("collection") or {}
     parts = []
@@ -128,22 +128,22 @@ def _means_table(view: View) -> dict[str, Any]:
 def _mean_cell(
     view: View, name: str, shots: int | None, highest: bool
 ) -> tuple[str, str, bool] | None:
-    found = view.means.get((name, shots))
-    if found is None:
+    mean = view.means.get((name, shots))
+    if mean is None:
         return None
     level = view.scale.level
-    return level(found.mean), f"{level(found.low)} to {level(found.high)}", highest
+    return level(mean.mean), f"{level(mean.low)} to {level(mean.high)}", highest
 
 
 def _differences(view: View) -> list[dict[str, Any]]:
-    """One block a number of shots; the one where the verdict was made comes first."""
+    """One block per number of shots; the one that the verdict is about comes first."""
     blocks = []
     for shots in sorted(view.shots, key=lambda k: k != view.judged):
         groups = view.against_controls(shots)
         if groups:
             label = view.shots_label(shots)
             tables = [
-                (view.rival(b), [_difference_row(view, one) for one in members])
+                (view.rival(b), [_difference_row(view, pair) for pair in members])
                 for b, members in groups
             ]
             block = {"label": label, "figure": forest_name(shots), "groups": tables}
@@ -151,14 +151,14 @@ def _differences(view: View) -> list[dict[str, Any]]:
     return blocks
 
 
-def _difference_row(view: View, one: Contrast) -> dict[str, Any]:
+def _difference_row(view: View, pair: Contrast) -> dict[str, Any]:
     return {
-        "a": view.labels[one.a],
-        "difference": view.scale.signed(one.difference),
-        "interval": view.scale.interval(one.low, one.high),
-        "p": p_text(one.p_holm),
-        "record": f"{one.wins} / {one.ties} / {one.losses}",
-        "is_clear": one.better or one.worse,
+        "a": view.labels[pair.a],
+        "difference": view.scale.signed(pair.difference),
+        "interval": view.scale.interval(pair.low, pair.high),
+        "p": p_text(pair.p_holm),
+        "record": f"{pair.wins} / {pair.ties} / {pair.losses}",
+        "is_clear": pair.better or pair.worse,
     }
 
 
@@ -166,7 +166,7 @@ def _tasks(view: View) -> dict[str, Any] | None:
     focus = view.focus()
     if focus is None:
         return None
-    found = view.task_differences(focus.a, focus.b, view.judged)
+    differences = view.task_differences(focus.a, focus.b, view.judged)
     return {
         "a": view.labels[focus.a],
         "b": view.rival(focus.b),
@@ -174,7 +174,7 @@ def _tasks(view: View) -> dict[str, Any] | None:
         "wins": focus.wins,
         "losses": focus.losses,
         "ties": focus.ties,
-        "rows": [(task, view.scale.signed(value)) for task, value in found],
+        "rows": [(task, view.scale.signed(value)) for task, value in differences],
     }
 
 
@@ -189,8 +189,8 @@ def _costs(base: Mapping[str, Any]) -> dict[str, Any]:
 def _cost(base: Mapping[str, Any], stage: str) -> list[str]:
     cost = base.get(stage) or {}
     rates = cost.get("learning_rates") or [cost.get("learning_rate")]
-    known = dict.fromkeys(f"{rate:g}" for rate in rates if rate is not None)
-    return [", ".join(known) or "–", *_cost_cells(cost)]
+    distinct = dict.fromkeys(f"{rate:g}" for rate in rates if rate is not None)
+    return [", ".join(distinct) or "–", *_cost_cells(cost)]
 
 
 def _cost_cells(cost: Mapping[str, Any]) -> list[str]:
@@ -204,16 +204,20 @@ def _cost_cells(cost: Mapping[str, Any]) -> list[str]:
 
 
 def _rank_costs(view: View) -> list[dict[str, Any]]:
-    """Each base's score and cost at each rank of the spectrum, and with all weights."""
+    """Score and cost of each base at each rank of the spectrum, and with all weights."""
     scores = view.rank_scores()
-    found: dict[str, list[list[str]]] = {name: [] for name in view.names}
+    rows_by_base: dict[str, list[list[str]]] = {name: [] for name in view.names}
     for cost in (view.comparison.get("spectrum") or {}).get("costs") or []:
-        own = scores.get((cost["base"], cost["rank"]))
-        level = "–" if own is None else view.scale.level(sum(own) / len(own))
+        base_scores = scores.get((cost["base"], cost["rank"]))
+        level = "–"
+        if base_scores is not None:
+            level = view.scale.level(sum(base_scores) / len(base_scores))
         rank = "all weights" if cost["rank"] is None else f"rank {cost['rank']}"
         tasks = counted(cost["num_tasks"], "task")
-        found[cost["base"]].append([rank, level, tasks, *_cost_cells(cost)])
-    return [{"label": view.labels[name], "rows": rows} for name, rows in found.items() if rows]
+        rows_by_base[cost["base"]].append([rank, level, tasks, *_cost_cells(cost)])
+    return [
+        {"label": view.labels[name], "rows": rows} for name, rows in rows_by_base.items() if rows
+    ]
 
 
 def _duration(seconds: float) -> str:
@@ -231,8 +235,8 @@ def _large(number: float) -> str:
 
 
 def _searches(view: View) -> list[dict[str, Any]]:
-    """Each search that tried something: the base, the stage, the rates and what they scored."""
-    found = []
+    """One entry per search that tried several rates: base, stage, rates and their scores."""
+    searches = []
     for base in view.bases:
         for stage, verb in (("retrain", "retraining"), ("adapt", "adapting")):
             record = base.get(stage) or {}
@@ -240,13 +244,13 @@ def _searches(view: View) -> list[dict[str, Any]]:
             if tried:
                 chosen = record.get("learning_rate")
                 rows = [_tried(view, trial, chosen) for trial in tried]
-                found.append({"label": base["label"], "stage": verb, "rows": rows})
-    return found
+                searches.append({"label": base["label"], "stage": verb, "rows": rows})
+    return searches
 
 
 def _choices(view: View) -> list[dict[str, Any]]:
-    """What `auto` tried in each repeat: candidate, rounds, score, how far the choice is above."""
-    found = []
+    """What `auto` tried in each repeat: candidates, rounds, scores, lead of the chosen one."""
+    tables = []
     for base in view.bases:
         for number, choice in enumerate(base.get("choices") or []):
             above = {row["over"]: row for row in choice["above"]}
@@ -261,8 +265,8 @@ def _choices(view: View) -> list[dict[str, Any]]:
                     ahead = f"{view.scale.signed(row['difference'])} ({interval})"
                 chosen = name == choice["chosen"]
                 rows.append((name, choice["rounds"][name], level, ahead, chosen))
-            found.append({"label": base["label"], "seed": number, "rows": rows})
-    return found
+            tables.append({"label": base["label"], "seed": number, "rows": rows})
+    return tables
 
 
 def _tried(view: View, trial: Mapping[str, Any], chosen: float | None) -> tuple[str, str, bool]:
@@ -272,10 +276,10 @@ def _tried(view: View, trial: Mapping[str, Any], chosen: float | None) -> tuple[
 
 
 def _load(view: View) -> list[tuple[str, str, Sequence[str]]]:
-    """Label, path and code of every base that was kept on disk, the recommended one first."""
-    kept = [base for base in view.bases if base.get("path")]
-    kept.sort(key=lambda base: base["name"] != view.best)
-    return [(base["label"], base["path"], _code(base)) for base in kept]
+    """(label, path, code) of every base that was saved to disk, the recommended one first."""
+    saved = [base for base in view.bases if base.get("path")]
+    saved.sort(key=lambda base: base["name"] != view.best)
+    return [(base["label"], base["path"], _code(base)) for base in saved]
 
 
 def _code(base: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The comparison as one small table for a terminal."""
+"""The comparison as a small table for a terminal."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from foretune.evaluation.report.view import View
 
 
 def summary_rows(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """One row a base: its means, and its differences from the controls where it was judged.
+    """One row per base: its means, and its differences from the controls at the judged shots.
 
     Args:
         comparison: The content of `comparison.json`.
 
     Returns:
-        The header, and rows of as many cells. Plain text: a label may hold any character, so
-        escape it for a terminal that reads markup. An empty cell was not measured.
+        The header, and rows with as many cells, in plain text: a label may contain any character,
+        so escape it for a terminal that reads markup. An empty cell was not measured.
     """
     view = View(comparison)
     at = view.shots_label(view.judged)
@@ -29,7 +29,7 @@ def summary_rows(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[st
             mean = view.means.get((name, shots))
             row.append("" if mean is None else view.scale.level(mean.mean))
         for control in view.controls:
-            one = None if control == name else view.contrast(name, control, view.judged)
-            row.append("" if one is None else view.difference_text(one))
+            pair = None if control == name else view.contrast(name, control, view.judged)
+            row.append("" if pair is None else view.difference_text(pair))
         rows.append(row)
     return header, rows

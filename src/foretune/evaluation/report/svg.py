@@ -1,4 +1,4 @@
-"""The few SVG pieces that the figures are made of: tags, colours, markers, scales and axes."""
+"""Building blocks of the SVG figures: tags, colours, markers, scales and ticks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from xml.sax.saxutils import escape, quoteattr
 
-# Characters that XML forbids whatever the escaping; a task may be named by a user's stray bytes.
+# Characters that XML forbids even when escaped; names of tasks come from the user's data.
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -18,11 +18,11 @@ class Ink:
     """Colours of a figure.
 
     Args:
-        text: Of labels.
-        muted: Of axes' numbers and notes.
-        line: Of grid lines.
-        paper: Of the ground, which hollow markers are filled with.
-        series: Of the bases, first the model as it is.
+        text: Colour of labels.
+        muted: Colour of notes and of numbers at axes.
+        line: Colour of grid lines.
+        paper: Colour of the background and inside hollow markers.
+        series: Colours of the bases, the unmodified model first.
     """
 
     text: str
@@ -59,23 +59,23 @@ FONT = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu San
 
 
 def clean(text: object) -> str:
-    """Text without the characters that no XML file may hold."""
+    """Text with the characters that XML forbids replaced."""
     return FORBIDDEN.sub("�", str(text))
 
 
 def content(text: object) -> str:
-    """Text as markup."""
+    """Text escaped as markup."""
     return escape(clean(text))
 
 
 def tag(name: str, *children: str, **attributes: object) -> str:
-    """One element; children are markup, attributes are escaped and written with hyphens."""
-    written = "".join(
+    """One element; children are markup, attributes are escaped and `_` becomes a hyphen."""
+    markup = "".join(
         f" {key.strip('_').replace('_', '-')}={quoteattr(_value(value))}"
         for key, value in attributes.items()
         if value is not None
     )
-    return f"<{name}{written}>{''.join(children)}</{name}>" if children else f"<{name}{written}/>"
+    return f"<{name}{markup}>{''.join(children)}</{name}>" if children else f"<{name}{markup}/>"
 
 
 def _value(value: object) -> str:
@@ -93,7 +93,7 @@ def text(
     weight: int = 400,
     halo: str = "",
 ) -> str:
-    """A line of text with its baseline at y; a halo keeps it readable across other lines."""
+    """A line of text with its baseline at y; a halo keeps it readable over lines."""
     style = f"fill:{ink};font-size:{size}px;font-weight:{weight}"
     if halo:
         style += f";stroke:{halo};stroke-width:5px;stroke-linejoin:round;paint-order:stroke"
@@ -116,7 +116,7 @@ def polyline(points: Sequence[tuple[float, float]], ink: str, *, dash: str = "")
 
 
 def marker(kind: str, x: float, y: float, ink: str, fill: str, *, size: float = 4.5) -> str:
-    """A marker of one of the MARKERS around (x, y)."""
+    """A marker around (x, y); `kind` is one of MARKERS."""
     style = f"fill:{fill};stroke:{ink};stroke-width:2"
     if kind == "circle":
         return tag("circle", cx=x, cy=y, r=size, style=style)
@@ -137,7 +137,7 @@ def marker(kind: str, x: float, y: float, ink: str, fill: str, *, size: float = 
 
 
 def text_width(written: str, size: int = 13) -> float:
-    """A generous estimate of a text's width in pixels, whichever font the reader has."""
+    """A generous estimate of a text's width in pixels, whatever the font."""
     return sum(_glyph_width(glyph) for glyph in written) * size
 
 
@@ -150,7 +150,7 @@ def _glyph_width(glyph: str) -> float:
 
 
 def shorten(written: str, width: float, size: int = 13) -> str:
-    """The text cut to fit `width` pixels, with an ellipsis where it was cut."""
+    """The text, truncated with an ellipsis if it is wider than `width` pixels."""
     if text_width(written, size) <= width:
         return written
     while len(written) > 1 and text_width(written + "…", size) > width:
@@ -159,18 +159,18 @@ def shorten(written: str, width: float, size: int = 13) -> str:
 
 
 def linear(domain: tuple[float, float], pixels: tuple[float, float]) -> Callable[[float], float]:
-    """Maps the domain to pixels."""
+    """The linear map from the domain to pixels."""
     (low, high), (first, last) = domain, pixels
     return lambda value: first + (value - low) / (high - low) * (last - first)
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers between low and high, about as many as asked for.
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers between low and high.
 
     >>> ticks(0.31, 0.52)
     [0.35, 0.4, 0.45, 0.5]
     """
-    raw = (high - low) / max(about, 1)
+    raw = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * nice for nice in (1, 2, 2.5, 5, 10) if power * nice >= raw * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -178,12 +178,12 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def padded(values: Sequence[float], share: float = 0.06) -> tuple[float, float]:
-    """A domain that holds the values with some air, never empty."""
+    """The range of the values with a margin on both sides, never empty."""
     low, high = min(values), max(values)
-    air = (high - low) * share or abs(high) * share or 1.0
-    return low - air, high + air
+    margin = (high - low) * share or abs(high) * share or 1.0
+    return low - margin, high + margin
 
 
 def tick_text(value: float, factor: float) -> str:
-    """A tick's number in the metric's unit."""
+    """The label of a tick in the unit of the metric."""
     return f"{value * factor:g}".replace("-", "−")

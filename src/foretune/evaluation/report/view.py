@@ -1,4 +1,4 @@
-"""What the page, the figures and the terminal read from a comparison, in the order they show it."""
+"""What the page, the figures and the terminal show of a comparison, in their order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Mean:
 
 
 class View:
-    """A comparison, read-only, with the look-ups that all parts of a report share.
+    """A read-only comparison with the lookups that all parts of a report share.
 
     Args:
         comparison: The content of `comparison.json`.
@@ -46,15 +46,15 @@ class View:
 
     @property
     def controls(self) -> list[str]:
-        """The names of the controls, the model as it is first."""
+        """The names of the controls, the unmodified model first."""
         return [name for m in CONTROLS for name in self.names if self.methods[name] == m]
 
     def rival(self, name: str) -> str:
-        """How a base is called after 'over' or 'against'."""
+        """The label of a base after 'over' or 'against'."""
         return AS_IT_IS if self.methods[name] == "none" else self.labels[name]
 
     def shots_label(self, shots: int | None) -> str:
-        """The title of a column of this comparison."""
+        """The title of the column for a number of shots."""
         return shots_label(shots, self.shots_unit)
 
     def leader(self, shots: int | None) -> str | None:
@@ -66,36 +66,36 @@ class View:
         """The pair of two bases, read as a − b."""
         return contrast(self.comparison["pairs"], a, b, shots)
 
-    def difference_text(self, one: Contrast) -> str:
+    def difference_text(self, pair: Contrast) -> str:
         """A difference with its interval: '+5.5 (+2.9 to +8.1)'."""
-        interval = self.scale.interval(one.low, one.high)
-        return f"{self.scale.signed(one.difference)} ({interval})"
+        interval = self.scale.interval(pair.low, pair.high)
+        return f"{self.scale.signed(pair.difference)} ({interval})"
 
     def against_controls(self, shots: int | None) -> list[tuple[str, list[Contrast]]]:
-        """For each control: what stands against it. Without controls: every pair on its own."""
+        """For each control, the pairs of other bases with it; without controls, all pairs."""
         groups: dict[str, list[Contrast]] = {}
         rivals = self.controls or self.names
         for index, b in enumerate(rivals):
-            taken = set(rivals[:index])
-            found = [self.contrast(a, b, shots) for a in self.names if a not in taken | {b}]
-            groups[b] = [one for one in found if one is not None]
+            excluded = {b, *rivals[:index]}
+            pairs = [self.contrast(a, b, shots) for a in self.names if a not in excluded]
+            groups[b] = [pair for pair in pairs if pair is not None]
         return [(b, members) for b, members in groups.items() if members]
 
     def focus(self) -> Contrast | None:
-        """The one pair whose tasks are shown: the recommended base against the best control."""
+        """The pair that is shown task by task: the recommended base against the best control."""
         candidates = [name for name in self.names if self.methods[name] != "none"]
         proven = [name for name in candidates if name == self.best and name not in self.controls]
         peft_ml = [name for name in candidates if self.methods[name] == "peft-ml"]
         others = [name for name in candidates if name not in self.controls]
         for a in proven + peft_ml + others + candidates:
             for b in [*reversed(self.controls), *self.names]:
-                found = self.contrast(a, b, self.judged) if a != b else None
-                if found is not None:
-                    return found
+                pair = self.contrast(a, b, self.judged) if a != b else None
+                if pair is not None:
+                    return pair
         return None
 
     def task_differences(self, a: str, b: str, shots: int | None) -> list[tuple[str, float]]:
-        """Each task's mean of a − b over the seeds that both have, the highest first."""
+        """(task, mean of a − b over the seeds of both), in descending order."""
         cells: dict[str, dict[tuple[str, int], float]] = {a: {}, b: {}}
         for row in self.comparison["scores"]:
             if row["base"] in cells and row["shots"] == shots:
@@ -103,27 +103,27 @@ class View:
         by_task: dict[str, list[float]] = defaultdict(list)
         for key in cells[a].keys() & cells[b].keys():
             by_task[key[0]].append(cells[a][key] - cells[b][key])
-        found = [(task, sum(values) / len(values)) for task, values in by_task.items()]
-        return sorted(found, key=lambda item: (-item[1], item[0]))
+        differences = [(task, sum(values) / len(values)) for task, values in by_task.items()]
+        return sorted(differences, key=lambda item: (-item[1], item[0]))
 
     def rank_scores(self) -> dict[tuple[str, int], list[float]]:
-        """The spectrum's scores of the tasks for each base and rank."""
-        found: dict[tuple[str, int], list[float]] = defaultdict(list)
+        """The scores of the tasks in the spectrum by (base, rank)."""
+        scores: dict[tuple[str, int], list[float]] = defaultdict(list)
         for row in (self.comparison.get("spectrum") or {}).get("rows") or []:
-            found[row["base"], row["rank"]].append(row["score"])
-        return dict(found)
+            scores[row["base"], row["rank"]].append(row["score"])
+        return dict(scores)
 
     def singular_values(self) -> dict[str, list[float]]:
-        """Each base's singular values relative to the largest, averaged over modules and tasks."""
-        found: dict[str, list[Sequence[float]]] = defaultdict(list)
+        """Singular values by base relative to the largest, averaged over modules and tasks."""
+        curves: dict[str, list[Sequence[float]]] = defaultdict(list)
         for row in (self.comparison.get("spectrum") or {}).get("changes") or []:
             if row["values"] and row["values"][0] > 0:
-                found[row["base"]].append([value / row["values"][0] for value in row["values"]])
-        return {base: _ragged_mean(curves) for base, curves in found.items()}
+                curves[row["base"]].append([value / row["values"][0] for value in row["values"]])
+        return {base: _ragged_mean(members) for base, members in curves.items()}
 
 
 def _ragged_mean(curves: Sequence[Sequence[float]]) -> list[float]:
-    """The mean at each index over the curves that reach it."""
+    """The mean at each index over the curves that are long enough."""
     longest = max(len(curve) for curve in curves)
     columns = [[curve[i] for curve in curves if i < len(curve)] for i in range(longest)]
     return [sum(column) / len(column) for column in columns]

@@ -1,4 +1,4 @@
-"""Commented recipes for `foretune init`."""
+"""Commented recipe templates for `foretune init`."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class Denoising(Objective):
 @cache
 def _scheduler(num_steps: int, schedule: str) -> Any:
     try:
-        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+        from diffusers import DDPMScheduler
     except ImportError as error:
         raise UserError(
             "objective denoising needs diffusers; pip install 'foretune[diffusion]' would do"

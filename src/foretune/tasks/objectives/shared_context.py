@@ -138,7 +138,8 @@ def _together(
     seen &= torch.ones(length, length, dtype=torch.bool, device=part.device).tril()
     seen &= (part != PADDING)[:, None, :] | torch.eye(length, dtype=torch.bool, device=part.device)
     mask = seen[:, None]
-    if model.config._attn_implementation == "eager":  # adds the mask instead of choosing by it
+    # Private, as there is no public getter. "eager" adds the mask instead of choosing by it.
+    if model.config._attn_implementation == "eager":
         dtype = next(model.parameters()).dtype
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     call = {

@@ -1,0 +1,90 @@
+"""The folder of a `ReferenceStore`: safetensors, metadata and rows."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from foretune.errors import UserError
+from foretune.files import whole_folder, write_whole
+
+TENSORS, METADATA, ROWS = "store.safetensors", "store.json", "rows.jsonl"
+
+
+def check_place(folder: Path, *, overwrite: bool) -> None:
+    """Checks that a store may be written to this folder.
+
+    Raises:
+        UserError: The folder is not empty, and it is no store or `overwrite` is false.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; a store is a folder")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if names and not overwrite:
+        raise UserError(f"{folder} is not empty: --overwrite replaces a store; or choose another")
+    if names and METADATA not in names:
+        raise UserError(
+            f"{folder} is not a store ({', '.join(names[:3])}, …) and is not overwritten; choose "
+            "another folder"
+        )
+
+
+def write_store(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    rows: Sequence[Mapping[str, Any]],
+    metadata: Mapping[str, Any],
+) -> None:
+    """Writes the three files of a store: all of them or none."""
+    with whole_folder(folder) as part:
+        save_file(tensors, part / TENSORS, metadata={"format": "pt"})
+        lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
+        (part / ROWS).write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        (part / METADATA).write_text(_as_text(metadata), "utf-8")
+
+
+def write_metadata(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Replaces `store.json`."""
+    write_whole(folder / METADATA, _as_text(metadata))
+
+
+def read_store(folder: Path) -> tuple[dict[str, Tensor], list[Any], dict[str, Any]]:
+    """(tensors, rows, metadata) of a store's folder; call it within `damage_reported`.
+
+    Raises:
+        UserError: A file is missing.
+    """
+    for name in (TENSORS, METADATA, ROWS):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} is no store: it has no {name}; foretune datastore build makes one"
+            )
+    metadata = json.loads((folder / METADATA).read_text("utf-8"))
+    lines = (folder / ROWS).read_text("utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
+    return load_file(folder / TENSORS), rows, metadata
+
+
+@contextlib.contextmanager
+def damage_reported(folder: Path) -> Iterator[None]:
+    """Inside the block, errors of malformed files become a UserError.
+
+    Raises:
+        UserError: The store is damaged.
+    """
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{folder} is a damaged store: {reason}; rebuild it") from error
+
+
+def _as_text(metadata: Mapping[str, Any]) -> str:
+    return json.dumps(metadata, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,70 @@
+"""A wing is one folder: without it, its command, its tests and its rows the rest still works.
+
+Each test copies the tree, removes a wing and runs the fast tests of what is left.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WINGS = ("fusion", "pruning", "decoding", "forecasting", "source_free", "theory")
+# Where a wing is named by a row: tables of entry points, lists of commands.
+TABLES = (
+    "src/foretune/__init__.py",
+    "src/foretune/__init__.pyi",
+    "src/foretune/methods/__init__.py",
+    "src/foretune/models/loading.py",
+    "src/foretune/recipes/schema.py",
+    "src/foretune/tasks/objectives/__init__.py",
+)
+COPIED = ("src", "tests", "docs", "benchmarks", "examples")
+# What is about all methods at once: pages, tables of results, and this file.
+ABOUT_ALL = ("tests/promises", "tests/claims")
+
+
+def commands_of(wing: str) -> list[str]:
+    """The modules of the command line that call the wing."""
+    files = (ROOT / "src/foretune/cli").glob("*.py")
+    return sorted(f.stem for f in files if f"foretune.{wing}." in f.read_text("utf-8"))
+
+
+def remove(wing: str, tree: Path) -> None:
+    """Removes the wing's folders, and every line of the tables that names it."""
+    shutil.rmtree(tree / "src/foretune" / wing)
+    shutil.rmtree(tree / "tests" / wing)
+    commands = commands_of(wing)
+    for command in commands:
+        (tree / "src/foretune/cli" / f"{command}.py").unlink()
+    patterns = dict.fromkeys(TABLES, rf"\bforetune\.{wing}\b")
+    modules = "|".join(commands)
+    patterns["src/foretune/cli/__init__.py"] = rf"^\s*({modules}),$|[(]({modules})\."
+    for table, pattern in patterns.items():
+        lines = (tree / table).read_text("utf-8").splitlines(keepends=True)
+        left = [line for line in lines if not re.search(pattern, line.rstrip("\n"))]
+        (tree / table).write_text("".join(left), "utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wing", WINGS)
+def test_the_rest_works_without_a_wing(wing, tmp_path):
+    for folder in COPIED:
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    remove(wing, tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"}
+    options = ["-n", "2", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider"]
+    left_out = [f"--ignore={folder}" for folder in ABOUT_ALL]
+    command = [sys.executable, "-m", "pytest", *options, *left_out]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
