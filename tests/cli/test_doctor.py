@@ -61,7 +61,7 @@ def test_a_missing_library_is_to_be_fixed_and_one_of_an_extra_is_not(
 ) -> None:
     installed.update({"transformers": None, "faiss-cpu": None})
     missing = doctor._library(NEEDED, "5.24.0")
-    assert missing is not None and (missing.found, missing.state) == ("missing", "fix")
+    assert missing is not None and (missing.value, missing.state) == ("missing", "fix")
     assert doctor._library(OPTIONAL, "1.15.1") is None
 
 

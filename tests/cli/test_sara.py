@@ -75,7 +75,7 @@ def test_one_sparse_file_per_task_comes_out(base: nn.Module) -> None:
     [
         (["fields.fractoin=0.1"], 'sara has no field "fractoin".*Did you mean "fraction"'),
         (["fields.fraction=2"], "fraction must be a number above 0 and at most 1, or None; got 2"),
-        (["fields.threshold=1e-9"], "raise threshold, or give fraction"),
+        (["fields.threshold=1e-9"], "raise threshold, or set fraction"),
         (["fields=3"], "fields"),
     ],
 )

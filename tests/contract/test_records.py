@@ -137,13 +137,13 @@ def test_name_of_another_verb_is_worded_as_its_record():
         method_class_of("lora", "retrain")
     record_message, name_message = str(by_record.value), str(by_name.value)
     assert record_message.split(";")[0] == name_message.split(";")[0]
-    assert name_message.endswith("; methods to retrain with: " + ", ".join(methods_of("retrain")))
+    assert name_message.endswith("; methods for retrain: " + ", ".join(methods_of("retrain")))
 
 
 def test_unknown_name_is_looked_for_among_the_methods_of_the_verb():
-    with pytest.raises(UserError, match=r'^no method "loraa" to adapt with.*Did you mean "lora"?'):
+    with pytest.raises(UserError, match=r'^no method "loraa" for adapt.*Did you mean "lora"?'):
         method_class_of("loraa", "adapt")
-    with pytest.raises(UserError, match=r'^no method "loraa" to retrain with; .*auto\.$'):
+    with pytest.raises(UserError, match=r'^no method "loraa" for retrain; .*auto\.$'):
         method_class_of("loraa", "retrain")
 
 

@@ -47,7 +47,7 @@ def test_an_adapted_folder_is_measured_beside_constant_velocity(world, tmp_path,
     ]
     assert all(f"minFDE{modes}" in row and f"MR{modes}" in row for row in rows)
     assert page.read_text().count("<svg") == 2
-    assert "already exists: --overwrite replaces it" in the_error(
+    assert "exists: --overwrite replaces it" in the_error(
         "forecast", "eval", world / method, "--scenes", world / "s.npz", "--out", page
     )
 

@@ -56,6 +56,7 @@ class SparseDelta:
         UserError: No entry is selected outside the heads.
 
     Example:
+        >>> from foretune.adapters.entries import entries_below
         >>> model = nn.Linear(3, 2)
         >>> delta = SparseDelta(model, entries_below(model, 0.1), threshold=0.1)
         >>> optimizer = delta.write_after(torch.optim.AdamW(delta.parameters(), lr=0.1))

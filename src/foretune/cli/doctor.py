@@ -9,10 +9,10 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from packaging.requirements import Requirement
@@ -29,34 +29,41 @@ LITTLE_DISK_GB, LITTLE_MEMORY_GB = 2, 2
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Args:
-        name: What.
-        found: What it is.
-        state: "ok", "note" (works, with less) or "fix" (must be put right).
+        name: What was checked.
+        value: What it is on this machine; "found" in the table and in JSON.
+        state: "ok", "note" (works, with a limitation) or "fix" (must be fixed first).
         advice: What to do about it.
     """
 
     name: str
-    found: str
+    value: str
     state: str = "ok"
     advice: str = ""
 
 
 def doctor(json: Json = False) -> None:
-    """Look at this machine and say what to fix."""
+    """Check this machine and say what to fix."""
     with quiet_stdout():
-        checks = [check for look in CHECKS for check in look()]
+        checks = [check for run_checks in CHECKS for check in run_checks()]
     bad = any(check.state == "fix" for check in checks)
     if json:
-        emit_json({"ready": not bad, "checks": [asdict(check) for check in checks]})
+        records = [
+            {"name": c.name, "found": c.value, "state": c.state, "advice": c.advice} for c in checks
+        ]
+        emit_json({"ready": not bad, "checks": records})
     else:
-        emit(table(["", "check", "found"], [[c.state, c.name, c.found] for c in checks]))
+        emit(table(["", "check", "found"], [[c.state, c.name, c.value] for c in checks]))
         advice = [f"{c.name}: {c.advice}" for c in checks if c.advice]
         emit("\n" + ("\n".join(advice) if advice else "Nothing to fix."))
     if bad:
-        raise typer.Exit(1)
+        _fail()
+
+
+def _fail() -> NoReturn:
+    raise typer.Exit(1)
 
 
 def _versions() -> list[Check]:
@@ -73,16 +80,15 @@ def _python(version: tuple[int, ...]) -> Check:
 
 
 def _libraries() -> list[Check]:
-    """What foretune needs, and what its extras need as far as it is here: is it a tested version?
+    """Whether each dependency, and each installed dependency of an extra, has a tested version.
 
-    The oldest versions tested are the lower bounds that foretune is installed with, the newest are
-    written by `make lock`.
+    The oldest tested versions are foretune's lower bounds, the newest are written by `make lock`.
     """
     try:
         required = importlib.metadata.requires("foretune") or []
     except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
         required = []
-    requirements = {canonicalize_name(one.name): one for one in map(Requirement, required)}
+    requirements = {canonicalize_name(r.name): r for r in map(Requirement, required)}
     lines = (resources.files(__package__) / "tested.txt").read_text("utf-8").splitlines()
     pins = [line.split("==") for line in lines if not line.startswith("#")]
     checks = [
@@ -94,7 +100,7 @@ def _libraries() -> list[Check]:
 
 
 def _library(requirement: Requirement, newest: str) -> Check | None:
-    """How its installed version lies to the tested ones; None for a missing one of an extra."""
+    """Compares the installed version with those tested; None for a missing one of an extra."""
     name = requirement.name
     try:
         installed = importlib.metadata.version(name)
@@ -120,14 +126,16 @@ def _device() -> list[Check]:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
-        found = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GB free"
+        value = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GB free"
         bf16 = torch.cuda.is_bf16_supported()
-        checks = [Check("device", found), Check("bf16", "yes" if bf16 else "no")]
+        checks = [Check("device", value), Check("bf16", "yes" if bf16 else "no")]
     else:
         checks = [Check("device", "cpu, no CUDA device", "note")]
     threads, cores = torch.get_num_threads(), _cores()
     many = threads > cores
-    advice = f"set OMP_NUM_THREADS={cores}: more threads than cores slow each other" if many else ""
+    advice = (
+        f"set OMP_NUM_THREADS={cores}: more threads than cores slow one another" if many else ""
+    )
     checks.append(Check("threads", f"{threads} of {cores} cores", "note" if many else "ok", advice))
     return checks
 
@@ -137,14 +145,14 @@ def _memory() -> list[Check]:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     except (ValueError, OSError, AttributeError):
         return []
-    try:  # what the system would free on demand counts as well
+    try:  # includes what the system frees on demand
         with Path("/proc/meminfo").open() as lines:
             available = next(line for line in lines if line.startswith("MemAvailable"))
         free = int(available.split()[1]) / 2**20
     except (OSError, StopIteration):
         pass
     little = free < LITTLE_MEMORY_GB
-    advice = "the quickstart wants 2 GB: close something" if little else ""
+    advice = "the quickstart needs 2 GB: close other programs" if little else ""
     return [Check("memory", f"{free:.1f} GB free", "note" if little else "ok", advice)]
 
 

@@ -13,6 +13,7 @@ import typer
 
 from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
 from foretune.errors import UserError
+from foretune.files import claim_file
 
 
 def generate(
@@ -188,8 +189,7 @@ def _check_figure(
         return
     if out.suffix != ".svg":
         raise UserError(f"--out must be an .svg file, got {out}")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists: --overwrite replaces it")
+    claim_file(out, overwrite=overwrite)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from foretune.cli.output import Json, emit, emit_json
-from foretune.errors import UserError
+from foretune.files import claim_file
 
 DEFAULT_FILE = "recipe.yaml"
 
@@ -27,7 +27,7 @@ def init(
     from foretune.recipes.templates import template_text
 
     text = template_text(template)
-    _check_file(file, overwrite)
+    claim_file(file, overwrite=overwrite)
     file.parent.mkdir(parents=True, exist_ok=True)
     name = "".join(c if c.isalnum() or c in "_.-" else "-" for c in file.stem)
     file.write_text(
@@ -37,10 +37,3 @@ def init(
         emit_json({"recipe": str(file), "template": template})
         return
     emit(f"Wrote {file}. Set tasks.source, then: foretune plan {file}")
-
-
-def _check_file(file: Path, overwrite: bool) -> None:
-    if file.is_dir():
-        raise UserError(f"{file} is a folder; name a file, such as {file / DEFAULT_FILE}")
-    if file.exists() and not overwrite:
-        raise UserError(f"{file} exists already; use --overwrite or another name")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
-from foretune.errors import UserError
+from foretune.files import claim_file
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -182,5 +182,5 @@ def evaluate(
 
 
 def _check_report(report: Path | None, overwrite: bool) -> None:
-    if report is not None and report.exists() and not overwrite:
-        raise UserError(f"{report} exists: --overwrite replaces it")
+    if report is not None:
+        claim_file(report, overwrite=overwrite)

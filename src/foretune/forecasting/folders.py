@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
-from foretune.files import CONFIG_FILE, claim_model_folder, whole_folder, write_whole
+from foretune.files import CONFIG_FILE, claim_file, claim_model_folder, whole_folder, write_whole
 from foretune.forecasting.config import ForecastMAEConfig
 from foretune.methods import make, method_class
 from foretune.recipes.console import SILENT, Console
@@ -233,8 +233,8 @@ def evaluate_folder(
     from foretune.forecasting.report import forecast_page, scene_figure
     from foretune.forecasting.scenes import in_focal_frame
 
-    if page is not None and page.exists() and not overwrite:
-        raise UserError(f"{page} already exists: --overwrite replaces it, or choose another --out")
+    if page is not None:
+        claim_file(page, overwrite=overwrite)
     models = _AdaptedModels(folder, base)
     objective = foretune.Forecast(**_steps(models.sizes))
     tasks = _load(scenes, models.sizes)
