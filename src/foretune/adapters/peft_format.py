@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from foretune.adapters.bank import AdapterBank
 from foretune.adapters.fingerprint import fingerprint
 from foretune.errors import UserError
+from foretune.formats import ADAPTER, check_format, stamped
 
 PREFIX = "base_model.model."
 FINGERPRINT_FILE = "base_fingerprint.json"
@@ -68,7 +69,8 @@ def write_adapter(
     (folder / "adapter_config.json").write_text(
         json.dumps(config, indent=2, sort_keys=True, default=str)
     )
-    (folder / FINGERPRINT_FILE).write_text(json.dumps({"base": base_fingerprint}, indent=1))
+    record = stamped({"base": base_fingerprint}, ADAPTER)
+    (folder / FINGERPRINT_FILE).write_text(json.dumps(record, indent=1))
 
 
 def load_adapter(bank: AdapterBank, slot: int, folder: Path, model: nn.Module) -> None:
@@ -124,10 +126,12 @@ def check_base(folder: Path, model: nn.Module, heads: tuple[str, ...] = ()) -> N
     Raises:
         UserError: The recorded fingerprint is not that of `model`.
     """
-    record = Path(folder) / FINGERPRINT_FILE
-    if not record.is_file():
+    file = Path(folder) / FINGERPRINT_FILE
+    if not file.is_file():
         return
-    expected, got = json.loads(record.read_text())["base"], fingerprint(model, heads)
+    record = json.loads(file.read_text())
+    check_format(file, record, ADAPTER)
+    expected, got = record["base"], fingerprint(model, heads)
     if expected != got:
         raise UserError(
             f"{folder} was trained on another base (fingerprint {expected[:12]}, this base has "

@@ -28,11 +28,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from foretune.errors import UserError
+from foretune.formats import SPARSE, check_format
 from foretune.linalg.low_rank import nuclear_gradient
 from foretune.models.surgery import has_fresh_head, head_modules, match_head
 
 FILE = "sparse_delta.safetensors"
-FORMAT = "foretune-sparse-1"
 
 
 def within(name: str, modules: Sequence[str]) -> bool:
@@ -302,7 +302,7 @@ class SparseDelta:
                 tensors[f"{name}:buffer"] = buffer.detach().cpu().contiguous().clone()
         whole = {n: list(p.shape) for n, p in known.items() if within(n, self.whole)}
         about = {"threshold": self.threshold, "whole": whole, "sha256": self.marks}
-        save_file(tensors, str(path), {"format": FORMAT, "about": json.dumps(about)})
+        save_file(tensors, str(path), {"format": SPARSE, "about": json.dumps(about)})
         return path
 
 
@@ -413,11 +413,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if "format" not in metadata:
                 raise UserError(
-                    f"{path} holds no sparse change: its format is {metadata.get('format')!r}, "
-                    f"{FORMAT!r} would do"
+                    f"{path} holds no sparse change: its format is None, {SPARSE!r} would do"
                 )
+            check_format(path, metadata, SPARSE)
             return json.loads(metadata["about"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is no whole safetensors file: {error}") from error

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from foretune.errors import UserError
 from foretune.files import whole_folder, write_whole
+from foretune.formats import check_format, stamped
 
+FORMAT = "foretune-store-1"
 TENSORS, METADATA, ROWS = "store.safetensors", "store.json", "rows.jsonl"
 
 
@@ -67,6 +69,7 @@ def read_store(folder: Path) -> tuple[dict[str, Tensor], list[Any], dict[str, An
                 f"{folder} is no store: it has no {name}; foretune datastore build makes one"
             )
     metadata = json.loads((folder / METADATA).read_text("utf-8"))
+    check_format(folder / METADATA, metadata, FORMAT)
     lines = (folder / ROWS).read_text("utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line]
     return load_file(folder / TENSORS), rows, metadata
@@ -87,4 +90,4 @@ def damage_reported(folder: Path) -> Iterator[None]:
 
 
 def _as_text(metadata: Mapping[str, Any]) -> str:
-    return json.dumps(metadata, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(stamped(metadata, FORMAT), indent=1, ensure_ascii=False) + "\n"

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from typing_extensions import override
 
 from foretune.errors import UserError
+from foretune.formats import check_format
 from foretune.run import Run, above_zero, flag, one_of, whole
 from foretune.training.methods import AdaptMethod
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 TRAINED = ("prompt", "adapter", "bias", "norm", "future_pred", "decoder_embed")
 NOT_DECAYED = ("prompt", "bias", "norm")
 RECORD_FILE, DELTA_FILE = "forecast_peft.json", "forecast_peft.safetensors"
+FORMAT = "foretune-forecast-peft-1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +176,7 @@ def load_adapted(folder: Path | str, base: ForecastMAE) -> ForecastMAE:
         raise UserError(f"{folder} holds no adapted forecaster: {RECORD_FILE} is missing")
     try:
         record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
+        check_format(folder / RECORD_FILE, record, FORMAT)
         tensors = safetensors.torch.load_file(folder / DELTA_FILE)
         method = make(**record["method"])
         base_fingerprint = record["base_fingerprint"]

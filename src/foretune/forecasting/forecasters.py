@@ -29,6 +29,7 @@ from foretune.forecasting.config import ForecastMAEConfig
 from foretune.forecasting.model import (
     ARCHITECTURE,
     CONFIG_FILE,
+    FORMAT,
     WEIGHTS_FILE,
     Block,
     ForecastMAE,
@@ -36,6 +37,7 @@ from foretune.forecasting.model import (
     Scene,
     remove_parts,
 )
+from foretune.formats import check_format
 
 PRETEXT_ONLY = (
     "future_embed",
@@ -254,6 +256,7 @@ def load_forecast_mae(folder: Path | str) -> ForecastMAE:
                 f"{folder / CONFIG_FILE} does not describe a Forecast-MAE: its architecture is "
                 f"{config.get('architecture')!r}"
             )
+        check_format(folder / CONFIG_FILE, config, FORMAT)
         model = ForecastMAE(ForecastMAEConfig(**config["sizes"]))
         add_forecaster(model, config["forecaster"])
         safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))

@@ -50,7 +50,7 @@ from foretune.models.routing import current_rows, route
 Scene = Mapping[str, Tensor]
 KINDS = 4
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-ARCHITECTURE = "ForecastMAE"
+ARCHITECTURE, FORMAT = "ForecastMAE", "foretune-forecast-mae-1"
 
 
 class Reconstruction(NamedTuple):
@@ -279,6 +279,7 @@ def describe(model: ForecastMAE) -> dict[str, Any]:
     """The content of a model's config.json."""
     forecaster = getattr(model.forecaster, "options", None)
     return {
+        "format": FORMAT,
         "architecture": ARCHITECTURE,
         "sizes": dataclasses.asdict(model.sizes),
         "forecaster": forecaster,

@@ -37,6 +37,7 @@ from typing_extensions import override
 
 from foretune.errors import UserError, did_you_mean
 from foretune.evaluation.verdict import CONTROLS
+from foretune.formats import CHOICE, stamped
 from foretune.methods import make
 from foretune.run import Run, above_zero, listed, share, whole
 from foretune.training.methods import RetrainMethod
@@ -384,7 +385,7 @@ def _begun(
     about = json.loads(json.dumps(about))
     if not file.is_file():
         return about, []
-    saved = read_record(file)
+    saved = read_record(file, CHOICE)
     check_same(file.parent, saved["about"], about)
     return about, list(saved["trials"])
 
@@ -394,5 +395,5 @@ def _write(file: Path | None, about: Any, trials: Sequence[Trial]) -> None:
     from foretune.processes import process_rank
 
     if file is not None and process_rank() == 0:
-        text = json.dumps({"about": about, "trials": list(trials)}, indent=1)
+        text = json.dumps(stamped({"about": about, "trials": list(trials)}, CHOICE), indent=1)
         write_whole(file, text)

@@ -14,6 +14,7 @@ from typing import Any
 import foretune
 from foretune.errors import UserError
 from foretune.files import MODULE_FILE
+from foretune.formats import BASE, RUN, check_format
 from foretune.models.loading_code import class_name, loading_code
 from foretune.recipes.blocks import AdaptBlock, TasksBlock
 from foretune.recipes.console import SILENT, Console
@@ -84,6 +85,7 @@ def find_base(folder: Path) -> SavedBase:
     metadata_file = place / METADATA
     name = folder.resolve().parent.name if folder.name == "base" else folder.resolve().name
     metadata = json.loads(metadata_file.read_text("utf-8")) if metadata_file.is_file() else {}
+    check_format(metadata_file, metadata, BASE)
     return SavedBase(name, place, metadata)
 
 
@@ -396,5 +398,7 @@ def _describe(base: dict[str, Any], saved: SavedBase) -> None:
     record = saved.folder.parent / "run.json"
     if record.is_file():
         rate = base["config"].get("learning_rate")
-        cost = json.loads(record.read_text("utf-8")).get("cost") or {}
+        content = json.loads(record.read_text("utf-8"))
+        check_format(record, content, RUN)
+        cost = content.get("cost") or {}
         base["retrain"] = {"learning_rate": rate, "searched": [], **cost}

@@ -8,6 +8,7 @@ from typing import Any
 
 import foretune
 from foretune.errors import UserError, did_you_mean
+from foretune.formats import COMPARISON, SPECTRUM, check_format, stamped, unstamped
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import check_inputs, check_place, prepare_folder, write_run_record
@@ -173,6 +174,7 @@ def compare_repeat(
     if path.is_file():
         console.say(f"adapting, seed {seed}: already done")
         done: dict[str, Any] = read_json(path)
+        check_format(path, done, COMPARISON)
         return done
     block = setup.recipe.adapt
     entries = setup.recipe.entries
@@ -214,8 +216,7 @@ def spectrum_stage(
     path = out / "spectrum.json"
     if path.is_file():
         console.say("spectrum: already done")
-        done: dict[str, Any] = read_json(path)
-        return done
+        return unstamped(path, read_json(path), SPECTRUM)
     from foretune.evaluation import spectrum
     from foretune.methods import make
 
@@ -233,7 +234,7 @@ def spectrum_stage(
             rates=rates if setup.recipe.adapt.method == "lora" else None,
             progress=progress,
         )
-    write_json(path, measured)
+    write_json(path, stamped(measured, SPECTRUM))
     return measured
 
 

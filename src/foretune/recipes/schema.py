@@ -25,7 +25,7 @@ from foretune.recipes.blocks import (
 from foretune.recipes.messages import user_error
 from foretune.recipes.objective_blocks import OBJECTIVES, ObjectiveBlock
 from foretune.recipes.overrides import apply_overrides, override_keys
-from foretune.recipes.yaml_io import dump_yaml, parse_yaml
+from foretune.recipes.yaml_io import dump_yaml, parse_recipe_yaml
 from foretune.run import Run, listed
 from foretune.tasks.sources import Source
 
@@ -177,7 +177,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     2
     """
     text, where = read_recipe(name_or_path)
-    raw = parse_yaml(text, where)
+    raw = parse_recipe_yaml(text, where)
     if not isinstance(raw, dict):
         raise UserError(f"{where} is not a recipe: it must have keys such as model, tasks, retrain")
     if "experiment" in raw:

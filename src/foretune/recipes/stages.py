@@ -11,6 +11,7 @@ from typing import Any
 
 import foretune
 from foretune.errors import UserError
+from foretune.formats import STAGE, stamped, unstamped
 from foretune.processes import process_rank
 from foretune.recipes.console import Console
 from foretune.recipes.schema import MethodEntry, takes_rate
@@ -67,8 +68,7 @@ def retrain_stage(
     folder = base_folder(out, entry, seed)
     if (folder / DONE).is_file():
         console.say(f"{entry.name}, seed {seed}: already done")
-        done: dict[str, Any] = read_json(folder / DONE)
-        return done
+        return unstamped(folder / DONE, read_json(folder / DONE), STAGE)
     record = entry.record(rate)
     run = setup.recipe.retrain_run(seed=seed, out=folder, resume=True)
     outcome = retrain(setup, setup.seen, record, run, console, f"{entry.name}, seed {seed}")
@@ -89,7 +89,7 @@ def retrain_stage(
     if outcome.choice is not None:
         stage["choice"] = outcome.choice
         console.say(f"{entry.name}, seed {seed}: takes {outcome.choice['chosen']}")
-    write_json(folder / DONE, stage)
+    write_json(folder / DONE, stamped(stage, STAGE))
     return stage
 
 

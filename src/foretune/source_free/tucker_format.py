@@ -18,11 +18,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from foretune.errors import UserError
+from foretune.formats import check_format, stamped
 from foretune.models.loading import WEIGHTS_FILE, load_module
 from foretune.source_free.imputer import Imputer
 from foretune.source_free.time_series_cnn import TimeSeriesCNN
 from foretune.source_free.tucker import tucker_layers, tuckerize
 
+FORMAT = "foretune-tucker-1"
 METADATA_FILE, CARD_FILE = "sfda.json", "README.md"
 
 
@@ -45,7 +47,9 @@ def write_tucker(model: nn.Module, folder: Path, metadata: dict[str, Any]) -> No
         **metadata,
     }
     safetensors.torch.save_model(model, str(folder / WEIGHTS_FILE))
-    (folder / METADATA_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / METADATA_FILE).write_text(
+        json.dumps(stamped(record, FORMAT), indent=1) + "\n", encoding="utf-8"
+    )
     (folder / CARD_FILE).write_text(
         "---\nlibrary_name: foretune\ntags: [foretune, subspace-sfda]\n---\n\n"
         "# Source model in Tucker form\n\nIts layers are factored into a small core and two bases "
@@ -73,6 +77,7 @@ def load_tucker(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         )
     try:
         metadata: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        check_format(file, metadata, FORMAT)
         model = _build(metadata["architecture"], folder)
         if metadata["ranks"]:
             tuckerize(model, ranks=metadata["ranks"], fit=False)

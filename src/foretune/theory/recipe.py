@@ -15,7 +15,7 @@ from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import prepare_folder, write_run_record
 from foretune.recipes.messages import user_error
 from foretune.recipes.overrides import apply_overrides, override_keys
-from foretune.recipes.yaml_io import dump_yaml, parse_yaml
+from foretune.recipes.yaml_io import dump_yaml, parse_recipe_yaml
 
 Count = Field(ge=1)
 SCALES: dict[str, dict[str, dict[str, int]]] = {
@@ -182,7 +182,7 @@ def load_any(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Any:
     2
     """
     text, where = schema.read_recipe(name_or_path)
-    raw = parse_yaml(text, where)
+    raw = parse_recipe_yaml(text, where)
     if not isinstance(raw, dict) or "experiment" not in raw:
         return schema.load_recipe(name_or_path, overrides)
     return parse_experiment(apply_overrides(raw, overrides), where, override_keys(overrides))

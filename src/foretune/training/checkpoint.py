@@ -14,6 +14,8 @@ from torch import Tensor
 
 from foretune.errors import UserError
 from foretune.files import CHECKPOINT, UNFINISHED, whole_folder
+from foretune.formats import CHECKPOINT as FORMAT
+from foretune.formats import stamped, unstamped
 from foretune.training.process_group import Partition
 
 
@@ -54,7 +56,9 @@ class CheckpointStore:
         with whole_folder(final) as part:
             contiguous = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
             save_file(contiguous, part / "state.safetensors")
-            (part / "state.json").write_text(json.dumps({"step": step, **meta}, indent=1))
+            (part / "state.json").write_text(
+                json.dumps(stamped({"step": step, **meta}, FORMAT), indent=1)
+            )
         for other, path in self._found():
             if other not in (step, meta.get("best_step")):
                 shutil.rmtree(path)
@@ -92,7 +96,8 @@ class CheckpointStore:
 
     def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
-            meta = json.loads((path / "state.json").read_text())
+            record = path / "state.json"
+            meta = unstamped(record, json.loads(record.read_text()), FORMAT)
             tensors = load_file(path / "state.safetensors")
             return tensors if self.partition is None else self.partition.part(tensors), meta
         except (OSError, ValueError, SafetensorError) as error:

@@ -15,6 +15,7 @@ from foretune.adapters.bank import AdapterBank
 from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import LABELS_FILE, peft_config, peft_tensors, write_adapter
 from foretune.files import whole_folder, write_whole
+from foretune.formats import BASE, RUN, stamped
 from foretune.models.loading import save_base
 from foretune.models.loading_code import class_name, loading_code
 from foretune.models.surgery import name_outputs
@@ -89,6 +90,7 @@ class Outcome:
     def record(self) -> dict[str, Any]:
         """What run.json holds."""
         return {
+            "format": RUN,
             "finished": True,
             **self.inputs,
             "method": self.method.to_dict(),
@@ -102,12 +104,13 @@ class Outcome:
         }
 
     def _about_base(self) -> dict[str, Any]:
-        return {
+        record = {
             "method": self.method.to_dict(),
             "objective": self.objective.to_dict(),
             "fingerprint": fingerprint(self.model),
             "trainable": sorted(n for n, p in self.model.named_parameters() if p.requires_grad),
         }
+        return stamped(record, BASE)
 
     def _card(self) -> str:
         method = self.method

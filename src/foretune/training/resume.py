@@ -15,6 +15,7 @@ from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import load_adapter
 from foretune.errors import UserError
 from foretune.files import write_whole
+from foretune.formats import RUN, check_format, stamped
 from foretune.models.loading import load_weights
 from foretune.run import Run
 from foretune.tasks.task import Task
@@ -58,9 +59,9 @@ def begin(folder: Path, method: Any, run: Run, about: Mapping[str, Any]) -> dict
     wanted = json.loads(json.dumps(wanted))  # tuples become lists, as in the file
     file = folder / RECORD
     if not file.is_file():
-        write_whole(file, json.dumps({"finished": False, **wanted}, indent=1))
+        write_whole(file, json.dumps(stamped({"finished": False, **wanted}, RUN), indent=1))
         return None
-    begun = read_record(file)
+    begun = read_record(file, RUN)
     check_same(folder, begun, wanted)
     if begun.get("finished"):
         return begun
@@ -70,11 +71,11 @@ def begin(folder: Path, method: Any, run: Run, about: Mapping[str, Any]) -> dict
     return None
 
 
-def read_record(file: Path) -> dict[str, Any]:
-    """What an interrupted run wrote down.
+def read_record(file: Path, current: str) -> dict[str, Any]:
+    """What an interrupted run wrote down, in the format `current` or an earlier one.
 
     Raises:
-        UserError: It is no JSON.
+        UserError: It is no JSON, or has another format.
     """
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -82,6 +83,7 @@ def read_record(file: Path) -> dict[str, Any]:
         raise UserError(
             f"{file} is no readable record of a run ({error}); start again with --overwrite"
         ) from error
+    check_format(file, found, current)
     return found
 
 
