@@ -20,6 +20,7 @@ from foretune.recipes.blocks import AdaptBlock, TasksBlock
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import check_place, prepare_folder
 from foretune.recipes.merge import merge_repeats
+from foretune.recipes.objective_blocks import OBJECTIVES
 from foretune.recipes.runner import finish
 from foretune.recipes.schema import Recipe, adapt_record, parse_block, run_of
 from foretune.recipes.setup import with_tokenizer
@@ -58,8 +59,8 @@ class SavedBase:
             return make_objective(kind, tokenizer)
         if self.kind is None:
             raise UserError(
-                f"{self.folder} does not name its objective (no {METADATA}): add --objective "
-                "choice, classification, causal-lm, regression, prompts or denoising"
+                f"{self.folder} does not name its objective (no {METADATA}): add --objective with "
+                f"one of {', '.join(OBJECTIVES)}"
             )
         objective = make_objective(tokenizer=None, **self.metadata["objective"])
         return with_tokenizer(objective, tokenizer)

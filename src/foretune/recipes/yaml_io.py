@@ -73,12 +73,12 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def parse_recipe_yaml(text: str, where: str) -> Any:
-    """As `parse_yaml`, without the format that the `config.yaml` of a run states.
+    r"""As `parse_yaml`, without the format that the `config.yaml` of a run states.
 
     Raises:
         UserError: As `parse_yaml`, or a newer foretune wrote the text.
 
-    >>> parse_recipe_yaml("format: foretune-recipe-1\\nseeds: 2", "config.yaml")
+    >>> parse_recipe_yaml("format: foretune-recipe-1\nseeds: 2", "config.yaml")
     {'seeds': 2}
     """
     raw = parse_yaml(text, where)
