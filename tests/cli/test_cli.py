@@ -56,6 +56,7 @@ def test_module_runs_as_a_program() -> None:
 
 def test_help_names_every_command() -> None:
     shown = call("--help").stdout
+    assert "..." not in shown.partition("Commands:")[2], "a summary is cut"
     for command in ("run", "init", "plan", "retrain", "adapt", "compare", "report", "ls", "show"):
         assert f"\n  {command} " in shown
 

@@ -11,8 +11,7 @@ import pytest
 import typer
 
 from foretune.cli import app
-from foretune.recipes.schema import packaged_recipes
-from foretune.theory.recipe import load_any
+from foretune.recipes.schema import load_any, packaged_recipes
 from promises.pages import PAGES, ROOT, blocks, inline, name_of, shell_lines
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WINGS = ("fusion", "pruning", "decoding", "forecasting", "source_free")
+WINGS = ("fusion", "pruning", "decoding", "forecasting", "source_free", "theory")
 # Where a wing is named by a row: tables of entry points, lists of commands.
 TABLES = (
     "src/foretune/__init__.py",
     "src/foretune/__init__.pyi",
     "src/foretune/methods/__init__.py",
     "src/foretune/models/loading.py",
+    "src/foretune/recipes/schema.py",
     "src/foretune/tasks/objectives/__init__.py",
 )
 COPIED = ("src", "tests", "docs", "benchmarks", "examples")

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 import foretune
-from foretune.recipes.schema import load_recipe, packaged_recipes
+from foretune.recipes.schema import load_any, load_recipe, packaged_recipes
 from foretune.recipes.templates import TEMPLATES
-from foretune.theory.recipe import load_any
 
 ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = re.compile(r"\.git|\.venv|runs|build|dist|\w*_*cache_*|\.\w+_cache|.*\.egg-info")
@@ -58,10 +57,8 @@ def test_template_parses_as_it_is(name: str) -> None:
 
 
 def test_every_yaml_file_is_a_recipe_or_a_template() -> None:
-    folder = ROOT / "src/foretune/recipes"
-    names = {str(path.relative_to(folder)) for path in folder.rglob("*.yaml")}
-    known = {f"{name}.yaml" for name in packaged_recipes()}
-    assert names == known | {f"templates/{name}.yaml" for name in TEMPLATES}
+    names = {path.stem for path in (ROOT / "src").rglob("*.yaml")}
+    assert names == {*packaged_recipes(), *TEMPLATES}
 
 
 def test_licence_is_the_one_that_is_declared() -> None:

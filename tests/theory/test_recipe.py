@@ -14,15 +14,14 @@ from typer.testing import CliRunner, Result
 
 from foretune.cli import app
 from foretune.errors import UserError
+from foretune.recipes.schema import load_any
 from foretune.recipes.yaml_io import parse_yaml
 from foretune.theory import linear_panels
 from foretune.theory.experiment import FORMAT, panels_of
 from foretune.theory.recipe import (
     PANELS,
     ShallowRecipe,
-    load_any,
     parse_experiment,
-    run_theory,
 )
 from format_checks import assert_versions_by_command
 
@@ -95,7 +94,7 @@ def test_other_commands_say_what_would_do(command: list[str]) -> None:
 
 def test_a_bad_recipe_is_refused_without_torch() -> None:
     code = (
-        "import sys; from foretune.theory.recipe import load_any\n"
+        "import sys; from foretune.recipes.schema import load_any\n"
         "try: load_any('reproduce-linear', ['sedes=1'])\n"
         "except Exception: print('torch' in sys.modules)"
     )
@@ -151,12 +150,12 @@ def test_a_killed_run_goes_on_where_it_was(folder: Path, monkeypatch: pytest.Mon
     ]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(linear_panels, "PANELS", broken)
-        run_theory(recipe)
+        recipe.run()
     done = recipe.folder / "panels/singular-values.json"
     before = done.stat().st_mtime_ns
     with pytest.raises(UserError, match="--resume"):
-        run_theory(recipe)
-    result = run_theory(recipe, resume=True)
+        recipe.run()
+    result = recipe.run(resume=True)
     assert list(result["panels"]) == ["singular-values", "two-tasks"]
     assert done.stat().st_mtime_ns == before
 

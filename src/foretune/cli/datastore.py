@@ -12,7 +12,7 @@ from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Build, tune and evaluate a store of references for generate --method rtd.",
+    help="Build, tune and evaluate a store of references for RTD.",
 )
 Source = Annotated[str, typer.Option(help="Rows: a file, a folder or a dataset; see docs/data.md.")]
 Task = Annotated[str | None, typer.Option(help="Use only rows of this task.")]

@@ -12,7 +12,7 @@ from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Forecast trajectories: pretrain a Forecast-MAE, adapt it to new scenes, evaluate it.",
+    help="Pretrain, adapt and evaluate forecasters of trajectories.",
 )
 Scenes = Annotated[
     Path,

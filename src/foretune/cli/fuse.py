@@ -34,7 +34,7 @@ def fuse(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Fuse fine-tuned models over one base into one, without training."""
+    """Fuse fine-tuned models over one base, without training."""
     from foretune.fusion.folders import fuse_folders, parse_request, settings_of
 
     request = parse_request(method, arguments)

@@ -75,7 +75,7 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the --out file.")] = False,
     json: Json = False,
 ) -> None:
-    """Continue prompts with a model, alone or with a different next-token distribution."""
+    """Continue prompts with a model, plain or steered by EFT or RTD."""
     from foretune.decoding.prompts import check_resources, split_words
 
     prompt, settings = split_words(words or [], method, prompts is not None)

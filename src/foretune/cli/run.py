@@ -20,7 +20,7 @@ from foretune.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from foretune.theory.recipe import TheoryRecipe
+    from foretune.recipes.schema import Experiment
 
 
 def run(
@@ -38,12 +38,12 @@ def run(
     Every method of the recipe retrains the base on the seen tasks. The bases are adapted to the
     unseen tasks, and the report compares their scores. An experiment recipe runs its experiment.
     """
-    from foretune.theory.recipe import TheoryRecipe, load_any
+    from foretune.recipes.schema import Recipe, load_any
 
     loaded = load_any(recipe, changes or [])
     if out is not None:
         loaded = loaded.model_copy(update={"out": str(out)})
-    if isinstance(loaded, TheoryRecipe):
+    if not isinstance(loaded, Recipe):
         _run_experiment(loaded, resume, overwrite, json)
         return
     with quiet_stdout():
@@ -60,16 +60,14 @@ def run(
     emit(f"To adapt to new tasks in the same way: {adapt_command(loaded, comparison)}")
 
 
-def _run_experiment(recipe: TheoryRecipe, resume: bool, overwrite: bool, json: bool) -> None:
+def _run_experiment(experiment: Experiment, resume: bool, overwrite: bool, json: bool) -> None:
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
-        from foretune.theory.experiment import tables
-        from foretune.theory.recipe import run_theory
 
-        result = run_theory(recipe, resume=resume, overwrite=overwrite, console=StderrConsole())
+        result = experiment.run(resume=resume, overwrite=overwrite, console=StderrConsole())
     if json:
-        emit_json({"out": str(recipe.folder), **result})
+        emit_json({"out": str(experiment.folder), **result})
         return
-    for panel, cells, finding in tables(result):
-        emit(f"{panel.title}\n\n{table(cells.header, cells.rows)}\n\n{finding}\n")
-    emit(f"Tables, figures and the paper's statements: {recipe.folder / 'README.md'}")
+    for title, header, rows, finding in experiment.tables(result):
+        emit(f"{title}\n\n{table(header, rows)}\n\n{finding}\n")
+    emit(f"Tables, figures and the paper's statements: {experiment.folder / 'README.md'}")

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
 
 from pydantic import Field, ValidationError
 
 from foretune import methods
+from foretune.entry_points import entry_point
 from foretune.errors import UserError, did_you_mean
 from foretune.methods import METHODS
 from foretune.recipes.blocks import (
@@ -22,6 +23,7 @@ from foretune.recipes.blocks import (
     SpectrumBlock,
     TasksBlock,
 )
+from foretune.recipes.console import Console
 from foretune.recipes.messages import user_error
 from foretune.recipes.objective_blocks import OBJECTIVES, ObjectiveBlock
 from foretune.recipes.overrides import apply_overrides, override_keys
@@ -30,6 +32,38 @@ from foretune.run import Run, listed
 from foretune.tasks.sources import Source
 
 B = TypeVar("B", bound=Block)
+
+# A wing's recipes lie in its package; a top-level key of theirs says who parses them.
+PACKAGES = (
+    "foretune.recipes",
+    "foretune.theory",
+)
+EXPERIMENTS = {
+    "experiment": "foretune.theory.recipe:parse_experiment",
+}
+
+
+class Experiment(Protocol):
+    """A recipe that makes its own data and needs no model; it can only be run."""
+
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the results."""
+        ...
+
+    def model_copy(self, *, update: dict[str, Any]) -> Self:
+        """A copy with other values of some fields."""
+        ...
+
+    def run(self, *, resume: bool, overwrite: bool, console: Console) -> dict[str, Any]:
+        """Runs the experiment, or what is left of it."""
+        ...
+
+    def tables(self, result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]], str]]:
+        """(title, header, rows, finding) of each table of a result."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,11 +214,34 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     raw = parse_recipe_yaml(text, where)
     if not isinstance(raw, dict):
         raise UserError(f"{where} is not a recipe: it must have keys such as model, tasks, retrain")
-    if "experiment" in raw:
+    if EXPERIMENTS.keys() & raw:
         raise UserError(
             f"{where} is an experiment recipe; it can only be run: foretune run {name_or_path}"
         )
     return parse_recipe(apply_overrides(raw, overrides), where, override_keys(overrides))
+
+
+def load_any(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe | Experiment:
+    """Reads and checks a recipe, or the recipe of an experiment.
+
+    Args:
+        name_or_path: Name of a packaged recipe, or path of a YAML file.
+        overrides: `dotted.key=value` with YAML values.
+
+    Raises:
+        UserError: There is no such recipe, or it is invalid.
+
+    >>> load_any("reproduce-linear", ["seeds=2"]).seeds
+    2
+    """
+    text, where = read_recipe(name_or_path)
+    raw = parse_recipe_yaml(text, where)
+    for key, parser in EXPERIMENTS.items():
+        if isinstance(raw, dict) and key in raw:
+            changed = apply_overrides(raw, overrides)
+            experiment: Experiment = entry_point(parser)(changed, where, override_keys(overrides))
+            return experiment
+    return load_recipe(name_or_path, overrides)
 
 
 def parse_recipe(raw: dict[str, Any], where: str, overridden: set[str] | None = None) -> Recipe:
@@ -232,9 +289,9 @@ def parse_block(block: type[B], overrides: Sequence[str]) -> B:
 
 def packaged_recipes() -> dict[str, str]:
     """Name → text of the recipes that come with foretune."""
-    folder = resources.files("foretune.recipes")
-    files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
-    return {f.name.removesuffix(".yaml"): f.read_text("utf-8") for f in sorted(files, key=str)}
+    files = [file for package in PACKAGES for file in resources.files(package).iterdir()]
+    recipes = sorted((f for f in files if f.name.endswith(".yaml")), key=lambda file: file.name)
+    return {file.name.removesuffix(".yaml"): file.read_text("utf-8") for file in recipes}
 
 
 def read_recipe(name_or_path: str | Path) -> tuple[str, str]:

@@ -9,13 +9,11 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from foretune.errors import UserError, did_you_mean
-from foretune.recipes import schema
 from foretune.recipes.blocks import Block
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import prepare_folder, write_run_record
 from foretune.recipes.messages import user_error
-from foretune.recipes.overrides import apply_overrides, override_keys
-from foretune.recipes.yaml_io import dump_yaml, parse_recipe_yaml
+from foretune.recipes.yaml_io import dump_yaml
 
 Count = Field(ge=1)
 SCALES: dict[str, dict[str, dict[str, int]]] = {
@@ -88,6 +86,43 @@ class TheoryRecipe(Block):
                 hint = did_you_mean(name, names)
                 raise UserError(f'no panel "{name}"; there are {", ".join(names)}.{hint}')
         _check_positive({f"vary.{key}": values for key, values in self.vary.items()})
+
+    def run(
+        self,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        console: Console = SILENT,
+    ) -> dict[str, Any]:
+        """Run the experiment, or with `resume` the panels that are not done yet.
+
+        Args:
+            resume: Continue the run in the recipe's folder.
+            overwrite: Empty that folder first.
+            console: Receives progress.
+
+        Returns:
+            The content of result.json.
+
+        Raises:
+            UserError: The folder is not empty and may be neither continued nor replaced.
+        """
+        config = self.to_yaml()
+        out = prepare_folder(self.folder, resume=resume, overwrite=overwrite, config=config)
+        from foretune.theory.experiment import run_panels
+
+        result = run_panels(self.model_dump(mode="json"), out, console.say)
+        write_run_record(out)
+        return result
+
+    def tables(self, result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]], str]]:
+        """(title, header, rows, finding) of each table of a result."""
+        from foretune.theory.experiment import tables
+
+        return [
+            (panel.title, cells.header, cells.rows, finding)
+            for panel, cells, finding in tables(result)
+        ]
 
     def to_yaml(self) -> str:
         """The recipe as YAML, including defaults; parsing it gives an equal recipe."""
@@ -168,26 +203,6 @@ class ShallowRecipe(TheoryRecipe):
 KINDS: dict[str, type[TheoryRecipe]] = {"linear": LinearRecipe, "shallow": ShallowRecipe}
 
 
-def load_any(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Any:
-    """Load a `Recipe` or, if the YAML has `experiment:`, a `TheoryRecipe`.
-
-    Args:
-        name_or_path: A packaged recipe's name, or a YAML file.
-        overrides: `dotted.key=value`, values in YAML.
-
-    Raises:
-        UserError: There is no such recipe, or it is invalid.
-
-    >>> load_any("reproduce-linear", ["seeds=2"]).seeds
-    2
-    """
-    text, where = schema.read_recipe(name_or_path)
-    raw = parse_recipe_yaml(text, where)
-    if not isinstance(raw, dict) or "experiment" not in raw:
-        return schema.load_recipe(name_or_path, overrides)
-    return parse_experiment(apply_overrides(raw, overrides), where, override_keys(overrides))
-
-
 def parse_experiment(
     raw: dict[str, Any], where: str, overridden: set[str] | None = None
 ) -> TheoryRecipe:
@@ -221,36 +236,6 @@ def parse_experiment(
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return recipe
-
-
-def run_theory(
-    recipe: TheoryRecipe,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    console: Console = SILENT,
-) -> dict[str, Any]:
-    """Run an experiment, or with `resume` the panels that are not done yet.
-
-    Args:
-        recipe: The experiment.
-        resume: Continue the run in the recipe's folder.
-        overwrite: Empty that folder first.
-        console: Receives progress.
-
-    Returns:
-        The content of result.json.
-
-    Raises:
-        UserError: The folder is not empty and may be neither continued nor replaced.
-    """
-    config = recipe.to_yaml()
-    out = prepare_folder(recipe.folder, resume=resume, overwrite=overwrite, config=config)
-    from foretune.theory.experiment import run_panels
-
-    result = run_panels(recipe.model_dump(mode="json"), out, console.say)
-    write_run_record(out)
-    return result
 
 
 def _check_positive(lists: dict[Any, list[int]]) -> None:

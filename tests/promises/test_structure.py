@@ -1,0 +1,32 @@
+"""The import structure: no circle, not even for type checking; files that can be read at once.
+
+Floors and wings are import-linter's contracts in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grimp
+import networkx
+import pytest
+
+SRC = Path(__file__).parents[2] / "src/foretune"
+MOST_LINES = 450
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = grimp.build_graph("foretune", cache_dir=None, exclude_type_checking_imports=False)
+    imports = networkx.DiGraph(
+        (importer, imported)
+        for importer in graph.modules
+        for imported in graph.find_modules_directly_imported_by(importer)
+    )
+    circles = [c for c in networkx.strongly_connected_components(imports) if len(c) > 1]
+    assert circles == []
+    assert imports.number_of_edges() > 500
+
+
+@pytest.mark.parametrize("file", sorted(SRC.rglob("*.py")), ids=lambda f: str(f.relative_to(SRC)))
+def test_no_file_is_long(file):
+    assert len(file.read_text("utf-8").splitlines()) < MOST_LINES
