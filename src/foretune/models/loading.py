@@ -316,7 +316,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
         return
     with _quiet():
-        saved = type(model).from_pretrained(folder)
+        saved = type(model).from_pretrained(folder, use_safetensors=True)
     model.load_state_dict(saved.state_dict())
 
 
