@@ -1,6 +1,8 @@
 # make quickstart    see what foretune does: real text, a real encoder, no download but packages
 # make test          all tests          make fast    those that take less than ten seconds each
 # make check         format, lint, types, import contracts, docs        make setup   .venv only
+# make test-oldest | test-newest   the fast tests on the oldest versions allowed, on the newest to be had
+# make lock          constraints.txt, constraints-oldest.txt and what doctor calls tested, made again
 # make bench-quickstart | bench-convai2 DATA=path | bench-speed DATA=path   what is in benchmarks/results
 # make bench-theory | bench-claims DATA=folder                              and docs/reproduce.md
 
@@ -11,19 +13,31 @@ INSTALLED := .venv/installed
 # `make quickstart FLAGS=--overwrite` begins anew.
 FLAGS ?= --resume
 WORKERS ?= 2
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 EVERY_METHOD := retrain.methods=[none, standard, {standard: {heads: per-task, as: standard-heads}}, peft-ml, reptile, fomaml]
 
-.PHONY: setup quickstart test fast check lint types imports docs format bench-quickstart \
+.PHONY: setup lock quickstart test test-oldest test-newest fast check lint types imports docs format bench-quickstart \
 	bench-convai2 bench-speed bench-theory bench-claims clean
 
 setup: $(INSTALLED)
 
-# The constraints pin torch: an open range would fetch several GB of CUDA packages.
+# The newest torch tested, which the constraints hold: an open range would fetch several GB of CUDA.
+TORCH := torch==2.13.0
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt -e '.[quickstart,dev]'
 	touch $@
+
+# No hashes: pip would demand one of the editable foretune too, and of CPU builds that PyPI lacks.
+LOCK := $(BIN)/uv pip compile --quiet --python-version 3.11 --python-platform linux \
+	--custom-compile-command "make lock" pyproject.toml
+TESTED := $(LOCK) --extra quickstart --extra dev --upgrade --annotation-style line
+EXTRAS := quant figures rtd prototypes diffusion scenes
+lock: setup
+	echo $(TORCH) | $(TESTED) - -o constraints.txt
+	$(TESTED) --resolution lowest-direct -o constraints-oldest.txt
+	$(LOCK) $(EXTRAS:%=--extra %) -c constraints.txt --no-deps --no-annotate -o src/foretune/cli/tested.txt
 
 quickstart: setup
 	$(BIN)/foretune run quickstart $(FLAGS)
@@ -32,6 +46,19 @@ test: setup
 	$(PYTEST)
 
 fast: setup
+	$(PYTEST) -m "not slow"
+
+# In environments of their own. The oldest torch comes with CUDA unless pip knows an index of CPU builds.
+test-oldest: BIN := .venv-oldest/bin
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	$(BIN)/python -m pip install -c constraints-oldest.txt -e '.[quickstart,dev]'
+	$(PYTEST) -m "not slow"
+
+test-newest: BIN := .venv-newest/bin
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	$(BIN)/python -m pip install --upgrade --upgrade-strategy eager $(TORCH) -e '.[quickstart,dev]'
 	$(PYTEST) -m "not slow"
 
 check: lint types imports docs
@@ -91,4 +118,4 @@ bench-speed: setup
 	$(BIN)/python benchmarks/speed/page.py
 
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-newest build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -110,6 +110,21 @@ def qwen2(*, seed: int = 0, **changes: Any) -> Any:
     )
 
 
+def mamba2(*, seed: int = 0) -> Any:
+    config = transformers.Mamba2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        state_size=4,
+        num_heads=4,
+        head_dim=8,
+        n_groups=1,
+        num_hidden_layers=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+    )
+    return _seeded(transformers.Mamba2ForCausalLM, config, seed)
+
+
 def t5(*, seed: int = 0, **changes: Any) -> Any:
     """T5ForConditionalGeneration."""
     sizes: dict[str, Any] = {

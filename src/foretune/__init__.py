@@ -74,7 +74,11 @@ __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
-    """Fetches a public name from its room on first use, so that importing foretune does nothing."""
+    """Imports a public name on first use, so that importing foretune does nothing.
+
+    Raises:
+        AttributeError: There is no such public name.
+    """
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'foretune' has no attribute {name!r}")

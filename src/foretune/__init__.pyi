@@ -1,4 +1,4 @@
-"""Static types of the public names; `__init__.py` imports them on first use."""
+"""Static types of the public names, which `__init__.py` imports on first use."""
 
 from foretune.adapters.bank import AdapterBank as AdapterBank
 from foretune.adapters.sparse import load_sparse as load_sparse

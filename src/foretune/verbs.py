@@ -1,4 +1,4 @@
-"""The verbs that train nothing: `fuse`, `prune`, `decode`. Each calls the method's own record."""
+"""The verbs that train nothing: `fuse`, `prune`, `decode`. Each calls the method's record."""
 
 from __future__ import annotations
 
@@ -36,40 +36,41 @@ class DecodeMethod(Method, Protocol[Result_co]):
     """A method whose verb is `decode`."""
 
     def decode(self, *args: Any, **options: Any) -> Result_co:
-        """Continues each prompt; called as `decode(model, prompts, **options)`."""
+        """Generates a continuation per prompt; called as `decode(model, prompts, **options)`."""
         ...
 
 
 def fuse(
     base: Model, finetuned: Mapping[str, Model], method: FuseMethod[Result_co], **options: Any
 ) -> Result_co:
-    """Fuses several fine-tuned models over one base into one model.
+    """Fuses several models that were fine-tuned from one base into one model.
 
     Args:
-        base: What all were tuned from: a model, or its Hugging Face folder.
+        base: The base of all fine-tuned models: a model, or its Hugging Face folder.
         finetuned: Name → a model, a Hugging Face folder, or a PEFT folder over `base`.
         method: A method whose verb is `fuse`, such as `SMILE()`.
-        options: The method's own options; see its page.
+        options: Options of the method; see its page.
 
     Raises:
-        UserError: A method of another verb, nothing to fuse, or models that do not fit the base.
+        UserError: The method has another verb, there is nothing to fuse, or a model does not fit
+            the base.
     """
     check_verb(method, "fuse")
     return method.fuse(base, finetuned, **options)
 
 
 def prune(model: Model, rows: Any, method: PruneMethod[Result_co], **options: Any) -> Result_co:
-    """Prunes a mixture of experts for one task.
+    """Prunes the experts of a mixture-of-experts model for one task.
 
     Args:
         model: A model, or its Hugging Face folder.
-        rows: The task's texts, on which the router's statistics are collected.
+        rows: The task's examples, on which the router's statistics are collected.
         method: A method whose verb is `prune`, such as `UNCURL(experts=4)`.
-        options: The method's own options; see its page.
+        options: Options of the method; see its page.
 
     Raises:
-        UserError: A method of another verb, a model without experts, or a number of experts that
-            the architecture cannot have.
+        UserError: The method has another verb, the model has no experts, or its architecture does
+            not support the number of experts.
     """
     check_verb(method, "prune")
     return method.prune(model, rows, **options)
@@ -85,13 +86,13 @@ def decode(
 
     Args:
         model: A causal language model, or its Hugging Face folder.
-        prompts: One or several.
+        prompts: One prompt, or several.
         method: A method whose verb is `decode`, such as `EFT()`.
-        options: The method's side models or store, and what `generate` takes
-            (`max_new_tokens=50`); see its page.
+        options: The method's side models or store, and generation options such as
+            `max_new_tokens=50`; see its page.
 
     Raises:
-        UserError: A method of another verb, or side models or stores that do not fit the model.
+        UserError: The method has another verb, or a side model or store does not fit the model.
     """
     check_verb(method, "decode")
     return method.decode(model, prompts, **options)

@@ -96,8 +96,8 @@ def _as_peft(model, bank, slot, trainable=False):
         }
     )
     wrapped = peft.get_peft_model(copy.deepcopy(model), config)
-    found = peft.set_peft_model_state_dict(wrapped, peft_tensors(bank, slot))
-    assert not found.unexpected_keys
+    loaded_keys = peft.set_peft_model_state_dict(wrapped, peft_tensors(bank, slot))
+    assert not loaded_keys.unexpected_keys
     if trainable:
         for name, p in wrapped.named_parameters():
             p.requires_grad_("original_module" not in name)
@@ -120,28 +120,28 @@ def test_outputs_and_gradients_equal_peft_one_task_at_a_time(case, rows):
 
     expected_base = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for slot in set(slots):
-        one = _as_peft(model, bank, slot, trainable=True)
+        single = _as_peft(model, bank, slot, trainable=True)
         mine = torch.tensor([s == slot for s in slots])
-        part = output_of(one(**{k: v[mine] for k, v in inputs.items()}))
+        part = output_of(single(**{k: v[mine] for k, v in inputs.items()}))
         torch.testing.assert_close(out[mine], part, rtol=1e-9, atol=1e-12)
         (part * weights[mine]).sum().backward()
-        for name, p in one.named_parameters():
+        for name, p in single.named_parameters():
             plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
             if plain in expected_base and p.grad is not None:
                 expected_base[plain] += p.grad
         for name in bank.layer_names:
-            layer = one.base_model.model.get_submodule(name)
+            layer = single.base_model.model.get_submodule(name)
             banked = bank.layers[name.replace(".", "/")]
-            for got, adapter in ((banked.a, layer.lora_A), (banked.b, layer.lora_B)):
+            for factor, adapter in ((banked.a, layer.lora_A), (banked.b, layer.lora_B)):
                 expected = adapter["default"].weight.grad
                 if expected is None:  # a layer that the model does not call, such as the pooler
-                    assert got.grad is None
+                    assert factor.grad is None
                     continue
-                mine_only = got.grad[slot] if got is banked.a else bank_b_grad(banked, slot)
+                mine_only = factor.grad[slot] if factor is banked.a else bank_b_grad(banked, slot)
                 torch.testing.assert_close(mine_only, expected, rtol=1e-9, atol=1e-12)
     for name, p in model.named_parameters():
-        got = torch.zeros_like(p) if p.grad is None else p.grad
-        torch.testing.assert_close(got, expected_base[name], rtol=1e-9, atol=1e-12)
+        base_grad = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(base_grad, expected_base[name], rtol=1e-9, atol=1e-12)
 
 
 def bank_b_grad(layer, slot):
@@ -178,7 +178,7 @@ def test_a_bank_of_heads_only_is_loaded_by_stock_peft(tmp_path):
         assert not torch.allclose(model(**inputs).logits, ours)
 
 
-def test_bank_leaves_the_model_as_it_was():
+def test_bank_does_not_change_the_model():
     model = tiny_models.bert()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     inputs = _ids(2)
@@ -215,25 +215,25 @@ def _plain_logits(model, inputs):
         return model(**inputs).logits
 
 
-def test_dropout_is_the_adapters_alone_and_only_in_training():
+def test_dropout_is_applied_only_to_adapters_and_only_in_training():
     model = tiny_models.bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     bank = _bank(model.double(), lora_dropout=0.5)
     inputs = _ids(2)
     with torch.no_grad(), bank.attached(), route((0, 1)):
-        still = model.eval()(**inputs).last_hidden_state
-        torch.testing.assert_close(model(**inputs).last_hidden_state, still)
-        assert not torch.allclose(model.train()(**inputs).last_hidden_state, still)
+        scored = model.eval()(**inputs).last_hidden_state
+        torch.testing.assert_close(model(**inputs).last_hidden_state, scored)
+        assert not torch.allclose(model.train()(**inputs).last_hidden_state, scored)
 
 
 def test_load_adapter_refuses_another_base(tmp_path):
-    model, other = tiny_models.bert(seed=0), tiny_models.bert(seed=1)
+    model, other_base = tiny_models.bert(seed=0), tiny_models.bert(seed=1)
     bank = AdapterBank(model, ["a"], lora={"r": 2})
     write_adapter(
         tmp_path, peft_config(bank, model, None), peft_tensors(bank, 0), fingerprint(model)
     )
     load_adapter(bank, 0, tmp_path, model)
     with pytest.raises(UserError, match="trained on another base"):
-        load_adapter(bank, 0, tmp_path, other)
+        load_adapter(bank, 0, tmp_path, other_base)
 
 
 def test_load_adapter_refuses_another_rank(tmp_path):
@@ -262,7 +262,7 @@ def test_frozen_layers_are_not_adapted_by_default():
     assert names and not any(name.startswith("encoder.layer.0.") for name in names)
 
 
-def test_a_model_that_drops_rows_is_told_so():
+def test_a_model_that_drops_rows_is_refused():
     model = tiny_models.plain().double()
     bank = _bank(model)
     with pytest.raises(ValueError, match="mixes or drops rows"), bank.attached(), route((0, 1)):

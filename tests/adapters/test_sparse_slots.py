@@ -35,7 +35,7 @@ def _bank(model, *, moved=True, fraction=0.2, **lora):
     return bank
 
 
-def _said(out):
+def output_of(out):
     return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
 
@@ -47,12 +47,12 @@ def _ids(rows):
 
 
 def _weight_of(bank, name, slot, weight, transposed):
-    """The slot's own weight, made by hand as a differentiable function of weight and values."""
+    """(slot's weight as a differentiable function of weight and values, the values)."""
     layer = bank.layers[name.replace(".", "/")]
     value = layer.values.detach()[slot].clone().requires_grad_()
     plain = weight.T if transposed else weight
     change = torch.zeros(plain.numel(), dtype=plain.dtype)
-    change = change.index_put((layer.places.long(),), value).view(plain.shape)
+    change = change.index_put((layer.positions.long(),), value).view(plain.shape)
     return plain.add(change).T if transposed else plain + change, value
 
 
@@ -76,28 +76,32 @@ def test_outputs_and_all_gradients_are_those_of_one_task_at_a_time(family, slots
     value_grads = {n: torch.zeros_like(bank._layer(n).values) for n in bank.layer_names}
     parameters = dict(model.named_parameters())
     for slot in sorted(set(slots)):
-        own, leaves = dict(parameters), {}
+        slot_parameters, leaves = dict(parameters), {}
         for name in bank.layer_names:
             w = parameters[f"{name}.weight"]
             transposed = type(model.get_submodule(name)).__name__ == "Conv1D"
-            own[f"{name}.weight"], leaves[name] = _weight_of(bank, name, slot, w, transposed)
+            slot_parameters[f"{name}.weight"], leaves[name] = _weight_of(
+                bank, name, slot, w, transposed
+            )
         rows = [i for i, s in enumerate(slots) if s == slot]
-        out = _said(
-            functional_call(model, own, (), {"input_ids": ids[rows], "attention_mask": mask[rows]})
+        out = output_of(
+            functional_call(
+                model, slot_parameters, (), {"input_ids": ids[rows], "attention_mask": mask[rows]}
+            )
         )
         expected |= dict(zip(rows, out.detach(), strict=True))
-        wanted = [p for p in parameters.values() if p.requires_grad]
-        found = torch.autograd.grad(
-            (out * weights[rows]).pow(2).sum(), [*wanted, *leaves.values()], allow_unused=True
+        trainable = [p for p in parameters.values() if p.requires_grad]
+        grads = torch.autograd.grad(
+            (out * weights[rows]).pow(2).sum(), [*trainable, *leaves.values()], allow_unused=True
         )
         names = [n for n, p in parameters.items() if p.requires_grad]
-        for name, grad in zip(names, found[: len(names)], strict=True):
+        for name, grad in zip(names, grads[: len(names)], strict=True):
             base_grads[name] += 0 if grad is None else grad
-        for name, grad in zip(leaves, found[len(names) :], strict=True):
+        for name, grad in zip(leaves, grads[len(names) :], strict=True):
             value_grads[name][slot] = 0 if grad is None else grad
 
     with bank.attached(), recomputed(model) if recompute else route(None), route(slots):
-        out = _said(model(input_ids=ids, attention_mask=mask))
+        out = output_of(model(input_ids=ids, attention_mask=mask))
         (out * weights).pow(2).sum().backward()
     torch.testing.assert_close(out.detach(), torch.stack([expected[i] for i in range(len(slots))]))
     for name, p in model.named_parameters():
@@ -119,9 +123,9 @@ def test_without_a_change_it_is_the_base_and_so_it_is_in_bare_and_after_a_reset(
 
     def out(bank, slots=(2, 0, 1, 0, 2, 2)):
         with torch.no_grad(), bank.attached(), route(slots):
-            return _said(model(input_ids=ids, attention_mask=mask))
+            return output_of(model(input_ids=ids, attention_mask=mask))
 
-    base = _said(model(input_ids=ids, attention_mask=mask)).detach()
+    base = output_of(model(input_ids=ids, attention_mask=mask)).detach()
     torch.testing.assert_close(out(_bank(model, moved=False)), base)
     bank = _bank(model)
     changed = out(bank)
@@ -136,19 +140,19 @@ def test_without_a_change_it_is_the_base_and_so_it_is_in_bare_and_after_a_reset(
     assert not torch.allclose(out(bank)[2], base[2])
 
 
-def test_the_places_are_the_smallest_entries_of_all_adapted_layers_together():
+def test_the_positions_are_the_smallest_entries_of_all_adapted_layers_together():
     model = Net().double()
     bank = _bank(model, fraction=0.25)
-    taken, left = [], []
+    changed, unchanged = [], []
     for name in bank.layer_names:
         entries = model.get_submodule(name).weight.detach().abs().flatten()
         mask = torch.zeros(len(entries), dtype=torch.bool)
-        mask[bank._layer(name).places.long()] = True
-        taken.append(entries[mask])
-        left.append(entries[~mask])
-    taken, left = torch.cat(taken), torch.cat(left)
-    assert len(taken) == round(0.25 * (len(taken) + len(left))) == bank.parameters_per_slot
-    assert taken.max() < left.min()
+        mask[bank._layer(name).positions.long()] = True
+        changed.append(entries[mask])
+        unchanged.append(entries[~mask])
+    changed, unchanged = torch.cat(changed), torch.cat(unchanged)
+    assert len(changed) == round(0.25 * (len(changed) + len(unchanged))) == bank.parameters_per_slot
+    assert changed.max() < unchanged.min()
 
 
 def test_the_penalty_adds_the_gradient_of_the_squared_changes():
@@ -167,11 +171,11 @@ def test_it_runs_in_bfloat16_autocast():
     bank = _bank(model).float()
     ids, mask = _ids(4)
     with bank.attached(), route((1, 0, 2, 1)), torch.autocast("cpu", torch.bfloat16):
-        low = _said(model(input_ids=ids, attention_mask=mask))
+        low = output_of(model(input_ids=ids, attention_mask=mask))
         low.float().sum().backward()
     with torch.no_grad(), bank.attached(), route((1, 0, 2, 1)):
         torch.testing.assert_close(
-            low.float(), _said(model(input_ids=ids, attention_mask=mask)), rtol=0.1, atol=0.1
+            low.float(), output_of(model(input_ids=ids, attention_mask=mask)), rtol=0.1, atol=0.1
         )
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in bank.parameters())
 
@@ -182,22 +186,22 @@ def test_what_cannot_be_changed_sparsely_is_refused():
         AdapterBank(model, ["a"], lora={}, sparse=0.1)
     equal = torch.nn.Sequential(torch.nn.Linear(2, 2))
     torch.nn.init.ones_(equal[0].weight)
-    with pytest.raises(UserError, match="is no entry at all"):
+    with pytest.raises(UserError, match="selects no entry"):
         AdapterBank(equal, ["a"], lora={}, sparse=0.5)
     assert AdapterBank(equal, ["a"], lora={}, sparse=1).parameters_per_slot == 4
 
 
 @pytest.mark.parametrize("together", [None, 2])
 def test_retraining_is_the_loop_written_out_by_hand(together):
-    """Every task has an AdamW of its own, so one that is absent does not move."""
+    """There is one AdamW per task, so a task that is absent does not move."""
     run = Run(
         steps=7, tasks_per_step=together, batch_size=4, eval_every=0, device="cpu", weight_decay=0.1
     )
     rates = {"learning_rate": 0.02, "adapter_learning_rate": 0.05}
     method = foretune.PEFTML(form="sparse", fraction=0.4, **rates)
     tasks, net = family(3), Net()
-    got = foretune.retrain(net, tasks, method, run)
-    assert got.bank is None
+    outcome = foretune.retrain(net, tasks, method, run)
+    assert outcome.bank is None
     data = TaskData.of(tasks, tasks.objective)
     sampler = sampler_for(data, run, pooled=method.pooled)
 
@@ -205,11 +209,13 @@ def test_retraining_is_the_loop_written_out_by_hand(together):
     sizes = torch.cat([w.detach().abs().flatten() for w in weights.values()])
     border = sizes.sort().values[round(0.4 * len(sizes))]
     masks = {name: w.detach().abs() < border for name, w in weights.items()}
-    own = [{n: torch.zeros_like(w).requires_grad_() for n, w in weights.items()} for _ in range(3)]
+    changes = [
+        {n: torch.zeros_like(w).requires_grad_() for n, w in weights.items()} for _ in range(3)
+    ]
     for p in net.parameters():
         p.grad = None
     base_adamw = torch.optim.AdamW(net.parameters(), weight_decay=0.1)
-    adamws = [torch.optim.AdamW(one.values(), weight_decay=0.1) for one in own]
+    adamws = [torch.optim.AdamW(slot_values.values(), weight_decay=0.1) for slot_values in changes]
     absent = 0
     for step in range(run.steps):
         rows = [(s, data.slots[s].train[i]) for s, i in sampler.picks(step)]
@@ -217,11 +223,13 @@ def test_retraining_is_the_loop_written_out_by_hand(together):
         absent += 3 - len(slots)
         for slot in slots:
             x, y = (torch.stack([torch.tensor(r[k]) for s, r in rows if s == slot]) for k in "xy")
-            changes = {f"{n}.weight": w + own[slot][n] * masks[n] for n, w in weights.items()}
-            loss = ((functional_call(net, changes, (x,)) - y) ** 2).sum(1).mean()
-            ends = [*own[slot].values(), *net.parameters()]
+            weights_of_slot = {
+                f"{n}.weight": w + changes[slot][n] * masks[n] for n, w in weights.items()
+            }
+            loss = ((functional_call(net, weights_of_slot, (x,)) - y) ** 2).sum(1).mean()
+            ends = [*changes[slot].values(), *net.parameters()]
             grads = torch.autograd.grad(loss, ends)
-            for p, grad in zip(own[slot].values(), grads[:2], strict=True):
+            for p, grad in zip(changes[slot].values(), grads[:2], strict=True):
                 p.grad = grad
             for p, grad in zip(net.parameters(), grads[2:], strict=True):
                 p.grad = grad / len(slots) + (0 if p.grad is None else p.grad)
@@ -232,13 +240,13 @@ def test_retraining_is_the_loop_written_out_by_hand(together):
             adamw.step()
             adamw.zero_grad()
     assert (absent > 0) == (together == 2)
-    for a, b in zip(got.model.parameters(), net.parameters(), strict=True):
+    for a, b in zip(outcome.model.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_another_retraining_than_without_a_change_and_with_lora():
     run = Run(steps=5, batch_size=4, eval_every=0, device="cpu")
-    found = [
+    outputs = [
         foretune.retrain(Net(), family(3), foretune.PEFTML(**fields), run).model.out.weight
         for fields in (
             {"form": "sparse"},
@@ -247,11 +255,11 @@ def test_it_is_another_retraining_than_without_a_change_and_with_lora():
             {},
         )
     ]
-    assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+    assert all(not torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
 
 
 @pytest.mark.parametrize("sparse", [None, 0.2], ids=["lora", "sparse"])
-def test_a_layer_that_gets_nothing_gives_nothing(sparse):
+def test_a_layer_with_empty_input_returns_empty_output(sparse):
     """A scene without lanes has no rows for the lanes' encoder."""
     model = Net()
     bank = AdapterBank(model, ["a", "b"], lora={} if sparse else {"r": 2}, sparse=sparse)

@@ -1,6 +1,6 @@
-"""What the contract of each verb is tried on. A wing's cases lie with its tests.
+"""The cases on which the contract of each verb is tested; a wing's cases are among its tests.
 
-`tests/<folder>/contract_cases.py` holds `ADAPT_CASES`: every form of each method that adapts.
+`tests/<folder>/contract_cases.py` holds `ADAPT_CASES`: every form of each adapt method.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ TESTS = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class AdaptCase:
-    """One form of a method that adapts, and a model and tasks that suit it.
+    """One form of an adapt method, with a model and tasks that suit it.
 
     Args:
-        name: Of the method.
-        fields: Of its record; a learning rate that suits the model.
-        model: Makes the base, the same at each call.
-        tasks: Makes two tasks or more, with an objective.
-        file: What the folder of an adapted task must hold.
+        name: Name of the method.
+        fields: Fields of its record, with a learning rate that suits the model.
+        model: Builds the base, the same one at each call.
+        tasks: Builds two or more tasks, with an objective.
+        file: A file that the folder of an adapted task must contain.
         reload: (base, folder) → the adapted model; None for adapters, which PEFT loads.
         shots: Examples per class or task.
-        progress_steps: After so many steps the score is above that after one; None where the
-            score is not what the method minimises.
-        label: Tells forms of one method apart.
+        progress_steps: Number of steps after which the score must exceed that after one step; None
+            where the method does not minimise the score.
+        label: Distinguishes the forms of one method.
     """
 
     name: str
@@ -72,7 +72,7 @@ def methods_of(verb: str) -> list[str]:
 
 
 def assert_survives_json(record: Any) -> None:
-    """The record's JSON makes an equal record."""
+    """Checks that the record's JSON makes an equal record."""
     fields = json.loads(json.dumps(record.to_dict()))
     assert fields.pop("name") == record.name
     assert make(record.name, **fields) == record

@@ -1,4 +1,4 @@
-"""Every form of each method that retrains, with rates that suit the linear family."""
+"""Every form of each retrain method, with learning rates that suit the linear family."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 
 EPISODIC = [{"inner": "all", "inner_steps": 3}, {"inner": "adapter", "inner_steps": 3}]
 FAST = {"learning_rate": 0.03}
-BETWEEN = {**FAST, "adapter_learning_rate": 0.03, "lora": {"r": 1, "lora_alpha": 1}}
-PEFT_ML_WITH_HEADS = ("peft-ml", {**BETWEEN, "heads": "per-task"})
-PEFT_ML_SPARSE = ("peft-ml", {**BETWEEN, "form": "sparse", "fraction": 0.3})
+PEFT_ML = {**FAST, "adapter_learning_rate": 0.03, "lora": {"r": 1, "lora_alpha": 1}}
+PEFT_ML_WITH_HEADS = ("peft-ml", {**PEFT_ML, "heads": "per-task"})
+PEFT_ML_SPARSE = ("peft-ml", {**PEFT_ML, "form": "sparse", "fraction": 0.3})
 FORMS = [
     ("none", {}),
     ("standard", FAST),
@@ -17,13 +17,13 @@ FORMS = [
     ("peft-ml", {**FAST, "adapter_learning_rate": 0.03, "form": "last-layer"}),
     PEFT_ML_WITH_HEADS,
     PEFT_ML_SPARSE,
-    ("peft-ml", {**BETWEEN, "penalty": 0.1}),
-    ("peft-ml", {**BETWEEN, "adapter_dropout": 0.5}),
-    ("peft-ml", {**BETWEEN, "restart_every": 3}),
-    ("peft-ml", {**BETWEEN, "interpolate": 0.5}),
+    ("peft-ml", {**PEFT_ML, "penalty": 0.1}),
+    ("peft-ml", {**PEFT_ML, "adapter_dropout": 0.5}),
+    ("peft-ml", {**PEFT_ML, "restart_every": 3}),
+    ("peft-ml", {**PEFT_ML, "interpolate": 0.5}),
     ("standard", {**FAST, "interpolate": 0.5}),
     ("standard", {**FAST, "average": 0.5}),
-    ("peft-ml", {**BETWEEN, "average": 0.5}),
+    ("peft-ml", {**PEFT_ML, "average": 0.5}),
     ("fomaml", {**FAST, "inner_learning_rate": 0.03, "inner_steps": 3, "average": 0.5}),
     (
         "auto",

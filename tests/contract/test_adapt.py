@@ -1,4 +1,4 @@
-"""One contract for every form of each method that adapts, on a model and tasks that suit it."""
+"""One contract for every form of each adapt method, on a model and tasks that suit it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def mean_score(adapted):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_base_is_left_alone_and_every_task_and_draw_is_scored(case):
+def test_the_base_is_unchanged_and_every_task_and_draw_is_scored(case):
     model, tasks = case.model(), case.tasks()
     next(model.parameters()).requires_grad_(False)
     before, requires_grad = copy_of(model), [p.requires_grad for p in model.parameters()]
@@ -70,7 +70,7 @@ def test_adapting_makes_progress(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_task_does_not_notice_the_others(case):
+def test_a_task_does_not_depend_on_the_others(case):
     tasks = case.tasks()
     together = adapt(case, tasks=tasks)
     waves = adapt(case, tasks=tasks, tasks_per_wave=2)
@@ -102,7 +102,7 @@ def test_each_task_is_saved_in_a_folder_and_loads_bit_for_bit(case, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["lora", "head"])
-def test_a_task_does_not_notice_how_many_labels_the_others_have(name):
+def test_a_task_does_not_depend_on_how_many_labels_the_others_have(name):
     rows = [{"text": f"the {w}", "label": w} for w in ("red", "blue", "green", "cat", "dog")] * 2
     few = Task("few", [r for r in rows if r["label"] in ("red", "blue")], (), rows[:2])
     objective = foretune.Classification(tokenizer=tiny_models.tokenizer())

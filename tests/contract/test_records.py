@@ -42,7 +42,7 @@ def test_record_is_frozen_and_keyword_only(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_record_says_what_it_is(name):
+def test_record_has_a_name_label_verb_and_docstring(name):
     cls = method_class(name)
     assert cls.name == name
     assert cls.label
@@ -56,7 +56,7 @@ def test_record_says_what_it_is(name):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_record_of_a_method_that_adapts_survives_json(case):
+def test_record_of_an_adapt_method_survives_json(case):
     assert_survives_json(case.method)
 
 
@@ -73,7 +73,7 @@ def test_record_survives_json(name, fields):
 )
 def test_bad_rate_is_refused_by_name(name, field, bad):
     if bad is None and getattr(make(name), field) is None:
-        return  # None is this method's default, and stands for a rate of its own
+        return  # None is this method's default: it derives the rate
     with pytest.raises(UserError, match=rf"^{field} must be .*got {bad!r}"):
         make(name, **{field: bad})
 

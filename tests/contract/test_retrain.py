@@ -1,4 +1,4 @@
-"""One contract for every form of each method that retrains."""
+"""One contract for every form of each retrain method."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def _retrain(name, fields, *, model=None, tasks=None, **changes):
 
 
 @pytest.mark.parametrize(("name", "fields"), named(FORMS))
-def test_retraining_leaves_its_input_alone(name, fields):
+def test_retraining_does_not_change_its_input(name, fields):
     model = linear_tasks.Net()
     model.body.bias.requires_grad_(False)
-    before, wanted = copy_of(model), [p.requires_grad for p in model.parameters()]
+    before, trainable = copy_of(model), [p.requires_grad for p in model.parameters()]
     result = _retrain(name, fields, model=model).model
     assert equal_bits(model.state_dict(), before)
-    assert [p.requires_grad for p in model.parameters()] == wanted
+    assert [p.requires_grad for p in model.parameters()] == trainable
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(result.body.bias, model.body.bias)  # frozen in, frozen out
     shapes = {k: v.shape for k, v in result.state_dict().items()}
@@ -47,13 +47,13 @@ def test_same_seed_same_bits(name, fields):
     torch.manual_seed(7)
     first = _retrain(name, fields, seed=3)
     torch.manual_seed(8)
-    second, other = _retrain(name, fields, seed=3), _retrain(name, fields, seed=4)
+    second, third = _retrain(name, fields, seed=3), _retrain(name, fields, seed=4)
     assert equal_bits(first.model.state_dict(), second.model.state_dict())
     assert first.history == second.history
-    assert equal_bits(first.model.state_dict(), other.model.state_dict()) == (name == "none")
+    assert equal_bits(first.model.state_dict(), third.model.state_dict()) == (name == "none")
 
 
-def test_global_random_state_is_left_alone():
+def test_global_random_state_is_unchanged():
     torch.manual_seed(7)
     before = torch.get_rng_state()
     _retrain(*FORMS[3])
@@ -62,7 +62,7 @@ def test_global_random_state_is_left_alone():
 
 
 @pytest.mark.parametrize(("name", "fields"), named(FORMS))
-def test_cost_is_told(name, fields):
+def test_cost_is_reported(name, fields):
     cost = _retrain(name, fields).cost
     assert {"tokens", "examples", "seconds", "cpu_seconds", "peak_memory_mb"} <= set(cost)
     assert (cost["trainable_parameters"] == 0) == (name == "none")
@@ -84,7 +84,7 @@ def test_budgets_are_equal(rows, together):
 
 
 def _distance(model, tasks):
-    """To the weights that the family shares; from outside, through what the model says."""
+    """Squared distance to the weights that the family shares, from the model's outputs only."""
     x = torch.eye(4)
     with torch.no_grad():
         w = (model(x) - model(torch.zeros(1, 4))).T.numpy()
@@ -93,7 +93,7 @@ def _distance(model, tasks):
 
 @pytest.mark.parametrize(
     ("name", "fields"),
-    # The model is one layer: with a head a task PEFT-ML has nothing left to adapt.
+    # The model is one layer: with per-task heads PEFT-ML has nothing left to adapt.
     named([f for f in TRAINED_FORMS if f[0] != "auto" and f != PEFT_ML_WITH_HEADS]),
 )
 def test_retraining_comes_closer_to_a_known_answer(name, fields):
@@ -110,7 +110,7 @@ def test_retraining_comes_closer_to_a_known_answer(name, fields):
         warmup=0.0,
     ).model
     if fields.get("form") == "last-layer":
-        # Its adapter is the whole model here, so W gets no gradient and must stay.
+        # Its adapter is the whole model here, so W gets no gradient and must not change.
         assert torch.equal(result.out.weight, model.out.weight)
     elif fields.get("heads") == "per-task":
         assert torch.equal(result.out.weight, model.out.weight)
@@ -122,9 +122,9 @@ def test_retraining_comes_closer_to_a_known_answer(name, fields):
 @pytest.mark.parametrize(
     ("name", "fields"), named([f for f in TRAINED_FORMS if {"heads", "form"} & set(f[1])])
 )
-def test_heads_of_their_own_make_progress(name, fields):
-    untouched = _retrain("none", {}).validation_score
-    assert _retrain(name, fields, steps=60).validation_score > untouched + 0.5 * abs(untouched)
+def test_per_task_heads_make_progress(name, fields):
+    before = _retrain("none", {}).validation_score
+    assert _retrain(name, fields, steps=60).validation_score > before + 0.5 * abs(before)
 
 
 @pytest.mark.parametrize(("name", "fields"), named(FORMS))
@@ -139,9 +139,9 @@ def test_saved_base_gives_the_same_outputs(name, fields, tmp_path):
     assert record["finished"] and make(**record["method"]) == outcome.method
     folders = tmp_path / "out" / "adapters"
     assert folders.is_dir() == (outcome.bank is not None)
-    moved = {"interpolate", "average"} & set(fields)  # away from the weights beside the adapters
-    kept = name == "peft-ml" and not moved and fields.get("form") != "sparse"
-    assert (outcome.bank is not None) == kept
+    moved = {"interpolate", "average"} & set(fields)  # the adapters fit the weights before that
+    saves_adapters = name == "peft-ml" and not moved and fields.get("form") != "sparse"
+    assert (outcome.bank is not None) == saves_adapters
 
 
 def _classification() -> TaskCollection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 import tiny_models
 from foretune.decoding.side_models import Side, carry, run_beside
 from foretune.errors import UserError
+from foretune.models.calls import CACHE_NAMES, cache_argument
 
 IDS = torch.randint(4, tiny_models.VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(0))
 FREE: dict[str, Any] = {
@@ -21,6 +23,7 @@ FREE: dict[str, Any] = {
     "pad_token_id": 0,
     "do_sample": False,
 }
+CACHE: Any = cache_argument(tiny_models.llama(num_hidden_layers=1))  # as this transformers says it
 
 
 def summed(base: Tensor, sides: list[Tensor]) -> Tensor:
@@ -73,19 +76,48 @@ def test_a_forward_step_by_step_is_one_forward(large: Any, sides: list[Side]) ->
     with run_beside(large, sides, summed), torch.no_grad():
         want = large(IDS).logits
         first = large(IDS[:, :4])  # positional, and no cache given: it is made
-        second = large(IDS[:, 4:], past_key_values=first.past_key_values)
+        second = large(IDS[:, 4:], **{CACHE: first[CACHE]})
         assert torch.allclose(second.logits, want[:, 4:], atol=1e-4)
         kept = large(input_ids=IDS, logits_to_keep=2).logits
         assert torch.allclose(kept, want[:, -2:], atol=1e-4)
-        assert large(IDS, use_cache=False).past_key_values is None
+        assert large(IDS, use_cache=False).get(CACHE) is None
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_either_name_of_the_cache_argument_will_do(
+    large: Any, sides: list[Side], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for one in (large, sides[0].model):
+        monkeypatch.setattr(one, "forward", with_cache_named(name, one.forward))
+    with run_beside(large, sides, summed), torch.no_grad():
+        want = large(IDS, use_cache=False).logits
+        first = large(IDS[:, :4], use_cache=True)
+        second = large(IDS[:, 4:], **{name: first[CACHE]}, use_cache=True)
+    assert torch.allclose(second.logits, want[:, 4:], atol=1e-4)
+
+
+def with_cache_named(name: str, forward: Any) -> Any:
+    """The forward with this name for its cache, whichever transformers it is of."""
+
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        if name in kwargs:
+            kwargs[CACHE] = kwargs.pop(name)
+        return forward(*args, **kwargs)
+
+    signature = inspect.signature(forward)
+    parameters = [
+        p.replace(name=name) if p.name == CACHE else p for p in signature.parameters.values()
+    ]
+    renamed.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return renamed
 
 
 def test_an_empty_cache_of_the_user_is_used_and_goes_on(large: Any, sides: list[Side]) -> None:
     cache = transformers.DynamicCache()
     with run_beside(large, sides, summed):
         want = large.generate(IDS, **{**FREE, "max_new_tokens": 9})
-        some = large.generate(IDS, past_key_values=cache, **{**FREE, "max_new_tokens": 4})
-        more = {"past_key_values": cache, "attention_mask": torch.ones_like(some)}
+        some = large.generate(IDS, **{CACHE: cache}, **{**FREE, "max_new_tokens": 4})
+        more = {CACHE: cache, "attention_mask": torch.ones_like(some)}
         rest = large.generate(some, **more, **{**FREE, "max_new_tokens": 5})
     assert torch.equal(rest, want)
 
@@ -95,32 +127,40 @@ def test_a_deep_copy_of_a_prompt_cache_has_side_caches_of_its_own(
 ) -> None:
     with run_beside(large, sides, summed), torch.no_grad():
         want = large.generate(IDS, **FREE)
-        prompt = large(IDS[:, :4], past_key_values=transformers.DynamicCache()).past_key_values
+        prompt = large(IDS[:, :4], **{CACHE: transformers.DynamicCache()})[CACHE]
         for _ in range(2):
-            got = large.generate(IDS, past_key_values=copy.deepcopy(prompt), **FREE)
+            got = large.generate(IDS, **{CACHE: copy.deepcopy(prompt)}, **FREE)
             assert torch.equal(got, want)
 
 
 def test_a_cache_filled_without_side_models_is_refused(large: Any, sides: list[Side]) -> None:
     with torch.no_grad():
-        filled = large(IDS).past_key_values
+        filled = large(IDS)[CACHE]
     with (
         run_beside(large, sides, summed),
         pytest.raises(UserError, match="filled without the side models"),
     ):
-        large.generate(IDS, past_key_values=filled, **FREE)
+        large.generate(IDS, **{CACHE: filled}, **FREE)
+
+
+def test_a_cache_that_is_none_of_transformers_is_refused(large: Any, sides: list[Side]) -> None:
+    with (
+        run_beside(large, sides, summed),
+        pytest.raises(UserError, match="Cache classes, got tuple"),
+    ):
+        large(IDS, **{CACHE: ()})
 
 
 def test_a_cache_used_outside_of_the_block_is_refused(large: Any, sides: list[Side]) -> None:
     with torch.no_grad():
         with run_beside(large, sides, summed):
-            cache = large(IDS[:, :3]).past_key_values
-        large(IDS[:, 3:5], past_key_values=cache)
+            cache = large(IDS[:, :3])[CACHE]
+        large(IDS[:, 3:5], **{CACHE: cache})
         with (
             run_beside(large, sides, summed),
             pytest.raises(UserError, match="holds 3 tokens instead of 5"),
         ):
-            large(IDS[:, 5:], past_key_values=cache)
+            large(IDS[:, 5:], **{CACHE: cache})
 
 
 def test_a_cache_of_other_side_models_is_refused_unless_it_is_empty(
@@ -129,18 +169,18 @@ def test_a_cache_of_other_side_models_is_refused_unless_it_is_empty(
     other = [Side(model=model(7)), sides[1]]
     with torch.no_grad():
         with run_beside(large, sides, summed):
-            cache = large(IDS[:, :3]).past_key_values
+            cache = large(IDS[:, :3])[CACHE]
         with (
             run_beside(large, other, summed),
             pytest.raises(UserError, match="filled with other side models"),
         ):
-            large(IDS[:, 3:], past_key_values=cache)
+            large(IDS[:, 3:], **{CACHE: cache})
         cache.reset()
         with run_beside(large, sides[:1], summed):
             want = large(IDS).logits
             fresh = transformers.DynamicCache()
             carry(fresh, [side.key for side in other])
-            assert torch.allclose(large(IDS, past_key_values=fresh).logits, want, atol=1e-5)
+            assert torch.allclose(large(IDS, **{CACHE: fresh}).logits, want, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -190,13 +230,9 @@ def test_prefill_in_chunks_and_sliding_windows_give_the_same(large: Any) -> None
 
 
 def test_a_model_with_a_recurrent_state_is_refused(large: Any) -> None:
-    config = transformers.MambaConfig(
-        vocab_size=24, hidden_size=8, state_size=2, num_hidden_layers=1
-    )
-    mamba = transformers.MambaForCausalLM(config)
     with (
         pytest.raises(UserError, match=r"Mamba.* recurrent state"),
-        run_beside(large, [Side(model=mamba)], summed),
+        run_beside(large, [Side(model=tiny_models.mamba2())], summed),
     ):
         pass
 

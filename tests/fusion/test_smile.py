@@ -303,8 +303,19 @@ def test_decoder_routed_by_sequence_does_not_see_the_future() -> None:
     assert fused.model.generate(long, max_new_tokens=3, use_cache=False).shape[1] > 7
 
 
-def test_token_routing_generates_the_same_with_and_without_the_cache() -> None:
-    model = tiny_models.qwen2()
+@pytest.mark.parametrize("build", [tiny_models.llama, tiny_models.gpt2, tiny_models.mamba2])
+def test_routing_by_sequence_refuses_a_cache_of_any_kind(build: Any) -> None:
+    model = build()
+    fused = foretune.fuse(model, tuned(model), SMILE(routing="sequence", gate_k=2))
+    free = {"max_new_tokens": 3, "eos_token_id": None, "do_sample": False}
+    with pytest.raises(UserError, match="use_cache=False"):
+        fused.model.generate(ids(2, 5), **free)
+    assert fused.model.generate(ids(2, 5), use_cache=False, **free).shape == (2, 8)
+
+
+@pytest.mark.parametrize("build", [tiny_models.qwen2, tiny_models.mamba2])
+def test_token_routing_generates_the_same_with_and_without_the_cache(build: Any) -> None:
+    model = build()
     fused = foretune.fuse(model, tuned(model), SMILE(gate_k=2))
     made = [
         fused.model.generate(ids(2, 5), max_new_tokens=6, do_sample=False, use_cache=cache)

@@ -1,4 +1,4 @@
-"""The forms of the core's methods that adapt."""
+"""The forms of the core's adapt methods."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def linear(name: str, fields: dict[str, Any], **options: Any) -> AdaptCase:
 
 def prompt_model() -> nn.Module:
     model = tiny_models.clip()
-    with torch.no_grad():  # random towers of this size hardly tell anything apart
+    with torch.no_grad():  # random towers of this size embed everything almost alike
         for p in model.parameters():
             if p.dim() > 1:
                 p.mul_(8)
@@ -39,7 +39,7 @@ def prompt_model() -> nn.Module:
 
 
 def prompt_tasks() -> TaskCollection:
-    """Images of three classes, and of two of these."""
+    """One task with images of three classes, and one with two of them."""
     generator = torch.Generator().manual_seed(0)
     examples = [
         {
@@ -64,7 +64,7 @@ ADAPT_CASES = [
     linear("head", {}),
     linear("lora", {"lora": {"r": 2, "lora_alpha": 2}}),
     linear("sara", {"fraction": 0.5}, file="sparse_delta.safetensors", reload=foretune.load_sparse),
-    # Its score is an accuracy on rows that a few small steps need not move.
+    # Its score is an accuracy, which a few small steps need not change.
     fd_align(
         {
             "learning_rate": 1e-3,

@@ -1,4 +1,4 @@
-"""`auto` on tasks whose best retraining is known, and what it writes down."""
+"""`auto` on tasks whose best retraining is known, and the record of its trials."""
 
 from __future__ import annotations
 
@@ -100,17 +100,17 @@ def test_trials_never_adapt_to_what_they_were_retrained_on(monkeypatch):
 
 @pytest.mark.parametrize(("num_tasks", "shots", "draws"), [(6, 4, 3), (24, 4, 1), (6, None, 1)])
 def test_few_held_out_tasks_are_adapted_to_in_several_draws(monkeypatch, num_tasks, shots, draws):
-    found = []
+    draw_counts = []
     real = verbs.adapt
 
     def adapt(model, held, *args, **more):
         done = real(model, held, *args, **more)
-        found.append(len(done.scores) / len(held))
+        draw_counts.append(len(done.scores) / len(held))
         return done
 
     monkeypatch.setattr(verbs, "adapt", adapt)
     choice = verbs.retrain(Net(), family(num_tasks), auto(shots=(shots,)), RUN).choice
-    assert found == [draws] * 2
+    assert draw_counts == [draws] * 2
     for trial in choice["trials"]:
         assert trial["score"] == pytest.approx(np.mean([*trial["by_task"].values()]))
         assert all(len(scores) == draws for scores in trial["by_task"].values())
@@ -137,13 +137,13 @@ def test_a_variant_of_a_control_does_not_stand_for_it():
     assert choice["rounds"]["plain"] == 3
 
 
-def test_the_exam_is_on_rows_that_nothing_has_learnt_from(monkeypatch):
+def test_candidates_are_scored_on_examples_that_no_trial_was_trained_on(monkeypatch):
     tasks = family(6, rows=24, validation=8)
-    exams = []
+    search_tasks = []
     real = verbs.adapt
 
     def adapt(model, held, *args, **more):
-        exams.append((held, more["shots"]))
+        search_tasks.append((held, more["shots"]))
         return real(model, held, *args, **more)
 
     monkeypatch.setattr(verbs, "adapt", adapt)
@@ -152,22 +152,22 @@ def test_the_exam_is_on_rows_that_nothing_has_learnt_from(monkeypatch):
         return {row["x"].tobytes() for row in part}
 
     for shots in ((4,), (4, None)):
-        exams.clear()
+        search_tasks.clear()
         verbs.retrain(Net(), tasks, auto(shots=shots), RUN)
-        for held, _ in exams:
+        for held, _ in search_tasks:
             for task in held:
-                own = tasks[task.name]
+                original = tasks[task.name]
                 assert not rows(task.train) & rows(task.validation)
-                assert rows(task.train) | rows(task.validation) == rows(own.train) | rows(
-                    own.validation
+                assert rows(task.train) | rows(task.validation) == rows(original.train) | rows(
+                    original.validation
                 )
                 assert (len(task.train), len(task.validation)) == (
                     (24, 8) if None in shots else (12, 20)
                 )
-                assert not task.test  # neither the exam's nor the user's
+                assert not task.test
 
 
-def test_candidates_that_differ_in_their_end_alone_are_trained_once(monkeypatch):
+def test_candidates_that_differ_only_in_interpolate_are_trained_once(monkeypatch):
     counted = []
     real = verbs.retrain
 
@@ -181,12 +181,12 @@ def test_candidates_that_differ_in_their_end_alone_are_trained_once(monkeypatch)
     outcome = verbs.retrain(Net(), family(6), auto(candidates=many), RUN)
     assert len(counted) == 3  # auto, one trial, the end
     scores = outcome.choice["scores"]
-    alone = [auto(candidates=[one, {"name": "none"}]) for one in many]
+    alone = [auto(candidates=[candidate, {"name": "none"}]) for candidate in many]
     for method, name in zip(alone, list(scores), strict=True):
         assert real(Net(), family(6), method, RUN).choice["scores"][name] == scores[name]
 
 
-def test_what_was_tried_is_written_down(tmp_path):
+def test_the_trials_are_recorded(tmp_path):
     many = [*CONTROLS, {"name": "peft-ml", **FAST, "lora": LORA, "as": "ours"}]
     method = auto(candidates=many, rounds=2)
     outcome = foretune.retrain(Net(), family(6), method, RUN.replace(out=tmp_path / "r"))
@@ -201,10 +201,10 @@ def test_what_was_tried_is_written_down(tmp_path):
     assert choice["num_held_out"] == 4 and choice["num_seen"] == 6
 
 
-def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_choice_resumes(tmp_path, monkeypatch):
     tasks, many = family(6), [*CONTROLS, {"name": "peft-ml", **FAST, "lora": LORA}]
     method = auto(candidates=many, rounds=2)
-    whole = foretune.retrain(Net(), tasks, method, RUN)
+    uninterrupted = foretune.retrain(Net(), tasks, method, RUN)
     real, calls = verbs.adapt, []
 
     def adapt(*args, **more):
@@ -218,24 +218,24 @@ def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch):
         patch.setattr(verbs, "adapt", adapt)
         with pytest.raises(KeyboardInterrupt):
             foretune.retrain(Net(), tasks, method, run)
-    other = auto(candidates=many, rounds=1)
+    shorter = auto(candidates=many, rounds=1)
     with pytest.raises(UserError, match="was begun with rounds=2, this run has rounds=1"):
-        foretune.retrain(Net(), tasks, other, run.replace(resume=True))
+        foretune.retrain(Net(), tasks, shorter, run.replace(resume=True))
     calls.clear()
     calls.extend([1] * 10)
     monkeypatch.setattr(verbs, "adapt", adapt)
     resumed = foretune.retrain(Net(), tasks, method, run.replace(resume=True))
-    made = 10 + len(whole.choice["trials"]) - 2  # two trials were there
-    assert len(calls) == made
-    assert resumed.choice["scores"] == whole.choice["scores"]
-    assert equal_bits(resumed.model.state_dict(), whole.model.state_dict())
+    expected_calls = 10 + len(uninterrupted.choice["trials"]) - 2  # two trials were there
+    assert len(calls) == expected_calls
+    assert resumed.choice["scores"] == uninterrupted.choice["scores"]
+    assert equal_bits(resumed.model.state_dict(), uninterrupted.model.state_dict())
     again = foretune.retrain(Net(), tasks, method, run.replace(resume=True))
     assert again.cost["tokens"] == resumed.cost["tokens"]
-    assert len(calls) == made
+    assert len(calls) == expected_calls
 
 
 def test_overwrite_replaces_what_a_killed_choice_left(tmp_path):
-    """Until the final retraining begins there is nothing but its trials."""
+    """Until the final retraining begins, the folder holds only the trials."""
     (tmp_path / "choice.json").write_text('{"about": {}, "trials": []}')
     (tmp_path / ".foretune").touch()
     run = RUN.replace(out=tmp_path, overwrite=True, steps=4)
@@ -268,13 +268,13 @@ def test_same_seed_same_choice():
     [
         ({"candidates": [{"name": "none"}]}, "at least 2 candidates, got 1"),
         ({"candidates": ["none", "standard"]}, "a mapping with its"),
-        ({"candidates": [{"name": "none"}, {"name": "lora"}]}, '"lora" is none'),
+        ({"candidates": [{"name": "none"}, {"name": "lora"}]}, '"lora" is not one of them'),
         ({"candidates": [{"name": "none"}, {"name": "none"}]}, 'two candidates called "none"'),
         ({"candidates": [{"name": "none"}, {"name": "standrd"}]}, 'Did you mean "standard"'),
         ({"folds": 1}, "folds"),
         ({"rounds": 0}, "rounds"),
         ({"budget": 1.5}, "budget"),
-        ({"adapt": {"name": "peft-ml"}}, '"peft-ml" is none'),
+        ({"adapt": {"name": "peft-ml"}}, '"peft-ml" is not one'),
         ({"shots": ()}, "at least one number of shots"),
         ({"shots": 8}, "shots must be a list, got 8"),
         ({"shots": ["all"]}, "shots must be a whole number"),

@@ -1,4 +1,4 @@
-"""FD-Align: the alignment, its teacher, and what is left alone."""
+"""FD-Align: the alignment, its teacher, and what stays unchanged."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def texts(rows: int = 6) -> list[dict[str, Any]]:
 
 
 def world(kind: str = "clip", **changes: Any) -> tuple[nn.Module, TaskCollection]:
-    """A model, and two tasks of its kind with unlike labels that share some rows."""
-    given = images() if kind in ("clip", "siglip") else texts()
-    two = [row for row in given if "mat" not in (row.get("y"), row.get("label"))]
-    tasks = (Task("one", given, given[:3], given), Task("two", two, (), two))
+    """A model, and two tasks of its kind with different label sets that share some examples."""
+    examples = images() if kind in ("clip", "siglip") else texts()
+    two = [row for row in examples if "mat" not in (row.get("y"), row.get("label"))]
+    tasks = (Task("one", examples, examples[:3], examples), Task("two", two, (), two))
     objective = PromptClassification(tiny_models.tokenizer(), templates=TEMPLATES)
     model = getattr(tiny_models, kind)(**changes)
-    with torch.no_grad():  # random towers of this size hardly tell anything apart
+    with torch.no_grad():  # random towers of this size embed everything almost alike
         for p in model.parameters():
             if p.dim() > 1:
                 p.mul_(8)
@@ -64,7 +64,7 @@ def world(kind: str = "clip", **changes: Any) -> tuple[nn.Module, TaskCollection
 def learner_of(
     model: nn.Module, tasks: TaskCollection, method: FDAlign, run: Run = RUN
 ) -> tuple[FDAlignLearner, TaskData]:
-    """A learner in place, its teacher told, nothing moved yet."""
+    """A learner on its device, its teacher's outputs computed, before the first step."""
     objective = tasks.objective.fit(tasks).bind(model)
     model = fresh_copy(model, objective, 0)
     data = TaskData([slot_of(task) for task in tasks], objective)
@@ -144,9 +144,9 @@ def test_the_teacher_s_share_of_the_loss_is_weight_times_the_mean_divergence() -
             for p in learner.base:
                 p.add_(0.05 * torch.randn_like(p))
     plain = data.objective.losses(a.model, chunk)
-    one, more = (x.row_losses(chunk, torch.device("cpu")) - plain for x in (a, b))
-    assert one.max() > 1e-3
-    torch.testing.assert_close(more, 2.5 * one, rtol=1e-3, atol=1e-5)
+    penalty, larger = (x.row_losses(chunk, torch.device("cpu")) - plain for x in (a, b))
+    assert penalty.max() > 1e-3
+    torch.testing.assert_close(larger, 2.5 * penalty, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
@@ -162,38 +162,38 @@ def test_forward_is_from_the_teacher_and_reverse_from_the_student(direction: Any
         p, q = (before, now) if direction == "forward" else (now, before)
         expected = (p * (p / q).log()).sum(1)
         plain = data.objective.losses(learner.model, chunk)
-        found = learner.row_losses(chunk, torch.device("cpu")) - plain
-    assert found.max() > 1e-3
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        divergence = learner.row_losses(chunk, torch.device("cpu")) - plain
+    assert divergence.max() > 1e-3
+    torch.testing.assert_close(divergence, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_authors_settings_are_turned_into_ours() -> None:
+def test_the_authors_settings_are_converted() -> None:
     method = FDAlign.official(learning_rate=1e-4)
     assert (method.weight, method.num_kept, method.num_prototypes) == (1.0, 60, 20)
     assert FDAlign.official(beta=12, num_prototypes=8).weight == 1.5
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
-def test_the_kept_teacher_is_a_copy_s_and_that_of_the_base_without_its_adapters(lora: Any) -> None:
+def test_the_cached_teacher_is_that_of_the_base_without_its_adapters(lora: Any) -> None:
     model, tasks = world("clip")
     apart = tiny_models.clip()
     apart.load_state_dict(model.state_dict())
     learner, data = learner_of(model, tasks, FDAlign(weight=1.0, learning_rate=0.05, lora=lora))
     chunk = batch_of(data)
-    kept = torch.stack([learner.teacher[key] for key in keys_of(chunk)])
+    cached = torch.stack([learner.teacher[key] for key in keys_of(chunk)])
     sampler = sampler_for(data, RUN, pooled=FDAlign().pooled)
     fit(learner, data, sampler, RUN, validate=False)
     with torch.no_grad():
         copied = learner.read(data.objective.features(apart.eval(), chunk), chunk)
-        torch.testing.assert_close(kept, copied)
+        torch.testing.assert_close(cached, copied)
         if learner.bank is None:
             return
         with learner.bank.attached():
             tuned = learner.read(data.objective.features(learner.model, chunk), chunk)
             with learner.bank.bare():
                 bare = learner.read(data.objective.features(learner.model, chunk), chunk)
-    torch.testing.assert_close(bare, kept)
-    assert (tuned - kept).abs().max() > 1e-3
+    torch.testing.assert_close(bare, cached)
+    assert (tuned - cached).abs().max() > 1e-3
 
 
 def test_the_teacher_has_no_dropout_and_draws_no_random_number() -> None:
@@ -251,24 +251,24 @@ def test_templates_and_class_names_swapped_swap_the_prototypes() -> None:
     model, _ = world("clip")
     words, blanks = ("cat", "dog"), ("red", "blue", "green")
     tokenizer = tiny_models.tokenizer()
-    one = dual_encoder.text_embeddings(
+    by_template = dual_encoder.text_embeddings(
         model, tokenizer, [f"a {b} {w}" for b in blanks for w in words]
     ).view(3, 2, -1)
-    other = dual_encoder.text_embeddings(
+    by_class = dual_encoder.text_embeddings(
         model, tokenizer, [f"a {b} {w}" for w in words for b in blanks]
     ).view(2, 3, -1)
-    torch.testing.assert_close(one.mean(1), other.mean(0))
-    torch.testing.assert_close(one.mean(0), other.mean(1))
+    torch.testing.assert_close(by_template.mean(1), by_class.mean(0))
+    torch.testing.assert_close(by_template.mean(0), by_class.mean(1))
 
 
-def test_interpolation_is_the_mean_of_given_and_tuned_weights() -> None:
+def test_interpolation_is_the_mean_of_original_and_tuned_weights() -> None:
     model, tasks = world("clip")
     start = copy_of(model)
     fields = {"learning_rate": 1e-3, "weight": 1.0}
-    whole = foretune.adapt(model, tasks, FDAlign(**fields), RUN).models["one", 0].state_dict()
+    tuned = foretune.adapt(model, tasks, FDAlign(**fields), RUN).models["one", 0].state_dict()
     half = foretune.adapt(model, tasks, FDAlign(**fields, interpolate=0.5), RUN)
     for name, value in half.models["one", 0].state_dict().items():
-        torch.testing.assert_close(value, torch.lerp(start[name], whole[name], 0.5))
+        torch.testing.assert_close(value, torch.lerp(start[name], tuned[name], 0.5))
     none = foretune.adapt(model, tasks, FDAlign(**fields, interpolate=0.0), RUN)
     assert equal_bits(none.models["one", 0].state_dict(), start)
 
@@ -289,13 +289,16 @@ def test_same_seed_same_bits_and_it_learns(kind: str, lora: Any) -> None:
         losses = [data.objective.losses(m.eval(), chunk).mean() for m in (model, tuned)]
         assert losses[1] < 0.8 * losses[0]
     state = [x.models or x.tensors for x in (first, second)]
-    for key, found in state[0].items():
-        as_dict = found.state_dict() if isinstance(found, nn.Module) else found
-        other = state[1][key]
-        assert equal_bits(as_dict, other.state_dict() if isinstance(other, nn.Module) else other)
+    for key, first_state in state[0].items():
+        as_dict = first_state.state_dict() if isinstance(first_state, nn.Module) else first_state
+        second_state = state[1][key]
+        assert equal_bits(
+            as_dict,
+            second_state.state_dict() if isinstance(second_state, nn.Module) else second_state,
+        )
 
 
-def test_a_task_does_not_notice_the_others_beside_it_in_a_bank() -> None:
+def test_a_task_does_not_depend_on_the_others_in_its_bank() -> None:
     model, tasks = world("clip")
     method = FDAlign(learning_rate=1e-2, lora=LORA)
     both = foretune.adapt(model, tasks, method, RUN, draws=2)
@@ -350,7 +353,7 @@ def test_another_objective_is_refused() -> None:
         ({"num_kept": 0}, "num_kept must be a whole number not below 1, got 0"),
         ({"num_prototypes": None}, "num_prototypes must be a whole number not below 1"),
         ({"interpolate": 2}, "interpolate is a share between 0 and 1, got 2"),
-        ({"interpolate": 0.5, "lora": {"r": 2}}, "interpolate is about whole weights"),
+        ({"interpolate": 0.5, "lora": {"r": 2}}, "interpolate applies to full weights"),
     ],
 )
 def test_a_bad_field_is_refused_by_name(fields: dict[str, Any], message: str) -> None:

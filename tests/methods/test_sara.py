@@ -1,4 +1,4 @@
-"""SaRA: which entries move, by what gradient, and what of it is kept."""
+"""SaRA: which entries are trained, by which gradient, and what is saved."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def delta_of(model, fraction=0.3):
 
 
 def outside(model, before, delta):
-    """Whether everything but the delta's entries has kept its bits."""
+    """Whether everything but the delta's entries is unchanged, bit for bit."""
     for name, p in model.named_parameters():
         mask = torch.ones(p.numel(), dtype=torch.bool)
         if name in delta.support:
@@ -93,18 +93,18 @@ def adapted(method, **options):
 @pytest.mark.parametrize("name", MODELS)
 def test_entries_are_those_below_the_threshold(name):
     model = MODELS[name][0]()
-    found = entries_below(model, 0.05)
+    indices = entries_below(model, 0.05)
     for key, p in model.named_parameters():
-        assert set(found[key].tolist()) == {i for i, v in enumerate(p.flatten()) if abs(v) < 0.05}
-        assert found[key].dtype == torch.int32
+        assert set(indices[key].tolist()) == {i for i, v in enumerate(p.flatten()) if abs(v) < 0.05}
+        assert indices[key].dtype == torch.int32
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.37, 1.0])
 def test_fraction_takes_that_share_of_all_entries(fraction):
     model = seeded(lambda: nn.Sequential(nn.Linear(9, 11), nn.Linear(11, 7)))
     total = sum(p.numel() for p in model.parameters())
-    found = entries_below(model, threshold_of(model, fraction))
-    assert sum(map(len, found.values())) == round(fraction * total)
+    indices = entries_below(model, threshold_of(model, fraction))
+    assert sum(map(len, indices.values())) == round(fraction * total)
 
 
 def test_frozen_parameters_have_no_entries_and_stay_frozen():
@@ -175,7 +175,7 @@ def test_adamw_on_the_entries_is_dense_adamw_with_masked_gradients(name):
         ours.step()
         ours.zero_grad()
         loss_of(dense, inputs()).backward()
-        kept = {k: p.detach().clone() for k, p in dense.named_parameters()}
+        before_step = {k: p.detach().clone() for k, p in dense.named_parameters()}
         for key, p in dense.named_parameters():
             if p.grad is not None:
                 p.grad.view(-1)[~masks[key]] = 0
@@ -183,7 +183,7 @@ def test_adamw_on_the_entries_is_dense_adamw_with_masked_gradients(name):
         theirs.zero_grad()
         with torch.no_grad():  # weight decay is for the entries alone
             for key, p in dense.named_parameters():
-                p.view(-1)[~masks[key]] = kept[key].view(-1)[~masks[key]]
+                p.view(-1)[~masks[key]] = before_step[key].view(-1)[~masks[key]]
     for (key, p), q in zip(model.named_parameters(), dense.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=key)
     assert outside(model, before, delta)
@@ -221,7 +221,7 @@ def test_outside_the_entries_adapting_keeps_every_bit(reselect, nuclear):
 
 
 def test_adapting_is_the_written_out_loop():
-    """The loop's AdamW on the values, against dense AdamW whose other entries are put back."""
+    """The loop's AdamW on the values, against dense AdamW whose other entries are restored."""
     base = linear_tasks.Net()
     run = RUN.replace(schedule="constant", max_grad_norm=None, batch_size=24)
     method = SaRA(fraction=0.5, learning_rate=0.05, nuclear=0.0, reselect=None)
@@ -233,14 +233,14 @@ def test_adapting_is_the_written_out_loop():
     x, y = (torch.stack([torch.from_numpy(row[k]) for row in rows]) for k in ("x", "y"))
     for _ in range(run.steps):
         (dense(x) - y).square().sum(1).mean().backward()
-        kept = copy_of(dense)
+        before_step = copy_of(dense)
         for n, p in dense.named_parameters():
             p.grad[~masks[n]] = 0
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             for n, p in dense.named_parameters():
-                p[~masks[n]] = kept[n][~masks[n]]
+                p[~masks[n]] = before_step[n][~masks[n]]
     for p, q in zip(ours.parameters(), dense.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
@@ -268,15 +268,15 @@ def test_nuclear_term_is_the_gradient_of_the_norm_of_the_masked_matrix():
     delta.add_nuclear(0.7)
     for name in ("0.weight", "2.weight"):
         p = dict(model.named_parameters())[name]
-        places = delta.indices[name]
+        positions = delta.indices[name]
         matrix = torch.zeros(p.numel(), dtype=torch.double)
-        matrix[places] = delta.values[name].detach()
+        matrix[positions] = delta.values[name].detach()
 
         def norm(flat, p=p):
             return torch.linalg.svdvals(flat.view(p.shape[0], -1)).sum().item()
 
         step = 1e-6
-        for i, place in list(enumerate(places.tolist()))[:10]:
+        for i, place in list(enumerate(positions.tolist()))[:10]:
             up, down = matrix.clone(), matrix.clone()
             up[place] += step
             down[place] -= step
@@ -312,18 +312,18 @@ def test_reselection_goes_on_with_what_is_still_small_and_freezes_the_rest():
     first, held = dict(delta.indices), copy_of(model)
     before, after = delta.reselect(optimizer)
     assert 0 < after < before == sum(map(len, first.values()))
-    known = dict(model.named_parameters())
-    for name, places in delta.indices.items():
+    parameters = dict(model.named_parameters())
+    for name, positions in delta.indices.items():
         small = held[name].view(-1)[first[name]].abs() < delta.threshold
-        assert torch.equal(places, first[name][small])
+        assert torch.equal(positions, first[name][small])
         assert torch.equal(optimizer.state[delta.values[name]]["exp_avg"], moments[name][small])
     for _ in range(4):
         step()
     moved = 0
-    for name, p in known.items():
-        still = torch.ones(p.numel(), dtype=torch.bool)
-        still[delta.indices.get(name, torch.zeros(0, dtype=torch.long))] = False
-        assert torch.equal(p.detach().view(-1)[still], held[name].view(-1)[still])
+    for name, p in parameters.items():
+        frozen = torch.ones(p.numel(), dtype=torch.bool)
+        frozen[delta.indices.get(name, torch.zeros(0, dtype=torch.long))] = False
+        assert torch.equal(p.detach().view(-1)[frozen], held[name].view(-1)[frozen])
         moved += int((p.detach() != held[name]).sum())
     assert moved == after
     assert sum(map(len, delta.support.values())) == before
@@ -334,8 +334,8 @@ def test_reselection_leaves_fewer_small_entries():
     for reselect in (None, 0.5):
         method = SaRA(fraction=0.5, learning_rate=0.02, nuclear=0.0, reselect=reselect)
         model, delta = trained(method, run=RUN.replace(steps=40, schedule="constant"))
-        known = dict(model.named_parameters())
-        parts = [known[n].detach().view(-1)[i].abs() for n, i in delta.support.items()]
+        parameters = dict(model.named_parameters())
+        parts = [parameters[n].detach().view(-1)[i].abs() for n, i in delta.support.items()]
         left[reselect] = int((torch.cat(parts) < delta.threshold).sum())
     assert left[0.5] <= left[None]
 
@@ -345,41 +345,41 @@ def test_reselection_leaves_fewer_small_entries():
 
 def saved(tmp_path, model, fraction=0.4, steps=3, build=None, inputs=None):
     """(adapted copy, folder): a few real steps on one of the models."""
-    made, folder = build(), tmp_path / "task"
+    adapted_model, folder = build(), tmp_path / "task"
     folder.mkdir(exist_ok=True)
-    delta = delta_of(made, fraction)
+    delta = delta_of(adapted_model, fraction)
     optimizer = delta.write_after(torch.optim.SGD(delta.parameters(), lr=0.01))
-    made.train()
+    adapted_model.train()
     for _ in range(steps):
         with delta.attached():
-            loss_of(made, inputs()).backward()
+            loss_of(adapted_model, inputs()).backward()
         optimizer.step()
     delta.save(folder)
-    return made.eval(), folder
+    return adapted_model.eval(), folder
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_saved_change_loads_bit_by_bit(name, tmp_path):
     build, inputs = MODELS[name]
-    made, folder = saved(tmp_path, name, build=build, inputs=inputs)
+    adapted_model, folder = saved(tmp_path, name, build=build, inputs=inputs)
     base = build()
     before = copy_of(base)
     loaded = load_sparse(base, folder)
-    assert equal_bits(loaded.state_dict(), made.state_dict())
+    assert equal_bits(loaded.state_dict(), adapted_model.state_dict())
     assert equal_bits(base.state_dict(), before)
-    assert not equal_bits(made.state_dict(), before)
+    assert not equal_bits(adapted_model.state_dict(), before)
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
 def test_other_types_load_bit_by_bit(kind, tmp_path):
-    made, folder = saved(
+    adapted_model, folder = saved(
         tmp_path,
         "x",
         build=lambda: seeded(lambda: nn.Linear(6, 6).to(kind)),
         inputs=lambda: torch.ones(2, 6, dtype=kind),
     )
     loaded = load_sparse(seeded(lambda: nn.Linear(6, 6).to(kind)), folder)
-    assert equal_bits(loaded.state_dict(), made.state_dict())
+    assert equal_bits(loaded.state_dict(), adapted_model.state_dict())
 
 
 def two_changes(tmp_path):
@@ -432,10 +432,10 @@ def test_bad_files_and_alphas_are_refused(tmp_path):
     base, folders = two_changes(tmp_path)
     with pytest.raises(UserError, match=r"no sparse change in .*nowhere"):
         load_sparse(base, tmp_path / "nowhere" / FILE)
-    with pytest.raises(UserError, match="2 folders want as many alphas, got 1"):
+    with pytest.raises(UserError, match="2 folders need as many alphas, got 1"):
         load_sparse(base, folders, [0.5])
     (folders[0] / FILE).write_bytes(b"no tensors")
-    with pytest.raises(UserError, match="is no whole safetensors file"):
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
         load_sparse(base, folders[0])
     from safetensors.torch import save_file
 
@@ -444,7 +444,7 @@ def test_bad_files_and_alphas_are_refused(tmp_path):
         load_sparse(base, folders[0])
 
 
-def test_a_head_of_the_task_is_trained_whole_and_comes_with_the_file(tmp_path):
+def test_a_head_of_the_task_is_trained_in_full_and_saved_in_the_file(tmp_path):
     rows = [{"text": f"the {w}", "label": w} for w in ("red", "blue", "green")] * 2
     objective = foretune.Classification(tokenizer=tiny_models.tokenizer())
     tasks = TaskCollection((Task("task0", rows, (), rows),), objective)
@@ -452,11 +452,11 @@ def test_a_head_of_the_task_is_trained_whole_and_comes_with_the_file(tmp_path):
     result = foretune.adapt(base, tasks, SaRA(learning_rate=0.01), RUN.replace(steps=3))
     result.save(tmp_path)
     model = result.models["task0", 0]
-    places = result.learners["task0", 0].delta.support["classifier.weight"]
-    assert len(places) == model.classifier.weight.numel() == 3 * 16
+    positions = result.learners["task0", 0].delta.support["classifier.weight"]
+    assert len(positions) == model.classifier.weight.numel() == 3 * 16
     loaded = load_sparse(base, tmp_path / "task0")
     assert equal_bits(loaded.state_dict(), model.state_dict())
-    with pytest.raises(UserError, match="both bring a classifier"):
+    with pytest.raises(UserError, match="both contain classifier"):
         load_sparse(base, [tmp_path / "task0"] * 2, 0.5)
 
 
@@ -466,11 +466,11 @@ def test_early_stopping_puts_the_entries_back_too():
     result = foretune.adapt(linear_tasks.Net(), tasks, SaRA(fraction=0.5, learning_rate=3.0), run)
     model = result.models["task0", 0]
     assert result.stopped
-    known = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     delta = result.learners["task0", 0].delta
     for name, value in delta.values.items():
-        places = delta.indices[name]
-        assert torch.equal(known[name].detach().view(-1)[places], value.detach())
+        positions = delta.indices[name]
+        assert torch.equal(parameters[name].detach().view(-1)[positions], value.detach())
 
 
 # --- the record -----------------------------------------------------------------------------------
@@ -512,6 +512,6 @@ def test_bad_fields_are_refused_by_name(fields, message):
 def test_a_threshold_below_every_entry_is_refused():
     model = linear_tasks.Net()
     with pytest.raises(
-        UserError, match=r"no parameter of Net .* raise threshold, or give fraction"
+        UserError, match=r"no trainable parameter of Net .* raise threshold, or set fraction"
     ):
         adapted(SaRA(threshold=1e-9), model=model)

@@ -148,7 +148,7 @@ def test_copies_of_a_layer_inside_a_block_find_their_tokens():
 
 
 @pytest.mark.parametrize("pack", [False, True])
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 def test_recomputed_blocks_give_the_same_gradients(name, pack):
     model = MODELS[name]().double().train()
     for module in model.modules():

@@ -18,7 +18,7 @@ from foretune.recipes.schema import load_any, load_recipe, packaged_recipes
 from foretune.recipes.templates import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[2]
-SKIPPED = re.compile(r"\.git|\.venv|runs|build|dist|\w*_*cache_*|\.\w+_cache|.*\.egg-info")
+SKIPPED = re.compile(r"\.git|\.venv[-\w]*|runs|build|dist|\w*_*cache_*|\.\w+_cache|.*\.egg-info")
 TEXT = {".py", ".md", ".yaml", ".toml", ".txt", ".json", ".j2", ".css", ""}
 # Spelt in halves, or this file would be the first to be found.
 FORBIDDEN = re.compile("/wo" + "rk/|iss" + "ue #|/ro" + "ot/", re.IGNORECASE)
@@ -28,7 +28,8 @@ def texts() -> list[Path]:
     found: list[Path] = []
     for folder, below, files in os.walk(ROOT):
         below[:] = [name for name in below if not SKIPPED.fullmatch(name)]
-        found += [Path(folder) / name for name in files if Path(name).suffix in TEXT]
+        kept = [name for name in files if not SKIPPED.fullmatch(name)]  # .git of a worktree
+        found += [Path(folder) / name for name in kept if Path(name).suffix in TEXT]
     return found
 
 

@@ -148,7 +148,7 @@ def test_rows_are_cut_by_split_and_task(place: Path) -> None:
         ("uncurl mix --rows task.jsonl --out mix --overwrite", "holds no experts.json"),
         ("uncurl mix --rows task.jsonl --out task.jsonl", "is a file; --out needs a folder"),
         ("uncurl mix --rows task.jsonl --out x --learning-rate 0", "must be a number above 0"),
-        ("uncurl mix --rows task.jsonl --out x --recover -1", "greater than or equal to 0"),
+        ("uncurl mix --rows task.jsonl --out x --recover -1", "Invalid value for '--recover'"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(place: Path, line: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Choice by a decoder: a context once for all candidates against each pair; logits that count."""
+"""Choice by a decoder: the context computed once against each pair; logits that count."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def batch_of(chosen, rows=ROWS, slots=SLOTS):
 
 
 def alone(model, chosen, row) -> torch.Tensor:
-    """(candidates,) mean log p of each candidate's tokens, one forward pass a candidate."""
+    """(candidates,) mean log p of each candidate's tokens, one forward pass per candidate."""
     encoded = chosen.encode(row, "t")
     means = []
     for candidate in encoded["candidates"]:
         ids = torch.tensor([[*encoded["context"], *candidate]])
         logp = model(input_ids=ids).logits[0].log_softmax(-1)
         start = len(encoded["context"])
-        each = [logp[start + i - 1, token] for i, token in enumerate(candidate)]
-        means.append(torch.stack(each).mean())
+        token_logp = [logp[start + i - 1, token] for i, token in enumerate(candidate)]
+        means.append(torch.stack(token_logp).mean())
     return torch.stack(means)
 
 
@@ -102,9 +102,9 @@ def test_the_context_is_computed_once():
 def test_the_order_of_the_candidates_does_not_matter():
     model, chosen = tiny_models.llama().double(), objective()
     row = ROWS[2]
-    turned = {**row, "candidates": row["candidates"][::-1], "answer": 3 - row["answer"]}
-    loss, turned_loss = (chosen.losses(model, batch_of(chosen, [r], (0,))) for r in (row, turned))
-    torch.testing.assert_close(loss, turned_loss, rtol=1e-10, atol=1e-12)
+    reverse = {**row, "candidates": row["candidates"][::-1], "answer": 3 - row["answer"]}
+    loss, reverse_loss = (chosen.losses(model, batch_of(chosen, [r], (0,))) for r in (row, reverse))
+    torch.testing.assert_close(loss, reverse_loss, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -192,8 +192,8 @@ def test_the_head_sees_no_position_that_does_not_count(name):
     ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
     logp = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
     for i, row in enumerate(batch.inputs["labels"]):
-        places = [j for j in range(1, len(row)) if row[j] != -100]
-        expected = -torch.stack([logp[i, j - 1, row[j]] for j in places]).mean()
+        counted = [j for j in range(1, len(row)) if row[j] != -100]
+        expected = -torch.stack([logp[i, j - 1, row[j]] for j in counted]).mean()
         torch.testing.assert_close(losses[i].double(), expected, rtol=1e-5, atol=1e-6)
 
 

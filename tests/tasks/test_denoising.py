@@ -33,7 +33,7 @@ def build(channels=8):
 
 
 class Zero(nn.Module):
-    """Says that there is no noise, or that all is."""
+    """Predicts no noise, or a multiple of its input."""
 
     def __init__(self, factor=0.0):
         super().__init__()
@@ -60,7 +60,7 @@ def unet(tmp_path):
     return load_module(file)
 
 
-def test_loss_is_the_mean_square_of_what_is_missed():
+def test_loss_is_the_mean_squared_error_of_the_noise():
     objective = Denoising(num_steps=10)
     row = objective.encode(images(1)[0], "a")
     drawn = objective.sample(row, np.random.default_rng(0))
@@ -72,19 +72,19 @@ def test_loss_is_the_mean_square_of_what_is_missed():
 def test_noisy_array_follows_the_schedule():
     objective, seen = Denoising(num_steps=10), []
 
-    class Look(Zero):
+    class Recorder(Zero):
         def forward(self, noisy, t):
             seen.append((noisy.detach(), t))
             return noisy
 
     batch = objective.collate([objective.encode(r, "a") for r in images(2)], [0, 1])
-    objective.losses(Look(), batch)
+    objective.losses(Recorder(), batch)
     [(noisy, t)] = seen
     left = objective.scheduler().alphas_cumprod[t].view(-1, 1, 1, 1)
     clean = batch.inputs["x"].repeat_interleave(4, 0)
     expected = left.sqrt() * clean + (1 - left).sqrt() * batch.inputs["noise"].flatten(0, 1)
     torch.testing.assert_close(noisy, expected)
-    assert left[0] > left[3]  # the moments of a row are spread, early to late
+    assert left[0] > left[3]  # the timesteps of an example are spread, early to late
 
 
 @pytest.mark.parametrize("num_steps", [10, 100, 1000])
@@ -94,7 +94,7 @@ def test_every_schedule_goes_from_clean_to_noise(num_steps, schedule):
     assert left[0] > 0.9 and left[-1] < 0.05
 
 
-def test_scores_do_not_depend_on_a_seed_and_training_rows_do():
+def test_training_draws_depend_on_the_seed_and_scores_do_not():
     objective = Denoising(num_steps=10)
     row = objective.encode(images(1)[0], "a")
     first, second = (objective.collate([row], [0]) for _ in range(2))
@@ -104,17 +104,17 @@ def test_scores_do_not_depend_on_a_seed_and_training_rows_do():
     assert not np.array_equal(first["noise"], second["noise"])
 
 
-def test_two_methods_under_one_seed_meet_the_same_noise():
+def test_two_methods_under_one_seed_see_the_same_noise():
     met = []
 
-    class Look(Denoising):
+    class Recorder(Denoising):
         def collate(self, rows, slots):
             met[-1].extend(row["noise"] for row in rows if "noise" in row)
             return super().collate(rows, slots)
 
     for rate in (1e-3, 1e-2):
         met.append([])
-        foretune.adapt(Zero(), tasks(Look(num_steps=10)), Full(learning_rate=rate), RUN)
+        foretune.adapt(Zero(), tasks(Recorder(num_steps=10)), Full(learning_rate=rate), RUN)
     assert met[0] and all(np.array_equal(a, b) for a, b in zip(*met, strict=True))
 
 
@@ -123,7 +123,7 @@ def test_wrong_shapes_and_fields_are_refused():
         def forward(self, noisy, t):
             return self.factor * noisy[..., 1:]
 
-    with pytest.raises(UserError, match=r"answers with \(1, 8, 7\) for an array of \(1, 8, 8\)"):
+    with pytest.raises(UserError, match=r"shape \(1, 8, 7\) for an array of shape \(1, 8, 8\)"):
         foretune.adapt(Short(), tasks(), Full(), RUN)
     with pytest.raises(UserError, match="schedule must be one of linear"):
         Denoising(schedule="cosine")
@@ -143,7 +143,7 @@ def test_missing_diffusers_is_one_line(monkeypatch):
 
     denoising._scheduler.cache_clear()
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=r"needs diffusers; pip install 'foretune\[diffusion\]'"):
+    with pytest.raises(UserError, match=r"needs diffusers: pip install 'foretune\[diffusion\]'"):
         Denoising(num_steps=7).scheduler()
 
 

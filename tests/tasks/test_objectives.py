@@ -1,4 +1,4 @@
-"""Objectives against plain statements of the same rule."""
+"""Objectives against plain reference implementations."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def embedding(model, words):
 
 
 class Recorder(nn.Module):
-    """Notes which slot each row of each forward pass was said to have."""
+    """Records the slot of each row of each forward pass."""
 
     def __init__(self, model):
         super().__init__()
@@ -232,7 +232,7 @@ def labelled(objective):
     return objective.collate(encoded, (0, 0, 1, 1, 1))
 
 
-def test_local_labels_mask_what_is_no_label_of_the_task():
+def test_local_labels_mask_outputs_that_are_not_labels_of_the_task():
     objective = Classification(TOKENIZER).fit(LABELLED)
     model = tiny_models.bert(num_labels=objective.num_outputs())
     batch = labelled(objective)
@@ -259,7 +259,7 @@ def test_shared_labels_have_one_id_over_all_tasks():
     assert objective.shared() is objective
 
 
-def test_one_label_set_is_shared_and_kept_for_unseen_tasks():
+def test_one_label_set_stays_shared_for_unseen_tasks():
     rows = [{"text": "a", "label": n} for n in ("z", "y", "x")]
     objective = Classification(TOKENIZER).fit(collection(a={"train": rows}, b={"train": rows}))
     assert objective.shared() is objective
@@ -286,7 +286,7 @@ def test_a_row_without_a_label_is_named():
         Classification(TOKENIZER).fit(collection(a={"train": [{"text": "a"}]}))
 
 
-def test_a_head_that_is_too_narrow_is_said():
+def test_a_head_that_is_too_narrow_is_refused():
     objective = Classification(TOKENIZER).fit(LABELLED)
     with pytest.raises(UserError, match="up to 3 labels, but the model's head has 2"):
         objective.losses(tiny_models.bert(num_labels=2), labelled(objective))
@@ -307,7 +307,7 @@ def test_arrays_are_classified_by_position():
     assert objective.head == "image-classification"
 
 
-def test_arrays_of_unlike_shapes_are_named():
+def test_arrays_of_different_shapes_are_named():
     rows = [{"x": np.ones((3, n)), "y": 0} for n in (5, 6)]
     with pytest.raises(UserError, match=r"train row 2: x has shape \(3, 6\), but \(3, 5\)"):
         Classification().fit(collection(a={"train": rows}))
@@ -424,7 +424,7 @@ def test_a_row_alone_has_the_loss_that_it_has_in_a_batch(case):
 
 # a decoder's classifier is left out: it finds a row's last token by the pad id
 @pytest.mark.parametrize("case", ["bi-encoder", "cross-encoder", "causal-lm"])
-def test_what_fills_a_row_up_does_not_matter(case):
+def test_the_padding_id_does_not_matter(case):
     objective, model, rows, slots = CASES[case]
     unpadded = tiny_models.tokenizer(pad=False)
     assert text.pad_id(unpadded) != text.pad_id(TOKENIZER)

@@ -1,4 +1,4 @@
-"""Classification by label names: what the model makes of prompts, and what is refused."""
+"""Classification by label names: scores from prompts, and what is refused."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_model_s_own_scale_is_the_temperature_unless_one_is_given() -> None:
     assert objective().fit(TASKS).bind(tiny_models.bert()).templates == TEXTS
 
 
-def test_binding_leaves_the_model_alone() -> None:
+def test_binding_does_not_change_the_model() -> None:
     model = tiny_models.bert().train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     objective().fit(TASKS).bind(model)
@@ -108,8 +108,8 @@ def test_other_methods_adapt_by_label_names_too(name: str) -> None:
     [
         ({"templates": "a {}"}, "templates must be a list of texts"),
         ({"templates": []}, "templates must be a list of texts"),
-        ({"templates": ["a photo"]}, "a template must hold {} once, got 'a photo'"),
-        ({"templates": ["{} {}"]}, "a template must hold {} once"),
+        ({"templates": ["a photo"]}, "a template must contain {} once, got 'a photo'"),
+        ({"templates": ["{} {}"]}, "a template must contain {} once"),
         ({"temperature": 0}, "temperature must be a number not below 1e-06, got 0"),
     ],
 )
@@ -146,13 +146,13 @@ def test_inputs_that_the_model_does_not_read_are_refused() -> None:
         fitted.bind(tiny_models.bert(num_labels=2))
 
 
-def test_an_objective_without_prompts_says_what_makes_them() -> None:
+def test_an_unbound_objective_is_refused() -> None:
     fitted = objective().fit(TASKS)
     batch = fitted.collate([fitted.encode(ROWS[0], "many")], [0])
-    with pytest.raises(UserError, match=r'task "many": objective.bind\(model\) does it'):
+    with pytest.raises(UserError, match=r'task "many": call objective.bind\(model\)'):
         fitted.losses(tiny_models.bert(), batch)
 
 
-def test_binding_leaves_other_objectives_as_they_are() -> None:
+def test_binding_returns_other_objectives_unchanged() -> None:
     plain = foretune.Classification(tiny_models.tokenizer())
     assert plain.bind(tiny_models.bert()) is plain

@@ -75,6 +75,6 @@ def test_a_run_uses_it():
 
 
 def test_without_its_library_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match="foretune\\[quant\\]"):
         _learner(Net(), "adamw-8bit")

@@ -34,6 +34,7 @@ RESUMED = ("resumed", "resumed-one-a-step", "resumed-pooled", "sharded-resumed",
 NOISE = ("key.bias", "c_attn.bias")
 # Cosines divided by 0.05 and AdamW make more of rounding errors; a wrong weight would be 1e-3.
 ATOL = dict.fromkeys(("choice", "pooled-choice", "sharded-choice"), 2e-5)
+ATOL |= dict.fromkeys(("llama", "sharded-llama"), 5e-6)  # torch 2.9 rounds its products otherwise
 
 
 @pytest.fixture(scope="module")

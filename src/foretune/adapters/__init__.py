@@ -1,1 +1,1 @@
-"""One adapter for each of many tasks, stacked: the bank, its maths, PEFT's format."""
+"""Stacked adapters, one per task: the bank, the maths of adapted layers, PEFT's format."""

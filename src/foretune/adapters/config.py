@@ -1,4 +1,4 @@
-"""Reading a LoRA configuration: PEFT's field names, the part of them that the bank knows."""
+"""Reading a LoRA configuration: those of PEFT's fields that the bank supports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from foretune.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from torch import nn
 
-KNOWN_FIELDS = (
+SUPPORTED_FIELDS = (
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -20,6 +20,13 @@ KNOWN_FIELDS = (
     "modules_to_save",
     "layers_to_transform",
     "layers_pattern",
+)
+IGNORED_FIELDS = (
+    "task_type",
+    "inference_mode",
+    "peft_type",
+    "base_model_name_or_path",
+    "fan_in_fan_out",
 )
 
 
@@ -35,10 +42,10 @@ def lora_fields(lora: Any) -> dict[str, Any]:
     if not isinstance(lora, Mapping):
         lora = _changed_fields(lora)
     for name in lora:
-        if name not in KNOWN_FIELDS:
+        if name not in SUPPORTED_FIELDS:
             raise UserError(
-                f'lora field "{name}" is not supported; supported are {", ".join(KNOWN_FIELDS)}.'
-                + did_you_mean(name, KNOWN_FIELDS)
+                f'lora field "{name}" is not supported; supported are '
+                f"{', '.join(SUPPORTED_FIELDS)}.{did_you_mean(name, SUPPORTED_FIELDS)}"
             )
     fields = {
         k: sorted(v) if isinstance(v, set) else list(v) if isinstance(v, tuple) else v
@@ -71,12 +78,15 @@ def matching_modules(
         model: The base.
         lora: Fields of a LoRA configuration. `target_modules` None or "all-linear" means every
             linear layer outside the heads; None leaves out the layers whose weight is frozen.
-        heads: Modules of which each task has a full copy: never adapted as well.
+        heads: Names of modules of which each task has a full copy; they are not adapted as well.
 
     Raises:
-        UserError: Nothing matches; the message lists the modules that could.
+        UserError: Nothing matches (the message lists the candidates), or a grouped convolution
+            does.
     """
     from peft import LoraConfig
+
+    # Not exported by peft, but what it decides by itself: a copy could come to differ.
     from peft.tuners.tuners_utils import check_target_module_exists
 
     from foretune.models.surgery import linear_modules
@@ -88,7 +98,7 @@ def matching_modules(
     }
     targets = lora.get("target_modules")
     if targets is None or targets == "all-linear":
-        found = [
+        names = [
             name
             for name, module in candidates.items()
             if name != "lm_head" and (targets is not None or module.weight.requires_grad)
@@ -100,28 +110,33 @@ def matching_modules(
             modules_to_save=list(heads) or None,
             **{name: lora[name] for name in options},
         )
-        found = [
+        names = [
             name
             for name in candidates
             if check_target_module_exists(config, name) is True
             or getattr(check_target_module_exists(config, name), "group", None)
         ]
-    for name in found:
+    for name in names:
         if getattr(candidates[name], "groups", 1) != 1:
             raise UserError(
-                f"{name} is a convolution in groups, which LoRA here cannot adapt: leave it out "
+                f"{name} is a grouped convolution, which LoRA here does not support: leave it out "
                 "with target_modules or exclude_modules"
             )
-    if not found:
+    if not names:
         last_parts = dict.fromkeys(name.rsplit(".", 1)[-1] for name in candidates)
         raise UserError(
             f"no module matches target_modules={targets!r}; {type(model).__name__} has: "
             + (", ".join(last_parts) if last_parts else "no linear layer at all")
         )
-    return found
+    return names
 
 
 def _changed_fields(config: Any) -> dict[str, Any]:
+    """The fields of a `peft.LoraConfig` that differ from the defaults and concern the adapter.
+
+    Raises:
+        UserError: It is something else.
+    """
     from peft import LoraConfig
 
     if not isinstance(config, LoraConfig):
@@ -131,16 +146,5 @@ def _changed_fields(config: Any) -> dict[str, Any]:
         )
     default = LoraConfig().to_dict()
     return {
-        k: v
-        for k, v in config.to_dict().items()
-        if k in KNOWN_FIELDS or v != default.get(k, None)
-        if v != default.get(k, None)
-        and k
-        not in (
-            "task_type",
-            "inference_mode",
-            "peft_type",
-            "base_model_name_or_path",
-            "fan_in_fan_out",
-        )
+        k: v for k, v in config.to_dict().items() if v != default.get(k) and k not in IGNORED_FIELDS
     }

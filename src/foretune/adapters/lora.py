@@ -1,18 +1,18 @@
-"""The maths of one adapted layer: a shared weight W and one low-rank pair for each slot.
+"""The maths of one adapted layer: a shared weight W and one low-rank pair per slot.
 
     y_i = x_i Wᵀ + bias + s · x_i A_tᵀ B_tᵀ        t = the slot that owns vector i
 
     symbol   here      shape          meaning
-    W        weight    (out, in)      weight that every task shares
+    W        weight    (out, in)      weight that all tasks share
     A_t      a[t]      (r, in)        adapter of slot t, first factor
     B_tᵀ     bt[t]     (r, out)       adapter of slot t, second factor, stored transposed: its
                                       gradient hᵀ·gy is then a product along contiguous memory
-    h        h         (r · n,)       (x Aᵀ)ᵀ, the only activation kept beside x itself
+    h        h         (r · n,)       (x Aᵀ)ᵀ, the only activation saved besides x
     s        scale     ()             lora_alpha / r, or lora_alpha / √r (rsLoRA)
 
-The base product runs once over the vectors of all tasks and so does the gradient of W; only the
-rank-r products are made slot by slot: batched where every slot has the same number of vectors, one
-after the other where not.
+The base product and the gradient of W are computed once over the vectors of all tasks; only the
+rank-r products are computed per slot: in one batch where all slots have the same number of vectors,
+one after the other where not.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from foretune.models.layout import RowSlots
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each slot's vectors lie in a matrix that holds the vectors of all rows.
+    """The segments of a matrix of vectors, sorted by slot: one segment per slot.
 
     Args:
-        present: The slots that own vectors, in the order in which these lie.
-        counts: Vectors of each of them.
-        num_slots: Slots of the bank.
+        present: The slots that own vectors, in the order of their segments.
+        counts: Number of vectors of each of them.
+        num_slots: Number of slots of the bank.
     """
 
     present: tuple[int, ...]
@@ -45,10 +45,10 @@ class Layout:
 
     @classmethod
     def of(cls, rows: RowSlots, num_vectors: int, num_slots: int) -> Layout:
-        """The layout of `rows`, sorted by slot, when they have so many vectors (tokens) together.
+        """The layout of `rows`, sorted by slot, which have `num_vectors` vectors (tokens) in total.
 
         Raises:
-            ValueError: That is no multiple of the number of rows.
+            ValueError: `num_vectors` is not a multiple of the number of rows.
         """
         if rows.tokens is not None and sum(rows.tokens) == num_vectors:
             return cls(rows.present, rows.tokens, num_slots)
@@ -58,28 +58,28 @@ class Layout:
                 f"{len(rows.slots)} rows: the model mixes or drops rows before this layer, so "
                 "their tasks are unknown"
             )
-        each = num_vectors // len(rows.slots)
-        return cls(rows.present, tuple((e - s) * each for _, s, e in rows.segments), num_slots)
+        per_row = num_vectors // len(rows.slots)
+        return cls(rows.present, tuple((e - s) * per_row for _, s, e in rows.segments), num_slots)
 
     @cached_property
     def uniform(self) -> int | None:
-        """Vectors of every slot when that is one number, else None."""
+        """Number of vectors per slot if it is the same for all, else None."""
         return self.counts[0] if len(set(self.counts)) == 1 else None
 
     @cached_property
     def slots(self) -> slice | list[int] | None:
-        """What indexes the slots that are present; None when it is all of them."""
+        """An index of the slots that are present; None if all of them are."""
         return None if len(self.present) == self.num_slots else index_of(self.present)
 
 
 def index_of(slots: Sequence[int]) -> slice | list[int]:
-    """What indexes these ascending slots: a view where they are neighbours.
+    """An index of these ascending slots: a slice, which gives a view, where they are contiguous.
 
     >>> index_of([2, 3, 4]), index_of([2, 4])
     (slice(2, 5, None), [2, 4])
     """
-    neighbours = slots[-1] - slots[0] == len(slots) - 1
-    return slice(slots[0], slots[-1] + 1) if neighbours else list(slots)
+    contiguous = slots[-1] - slots[0] == len(slots) - 1
+    return slice(slots[0], slots[-1] + 1) if contiguous else list(slots)
 
 
 def shrink(x: Tensor, w: Tensor, layout: Layout) -> Tensor:
@@ -88,10 +88,11 @@ def shrink(x: Tensor, w: Tensor, layout: Layout) -> Tensor:
     Args:
         x: (n, p), vectors sorted by segment.
         w: (segments, r, p).
+        layout: The segments.
 
     Returns:
-        (r · n,), the (r, vectors) matrix of one segment after the other: transposed, because all
-        products with it are then made of rows that lie together (1.7 times faster on a CPU).
+        (r · n,), the (r, vectors) matrices of the segments one after the other: transposed, because
+        all products with them then run along contiguous memory (1.7 times faster on a CPU).
     """
     if layout.uniform is not None:
         return torch.bmm(w, _matrices(x, layout).transpose(1, 2)).flatten()
@@ -104,7 +105,15 @@ def shrink(x: Tensor, w: Tensor, layout: Layout) -> Tensor:
 
 
 def add_expanded_(y: Tensor, h: Tensor, w: Tensor, layout: Layout, scale: float) -> None:
-    """y[segment i] += scale · h[segment i]ᵀ @ w[i], in place; h as `shrink` gives it."""
+    """y[segment i] += scale · h[segment i]ᵀ @ w[i], in place.
+
+    Args:
+        y: (n, p), changed in place.
+        h: (r · n,), as `shrink` returns it.
+        w: (segments, r, p).
+        layout: The segments.
+        scale: Factor of the product.
+    """
     if layout.uniform is not None:
         h = h.view(len(layout.counts), -1, layout.uniform)
         _matrices(y, layout).baddbmm_(h.transpose(1, 2), w, alpha=scale)
@@ -116,19 +125,19 @@ def add_expanded_(y: Tensor, h: Tensor, w: Tensor, layout: Layout, scale: float)
 
 
 def outer(h: Tensor, x: Tensor, layout: Layout) -> Tensor:
-    """h[segment i] @ x[segment i] for every segment → (segments, r, p); h as `shrink` gives it."""
+    """(segments, r, p) h[segment i] @ x[segment i], for x (n, p) and h (r · n,) from `shrink`."""
     if layout.uniform is not None:
         return torch.bmm(h.view(len(layout.counts), -1, layout.uniform), _matrices(x, layout))
-    found = x.new_empty(len(layout.counts), len(h) // len(x), x.shape[1])
-    for h_part, x_part, part in zip(
-        _parts(h, layout), x.split(layout.counts), found.unbind(), strict=True
+    products = x.new_empty(len(layout.counts), len(h) // len(x), x.shape[1])
+    for h_part, x_part, product in zip(
+        _parts(h, layout), x.split(layout.counts), products.unbind(), strict=True
     ):
-        torch.mm(h_part, x_part, out=part)
-    return found
+        torch.mm(h_part, x_part, out=product)
+    return products
 
 
 def _matrices(x: Tensor, layout: Layout) -> Tensor:
-    """(n, p) → (segments, vectors, p), when all segments have equally many."""
+    """(n, p) → (segments, vectors, p), where all segments have the same number of vectors."""
     return x.view(len(layout.counts), layout.uniform or 0, -1)
 
 
@@ -140,13 +149,13 @@ def _parts(h: Tensor, layout: Layout) -> list[Tensor]:
 
 
 class _LoRALinear(torch.autograd.Function):
-    """The layer with its own backward: W's gradient once, and no activation kept but x and h.
+    """The layer with its own backward: computes W's gradient once and saves only x and h.
 
-    Without a weight it is the adapters' part alone.
+    Without a weight it is only the adapters' part.
 
     Where slots are absent, the gradients of A and B are added to `.grad` here instead of being
-    returned: autograd would make a tensor of zeros of the size of the whole bank for every layer
-    and every chunk of a batch.
+    returned: autograd would allocate a tensor of zeros of the size of the bank for each layer and
+    chunk of a batch.
     """
 
     @staticmethod
@@ -160,12 +169,11 @@ class _LoRALinear(torch.autograd.Function):
         scale: float,
         layout: Layout,
     ) -> Tensor:
-        a_now, bt_now = present(a, layout, x.dtype), present(bt, layout, x.dtype)
-        h = shrink(x, a_now, layout)
+        h = shrink(x, select_present(a, layout, x.dtype), layout)
         y = x.new_zeros(len(x), bt.shape[2]) if weight is None else F.linear(x, weight, bias)
-        add_expanded_(y, h, bt_now, layout, scale)
+        add_expanded_(y, h, select_present(bt, layout, x.dtype), layout, scale)
         ctx.save_for_backward(x, weight, h)
-        # Not saved as the others are: a recomputation would hand out copies, whose .grad is lost.
+        # Not saved as the others are: recomputation would return copies, whose .grad is lost.
         ctx.a, ctx.bt = a, bt
         ctx.scale, ctx.layout = scale, layout
         return y
@@ -178,14 +186,14 @@ class _LoRALinear(torch.autograd.Function):
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         gx = gw = gbias = ga = gb = None
         if need_x or need_a:
-            gh = shrink(gy, present(bt, layout, x.dtype), layout).mul_(scale)
+            gh = shrink(gy, select_present(bt, layout, x.dtype), layout).mul_(scale)
             if need_x:
                 gx = torch.zeros_like(x) if weight is None else gy @ weight
-                add_expanded_(gx, gh, present(a, layout, x.dtype), layout, 1.0)
+                add_expanded_(gx, gh, select_present(a, layout, x.dtype), layout, 1.0)
             if need_a:
-                ga = given(a, outer(gh, x, layout), layout)
+                ga = stacked_grad(a, outer(gh, x, layout), layout)
         if need_b:
-            gb = given(bt, outer(h, gy, layout).mul_(scale), layout)
+            gb = stacked_grad(bt, outer(h, gy, layout).mul_(scale), layout)
         if need_w:
             gw = gy.T @ x
         if need_bias:
@@ -193,13 +201,22 @@ class _LoRALinear(torch.autograd.Function):
         return gx, gw, gbias, ga, gb, None, None
 
 
-def present(stacked: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """The adapters of the slots that are present, in the layout's order."""
+def select_present(stacked: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """(segments, …) the slots of a parameter (slots, …) that are present, in the layout's order."""
     return (stacked if layout.slots is None else stacked[layout.slots]).to(dtype)
 
 
-def given(stacked: Tensor, grad: Tensor, layout: Layout) -> Tensor | None:
-    """The gradient to return for a stacked parameter; None when it has been added to `.grad`."""
+def stacked_grad(stacked: Tensor, grad: Tensor, layout: Layout) -> Tensor | None:
+    """The gradient to return from a backward for a parameter that stacks slots.
+
+    Args:
+        stacked: (slots, …), the parameter.
+        grad: (segments, …), the gradient of the slots that are present.
+        layout: The slots that are present.
+
+    Returns:
+        The gradient; None where slots are absent, after adding it to `stacked.grad`.
+    """
     grad = grad.to(stacked.dtype)
     if layout.slots is None:
         return grad
@@ -212,7 +229,10 @@ def given(stacked: Tensor, grad: Tensor, layout: Layout) -> Tensor | None:
 def autocast(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The three in autocast's type, where it is on: a Function of our own must see to it."""
+    """Casts x (…, in), weight (out, in) and bias (out,) to autocast's dtype if autocast is enabled.
+
+    Autocast does not do so for a custom autograd Function.
+    """
     if not torch.is_autocast_enabled(x.device.type):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -229,24 +249,24 @@ def lora_linear(
     rows: RowSlots,
     dropout: float = 0.0,
 ) -> Tensor:
-    """A linear layer with one LoRA adapter for each slot.
+    """A linear layer with one LoRA adapter per slot.
 
     Args:
-        x: (rows, …, in), (rows · m, in) when the model has flattened its rows, or (1, tokens, in)
-            when padding has been removed.
+        x: (rows, …, in), (rows · m, in) if the model has flattened its rows, or (1, tokens, in)
+            if padding has been removed.
         weight: (out, in).
         bias: (out,) or None.
         a: (slots, r, in), a leaf.
         bt: (slots, r, out), a leaf.
         scale: Factor of the adapter's part.
         rows: Which slot owns each row.
-        dropout: Probability with which the adapter's input is dropped, as in PEFT.
+        dropout: Dropout probability of the adapter's input, as in PEFT.
 
     Returns:
         (rows, …, out).
 
     Raises:
-        ValueError: The vectors of x are no multiple of the number of rows.
+        ValueError: The number of vectors of x is not a multiple of the number of rows.
     """
     x, weight, bias = autocast(x, weight, bias)
     layout = Layout.of(rows, x.numel() // x.shape[-1], a.shape[0])
@@ -265,14 +285,18 @@ def lora_linear(
 def lora_conv1d(
     x: Tensor, conv: torch.nn.Conv1d, a: Tensor, b: Tensor, scale: float, rows: RowSlots
 ) -> Tensor:
-    """The adapters' part of a one-dimensional convolution: a (slots, r, in, k), b (slots, out, r).
+    """The adapters' part of a one-dimensional convolution.
 
     Args:
         x: (rows, in, length).
-        conv: Its stride, padding and dilation hold for the first factor too.
+        conv: The convolution, whose stride, padding and dilation the first factor takes over.
+        a: (slots, r, in, k), a leaf.
+        b: (slots, out, r), a leaf.
+        scale: Factor of the adapter's part.
+        rows: Which slot owns each row.
 
     Returns:
-        (rows, out, length'): what is to be added to `conv(x)`.
+        (rows, out, length'), to be added to `conv(x)`.
     """
     sorted_x = x if rows.order is None else x[rows.order]
     parts = []
@@ -284,13 +308,14 @@ def lora_conv1d(
 
 
 def by_slot(x: Tensor, rows: RowSlots) -> Sequence[Tensor]:
-    """The parts of x that belong to each slot; x is sorted by slot.
+    """Splits x, which is sorted by slot, into one part per slot.
 
     Args:
-        x: (rows · m, …), or (1, tokens, …) where padding has been removed.
+        x: (rows · m, …), or (1, tokens, …) if padding has been removed.
+        rows: Which slot owns each row.
 
     Raises:
-        ValueError: x has another number of rows or tokens.
+        ValueError: x does not have the vectors or tokens of these rows.
     """
     dim = 0 if rows.tokens is None else 1
     counts = Layout.of(rows, x.shape[dim], 0).counts
@@ -298,6 +323,6 @@ def by_slot(x: Tensor, rows: RowSlots) -> Sequence[Tensor]:
 
 
 def by_rows(x: Tensor, order: Tensor, num_rows: int) -> Tensor:
-    """x with its rows permuted; the leading dimension may hold several entries for each row."""
+    """Permutes the rows of x (num_rows · m, …), each of m entries, by `order` (num_rows,)."""
     blocks = x.reshape(num_rows, -1, *x.shape[1:])
     return blocks[order.to(x.device)].reshape(x.shape)

@@ -1,4 +1,4 @@
-"""One slot of a bank as a folder that stock PEFT loads, and back."""
+"""Saving one slot of a bank as a folder that stock PEFT loads, and loading such a folder."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ LABELS_FILE = "labels.json"
 def peft_config(bank: AdapterBank, model: nn.Module, base: str | None) -> dict[str, Any]:
     """The `adapter_config.json` of every slot of this bank.
 
-    The adapted modules are listed by their full names, so that what PEFT adapts on loading cannot
-    differ from what was trained.
+    The adapted modules are listed by their full names, so that PEFT adapts on loading exactly the
+    modules that were trained.
     """
     from peft import LoraConfig
-    from peft.utils.constants import DUMMY_TARGET_MODULES
+    from peft.utils.constants import DUMMY_TARGET_MODULES  # not exported; its word for none
 
     lora = dict(bank.lora or {})
     modules = dict(model.named_modules())
@@ -48,22 +48,22 @@ def peft_config(bank: AdapterBank, model: nn.Module, base: str | None) -> dict[s
 
 
 def peft_tensors(bank: AdapterBank, slot: int) -> dict[str, Tensor]:
-    """One slot under PEFT's parameter names."""
-    found: dict[str, Tensor] = {}
+    """The tensors of one slot, by PEFT's parameter names."""
+    tensors: dict[str, Tensor] = {}
     for name in bank.layer_names:
         a, b = bank.factors(name, slot)
-        found[f"{PREFIX}{name}.lora_A.weight"] = a
-        found[f"{PREFIX}{name}.lora_B.weight"] = b
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b
     for name in bank.head_names:
         for key, value in bank.head_state(name, slot).items():
-            found[f"{PREFIX}{name}.{key}"] = value
-    return {k: v.detach().cpu().contiguous().clone() for k, v in found.items()}
+            tensors[f"{PREFIX}{name}.{key}"] = value
+    return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
 
 
 def write_adapter(
     folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], base_fingerprint: str
 ) -> None:
-    """A PEFT folder, with the fingerprint of the base that it belongs to beside it."""
+    """Writes a PEFT folder, together with the fingerprint of the base that it belongs to."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(
@@ -77,33 +77,34 @@ def load_adapter(bank: AdapterBank, slot: int, folder: Path, model: nn.Module) -
     """Loads a PEFT folder into one slot.
 
     Args:
-        bank: Its modules and ranks must be those of the folder.
-        slot: Where to.
-        folder: Written by foretune or by PEFT.
-        model: The base, whose fingerprint must be the recorded one where one is recorded.
+        bank: A bank of the same modules and ranks as the folder's adapter.
+        slot: The slot that is overwritten.
+        folder: A PEFT folder, written by foretune or by PEFT.
+        model: The base; if the folder records a fingerprint, it must be this model's.
 
     Raises:
-        UserError: No adapter there, another base, other modules or another rank.
+        UserError: The folder holds no adapter, or one of another base, other modules or another
+            rank.
     """
     folder = Path(folder)
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
-        raise UserError(f"{folder} is no adapter: it has no adapter_model.safetensors")
+        raise UserError(f"{folder} is not an adapter: it has no adapter_model.safetensors")
     check_base(folder, model, bank.head_names)
     tensors = load_file(file)
-    own = peft_tensors(bank, slot)
-    if set(own) != set(tensors):
-        odd = sorted(set(own) ^ set(tensors))[0]
+    slot_tensors = peft_tensors(bank, slot)
+    if set(slot_tensors) != set(tensors):
+        odd = sorted(set(slot_tensors) ^ set(tensors))[0]
         where = "the folder" if odd in tensors else "the bank"
         raise UserError(
             f"{folder} does not fit this bank: only {where} has {odd.removeprefix(PREFIX)}; "
             "target_modules and heads must be those of the adapter"
         )
     for key, value in tensors.items():
-        if value.shape != own[key].shape:
+        if value.shape != slot_tensors[key].shape:
             raise UserError(
                 f"{folder} does not fit this bank: {key.removeprefix(PREFIX)} has shape "
-                f"{tuple(value.shape)}, the bank's has {tuple(own[key].shape)}"
+                f"{tuple(value.shape)}, the bank's has {tuple(slot_tensors[key].shape)}"
             )
     with torch.no_grad():
         for name in bank.layer_names:
@@ -121,19 +122,19 @@ def load_adapter(bank: AdapterBank, slot: int, folder: Path, model: nn.Module) -
 def check_base(folder: Path, model: nn.Module, heads: tuple[str, ...] = ()) -> None:
     """Refuses an adapter that was trained on another base.
 
-    Every retrained base of one model has the same architecture, so nothing else would notice.
+    All retrained bases of one model have the same shapes, so no other check would detect it.
 
     Raises:
-        UserError: The recorded fingerprint is not that of `model`.
+        UserError: The folder records a fingerprint that is not that of `model`.
     """
     file = Path(folder) / FINGERPRINT_FILE
     if not file.is_file():
         return
     record = json.loads(file.read_text())
     check_format(file, record, ADAPTER)
-    expected, got = record["base"], fingerprint(model, heads)
-    if expected != got:
+    expected, actual = record["base"], fingerprint(model, heads)
+    if expected != actual:
         raise UserError(
             f"{folder} was trained on another base (fingerprint {expected[:12]}, this base has "
-            f"{got[:12]}); load the base that it was adapted from"
+            f"{actual[:12]}); load the base that it was adapted from"
         )

@@ -1,15 +1,16 @@
-"""A sparse change of a model: chosen entries of its parameters move, all others keep their bits.
+"""A sparse change of a model: selected entries of its parameters are trained, all others fixed.
 
     symbol   here            shape     meaning
-    P0       base            any       the given parameters
-    M        indices[name]   (m,)      places of the trained entries in the flattened parameter
-    P_M      values[name]    (m,)      what stands there; the only thing that an optimiser sees
-    ΔP       P_M − P0_M      (m,)      what a file holds, as P_M itself, so that it loads bit by bit
+    P0       base            any       the original parameters
+    M        indices[name]   (m,)      positions of the trained entries in the flattened parameter
+    P_M      values[name]    (m,)      values at these positions; all that an optimiser sees
+    ΔP       P_M − P0_M      (m,)      the change; a file holds P_M, so that it loads bit for bit
 
-The parameters stay where they are. A backward pass makes the gradient of one parameter after the
+The parameters stay in place. A backward pass computes the gradient of one parameter after the
 other; each is read at M and freed at once, so that only |M| numbers of all gradients are ever kept
 (Hu et al., "High-efficient diffusion model fine-tuning with progressive sparse low-rank
-adaptation", arXiv:2409.06633, eq. 6 and 7). Any module, tied parameters and any optimiser will do.
+adaptation", arXiv:2409.06633, eq. 6 and 7). Works with any module and optimiser, and with tied
+parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,39 +37,39 @@ FILE = "sparse_delta.safetensors"
 
 
 def within(name: str, modules: Sequence[str]) -> bool:
-    """Whether a parameter belongs to one of the modules."""
+    """Whether the parameter `name` belongs to one of the modules."""
     return any(name.startswith(f"{module}.") for module in modules)
 
 
 def entries_below(
-    model: nn.Module, threshold: float, whole: Sequence[str] = ()
+    model: nn.Module, threshold: float, heads: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """Where the trainable parameters are below the threshold in absolute value.
+    """The entries of the trainable parameters that are below the threshold in absolute value.
 
     Args:
         model: Parameters with `requires_grad=False` have no entries.
         threshold: θ_t of 1[|P0| < θ_t].
-        whole: Modules all of whose entries are taken.
+        heads: Names of modules of which all entries are selected.
 
     Returns:
-        Parameter's name → (m,) places in the flattened parameter, int32 where that is enough.
+        Parameter name → (m,) positions in the flattened parameter, int32 where that suffices.
     """
-    found = {}
+    indices = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            mask = torch.ones_like(p, dtype=torch.bool) if within(name, whole) else None
+            mask = torch.ones_like(p, dtype=torch.bool) if within(name, heads) else None
             mask = p.detach().abs() < threshold if mask is None else mask
-            found[name] = _places(mask.flatten())
-    return found
+            indices[name] = _positions(mask.flatten())
+    return indices
 
 
 def threshold_of(model: nn.Module, fraction: float, leave_out: Sequence[str] = ()) -> float:
-    """The threshold below which this share of the trainable entries lies, ties apart.
+    """The threshold below which this share of the trainable entries lies, up to ties.
 
     Args:
         model: Parameters with `requires_grad=False` do not count.
-        fraction: Above 0, at most 1.
-        leave_out: Modules that do not count.
+        fraction: Share of the entries, above 0 and at most 1.
+        leave_out: Names of modules that do not count.
     """
     sizes = [
         p.detach().abs().flatten().float()
@@ -79,58 +80,58 @@ def threshold_of(model: nn.Module, fraction: float, leave_out: Sequence[str] = (
 
 
 def threshold_among(sizes: Sequence[Tensor], fraction: float) -> float:
-    """The threshold below which this share of the entries of flat tensors lies, ties apart."""
+    """The threshold below which this share of the entries of flat tensors lies, up to ties."""
     if not sizes:
         return 0.0
-    every = torch.cat(list(sizes))
-    count = round(fraction * len(every))
-    if count >= len(every):
-        return torch.nextafter(every.max(), every.new_tensor(torch.inf)).item()
-    return every.kthvalue(count + 1).values.item()
+    entries = torch.cat(list(sizes))
+    count = round(fraction * len(entries))
+    if count >= len(entries):
+        return torch.nextafter(entries.max(), entries.new_tensor(torch.inf)).item()
+    return entries.kthvalue(count + 1).values.item()
 
 
 def smallest_entries(weights: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
-    """Where the smallest entries in absolute value of all these weights together lie.
+    """The smallest entries in absolute value among all weights together.
 
     Args:
-        weights: Each by its name.
-        fraction: Share of all entries; above 0, at most 1.
+        weights: Name → weight, of any shape.
+        fraction: Share of all entries, above 0 and at most 1.
 
     Returns:
-        Name → (m,) places in the flattened weight; weights without any are left out.
+        Name → (m,) positions in the flattened weight; weights without any are left out.
 
     Raises:
-        UserError: No entry at all: too many are equal, or the share is too small.
+        UserError: No entry is selected: too many are equal, or the share is too small.
     """
     sizes = {name: w.detach().abs().flatten().float() for name, w in weights.items()}
     threshold = threshold_among(list(sizes.values()), fraction)
-    found = {name: _places(size < threshold) for name, size in sizes.items()}
-    found = {name: places for name, places in found.items() if len(places)}
-    if not found:
+    indices = {name: _positions(size < threshold) for name, size in sizes.items()}
+    indices = {name: positions for name, positions in indices.items() if len(positions)}
+    if not indices:
         raise UserError(
-            f"fraction {fraction:g} of the adapted layers' weights is no entry at all (none is "
+            f"fraction {fraction:g} of the adapted layers' weights selects no entry (none is "
             f"below {threshold:g} in absolute value): raise fraction"
         )
-    return found
+    return indices
 
 
 class SparseDelta:
-    """The chosen entries of a model's parameters, as leaves of their own.
+    """The selected entries of a model's parameters, as separate leaf tensors.
 
     Inside `attached()` a backward pass fills `.grad` of the values and leaves none on the
-    parameters. After an optimiser's step `write` puts the values into the model;
+    parameters. After an optimiser step, `write` copies the values into the model;
     `write_after(optimizer)` makes the optimiser do so.
 
     Args:
-        model: Changed in place by `write`, at the entries only. Parameters without entries are
-            frozen.
-        indices: Parameter's name → (m,) distinct places in the flattened parameter.
-        threshold: Written into the file.
-        whole: Modules that are a task's own (heads): all their entries are in `indices`, and a
-            base need not have the same ones.
+        model: Changed in place by `write`, only at the selected entries. Parameters without
+            entries are frozen.
+        indices: Parameter name → (m,) distinct positions in the flattened parameter.
+        threshold: Threshold of the selection: `reselect` applies it again, `save` records it.
+        heads: Names of modules that belong to the task: all their entries are in `indices`, and
+            a base may have different ones.
 
     Raises:
-        UserError: No entry at all.
+        UserError: No entry is selected outside the heads.
 
     Example:
         >>> model = nn.Linear(3, 2)
@@ -149,12 +150,11 @@ class SparseDelta:
         indices: Mapping[str, Tensor],
         *,
         threshold: float,
-        whole: Sequence[str] = (),
+        heads: Sequence[str] = (),
     ) -> None:
-        self.model, self.threshold, self.whole = model, threshold, list(whole)
-        kept = {name: places for name, places in indices.items() if len(places)}
-        own = sum(len(places) for name, places in kept.items() if not within(name, whole))
-        if not own:
+        self.model, self.threshold, self.heads = model, threshold, list(heads)
+        selected = {name: positions for name, positions in indices.items() if len(positions)}
+        if all(within(name, heads) for name in selected):
             smallest = min(
                 (
                     p.detach().abs().min().item()
@@ -164,39 +164,39 @@ class SparseDelta:
                 default=None,
             )
             raise UserError(
-                f"no parameter of {type(model).__name__} that may be trained is below the "
-                f"threshold {threshold:g} (the smallest is {smallest}): raise threshold, or give "
-                "fraction"
+                f"no trainable parameter of {type(model).__name__} is below the threshold "
+                f"{threshold:g} in absolute value (the smallest is {smallest}): raise threshold, "
+                "or set fraction"
             )
-        self.marks = {n: _mark(p) for n, p in model.named_parameters() if not within(n, whole)}
-        self.buffers = {n: b.detach().clone() for n, b in _kept_buffers(model)}
+        self.hashes = {n: _sha256(p) for n, p in model.named_parameters() if not within(n, heads)}
+        self.buffers = {n: b.detach().clone() for n, b in _saved_buffers(model)}
         self.values: dict[str, nn.Parameter] = {}
-        self.indices: dict[str, Tensor] = {}  # of the entries that move
+        self.indices: dict[str, Tensor] = {}  # of the entries that are still trained
         for name, p in model.named_parameters():
-            p.requires_grad_(name in kept)
-            if name not in kept:
+            p.requires_grad_(name in selected)
+            if name not in selected:
                 continue
             if not p.is_contiguous():
                 p.data = p.data.contiguous()
-            places = kept[name].to(p.device)
-            self.indices[name] = places
-            self.values[name] = nn.Parameter(p.detach().view(-1)[places].clone())
-        self.support = dict(self.indices)  # of all entries that ever moved
+            positions = selected[name].to(p.device)
+            self.indices[name] = positions
+            self.values[name] = nn.Parameter(p.detach().view(-1)[positions].clone())
+        self.support = dict(self.indices)  # of all entries that were ever trained
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimiser moves."""
+        """The values (m,) of each parameter, for an optimiser."""
         return list(self.values.values())
 
     def numel(self) -> int:
-        """How many entries move."""
+        """The number of entries that are trained."""
         return sum(v.numel() for v in self.values.values())
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """Inside the block gradients go to the values: ∂/∂P_M = (∂/∂P)[M] (eq. 7)."""
-        known = dict(self.model.named_parameters())
+        parameters = dict(self.model.named_parameters())
         hooks = [
-            known[name].register_post_accumulate_grad_hook(self._taker(name))
+            parameters[name].register_post_accumulate_grad_hook(self._grad_hook(name))
             for name in self.values
         ]
         try:
@@ -205,56 +205,57 @@ class SparseDelta:
             for hook in hooks:
                 hook.remove()
 
-    def _taker(self, name: str) -> Any:
-        def take(p: Tensor) -> None:
+    def _grad_hook(self, name: str) -> Callable[[Tensor], None]:
+        """A hook that moves a parameter's gradient to its values."""
+
+        def move_gradient(p: Tensor) -> None:
             assert p.grad is not None
-            value, part = self.values[name], p.grad.reshape(-1)[self.indices[name]]
-            value.grad = part if value.grad is None else value.grad + part
+            value, grad = self.values[name], p.grad.reshape(-1)[self.indices[name]]
+            value.grad = grad if value.grad is None else value.grad + grad
             p.grad = None
 
-        return take
+        return move_gradient
 
     @torch.no_grad()
     def write(self) -> None:
-        """Puts the values into the model: P[M] ← P_M (eq. 6)."""
+        """Copies the values into the model: P[M] ← P_M (eq. 6)."""
         for name, p in self.model.named_parameters():
             if name in self.values:
                 p.view(-1)[self.indices[name]] = self.values[name].detach()
 
     def write_after(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Lets every step of the optimiser end with `write`; returns the optimiser."""
+        """Makes each step of the optimiser end with `write`; returns the optimiser."""
         optimizer.register_step_post_hook(lambda *_: self.write())
         return optimizer
 
     @torch.no_grad()
     def read(self) -> None:
-        """Takes the values from the model, when something else has written into it."""
+        """Copies the values from the model, after something else has written into it."""
         for name, p in self.model.named_parameters():
             if name in self.values:
                 self.values[name].copy_(p.view(-1)[self.indices[name]])
 
     def move(self, device: torch.device) -> None:
-        """Moves values and indices to where the model has gone."""
+        """Moves values and indices to the device that the model is on."""
         for name, value in self.values.items():
             value.data = value.data.to(device)
             self.indices[name] = self.indices[name].to(device)
 
     @torch.no_grad()
     def reselect(self, optimizer: torch.optim.Optimizer | None = None) -> tuple[int, int]:
-        """Goes on with the entries that are still below the threshold; the others stay as they are.
+        """Continues with the entries that are still below the threshold; the others are frozen.
 
-        Heads of their own go on whole. The optimiser's moments of the entries that stay in are
-        kept.
+        Heads continue in full. The optimiser's moments of the remaining entries are kept.
 
         Args:
-            optimizer: Holds `parameters()`.
+            optimizer: The optimiser of `parameters()`.
 
         Returns:
-            Entries before and after, heads not counted.
+            The numbers of entries before and after, without the heads.
         """
         before = after = 0
         for name, value in self.values.items():
-            if within(name, self.whole):
+            if within(name, self.heads):
                 continue
             keep = value.abs() < self.threshold
             before, after = before + len(keep), after + int(keep.sum())
@@ -272,37 +273,37 @@ class SparseDelta:
         """Adds the gradient of weight · Σ ‖P ⊙ M‖_* to `.grad` of the values (eq. 5).
 
         A parameter of more than two axes is a matrix of its first axis by all others; one of a
-        single axis has no rank and is left out, and so are heads of their own.
+        single axis has no rank and is left out, and so are heads.
         """
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         for name, value in self.values.items():
-            if len(shapes[name]) < 2 or within(name, self.whole) or not len(value):
+            if len(shapes[name]) < 2 or within(name, self.heads) or not len(value):
                 continue
             matrix = value.new_zeros(shapes[name].numel())
             matrix[self.indices[name]] = value.detach()
-            push = nuclear_gradient(matrix.view(shapes[name][0], -1)).reshape(-1)
-            part = weight * push[self.indices[name]].to(value.dtype)
-            value.grad = part if value.grad is None else value.grad + part
+            dense_grad = nuclear_gradient(matrix.view(shapes[name][0], -1)).reshape(-1)
+            grad = weight * dense_grad[self.indices[name]].to(value.dtype)
+            value.grad = grad if value.grad is None else value.grad + grad
 
     def save(self, folder: Path | str) -> Path:
-        """Writes the entries that may have moved, and buffers that have, into one file.
+        """Writes the entries that were trained, and the buffers that changed, into one file.
 
         Returns:
-            The file.
+            Its path.
         """
         path = Path(folder) / FILE
-        known = dict(self.model.named_parameters())
+        parameters = dict(self.model.named_parameters())
         tensors = {}
-        for name, places in self.support.items():
-            p = known[name].detach().cpu().contiguous()
-            tensors[f"{name}:values"] = p.view(-1)[places.cpu()].clone()
-            tensors[f"{name}:indices"] = places.cpu().contiguous()
-        for name, buffer in _kept_buffers(self.model):
+        for name, positions in self.support.items():
+            p = parameters[name].detach().cpu().contiguous()
+            tensors[f"{name}:values"] = p.view(-1)[positions.cpu()].clone()
+            tensors[f"{name}:indices"] = positions.cpu().contiguous()
+        for name, buffer in _saved_buffers(self.model):
             if not torch.equal(buffer.cpu(), self.buffers[name].cpu()):
                 tensors[f"{name}:buffer"] = buffer.detach().cpu().contiguous().clone()
-        whole = {n: list(p.shape) for n, p in known.items() if within(n, self.whole)}
-        about = {"threshold": self.threshold, "whole": whole, "sha256": self.marks}
-        save_file(tensors, str(path), {"format": SPARSE, "about": json.dumps(about)})
+        head_shapes = {n: list(p.shape) for n, p in parameters.items() if within(n, self.heads)}
+        header = {"threshold": self.threshold, "whole": head_shapes, "sha256": self.hashes}
+        save_file(tensors, str(path), {"format": SPARSE, "about": json.dumps(header)})
         return path
 
 
@@ -311,20 +312,20 @@ def load_sparse(
     folder: Path | str | Sequence[Path | str],
     alpha: float | Sequence[float] = 1.0,
 ) -> nn.Module:
-    """A copy of a base with what SaRA changed for a task, or for several.
+    """A copy of a base with SaRA's change for one task, or for several.
 
     The result is P0 + Σ α_i ΔP_i (eq. 9 and 10 of arXiv:2409.06633). One folder with alpha 1
-    gives the adapted model bit by bit. Heads of their own and buffers are taken as they are, so
-    only one folder may bring them.
+    gives the adapted model bit for bit. Task heads and buffers are not scaled, so only one folder
+    may contain them.
 
     Args:
         model: The base that was adapted; it is not changed.
         folder: One task's folder (or file), or several.
-        alpha: How much of each change; one number for all, or one for each.
+        alpha: Weight of each change: one number for all, or one per folder.
 
     Raises:
-        UserError: No such file, no file of this kind, another base, or as many alphas as there
-            are not folders.
+        UserError: A file is missing, is no sparse change, or belongs to another base; or the
+            numbers of alphas and folders differ.
 
     Example:
         >>> load_sparse(base, "adapters/greek", alpha=0.6)              # doctest: +SKIP
@@ -333,81 +334,98 @@ def load_sparse(
     folders = [folder] if isinstance(folder, (str, Path)) else list(folder)
     alphas = [float(alpha)] * len(folders) if isinstance(alpha, (int, float)) else list(alpha)
     if not folders or len(alphas) != len(folders):
-        raise UserError(f"{len(folders)} folders want as many alphas, got {len(alphas)}")
-    made = copy.deepcopy(model)
-    marks = {name: _mark(p) for name, p in model.named_parameters()}
-    start = dict(model.named_parameters())
-    brought: dict[str, Path] = {}  # what cannot be added up → who brought it
-    for where, share in zip(folders, alphas, strict=True):
+        raise UserError(f"{len(folders)} folders need as many alphas, got {len(alphas)}")
+    adapted = copy.deepcopy(model)
+    hashes = {name: _sha256(p) for name, p in model.named_parameters()}
+    base_parameters = dict(model.named_parameters())
+    sources: dict[str, Path] = {}  # name of a tensor that cannot be added up → its file
+    for where, weight in zip(folders, alphas, strict=True):
         path = Path(where) / FILE if Path(where).is_dir() else Path(where)
-        about, tensors = _read(path)
-        _check_base(model, about, marks, path)
-        for name, shape in about["whole"].items():
-            _claim(brought, name, path)
-            if name in start and list(start[name].shape) != shape and has_fresh_head(made):
-                match_head(made, shape[0], 0)
-        exact = len(folders) == 1 and share == 1
-        _add(made, start, tensors, about, 1.0 if exact else share, exact)
-        for name, buffer in _kept_buffers(made):
+        header, tensors = _read(path)
+        _check_base(model, header, hashes, path)
+        for name, shape in header["whole"].items():
+            _check_unique(sources, name, path)
+            base_shape = list(base_parameters[name].shape)
+            if base_shape != shape and has_fresh_head(adapted):
+                match_head(adapted, shape[0], 0)
+        exact = len(folders) == 1 and weight == 1
+        _add(adapted, base_parameters, tensors, header, 1.0 if exact else weight, exact)
+        for name, buffer in _saved_buffers(adapted):
             if f"{name}:buffer" in tensors:
-                _claim(brought, name, path)
+                _check_unique(sources, name, path)
                 buffer.data.copy_(tensors[f"{name}:buffer"])
-    return made
+    return adapted
 
 
 @torch.no_grad()
 def _add(
-    made: nn.Module,
-    start: Mapping[str, Tensor],
+    adapted: nn.Module,
+    base_parameters: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
-    about: Mapping[str, Any],
-    share: float,
+    header: Mapping[str, Any],
+    weight: float,
     exact: bool,
 ) -> None:
-    known = dict(made.named_parameters())
+    """Adds weight · ΔP of a file to a model in place; heads, and if `exact` all, are copied."""
+    parameters = dict(adapted.named_parameters())
     for key in tensors:
         name, _, part = key.rpartition(":")
         if part != "values":
             continue
-        p = known[name]
-        places = tensors[f"{name}:indices"].to(p.device)
+        p = parameters[name]
+        positions = tensors[f"{name}:indices"].to(p.device)
         values = tensors[key].to(p.device)
         if not p.is_contiguous():
             p.data = p.data.contiguous()
-        if exact or name in about["whole"]:
-            p.view(-1)[places] = values.to(p.dtype)
+        if exact or name in header["whole"]:
+            p.view(-1)[positions] = values.to(p.dtype)
         else:
-            change = values - start[name].detach().reshape(-1)[places]
-            p.view(-1)[places] += (share * change).to(p.dtype)
+            change = values - base_parameters[name].detach().reshape(-1)[positions]
+            p.view(-1)[positions] += (weight * change).to(p.dtype)
 
 
-def _claim(brought: dict[str, Path], name: str, path: Path) -> None:
-    if name in brought:
+def _check_unique(sources: dict[str, Path], name: str, path: Path) -> None:
+    """Records that the file at `path` contains the head or buffer `name`.
+
+    Raises:
+        UserError: Another file contains it too.
+    """
+    if name in sources:
         raise UserError(
-            f"{brought[name]} and {path} both bring a {name} of their own, which cannot be added "
-            "up: load one of them alone"
+            f"{sources[name]} and {path} both contain {name}, which cannot be added up: load only "
+            "one of them"
         )
-    brought[name] = path
+    sources[name] = path
 
 
 def _check_base(
-    model: nn.Module, about: Mapping[str, Any], marks: Mapping[str, str], path: Path
+    model: nn.Module, header: Mapping[str, Any], hashes: Mapping[str, str], path: Path
 ) -> None:
-    """Raises UserError unless the model is the one whose entries the file holds."""
-    wrong = [n for n, mark in about["sha256"].items() if marks.get(n) != mark]
-    absent = [n for n in about["whole"] if n not in marks]
+    """Checks that the model is the base of the file.
+
+    Raises:
+        UserError: A parameter differs or is missing.
+    """
+    wrong = [n for n, digest in header["sha256"].items() if hashes.get(n) != digest]
+    absent = [n for n in header["whole"] if n not in hashes]
     if not wrong and not absent:
         return
     name = (wrong + absent)[0]
-    how = "differs" if name in marks else "is missing"
+    how = "differs" if name in hashes else "is missing"
+    total = len(header["sha256"]) + len(header["whole"])
     raise UserError(
         f"{path} was made for another base: {name} {how} in this {type(model).__name__} "
-        f"({len(wrong) + len(absent)} of {len(about['sha256']) + len(about['whole'])} parameters); "
-        "load the very weights that were adapted, in the same dtype"
+        f"({len(wrong) + len(absent)} of {total} parameters); load the exact weights that were "
+        "adapted, in the same dtype"
     )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of a file.
+
+    Raises:
+        UserError: The file is missing, broken, or of another format.
+    """
     if not path.is_file():
         raise UserError(f"no sparse change in {path.parent}: there is no file {path.name}")
     try:
@@ -415,32 +433,33 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             if "format" not in metadata:
                 raise UserError(
-                    f"{path} holds no sparse change: its format is None, {SPARSE!r} would do"
+                    f"{path} is not a sparse change: its format is None, expected {SPARSE!r}"
                 )
             check_format(path, metadata, SPARSE)
             return json.loads(metadata["about"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no whole safetensors file: {error}") from error
+        raise UserError(f"{path} is not a complete safetensors file: {error}") from error
 
 
-def _places(mask: Tensor) -> Tensor:
-    kind = torch.int32 if len(mask) < 2**31 else torch.int64
-    return torch.nonzero(mask).flatten().to(kind)
+def _positions(mask: Tensor) -> Tensor:
+    """(m,) positions where a flat mask is true, int32 where that suffices."""
+    dtype = torch.int32 if len(mask) < 2**31 else torch.int64
+    return torch.nonzero(mask).flatten().to(dtype)
 
 
-def _kept_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers that belong to the model's state, running statistics for one."""
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, buffer) of the buffers in the model's state dict, such as running statistics."""
     saved = model.state_dict(keep_vars=True)
     yield from ((name, b) for name, b in model.named_buffers() if name in saved)
 
 
-def _mark(p: Tensor) -> str:
-    """sha256 of shape, type and values."""
+def _sha256(p: Tensor) -> str:
+    """SHA-256 of shape, dtype and values."""
     digest = hashlib.sha256(f"{tuple(p.shape)}{p.dtype}".encode())
     digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def own_heads(model: nn.Module, num_outputs: int | None) -> list[str]:
-    """The modules that a task has for itself, where it has any."""
+def task_heads(model: nn.Module, num_outputs: int | None) -> list[str]:
+    """The names of the head modules that belong to the task; empty where the head is the base's."""
     return head_modules(model) if num_outputs is not None and has_fresh_head(model) else []

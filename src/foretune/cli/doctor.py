@@ -10,15 +10,19 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import typer
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import foretune
 from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
 
-NEEDED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 11)  # that tests run on
 HUB = "huggingface.co"
 LITTLE_DISK_GB, LITTLE_MEMORY_GB = 2, 2
 
@@ -56,18 +60,56 @@ def doctor(json: Json = False) -> None:
 
 
 def _versions() -> list[Check]:
-    python = platform.python_version()
-    old = sys.version_info < (3, 11)
+    return [_python(sys.version_info[:2]), Check("foretune", foretune.__version__), *_libraries()]
+
+
+def _python(version: tuple[int, ...]) -> Check:
+    shown = platform.python_version()
+    if version < OLDEST_PYTHON:
+        return Check("python", shown, "fix", "use Python 3.11")
+    if version > NEWEST_PYTHON:
+        return Check("python", shown, "note", "newer than tested; if something fails: Python 3.11")
+    return Check("python", shown)
+
+
+def _libraries() -> list[Check]:
+    """What foretune needs, and what its extras need as far as it is here: is it a tested version?
+
+    The oldest versions tested are the lower bounds that foretune is installed with, the newest are
+    written by `make lock`.
+    """
+    try:
+        required = importlib.metadata.requires("foretune") or []
+    except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
+        required = []
+    requirements = {canonicalize_name(one.name): one for one in map(Requirement, required)}
+    lines = (resources.files(__package__) / "tested.txt").read_text("utf-8").splitlines()
+    pins = [line.split("==") for line in lines if not line.startswith("#")]
     checks = [
-        Check("python", python, "fix" if old else "ok", "use Python 3.11 or later" if old else ""),
-        Check("foretune", foretune.__version__),
+        _library(requirements[canonicalize_name(name)], newest)
+        for name, newest in pins
+        if canonicalize_name(name) in requirements
     ]
-    for name in NEEDED:
-        try:
-            checks.append(Check(name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            checks.append(Check(name, "missing", "fix", f"pip install {name}"))
-    return checks
+    return [check for check in checks if check]
+
+
+def _library(requirement: Requirement, newest: str) -> Check | None:
+    """How its installed version lies to the tested ones; None for a missing one of an extra."""
+    name = requirement.name
+    try:
+        installed = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        if requirement.marker is not None:
+            return None
+        return Check(name, "missing", "fix", f"pip install {name}")
+    release = Version(Version(installed).base_version)  # 2.13.0 of 2.13.0+cpu
+    if release not in requirement.specifier:
+        advice = f"older than tested: pip install '{name}{requirement.specifier}'"
+        return Check(name, installed, "fix", advice)
+    if release > Version(newest):
+        advice = f"newer than tested; if something fails: pip install {name}=={newest}"
+        return Check(name, installed, "note", advice)
+    return Check(name, installed)
 
 
 def _device() -> list[Check]:

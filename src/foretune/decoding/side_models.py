@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from foretune.errors import UserError
+from foretune.models.calls import CACHE_NAMES, cache_among, cache_argument
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,11 +93,13 @@ class SideModels:
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self.model.config, "use_cache", True)
-        if kwargs.get("past_key_values") is None and use_cache:
-            kwargs["past_key_values"] = DynamicCache(config=self.model.config)
-        if kwargs.get("past_key_values") is not None:
-            carry(kwargs["past_key_values"], [side.key for side in self.sides])
-        return (), kwargs
+        caches = [kwargs.pop(name, None) for name in CACHE_NAMES]  # deprecated or not
+        cache = next((cache for cache in caches if cache is not None), None)
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.model.config)
+        if cache is not None:
+            carry(cache, [side.key for side in self.sides])
+        return (), {**kwargs, str(cache_argument(self.model)): cache}
 
     def after(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Replaces the logits.
@@ -110,7 +113,7 @@ class SideModels:
             raise UserError("a steered model cannot return a tuple: leave out return_dict=False")
         self.forwards += 1
         num_positions = out.logits.shape[1]
-        cache = kwargs.get("past_key_values")
+        cache = cache_among(kwargs.values())
         self._busy = True
         try:
             with torch.no_grad():
@@ -149,11 +152,12 @@ class SideModels:
             for k, v in inputs.items()
             if k in takes or k != "position_ids"
         }
+        cache_options = {str(cache_argument(side.bare)): cache, "use_cache": cache is not None}
         keep = {"logits_to_keep": num_positions} if "logits_to_keep" in takes else {}
         self.side_forwards += 1
         off = side.model.disable_adapter() if side.adapter_off else contextlib.nullcontext()
         with off:
-            out = side.bare(**inputs, **keep, past_key_values=cache, use_cache=cache is not None)
+            out = side.bare(**inputs, **keep, **cache_options)
         return out.logits[:, -num_positions:]
 
     def _inputs(
@@ -261,9 +265,10 @@ def check_decoder(model: Any) -> None:
         raise UserError(f"a causal language model is needed, got a {name}")
     if config.is_encoder_decoder:
         raise UserError(f"a decoder-only model is needed, got the encoder-decoder {name}")
-    takes = inspect.signature(model.forward).parameters
-    if getattr(model, "_is_stateful", False) or "past_key_values" not in takes:
+    if getattr(model, "_is_stateful", False):  # private: nothing public says it
         raise UserError(f"{name} keeps a recurrent state; a model with a KV cache is needed")
+    if cache_argument(model) is None:
+        raise UserError(f"{name} takes no KV cache; a model with one is needed")
 
 
 class _Carrier:
@@ -300,9 +305,13 @@ def carry(cache: Any, keys: Sequence[tuple[int, bool, int]]) -> None:
     copy of it (a prompt that is computed once) copies the sides' caches too.
 
     Raises:
-        UserError: The cache is static, or was filled without these sides or with others.
+        UserError: Not a cache of transformers, a static one, or one that was filled without these
+            sides or with others.
     """
-    if isinstance(cache, StaticCache):
+    cls = type(cache)
+    if not issubclass(cls, Cache):
+        raise UserError(f"a cache is one of transformers' Cache classes, got {cls.__name__}")
+    if issubclass(cls, StaticCache):
         raise UserError('steering needs a dynamic cache: cache_implementation="dynamic"')
     carries, filled = isinstance(cache, _Carrier), cache.get_seq_length() > 0
     if carries and cache.keys == list(keys):
@@ -311,11 +320,9 @@ def carry(cache: Any, keys: Sequence[tuple[int, bool, int]]) -> None:
         raise UserError("this cache was filled with other side models: start with a new one")
     if filled:
         raise UserError(
-            "this cache was filled without the side models: start with a new one, or with "
-            "past_key_values=None"
+            "this cache was filled without the side models: start with a new one, or with none"
         )
     if not carries:
-        cls = type(cache)
         cache.__class__ = type(f"{cls.__name__}WithSides", (_Carrier, cls), {})
     # Without a config every layer keeps all tokens, sliding windows too, and can be cropped.
     cache.sides = [DynamicCache() for _ in keys]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from foretune.adapters.peft_format import LABELS_FILE, check_base
 from foretune.errors import UserError
@@ -393,6 +393,7 @@ def _base_name(task: str, adapter_name: str, in_base: Mapping[str, Any], prefix:
 
 
 def _scaling(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    # Not exported by peft, but what it decides by itself: a copy could come to differ.
     from peft.utils.other import get_pattern_key
 
     patterns: dict[str, float] = config.get("alpha_pattern") or {}

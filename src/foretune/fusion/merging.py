@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from foretune.errors import UserError
 from foretune.fusion.finetuned import Finetuned, Source, make_skeleton, open_finetuned

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretune.errors import UserError, did_you_mean
+from foretune.models.calls import cache_among, holds_tokens
 
 Granularity = Literal["token", "sequence", "task"]
 
@@ -81,8 +82,8 @@ class Routing:
         """
         mask = kwargs.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        past = kwargs.get("past_key_values")
-        cached = past is not None and hasattr(past, "get_seq_length") and past.get_seq_length() > 0
+        cache = cache_among((*args, *kwargs.values()))
+        cached = cache is not None and holds_tokens(cache)
         if cached and self.granularity == "sequence" and self.weights is None:
             raise UserError(
                 "routing by sequence needs all tokens in every forward pass: use "

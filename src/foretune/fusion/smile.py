@@ -223,7 +223,7 @@ class SMILE(Method):
             UserError: A name in target_modules matches none.
         """
         from torch import nn
-        from transformers.pytorch_utils import Conv1D
+        from transformers import Conv1D
 
         from foretune.fusion.mixture import TaskHeads
         from foretune.models.surgery import has_fresh_head, head_modules

@@ -59,6 +59,6 @@ class TaskArithmetic(Method):
 
     def _combine(self, changes: list[Tensor]) -> Tensor:
         import torch
-        from peft.utils.merge_utils import task_arithmetic
+        from peft.utils.merge_utils import task_arithmetic  # not exported, but documented
 
         return task_arithmetic(changes, torch.full((len(changes),), float(self.scale)))

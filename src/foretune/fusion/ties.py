@@ -70,7 +70,7 @@ class TIES(Method):
         import warnings
 
         import torch
-        from peft.utils.merge_utils import ties
+        from peft.utils.merge_utils import ties  # not exported, but documented
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns that density=1 trims nothing

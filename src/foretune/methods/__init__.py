@@ -40,7 +40,7 @@ def method_class(name: str) -> type:
     """The record class of a method.
 
     Raises:
-        UserError: No method of that name.
+        UserError: There is no method of that name.
 
     >>> method_class("peft-ml").label
     'PEFT-ML'
@@ -62,10 +62,12 @@ def make(name: str, **fields: Any) -> Any:
     >>> make("peft-ml", learning_rate=1e-4).learning_rate
     0.0001
     """
-    cls = method_class(name)
-    known = [f.name for f in dataclasses.fields(cls)]
+    record_class = method_class(name)
+    field_names = [f.name for f in dataclasses.fields(record_class)]
     for field in fields:
-        if field not in known:
-            have = f"it has {', '.join(known)}" if known else "it has none"
-            raise UserError(f'{name} has no field "{field}"; {have}.{did_you_mean(field, known)}')
-    return cls(**fields)
+        if field not in field_names:
+            have = f"it has {', '.join(field_names)}" if field_names else "it has none"
+            raise UserError(
+                f'{name} has no field "{field}"; {have}.{did_you_mean(field, field_names)}'
+            )
+    return record_class(**fields)

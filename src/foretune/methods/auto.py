@@ -1,24 +1,24 @@
 """Auto: try several retrainings on a part of the budget, take the one whose base adapts best.
 
-No fixed choice is right for every collection: where tasks agree standard retraining is hard to
-beat, where they pull apart PEFT-ML pays, and with a strong model any retraining may hurt. The seen
-tasks can tell, if some of them play the unseen ones.
+No fixed choice is right for every collection: where tasks agree, standard retraining is hard to
+beat; where they pull the base in different directions, PEFT-ML may pay off; with a strong model any
+retraining may hurt. The seen tasks can tell, if some of them play the role of unseen ones.
 
-    round r = 0, 1, …    hold a part of the seen tasks out; retrain every candidate that is left on
-                         the other ones, with budget · 2^r of the steps; adapt each base to the
-                         tasks that were held out, as the user will; keep the better half, and
-                         the controls: none and plain standard
+    round r = 0, 1, …    hold out a part of the seen tasks; retrain every remaining candidate on the
+                         others, with budget · 2^r of the steps; adapt each base to the held-out
+                         tasks, as the unseen tasks will be; keep the better half, and the
+                         controls: none and plain standard
     in the end           retrain the best candidate on all seen tasks with all steps
 
-Paper: successive halving is of Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and
-Hyperparameter Optimization", AISTATS 2016, arXiv:1502.07943.
+Paper: successive halving is due to Jamieson and Talwalkar, "Non-stochastic Best Arm Identification
+and Hyperparameter Optimization", AISTATS 2016, arXiv:1502.07943.
 
 Deviations:
-    - Each round holds other tasks out, so a candidate is not chosen for one lucky part.
-    - A candidate's score is the mean of its rounds, weighted by their budgets.
+    - Each round holds out different tasks, so a candidate is not chosen for one lucky part.
+    - A candidate's score is the mean over its rounds, weighted by their steps.
     - The controls stay to the last round.
-    - Where few tasks are held out, each is adapted to in several draws of its rows: with two tasks
-      the luck of one draw is larger than the differences between candidates.
+    - Where few tasks are held out, each is adapted to in several draws of its examples: with two
+      tasks the noise of one draw exceeds the differences between candidates.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {"name": "peft-ml", "interpolate": 0.5},
     {"name": "peft-ml", "average": 0.5},
 )
-VARIANTS = {"heads", "interpolate", "average"}  # with one of them standard is no control
+VARIANTS = {"heads", "interpolate", "average"}  # fields with which standard is no control
 Trial = dict[str, Any]
 
 
@@ -72,17 +72,17 @@ class Auto(RetrainMethod):
     """Choose among several retrainings on held-out seen tasks, then retrain on all of them.
 
     Args:
-        candidates: Records of retraining methods, or mappings of a `name`, the fields that differ
-            from its defaults and, as `as`, what to call it.
-        folds: Parts into which the seen tasks are cut; each round holds one of them out.
-        rounds: Rounds of halving; in the last one the best is taken.
-        budget: Share of the steps that a candidate gets in the first round; twice as much in each
-            that follows.
+        candidates: Retrain methods to choose among: records, or mappings of a `name`, the fields
+            that differ from its defaults and, as `as`, a display name.
+        folds: Number of parts into which the seen tasks are split; each round holds out one.
+        rounds: Number of rounds of halving; the last one leaves the best.
+        budget: Share of the steps that a candidate gets in the first round; doubled in each
+            following round.
         adapt: How unseen tasks will be adapted to: a record, or a mapping with its `name`.
-        adapt_run: The `Run` of that, or a mapping of its fields.
-        adapt_rates: Learning rates that will be tried there; empty for the record's own.
-        shots: The numbers of rows with which it will be done; None among them for all rows.
-        group_column: The column that says which rows belong together, as in a `Source`.
+        adapt_run: The `Run` of that adaptation, or a mapping of its fields.
+        adapt_rates: Learning rates to try in adapting; empty for the record's own.
+        shots: Numbers of examples to adapt with; None among them for all examples.
+        group_column: Column of groups of rows that stay on one side of a split, as in a `Source`.
     """
 
     candidates: Any = CANDIDATES
@@ -101,23 +101,23 @@ class Auto(RetrainMethod):
     paper: ClassVar[dict[str, Any] | None] = PAPER
 
     def __post_init__(self) -> None:
-        found = [_fields(candidate) for candidate in listed("candidates", self.candidates)]
-        if len(found) < 2:
-            raise UserError(f"auto chooses among at least 2 candidates, got {len(found)}")
-        names = [label(candidate) for candidate in found]
+        candidates = [_fields(candidate) for candidate in listed("candidates", self.candidates)]
+        if len(candidates) < 2:
+            raise UserError(f"auto chooses among at least 2 candidates, got {len(candidates)}")
+        names = [label(candidate) for candidate in candidates]
         for i, name in enumerate(names):
-            record = _record(found[i])
+            record = _record(candidates[i])
             if record.verb != "retrain" or record.name == self.name:
-                raise UserError(f'auto chooses among methods that retrain, "{name}" is none')
+                raise UserError(f'auto chooses among retrain methods; "{name}" is not one of them')
             if name in names[:i]:
-                raise UserError(f'auto has two candidates called "{name}": give one another "as"')
+                raise UserError(f'auto has two candidates called "{name}": name one with "as"')
         whole("folds", self.folds, 2)
         whole("rounds", self.rounds, 1)
         above_zero("budget", self.budget)
         share("budget", self.budget)
         adapt = _fields(self.adapt)
         if _record(adapt).verb != "adapt":
-            raise UserError(f'auto adapts by a method that adapts, "{adapt["name"]}" is none')
+            raise UserError(f'auto adapts by an adapt method; "{adapt["name"]}" is not one')
         rates, shots = listed("adapt_rates", self.adapt_rates), listed("shots", self.shots)
         for rate in rates:
             above_zero("adapt_rates", rate)
@@ -125,7 +125,7 @@ class Auto(RetrainMethod):
             whole("shots", number, 1, optional=True)
         if not shots:
             raise UserError("auto needs at least one number of shots, got none")
-        object.__setattr__(self, "candidates", found)
+        object.__setattr__(self, "candidates", candidates)
         object.__setattr__(self, "adapt", adapt)
         object.__setattr__(self, "adapt_run", _run_fields(self.adapt_run))
         object.__setattr__(self, "adapt_rates", rates)
@@ -135,17 +135,17 @@ class Auto(RetrainMethod):
     def choose(
         self, model: nn.Module, tasks: TaskCollection, run: Run, progress: Any = None
     ) -> tuple[Any, dict[str, Any]]:
-        """(the best candidate's record, what was tried).
+        """(the best candidate's record, a report of the trials).
 
         Args:
             model: The model before retraining.
             tasks: The seen tasks, with an objective.
-            run: As for the retraining; with `out`, trials are written to `out/choice.json` one by
-                one and those that are there already are not made again.
+            run: The run of the retraining; with `out`, each trial is written to `out/choice.json`
+                when it is done, and trials in that file are not repeated.
             progress: Called during each training.
 
         Raises:
-            UserError: One seen task, or those held out have no rows to be scored on.
+            UserError: There is only one seen task, or no held-out task has examples to score on.
         """
         from foretune.evaluation.held_out import build_search_tasks
         from foretune.training.process_group import process_group
@@ -156,72 +156,76 @@ class Auto(RetrainMethod):
         groups = _parts(tasks, self.folds, run.seed)
         file = None if run.out is None else run.out / "choice.json"
         trials: list[Trial] = []
-        about: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
         if file is not None:
-            about, trials = process_group().first(lambda: _begun(file, self, run, model, tasks))
-        alive = list(self.candidates)
+            inputs, trials = process_group().first(lambda: _resumed(file, self, run, model, tasks))
+        remaining = list(self.candidates)
         for number in range(self.rounds):
-            held = groups[number % len(groups)]
-            seen, own = tasks.without(held), tasks.subset(held)
-            rows = build_search_tasks(own, self.shots, run.seed, self.group_column)
+            names = groups[number % len(groups)]
+            seen, held_out = tasks.without(names), tasks.subset(names)
+            held_out = build_search_tasks(held_out, self.shots, run.seed, self.group_column)
             steps = max(1, round(run.steps * min(1.0, self.budget * 2**number)))
-            part = run.replace(out=None, resume=False, overwrite=False, steps=steps)
-            for together in by_training(alive):
-                known = {(trial["candidate"], trial["round"]) for trial in trials}
-                if all((label(one), number) in known for one in together):
+            round_run = run.replace(out=None, resume=False, overwrite=False, steps=steps)
+            for group in by_training(remaining):
+                finished = {(trial["candidate"], trial["round"]) for trial in trials}
+                if all((label(candidate), number) in finished for candidate in group):
                     continue
                 with metered() as cost:
-                    found = self._try(model, seen, rows, together, part, progress)
-                for one, scores in zip(together, found, strict=True):
+                    scores = self._train_and_score(
+                        model, seen, held_out, group, round_run, progress
+                    )
+                for candidate, score in zip(group, scores, strict=True):
                     trials.append(
-                        {"candidate": label(one), "round": number, "steps": steps, **scores}
+                        {"candidate": label(candidate), "round": number, "steps": steps, **score}
                     )
                 trials[-1]["cost"] = cost | trials[-1].get("cost", {})
-                _write(file, about, trials)
-            ranked = _ranked(alive, trials)
-            alive = _better_half(ranked)
+                _write(file, inputs, trials)
+            ranked = _ranked(remaining, trials)
+            remaining = _better_half(ranked)
         return _record(ranked[0]), _summary(ranked, trials, tasks, groups[: self.rounds])
 
-    def _try(
+    def _train_and_score(
         self,
         model: nn.Module,
         seen: TaskCollection,
-        rows: TaskCollection,
-        together: Sequence[Mapping[str, Any]],
+        held_out: TaskCollection,
+        group: Sequence[Mapping[str, Any]],
         run: Run,
         progress: Any,
     ) -> list[Trial]:
-        """One training; the held-out scores of each candidate that differs in its end alone."""
+        """Retrains once for candidates that differ only in `interpolate`; scores each of them."""
         from foretune.training.loop import DivergedError
         from foretune.training.model_copies import interpolate
         from foretune.training.verbs import retrain
 
-        record = _record(together[0])
+        record = _record(group[0])
         if record.interpolate != 1:
             record = dataclasses.replace(record, interpolate=1.0)
         try:
             outcome = retrain(model, seen, record, run, progress=progress)
         except DivergedError as error:
-            return [{"score": None, "reason": str(error)} for _ in together]
-        found = []
-        for candidate in together:
+            return [{"score": None, "reason": str(error)} for _ in group]
+        scores = []
+        for candidate in group:
             base = outcome.model
-            kept = _record(candidate).interpolate
-            if kept != 1:
+            alpha = _record(candidate).interpolate
+            if alpha != 1:
                 base = copy.deepcopy(base)
-                interpolate(base, model, kept)
-            found.append(self._examine(base, rows, run.seed, progress))
-        found[-1]["cost"] = {"tokens": outcome.cost.get("tokens", 0)}
-        return found
+                interpolate(base, model, alpha)
+            scores.append(self._adapt_and_score(base, held_out, run.seed, progress))
+        scores[-1]["cost"] = {"tokens": outcome.cost.get("tokens", 0)}
+        return scores
 
-    def _examine(self, base: nn.Module, rows: TaskCollection, seed: int, progress: Any) -> Trial:
+    def _adapt_and_score(
+        self, base: nn.Module, held_out: TaskCollection, seed: int, progress: Any
+    ) -> Trial:
         """Adapts a base to the held-out tasks at every number of shots; the best rate's scores."""
         from foretune.evaluation.held_out import best, try_rates
         from foretune.training.loop import DivergedError
 
         run = Run(**self.adapt_run).replace(seed=seed, out=None, resume=False, overwrite=False)
         method = _record(self.adapt)
-        trials = try_rates(base, rows, method, self.adapt_rates, run, self.shots, progress)
+        trials = try_rates(base, held_out, method, self.adapt_rates, run, self.shots, progress)
         try:
             return best(trials)
         except DivergedError as error:
@@ -229,7 +233,7 @@ class Auto(RetrainMethod):
 
 
 def label(candidate: Mapping[str, Any]) -> str:
-    """What a candidate is called.
+    """A candidate's display name: its `as`, or its name and fields.
 
     >>> label({"name": "peft-ml", "penalty": 0.1}), label({"name": "none", "as": "control"})
     ('peft-ml penalty=0.1', 'control')
@@ -238,29 +242,36 @@ def label(candidate: Mapping[str, Any]) -> str:
     return str(candidate.get("as") or " ".join([str(candidate["name"]), *fields]))
 
 
-def _fields(given: Any) -> dict[str, Any]:
-    """A record or a mapping as a mapping of its name and fields."""
-    if hasattr(given, "to_dict"):
-        default = type(given)().to_dict()
-        fields = {k: v for k, v in given.to_dict().items() if k == "name" or v != default.get(k)}
-        return fields
-    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
-        raise UserError(f'a method is a record, or a mapping with its "name"; got {given!r}')
-    return dict(given)
+def _fields(method: Any) -> dict[str, Any]:
+    """The name and the fields of a method's record, or of a mapping of them.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if hasattr(method, "to_dict"):
+        default = type(method)().to_dict()
+        return {k: v for k, v in method.to_dict().items() if k == "name" or v != default.get(k)}
+    if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
+        raise UserError(f'a method is a record, or a mapping with its "name"; got {method!r}')
+    return dict(method)
 
 
-def _run_fields(given: Any) -> dict[str, Any]:
-    """A `Run`, or a mapping of its fields, as the mapping."""
-    if isinstance(given, Run):
-        return given.to_dict()
-    if not isinstance(given, Mapping):
-        raise UserError(f"adapt_run is a Run, or a mapping of its fields; got {given!r}")
-    known = [f.name for f in dataclasses.fields(Run)]
-    for name in given:
-        if name not in known:
-            raise UserError(f'a Run has no field "{name}".{did_you_mean(name, known)}')
-    Run(**given)
-    return dict(given)
+def _run_fields(run: Any) -> dict[str, Any]:
+    """The fields of a `Run`, or of a mapping of them.
+
+    Raises:
+        UserError: It is neither, or a `Run` has no such field.
+    """
+    if isinstance(run, Run):
+        return run.to_dict()
+    if not isinstance(run, Mapping):
+        raise UserError(f"adapt_run is a Run, or a mapping of its fields; got {run!r}")
+    field_names = [f.name for f in dataclasses.fields(Run)]
+    for name in run:
+        if name not in field_names:
+            raise UserError(f'a Run has no field "{name}".{did_you_mean(name, field_names)}')
+    Run(**run)
+    return dict(run)
 
 
 def _record(fields: Mapping[str, Any]) -> Any:
@@ -268,52 +279,61 @@ def _record(fields: Mapping[str, Any]) -> Any:
 
 
 def _parts(tasks: TaskCollection, folds: int, seed: int) -> list[list[str]]:
+    """The names of the tasks, cut into `folds` parts, or fewer where there are fewer tasks.
+
+    Raises:
+        UserError: There is only one task.
+    """
     if len(tasks) < 2:
-        raise UserError("auto holds seen tasks out to choose on, and there is only one seen task")
+        raise UserError("auto holds out seen tasks to choose on, but there is only one seen task")
     return tasks.groups(math.ceil(len(tasks) / min(folds, len(tasks))), seed)
 
 
 def by_training(candidates: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Candidates that differ in `interpolate` alone come out of one training."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    """The candidates in groups that share one training: they differ only in `interpolate`."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for candidate in candidates:
         fields = {k: v for k, v in candidate.items() if k not in ("interpolate", "as")}
-        found.setdefault(json.dumps(fields, sort_keys=True), []).append(candidate)
-    return list(found.values())
+        groups.setdefault(json.dumps(fields, sort_keys=True), []).append(candidate)
+    return list(groups.values())
 
 
 def _mean(trials: Sequence[Trial]) -> float:
-    """Mean of a candidate's rounds, weighted by their steps; the worst if one diverged."""
+    """Mean score of a candidate's trials, weighted by their steps; −∞ if one diverged."""
     if any(trial["score"] is None for trial in trials):
         return -math.inf
     return sum(t["score"] * t["steps"] for t in trials) / sum(t["steps"] for t in trials)
 
 
-def _ranked(alive: Sequence[dict[str, Any]], trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """The candidates, best first; of equals the one that was named first."""
+def _ranked(candidates: Sequence[dict[str, Any]], trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """The candidates that did not diverge, best first; ties keep their order.
+
+    Raises:
+        UserError: All diverged.
+    """
 
     def key(candidate: Mapping[str, Any]) -> float:
         return -_mean([t for t in trials if t["candidate"] == label(candidate)])
 
-    ranked = sorted(alive, key=key)
+    ranked = sorted(candidates, key=key)
     if math.isinf(key(ranked[0])):
         raise UserError("every candidate of auto diverged: lower their learning rates")
-    return [one for one in ranked if not math.isinf(key(one))]
+    return [candidate for candidate in ranked if not math.isinf(key(candidate))]
 
 
 def _better_half(ranked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The better half, and the best of each control.
 
-    What a control reaches in the end is what a choice must not fall below, so it is measured with
-    all steps; in a short race many like candidates, or its own variants, would push it out.
+    The choice must not fall below the final score of a control, so controls are measured with all
+    steps; after few steps many similar candidates, or a control's variants, would push it out.
     """
-    kept = list(ranked[: math.ceil(len(ranked) / 2)])
+    survivors = list(ranked[: math.ceil(len(ranked) / 2)])
     for control in CONTROLS:
-        of_it = [one for one in ranked if one["name"] == control]
-        plain = [one for one in of_it if not VARIANTS & one.keys()] or of_it
-        if plain and plain[0] not in kept:
-            kept.append(plain[0])
-    return kept
+        variants = [candidate for candidate in ranked if candidate["name"] == control]
+        plain = [candidate for candidate in variants if not VARIANTS & candidate.keys()] or variants
+        if plain and plain[0] not in survivors:
+            survivors.append(plain[0])
+    return survivors
 
 
 def _summary(
@@ -322,20 +342,20 @@ def _summary(
     tasks: TaskCollection,
     held: Sequence[Sequence[str]],
 ) -> dict[str, Any]:
-    """What was tried, what it cost, and how sure the choice is."""
+    """The trials, their cost, and how certain the choice is."""
     best = label(ranked[0])
-    own = {name: [t for t in trials if t["candidate"] == name] for name in _names(trials)}
-    scores = {n: None if any(t["score"] is None for t in o) else _mean(o) for n, o in own.items()}
+    by_name = {name: [t for t in trials if t["candidate"] == name] for name in _names(trials)}
+    diverged = {n for n, part in by_name.items() if any(t["score"] is None for t in part)}
     costs = [trial["cost"] for trial in trials if "cost" in trial]
     return {
         "chosen": best,
-        "scores": scores,
-        "rounds": {name: len(found) for name, found in own.items()},
+        "scores": {n: None if n in diverged else _mean(part) for n, part in by_name.items()},
+        "rounds": {name: len(part) for name, part in by_name.items()},
         "above": [
             above
-            for name in own
+            for name in by_name
             if name != best
-            for above in [_above(own[best], own[name])]
+            for above in [_above(by_name[best], by_name[name])]
             if above
         ],
         "num_held_out": len({name for part in held for name in part}),
@@ -352,48 +372,51 @@ def _names(trials: Sequence[Trial]) -> list[str]:
     return list(dict.fromkeys(trial["candidate"] for trial in trials))
 
 
-def _above(best: Sequence[Trial], other: Sequence[Trial]) -> dict[str, Any] | None:
-    """How far the best is above another on the tasks of the rounds that both took part in."""
+def _above(best: Sequence[Trial], rival: Sequence[Trial]) -> dict[str, Any] | None:
+    """How far the best is above a rival on the tasks of the rounds that both took part in."""
     from foretune.evaluation.statistics import paired_difference
 
-    a: dict[str, list[float]] = {}  # a task may be held out in more rounds than one
-    b: dict[str, list[float]] = {}
-    for one, two in zip(best, other, strict=False):
-        if two["score"] is None:
+    best_scores: dict[str, list[float]] = {}  # a task may be held out in several rounds
+    rival_scores: dict[str, list[float]] = {}
+    for best_trial, rival_trial in zip(best, rival, strict=False):
+        if rival_trial["score"] is None:
             return None
-        for task, scores in one["by_task"].items():
-            a.setdefault(task, []).extend(scores)
-            b.setdefault(task, []).extend(two["by_task"][task])
-    found = paired_difference([[fmean(own)] for own in a.values()], [[fmean(b[t])] for t in a])
-    kept = ("difference", "low", "high", "p_value", "num_tasks")
-    return {"over": other[0]["candidate"], **{key: getattr(found, key) for key in kept}}
+        for task, scores in best_trial["by_task"].items():
+            best_scores.setdefault(task, []).extend(scores)
+            rival_scores.setdefault(task, []).extend(rival_trial["by_task"][task])
+    difference = paired_difference(
+        [[fmean(scores)] for scores in best_scores.values()],
+        [[fmean(rival_scores[task])] for task in best_scores],
+    )
+    fields = ("difference", "low", "high", "p_value", "num_tasks")
+    return {"over": rival[0]["candidate"], **{name: getattr(difference, name) for name in fields}}
 
 
-def _begun(
+def _resumed(
     file: Path, method: Auto, run: Run, model: nn.Module, tasks: TaskCollection
 ) -> tuple[dict[str, Any], list[Trial]]:
-    """What this choice depends on, and the trials that an interrupted one of the same left."""
+    """The inputs of this choice, and the trials that an interrupted choice on them left."""
     from foretune.training.model_copies import fresh_copy
     from foretune.training.resume import MOVABLE, check_same, inputs_of, read_record
 
-    assert tasks.objective is not None  # `retrain` sees to it
+    assert tasks.objective is not None  # `retrain` sets it
     fields = method.to_dict()
     fields["adapt_run"] = {k: v for k, v in fields["adapt_run"].items() if k not in MOVABLE}
-    about = {"method": fields, "run": run.to_dict(), "tasks": tasks.names}
-    about["objective"] = tasks.objective.to_dict()
-    about |= inputs_of(fresh_copy(model, tasks.objective, run.seed), tasks)
-    about = json.loads(json.dumps(about))
+    inputs = {"method": fields, "run": run.to_dict(), "tasks": tasks.names}
+    inputs["objective"] = tasks.objective.to_dict()
+    inputs |= inputs_of(fresh_copy(model, tasks.objective, run.seed), tasks)
+    inputs = json.loads(json.dumps(inputs))
     if not file.is_file():
-        return about, []
+        return inputs, []
     saved = read_record(file, CHOICE)
-    check_same(file.parent, saved["about"], about)
-    return about, list(saved["trials"])
+    check_same(file.parent, saved["about"], inputs)
+    return inputs, list(saved["trials"])
 
 
-def _write(file: Path | None, about: Any, trials: Sequence[Trial]) -> None:
+def _write(file: Path | None, inputs: Mapping[str, Any], trials: Sequence[Trial]) -> None:
     from foretune.files import write_whole
     from foretune.processes import process_rank
 
     if file is not None and process_rank() == 0:
-        text = json.dumps(stamped({"about": about, "trials": list(trials)}, CHOICE), indent=1)
+        text = json.dumps(stamped({"about": inputs, "trials": list(trials)}, CHOICE), indent=1)
         write_whole(file, text)

@@ -1,4 +1,4 @@
-"""`EpisodicMethod`: what Reptile and FOMAML share; only the base's gradient differs."""
+"""`EpisodicMethod`: the fields and learner of Reptile and FOMAML; only the gradient differs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodicMethod(RetrainMethod):
-    """Adapt for a few steps, then move the base by what that showed.
+    """Adapt to the tasks for a few steps, then update the base from the adapted weights.
 
     Attributes:
-        query: Whether the base follows the gradient of one more batch at the adapted point
+        query: Whether the base follows the gradient of one more batch at the adapted weights
             (FOMAML); otherwise it moves towards the adapted weights (Reptile).
     """
 
@@ -52,7 +52,7 @@ class EpisodicMethod(RetrainMethod):
 
     @override
     def run_for(self, run: Run, num_tasks: int) -> Run:
-        """The same number of examples; one task per batch where an episode is of one task."""
+        """The run with as many examples; one task per batch where an episode has one task."""
         return run.one_task_a_batch(num_tasks) if self.inner == "all" else run
 
     @override

@@ -1,4 +1,4 @@
-"""FD-Align: fine-tune an encoder without losing how it tells apart what no class depends on.
+"""FD-Align: fine-tune an encoder and preserve its predictions over class-independent prototypes.
 
 Paper: Song, Ma, Zou, Zhang, Huang, "FD-Align: Feature Discrimination Alignment for
 Fine-tuning Pre-Trained Models in Few-Shot Learning", NeurIPS 2023, arXiv:2310.15105.
@@ -10,33 +10,33 @@ Fine-tuning Pre-Trained Models in Few-Shot Learning", NeurIPS 2023, arXiv:2310.1
     f_0 f_t  model                  (n, d)    encoder of inputs before and during tuning
     E        objective.embedded     (M, Y, d) embedding of template j with class name y
     μ_y      class_prototypes       (Y, d)    mean over the templates
-    μ^sp_j   spurious_prototypes    (M, d)    mean over the classes, then the k that stand for all
-    β        weight                           of the divergence, mean over the rows
+    μ^sp_j   spurious_prototypes    (M, d)    mean over the classes, then k representatives
+    β        weight                           weight of the KL divergence, mean over the examples
     n, k     num_kept, num_prototypes         templates that are kept, clusters of these
 
 Deviations:
-    - The teacher's read-outs are computed once for each training row and kept, instead of a second
-      model at every step. The inputs are not augmented, so this is exact.
-    - The authors' code takes the mean of the KL over rows and prototypes, so that its β = 20 with
-      k = 20 is β = 1 here; `FDAlign.official` converts.
-    - Class prototypes stay as they are, as the equation has it. The authors' code trains them, from
-      a linear probe on.
-    - All prototypes have length one, as a cosine has it; in the authors' code the mean of unit
-      vectors is left as it is. The forest is seeded, k-means starts from Ward's clusters.
-    - AdamW, as everywhere here, for SGD with Nesterov momentum.
+    - The teacher's logits are computed once per training example and cached, instead of running a
+      second model at every step. The inputs are not augmented, so this is exact.
+    - The authors' code takes the mean of the KL over examples and prototypes, so that its β = 20
+      with k = 20 is β = 1 here; `FDAlign.official` converts.
+    - Class prototypes are fixed, as in the equation. The authors' code trains them, starting from a
+      linear probe.
+    - All prototypes are normalised to unit length; the authors' code does not renormalise the mean
+      of unit vectors. The forest has a random seed, k-means starts from Ward's clusters.
+    - AdamW, as everywhere here, instead of SGD with Nesterov momentum.
 Beyond the paper:
     - `lora`: adapters instead of all weights; the teacher is the base without them.
-    - `interpolate`: weights between the given ones and the tuned ones (Wortsman et al., "Robust
+    - `interpolate`: weights between the original and the tuned ones (Wortsman et al., "Robust
       fine-tuning of zero-shot models", CVPR 2022, arXiv:2109.01903).
     - Sentence encoders, with texts as inputs.
 Silent in the paper:
-    - The KL's direction is one in the equation, another in the code: `direction`. The published
+    - The direction of the KL differs between the equation and the code: `direction`. The published
       numbers are those of the code, "forward".
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -65,20 +65,23 @@ PAPER = {
 
 @dataclass(frozen=True, kw_only=True)
 class FDAlign(AdaptMethod):
-    """Fine-tune on few rows and keep the read-out of spurious features as it was.
+    """Fine-tune on few examples and preserve the predictions over spurious prototypes.
 
-    It needs the objective `prompts`, whose templates make the prototypes.
+    Requires the objective `prompts`, whose templates make the prototypes.
 
     Args:
-        learning_rate: Of the encoder, or of its adapters.
-        weight: β; 0 is plain fine-tuning towards the class prototypes.
+        learning_rate: Learning rate of the encoder, or of its adapters.
+        weight: β, the weight of the KL divergence; 0 is plain fine-tuning towards the class
+            prototypes.
         direction: "forward" for KL(before ‖ now), as in the authors' code; "reverse" for
             KL(now ‖ before), as in the equation.
-        num_kept: Templates that an isolation forest leaves over (scikit-learn); None for all.
-        num_prototypes: Clusters of the templates; each is its own where there are no more.
+        num_kept: Number of templates that an isolation forest keeps (needs scikit-learn); None for
+            all.
+        num_prototypes: Number of clusters of the templates; with fewer templates, each is a
+            cluster of its own.
         lora: A `peft.LoraConfig` or a mapping of its fields, to train adapters of all tasks at
             once; None trains all weights of the encoder of inputs, one task after the other.
-        interpolate: Share of the way from the given weights to the tuned ones that is kept.
+        interpolate: Share of the way from the original weights to the tuned ones.
     """
 
     learning_rate: float = 1e-5
@@ -107,13 +110,13 @@ class FDAlign(AdaptMethod):
         object.__setattr__(self, "lora", lora_fields(self.lora))
         if self.interpolate != 1:
             raise UserError(
-                "interpolate is about whole weights: leave it at 1 beside lora, whose lora_alpha "
-                "scales an adapter"
+                "interpolate applies to full weights: with lora leave it at 1, and scale the "
+                "adapter by lora_alpha"
             )
 
     @classmethod
     def official(cls, *, beta: float = 20.0, **fields: Any) -> FDAlign:
-        """The authors' settings, with their β turned into `weight` = β / k.
+        """The authors' settings, with their β converted to `weight` = β / k.
 
         >>> FDAlign.official().weight
         1.0
@@ -138,7 +141,7 @@ class FDAlign(AdaptMethod):
 
         if not isinstance(objective, PromptClassification):
             raise UserError(
-                f"fd-align reads labels by their names and needs the objective prompts, got "
+                f"fd-align embeds the labels' names and needs the objective prompts, got "
                 f"{objective.kind}"
             )
         prototypes = {
@@ -156,7 +159,7 @@ class FDAlign(AdaptMethod):
         return FDAlignLearner(
             model,
             objective,
-            # A slot's key is its task's name, with #draw behind it from the second draw on.
+            # A slot's key is its task's name, followed by #draw from the second draw on.
             prototypes=[prototypes[_task_of(key, prototypes)] for key in keys],
             weight=self.weight,
             direction=self.direction,
@@ -166,5 +169,5 @@ class FDAlign(AdaptMethod):
         )
 
 
-def _task_of(key: str, tasks: Any) -> str:
+def _task_of(key: str, tasks: Container[str]) -> str:
     return key if key in tasks else key.rpartition("#")[0]

@@ -1,4 +1,4 @@
-"""Full fine-tuning: a model of its own for each task."""
+"""Full fine-tuning: one model per task."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Full(AdaptMethod):
-    """All weights that the model lets train, one task after the other.
+    """Train all trainable weights of the model, one task after the other.
 
     Args:
-        learning_rate: Of AdamW.
+        learning_rate: Learning rate of AdamW.
     """
 
     learning_rate: float = 5e-5

@@ -1,4 +1,4 @@
-"""Head: adapt a frozen base by a head of its own for each task (linear probing)."""
+"""Head: adapt a frozen base by one head per task (linear probing)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Head(AdaptMethod):
-    """Only a head for each task; its last linear layer where the model has no head.
+    """Train only a head per task; the last linear layer where the model has no head.
 
     Args:
-        learning_rate: Of the heads.
+        learning_rate: Learning rate of the heads.
     """
 
     learning_rate: float = 1e-3

@@ -1,9 +1,9 @@
-"""LoRA: adapt a frozen base by one low-rank adapter for each task, all tasks at once.
+"""LoRA: adapt a frozen base by one low-rank adapter per task, all tasks at once.
 
 Paper: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv:2106.09685.
 
-The tasks are independent: each slot of the bank follows the gradient of its own task's mean loss
-and is clipped by itself, so a task's result does not depend on which others were adapted with it.
+The tasks are independent: each slot of the bank follows the gradient of its task's mean loss and
+is clipped separately, so a task's result does not depend on the tasks that are adapted with it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ PAPER = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(AdaptMethod):
-    """One LoRA adapter for each task on the frozen base, all tasks in one batch.
+    """Train one LoRA adapter per task on the frozen base, all tasks in one batch.
 
     Args:
-        learning_rate: Of the adapters and of heads of their own.
-        lora: A `peft.LoraConfig` or a mapping of its fields. Without `target_modules` every
-            linear layer that the model lets train is adapted.
+        learning_rate: Learning rate of the adapters and of per-task heads.
+        lora: A `peft.LoraConfig` or a mapping of its fields. Without `target_modules`, every
+            trainable linear layer of the model is adapted.
     """
 
     learning_rate: float = 1e-3

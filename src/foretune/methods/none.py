@@ -1,4 +1,4 @@
-"""No retraining: the control in which each task adapts the untouched model."""
+"""No retraining: the control that adapts the original model to each task."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class NoRetraining(RetrainMethod):
-    """The model as it is: what every retraining has to beat."""
+    """Leave the model as it is: the baseline that every retraining has to beat."""
 
     name: ClassVar[str] = "none"
     label: ClassVar[str] = "no retraining"

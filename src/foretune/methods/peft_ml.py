@@ -1,4 +1,4 @@
-"""PEFT-ML: retrain a base together with one adapter for each task, keep the base.
+"""PEFT-ML: retrain a base together with one adapter per task, keep the base.
 
 Paper: Block, Srinivasan, Collins, Mokhtari, Shakkottai, "Provable Meta-Learning with Low-Rank
 Adaptations", NeurIPS 2025 (first version: "Meta-Learning Adaptable Foundation Models", 2024),
@@ -7,37 +7,38 @@ arXiv:2410.22264.
     W_ML = argmin_W  Σ_t  min_θt  Σ_j  L(Φ_FT(x_tj; W, θ_t), y_tj)                    (eq. 5)
 
     symbol   here           meaning
-    W        model          weights that every task shares, all of them trained
+    W        model          weights that all tasks share, all of them trained
     θ_t      bank slot t    adapter of task t: LoRA factors (A_t, B_t), the task's own head, or a
                             sparse change S_t
 
 W and all θ_t descend together. By the envelope theorem the gradient of the inner minimum with
-respect to W is the partial gradient at the present θ_t, so there is no second-order term. θ_t
-persists over the whole retraining; afterwards W is kept and the adapters may be thrown away.
+respect to W is the partial gradient at the current θ_t, so there is no second-order term. θ_t
+persists over the whole retraining; afterwards W is kept and the adapters may be discarded.
 
 Deviations:
     - `Run.tasks_per_step=None` takes one step on all tasks together. The authors' language code
       takes one task after the other, their vision code sums over the tasks; the round robin is
       `tasks_per_step=1`.
-    - The adapters may have a learning rate of their own; the authors' code has one for both.
-    - A step on one task moves that task's adapter alone.
+    - The adapters have a separate learning rate; the authors' code has one for both.
+    - A step on one task moves only that task's adapter.
 Beyond the paper, all off by default:
     - `penalty` (λ ‖B_t A_t‖²; λ → ∞ is standard retraining) and `adapter_dropout` (a share of the
-      steps trains the bare base; 1 is standard retraining) go from PEFT-ML to its control.
-    - `restart_every`: an unseen task begins with a fresh adapter and takes few steps, so the seen
-      ones do too.
+      steps trains the base without adapters; 1 is standard retraining) lead from PEFT-ML to its
+      control.
+    - `restart_every`: an unseen task starts from a fresh adapter and takes few steps, so the seen
+      tasks do too.
     - `interpolate`: W + α (W_ML − W), which keeps more of the pretrained model (Wortsman et al.,
       "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv:2109.01903).
     - `average`: the mean of W over the last updates instead of the last W (Izmailov et al.,
       "Averaging weights leads to wider optima and better generalization", UAI 2018,
       arXiv:1803.05407). The controls have it too.
-    - `form="sparse"`: θ_t is the task's own change S_t at the `fraction` of the adapted layers'
-      entries that is smallest in the given model; these places are the same for all tasks and stay.
-      The choice is SaRA's (Hu et al., arXiv:2409.06633, eq. 2), without its nuclear term and its
+    - `form="sparse"`: θ_t is the task's change S_t at the `fraction` of the adapted layers' entries
+      that are smallest in the input model; the positions are fixed and the same for all tasks.
+      The selection is SaRA's (Hu et al., arXiv:2409.06633, eq. 2), without its nuclear term and its
       reselection. S_t starts at zero.
 Silent in the paper:
-    - Whether heads are shared; the authors' language code gives each task its own. Here a task
-      has one where the tasks' label sets differ, and where `heads` says so.
+    - Whether heads are shared; the authors' language code has one per task. Here each task has its
+      own head where the tasks' label sets differ, and with `heads="per-task"`.
 """
 
 from __future__ import annotations
@@ -71,29 +72,29 @@ PAPER = {
 
 @dataclass(frozen=True, kw_only=True)
 class PEFTML(RetrainMethod):
-    """Train the base together with one adapter for each seen task, then keep the base.
+    """Train the base together with one adapter per seen task, then keep the base.
 
     Args:
-        learning_rate: Of the base.
-        adapter_learning_rate: Of the adapters and of heads of their own.
-        form: "lora" for LoRA adapters; "last-layer" for a head of each task as its adapter;
-            "sparse" for a change of each task at the smallest entries.
-        heads: "shared" for one head over the labels of all tasks, where they are the same;
-            "per-task" for one head a task beside its LoRA adapter (where the model has no head, a
-            copy of its last linear layer).
-        lora: A `peft.LoraConfig` or a mapping of its fields. Without `target_modules` every
-            linear layer that the model lets train is adapted.
-            Of form "sparse" it says the layers alone.
-        fraction: Of form "sparse": share of the adapted layers' entries, the smallest in absolute
-            value, that a task changes.
+        learning_rate: Learning rate of the base.
+        adapter_learning_rate: Learning rate of the adapters and of per-task heads.
+        form: Kind of adapter: "lora"; "last-layer" for one head per task; "sparse" for a change
+            per task at the smallest entries.
+        heads: "shared" for one head over the labels of all tasks, where their label sets are the
+            same; "per-task" for one head per task in addition to its adapter (where the model has
+            no head, a copy of its last linear layer).
+        lora: A `peft.LoraConfig` or a mapping of its fields. Without `target_modules`, every
+            trainable linear layer of the model is adapted. With form "sparse" it only selects the
+            layers.
+        fraction: With form "sparse", share of the adapted layers' entries, the smallest in
+            absolute value, that a task changes.
         penalty: λ of λ · Σ ‖s·B_t A_t‖²_F over the adapted layers, added to each task's loss;
-            ‖S_t‖²_F where the form is "sparse".
-        adapter_dropout: Share of the steps that train the bare base, without adapters.
-        restart_every: Steps after which, in the mean, a task's adapter starts afresh; the adapters
-            then keep their full learning rate, as in adapting. None for never.
-        interpolate: Share of the way from the given weights to the retrained ones that is kept.
-        average: Share of the updates, the last ones, over which the base's weights are averaged;
-            the learning rate then stays at its height. 0 for off.
+            with form "sparse" of λ · Σ ‖S_t‖²_F.
+        adapter_dropout: Share of the steps that train the base without LoRA or sparse adapters.
+        restart_every: Mean number of steps after which a task's adapter is re-initialised; the
+            adapters then keep their full learning rate, as in adapting. None for never.
+        interpolate: Share of the way from the original weights to the retrained ones.
+        average: Share of the updates, counted from the end, over which the base's weights are
+            averaged; the learning rate then stays at its peak. 0 for off.
     """
 
     learning_rate: float = 1e-4
@@ -127,14 +128,14 @@ class PEFTML(RetrainMethod):
         share("average", self.average)
         if self.form == "last-layer" and (self.penalty or self.adapter_dropout):
             raise UserError(
-                "penalty and adapter_dropout are about LoRA or sparse adapters, which form "
-                "last-layer has not: leave them at 0, or use form lora"
+                "penalty and adapter_dropout apply to LoRA or sparse adapters, which form "
+                "last-layer does not have: leave them at 0, or use form lora"
             )
 
     @property
     @override
     def keeps_adapters(self) -> bool:
-        """Adapters belong to the weights they were trained beside; sparse ones have no file."""
+        """Whether the adapters fit the saved base; sparse ones have no file format."""
         return self.form != "sparse" and self.interpolate == 1 and not self.average
 
     @override
@@ -145,7 +146,7 @@ class PEFTML(RetrainMethod):
         from foretune.training.learners.peft_ml import PEFTMLLearner
 
         lora = None if self.form == "last-layer" else self.lora
-        own_heads = lora is None or self.heads == "per-task"
+        per_task_heads = lora is None or self.heads == "per-task"
         return PEFTMLLearner(
             model,
             objective,
@@ -156,7 +157,7 @@ class PEFTML(RetrainMethod):
                 run.seed,
                 lora=lora,
                 sparse=self.fraction if self.form == "sparse" else None,
-                head_copies=own_heads,
+                head_copies=per_task_heads,
             ),
             learning_rate=self.learning_rate,
             bank_learning_rate=self.adapter_learning_rate,

@@ -1,4 +1,4 @@
-"""SaRA: adapt by training the entries of the smallest absolute value, and no others.
+"""SaRA: adapt by training only the entries of the smallest absolute value.
 
 Paper: Hu, Zhang, Yi, Huang, Wang, Ma, "SaRA: High-Efficient Diffusion Model Fine-tuning with
 Progressive Sparse Low-Rank Adaptation", ICLR 2025, arXiv:2409.06633.
@@ -6,11 +6,11 @@ Progressive Sparse Low-Rank Adaptation", ICLR 2025, arXiv:2409.06633.
     M = 1[|P0| < θ_t]                                                      (eq. 2)
     P ← P − η ∇P ⊙ M                                                       (eq. 3)
     L = L_task + λ ‖P ⊙ M‖_*                                               (eq. 4, 5)
-    η = 10⁻³ exp(−350 θ_t), where none is given                            (eq. 12)
+    η = 10⁻³ exp(−350 θ_t), the default learning rate                      (eq. 12)
 
     symbol   here          meaning
-    P0       model         the given parameters: matrices, kernels, biases, scales
-    θ_t      threshold     entries below it are thought to be idle, and are trained
+    P0       model         the original parameters: matrices, kernels, biases, scales
+    θ_t      threshold     entries below it are considered idle, and are trained
     λ        nuclear       weight of the low-rank term
     t*       reselect      share of the steps after which M ← M ∧ [|P| < θ_t], the rest of M frozen
 
@@ -18,18 +18,18 @@ Deviations:
     - The optimiser's moments of entries that stay in M are kept at t*; the authors' code makes a
       new optimiser.
     - The low-rank term is taken over every matrix and kernel in every step. The authors' code takes
-      one random matrix of more than 64 rows and columns a step and leaves kernels out; in its
+      one random matrix of more than 64 rows and columns per step and leaves out kernels; in its
       default optimiser the term has no effect.
     - Parameters of one axis (biases, scales) have no rank and no such term.
-    - A classification head that the task brings is trained whole, without the term.
-    - Above a threshold of 2·10⁻³, where the fit of eq. 12 ends, the learning rate stays at what it
-      is there: at 0.02, which small models need, the formula gives 10⁻⁶.
+    - The task's classification head is trained in full, without the term.
+    - Above a threshold of 2·10⁻³, where the fit of eq. 12 ends, the learning rate stays constant:
+      at 0.02, which small models need, the formula gives 10⁻⁶.
     - `fraction` in place of `threshold`: models differ in the size of their weights.
 Silent in the paper:
-    - How a base in another precision, or another one, is kept from being given entries that were
-      chosen elsewhere. Here the file holds places and values, and a mark of every parameter of
-      its base, and does not load beside another.
-    - Weight decay: AdamW's, on the trained entries alone.
+    - How to prevent that the change is applied to another base, or to the same one in another
+      precision. Here the file holds positions, values and a SHA-256 of each parameter of its base,
+      and does not load on a base that differs.
+    - Weight decay: AdamW's, on the trained entries only.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ PAPER = {
     "venue": "ICLR",
     "arxiv": "2409.06633",
 }
-LARGEST = 2e-3  # threshold to which eq. 12 was fitted
+LARGEST = 2e-3  # largest threshold to which eq. 12 was fitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +69,11 @@ class SaRA(AdaptMethod):
 
     Args:
         threshold: θ_t: entries below it in absolute value are trained.
-        fraction: Takes the threshold's place: the one below which this share of the entries lies.
-        learning_rate: Of AdamW; None for 10⁻³ exp(−350 min(θ_t, 2·10⁻³)).
+        fraction: Replaces the threshold by the one below which this share of the entries lies.
+        learning_rate: Learning rate of AdamW; None for 10⁻³ exp(−350 min(θ_t, 2·10⁻³)).
         nuclear: λ, the weight of the nuclear norm of the trained entries; 0 for off.
-        reselect: Share of the steps after which entries that have grown beyond the threshold stay
-            as they are; None for never.
+        reselect: Share of the steps after which entries that have grown beyond the threshold are
+            frozen; None for never.
     """
 
     threshold: float = 2e-3
@@ -89,25 +89,25 @@ class SaRA(AdaptMethod):
     def __post_init__(self) -> None:
         above_zero("threshold", self.threshold)
         if self.fraction is not None:
-            _inside("fraction", self.fraction, up_to_one=True)
+            _check_positive_share("fraction", self.fraction, up_to_one=True)
         if self.learning_rate is not None:
             above_zero("learning_rate", self.learning_rate)
         if self.nuclear is None or self.nuclear == math.inf:
             raise UserError(f"nuclear must be a number not below 0, got {self.nuclear}; 0 is off")
         at_least("nuclear", self.nuclear, 0)
         if self.reselect is not None:
-            _inside("reselect", self.reselect, up_to_one=False)
+            _check_positive_share("reselect", self.reselect, up_to_one=False)
 
     @override
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        from foretune.adapters.sparse import SparseDelta, own_heads
+        from foretune.adapters.sparse import SparseDelta, task_heads
         from foretune.training.learners.sara import SaRALearner
 
-        heads = own_heads(model, objective.num_outputs())
+        heads = task_heads(model, objective.num_outputs())
         indices, threshold = self.support(model, heads)
-        delta = SparseDelta(model, indices, threshold=threshold, whole=heads)
+        delta = SparseDelta(model, indices, threshold=threshold, heads=heads)
         return SaRALearner(
             delta,
             objective,
@@ -117,16 +117,16 @@ class SaRA(AdaptMethod):
         )
 
     def support(self, model: nn.Module, heads: Sequence[str]) -> tuple[dict[str, Tensor], float]:
-        """The entries to train by parameter, and the threshold (eq. 2)."""
+        """Positions (m,) of the entries to train, by parameter name, and the threshold (eq. 2)."""
         from foretune.adapters.sparse import entries_below, threshold_of
 
         threshold = self.threshold
         if self.fraction is not None:
             threshold = threshold_of(model, self.fraction, leave_out=heads)
-        return entries_below(model, threshold, whole=heads), threshold
+        return entries_below(model, threshold, heads=heads), threshold
 
     def rate(self, threshold: float) -> float:
-        """The learning rate: the given one, or that of eq. 12.
+        """The learning rate: `learning_rate` if set, else that of eq. 12.
 
         >>> f"{SaRA().rate(2e-3):.4e}"
         '4.9659e-04'
@@ -136,9 +136,13 @@ class SaRA(AdaptMethod):
         return 1e-3 * math.exp(-350 * min(threshold, LARGEST))
 
 
-def _inside(name: str, value: Any, *, up_to_one: bool) -> None:
-    """Raises UserError unless the value is a share above 0 (and below 1)."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value <= 1 or (value == 1 and not up_to_one):
+def _check_positive_share(name: str, value: Any, *, up_to_one: bool) -> None:
+    """Checks that the value is a share above 0 (and below 1 unless `up_to_one`).
+
+    Raises:
+        UserError: It is not.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= 1 or (value == 1 and not up_to_one):
         end = "at most 1" if up_to_one else "below 1"
         raise UserError(f"{name} must be a number above 0 and {end}, or None; got {value!r}")

@@ -1,10 +1,10 @@
-"""Standard retraining: the tasks' rows pooled and shuffled, one model for all of them.
+"""Standard retraining: one model for all tasks, trained on their pooled and shuffled examples.
 
     W_SR = argmin_W  Σ_t Σ_j  L(Φ(x_tj; W), y_tj)
 
-The control of Block et al. (arXiv:2410.22264). Two things are mended with respect to their code:
-batches mix the tasks (theirs visits one task after the other inside an epoch), and there is a
-form with a head for each task, so that a gain of PEFT-ML cannot come from its heads alone.
+The control of Block et al. (arXiv:2410.22264). Two things differ from their code: batches mix the
+tasks (theirs visits one task after the other within an epoch), and there is a form with one head
+per task, so that a gain of PEFT-ML cannot come from its heads alone.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Standard(RetrainMethod):
-    """Multi-task fine-tuning on pooled and shuffled rows, then adapt.
+    """Fine-tune one model on the pooled and shuffled examples of all tasks.
 
     Args:
-        learning_rate: Of AdamW, on all weights that the model lets train.
-        heads: "shared" for one head over the labels of all tasks; "per-task" for one head a task
-            (where the model has no head, a copy of its last linear layer).
-        interpolate: Share of the way from the given weights to the retrained ones that is kept
+        learning_rate: Learning rate of AdamW, on all trainable weights of the model.
+        heads: "shared" for one head over the labels of all tasks; "per-task" for one head per
+            task (where the model has no head, a copy of its last linear layer).
+        interpolate: Share of the way from the original weights to the retrained ones
             (Wortsman et al., CVPR 2022, arXiv:2109.01903).
-        average: Share of the updates, the last ones, over which the base's weights are averaged;
-            the learning rate then stays at its height. 0 for off.
+        average: Share of the updates, counted from the end, over which the base's weights are
+            averaged; the learning rate then stays at its peak. 0 for off.
     """
 
     learning_rate: float = 1e-4

@@ -1,13 +1,18 @@
-"""Calling a model outside training, and checking whether two ways to call it agree."""
+"""Calling a model outside training, whether two ways to call it agree, and its KV cache."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
+
+# What a decoder's forward calls its KV cache: transformers from 5.24 on, and before.
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 @contextlib.contextmanager
@@ -35,6 +40,25 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
         del module.forward
         if before is not None:
             module.forward = before
+
+
+def cache_argument(model: Any) -> str | None:
+    """The model's own name for its KV cache, one of `CACHE_NAMES`; None where it takes none."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def cache_among(values: Iterable[Any]) -> Cache | None:
+    """The KV cache among the arguments of a call, whatever its name; None where there is none."""
+    return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def holds_tokens(cache: Cache) -> bool:
+    """Whether earlier calls have filled the cache."""
+    try:
+        return cache.get_seq_length() > 0
+    except ValueError:  # recurrent layers alone (Mamba): they keep a state and no positions
+        return cache.has_previous_state()
 
 
 def agree(reference: Any, output: Any, mask: Tensor, *, tolerance: float = 1e-3) -> bool:

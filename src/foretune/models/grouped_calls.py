@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foretune.models.calls import replaced_forward
+from foretune.models.calls import cache_among, replaced_forward
 from foretune.models.layout import RowSlots, rows_by_length
 from foretune.models.routing import current_rows, routed
 
@@ -20,7 +20,9 @@ def lengths_of(kwargs: Mapping[str, Any]) -> tuple[list[int], int]:
     ids = kwargs.get("input_ids")
     if not isinstance(mask, Tensor) or not isinstance(ids, Tensor):
         return [], 0
-    if mask.dim() != 2 or mask.shape != ids.shape or kwargs.get("past_key_values") is not None:
+    if mask.dim() != 2 or mask.shape != ids.shape:
+        return [], 0
+    if cache_among(kwargs.values()) is not None:
         return [], 0
     mask = mask.cpu() > 0
     lengths = mask.sum(1)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import Cache
 
 STEP = 16  # rows whose lengths round up to the same multiple of it form a group
 
@@ -216,6 +217,8 @@ class Packing:
 
         The same tensor is packed once for all blocks.
         """
+        if isinstance(value, Cache):  # one for generation would hold rows run together
+            return None
         if isinstance(value, tuple):
             return tuple(self.packed_input(v) for v in value)
         if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != self.width:

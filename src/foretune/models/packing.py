@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from foretune.models.calls import agree, eval_no_grad, replaced_forward
 from foretune.models.frozen_prefix import PrefixForward
@@ -57,11 +55,10 @@ def packed_attention(
     Returns:
         (1, N, heads, d), and None for the attention weights.
     """
+    sdpa = AttentionInterface()["sdpa"]
     packing = current_packing()
     if packing is None:
-        padded: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **kwargs
-        )
+        padded: tuple[Tensor, None] = sdpa(module, query, key, value, attention_mask, **kwargs)
         return padded
     gathered = [
         MoveTokens.apply(
@@ -78,7 +75,7 @@ def packed_attention(
         zip(packing.groups, packing.masks(attention_mask), strict=True)
     ):
         q, k, v = (x[i].unflatten(0, (-1, group.length)).transpose(1, 2) for x in gathered)
-        y, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)
+        y, _ = sdpa(module, q, k, v, mask, **kwargs)
         outputs.append(y.flatten(0, 1))
     y = MoveTokens.apply(
         torch.cat(outputs), packing.group_places, packing.group_take, packing.group_padding, False
@@ -87,7 +84,7 @@ def packed_attention(
 
 
 AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
 
 
 @contextlib.contextmanager
@@ -158,7 +155,10 @@ def _obstacle(model: nn.Module, copied: Collection[str]) -> str | None:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """The configurations in which the model's attention modules look up their implementation."""
+    """The configurations in which the model's attention modules look up their implementation.
+
+    `_attn_implementation` is private: transformers has no public getter.
+    """
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     used = ("sdpa", NAME)  # NAME where another model that shares the configuration is packed
     return [c for c in configs.values() if getattr(c, "_attn_implementation", None) in used]
@@ -239,7 +239,6 @@ class _PackedCalls:
             kwargs = {
                 k: v if k == "attention_mask" else packing.packed_input(v)
                 for k, v in kwargs.items()
-                if k != "past_key_values"  # a cache for generation would hold rows run together
             }
             with routed(packing.rows(current_rows()), packing):
                 output = real(hidden, *args, **kwargs)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 
 from foretune.errors import UserError
 from foretune.models.calls import replaced_forward
@@ -52,8 +53,9 @@ def _patched(block: nn.Module) -> Iterator[None]:
         if not torch.is_grad_enabled():
             return real(*args, **kwargs)
         route = captured_route()
-        if "past_key_values" in kwargs:  # the second pass would append to it once more
-            kwargs["past_key_values"] = None
+        # No KV cache: the second pass would append to it once more.
+        args = tuple(None if isinstance(v, Cache) else v for v in args)
+        kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
         return checkpoint(
             real,
             *args,

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from foretune.errors import UserError
 
 HEADS = ("classifier", "score", "classification_head")  # what transformers calls a task head
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -265,4 +265,4 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Name → layer of all batch normalisations."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, BATCH_NORMS)}

@@ -387,7 +387,7 @@ def load_pruned(auto: Any, config: Any, folder: Path, dtype: Any) -> nn.Module |
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, next(iter(plan.values())).num_experts)
     dtype = getattr(torch, str(record["dtype"])) if dtype == "auto" else dtype
-    # A model class, as opposed to an auto class, calls the same function _from_config.
+    # A model class, as opposed to an auto class, calls the same function under a private name.
     build = auto.from_config if hasattr(auto, "from_config") else auto._from_config
     model = build(config, dtype=dtype)
     try:

@@ -26,9 +26,9 @@ class Task:
 
     Args:
         name: Unique within its collection.
-        train: Rows to learn from (for an unseen task: the pool from which shots are drawn).
-        validation: Rows on which checkpoints and learning rates are chosen.
-        test: Rows that only the final score sees.
+        train: Examples to learn from (for an unseen task: the pool from which shots are drawn).
+        validation: Examples on which checkpoints and learning rates are chosen.
+        test: Examples that only the final score uses.
     """
 
     name: str
@@ -37,30 +37,34 @@ class Task:
     test: Sequence[Example] = ()
 
     def split(self, name: str) -> Sequence[Example]:
-        """The rows of one of "train", "validation", "test"."""
+        """The examples of one of "train", "validation", "test".
+
+        Raises:
+            UserError: There is no such split.
+        """
         if name not in SPLITS:
             raise UserError(f"split must be one of {', '.join(SPLITS)}; got {name!r}")
-        rows: Sequence[Example] = getattr(self, name)
-        return rows
+        examples: Sequence[Example] = getattr(self, name)
+        return examples
 
     def __len__(self) -> int:
         return sum(len(self.split(name)) for name in SPLITS)
 
     @cached_property
     def digest(self) -> str:
-        """16 hexadecimal digits, equal for equal rows in the same order and splits."""
+        """16 hexadecimal digits, equal for equal examples in the same order and splits."""
         return digest_of({name: self.split(name) for name in SPLITS})
 
 
 class Objective(Protocol):
-    """How examples become batches, one loss and one score per example.
+    """How examples become batches, with one loss and one score per example.
 
     An objective is a frozen dataclass that subclasses this protocol. `fit` returns a new one that
     has learnt from a collection what its batches need (label sets, chance level); only a fitted
-    objective encodes. Whatever has a default here need not be written again.
+    objective encodes. Members with a default here need not be overridden.
 
     Attributes:
-        kind: As recipes and the command line spell it.
+        kind: The name of the objective in recipes and on the command line.
     """
 
     kind: ClassVar[str]
@@ -77,28 +81,28 @@ class Objective(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """What turns text into token ids; None where examples are arrays."""
+        """The tokenizer of text examples; None where examples are arrays."""
         return None
 
     @property
     def space(self) -> tuple[Any, ...] | None:
-        """The labels of the outputs, where all tasks share them; None where they do not."""
+        """The labels of the outputs where all tasks share them, else None."""
         return None
 
     def chance(self) -> float | None:
-        """The score of a blind guess; None where there is no such thing."""
+        """The expected score of a random guess; None where it is undefined."""
         return None
 
     def num_outputs(self) -> int | None:
-        """The width of the head; None when there is no head to size."""
+        """The number of outputs of the head; None where the objective does not determine it."""
         return None
 
     def output_labels(self, task: str) -> tuple[Any, ...] | None:
-        """The labels of a head's outputs in a task, in order; None where outputs are no labels."""
+        """The labels of a head's outputs in a task, in order; None where outputs have no labels."""
         return None
 
     def fit(self, tasks: TaskCollection) -> Self:
-        """The objective after learning label sets and the like; checks the data on the way.
+        """The objective with what it learns from the tasks, such as label sets; checks the data.
 
         Raises:
             UserError: An example does not fit the objective; the message names task and split.
@@ -106,7 +110,7 @@ class Objective(Protocol):
         ...
 
     def bind(self, model: nn.Module) -> Self:
-        """The objective with what it reads off the model before any training."""
+        """The objective with what it derives from the model before any training."""
         return self
 
     def freeze(self, model: nn.Module) -> None:
@@ -114,23 +118,23 @@ class Objective(Protocol):
         return None
 
     def shared(self) -> Self:
-        """The form whose one head serves all tasks; itself when there is no difference."""
+        """The form for one head that serves all tasks; itself if there is no difference."""
         return self
 
     def local(self) -> Self:
-        """The form for one head per task; itself when there is no difference."""
+        """The form for one head per task; itself if there is no difference."""
         return self
 
     def encode(self, example: Example, task: str) -> dict[str, Any]:
-        """One example as lists of ints and arrays, so that it is tokenised only once."""
+        """One example as lists of ints and arrays; done once per example, before training."""
         ...
 
     def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
-        """The encoded example after the random choices that training makes for it."""
+        """The encoded example after the random draws that training makes for it."""
         return row
 
     def size(self, row: Mapping[str, Any]) -> int:
-        """Tokens of an encoded example that the model reads; 1 for an example of arrays."""
+        """The number of tokens of an encoded example; 1 for an example of arrays."""
         return 1
 
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
@@ -138,15 +142,15 @@ class Objective(Protocol):
         ...
 
     def losses(self, model: Any, batch: Batch) -> Tensor:
-        """(n,) one differentiable loss per example."""
+        """(n,) differentiable losses, one per example."""
         ...
 
     def scores(self, model: Any, batch: Batch) -> Tensor:
-        """(n,) one score per example, higher is better."""
+        """(n,) scores, one per example; higher is better."""
         ...
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields with "kind"; `make_objective(tokenizer=…, **fields)` gives it back."""
+        """JSON-able fields with "kind"; `make_objective(tokenizer=…, **fields)` restores it."""
         ...
 
 
@@ -155,11 +159,11 @@ class TaskCollection:
     """Tasks that share one objective.
 
     Args:
-        tasks: At least one; names must be unique.
+        tasks: One or more tasks with unique names.
         objective: How examples become batches, losses and scores; None until one is chosen.
 
     Raises:
-        UserError: No tasks, an empty task, or a name that stands twice.
+        UserError: There are no tasks, a task is empty, or two tasks have the same name.
     """
 
     tasks: tuple[Task, ...]
@@ -172,13 +176,14 @@ class TaskCollection:
         seen: set[str] = set()
         for task in self.tasks:
             if task.name in seen:
-                raise UserError(f'task names must be unique, "{task.name}" stands twice')
+                raise UserError(f'task names must be unique, but two tasks are named "{task.name}"')
             if not len(task):
                 raise UserError(f'task "{task.name}" is empty: it needs at least one example')
             seen.add(task.name)
 
     @property
     def names(self) -> list[str]:
+        """The names of the tasks, in order."""
         return [task.name for task in self.tasks]
 
     def __len__(self) -> int:
@@ -188,26 +193,26 @@ class TaskCollection:
         return iter(self.tasks)
 
     def __getitem__(self, name: str) -> Task:
-        found = self._by_name.get(name)
-        if found is None:
+        task = self._by_name.get(name)
+        if task is None:
             raise UserError(f'no task "{name}" in this collection.{did_you_mean(name, self.names)}')
-        return found
+        return task
 
     @cached_property
     def _by_name(self) -> dict[str, Task]:
         return {task.name: task for task in self.tasks}
 
     def subset(self, names: Iterable[str]) -> TaskCollection:
-        """The tasks of these names, in this order."""
+        """The tasks with these names, in this order."""
         return replace(self, tasks=tuple(self[name] for name in names))
 
     def without(self, names: Iterable[str]) -> TaskCollection:
-        """All tasks but those of these names."""
-        left_out = set(names)
-        return self.subset([name for name in self.names if name not in left_out])
+        """All tasks but those with these names."""
+        excluded = set(names)
+        return self.subset([name for name in self.names if name not in excluded])
 
     def with_objective(self, objective: Objective) -> TaskCollection:
-        """The same tasks under another objective."""
+        """The same tasks with another objective."""
         return replace(self, objective=objective)
 
     def split(
@@ -216,8 +221,11 @@ class TaskCollection:
         """(seen, unseen) tasks, disjoint.
 
         Args:
-            unseen: How many tasks to set aside (drawn with `seed`), or their names.
-            seed: Seeds the draw.
+            unseen: Number of unseen tasks, which are drawn, or their names.
+            seed: Random seed of the draw.
+
+        Raises:
+            UserError: There is no such task, or no task would be seen or unseen.
         """
         if isinstance(unseen, int):
             if not 0 < unseen < len(self):
@@ -237,19 +245,22 @@ class TaskCollection:
         return self.subset(seen_names), self.subset([n for n in self.names if n in chosen])
 
     def groups(self, size: int, seed: int = 0) -> list[list[str]]:
-        """The task names shuffled and cut into groups of `size`, the last one possibly smaller.
+        """The task names, shuffled and split into groups of `size`; the last may be smaller.
+
+        Raises:
+            UserError: The size is not between 1 and the number of tasks − 1.
 
         >>> tasks = TaskCollection(tuple(Task(n, ({"x": 1},)) for n in "abcde"))
         >>> sorted(map(len, tasks.groups(2)))
         [1, 2, 2]
         """
         if not 0 < size < len(self):
-            raise UserError(f"groups of {size} cannot be made of {len(self)} tasks")
+            raise UserError(f"cannot split {len(self)} tasks into groups of {size}")
         names = sorted(self.names)
         random.Random(seed).shuffle(names)
         return [names[i : i + size] for i in range(0, len(names), size)]
 
     def pooled(self, name: str = "all") -> Task:
-        """One task that holds the rows of all."""
-        rows = {split: join([task.split(split) for task in self]) for split in SPLITS}
-        return Task(name, **rows)
+        """One task with the examples of all tasks."""
+        splits = {split: join([task.split(split) for task in self]) for split in SPLITS}
+        return Task(name, **splits)

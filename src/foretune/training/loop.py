@@ -147,6 +147,7 @@ def make_accelerator(run: Run) -> Accelerator:
     Raises:
         UserError: The run wants a device that is not here.
     """
+    # Private: nothing public lets one process choose its device and precision again.
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = "bf16" if run.precision == "bf16" else "no"
     kind, _, number = (run.device or "").partition(":")

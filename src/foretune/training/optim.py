@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
+from torch.optim.adamw import adamw  # the kernel without the optimiser, on views of some slots
 
 from foretune.adapters.lora import index_of
 from foretune.errors import UserError
@@ -31,7 +31,7 @@ def adamw_of(
     if kind == "adamw":
         return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
     try:
-        from bitsandbytes.optim.adamw import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[attr-defined]
     except ImportError as error:
         raise UserError(
             "optimizer adamw-8bit needs bitsandbytes; pip install 'foretune[quant]' would do, or "

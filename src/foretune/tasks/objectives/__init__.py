@@ -25,12 +25,12 @@ OBJECTIVES: dict[str, str] = {
 
 
 def make_objective(kind: str, tokenizer: Any = None, **fields: Any) -> Objective:
-    """The objective of this kind.
+    """The objective of a kind.
 
     Args:
         kind: One of `OBJECTIVES`.
-        tokenizer: What turns its text into ids; None for arrays.
-        **fields: The fields of its class.
+        tokenizer: The model's tokenizer; None where examples are arrays.
+        **fields: Fields of the objective's class.
 
     Raises:
         UserError: Unknown kind or field, or a value out of range.
@@ -40,23 +40,24 @@ def make_objective(kind: str, tokenizer: Any = None, **fields: Any) -> Objective
             f'no objective "{kind}"; there are {", ".join(OBJECTIVES)}.'
             f"{did_you_mean(kind, OBJECTIVES)}"
         )
-    cls = entry_point(OBJECTIVES[kind])
-    known = {f.name: f for f in dataclasses.fields(cls) if f.name != "tokenizer"}
-    options = [n for n, f in known.items() if not f.metadata.get("learnt")]
+    objective_class = entry_point(OBJECTIVES[kind])
+    class_fields = {f.name: f for f in dataclasses.fields(objective_class)}
+    takes_tokenizer = class_fields.pop("tokenizer", None) is not None
+    options = [n for n, f in class_fields.items() if not f.metadata.get("learnt")]
     for field in fields:
-        if field not in known:
+        if field not in class_fields:
             has = f"it has {', '.join(options)}" if options else "it has none"
             raise UserError(
                 f'objective "{kind}" has no field "{field}"; {has}.{did_you_mean(field, options)}'
             )
-    if "tokenizer" in {f.name for f in dataclasses.fields(cls)}:
+    if takes_tokenizer:
         fields["tokenizer"] = tokenizer
-    made: Objective = cls(**fields)
-    return made
+    objective: Objective = objective_class(**fields)
+    return objective
 
 
 def settings_of(objective: Objective) -> dict[str, Any]:
-    """The objective's `to_dict` without what it learnt from rows."""
+    """The objective's `to_dict` without the fields that `fit` and `bind` learn."""
     fields: Any = dataclasses.fields(objective)  # type: ignore[arg-type]
     learnt = {f.name for f in fields if f.metadata.get("learnt")}
     return {name: value for name, value in objective.to_dict().items() if name not in learnt}

@@ -24,19 +24,19 @@ from foretune.tasks.task import Objective, TaskCollection
 class CausalLM(Objective):
     """Predict the next token of `text`, or of `completion` after `prompt`.
 
-    The loss of an example is the mean negative log-likelihood of its tokens, of the completion's
-    alone where there is a prompt; the score is its negative. A completion ends with the tokenizer's
-    end-of-text token, so that a model learns where to stop. Prompt and completion are tokenised
-    apart, so that no token straddles the two.
+    The loss of an example is the mean negative log-likelihood of its tokens, or only of the
+    completion's tokens if there is a prompt; the score is its negative. A completion ends with the
+    tokenizer's end-of-text token, so that a model learns where to stop. Prompt and completion are
+    tokenised separately, so that no token spans both.
 
     A decoder reads prompt and completion as one text. An encoder-decoder reads the prompt in its
-    encoder and writes the completion; it cannot learn from `text` rows.
+    encoder and generates the completion; it cannot learn from examples with `text`.
 
     Args:
         tokenizer: The model's tokenizer.
-        max_tokens: Longest text, or prompt and completion together, special tokens included. What
-            is cut is a text's end; a prompt's beginning, and a completion's end only where it is
-            longer than all that there is room for.
+        max_tokens: Maximum length of a text, or of prompt and completion together, special tokens
+            included. A longer text loses its end; a prompt loses its beginning, and a completion
+            its end only if it alone is too long.
     """
 
     tokenizer: Any = field(default=None, repr=False, compare=False)
@@ -52,7 +52,7 @@ class CausalLM(Objective):
 
     @override
     def fit(self, tasks: TaskCollection) -> Self:
-        """Checks that every row has text; there is nothing to learn."""
+        """Checks that all examples have text; there is nothing to learn."""
         for task in tasks:
             for split in SPLITS:
                 for row in task.split(split):
@@ -70,7 +70,7 @@ class CausalLM(Objective):
         ids = single.fill(ids[:room])
         if len(ids) < 2:
             raise UserError(
-                f'task "{task}": a text needs two tokens or more, one to predict from the other; '
+                f'task "{task}": a text needs two tokens or more, to predict one from another; '
                 f"got {example['text']!r:.60}"
             )
         return {"input_ids": ids, "num_prompt": 1}
@@ -78,12 +78,17 @@ class CausalLM(Objective):
     def _encode_prompt(
         self, example: Mapping[str, Any], task: str, single: text.Template
     ) -> dict[str, Any]:
+        """An example of prompt and completion, for a decoder and for an encoder-decoder.
+
+        Raises:
+            UserError: The prompt or the completion has no token.
+        """
         texts = [text.text_of(example, name, task) for name in ("prompt", "completion")]
         prompt, completion = text.plain_ids(self.tokenizer, texts)
         end = getattr(self.tokenizer, "eos_token_id", None)
         if end is not None:
             completion = [*completion, end]
-        # the special tokens before a text go before the prompt; one token is kept for the prompt
+        # the leading special tokens go before the prompt, which keeps at least one token
         before = list(single.before)
         completion = completion[: self.max_tokens - max(len(before), 1)]
         room = self.max_tokens - len(before) - len(completion)
@@ -117,7 +122,7 @@ class CausalLM(Objective):
             "attention_mask": text.pad_mask(ids),
             "labels": text.pad(labels, text.IGNORED),
         }
-        # whether the model is an encoder-decoder shows only when it is called, so both forms go
+        # both forms, because only `losses` knows whether the model is an encoder-decoder
         if all("source" in row for row in rows):
             sources = [row["source"] for row in rows]
             inputs["source_ids"] = text.pad(sources, fill)
@@ -129,13 +134,13 @@ class CausalLM(Objective):
     def losses(self, model: Any, batch: Batch) -> Tensor:
         inputs = batch.inputs
         config = getattr(model, "config", None)
-        # a cache of keys and values serves generation, here it would only cost
+        # a cache of keys and values is useful only in generation
         options = {"use_cache": False} if hasattr(config, "use_cache") else {}
         if getattr(config, "is_encoder_decoder", False):
             if "target" not in inputs:
                 raise UserError(
-                    'an encoder-decoder learns from "prompt" and "completion" rows, got a row '
-                    'with "text"'
+                    'an encoder-decoder learns from "prompt" and "completion", got a row with '
+                    '"text"'
                 )
             with route(batch.slots):
                 output = model(
@@ -167,10 +172,10 @@ class CausalLM(Objective):
 
 
 def mean_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """(n,) mean over a row's labels of −log p.
+    """(n,) mean of −log p over the labels of each row.
 
     Args:
-        logits: (K, vocabulary) where a position counts, row after row.
+        logits: (K, vocabulary), those of the K positions that count, row by row.
         labels: (n, L), `IGNORED` where a position does not count.
     """
     counted = labels != text.IGNORED

@@ -1,8 +1,8 @@
-"""`Choice`: pick the right candidate for a context. One score function, three ways to compute it.
+"""`Choice`: pick the right candidate for a context, scored in one of three ways.
 
-A bi-encoder embeds contexts and candidates apart and compares them by cosine; a cross-encoder reads
-each context together with each candidate and says how likely the pair is the right one; a decoder
-says how likely each candidate is as the context's continuation.
+A bi-encoder embeds contexts and candidates separately and compares them by cosine; a cross-encoder
+reads each context together with each candidate and classifies the pair as right or wrong; a decoder
+gives the likelihood of each candidate as the continuation of the context.
 """
 
 from __future__ import annotations
@@ -33,24 +33,28 @@ from foretune.tasks.task import Objective, Task, TaskCollection
 class Choice(Objective):
     """Pick the right candidate for a context.
 
-    A row has `context` (a text or a list of turns), `candidates` (texts) and `answer` (an index).
+    An example has `context` (a text or a list of turns), `candidates` (texts) and `answer`, the
+    index of the right candidate.
 
     Args:
         tokenizer: The model's tokenizer.
         scoring: "bi-encoder": mean-pooled embeddings, cosine / temperature, cross-entropy over the
-            row's own candidates. "cross-encoder": a two-class head on (context, candidate) pairs,
-            two-class cross-entropy averaged over the candidates, which are one positive to many
-            negatives and unweighted; the candidate with the greatest class-1 logit is picked.
-            "causal": a decoder's mean log-likelihood per token of the candidate after the context
-            (`shared_context`) / temperature, cross-entropy over the row's own candidates.
+            example's candidates. "cross-encoder": a two-class head on (context, candidate) pairs,
+            cross-entropy averaged over the candidates, one positive and many negatives, all of
+            equal weight; the candidate with the greatest class-1 logit is picked. "causal": a
+            decoder's mean log-likelihood per token of the candidate after the context
+            (`shared_context`) / temperature, cross-entropy over the example's candidates.
         temperature: Divides the cosine or the log-likelihood (not used by the cross-encoder). The
-            default is for a cosine; for log-likelihoods 1 is the model's own.
-        max_context_tokens: Longest context, special tokens included; what is cut is its beginning.
-        max_response_tokens: Longest candidate, special tokens included; what is cut is its end.
-        context_turns: Keep only the last turns of a context that is a list; None keeps all.
-        train_candidates: In training, keep the right candidate and a fresh draw of so many others
-            that this many are left; None keeps all.
-        guess: The score of a blind guess, learnt by `fit`.
+            default suits a cosine; for log-likelihoods, 1 leaves them as the model gives them.
+        max_context_tokens: Maximum length of a context, special tokens included; longer ones lose
+            their beginning.
+        max_response_tokens: Maximum length of a candidate, special tokens included; longer ones
+            lose their end.
+        context_turns: Number of turns to keep of a context that is a list, the last ones; None
+            keeps all.
+        train_candidates: Number of candidates in training: the right one and a fresh draw of the
+            others; None keeps all.
+        guess: Expected score of a random guess, learnt by `fit`.
     """
 
     tokenizer: Any = field(default=None, repr=False, compare=False)
@@ -90,14 +94,14 @@ class Choice(Objective):
 
     @override
     def fit(self, tasks: TaskCollection) -> Self:
-        """Checks every row and learns the chance level: the mean of 1 / number of candidates."""
-        total, num_rows = 0.0, 0
+        """Checks all examples and learns the chance level: the mean of 1 / number of candidates."""
+        total, num_examples = 0.0, 0
         for task in tasks:
             for split in SPLITS:
                 for count in _candidate_counts(task, split):
                     total += 1 / count
-                    num_rows += 1
-        return dataclasses.replace(self, guess=total / num_rows)
+                    num_examples += 1
+        return dataclasses.replace(self, guess=total / num_examples)
 
     @override
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
@@ -114,7 +118,7 @@ class Choice(Objective):
             room = single.room(self.max_context_tokens, "max_context_tokens")
             encoded["context"] = tuple(single.fill(context[-room:]))
             room = single.room(self.max_response_tokens, "max_response_tokens")
-            # tuples, because candidates are looked up when those of a batch are made unique
+            # tuples, because `collate` looks candidates up to encode each only once
             encoded["candidates"] = [tuple(single.fill(ids[:room])) for ids in candidates]
             return encoded
         pair = text.pair_template(self.tokenizer)
@@ -127,36 +131,40 @@ class Choice(Objective):
     def _encode_causal(
         self, context: Sequence[int], candidates: Sequence[Sequence[int]]
     ) -> dict[str, Any]:
-        """A context with what the tokenizer puts before a text, candidates with an end of text."""
+        """The context after the tokenizer's leading special tokens, candidates with end of text.
+
+        Raises:
+            UserError: The context or a candidate has no token.
+        """
         before = list(text.single_template(self.tokenizer).before)
         end = getattr(self.tokenizer, "eos_token_id", None)
-        kept = self.max_context_tokens - len(before)
-        found = [*before, *(context[-kept:] if kept > 0 else [])]
-        if not found:
+        room = self.max_context_tokens - len(before)
+        context_ids = [*before, *(context[-room:] if room > 0 else [])]
+        if not context_ids:
             raise UserError(
                 f"max_context_tokens={self.max_context_tokens} or an empty context leaves no token "
                 "to predict a candidate from"
             )
         room = self.max_response_tokens - (end is not None)
         ends = [] if end is None else [end]
-        cut = [[*ids[: max(room, 0)], *ends] for ids in candidates]
-        if not all(cut):
+        truncated = [[*ids[: max(room, 0)], *ends] for ids in candidates]
+        if not all(truncated):
             raise UserError(
                 f"max_response_tokens={self.max_response_tokens} or an empty candidate leaves no "
                 "token to score"
             )
-        return {"context": found, "candidates": cut}
+        return {"context": context_ids, "candidates": truncated}
 
     @override
     def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
-        """Keeps the right candidate and a draw of the others, in their old order."""
+        """Keeps the right candidate and a draw of the others, in their original order."""
         others = [i for i in range(len(row["candidates"])) if i != row["answer"]]
         if self.train_candidates is None or self.train_candidates > len(others):
             return row
         drawn = rng.choice(others, self.train_candidates - 1, replace=False).tolist()
-        kept = sorted([row["answer"], *drawn])
-        candidates = [row["candidates"][i] for i in kept]
-        return {**row, "candidates": candidates, "answer": kept.index(row["answer"])}
+        indices = sorted([row["answer"], *drawn])
+        candidates = [row["candidates"][i] for i in indices]
+        return {**row, "candidates": candidates, "answer": indices.index(row["answer"])}
 
     @override
     def size(self, row: Mapping[str, Any]) -> int:
@@ -170,30 +178,31 @@ class Choice(Objective):
         index = np.zeros((len(rows), width), dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=bool)
         answer = np.array([row["answer"] for row in rows])
-        # the model reads its rows sorted by slot, which spares the adapters a permutation
+        # the texts are sorted by slot, which saves the adapters a permutation
         order = sorted(range(len(rows)), key=lambda i: slots[i])
         stacked: list[Sequence[int]] = []
         owners: list[int] = []
         seconds: list[int] = []
-        places: dict[tuple[int, Sequence[int]], int] = {}
+        text_indices: dict[tuple[int, Sequence[int]], int] = {}
 
-        def place_of(ids: Sequence[int], i: int) -> int:
-            """Where the model reads these ids; a text that a slot has twice is read once."""
-            apart = self.scoring == "cross-encoder"
-            place = len(stacked) if apart else places.setdefault((slots[i], ids), len(stacked))
-            if place == len(stacked):
+        def text_index(ids: Sequence[int], i: int) -> int:
+            """Index of these ids among the stacked texts; one that repeats in a slot is reused."""
+            unique = self.scoring != "cross-encoder"
+            last = len(stacked)
+            position = text_indices.setdefault((slots[i], ids), last) if unique else last
+            if position == last:
                 stacked.append(ids)
                 owners.append(slots[i])
                 seconds.append(rows[i].get("second", 0))
-            return place
+            return position
 
         contexts = np.zeros(len(rows), dtype=np.int64)
         for i in order:
             if self.scoring == "bi-encoder":
-                contexts[i] = place_of(rows[i]["context"], i)
+                contexts[i] = text_index(rows[i]["context"], i)
             for j, ids in enumerate(rows[i]["candidates"]):
                 mask[i, j] = True
-                index[i, j] = place_of(ids, i)
+                index[i, j] = text_index(ids, i)
         inputs = {
             "text_ids": text.pad(stacked, text.pad_id(self.tokenizer)),
             "text_mask": text.pad_mask(stacked),
@@ -230,7 +239,7 @@ class Choice(Objective):
     def _token_types(
         self, rows: Sequence[Sequence[int]], seconds: Sequence[int]
     ) -> dict[str, Tensor]:
-        """Segment ids, for the models (BERT) that tell a pair's two texts apart by them."""
+        """(n, L) token type ids, for models such as BERT that mark a pair's two texts by them."""
         segments = text.pair_template(self.tokenizer).segments
         if segments is None or segments[0] == segments[1]:
             return {}
@@ -244,24 +253,24 @@ class Choice(Objective):
     def losses(self, model: Any, batch: Batch) -> Tensor:
         present, answer = batch.inputs["present"], batch.inputs["answer"]
         if self.scoring != "cross-encoder":
-            logits = self._values(model, batch) / self.temperature
+            logits = self._candidate_scores(model, batch) / self.temperature
             return F.cross_entropy(
                 logits.masked_fill(~present, -torch.inf), answer, reduction="none"
             )
         logits = self._pair_logits(model, batch)
         target = F.one_hot(answer, present.shape[1])
-        wrong = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-        wrong = wrong.view_as(present) * present
-        return wrong.sum(1) / present.sum(1)
+        losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+        losses = losses.view_as(present) * present
+        return losses.sum(1) / present.sum(1)
 
     @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
-        values = self._values(model, batch)
+        values = self._candidate_scores(model, batch)
         picked = values.masked_fill(~batch.inputs["present"], -torch.inf).argmax(1)
         return (picked == batch.inputs["answer"]).float()
 
-    def _values(self, model: Any, batch: Batch) -> Tensor:
-        """(n, candidates) what is compared: cosines, class-1 logits or log-likelihoods."""
+    def _candidate_scores(self, model: Any, batch: Batch) -> Tensor:
+        """(n, candidates) cosines, class-1 logits or log-likelihoods, depending on `scoring`."""
         inputs = batch.inputs
         if self.scoring == "cross-encoder":
             return self._pair_logits(model, batch)[..., 1]
@@ -275,7 +284,11 @@ class Choice(Objective):
         return (candidates @ contexts.unsqueeze(-1)).squeeze(-1)
 
     def _pair_logits(self, model: Any, batch: Batch) -> Tensor:
-        """(n, candidates, 2) logits of each pair."""
+        """(n, candidates, 2) logits of each pair.
+
+        Raises:
+            UserError: The model's head does not have two outputs.
+        """
         inputs = batch.inputs
         types = inputs.get("text_types")
         extra = {} if types is None else {"token_type_ids": types}
@@ -298,16 +311,22 @@ class Choice(Objective):
 
 
 def embed(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """(n, d) unit vectors: the mean of the last hidden states over the tokens."""
+    """(n, d) unit vectors: the mean of the last hidden states over the tokens.
+
+    Args:
+        model: An encoder.
+        ids: (n, L) token ids.
+        mask: (n, L), 1 at tokens, 0 at padding.
+    """
     output = model(input_ids=ids, attention_mask=mask)
     hidden = output if isinstance(output, Tensor) else output.last_hidden_state
     return F.normalize(text.mean_pool(hidden.float(), mask), dim=-1)
 
 
 def _candidate_counts(task: Task, split: str) -> Iterator[int]:
-    """How many candidates each row of a split has; checks the rows on the way."""
+    """The number of candidates of each example of a split, which is also checked."""
     rows = task.split(split)
-    if isinstance(rows, DrawnRows):  # drawn, so they are right, and reading them all takes long
+    if isinstance(rows, DrawnRows):  # valid by construction, and slow to read
         yield from rows.candidate_counts()
         return
     for i, row in enumerate(rows):
@@ -316,7 +335,15 @@ def _candidate_counts(task: Task, split: str) -> Iterator[int]:
 
 
 def check_row(row: Mapping[str, Any], where: str) -> None:
-    """Raises UserError unless the row is a choice among candidates."""
+    """Checks that a row is a choice among candidates.
+
+    Args:
+        row: The row.
+        where: Task, split and number of the row, for the message.
+
+    Raises:
+        UserError: A field is missing, or its value is not valid.
+    """
     for name in ("context", "candidates", "answer"):
         if row.get(name) is None:
             raise UserError(f'{where}: a choice needs "{name}"; the row has {", ".join(row)}')

@@ -30,14 +30,14 @@ LEARNT = {"learnt": True}
 class Classification(Objective):
     """One label for a text (`text`, `label`) or for an array (`x`, `y`).
 
-    Where all tasks have one label set, a label has one id in all of them. Otherwise ids are local:
-    a task's own labels, sorted, are 0, 1, …, so that tasks with unlike labels can have heads of
-    one width; logits beyond a task's own labels do not count. `shared` gives the form with one id
-    for each label over all tasks, for a single head that serves them all.
+    If all tasks have the same label set, a label has the same id in all of them. Otherwise ids are
+    local: the sorted labels of a task are 0, 1, …, so that tasks with different label sets can have
+    heads of one width; logits beyond a task's labels do not count. `shared` returns the form with
+    one id per label over all tasks, for a single head that serves them all.
 
     Args:
         tokenizer: The model's tokenizer; None where the examples are arrays.
-        max_tokens: Longest text, special tokens included; what is cut is its end.
+        max_tokens: Maximum length of a text, special tokens included; longer ones lose their end.
         labels: The labels of each task, learnt by `fit`.
         space: The labels over all tasks where ids are shared, learnt by `fit` and `shared`; None
             where ids are local.
@@ -56,7 +56,7 @@ class Classification(Objective):
 
     def __post_init__(self) -> None:
         at_least("max_tokens", self.max_tokens, 1)
-        labels = {name: tuple(known) for name, known in self.labels.items()}
+        labels = {task: tuple(task_labels) for task, task_labels in self.labels.items()}
         object.__setattr__(self, "labels", labels)
         if self.space is not None:
             object.__setattr__(self, "space", tuple(self.space))
@@ -70,83 +70,95 @@ class Classification(Objective):
     def num_outputs(self) -> int | None:
         if self.space is not None:
             return len(self.space)
-        return max((len(known) for known in self.labels.values()), default=None)
+        return max(map(len, self.labels.values()), default=None)
 
     @override
     def chance(self) -> float | None:
         """The mean over tasks of 1 / number of the task's labels."""
         if not self.labels:
             return None
-        return sum(1 / len(known) for known in self.labels.values()) / len(self.labels)
+        return sum(1 / len(labels) for labels in self.labels.values()) / len(self.labels)
 
     @override
     def shared(self) -> Self:
-        """The form with one id for each label over all tasks."""
+        """The form with one id per label over all tasks."""
         if self.space is not None:
             return self
-        union = sort_labels(label for known in self.labels.values() for label in known)
+        union = sort_labels(label for labels in self.labels.values() for label in labels)
         return dataclasses.replace(self, space=union)
 
     @override
     def local(self) -> Self:
-        """The form whose ids are a task's own, for a head of each task's own."""
+        """The form with local ids, for one head per task."""
         return dataclasses.replace(self, space=None)
 
     @override
     def output_labels(self, task: str) -> tuple[Label | None, ...]:
-        """The labels of a head's outputs in a task, in their order; outputs beyond mean nothing.
+        """The labels of a head's outputs in a task, in order; further outputs have no meaning.
 
-        None for a label that the task has not: its output does not count in loss and score either.
+        None for a label that the task does not have: that output is ignored by loss and score.
         """
-        known = self.labels[task]
-        return known if self.space is None else tuple(v if v in known else None for v in self.space)
+        labels = self.labels[task]
+        if self.space is None:
+            return labels
+        return tuple(label if label in labels else None for label in self.space)
 
     @override
     def fit(self, tasks: TaskCollection) -> Self:
-        """Learns each task's labels from its training rows.
+        """Learns each task's labels from its training examples.
 
-        Fitted anew to other tasks, ids stay shared if the labels of those tasks are all known: a
-        head that was trained on seen tasks then means the same on unseen ones. Otherwise each of
-        those tasks needs a head of its own, and ids are local.
+        When it is refitted to other tasks, ids stay shared if `space` has all labels of those
+        tasks: a head trained on seen tasks then keeps its meaning on unseen ones. Otherwise each
+        of those tasks needs a head of its own, and ids are local.
 
         Raises:
-            UserError: A row without a label, or one whose label its task's training rows lack.
+            UserError: An example has no label, or a label that its task's training examples lack.
         """
-        # A recipe fits before there is a tokenizer, so it is the rows that say what they are.
+        # A recipe fits before it has a tokenizer, so only the rows tell whether they are texts.
         texts = any("text" in row for task in tasks for row in task.train)
         if self.tokenizer is None and not texts:
             check_arrays(tasks, ("x",))
-        labels = {task.name: self._labels(task) for task in tasks}
-        found = set().union(*labels.values())
+        labels = {task.name: self._task_labels(task) for task in tasks}
+        union = set().union(*labels.values())
         space = self.space
         if not self.labels:
-            space = sort_labels(found) if len(set(labels.values())) == 1 else None
-        elif space is not None and not found <= set(space):
+            space = sort_labels(union) if len(set(labels.values())) == 1 else None
+        elif space is not None and not union <= set(space):
             space = None
         return dataclasses.replace(self, labels=labels, space=space)
 
-    def _labels(self, task: Task) -> tuple[Label, ...]:
-        known = sort_labels(
-            self._label(row, f'task "{task.name}", train row {i + 1}')
+    def _task_labels(self, task: Task) -> tuple[Label, ...]:
+        """The sorted labels of a task's training examples; checks those of the other splits.
+
+        Raises:
+            UserError: There are no training examples, or a label is missing in them.
+        """
+        labels = sort_labels(
+            self._label_of(row, f'task "{task.name}", train row {i + 1}')
             for i, row in enumerate(task.train)
         )
-        if not known:
+        if not labels:
             raise UserError(
                 f'task "{task.name}" has no training rows, so its labels are unknown; '
-                "it needs one row of each label"
+                "it needs one row per label"
             )
         for split in SPLITS[1:]:
             for i, row in enumerate(task.split(split)):
-                label = self._label(row, f'task "{task.name}", {split} row {i + 1}')
-                if label not in known:
+                label = self._label_of(row, f'task "{task.name}", {split} row {i + 1}')
+                if label not in labels:
                     raise UserError(
-                        f'task "{task.name}": label {label!r} of {split} row {i + 1} is in none of '
-                        f"its training rows, which have {shown(known)}: give it one there, or "
-                        "leave it out"
+                        f'task "{task.name}": label {label!r} of {split} row {i + 1} is missing in '
+                        f"its training rows, which have {shown(labels)}: add a training row with "
+                        "it, or leave this one out"
                     )
-        return known
+        return labels
 
-    def _label(self, row: Mapping[str, Any], where: str) -> Label:
+    def _label_of(self, row: Mapping[str, Any], where: str) -> Label:
+        """The label of a row; `where` names the row in the message.
+
+        Raises:
+            UserError: It has none.
+        """
         name = "y" if self.tokenizer is None and "text" not in row else "label"
         value = row.get(name)
         value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
@@ -159,18 +171,18 @@ class Classification(Objective):
 
     @override
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
-        known = self.labels.get(task)
-        if known is None:
+        labels = self.labels.get(task)
+        if labels is None:
             raise UserError(
                 f'the objective was not fitted on task "{task}".{did_you_mean(task, self.labels)}'
             )
-        label = self._label(example, f'task "{task}"')
-        if label not in known:
-            raise UserError(f'task "{task}": label {label!r} is not one of {shown(known)}')
-        space = known if self.space is None else self.space
+        label = self._label_of(example, f'task "{task}"')
+        if label not in labels:
+            raise UserError(f'task "{task}": label {label!r} is not one of {shown(labels)}')
+        space = labels if self.space is None else self.space
         encoded: dict[str, Any] = {
             "label": space.index(label),
-            "valid": [i for i, other in enumerate(space) if other in known],
+            "valid": [i for i, output_label in enumerate(space) if output_label in labels],
         }
         if self.tokenizer is None:
             if "text" in example:
@@ -214,7 +226,11 @@ class Classification(Objective):
         return (picked == batch.inputs["label"]).float()
 
     def logits(self, model: Any, batch: Batch) -> Tensor:
-        """(n, outputs) logits, −inf where an output is no label of the row's task."""
+        """(n, outputs) logits, −inf where an output is not a label of the example's task.
+
+        Raises:
+            UserError: The head has fewer outputs than a task has labels.
+        """
         inputs = batch.inputs
         with route(batch.slots):
             if self.tokenizer is None:
@@ -238,17 +254,17 @@ class Classification(Objective):
         return {
             "kind": self.kind,
             "max_tokens": self.max_tokens,
-            "labels": {name: list(known) for name, known in self.labels.items()},
+            "labels": {task: list(labels) for task, labels in self.labels.items()},
             "space": None if self.space is None else list(self.space),
         }
 
 
 def sort_labels(labels: Iterable[Label]) -> tuple[Label, ...]:
-    """Each label once: numbers by value, then texts by alphabet."""
+    """The distinct labels: numbers by value, then texts in alphabetical order."""
     return tuple(sorted(set(labels), key=lambda v: (isinstance(v, str), v)))
 
 
 def shown(labels: Sequence[Label], most: int = 10) -> str:
-    """The first labels of many, for an error message."""
+    """The first `most` labels and the number of further ones, for an error message."""
     more = f" and {len(labels) - most} more" if len(labels) > most else ""
     return ", ".join(map(repr, labels[:most])) + more

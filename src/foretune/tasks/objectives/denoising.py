@@ -1,8 +1,8 @@
-"""`Denoising`: predict the noise in a noisy array, as denoising diffusion models learn to.
+"""`Denoising`: predict the noise in a noisy array, the training objective of diffusion models.
 
 Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, arXiv:2006.11239:
 x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε and the loss ‖ε − ε_θ(x_t, t)‖² (eq. 14). The schedules are those of
-diffusers, by its names.
+diffusers, under the same names.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 @dataclass(frozen=True, kw_only=True)
 class Denoising(Objective):
-    """Predict the noise that was added to an array `x`, for instance an image (channels, h, w).
+    """Predict the noise that was added to an array `x`, such as an image (channels, h, w).
 
-    The model is called as model(noisy, t) and answers with an array like x, or with diffusers'
-    output that holds one. x should lie between −1 and 1. In training the moment t and the noise of
-    a row are drawn from the run's seed, so that two methods under one seed meet the same ones; a
-    row is scored at `score_draws` moments spread over all, with noise that depends on the row
-    alone. The loss is the mean squared error over the elements, the score its negative.
+    The model is called as model(noisy, t) and returns an array of the shape of x, or an output of
+    diffusers that holds one. The values of x should lie between −1 and 1. In training the timestep
+    t and the noise of an example are drawn from the run's seed, so that two methods under one seed
+    see the same ones; an example is scored at `score_draws` timesteps spread over the schedule,
+    with noise that depends only on the example. The loss is the mean squared error over the
+    elements, the score its negative.
 
     Args:
-        num_steps: Moments of the noise schedule.
-        schedule: Its shape: "linear", "scaled_linear" (linear in the roots) or
+        num_steps: Number of timesteps of the noise schedule.
+        schedule: Shape of the noise schedule: "linear", "scaled_linear" (linear in the roots) or
             "squaredcos_cap_v2" (cosine).
-        score_draws: Moments at which a row is scored.
+        score_draws: Number of timesteps at which an example is scored.
     """
 
     num_steps: int = 1000
@@ -60,7 +61,7 @@ class Denoising(Objective):
 
     @override
     def fit(self, tasks: TaskCollection) -> Self:
-        """Checks that every row has an `x` of one shape; there is nothing to learn."""
+        """Checks that all examples have an `x` of the same shape; there is nothing to learn."""
         check_arrays(tasks, ("x",))
         self.scheduler()
         return self
@@ -72,14 +73,14 @@ class Denoising(Objective):
 
     @override
     def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
-        """The row with the moment and the noise that this step trains on."""
+        """The example with the timestep and the noise that this step trains on."""
         noise = rng.standard_normal((1, *row["x"].shape), dtype=np.float32)
         return {**row, "t": rng.integers(self.num_steps, size=1), "noise": noise}
 
     @override
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
-        """(n·k, …) x, noise, t: k draws of each row, 1 in training, `score_draws` otherwise."""
-        drawn = [row if "t" in row else self._fixed(row) for row in rows]
+        """Stacks x (n, …), noise (n, k, …) and t (n, k); k is 1 in training, else `score_draws`."""
+        drawn = [row if "t" in row else self._scoring_draws(row) for row in rows]
         inputs = {
             "x": stack([row["x"] for row in rows]),
             "noise": torch.from_numpy(np.stack([row["noise"] for row in drawn])),
@@ -87,26 +88,27 @@ class Denoising(Objective):
         }
         return Batch(inputs, tuple(slots), len(rows), {})
 
-    def _fixed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _scoring_draws(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The timesteps (k,), stratified over the schedule, and noise (k, …) to score a row at."""
         rng = np.random.default_rng(row["seed"])
-        places = (np.arange(self.score_draws) + rng.random(self.score_draws)) / self.score_draws
+        fractions = (np.arange(self.score_draws) + rng.random(self.score_draws)) / self.score_draws
         noise = rng.standard_normal((self.score_draws, *row["x"].shape), dtype=np.float32)
-        return {"t": (places * self.num_steps).astype(np.int64), "noise": noise}
+        return {"t": (fractions * self.num_steps).astype(np.int64), "noise": noise}
 
     @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
         x, noise, t = (batch.inputs[name] for name in ("x", "noise", "t"))
         n, k = t.shape
         clean = x[:, None].expand_as(noise).flatten(0, 1)
-        target, moments = noise.flatten(0, 1), t.flatten()
-        noisy = self.scheduler().add_noise(clean, target, moments)
+        target, timesteps = noise.flatten(0, 1), t.flatten()
+        noisy = self.scheduler().add_noise(clean, target, timesteps)
         with route(tuple(slot for slot in batch.slots for _ in range(k))):
-            answer = model(noisy, moments)
-        predicted = answer if isinstance(answer, Tensor) else answer.sample
+            output = model(noisy, timesteps)
+        predicted = output if isinstance(output, Tensor) else output.sample
         if predicted.shape != target.shape:
             raise UserError(
-                f"the model answers with {tuple(predicted.shape[1:])} for an array of "
-                f"{tuple(target.shape[1:])}; it must be the noise, of one shape with x"
+                f"the model returns shape {tuple(predicted.shape[1:])} for an array of shape "
+                f"{tuple(target.shape[1:])}; it must return the noise, in the shape of x"
             )
         return (predicted.float() - target).square().reshape(n, -1).mean(1)
 
@@ -135,12 +137,12 @@ class Denoising(Objective):
 @cache
 def _scheduler(num_steps: int, schedule: str) -> Any:
     try:
-        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+        from diffusers import DDPMScheduler
     except ImportError as error:
         raise UserError(
-            "objective denoising needs diffusers; pip install 'foretune[diffusion]' would do"
+            "objective denoising needs diffusers: pip install 'foretune[diffusion]'"
         ) from error
-    # The ends are given for 1,000 steps; with fewer each step must add more to end in noise.
+    # The betas are those of 1,000 steps; with fewer, each step must add more to end in noise.
     scale = 1000 / num_steps
     return DDPMScheduler(
         num_train_timesteps=num_steps,

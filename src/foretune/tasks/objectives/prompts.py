@@ -1,9 +1,9 @@
-"""`PromptClassification`: one label for an input, by what a model makes of the labels' names.
+"""`PromptClassification`: one label for an input, by its similarity to the labels' names.
 
     score(x, y) = cos(f(x), μ_y) / temperature        μ_y: mean over the templates of g("… y …")
 
-f embeds an input, g a text; g and so μ_y are those of the model before any training, so a model
-that nothing was trained of (zero-shot) and one that was are scored alike. Radford et al., "Learning
+f embeds an input, g a text; g and thus μ_y are those of the model before any training, so the
+original model (zero-shot) and a trained one are scored alike. Radford et al., "Learning
 transferable visual models from natural language supervision", ICML 2021, arXiv:2103.00020, 3.1.4.
 """
 
@@ -73,16 +73,17 @@ TEXTS = (
 class PromptClassification(Classification):
     """A label for an image (`x`, `y`) or a text (`text`, `label`), by the labels' names.
 
-    There is no head: an input is as near to a class as its embedding is to that of prompts with
-    the class's name, so labels must be words; `_` in them is read as a blank.
+    There is no head: an input is compared to a class by the cosine of its embedding and that of
+    prompts with the class's name, so labels must be words; `_` in them is read as a space.
 
     Args:
         tokenizer: The model's tokenizer.
-        max_tokens: Longest text of an input, special tokens included; what is cut is its end.
-        templates: Texts with `{}` in the place of the name; None for a set of ours, 24 for images
-            or 20 for texts.
-        temperature: What cosines are divided by; None for exp(−logit_scale) of the model, 0.05
-            where it has none.
+        max_tokens: Maximum length of an input text, special tokens included; longer ones lose
+            their end.
+        templates: Texts that contain `{}` in place of the name; None for a default set, 24 for
+            images or 20 for texts.
+        temperature: Divides the cosines; None for exp(−logit_scale) of the model, or 0.05 if it
+            has none.
         labels: The labels of each task, learnt by `fit`.
         space: Not used.
         embedded: (templates, labels, d) embeddings of the prompts of each task, made by `bind`.
@@ -106,7 +107,7 @@ class PromptClassification(Classification):
             raise UserError(f"templates must be a list of texts with {{}}, got {self.templates!r}")
         for template in self.templates:
             if not isinstance(template, str) or template.count("{}") != 1:
-                raise UserError(f"a template must hold {{}} once, got {template!r}")
+                raise UserError(f"a template must contain {{}} once, got {template!r}")
         object.__setattr__(self, "templates", tuple(self.templates))
 
     @property
@@ -124,25 +125,26 @@ class PromptClassification(Classification):
 
     @override
     def fit(self, tasks: TaskCollection) -> Self:
-        """Learns each task's labels from its training rows; what was bound before is forgotten."""
+        """Learns each task's labels from its training examples; discards what `bind` made."""
         if not any("text" in row for task in tasks for row in task.train):
             check_arrays(tasks, ("x",))
-        labels = {task.name: self._labels(task) for task in tasks}
+        labels = {task.name: self._task_labels(task) for task in tasks}
         return dataclasses.replace(self, labels=labels, space=None, embedded={})
 
-    def _label(self, row: Mapping[str, Any], where: str) -> Any:
+    @override
+    def _label_of(self, row: Mapping[str, Any], where: str) -> Any:
         name = "label" if "text" in row else "y"
         value = row.get(name)
         value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
         if not isinstance(value, str) or not value.strip():
             raise UserError(
-                f'{where}: "{name}" must be the name of a class in words, got {value!r:.60}'
+                f'{where}: "{name}" must be the name of a class, in words; got {value!r:.60}'
             )
         return value
 
     @override
     def bind(self, model: nn.Module) -> Self:
-        """The objective with the embeddings of every task's prompts by this model, as it is now.
+        """The objective with this model's embeddings of each task's prompts.
 
         Args:
             model: The model before it is adapted; it is not changed.
@@ -152,8 +154,8 @@ class PromptClassification(Classification):
         for task, labels in self.labels.items():
             names = [str(label).replace("_", " ") for label in labels]
             prompts = [template.replace("{}", name) for template in templates for name in names]
-            found = text_embeddings(model, self.tokenizer, prompts)
-            embedded[task] = found.view(len(templates), len(names), -1)
+            vectors = text_embeddings(model, self.tokenizer, prompts)
+            embedded[task] = vectors.view(len(templates), len(names), -1)
         temperature = temperature_of(model) if self.temperature is None else self.temperature
         return dataclasses.replace(
             self, templates=templates, temperature=temperature, embedded=embedded
@@ -161,18 +163,18 @@ class PromptClassification(Classification):
 
     @override
     def freeze(self, model: nn.Module) -> None:
-        """Freezes, in place, what this objective never runs."""
+        """Freezes, in place, the parts of the model that this objective never runs."""
         freeze_text(model)
 
     @override
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
-        known = self.labels.get(task)
-        if known is None:
+        labels = self.labels.get(task)
+        if labels is None:
             raise UserError(f'the objective was not fitted on task "{task}"')
-        label = self._label(example, f'task "{task}"')
-        if label not in known:
-            raise UserError(f'task "{task}": label {label!r} is not one of {shown(known)}')
-        encoded: dict[str, Any] = {"label": known.index(label), "task": task}
+        label = self._label_of(example, f'task "{task}"')
+        if label not in labels:
+            raise UserError(f'task "{task}": label {label!r} is not one of {shown(labels)}')
+        encoded: dict[str, Any] = {"label": labels.index(label), "task": task}
         if "text" not in example:
             return {**encoded, "x": np.asarray(example["x"], dtype=np.float32)}
         single = text.single_template(self.tokenizer)
@@ -193,7 +195,7 @@ class PromptClassification(Classification):
         return Batch(inputs, tuple(slots), sum(map(len, ids)), extra)
 
     def features(self, model: Any, batch: Batch) -> Tensor:
-        """(n, d) embeddings of the batch's inputs, of length one."""
+        """(n, d) embeddings of the batch's inputs, of unit length."""
         with route(batch.slots):
             return embeddings(model, batch.inputs)
 
@@ -202,34 +204,38 @@ class PromptClassification(Classification):
         return self.losses_of(self.features(model, batch), batch)
 
     def losses_of(self, features: Tensor, batch: Batch) -> Tensor:
-        """(n,) cross entropy, given the embeddings (n, d)."""
-        return F.cross_entropy(self._read(features, batch), batch.inputs["label"], reduction="none")
+        """(n,) cross-entropy, given the embeddings (n, d)."""
+        logits = self._class_logits(features, batch)
+        return F.cross_entropy(logits, batch.inputs["label"], reduction="none")
 
     @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
-        picked = self._read(self.features(model, batch), batch).argmax(1)
+        picked = self._class_logits(self.features(model, batch), batch).argmax(1)
         return (picked == batch.inputs["label"]).float()
 
-    def _read(self, features: Tensor, batch: Batch) -> Tensor:
-        """(n, most labels of a task) logits, −inf beyond the labels of a row's own task."""
-        names = batch.extra["tasks"]
-        missing = [name for name in names if name not in self.embedded]
+    def _class_logits(self, features: Tensor, batch: Batch) -> Tensor:
+        """(n, most labels of a task) logits, −inf beyond the labels of an example's task.
+
+        Raises:
+            UserError: The objective is not bound to a model.
+        """
+        tasks = batch.extra["tasks"]
+        missing = [task for task in tasks if task not in self.embedded]
         if missing:
             raise UserError(
-                f'no prompts were embedded for task "{missing[0]}": objective.bind(model) does it'
+                f'no prompts are embedded for task "{missing[0]}": call objective.bind(model)'
             )
-        assert self.temperature is not None  # `bind` has set it
-        width = max(len(known) for known in self.labels.values())
-        logits = features.new_full((len(names), width), -torch.inf)
-        for name in dict.fromkeys(names):
-            classes = class_prototypes(self.embedded[name]).to(features)
-            rows = torch.tensor([i for i, other in enumerate(names) if other == name])
-            own = features[rows] @ classes.T / self.temperature
-            logits[rows, : len(classes)] = own
+        assert self.temperature is not None  # set by `bind`
+        width = max(map(len, self.labels.values()))
+        logits = features.new_full((len(tasks), width), -torch.inf)
+        for task in dict.fromkeys(tasks):
+            classes = class_prototypes(self.embedded[task]).to(features)
+            rows = torch.tensor([i for i, row_task in enumerate(tasks) if row_task == task])
+            logits[rows, : len(classes)] = features[rows] @ classes.T / self.temperature
         return logits
 
     @override
     def to_dict(self) -> dict[str, Any]:
         templates = None if self.templates is None else list(self.templates)
-        known = {k: v for k, v in super().to_dict().items() if k != "space"}
-        return {**known, "templates": templates, "temperature": self.temperature}
+        fields = {k: v for k, v in super().to_dict().items() if k != "space"}
+        return {**fields, "templates": templates, "temperature": self.temperature}

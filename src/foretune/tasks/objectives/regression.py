@@ -24,8 +24,8 @@ class Regression(Objective):
     """Predict an array `y` from an array `x`.
 
     The loss of an example is the squared error summed over the outputs (half of it is the negative
-    log-likelihood under unit noise), so it grows with the number of outputs; the score is its
-    negative.
+    log-likelihood under noise of unit variance, up to a constant), so it grows with the number of
+    outputs; the score is its negative.
     """
 
     kind: ClassVar[str] = "regression"
@@ -34,7 +34,7 @@ class Regression(Objective):
 
     @override
     def fit(self, tasks: TaskCollection) -> Self:
-        """Checks that every row has an `x` and a `y` of one shape; there is nothing to learn."""
+        """Checks that all examples have an `x` and a `y`, each of one shape; learns nothing."""
         check_arrays(tasks, ("x", "y"))
         return self
 
@@ -54,7 +54,7 @@ class Regression(Objective):
         y = batch.inputs["y"].reshape(len(batch), -1)
         if predicted.shape != y.shape:
             raise UserError(
-                f"the model gives {predicted.shape[1]} numbers for an example, y has {y.shape[1]}"
+                f"the model returns {predicted.shape[1]} numbers per example, y has {y.shape[1]}"
             )
         return (predicted - y).square().sum(1)
 
@@ -68,12 +68,16 @@ class Regression(Objective):
 
 
 def stack(arrays: Sequence[np.ndarray]) -> Tensor:
-    """(n, …) float32 from arrays of one shape."""
+    """(n, …) float32 tensor from n arrays of one shape."""
     return torch.from_numpy(np.stack(arrays).astype(np.float32, copy=False))
 
 
 def check_arrays(tasks: TaskCollection, names: Sequence[str]) -> None:
-    """Raises UserError unless each row has these arrays, each of one shape over all rows."""
+    """Checks that all examples have these arrays, each of one shape over all examples.
+
+    Raises:
+        UserError: An array is missing, or differs in shape.
+    """
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     for task in tasks:
         for split in SPLITS:
@@ -85,9 +89,9 @@ def check_arrays(tasks: TaskCollection, names: Sequence[str]) -> None:
                             f'{where}: an array "{name}" is missing; the row has {", ".join(row)}'
                         )
                     shape = np.shape(row[name])
-                    first, there = shapes.setdefault(name, (shape, where))
+                    first, first_where = shapes.setdefault(name, (shape, where))
                     if shape != first:
                         raise UserError(
-                            f"{where}: {name} has shape {shape}, but {first} in {there}; "
-                            "all rows need one shape"
+                            f"{where}: {name} has shape {shape}, but {first} in {first_where}; "
+                            "all rows need the same shape"
                         )

@@ -1,16 +1,17 @@
-"""How likely a decoder finds each candidate after a context that is computed once for all of them.
+"""A decoder's likelihood of each candidate after a context that is computed once for all of them.
 
     row         context  candidate 1  candidate 2 …     one row for all candidates
-    position    0 … c−1  c c+1 …      c c+1 …           as if each came right after the context
-    sees        ↙        context and itself, never another candidate
+    position    0 … c−1  c c+1 …      c c+1 …           as if each followed the context directly
+    attends to  ↙        context and itself, never another candidate
 
 A candidate's score is the mean of log p(token | context, candidate's tokens before it) over its
-tokens. It is a mean and not a sum because a sum prefers short candidates.
+tokens. It is a mean and not a sum because a sum favours short candidates.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,36 +26,36 @@ from foretune.models.counted import logits_at
 from foretune.models.routing import current_rows, route
 from foretune.tasks.objectives import text
 
-PADDING = -1  # as the candidate that a position belongs to; 0 is the context
+PADDING = -1  # number of the candidate at a padded position; 0 stands for the context
 
 logger = logging.getLogger("foretune")
-_SHARES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_CAN_SHARE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def shared_rows(
     contexts: Sequence[Sequence[int]], candidates: Sequence[Sequence[Sequence[int]]], fill: int
 ) -> dict[str, Tensor]:
-    """The rows of a batch.
+    """The inputs of a batch, with one row per context.
 
     Args:
-        contexts: (n) token ids, one or more each.
-        candidates: (n)(k) token ids, one or more each.
-        fill: Id of padding.
+        contexts: Token ids of the n contexts, one or more each.
+        candidates: Token ids of the candidates of each context, one or more each.
+        fill: Padding id.
 
     Returns:
-        ids, part (which candidate a position belongs to), positions: (n, L). Of each candidate's
-        token in the batch: its candidate's number in the batch (`token_of`), and the flat position
-        (row · L + column) where it is and where it is predicted (`token_at`, `token_from`).
-        Of each candidate, as a row of its own: the flat positions of context and candidate,
-        padded with −1 (`pair`), and its row (`pair_row`).
+        (n, L): `ids`, `part` (number of the candidate that a position belongs to), `positions`.
+        One entry per candidate token in the batch: its candidate's index in the batch
+        (`token_of`), and the flat positions (row · L + column) at which it is and at which it is
+        predicted (`token_at`, `token_from`). One row per candidate: the flat positions of context
+        and candidate, padded with −1 (`pair`), and the row of the context (`pair_row`).
     """
-    rows = [[*c, *(i for one in k for i in one)] for c, k in zip(contexts, candidates, strict=True)]
+    rows = [[*c, *itertools.chain(*ks)] for c, ks in zip(contexts, candidates, strict=True)]
     width = max(map(len, rows))
     part = np.full((len(rows), width), PADDING, dtype=np.int64)
     positions = np.zeros((len(rows), width), dtype=np.int64)
-    of: list[int] = []
-    at: list[int] = []
-    before: list[int] = []
+    token_of: list[int] = []
+    token_at: list[int] = []
+    token_from: list[int] = []
     pairs: list[list[int]] = []
     pair_row: list[int] = []
     for i, context in enumerate(contexts):
@@ -62,83 +63,87 @@ def shared_rows(
         part[i, :start] = 0
         positions[i, :start] = np.arange(start)
         for number, ids in enumerate(candidates[i], start=1):
-            places = range(start, start + len(ids))
             part[i, start : start + len(ids)] = number
             positions[i, start : start + len(ids)] = len(context) + np.arange(len(ids))
-            of += [len(pairs)] * len(ids)
-            at += [base + place for place in places]
-            before += [base + len(context) - 1, *(base + place for place in places[:-1])]
-            pairs.append([*range(base, base + len(context)), *(base + place for place in places)])
+            flat = range(base + start, base + start + len(ids))
+            token_of += [len(pairs)] * len(ids)
+            token_at += flat
+            token_from += [base + len(context) - 1, *flat[:-1]]
+            pairs.append([*range(base, base + len(context)), *flat])
             pair_row.append(i)
             start += len(ids)
     return {
         "ids": text.pad(rows, fill),
         "part": torch.from_numpy(part),
         "positions": torch.from_numpy(positions),
-        "token_of": torch.tensor(of),
-        "token_at": torch.tensor(at),
-        "token_from": torch.tensor(before),
+        "token_of": torch.tensor(token_of),
+        "token_at": torch.tensor(token_at),
+        "token_from": torch.tensor(token_from),
         "pair": text.pad(pairs, -1),
         "pair_row": torch.tensor(pair_row),
     }
 
 
 def log_likelihoods(model: Any, inputs: Mapping[str, Tensor], slots: Sequence[int]) -> Tensor:
-    """(candidates of the batch,) mean log-likelihood per token of each.
+    """Mean log-likelihood per token of each candidate of the batch.
 
     Args:
         model: A decoder.
-        inputs: What `shared_rows` made.
+        inputs: The output of `shared_rows`.
         slots: The slot of each row, ascending.
+
+    Returns:
+        Shape (candidates of the batch,).
     """
     if shares_context(model, inputs):
-        return _together(model, inputs, slots)
-    return _one_by_one(model, inputs, slots)
+        return _shared_log_likelihoods(model, inputs, slots)
+    return _pair_log_likelihoods(model, inputs, slots)
 
 
 def shares_context(model: Any, inputs: Mapping[str, Tensor]) -> bool:
-    """Whether the model gives the same with the context computed once; says so if it does not."""
-    if model not in _SHARES:
-        _SHARES[model] = _try(model, inputs)
-        if not _SHARES[model]:
+    """Whether the model gives the same result with the context computed once; warns if not."""
+    if model not in _CAN_SHARE:
+        _CAN_SHARE[model] = _agrees(model, inputs)
+        if not _CAN_SHARE[model]:
             logger.warning(
-                "%s cannot compute a context once for all its candidates: each pair is computed",
+                "%s cannot compute a context once for all its candidates: it is computed for each",
                 type(model).__name__,
             )
-    window = getattr(model.config, "sliding_window", None)  # which the row's own mask would lift
-    return _SHARES[model] and (window is None or inputs["ids"].shape[1] <= window)
+    window = getattr(model.config, "sliding_window", None)  # our mask would not respect it
+    return _CAN_SHARE[model] and (window is None or inputs["ids"].shape[1] <= window)
 
 
-def _try(model: Any, inputs: Mapping[str, Tensor]) -> bool:
-    """Both ways for the first row; with its adapters where there are some."""
+def _agrees(model: Any, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether both computations agree on the first row, with its adapters if it has some."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
     rows = current_rows()
     pairs = int((inputs["pair_row"] == 0).sum())
     tokens = int((inputs["token_of"] < pairs).sum())
-    cut = {"ids": 1, "part": 1, "positions": 1, "pair": pairs, "pair_row": pairs}
-    first = {name: value[: cut.get(name, tokens)] for name, value in inputs.items()}
+    lengths = {"ids": 1, "part": 1, "positions": 1, "pair": pairs, "pair_row": pairs}
+    first = {name: value[: lengths.get(name, tokens)] for name, value in inputs.items()}
     slots = [0] if rows is None else [rows.slots[0]]
     with eval_no_grad(model):
         try:
-            shared = _together(model, first, slots, routed=rows is not None)
+            shared = _shared_log_likelihoods(model, first, slots, routed=rows is not None)
         except (TypeError, ValueError, RuntimeError, IndexError):
             return False
-        apart = _one_by_one(model, first, slots, routed=rows is not None)
-    return bool((shared - apart).abs().max() <= 1e-2 * apart.abs().max())
+        separate = _pair_log_likelihoods(model, first, slots, routed=rows is not None)
+    return bool((shared - separate).abs().max() <= 1e-2 * separate.abs().max())
 
 
-def _together(
+def _shared_log_likelihoods(
     model: Any, inputs: Mapping[str, Tensor], slots: Sequence[int], *, routed: bool = True
 ) -> Tensor:
-    """One row for all candidates of a context."""
+    """(candidates,) mean log-likelihoods, with one row for all candidates of a context."""
     part = inputs["part"]
     length = part.shape[1]
-    seen = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
-    seen &= torch.ones(length, length, dtype=torch.bool, device=part.device).tril()
-    seen &= (part != PADDING)[:, None, :] | torch.eye(length, dtype=torch.bool, device=part.device)
-    mask = seen[:, None]
-    if model.config._attn_implementation == "eager":  # adds the mask instead of choosing by it
+    mask = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
+    mask &= torch.ones(length, length, dtype=torch.bool, device=part.device).tril()
+    mask &= (part != PADDING)[:, None, :] | torch.eye(length, dtype=torch.bool, device=part.device)
+    mask = mask[:, None]
+    # Private, as there is no public getter. "eager" takes an additive mask.
+    if model.config._attn_implementation == "eager":
         dtype = next(model.parameters()).dtype
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     call = {
@@ -146,15 +151,15 @@ def _together(
         "attention_mask": mask,
         "position_ids": inputs["positions"],
     }
-    before, at = inputs["token_from"], inputs["token_at"]
-    targets = inputs["ids"].flatten()[at]
-    return _means(model, call, before, targets, inputs, slots if routed else None)
+    targets = inputs["ids"].flatten()[inputs["token_at"]]
+    row_slots = slots if routed else None
+    return _mean_log_likelihoods(model, call, inputs["token_from"], targets, inputs, row_slots)
 
 
-def _one_by_one(
+def _pair_log_likelihoods(
     model: Any, inputs: Mapping[str, Tensor], slots: Sequence[int], *, routed: bool = True
 ) -> Tensor:
-    """One row for each pair of context and candidate."""
+    """(candidates,) mean log-likelihoods, with one row per pair of context and candidate."""
     pair, flat = inputs["pair"], inputs["ids"].flatten()
     inside = pair >= 0
     call = {
@@ -163,33 +168,40 @@ def _one_by_one(
     }
     # A candidate's tokens are the last ones of its pair, in order.
     is_candidate = inputs["part"].flatten()[pair.clamp(min=0)].gt(0) & inside
-    at = is_candidate.flatten().nonzero()[:, 0]
-    targets = call["input_ids"].flatten()[at]
-    rows = inputs["pair_row"].tolist()
-    return _means(
-        model, call, at - 1, targets, inputs, [slots[i] for i in rows] if routed else None
-    )
+    token_at = is_candidate.flatten().nonzero()[:, 0]
+    targets = call["input_ids"].flatten()[token_at]
+    pair_slots = [slots[i] for i in inputs["pair_row"].tolist()] if routed else None
+    return _mean_log_likelihoods(model, call, token_at - 1, targets, inputs, pair_slots)
 
 
-def _means(
+def _mean_log_likelihoods(
     model: Any,
     call: Mapping[str, Tensor],
-    before: Tensor,
+    predicted_from: Tensor,
     targets: Tensor,
     inputs: Mapping[str, Tensor],
     slots: Sequence[int] | None,
 ) -> Tensor:
-    """(candidates,) the mean of log p(targets), predicted at the flat positions `before`."""
-    counted = torch.zeros(call["input_ids"].numel(), dtype=torch.bool, device=before.device)
-    counted[before] = True
-    place = counted.cumsum(0) - 1
+    """(candidates,) mean of log p over the tokens of each candidate.
+
+    Args:
+        model: A decoder.
+        call: Arguments of its call.
+        predicted_from: (tokens,) flat position at which each target is predicted.
+        targets: (tokens,) ids of the candidates' tokens.
+        inputs: The output of `shared_rows`.
+        slots: The slot of each row of the call; None for the base model without adapters.
+    """
+    num_ids = call["input_ids"].numel()
+    counted = torch.zeros(num_ids, dtype=torch.bool, device=predicted_from.device)
+    counted[predicted_from] = True
+    logits_row = counted.cumsum(0) - 1
     options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     with route(slots):
         logits = logits_at(model, counted.view_as(call["input_ids"]), **call, **options)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    rows = place[before]
-    found = logits[rows, targets] - logits.logsumexp(1)[rows]
-    of = inputs["token_of"]
-    number = len(inputs["pair"])
-    counts = torch.bincount(of, minlength=number)
-    return found.new_zeros(number).index_add(0, of, found) / counts
+    rows = logits_row[predicted_from]
+    log_p = logits[rows, targets] - logits.logsumexp(1)[rows]
+    token_of, num_candidates = inputs["token_of"], len(inputs["pair"])
+    counts = torch.bincount(token_of, minlength=num_candidates)
+    return log_p.new_zeros(num_candidates).index_add(0, token_of, log_p) / counts

@@ -1,4 +1,4 @@
-"""Tokenising, truncating and padding that the text objectives share."""
+"""Tokenising, truncating and padding for the text objectives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foretune.errors import UserError
 
-IGNORED = -100  # the label that torch's cross entropy leaves out
+IGNORED = -100  # the label that torch's cross-entropy ignores
 
 
 @dataclass(frozen=True)
@@ -23,32 +23,36 @@ class Template:
     before: tuple[int, ...]
     between: tuple[int, ...]
     after: tuple[int, ...]
-    segments: tuple[int, int] | None  # token type ids of the two texts, None when it gives none
+    segments: tuple[int, int] | None  # token type ids of the two texts; None if it has none
 
     def __len__(self) -> int:
         return len(self.before) + len(self.between) + len(self.after)
 
     def fill(self, first: Sequence[int], second: Sequence[int] = ()) -> list[int]:
-        """The ids of one row."""
+        """The ids of one or two texts with their special tokens."""
         return [*self.before, *first, *self.between, *second, *self.after]
 
     def room(self, max_tokens: int, field: str) -> int:
-        """Tokens of text that fit beside the special ones.
+        """The number of text tokens that fit beside the special ones.
 
         Raises:
-            UserError: None does; the message names `field`.
+            UserError: None fits; the message names `field`.
         """
-        left = max_tokens - len(self)
-        if left < 1:
+        room = max_tokens - len(self)
+        if room < 1:
             raise UserError(
                 f"{field}={max_tokens} leaves no room for text beside the tokenizer's "
-                f"{len(self)} special tokens; {len(self) + 1} or more would do"
+                f"{len(self)} special tokens: set it to {len(self) + 1} or more"
             )
-        return left
+        return room
 
 
 def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text: no special tokens, no truncation."""
+    """The token ids of each text, without special tokens and truncation.
+
+    Raises:
+        UserError: There is no tokenizer.
+    """
     if tokenizer is None:
         raise UserError("this objective reads text and needs a tokenizer, got tokenizer=None")
     if not texts:
@@ -60,47 +64,52 @@ def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 @functools.lru_cache(maxsize=2**16)
 def cached_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """The ids of one text that is likely to come again: distractors are other rows' answers."""
+    """The token ids of one text that is likely to recur: distractors are other rows' answers."""
     return tuple(plain_ids(tokenizer, [text])[0])
 
 
 @functools.lru_cache(maxsize=16)
 def single_template(tokenizer: Any) -> Template:
-    """What the tokenizer puts around one text.
+    """The special tokens that the tokenizer puts around one text.
 
-    Read off an example, because truncating by the tokenizer itself would mean changing its state
-    (`truncation_side`) under the feet of the caller who owns it.
+    They are read off an example: truncating with the tokenizer itself would change its state
+    (`truncation_side`), which belongs to the caller.
     """
     probe = plain_ids(tokenizer, ["a"])[0]
-    whole = tokenizer("a", verbose=False)["input_ids"]
-    start = _find(whole, probe, 0)
-    return Template(tuple(whole[:start]), (), tuple(whole[start + len(probe) :]), None)
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    start = _index_of(ids, probe, 0)
+    return Template(tuple(ids[:start]), (), tuple(ids[start + len(probe) :]), None)
 
 
 @functools.lru_cache(maxsize=16)
 def pair_template(tokenizer: Any) -> Template:
-    """What the tokenizer puts around and between two texts."""
+    """The special tokens that the tokenizer puts around and between two texts."""
     a, b = plain_ids(tokenizer, ["a", "b"])
-    whole = tokenizer("a", "b", verbose=False)
-    ids = whole["input_ids"]
-    start = _find(ids, a, 0)
+    encoded = tokenizer("a", "b", verbose=False)
+    ids = encoded["input_ids"]
+    start = _index_of(ids, a, 0)
     middle = start + len(a)
-    second = _find(ids, b, middle)
+    second = _index_of(ids, b, middle)
     end = second + len(b)
-    types = whole.get("token_type_ids")
+    types = encoded.get("token_type_ids")
     segments = None if types is None else (types[start], types[second])
     return Template(tuple(ids[:start]), tuple(ids[middle:second]), tuple(ids[end:]), segments)
 
 
-def _find(whole: Sequence[int], part: Sequence[int], start: int) -> int:
-    for i in range(start, len(whole) - len(part) + 1):
-        if list(whole[i : i + len(part)]) == list(part):
+def _index_of(ids: Sequence[int], part: Sequence[int], start: int) -> int:
+    """The first index, `start` or later, at which `ids` contains `part`.
+
+    Raises:
+        UserError: It does not.
+    """
+    for i in range(start, len(ids) - len(part) + 1):
+        if list(ids[i : i + len(part)]) == list(part):
             return i
     raise UserError("the tokenizer changes a text's ids when it adds special tokens")
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id that fills rows up; which one does not matter to the result, masks decide."""
+    """The id used for padding; attention masks make the choice irrelevant to the result."""
     for name in ("pad_token_id", "eos_token_id"):
         value = getattr(tokenizer, name, None)
         if isinstance(value, int):
@@ -109,7 +118,7 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """(n, longest) ids, filled up on the right."""
+    """(n, longest) ids, padded on the right with `value`."""
     longest = max((len(row) for row in rows), default=0)
     filled = np.full((len(rows), longest), value, dtype=np.int64)
     for i, row in enumerate(rows):
@@ -118,14 +127,14 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 
 def pad_mask(rows: Sequence[Sequence[int]]) -> Tensor:
-    """(n, longest) 1 where a row has a token, 0 where it is filled up."""
+    """(n, longest) attention mask: 1 where a row has a token, 0 where it is padded."""
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     longest = int(lengths.max()) if len(rows) else 0
     return torch.from_numpy((np.arange(longest)[None, :] < lengths[:, None]).astype(np.int64))
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """(n, d) mean over the tokens that `mask` (n, L) keeps."""
+    """(n, d) mean of hidden (n, L, d) over the tokens where mask (n, L) is 1."""
     weights = mask.to(hidden.dtype).unsqueeze(-1)
     return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
 
@@ -134,7 +143,7 @@ def text_of(example: Any, field: str, task: str) -> str:
     """The text in a field of an example.
 
     Raises:
-        UserError: The field is absent or holds no text.
+        UserError: The field is missing or is not a text.
     """
     value = example.get(field)
     if not isinstance(value, str):
@@ -146,6 +155,6 @@ def text_of(example: Any, field: str, task: str) -> str:
 
 
 def logits_of(output: Any) -> Tensor:
-    """What a model returned, when it is a tensor or has `.logits`."""
+    """The logits (n, …) in a model's output, which is a tensor or has `.logits`."""
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits
