@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import foretune.forecasting
 from command_line import call, the_error, the_json
 from forecasting.tiny_scenes import scene_tasks
-from foretune.forecasting import folders, forecast_peft, model
+from foretune.forecasting import folders, model
 from foretune.forecasting.scenes import save_scenes
 from format_checks import assert_versions_by_command
 
@@ -58,7 +59,7 @@ def test_an_adapted_folder_is_measured_beside_constant_velocity(world, tmp_path,
     ("file", "current"),
     [
         ("forecast-peft/forecasts.json", folders.FORMAT),
-        ("forecast-peft/one/forecast_peft.json", forecast_peft.FORMAT),
+        ("forecast-peft/one/forecast_peft.json", foretune.forecasting.FORMAT),
         ("base/config.json", model.FORMAT),
     ],
 )

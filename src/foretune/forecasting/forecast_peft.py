@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from typing_extensions import override
 
 from foretune.errors import UserError
+from foretune.forecasting import DELTA_FILE, FORMAT, RECORD_FILE
 from foretune.formats import check_format
 from foretune.run import Run, above_zero, flag, one_of, whole
 from foretune.training.methods import AdaptMethod
@@ -51,8 +52,6 @@ if TYPE_CHECKING:
 
 TRAINED = ("prompt", "adapter", "bias", "norm", "future_pred", "decoder_embed")
 NOT_DECAYED = ("prompt", "bias", "norm")
-RECORD_FILE, DELTA_FILE = "forecast_peft.json", "forecast_peft.safetensors"
-FORMAT = "foretune-forecast-peft-1"
 
 
 @dataclass(frozen=True, kw_only=True)

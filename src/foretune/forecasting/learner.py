@@ -11,7 +11,7 @@ import safetensors.torch
 from torch import nn
 from typing_extensions import override
 
-from foretune.forecasting.forecast_peft import DELTA_FILE, FORMAT, RECORD_FILE
+from foretune.forecasting import DELTA_FILE, FORMAT, RECORD_FILE
 from foretune.formats import stamped
 from foretune.tasks.task import Objective
 from foretune.training.learners.joint import Learner
