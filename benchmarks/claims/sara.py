@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import foretune
 from foretune import Denoising, Full, Run, SaRA, Task, TaskCollection
-from foretune.adapters.sparse import entries_below, threshold_of
+from foretune.adapters.entries import entries_below, threshold_of
 from foretune.evaluation.samples import draw_samples, save_sheet
 from foretune.training.data import SlotRows, TaskData
 from foretune.training.record import environment

@@ -12,6 +12,20 @@ from pathlib import Path
 
 from foretune.errors import ForetuneError, UserError
 
+# Names of files that several modules write or read; a name of one module stands in that module.
+RUN_FILE = "run.json"  # method, run and digests of what a folder was begun with, then the outcome
+BASE_FILE = "foretune.json"  # beside a retrained base: its method, objective and fingerprint
+METRICS_FILE = "metrics.jsonl"  # the history of a training run
+COMPARISON_FILE = "comparison.json"
+REPORT_FILE = "report.html"
+CARD_FILE = "README.md"
+LABELS_FILE = "labels.json"  # beside an adapter: the labels of its head
+# Names that transformers and peft give.
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 UNFINISHED = ".unfinished-"
 RECIPE = "config.yaml"

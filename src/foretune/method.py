@@ -40,7 +40,16 @@ def check_verb(method: Any, verb: str) -> None:
         got = type(method).__name__
         raise UserError(f"{verb} takes a method, such as those of `foretune ls methods`; got {got}")
     if method_verb != verb:
-        raise UserError(
-            f"{method.name} is a method to {method_verb} with, not to {verb} with; "
-            "`foretune ls methods` lists them"
-        )
+        message = wrong_verb(method.name, method_verb, verb)
+        raise UserError(f"{message}; `foretune ls methods` lists them")
+
+
+def wrong_verb(name: str, method_verb: str, verb: str) -> str:
+    """What is wrong about a method that another verb takes: one wording for names and records.
+
+    Args:
+        name: Name of the method.
+        method_verb: The verb that takes it.
+        verb: The verb that does not.
+    """
+    return f"{name} is a method to {method_verb} with, not to {verb} with"

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from foretune.methods import METHODS, make, method_class
+from foretune.methods import make
 from foretune.tasks.task import TaskCollection
 
 TESTS = Path(__file__).parents[1]
@@ -65,10 +65,6 @@ def adapt_cases() -> list[AdaptCase]:
         spec.loader.exec_module(module)
         cases += module.ADAPT_CASES
     return cases
-
-
-def methods_of(verb: str) -> list[str]:
-    return [name for name in METHODS if method_class(name).verb == verb]
 
 
 def assert_survives_json(record: Any) -> None:

@@ -8,10 +8,11 @@ import pytest
 
 import foretune
 import linear_tasks
-from contract.cases import adapt_cases, assert_survives_json, methods_of
+from contract.cases import adapt_cases, assert_survives_json
 from contract.retrain_forms import FORMS, named
 from foretune.errors import UserError
-from foretune.methods import METHODS, make, method_class
+from foretune.method import check_verb
+from foretune.methods import METHODS, make, method_class, method_class_of, methods_of
 from foretune.run import Run
 from linear_tasks import family
 
@@ -127,6 +128,23 @@ def test_bad_lora_is_refused_by_name(name, fields, message):
 def test_bad_choice_is_refused_by_name(name, fields, message):
     with pytest.raises(UserError, match=message):
         make(name, **fields)
+
+
+def test_name_of_another_verb_is_worded_as_its_record():
+    with pytest.raises(UserError) as by_record:
+        check_verb(make("lora"), "retrain")
+    with pytest.raises(UserError) as by_name:
+        method_class_of("lora", "retrain")
+    record_message, name_message = str(by_record.value), str(by_name.value)
+    assert record_message.split(";")[0] == name_message.split(";")[0]
+    assert name_message.endswith("; methods to retrain with: " + ", ".join(methods_of("retrain")))
+
+
+def test_unknown_name_is_looked_for_among_the_methods_of_the_verb():
+    with pytest.raises(UserError, match=r'^no method "loraa" to adapt with.*Did you mean "lora"?'):
+        method_class_of("loraa", "adapt")
+    with pytest.raises(UserError, match=r'^no method "loraa" to retrain with; .*auto\.$'):
+        method_class_of("loraa", "retrain")
 
 
 def test_method_of_the_other_verb_is_refused():

@@ -158,12 +158,15 @@ class TestGenerate:
         [
             (("nowhere/at/all", "a dog"), "no folder nowhere/at/all"),
             (("bert", "a dog", *EFT), "bert lacks weights that BertLMHeadModel needs"),
-            (("large", "a dog", "--method", "lora"), "lora is not a decode method"),
+            (
+                ("large", "a dog", "--method", "lora"),
+                "lora is a method to adapt with, not to decode",
+            ),
             (("large", "a dog", "--method", "eff"), 'no method "eff"'),
             (("large", "a dog", "beta=1"), "'beta=1' needs a --method"),
             (("large", "a dog", "betta=1", *EFT), 'eft has no field "betta"'),
             (("large", "a dog", "beta=x", *EFT), "beta must be a finite number, got 'x'"),
-            (("large", "a", "dog", *EFT), "expected KEY=VALUE, got 'dog'"),
+            (("large", "a", "dog", *EFT), '"dog" must read KEY=VALUE; put a prompt of'),
             (("large", "a dog", "--method", "eft"), "eft needs --tuned FOLDER"),
             (("large", "a dog", "--method", "eft", "--tuned", "tuned"), "untuned is missing"),
             (

@@ -7,9 +7,9 @@ import torch
 
 import foretune
 import tiny_models
-from contract.cases import assert_survives_json, methods_of
+from contract.cases import assert_survives_json
 from foretune.errors import UserError
-from foretune.methods import make
+from foretune.methods import make, methods_of
 from linear_tasks import copy_of, equal_bits
 
 DECODE = methods_of("decode")

@@ -356,7 +356,7 @@ def test_a_folder_in_use_is_not_written_over(tmp_path):
     store.save(tmp_path / "s", overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match=r"is not a store \(letter.txt"):
+    with pytest.raises(UserError, match=r"holds no store\.json, so foretune did not write it"):
         store.save(tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
 

@@ -8,10 +8,10 @@ import torch
 import foretune
 import linear_tasks
 import tiny_models
-from contract.cases import assert_survives_json, methods_of
+from contract.cases import assert_survives_json
 from foretune.errors import UserError
 from foretune.fusion import FORMAT, RECORD_FILE
-from foretune.methods import make
+from foretune.methods import make, methods_of
 from foretune.run import Run
 from format_checks import assert_versions
 from fusion import fused_models

@@ -12,7 +12,8 @@ import foretune
 import linear_tasks
 import tiny_models
 from foretune import Run, SaRA, Task, TaskCollection, UserError, load_sparse
-from foretune.adapters.sparse import FILE, SparseDelta, entries_below, threshold_of
+from foretune.adapters.entries import entries_below, threshold_of
+from foretune.adapters.sparse import FILE, SparseDelta
 from foretune.linalg.low_rank import nuclear_gradient
 from linear_tasks import copy_of, equal_bits, family
 

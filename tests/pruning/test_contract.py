@@ -8,9 +8,9 @@ import torch
 import foretune
 import linear_tasks
 import tiny_models
-from contract.cases import assert_survives_json, methods_of
+from contract.cases import assert_survives_json
 from foretune.errors import UserError
-from foretune.methods import make
+from foretune.methods import make, methods_of
 from linear_tasks import copy_of, equal_bits
 from pruning import tiny_mixtures
 

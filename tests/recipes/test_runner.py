@@ -398,6 +398,11 @@ def test_bad_candidates_of_auto_are_named(recipe: Recipe, item: str) -> None:
         load_recipe("my.yaml", [*SMALL, bad])
 
 
+def test_find_entry_refuses_a_method_of_another_verb(recipe: Recipe) -> None:
+    with pytest.raises(UserError, match="lora is a method to adapt with, not to retrain with"):
+        find_entry(recipe, "lora")
+
+
 def test_find_entry_guesses(recipe: Recipe) -> None:
     with pytest.raises(UserError, match='Did you mean "peft-ml"'):
         find_entry(recipe, "peftml")

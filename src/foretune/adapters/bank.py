@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from foretune.adapters.config import lora_scale, matching_modules
+from foretune.adapters.entries import smallest_entries
 from foretune.adapters.head_copies import HeadCopies, escaped, unescaped
 from foretune.adapters.lora import index_of, lora_conv1d, lora_linear
-from foretune.adapters.sparse import smallest_entries
 from foretune.adapters.sparse_slots import sparse_linear
 from foretune.errors import UserError
 from foretune.models.routing import current_rows

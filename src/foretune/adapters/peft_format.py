@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from foretune.adapters.bank import AdapterBank
 from foretune.adapters.fingerprint import fingerprint
 from foretune.errors import UserError
+from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from foretune.formats import ADAPTER, check_format, stamped
 
 PREFIX = "base_model.model."
 FINGERPRINT_FILE = "base_fingerprint.json"
-LABELS_FILE = "labels.json"
 
 
 def peft_config(bank: AdapterBank, model: nn.Module, base: str | None) -> dict[str, Any]:
@@ -65,8 +65,8 @@ def write_adapter(
 ) -> None:
     """Writes a PEFT folder, together with the fingerprint of the base that it belongs to."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(
+    save_file(tensors, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / ADAPTER_CONFIG_FILE).write_text(
         json.dumps(config, indent=2, sort_keys=True, default=str)
     )
     record = stamped({"base": base_fingerprint}, ADAPTER)
@@ -87,9 +87,9 @@ def load_adapter(bank: AdapterBank, slot: int, folder: Path, model: nn.Module) -
             rank.
     """
     folder = Path(folder)
-    file = folder / "adapter_model.safetensors"
+    file = folder / ADAPTER_WEIGHTS_FILE
     if not file.is_file():
-        raise UserError(f"{folder} is not an adapter: it has no adapter_model.safetensors")
+        raise UserError(f"{folder} is not an adapter: it has no {ADAPTER_WEIGHTS_FILE}")
     check_base(folder, model, bank.head_names)
     tensors = load_file(file)
     slot_tensors = peft_tensors(bank, slot)

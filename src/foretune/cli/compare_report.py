@@ -18,6 +18,7 @@ from foretune.cli.output import (
     quiet_stdout,
 )
 from foretune.errors import UserError
+from foretune.files import COMPARISON_FILE, REPORT_FILE
 from foretune.formats import COMPARISON, check_format
 
 
@@ -43,9 +44,8 @@ def compare(
     json: Json = False,
 ) -> None:
     """Adapt bases to the same unseen tasks and compare their scores."""
-    changes = [argument for argument in bases if "=" in argument]
     counts = parse_shots(shots)
-    folders = _base_folders(bases)
+    changes, folders = _changes_and_folders(bases)
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
         from foretune.recipes.on_folders import compare_folders
@@ -66,7 +66,7 @@ def compare(
         emit_json({"out": str(out), **comparison})
         return
     emit(comparison_text(comparison))
-    emit(f"\nReport: {out / 'report.html'}")
+    emit(f"\nReport: {out / REPORT_FILE}")
 
 
 def report(
@@ -102,17 +102,24 @@ def parse_shots(text: str) -> list[int | None]:
     return counts
 
 
-def _base_folders(arguments: list[str]) -> list[Path]:
-    folders = [Path(argument) for argument in arguments if "=" not in argument]
+def _changes_and_folders(arguments: list[str]) -> tuple[list[str], list[Path]]:
+    """(settings, folders of bases) of the command line.
+
+    Raises:
+        UserError: There is no folder.
+    """
+    from foretune.recipes.overrides import split_arguments
+
+    changes, folders = split_arguments(arguments)
     if not folders:
         raise UserError("compare needs the folder of at least one base")
-    return folders
+    return changes, [Path(folder) for folder in folders]
 
 
 def _read_comparison(folder: Path) -> dict[str, Any]:
-    path = folder / "comparison.json"
+    path = folder / COMPARISON_FILE
     if not path.is_file():
-        raise UserError(f"no comparison in {folder}: it holds no comparison.json")
+        raise UserError(f"no comparison in {folder}: it holds no {COMPARISON_FILE}")
     try:
         comparison = jsonlib.loads(path.read_text("utf-8"))
     except ValueError as error:

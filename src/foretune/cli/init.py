@@ -10,11 +10,11 @@ import typer
 from foretune.cli.output import Json, emit, emit_json
 from foretune.errors import UserError
 
+DEFAULT_FILE = "recipe.yaml"
+
 
 def init(
-    file: Annotated[Path, typer.Argument(help="File to write the recipe to.")] = Path(
-        "recipe.yaml"
-    ),
+    file: Annotated[Path, typer.Argument(help="File to write the recipe to.")] = Path(DEFAULT_FILE),
     template: Annotated[
         str, typer.Option(help="Template: choice, classification, causal-lm or arrays.")
     ] = "choice",
@@ -41,6 +41,6 @@ def init(
 
 def _check_file(file: Path, overwrite: bool) -> None:
     if file.is_dir():
-        raise UserError(f"{file} is a folder; name a file, such as {file / 'recipe.yaml'}")
+        raise UserError(f"{file} is a folder; name a file, such as {file / DEFAULT_FILE}")
     if file.exists() and not overwrite:
         raise UserError(f"{file} exists already; use --overwrite or another name")

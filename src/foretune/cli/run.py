@@ -18,6 +18,7 @@ from foretune.cli.output import (
     quiet_stdout,
     table,
 )
+from foretune.files import CARD_FILE, REPORT_FILE
 
 if TYPE_CHECKING:
     from foretune.recipes.schema import Experiment
@@ -56,7 +57,7 @@ def run(
         emit_json({"out": str(loaded.folder), **comparison})
         return
     emit(comparison_text(comparison))
-    emit(f"\nReport: {loaded.folder / 'report.html'}")
+    emit(f"\nReport: {loaded.folder / REPORT_FILE}")
     emit(f"To adapt to new tasks in the same way: {adapt_command(loaded, comparison)}")
 
 
@@ -70,4 +71,4 @@ def _run_experiment(experiment: Experiment, resume: bool, overwrite: bool, json:
         return
     for title, header, rows, finding in experiment.tables(result):
         emit(f"{title}\n\n{table(header, rows)}\n\n{finding}\n")
-    emit(f"Tables, figures and the paper's statements: {experiment.folder / 'README.md'}")
+    emit(f"Tables, figures and the paper's statements: {experiment.folder / CARD_FILE}")

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from foretune.decoding import STORE_FILE
 from foretune.decoding.prompts import decode_method
 from foretune.errors import UserError
+from foretune.files import claim_model_folder
 from foretune.recipes.console import SILENT, Console
 from foretune.tasks.readers import read_rows
 
@@ -60,10 +62,9 @@ def build_folder(
     """
     from foretune.decoding.peft_model import load_generator
     from foretune.decoding.reference_store import ReferenceStore
-    from foretune.decoding.store_folder import check_place
 
     overwrite = options.pop("overwrite")
-    check_place(out, overwrite=overwrite)
+    claim_model_folder(out, STORE_FILE, overwrite=overwrite)
     selected = rows_of(rows, task=task, split=split)
     loaded, tokenizer = load_generator(model)
     began = time.perf_counter()

@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from foretune.errors import UserError
+from foretune.files import ADAPTER_CONFIG_FILE
 from foretune.method import Method
 from foretune.run import above_zero
 
@@ -403,7 +404,7 @@ def _loaded(source: Any, base: Any = None) -> tuple[Any, Any]:
 
 
 def _is_adapter(source: Any) -> bool:
-    return isinstance(source, str | PathLike) and (Path(source) / "adapter_config.json").is_file()
+    return isinstance(source, str | PathLike) and (Path(source) / ADAPTER_CONFIG_FILE).is_file()
 
 
 def _listed(item: Any) -> list[Any]:

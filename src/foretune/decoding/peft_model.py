@@ -10,9 +10,8 @@ from torch import nn
 
 from foretune.adapters.peft_format import check_base
 from foretune.errors import UserError
+from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from foretune.models.loading import load_model
-
-CONFIG = "adapter_config.json"
 
 
 def load_generator(name: str | Path, base: nn.Module | None = None) -> tuple[nn.Module, Any]:
@@ -31,12 +30,10 @@ def load_generator(name: str | Path, base: nn.Module | None = None) -> tuple[nn.
             another base.
     """
     folder = Path(name).expanduser()
-    if not (folder / CONFIG).is_file():
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
         return load_model(name, head="causal-lm")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"{folder} has no adapter_model.safetensors; other formats are not supported"
-        )
+    if not (folder / ADAPTER_WEIGHTS_FILE).is_file():
+        raise UserError(f"{folder} has no {ADAPTER_WEIGHTS_FILE}; other formats are not supported")
     tokenizer = None
     if base is None:
         base, tokenizer = load_model(_base_of(folder), head="causal-lm")
@@ -51,7 +48,7 @@ def with_adapter(base: nn.Module, folder: Path) -> nn.Module:
     """
     from peft import PeftModel
 
-    config = json.loads((folder / CONFIG).read_text("utf-8"))
+    config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text("utf-8"))
     check_base(folder, base, tuple(config.get("modules_to_save") or ()))
     try:
         return PeftModel.from_pretrained(base, str(folder)).eval()
@@ -61,7 +58,8 @@ def with_adapter(base: nn.Module, folder: Path) -> nn.Module:
 
 
 def _base_of(folder: Path) -> str:
-    base = json.loads((folder / CONFIG).read_text("utf-8")).get("base_model_name_or_path")
+    file = folder / ADAPTER_CONFIG_FILE
+    base = json.loads(file.read_text("utf-8")).get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{folder / CONFIG} names no base_model_name_or_path: give the base")
+        raise UserError(f"{file} names no base_model_name_or_path: give the base")
     return str(base)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
-from foretune.methods import METHODS, make, method_class
-from foretune.recipes.yaml_io import parse_yaml
+from foretune.methods import make, method_class_of
+from foretune.recipes.overrides import apply_overrides, split_arguments
 
 WHAT_IT_IS = {
     "tuned": "a fine-tuned model or a PEFT folder",
@@ -22,24 +22,14 @@ def decode_method(name: str, settings: Sequence[str]) -> Any:
 
     Args:
         name: A method whose verb is decode.
-        settings: `key=value` for its fields.
+        settings: `KEY=VALUE` for its fields.
 
     Raises:
-        UserError: There is no such method or field, or the method is not a decode method.
+        UserError: There is no such method or field, the method is not a decode method, or a
+            setting does not read KEY=VALUE.
     """
-    classes: dict[str, Any] = {method: method_class(method) for method in [name, *METHODS]}
-    if classes[name].verb != "decode":
-        names = [method for method in METHODS if classes[method].verb == "decode"]
-        raise UserError(
-            f"{name} is not a decode method; generate takes --method {' or '.join(names)}"
-        )
-    fields = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f"expected KEY=VALUE, got {setting!r}; a prompt goes in quotes")
-        fields[key] = parse_yaml(value, key)
-    return make(name, **fields)
+    method_class_of(name, "decode")
+    return make(name, **apply_overrides({}, settings))
 
 
 def split_words(
@@ -49,16 +39,24 @@ def split_words(
 
     The first word is the prompt, unless prompts come from elsewhere or it sets a field.
 
+    Raises:
+        UserError: Another word is no setting, or `method` is not a decode method.
+
     >>> split_words(["a=b", "beta=1"], "eft", False)
     ('a=b', ['beta=1'])
     >>> split_words(["beta=1"], "eft", False)
     (None, ['beta=1'])
     """
-    fields = [f.name for f in dataclasses.fields(method_class(method))] if method else []
-    first = words[0] if words else None
-    if first is None or from_elsewhere or first.partition("=")[0] in fields:
-        return None, list(words)
-    return first, list(words[1:])
+    record_class = method_class_of(method, "decode") if method else None
+    fields = [f.name for f in dataclasses.fields(record_class)] if record_class else []
+    prompt = [] if from_elsewhere else split_arguments(words[:1], fields)[1]
+    settings = list(words[len(prompt) :])
+    _, stray = split_arguments(settings)
+    if stray:
+        raise UserError(
+            f'"{stray[0]}" must read KEY=VALUE; put a prompt of several words in quotes'
+        )
+    return (prompt[0] if prompt else None), settings
 
 
 def check_resources(method: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +66,7 @@ def check_resources(method: str | None, options: Mapping[str, Any]) -> dict[str,
         UserError: The method does not take one of them, or lacks one.
     """
     resources = {key: value for key, value in options.items() if value}
-    takes = getattr(method_class(method), "resources", ()) if method else ()
+    takes = getattr(method_class_of(method, "decode"), "resources", ()) if method else ()
     for key in resources:
         if key not in takes:
             who = (

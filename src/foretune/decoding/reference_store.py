@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from foretune.adapters.fingerprint import base_and_adapter
+from foretune.decoding import STORE_FILE
 from foretune.decoding.lookup import (
     MIXES,
     MULTIPLES,
@@ -29,13 +30,13 @@ from foretune.decoding.output_states import read_states
 from foretune.decoding.references import References, read_references
 from foretune.decoding.side_models import bare_model
 from foretune.decoding.store_folder import (
-    check_place,
     damage_reported,
     read_store,
     write_metadata,
     write_store,
 )
 from foretune.errors import UserError
+from foretune.files import claim_model_folder
 from foretune.run import one_of
 
 TENSOR_NAMES = ("keys", "values", "own", "sources")  # in the file; own: model_log_probs
@@ -350,7 +351,7 @@ class ReferenceStore:
             UserError: The folder is not empty, and it is no store or `overwrite` is false.
         """
         folder = Path(folder)
-        check_place(folder, overwrite=overwrite)
+        claim_model_folder(folder, STORE_FILE, overwrite=overwrite)
         tensors = {
             name: tensor.contiguous()
             for name, tensor in zip(TENSOR_NAMES, _tensors(self), strict=True)

@@ -12,30 +12,13 @@ import safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from foretune.decoding import STORE_FILE
 from foretune.errors import UserError
 from foretune.files import whole_folder, write_whole
 from foretune.formats import check_format, stamped
 
-FORMAT = "foretune-store-1"
-TENSORS, METADATA, ROWS = "store.safetensors", "store.json", "rows.jsonl"
-
-
-def check_place(folder: Path, *, overwrite: bool) -> None:
-    """Checks that a store may be written to this folder.
-
-    Raises:
-        UserError: The folder is not empty, and it is no store or `overwrite` is false.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; a store is a folder")
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if names and not overwrite:
-        raise UserError(f"{folder} is not empty: --overwrite replaces a store; or choose another")
-    if names and METADATA not in names:
-        raise UserError(
-            f"{folder} is not a store ({', '.join(names[:3])}, …) and is not overwritten; choose "
-            "another folder"
-        )
+TENSORS_FILE, ROWS_FILE = "store.safetensors", "rows.jsonl"
+FORMAT = "foretune-store-1"  # of store.json
 
 
 def write_store(
@@ -46,15 +29,15 @@ def write_store(
 ) -> None:
     """Writes the three files of a store: all of them or none."""
     with whole_folder(folder) as part:
-        save_file(tensors, part / TENSORS, metadata={"format": "pt"})
+        save_file(tensors, part / TENSORS_FILE, metadata={"format": "pt"})
         lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
-        (part / ROWS).write_text("".join(f"{line}\n" for line in lines), "utf-8")
-        (part / METADATA).write_text(_as_text(metadata), "utf-8")
+        (part / ROWS_FILE).write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        (part / STORE_FILE).write_text(_as_text(metadata), "utf-8")
 
 
 def write_metadata(folder: Path, metadata: Mapping[str, Any]) -> None:
     """Replaces `store.json`."""
-    write_whole(folder / METADATA, _as_text(metadata))
+    write_whole(folder / STORE_FILE, _as_text(metadata))
 
 
 def read_store(folder: Path) -> tuple[dict[str, Tensor], list[Any], dict[str, Any]]:
@@ -63,16 +46,16 @@ def read_store(folder: Path) -> tuple[dict[str, Tensor], list[Any], dict[str, An
     Raises:
         UserError: A file is missing.
     """
-    for name in (TENSORS, METADATA, ROWS):
+    for name in (TENSORS_FILE, STORE_FILE, ROWS_FILE):
         if not (folder / name).is_file():
             raise UserError(
                 f"{folder} is no store: it has no {name}; foretune datastore build makes one"
             )
-    metadata = json.loads((folder / METADATA).read_text("utf-8"))
-    check_format(folder / METADATA, metadata, FORMAT)
-    lines = (folder / ROWS).read_text("utf-8").split("\n")
+    metadata = json.loads((folder / STORE_FILE).read_text("utf-8"))
+    check_format(folder / STORE_FILE, metadata, FORMAT)
+    lines = (folder / ROWS_FILE).read_text("utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line]
-    return load_file(folder / TENSORS), rows, metadata
+    return load_file(folder / TENSORS_FILE), rows, metadata
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from foretune.errors import UserError
 from foretune.evaluation import held_out
 from foretune.evaluation.statistics import pairs_and_means
 from foretune.evaluation.verdict import verdict
-from foretune.files import write_whole
+from foretune.files import COMPARISON_FILE, write_whole
 from foretune.formats import COMPARISON
 from foretune.models.frozen_prefix import frozen_prefix
 from foretune.models.loading_code import class_name
@@ -61,7 +61,7 @@ class Comparison:
         from foretune.evaluation.report import write_report
 
         folder = Path(folder)
-        write_whole(folder / "comparison.json", json.dumps(self.record, indent=1))
+        write_whole(folder / COMPARISON_FILE, json.dumps(self.record, indent=1))
         return write_report(self.record, folder)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
-from foretune.files import claim_model_folder, whole_folder, write_whole
+from foretune.files import CONFIG_FILE, claim_model_folder, whole_folder, write_whole
 from foretune.forecasting.config import ForecastMAEConfig
 from foretune.formats import check_format
 from foretune.methods import make, method_class
@@ -105,7 +105,7 @@ def pretrain_folder(
     import torch
 
     import foretune
-    from foretune.forecasting.model import CONFIG_FILE, ForecastMAE, save_forecast_mae
+    from foretune.forecasting.model import ForecastMAE, save_forecast_mae
 
     claim_model_folder(out, CONFIG_FILE, overwrite=overwrite)
     sizes = settings.sizes

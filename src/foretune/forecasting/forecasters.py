@@ -25,12 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretune.errors import UserError
+from foretune.files import CONFIG_FILE, WEIGHTS_FILE
 from foretune.forecasting.config import ForecastMAEConfig
 from foretune.forecasting.model import (
     ARCHITECTURE,
-    CONFIG_FILE,
     FORMAT,
-    WEIGHTS_FILE,
     Block,
     ForecastMAE,
     Forecasts,

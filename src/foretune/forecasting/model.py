@@ -42,14 +42,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretune.errors import UserError
-from foretune.files import whole_folder
+from foretune.files import CONFIG_FILE, WEIGHTS_FILE, whole_folder
 from foretune.forecasting.config import ForecastMAEConfig
 from foretune.forecasting.encoders import AgentEncoder, DropPath, LaneEncoder, Mlp
 from foretune.models.routing import current_rows, route
 
 Scene = Mapping[str, Tensor]
 KINDS = 4
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 ARCHITECTURE, FORMAT = "ForecastMAE", "foretune-forecast-mae-1"
 
 

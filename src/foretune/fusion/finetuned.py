@@ -18,14 +18,20 @@ import torch
 from torch import Tensor, nn
 from transformers import Conv1D
 
-from foretune.adapters.peft_format import LABELS_FILE, check_base
+from foretune.adapters.peft_format import check_base
 from foretune.errors import UserError
+from foretune.files import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    CONFIG_FILE,
+    LABELS_FILE,
+    WEIGHTS_FILE,
+)
 from foretune.fusion.mixture import TaskHeads
 from foretune.models.loading import load_base
 from foretune.models.surgery import has_fresh_head, head_modules
 
 Source = nn.Module | str | PathLike[str]
-ADAPTER_CONFIG = "adapter_config.json"
 BASE_CHANGING_INITS = ("pissa", "olora", "corda")  # initialisations that also change the base
 
 
@@ -134,7 +140,7 @@ def open_finetuned(name: str, source: Source, skeleton: nn.Module) -> Finetuned:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise UserError(f"{name}={source}: no such folder")
-    if (folder / ADAPTER_CONFIG).is_file():
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
         check_base(folder, skeleton, tuple(head_modules(skeleton)))
         return _adapter_folder(name, folder, skeleton)
     return _model_folder(name, folder, skeleton)
@@ -207,7 +213,7 @@ def _loaded_copy(source: Source) -> tuple[nn.Module, Any]:
         with torch.no_grad():
             return copy.deepcopy(source).eval(), None
     folder = Path(source).expanduser()
-    if (folder / ADAPTER_CONFIG).is_file():
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
         raise UserError(f"{folder} is an adapter, not a base: give the model it was trained on")
     if not folder.is_dir() and str(source) != "minilm":
         raise UserError(f"base {source}: no such folder")
@@ -221,7 +227,7 @@ def _loaded_copy(source: Source) -> tuple[nn.Module, Any]:
 def _is_adapter(source: Source) -> bool:
     if isinstance(source, nn.Module):
         return bool(getattr(source, "peft_config", None))
-    return (Path(source).expanduser() / ADAPTER_CONFIG).is_file()
+    return (Path(source).expanduser() / ADAPTER_CONFIG_FILE).is_file()
 
 
 def _class_name(source: Source) -> str:
@@ -230,7 +236,7 @@ def _class_name(source: Source) -> str:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise UserError(f"no such folder: {source}")
-    config = folder / "config.json"
+    config = folder / CONFIG_FILE
     if not config.is_file():
         # A plain module, or no model at all, in which case loading says why.
         return type(load_base(folder)[0]).__name__
@@ -293,7 +299,7 @@ def _model_folder(name: str, folder: Path, skeleton: nn.Module) -> Finetuned:
         with safetensors.safe_open(files[stored_name], framework="pt") as file:
             return file.get_tensor(stored_name)
 
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
     labels = {int(k): v for k, v in (config.get("id2label") or {}).items()}
     return Finetuned(name, read, labels=labels)
 
@@ -304,11 +310,11 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     Raises:
         UserError: A file is damaged.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / f"{WEIGHTS_FILE}.index.json"
     if index.is_file():
         weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
         return {name: folder / file for name, file in weight_map.items()}
-    single = folder / "model.safetensors"
+    single = folder / WEIGHTS_FILE
     if not single.is_file():
         return {}
     try:
@@ -319,11 +325,11 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _adapter_folder(name: str, folder: Path, skeleton: nn.Module) -> Finetuned:
-    config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
-    file = folder / "adapter_model.safetensors"
+    config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text("utf-8"))
+    file = folder / ADAPTER_WEIGHTS_FILE
     if not file.is_file():
         raise UserError(
-            f"{folder} has no adapter_model.safetensors; only safetensors are read: save the "
+            f"{folder} has no {ADAPTER_WEIGHTS_FILE}; only safetensors are read: save the "
             "adapter again with save_pretrained"
         )
     try:

@@ -11,8 +11,10 @@ from typing import Any
 from foretune.errors import UserError, did_you_mean
 from foretune.files import claim_model_folder
 from foretune.fusion import RECORD_FILE
-from foretune.methods import make, method_class
-from foretune.recipes.yaml_io import parse_yaml
+from foretune.methods import make, method_class_of
+from foretune.recipes.overrides import Setting
+
+ARGUMENT_FORM = "NAME=FOLDER or KEY=VALUE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,30 +37,25 @@ def parse_request(name: str, arguments: Sequence[str]) -> Request:
         UserError: No fuse method of that name, an argument without `=`, a name given twice, or
             neither a field nor a folder.
     """
-    cls: Any = method_class(name)
-    if cls.verb != "fuse":
-        raise UserError(
-            f'fuse takes a method whose verb is fuse, got "{name}", whose verb is {cls.verb}; see '
-            "foretune ls methods"
-        )
-    fields = [f.name for f in dataclasses.fields(cls)]
+    fields = [f.name for f in dataclasses.fields(method_class_of(name, "fuse"))]
     settings: dict[str, Any] = {}
     finetuned: dict[str, Path] = {}
     for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or not key or not value:
-            raise UserError(f'"{argument}" must read NAME=FOLDER or KEY=VALUE')
+        setting = Setting.parse(argument, ARGUMENT_FORM)
+        key, folder = setting.key, Path(setting.text).expanduser()
+        if not setting.text:
+            raise UserError(f'"{argument}" must read {ARGUMENT_FORM}')
         if key in settings or key in finetuned:
             raise UserError(f"{key} is given twice")
         if key in fields:
-            settings[key] = parse_yaml(value, f'setting "{argument}"')
-        elif Path(value).expanduser().is_dir():
-            finetuned[key] = Path(value).expanduser()
+            settings[key] = setting.value()
+        elif folder.is_dir():
+            finetuned[key] = folder
         else:
             available = f"it has {', '.join(fields)}" if fields else "it has none"
             raise UserError(
-                f'"{argument}": no folder {value}, and {name} has no field "{key}"; {available}.'
-                f"{did_you_mean(key, fields)}"
+                f'"{argument}": no folder {setting.text}, and {name} has no field "{key}"; '
+                f"{available}.{did_you_mean(key, fields)}"
             )
     if not finetuned:
         raise UserError("nothing to fuse: give NAME=FOLDER of at least one fine-tuned model")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from foretune.errors import UserError
-from foretune.files import whole_folder
+from foretune.files import claim_model_folder, whole_folder
 from foretune.formats import check_format
 from foretune.fusion import FORMAT, RECORD_FILE
 from foretune.fusion.mixture import (
@@ -120,12 +120,7 @@ class Fused:
             UserError: The folder holds something other than a fused model.
         """
         folder = Path(folder)
-        files = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        if files and RECORD_FILE not in files:
-            raise UserError(
-                f"{folder} holds no fused model ({', '.join(files[:3])}, …), so it is not "
-                "replaced; choose another folder"
-            )
+        claim_model_folder(folder, RECORD_FILE, overwrite=True)
         with whole_folder(folder) as part:
             with _without_experts(self):
                 save_base(self.model, self.tokenizer, part)

@@ -7,6 +7,7 @@ from typing import Any
 
 from foretune.entry_points import entry_point
 from foretune.errors import UserError, did_you_mean
+from foretune.method import wrong_verb
 
 METHODS = {
     "none": "foretune.methods.none:NoRetraining",
@@ -50,6 +51,38 @@ def method_class(name: str) -> type:
             f'no method "{name}"; known: {", ".join(METHODS)}.{did_you_mean(name, METHODS)}'
         )
     record_class: type = entry_point(METHODS[name])
+    return record_class
+
+
+def methods_of(verb: str) -> list[str]:
+    """The names of the methods that a verb takes.
+
+    >>> methods_of("retrain")[:2]
+    ['none', 'standard']
+    """
+    classes: dict[str, Any] = {name: method_class(name) for name in METHODS}
+    return [name for name, record_class in classes.items() if record_class.verb == verb]
+
+
+def method_class_of(name: str, verb: str) -> Any:
+    """The record class of a method that `verb` takes.
+
+    Raises:
+        UserError: No method of that name, or one of another verb.
+
+    >>> method_class_of("lora", "adapt").label
+    'LoRA'
+    """
+    if name not in METHODS:
+        names = methods_of(verb)
+        raise UserError(
+            f'no method "{name}" to {verb} with; methods to {verb} with: {", ".join(names)}.'
+            f"{did_you_mean(name, names)}"
+        )
+    record_class: Any = method_class(name)
+    if record_class.verb != verb:
+        message = wrong_verb(name, record_class.verb, verb)
+        raise UserError(f"{message}; methods to {verb} with: {', '.join(methods_of(verb))}")
     return record_class
 
 

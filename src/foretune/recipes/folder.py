@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from foretune.errors import UserError
-from foretune.files import INPUTS, RECIPE, check_folder, claim_folder, write_whole
+from foretune.files import INPUTS, RECIPE, RUN_FILE, check_folder, claim_folder, write_whole
 from foretune.formats import INPUTS as INPUTS_FORMAT
 from foretune.formats import RECIPE as RECIPE_FORMAT
 from foretune.formats import RUN, stamped
@@ -93,7 +93,7 @@ def write_run_record(folder: Path) -> None:
     from foretune.training.record import environment
 
     record = {"format": RUN, "finished": True, "environment": environment()}
-    write_whole(folder / "run.json", json.dumps(record, indent=1, ensure_ascii=False))
+    write_whole(folder / RUN_FILE, json.dumps(record, indent=1, ensure_ascii=False))
 
 
 def _first(work: Callable[[], T]) -> T:

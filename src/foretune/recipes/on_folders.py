@@ -13,7 +13,7 @@ from typing import Any
 
 import foretune
 from foretune.errors import UserError
-from foretune.files import MODULE_FILE
+from foretune.files import ADAPTER_CONFIG_FILE, BASE_FILE, CONFIG_FILE, MODULE_FILE, RUN_FILE
 from foretune.formats import BASE, RUN, check_format
 from foretune.models.loading_code import class_name, loading_code
 from foretune.recipes.blocks import AdaptBlock, TasksBlock
@@ -21,13 +21,12 @@ from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import check_place, prepare_folder
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.objective_blocks import OBJECTIVES
+from foretune.recipes.overrides import override_keys
 from foretune.recipes.runner import finish
 from foretune.recipes.schema import Recipe, adapt_record, parse_block, run_of
 from foretune.recipes.setup import with_tokenizer
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.sources import Source, load_tasks
-
-METADATA = "foretune.json"
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class SavedBase:
             return make_objective(kind, tokenizer)
         if self.kind is None:
             raise UserError(
-                f"{self.folder} does not name its objective (no {METADATA}): add --objective with "
+                f"{self.folder} does not name its objective (no {BASE_FILE}): add --objective with "
                 f"one of {', '.join(OBJECTIVES)}"
             )
         objective = make_objective(tokenizer=None, **self.metadata["objective"])
@@ -81,9 +80,9 @@ def find_base(folder: Path) -> SavedBase:
     if not folder.is_dir():
         raise UserError(f"no base in {folder}: no such folder")
     place = folder / "base" if (folder / "base").is_dir() else folder
-    if not any((place / file).is_file() for file in ("config.json", MODULE_FILE, METADATA)):
+    if not any((place / file).is_file() for file in (CONFIG_FILE, MODULE_FILE, BASE_FILE)):
         raise UserError(_no_base(place))
-    metadata_file = place / METADATA
+    metadata_file = place / BASE_FILE
     name = folder.resolve().parent.name if folder.name == "base" else folder.resolve().name
     metadata = json.loads(metadata_file.read_text("utf-8")) if metadata_file.is_file() else {}
     check_format(metadata_file, metadata, BASE)
@@ -92,11 +91,11 @@ def find_base(folder: Path) -> SavedBase:
 
 def _no_base(folder: Path) -> str:
     """Why a folder is not a base, and which folder may have been meant."""
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
         return f"{folder} is an adapter: give the base that it belongs to"
-    inside = sorted(path.parent for path in folder.glob(f"**/base/{METADATA}"))
+    inside = sorted(path.parent for path in folder.glob(f"**/base/{BASE_FILE}"))
     hint = f"; did you mean {inside[0]}?" if inside else ""
-    return f"{folder} is not a base: it has neither config.json nor {METADATA}{hint}"
+    return f"{folder} is not a base: it has neither {CONFIG_FILE} nor {BASE_FILE}{hint}"
 
 
 def adapt_folder(
@@ -293,7 +292,7 @@ def settings(tasks: str, changes: Sequence[str]) -> tuple[AdaptBlock, Source]:
     """
     of_tasks = [c.removeprefix("tasks.") for c in changes if c.startswith("tasks.")]
     for key in ("unseen", "rotate"):
-        if any(change.partition("=")[0] == key for change in of_tasks):
+        if key in override_keys(of_tasks):
             raise UserError(
                 f"tasks.{key} is not used here, because the base is adapted to all tasks: remove it"
             )
@@ -396,7 +395,7 @@ def _describe(base: dict[str, Any], saved: SavedBase) -> None:
         "config": saved.metadata.get("method", {}),
         "path": str(saved.folder),
     }
-    record = saved.folder.parent / "run.json"
+    record = saved.folder.parent / RUN_FILE
     if record.is_file():
         rate = base["config"].get("learning_rate")
         content = json.loads(record.read_text("utf-8"))

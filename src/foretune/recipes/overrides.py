@@ -1,8 +1,9 @@
-"""`key=value` changes on the command line, for a recipe or for a method and its run."""
+"""`KEY=VALUE` settings on the command line, for a recipe or for a method and its run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
@@ -20,12 +21,80 @@ EXCLUSIVE = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A `KEY=VALUE` argument of the command line.
+
+    Args:
+        argument: The argument as it was typed.
+        key: KEY, possibly dotted.
+        text: VALUE before it is read as YAML.
+    """
+
+    argument: str
+    key: str
+    text: str
+
+    @classmethod
+    def parse(
+        cls, argument: str, form: str = "KEY=VALUE with a YAML value: 100, [8, 32]"
+    ) -> Setting:
+        """Splits an argument at its first `=`.
+
+        Args:
+            argument: The argument.
+            form: How it must read, for the error message.
+
+        Raises:
+            UserError: It has no `=`, or its key or a part of its dotted key is empty.
+        """
+        key, equals, text = argument.partition("=")
+        setting = cls(argument, key.strip(), text)
+        if not equals or not all(setting.keys):
+            raise UserError(f'"{argument}" must read {form}')
+        return setting
+
+    @property
+    def keys(self) -> list[str]:
+        """The parts of the dotted key."""
+        return self.key.split(".")
+
+    def value(self) -> Any:
+        """VALUE, read as YAML.
+
+        Raises:
+            UserError: It is not YAML.
+        """
+        return parse_yaml(self.text, f'setting "{self.argument}"')
+
+
+def split_arguments(
+    arguments: Sequence[str], keys: Collection[str] | None = None
+) -> tuple[list[str], list[str]]:
+    """(settings, positional arguments) of a command line that mixes them.
+
+    Args:
+        arguments: The arguments.
+        keys: The keys that make `KEY=VALUE` a setting; None for any.
+
+    >>> split_arguments(["runs/base", "steps=100"])
+    (['steps=100'], ['runs/base'])
+    """
+    settings: list[str] = []
+    positional: list[str] = []
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        is_setting = bool(equals) and (keys is None or key.strip() in keys)
+        (settings if is_setting else positional).append(argument)
+    return settings, positional
+
+
 def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of `recipe` with all overrides applied, later ones over earlier ones.
 
     Args:
         recipe: The raw mapping of a recipe.
-        overrides: `dotted.key=value` with a YAML value: `adapt.shots=[1,5]`, `device=null`.
+        overrides: `DOTTED.KEY=VALUE` with a YAML value: `adapt.shots=[1,5]`, `device=null`.
 
     Raises:
         UserError: An override has no `=`, its value is not YAML, or it sets a key inside a value
@@ -36,15 +105,10 @@ def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[st
     """
     changed = {k: dict(v) if isinstance(v, dict) else v for k, v in recipe.items()}
     for override in overrides:
-        dotted, equals, text = override.partition("=")
-        keys = dotted.strip().split(".")
-        if not equals or not all(keys):
-            raise UserError(
-                f'setting "{override}" must read KEY=VALUE with a YAML value: 100, [8, 32]'
-            )
-        block = _set(changed, keys, parse_yaml(text, f'override "{override}"'), override)
+        setting = Setting.parse(override)
+        block = _set(changed, setting)
         # A key on the command line replaces the recipe's key that it excludes.
-        excluded = EXCLUSIVE.get(".".join(keys), "")
+        excluded = EXCLUSIVE.get(setting.key, "")
         if excluded not in override_keys(overrides):
             block.pop(excluded.rpartition(".")[2], None)
     return changed
@@ -53,7 +117,7 @@ def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[st
 def method_and_run(
     changes: Sequence[str], of: str, fields: Sequence[str], run_fields: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits `key=value` settings into (fields of a method or model, fields of the run).
+    """Splits `KEY=VALUE` settings into (fields of a method or model, fields of the run).
 
     Args:
         changes: Settings, as for `apply_overrides`.
@@ -77,15 +141,16 @@ def method_and_run(
 
 def override_keys(overrides: Sequence[str]) -> set[str]:
     """The dotted keys that the overrides set."""
-    return {override.partition("=")[0].strip() for override in overrides}
+    return {Setting.parse(override).key for override in overrides}
 
 
-def _set(block: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> dict[str, Any]:
+def _set(block: dict[str, Any], setting: Setting) -> dict[str, Any]:
     """Sets a nested key and returns the block that contains it.
 
     Raises:
-        UserError: A value on the way to the key is not a block.
+        UserError: A value on the way to the key is not a block, or the value is not YAML.
     """
+    value, keys = setting.value(), setting.keys
     for depth, key in enumerate(keys[:-1]):
         nested = block.get(key)
         if nested is None:
@@ -93,7 +158,7 @@ def _set(block: dict[str, Any], keys: Sequence[str], value: Any, override: str) 
         if not isinstance(nested, dict):
             parent = ".".join(keys[: depth + 1])
             raise UserError(
-                f'override "{override}" sets a key inside "{parent}", which is {nested!r}: '
+                f'setting "{setting.argument}" sets a key inside "{parent}", which is {nested!r}: '
                 f"set {parent}=VALUE instead"
             )
         # Each level is copied, so that the original does not change.

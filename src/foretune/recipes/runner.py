@@ -8,6 +8,7 @@ from typing import Any
 
 import foretune
 from foretune.errors import UserError, did_you_mean
+from foretune.files import CARD_FILE, COMPARISON_FILE
 from foretune.formats import COMPARISON, SPECTRUM, check_format, stamped, unstamped
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.console import SILENT, Console
@@ -25,6 +26,8 @@ from foretune.recipes.stages import (
     total_cost,
     write_json,
 )
+
+SPECTRUM_FILE = "spectrum.json"
 
 
 def run_recipe(
@@ -135,14 +138,15 @@ def find_entry(recipe: Recipe, name: str) -> MethodEntry:
     """The entry of this name in the recipe, or an unlisted method with its defaults.
 
     Raises:
-        UserError: There is no such entry or method.
+        UserError: There is no such entry or method, or the method is not one to retrain with.
     """
-    from foretune.methods import METHODS
+    from foretune.methods import METHODS, method_class_of
 
     for entry in recipe.entries:
         if entry.name == name:
             return entry
     if name in METHODS:
+        method_class_of(name, "retrain")
         return recipe.with_method(name)
     names = [entry.name for entry in recipe.entries]
     raise UserError(
@@ -213,7 +217,7 @@ def spectrum_stage(
     block = setup.recipe.spectrum
     if block is None:
         return None
-    path = out / "spectrum.json"
+    path = out / SPECTRUM_FILE
     if path.is_file():
         console.say("spectrum: already done")
         return unstamped(path, read_json(path), SPECTRUM)
@@ -274,7 +278,7 @@ def finish(out: Path, comparison: dict[str, Any]) -> None:
         return
     from foretune.evaluation.report import write_report
 
-    write_json(out / "comparison.json", comparison)
+    write_json(out / COMPARISON_FILE, comparison)
     write_report(comparison, out)
-    (out / "README.md").write_text(model_card(comparison), encoding="utf-8")
+    (out / CARD_FILE).write_text(model_card(comparison), encoding="utf-8")
     write_run_record(out)

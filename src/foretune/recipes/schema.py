@@ -399,12 +399,10 @@ def class_of(method: str) -> Any:
 
 
 def _check_verb(method: str, verb: str, key: str) -> None:
-    method_verb = class_of(method).verb
-    if method_verb != verb:
-        names = [name for name in methods.METHODS if class_of(name).verb == verb]
-        raise UserError(
-            f'{key}: "{method}" is for {method_verb}; methods for {verb}: {", ".join(names)}'
-        )
+    try:
+        methods.method_class_of(method, verb)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def adapt_record(block: AdaptBlock, learning_rate: float | None = None) -> Any:

@@ -19,7 +19,8 @@ from foretune.recipes.setup import Setup
 from foretune.run import Run
 from foretune.tasks.task import TaskCollection
 
-DONE = "stage.json"
+STAGE_FILE = "stage.json"  # in the folder of a finished stage
+SEARCH_FILE = "search.json"  # the trials of a search over learning rates
 
 
 def base_folder(out: Path, entry: MethodEntry, seed: int) -> Path:
@@ -43,7 +44,7 @@ def search_rate(
         return None, []
     if len(entry.rates) == 1:
         return entry.rates[0], []
-    path = folder / "search.json"
+    path = folder / SEARCH_FILE
     trials: list[dict[str, Any]] = read_json(path) if path.is_file() else []
     for rate in entry.rates[len(trials) :]:
         trials.append({"learning_rate": rate, "score": _trial(setup, entry, rate, console)})
@@ -66,9 +67,9 @@ def retrain_stage(
 ) -> dict[str, Any]:
     """Retrains and saves the base; returns its record for the comparison."""
     folder = base_folder(out, entry, seed)
-    if (folder / DONE).is_file():
+    if (folder / STAGE_FILE).is_file():
         console.say(f"{entry.name}, seed {seed}: already done")
-        return unstamped(folder / DONE, read_json(folder / DONE), STAGE)
+        return unstamped(folder / STAGE_FILE, read_json(folder / STAGE_FILE), STAGE)
     record = entry.record(rate)
     run = setup.recipe.retrain_run(seed=seed, out=folder, resume=True)
     outcome = retrain(setup, setup.seen, record, run, console, f"{entry.name}, seed {seed}")
@@ -89,7 +90,7 @@ def retrain_stage(
     if outcome.choice is not None:
         stage["choice"] = outcome.choice
         console.say(f"{entry.name}, seed {seed}: takes {outcome.choice['chosen']}")
-    write_json(folder / DONE, stamped(stage, STAGE))
+    write_json(folder / STAGE_FILE, stamped(stage, STAGE))
     return stage
 
 

@@ -19,11 +19,12 @@ from torch import nn
 
 from foretune.adapters.fingerprint import fingerprint
 from foretune.errors import UserError
+from foretune.files import CARD_FILE
 from foretune.formats import check_format, stamped
+from foretune.source_free import STATE_FILE, STATE_WEIGHTS_FILE
 from foretune.source_free.tucker import tucker_layers, tuckerize
 
-FORMAT = "foretune-core-1"
-STATE_FILE, METADATA_FILE, CARD_FILE = "core.safetensors", "core.json", "README.md"
+FORMAT = "foretune-core-1"  # of core.json
 
 
 def write_core(
@@ -48,7 +49,7 @@ def write_core(
     """
     state = model.state_dict()
     tensors = {name: state[name].detach().cpu().contiguous() for name in names}
-    safetensors.torch.save_file(tensors, str(folder / STATE_FILE))
+    safetensors.torch.save_file(tensors, str(folder / STATE_WEIGHTS_FILE))
     count = sum(t.numel() for t in tensors.values())
     record = {
         "method": method,
@@ -58,7 +59,7 @@ def write_core(
         "numbers": count,
         **(metadata or {}),
     }
-    (folder / METADATA_FILE).write_text(
+    (folder / STATE_FILE).write_text(
         json.dumps(stamped(record, FORMAT), indent=1) + "\n", encoding="utf-8"
     )
     base = record["base"] or "the base model"
@@ -79,9 +80,9 @@ def read_metadata(folder: Path | str) -> dict[str, Any]:
     Raises:
         UserError: The folder holds no adapted state, or core.json is not readable.
     """
-    file = Path(folder) / METADATA_FILE
+    file = Path(folder) / STATE_FILE
     if not file.is_file():
-        raise UserError(f"{folder} holds no adapted state: it has no {METADATA_FILE}")
+        raise UserError(f"{folder} holds no adapted state: it has no {STATE_FILE}")
     try:
         metadata: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         check_format(file, metadata, FORMAT)
@@ -106,10 +107,11 @@ def load_core(base: nn.Module, folder: Path | str) -> nn.Module:
     if metadata["factored"]:
         tuckerize(model, ranks=metadata["factored"], fit=False)
     try:
-        tensors = safetensors.torch.load_file(str(Path(folder) / STATE_FILE))
+        tensors = safetensors.torch.load_file(str(Path(folder) / STATE_WEIGHTS_FILE))
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{Path(folder) / STATE_FILE} is not readable: {' '.join(str(error).split())[:200]}"
+            f"{Path(folder) / STATE_WEIGHTS_FILE} is not readable: "
+            f"{' '.join(str(error).split())[:200]}"
         ) from error
     state = model.state_dict()
     unmatched = [k for k, v in tensors.items() if k not in state or state[k].shape != v.shape]

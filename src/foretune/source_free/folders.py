@@ -13,6 +13,7 @@ from foretune.files import claim_model_folder, whole_folder
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import method_and_run
 from foretune.run import Run
+from foretune.source_free import MODEL_FILE, STATE_FILE, STATE_WEIGHTS_FILE
 from foretune.source_free.subspace_sfda import SubspaceSFDA
 from foretune.source_free.windows import read_windows
 from foretune.tasks.task import Task, TaskCollection
@@ -89,7 +90,7 @@ def prepare_folder(
     Raises:
         UserError: `out` may not be written, or the windows or the model do not fit.
     """
-    claim_model_folder(out, "sfda.json", overwrite=overwrite)
+    claim_model_folder(out, MODEL_FILE, overwrite=overwrite)
     task = _read_training(rows, domain, labelled=True)
     from foretune.tasks.objectives.classification import Classification
 
@@ -165,7 +166,7 @@ def adapt_folder(
         UserError: A bad setting, `out` may not be written, or windows and model do not fit.
     """
     method, run = settings(changes, seed)
-    claim_model_folder(out, "core.json", overwrite=overwrite)
+    claim_model_folder(out, STATE_FILE, overwrite=overwrite)
     if not base.is_dir():
         raise UserError(f"no prepared model in {base}: no such folder")
     task = _read_training(rows, domain, labelled=False)
@@ -187,7 +188,7 @@ def adapt_folder(
         "rows": min(max_rows or len(task.train), len(task.train)),
         "tuned": result.cost["trainable_parameters"],
         "parameters": sum(p.numel() for p in adapted.parameters()),
-        "bytes": (out / "core.safetensors").stat().st_size,
+        "bytes": (out / STATE_WEIGHTS_FILE).stat().st_size,
     }
 
 

@@ -18,14 +18,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 from foretune.errors import UserError
+from foretune.files import CARD_FILE, WEIGHTS_FILE
 from foretune.formats import check_format, stamped
-from foretune.models.loading import WEIGHTS_FILE, load_module
+from foretune.models.loading import load_module
+from foretune.source_free import MODEL_FILE
 from foretune.source_free.imputer import Imputer
 from foretune.source_free.time_series_cnn import TimeSeriesCNN
 from foretune.source_free.tucker import tucker_layers, tuckerize
 
-FORMAT = "foretune-tucker-1"
-METADATA_FILE, CARD_FILE = "sfda.json", "README.md"
+FORMAT = "foretune-tucker-1"  # of sfda.json
 
 
 def write_tucker(model: nn.Module, folder: Path, metadata: dict[str, Any]) -> None:
@@ -47,7 +48,7 @@ def write_tucker(model: nn.Module, folder: Path, metadata: dict[str, Any]) -> No
         **metadata,
     }
     safetensors.torch.save_model(model, str(folder / WEIGHTS_FILE))
-    (folder / METADATA_FILE).write_text(
+    (folder / MODEL_FILE).write_text(
         json.dumps(stamped(record, FORMAT), indent=1) + "\n", encoding="utf-8"
     )
     (folder / CARD_FILE).write_text(
@@ -69,10 +70,10 @@ def load_tucker(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         UserError: The folder holds no such model, or its files do not match.
     """
     folder = Path(folder)
-    file = folder / METADATA_FILE
+    file = folder / MODEL_FILE
     if not file.is_file():
         raise UserError(
-            f"{folder} is not a prepared model: it has no {METADATA_FILE}; `foretune sfda prepare` "
+            f"{folder} is not a prepared model: it has no {MODEL_FILE}; `foretune sfda prepare` "
             "writes one"
         )
     try:

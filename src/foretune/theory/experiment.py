@@ -9,11 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from foretune.files import write_whole
+from foretune.files import CARD_FILE, write_whole
 from foretune.formats import stamped, unstamped
 from foretune.theory.panel import Panel, Settings, Table
 
-FORMAT = "foretune-experiment-1"  # result.json, panels/NAME.json
+RESULT_FILE = "result.json"
+FORMAT = "foretune-experiment-1"  # of result.json and panels/NAME.json
 PAPER = (
     'Block et al., "Meta-Learning Adaptable Foundation Models" (2024), revised as "Provable '
     'Meta-Learning with Low-Rank Adaptations" (2025), arXiv:2410.22264'
@@ -69,8 +70,8 @@ def run_panels(
     }
     figures = draw_figures(result, folder / "figures", say)
     record = stamped(result, FORMAT)
-    write_whole(folder / "result.json", json.dumps(record, ensure_ascii=False) + "\n")
-    write_whole(folder / "README.md", page(result, figures))
+    write_whole(folder / RESULT_FILE, json.dumps(record, ensure_ascii=False) + "\n")
+    write_whole(folder / CARD_FILE, page(result, figures))
     return result
 
 

@@ -18,6 +18,8 @@ from foretune.formats import CHECKPOINT as FORMAT
 from foretune.formats import stamped, unstamped
 from foretune.training.process_group import Partition
 
+STATE_FILE, STATE_WEIGHTS_FILE = "state.json", "state.safetensors"  # in a checkpoint's folder
+
 
 @dataclass
 class CheckpointStore:
@@ -55,8 +57,8 @@ class CheckpointStore:
         final = folder / f"checkpoint-{step}"
         with whole_folder(final) as part:
             contiguous = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-            save_file(contiguous, part / "state.safetensors")
-            (part / "state.json").write_text(
+            save_file(contiguous, part / STATE_WEIGHTS_FILE)
+            (part / STATE_FILE).write_text(
                 json.dumps(stamped({"step": step, **meta}, FORMAT), indent=1)
             )
         for other, path in self._found():
@@ -96,9 +98,9 @@ class CheckpointStore:
 
     def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
-            record = path / "state.json"
+            record = path / STATE_FILE
             meta = unstamped(record, json.loads(record.read_text()), FORMAT)
-            tensors = load_file(path / "state.safetensors")
+            tensors = load_file(path / STATE_WEIGHTS_FILE)
             return tensors if self.partition is None else self.partition.part(tensors), meta
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(

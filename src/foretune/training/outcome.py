@@ -13,8 +13,16 @@ from torch import Tensor, nn
 
 from foretune.adapters.bank import AdapterBank
 from foretune.adapters.fingerprint import fingerprint
-from foretune.adapters.peft_format import LABELS_FILE, peft_config, peft_tensors, write_adapter
-from foretune.files import whole_folder, write_whole
+from foretune.adapters.peft_format import peft_config, peft_tensors, write_adapter
+from foretune.files import (
+    BASE_FILE,
+    CARD_FILE,
+    LABELS_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    whole_folder,
+    write_whole,
+)
 from foretune.formats import BASE, RUN, stamped
 from foretune.models.loading import save_base
 from foretune.models.loading_code import class_name, loading_code
@@ -68,11 +76,11 @@ class Outcome:
         with whole_folder(folder / "base") as part:
             name_outputs(self.model, self.objective.space or ())
             save_base(self.model, self.tokenizer, part)
-            (part / "foretune.json").write_text(json.dumps(self._about_base(), indent=1))
+            (part / BASE_FILE).write_text(json.dumps(self._about_base(), indent=1))
         self.save_adapters(folder)
-        write_whole(folder / "metrics.jsonl", "".join(json.dumps(h) + "\n" for h in self.history))
-        write_whole(folder / "README.md", self._card())
-        write_whole(folder / "run.json", json.dumps(self.record(), indent=1))
+        write_whole(folder / METRICS_FILE, "".join(json.dumps(h) + "\n" for h in self.history))
+        write_whole(folder / CARD_FILE, self._card())
+        write_whole(folder / RUN_FILE, json.dumps(self.record(), indent=1))
         return folder
 
     def save_adapters(self, folder: Path) -> None:

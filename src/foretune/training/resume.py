@@ -14,7 +14,7 @@ from foretune.adapters.bank import AdapterBank
 from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import load_adapter
 from foretune.errors import UserError
-from foretune.files import write_whole
+from foretune.files import METRICS_FILE, RUN_FILE, write_whole
 from foretune.formats import RUN, check_format, stamped
 from foretune.models.loading import load_weights
 from foretune.run import Run
@@ -24,7 +24,6 @@ from foretune.training.outcome import Adapted, folder_name
 from foretune.training.process_group import ProcessGroup
 
 TaskDraw = tuple[str, int]
-RECORD = "run.json"
 SCORES = "scores.json"
 SCORES_OF_RANK = ".scores-{}.json"  # until all processes have finished
 # What may differ between a run and its continuation: it does not change the result.
@@ -57,7 +56,7 @@ def begin(folder: Path, method: Any, run: Run, about: Mapping[str, Any]) -> dict
     """
     wanted = {"method": method.to_dict(), "run": run.to_dict(), **about}
     wanted = json.loads(json.dumps(wanted))  # tuples become lists, as in the file
-    file = folder / RECORD
+    file = folder / RUN_FILE
     if not file.is_file():
         write_whole(file, json.dumps(stamped({"finished": False, **wanted}, RUN), indent=1))
         return None
@@ -119,7 +118,7 @@ def read_back(folder: Path, learner: Learner | None, model: Any) -> list[dict[st
     if bank is not None and (folder / "adapters").is_dir():
         for slot, key in enumerate(bank.keys):
             load_adapter(bank, slot, folder / "adapters" / folder_name(key), model)
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 

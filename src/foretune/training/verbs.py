@@ -15,7 +15,7 @@ from torch import nn
 from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
-from foretune.files import claim_folder, write_whole
+from foretune.files import RUN_FILE, claim_folder, write_whole
 from foretune.method import check_verb
 from foretune.models.surgery import head_width
 from foretune.processes import base_is_sharded
@@ -147,7 +147,7 @@ def _retrain_chosen(
     outcome = retrain(model, tasks, chosen, run, tokenizer=tokenizer, progress=progress)
     outcome.choice = choice
     if out is not None:
-        group.first(lambda: write_whole(out / "run.json", json.dumps(outcome.record(), indent=1)))
+        group.first(lambda: write_whole(out / RUN_FILE, json.dumps(outcome.record(), indent=1)))
     return outcome
 
 

@@ -16,6 +16,7 @@ from foretune.evaluation.report.svg import DARK, LIGHT, PAGE, Ink
 from foretune.evaluation.report.view import View
 from foretune.evaluation.verdict import Contrast
 from foretune.evaluation.wording import choice_sentences, counted, p_text, shots_phrase
+from foretune.files import REPORT_FILE
 from foretune.models.loading_code import loading_code
 
 WIDE_PX, NARROW_PX = 720, 340  # The page shows the one that fits, so that text stays readable.
@@ -37,7 +38,7 @@ def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
     figures.mkdir(parents=True, exist_ok=True)
     for name, figure in all_figures(view, WIDE_PX, LIGHT).items():
         (figures / f"{name}.svg").write_text(figure.standalone(LIGHT), encoding="utf-8")
-    page = folder / "report.html"
+    page = folder / REPORT_FILE
     page.write_text(_page(view), encoding="utf-8")
     return page
 
