@@ -276,12 +276,12 @@ def zeroing(base: nn.Module, old: Task) -> list[dict[str, Any]]:
 
 def memory(start: nn.Module, method: Any, task: Task, run: Run) -> dict[str, int]:
     """Bytes after one real step: gradients at their most, those kept, the optimiser's state."""
-    from foretune.training.ranks import Deal
+    from foretune.training.process_group import Partition
 
     model = copy.deepcopy(start)
     data = TaskData([SlotRows(task.name, task.train, (), ())], OBJECTIVE)
     learner = method.learner(model, OBJECTIVE, data.keys, run)
-    learner.place(torch.device("cpu"), Deal(data))
+    learner.place(torch.device("cpu"), Partition(data))
     learner.start(run)
     seen = {"peak": 0}
 

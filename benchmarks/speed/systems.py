@@ -26,7 +26,7 @@ from foretune.models.routing import route
 from foretune.run import Run
 from foretune.tasks.batch import Batch
 from foretune.training.data import SlotRows, Step, TaskData
-from foretune.training.learners.joint import Learner, usual_token_budget
+from foretune.training.learners.joint import Learner, default_token_budget
 
 RATE = 1e-5
 RUN = Run(max_grad_norm=None, weight_decay=0.01)
@@ -182,7 +182,7 @@ def joint_step(
 ) -> Step:
     """All rows of all tasks, in chunks of what `budget` or the model's usual budget allows."""
     if budget is None and model is not None:
-        budget = usual_token_budget(model)
+        budget = default_token_budget(model)
     data = TaskData([SlotRows(str(i), rows) for i, rows in enumerate(tasks)], TokenRows())  # type: ignore[arg-type]
     picks = [(i, j) for i, rows in enumerate(tasks) for j in range(len(rows))]
     return data.step(picks, "train", train=True, seed=[0], budget=budget)

@@ -1,4 +1,4 @@
-"""`entry_point`: the object that a table names as "module:name". So the core finds its wings."""
+"""`entry_point`: resolves "module:name". Thus the core finds what lies above it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def entry_point(reference: str) -> Any:
-    """The object that `reference` names; its module is imported now.
+    """Imports the module that `reference` names and returns the object in it.
 
     Args:
         reference: "package.module:name".

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and folders that may be written to."""
+"""Atomic writes of files and folders, and the checks of where results may be written."""
 
 from __future__ import annotations
 
@@ -29,60 +29,67 @@ ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 UNFINISHED = ".unfinished-"
 RECIPE = "config.yaml"
-INPUTS = "inputs.json"  # digests of the model and the rows of a recipe's run
+INPUTS = "inputs.json"  # digests of the model and the examples of a recipe's run
 MODULE_FILE = "foretune_module.json"  # beside the weights of a module that is not Hugging Face's
-MARK = ".foretune"  # in every folder that a run has claimed
+MARKER_FILE = ".foretune"  # in every folder that a run has claimed
 
 
 @contextlib.contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """A folder that appears under its name when the block has ended well, or not at all.
+    """Yields a temporary folder that becomes `final` when the block ends without an error.
 
     Raises:
-        ForetuneError: The disk is full; what was written so far is removed.
+        ForetuneError: The disk is full; the temporary folder is removed.
     """
-    part = final.with_name(UNFINISHED + final.name)
-    shutil.rmtree(part, ignore_errors=True)
+    temporary = final.with_name(UNFINISHED + final.name)
+    shutil.rmtree(temporary, ignore_errors=True)
     with disk_errors(final):
         try:
-            part.mkdir(parents=True)
-            yield part
-            for path in part.rglob("*"):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in temporary.rglob("*"):
                 _flush(path)
             if final.exists():
                 shutil.rmtree(final)
-            part.rename(final)
+            temporary.rename(final)
             _flush(final.parent)
         except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that it is either the old one or the new one, never half of it."""
-    part = path.with_name(UNFINISHED + path.name)
+    """Writes a text file atomically: it holds the old text or the new one, never a part of it."""
+    temporary = path.with_name(UNFINISHED + path.name)
     with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(text, encoding="utf-8")
-            _flush(part)
-            part.replace(path)
+            temporary.write_text(text, encoding="utf-8")
+            _flush(temporary)
+            temporary.replace(path)
         except BaseException:
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns the errors of a full or closed disk into one line that says what to do."""
+    """Turns the errors of a full or read-only disk into one line that says what to do.
+
+    Raises:
+        ForetuneError: The disk is full.
+        UserError: `path` may not be written to.
+        OSError: Any other failure, as it was.
+    """
+    full = (
+        f"the disk is full: could not write {path}; free some space and run again with --resume, "
+        "the last checkpoint is untouched"
+    )
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ForetuneError(
-                f"the disk is full: could not write {path}; free some space and run again with "
-                "--resume, the last checkpoint is untouched"
-            ) from error
+            raise ForetuneError(full) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise UserError(
                 f"cannot write {path}: {error.strerror}; choose another --out"
@@ -91,29 +98,25 @@ def disk_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         # safetensors reports a failed write with an exception of its own.
         if "No space left" in str(error):
-            raise ForetuneError(
-                f"the disk is full: could not write {path}; free some space and run again with "
-                "--resume, the last checkpoint is untouched"
-            ) from error
+            raise ForetuneError(full) from error
         raise
 
 
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Makes sure that `folder` may be claimed; nothing is done to it yet.
+    """Checks that a run may claim `folder`; does not touch it.
 
     Returns:
-        Whether something is in it.
+        Whether the folder is in use: it holds more than what a run writes before its first result.
 
     Raises:
-        UserError: Something is in it and neither `resume` nor `overwrite` was asked for, or both
-            were, or `overwrite` would delete what no run of foretune's has claimed.
+        UserError: The folder is in use and neither `resume` nor `overwrite` is set, or both are
+            set, or `overwrite` would delete a folder that foretune has not claimed.
     """
     if resume and overwrite:
         raise UserError("--resume keeps what is in the folder, --overwrite removes it: choose one")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; --out needs a folder")
-    # These alone were left by a run that failed before its first result: nothing is lost.
-    early = (RECIPE, INPUTS, MARK)
+    _check_not_a_file(folder)
+    # A run that failed before its first result leaves only these: nothing would be lost.
+    early = (RECIPE, INPUTS, MARKER_FILE)
     used = folder.is_dir() and any(path.name not in early for path in folder.iterdir())
     if used and not (resume or overwrite):
         raise UserError(
@@ -121,20 +124,20 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
             "it, another folder leaves it alone"
         )
     if used and overwrite:
-        here = Path.cwd().resolve()
-        if folder.resolve() in (here, *here.parents):
+        current = Path.cwd().resolve()
+        if folder.resolve() in (current, *current.parents):
             raise UserError(f"{folder} holds the current folder: --overwrite does not remove it")
-        if not (folder / MARK).is_file():
+        if not (folder / MARKER_FILE).is_file():
             names = sorted(path.name for path in folder.iterdir())
             raise UserError(
                 f"{folder} was not made by a run of foretune's (it holds {', '.join(names[:3])}, "
-                f"… and no {MARK}): --overwrite does not remove it; choose another folder"
+                f"… and no {MARKER_FILE}): --overwrite does not remove it; choose another folder"
             )
     return used
 
 
 def claim_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Makes sure that `folder` exists and may be written to.
+    """Creates `folder` for a run, emptied if `overwrite` is set, with the marker file in it.
 
     Returns:
         Whether it holds a run to be continued.
@@ -148,35 +151,52 @@ def claim_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not used or overwrite:
-            (folder / MARK).touch()
+            (folder / MARKER_FILE).touch()
     return used and resume
 
 
-def claim_model_folder(folder: Path, mark: str, *, overwrite: bool) -> None:
-    """Makes sure that a model may be written as `folder`, which nothing is done to yet.
+def claim_model_folder(folder: Path, marker_file: str, *, overwrite: bool) -> None:
+    """Checks that a model, or a store, may be written as `folder`; does not touch it.
 
     Args:
-        folder: Where.
-        mark: The file by which a folder of the same kind is known, which `overwrite` may replace.
-        overwrite: Whether the user said so.
+        folder: The output folder.
+        marker_file: Name of the file that every folder of this kind holds; `overwrite` replaces
+            only a folder that holds it.
+        overwrite: Whether the user asked to replace what is there.
 
     Raises:
-        UserError: A file is there, or a folder with something in it that may not be replaced.
+        UserError: It is a file, or a folder that is not empty and may not be replaced.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; --out needs a folder")
+    _check_not_a_file(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
         raise UserError(
-            f"{folder} is not empty: --overwrite replaces it if {mark} is in it, another folder "
-            "leaves it alone"
+            f"{folder} is not empty: --overwrite replaces it if {marker_file} is in it, another "
+            "folder leaves it alone"
         )
-    if not (folder / mark).is_file():
+    if not (folder / marker_file).is_file():
         raise UserError(
-            f"{folder} holds no {mark}, so foretune did not write it: --overwrite does not remove "
-            "it; choose another folder"
+            f"{folder} holds no {marker_file}, so foretune did not write it: --overwrite does not "
+            "remove it; choose another folder"
         )
+
+
+def claim_file(file: Path, *, overwrite: bool) -> None:
+    """Checks that a result may be written as `file`; does not touch it.
+
+    Raises:
+        UserError: It is a folder, or a file that may not be replaced.
+    """
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; name a file")
+    if file.exists() and not overwrite:
+        raise UserError(f"{file} exists: --overwrite replaces it, another name leaves it alone")
+
+
+def _check_not_a_file(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; --out needs a folder")
 
 
 def _flush(path: Path) -> None:

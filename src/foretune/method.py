@@ -1,4 +1,4 @@
-"""`Method`: what every method's record has. The verbs' own protocols build on it."""
+"""`Method`: what the records of all methods have. The protocols of the verbs build on it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Method(Protocol):
     """A frozen dataclass of hyperparameters, which is its own config.
 
     Attributes:
-        name: As the command line, recipes and JSON files spell it.
-        label: As tables and reports spell it.
-        verb: The verb that takes it: retrain, adapt, fuse, prune or decode.
+        name: Name on the command line, in recipes and in JSON files.
+        label: Name in tables and reports.
+        verb: The verb that takes the method: retrain, adapt, fuse, prune or decode.
         paper: title, authors, year, venue and arxiv of the paper; None for a control without one.
     """
 
@@ -24,7 +24,7 @@ class Method(Protocol):
     paper: ClassVar[dict[str, Any] | None] = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields with "name"; `foretune.methods.make(**fields)` gives the record back."""
+        """The fields and "name" as JSON types; `foretune.methods.make` takes them back."""
         fields: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
         return {"name": self.name, **fields}
 
@@ -33,12 +33,12 @@ def check_verb(method: Any, verb: str) -> None:
     """Checks that `method` is the record of a method that `verb` takes.
 
     Raises:
-        UserError: It is a method of another verb, or no method's record at all.
+        UserError: It is a method of another verb, or not a method's record at all.
     """
     method_verb = getattr(method, "verb", None)  # anything may have been passed
     if method_verb is None:
-        got = type(method).__name__
-        raise UserError(f"{verb} takes a method, such as those of `foretune ls methods`; got {got}")
+        kind = type(method).__name__
+        raise UserError(f"{verb} takes a method, see `foretune ls methods`; got {kind}")
     if method_verb != verb:
         message = wrong_verb(method.name, method_verb, verb)
         raise UserError(f"{message}; `foretune ls methods` lists them")
@@ -52,4 +52,4 @@ def wrong_verb(name: str, method_verb: str, verb: str) -> str:
         method_verb: The verb that takes it.
         verb: The verb that does not.
     """
-    return f"{name} is a method to {method_verb} with, not to {verb} with"
+    return f"{name} is a method for {method_verb}, not for {verb}"

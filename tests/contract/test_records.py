@@ -149,7 +149,7 @@ def test_unknown_name_is_looked_for_among_the_methods_of_the_verb():
 
 def test_method_of_the_other_verb_is_refused():
     model, tasks = linear_tasks.Net(), family()
-    with pytest.raises(UserError, match="lora is a method to adapt with, not to retrain with"):
+    with pytest.raises(UserError, match="lora is a method for adapt, not for retrain"):
         foretune.retrain(model, tasks, make("lora"), RUN)
-    with pytest.raises(UserError, match="peft-ml is a method to retrain with, not to adapt with"):
+    with pytest.raises(UserError, match="peft-ml is a method for retrain, not for adapt"):
         foretune.adapt(model, tasks, make("peft-ml"), RUN)

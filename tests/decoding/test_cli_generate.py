@@ -160,7 +160,7 @@ class TestGenerate:
             (("bert", "a dog", *EFT), "bert lacks weights that BertLMHeadModel needs"),
             (
                 ("large", "a dog", "--method", "lora"),
-                "lora is a method to adapt with, not to decode",
+                "lora is a method for adapt, not for decode",
             ),
             (("large", "a dog", "--method", "eff"), 'no method "eff"'),
             (("large", "a dog", "beta=1"), "'beta=1' needs a --method"),

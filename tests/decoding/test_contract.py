@@ -58,7 +58,7 @@ def test_decoding_leaves_its_input_alone_and_is_reproducible(name):
 @pytest.mark.parametrize("name", DECODE)
 def test_decoding_refuses_a_method_of_another_verb_and_unknown_options(name):
     model, options = tiny_models.llama(num_hidden_layers=1), {"tokenizer": tiny_models.tokenizer()}
-    with pytest.raises(UserError, match="not to decode with"):
+    with pytest.raises(UserError, match="not for decode"):
         foretune.decode(model, "a dog", make("lora"))
     with pytest.raises(UserError, match='generate has no option "max_tokens"'):
         foretune.decode(

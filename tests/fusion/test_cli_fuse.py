@@ -105,7 +105,7 @@ def test_nothing_is_left_behind_by_a_failure(folders: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["lora", "base", "one=one"], "lora is a method to adapt with, not to fuse with"),
+        (["lora", "base", "one=one"], "lora is a method for adapt, not for fuse"),
         (["smil", "base", "one=one"], 'Did you mean "smile"?'),
         (["smile", "base", "one"], '"one" must read NAME=FOLDER or KEY=VALUE'),
         (["smile", "base", "one=one", "one=two"], "one is given twice"),

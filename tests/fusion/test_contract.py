@@ -73,7 +73,7 @@ def test_a_fused_model_is_saved_whole_and_loads_bit_for_bit(name, tmp_path):
 def test_a_method_that_fuses_is_no_method_of_another_verb(name):
     with pytest.raises(UserError, match="fuse"):
         foretune.retrain(tiny_models.bert(), family(), make(name))
-    with pytest.raises(UserError, match=f"{name} is a method to fuse with, not to adapt with"):
+    with pytest.raises(UserError, match=f"{name} is a method for fuse, not for adapt"):
         foretune.adapt(linear_tasks.Net(), family(), make(name), RUN)
 
 

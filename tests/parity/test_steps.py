@@ -46,8 +46,8 @@ class Reference:
             return
         bank = AdapterBank(model, self.data.keys, lora=lora, seed=run.seed)
         fields = ("r", "lora_alpha", "target_modules")
-        known = peft_config(bank, model, None)
-        config = peft.LoraConfig(**{k: known[k] for k in fields})
+        config_fields = peft_config(bank, model, None)
+        config = peft.LoraConfig(**{k: config_fields[k] for k in fields})
         self.base = list(self.plain.parameters())
         self.model = peft.get_peft_model(self.plain, config, adapter_name="0")
         for slot in range(1, len(tasks)):
@@ -65,19 +65,19 @@ class Reference:
         }
 
     def train_only(self, *groups) -> None:
-        wanted = {id(p) for group in groups for p in group}
+        trainable = {id(p) for group in groups for p in group}
         for p in self.model.parameters():
-            p.requires_grad_(id(p) in wanted)
+            p.requires_grad_(id(p) in trainable)
             p.grad = None
 
     def rows(self, step: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """The step's rows by slot."""
-        found: dict[int, list] = {}
+        rows_by_slot: dict[int, list] = {}
         for slot, i in self.sampler.picks(step):
-            found.setdefault(slot, []).append(self.data.slots[slot].train[i])
+            rows_by_slot.setdefault(slot, []).append(self.data.slots[slot].train[i])
         return {
             slot: tuple(torch.stack([torch.tensor(r[k]) for r in rows]) for k in ("x", "y"))
-            for slot, rows in found.items()
+            for slot, rows in rows_by_slot.items()
         }
 
     def rate(self, update: int) -> float:
@@ -98,8 +98,8 @@ def _loss(model, rows):
 
 
 def _assert_same_base(outcome, reference) -> None:
-    for got, expected in zip(outcome.model.parameters(), reference.base, strict=True):
-        torch.testing.assert_close(got, expected, **CLOSE)
+    for trained, expected in zip(outcome.model.parameters(), reference.base, strict=True):
+        torch.testing.assert_close(trained, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("clip", CLIPS)
@@ -130,11 +130,11 @@ def test_peft_ml_equals_stock_peft_with_an_optimiser_for_each_adapter(together, 
 
     _assert_same_base(outcome, ref)
     for slot in range(3):
-        got = peft_tensors(outcome.bank, slot)
+        trained = peft_tensors(outcome.bank, slot)
         expected = ref.adapter(slot)
-        assert len(got) == len(expected) == 4
+        assert len(trained) == len(expected) == 4
         for name, p in expected.items():
-            torch.testing.assert_close(got[f"{name}.weight"], p.detach(), **CLOSE)
+            torch.testing.assert_close(trained[f"{name}.weight"], p.detach(), **CLOSE)
 
 
 @pytest.mark.parametrize("clip", CLIPS)
@@ -209,9 +209,9 @@ def test_episodes_on_adapters_equal_a_plain_loop(query, together):
         ref.load(AdapterBank(model, ref.data.keys, lora=LORA, seed=seed))
         steps = [ref.rows(update * per_update + i) for i in range(per_update)]
         for slot in steps[0]:
-            own = list(ref.adapter(slot).values())
+            adapter = list(ref.adapter(slot).values())
             ref.model.set_adapter(str(slot))
-            inner = torch.optim.AdamW(own, lr=ADAPTER_RATE, weight_decay=0.0)
+            inner = torch.optim.AdamW(adapter, lr=ADAPTER_RATE, weight_decay=0.0)
             for rows in steps[:2]:
                 _loss(ref.model, rows[slot]).backward()
                 inner.step()

@@ -46,8 +46,6 @@ def test_argument_that_is_no_setting(command: str) -> None:
 @pytest.mark.parametrize("verb", OTHER_VERB)
 def test_method_of_another_verb(verb: str) -> None:
     names = ", ".join(methods_of(verb))
-    wording = (
-        f"lora is a method to adapt with, not to {verb} with; methods to {verb} with: {names}$"
-    )
+    wording = f"lora is a method for adapt, not for {verb}; methods for {verb}: {names}$"
     with pytest.raises(UserError, match=wording):
         OTHER_VERB[verb]()

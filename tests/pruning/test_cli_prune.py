@@ -135,7 +135,7 @@ def test_rows_are_cut_by_split_and_task(place: Path) -> None:
         ("uncurl mix experts --rows task.jsonl --out x", "must read KEY=VALUE"),
         ("uncurl mix router=rows --rows task.jsonl --out x", "router must be one of mean"),
         ("uncrul mix --rows task.jsonl --out x", 'Did you mean "uncurl"?'),
-        ("lora mix --rows task.jsonl --out x", "lora is a method to adapt with, not to prune with"),
+        ("lora mix --rows task.jsonl --out x", "lora is a method for adapt, not for prune"),
         ("uncurl mix --rows task.jsonl", "prune needs --out"),
         ("uncurl mix --out x", "Missing option '--rows'"),
         ("uncurl mix --rows none.jsonl --out x", "no such file or folder: none.jsonl"),

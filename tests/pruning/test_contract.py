@@ -55,5 +55,5 @@ def test_a_pruned_model_is_saved_whole(name, tmp_path):
 
 @pytest.mark.parametrize("name", PRUNE)
 def test_pruning_is_refused_to_the_other_verbs(name):
-    with pytest.raises(UserError, match="to prune with, not to fuse with"):
+    with pytest.raises(UserError, match="for prune, not for fuse"):
         foretune.fuse(linear_tasks.Net(), {}, make(name))

@@ -399,7 +399,7 @@ def test_bad_candidates_of_auto_are_named(recipe: Recipe, item: str) -> None:
 
 
 def test_find_entry_refuses_a_method_of_another_verb(recipe: Recipe) -> None:
-    with pytest.raises(UserError, match="lora is a method to adapt with, not to retrain with"):
+    with pytest.raises(UserError, match="lora is a method for adapt, not for retrain"):
         find_entry(recipe, "lora")
 
 

@@ -86,15 +86,15 @@ def test_convai2_has_forty_unseen_personas() -> None:
         ("retrain.methods=[peft-mll]", 'Did you mean "peft-ml"?'),
         (
             "retrain.methods=[lora]",
-            "retrain.methods: lora is a method to adapt with, not to retrain with; methods to "
-            "retrain with: none, ",
+            "retrain.methods: lora is a method for adapt, not for retrain; methods for "
+            "retrain: none, ",
         ),
         ("retrain.methods=[none, none]", 'names "none" twice'),
         ("retrain.methods=[{peft-ml: {frm: lora}}]", 'Did you mean "form"?'),
         ("retrain.methods=[]", '"retrain.methods"'),
         (
             "adapt.method=standard",
-            "adapt.method: standard is a method to retrain with, not to adapt with; methods to ",
+            "adapt.method: standard is a method for retrain, not for adapt; methods for ",
         ),
         ("adapt.shots=[0]", "at least 1 row"),
         ("adapt.lora.rank=3", 'lora field "rank"'),

@@ -171,19 +171,19 @@ def child(work: Callable[[], None]) -> int:
 def write_result(folder: Path, name: str, *, resume: bool) -> None:
     result = retrain(folder / name, resume=resume)
     tensors = {**result.model.state_dict(), **result.bank.state_dict()}
-    about = json.dumps([result.history, result.validation_score, result.cost["examples"]])
+    metadata = json.dumps([result.history, result.validation_score, result.cost["examples"]])
     save_file(
         {k: v.contiguous() for k, v in tensors.items()},
         folder / f"{name}.safetensors",
-        metadata={"about": about},
+        metadata={"about": metadata},
     )
 
 
 def main(folder: Path) -> None:
-    told: dict[str, dict] = {}
+    report: dict[str, dict] = {}
     retrain(folder / "warm-up", resume=False)
     status = child(lambda: write_result(folder, "undisturbed", resume=False))
-    told["undisturbed"] = {"ok": status == 0}
+    report["undisturbed"] = {"ok": status == 0}
     for name, arm in MOMENTS.items():
 
         def killed(name: str = name, arm: Callable[[], None] = arm) -> None:
@@ -193,13 +193,13 @@ def main(folder: Path) -> None:
         status = child(killed)
         left = sorted(path.name for path in (folder / name).iterdir())
         resumed = child(lambda name=name: write_result(folder, name, resume=True))
-        told[name] = {
+        report[name] = {
             "killed": os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL,
             "left": left,
             "ok": resumed == 0,
             "after": sorted(path.name for path in (folder / name).iterdir()),
         }
-    sys.stdout.write(json.dumps(told))
+    sys.stdout.write(json.dumps(report))
 
 
 if __name__ == "__main__":

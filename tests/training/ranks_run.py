@@ -47,7 +47,7 @@ def words(num_tasks: int, rows: int) -> list[Task]:
     texts = [" ".join(tiny_models.WORDS[i % 7 : i % 7 + 2 + i % 5]) for i in range(999)]
     tasks = []
     for t in range(num_tasks):
-        made = [
+        rows_of_task = [
             {
                 "text": texts[t * 31 + i],
                 "context": texts[t * 31 + i],
@@ -56,7 +56,9 @@ def words(num_tasks: int, rows: int) -> list[Task]:
             }
             for i in range(rows + 4)
         ]
-        tasks.append(Task(f"words{t}", made[: rows - t], made[rows:], made[rows:]))
+        tasks.append(
+            Task(f"words{t}", rows_of_task[: rows - t], rows_of_task[rows:], rows_of_task[rows:])
+        )
     return tasks
 
 
@@ -268,9 +270,9 @@ def continued(folder: Path, where: str) -> Cases:
 
 def forked(work: Callable[[str], None]) -> None:
     """Forks two connected processes; raises when one fails."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     children = []
     for rank in range(2):
         pid = os.fork()
@@ -292,10 +294,10 @@ def forked(work: Callable[[str], None]) -> None:
 
 
 def main(folder: Path) -> None:
-    every = RETRAINED | ADAPTED
+    undisturbed = RETRAINED | ADAPTED
     never_stopped = {name: lambda _, case=case: case() for name, case in RESUMED.items()}
-    play(every | never_stopped | begun(folder, "one"), folder, "alone")
-    in_two = every | ERRORS | continued(folder, "one") | begun(folder, "two")
+    play(undisturbed | never_stopped | begun(folder, "one"), folder, "alone")
+    in_two = undisturbed | ERRORS | continued(folder, "one") | begun(folder, "two")
     forked(lambda who: play(in_two, folder, who))
     play(continued(folder, "two"), folder, "alone")
 

@@ -62,9 +62,9 @@ CASES = {
 def test_the_whole_way_and_back_by_stock_loaders(name, tmp_path, monkeypatch):
     build, objective, task, auto = CASES[name]
     torch.manual_seed(0)
-    made = objective(None if task is images else tiny_models.tokenizer())
-    seen = TaskCollection([task("a"), task("b")], made)
-    unseen = TaskCollection([task("c"), task("d")], made)
+    instance = objective(None if task is images else tiny_models.tokenizer())
+    seen = TaskCollection([task("a"), task("b")], instance)
+    unseen = TaskCollection([task("c"), task("d")], instance)
     model = build()
     run = Run(steps=3, batch_size=2, device="cpu", out=tmp_path / "run")
     outcome = foretune.retrain(model, seen, PEFTML(lora={"r": 2}), run)

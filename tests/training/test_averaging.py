@@ -75,8 +75,8 @@ def test_killed_and_resumed_is_the_same_mean(tmp_path):
     with pytest.raises(KilledError):
         foretune.retrain(Net(), family(3), METHODS[0], run, progress=kill)
     resumed = foretune.retrain(Net(), family(3), METHODS[0], run.replace(resume=True))
-    whole = foretune.retrain(Net(), family(3), METHODS[0], RUN)
-    assert torch.equal(_weights(resumed.model), _weights(whole.model))
+    undisturbed = foretune.retrain(Net(), family(3), METHODS[0], RUN)
+    assert torch.equal(_weights(resumed.model), _weights(undisturbed.model))
 
 
 @pytest.mark.parametrize("bad", [-0.1, 1.5, "half"])

@@ -33,7 +33,7 @@ class WindowNet(nn.Module):
 
 def tasks(*names):
     """Windows whose level differs greatly from task to task."""
-    made = []
+    windows = []
     for name in names:
         rng = np.random.default_rng(list(name.encode()))
         level = 5 * rng.normal()
@@ -41,8 +41,8 @@ def tasks(*names):
             {"x": (level + (i % 3) + rng.normal(size=(3, 24))).astype("f4"), "y": "abc"[i % 3]}
             for i in range(18)
         ]
-        made.append(Task(name, rows[:9], rows[9:12], rows[12:]))
-    collection = TaskCollection(tuple(made))
+        windows.append(Task(name, rows[:9], rows[9:12], rows[12:]))
+    collection = TaskCollection(tuple(windows))
     return collection.with_objective(Classification().fit(collection))
 
 

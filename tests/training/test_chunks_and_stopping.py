@@ -14,7 +14,7 @@ from foretune.run import Run
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training import verbs
 from foretune.training.data import TaskData
-from foretune.training.learners.joint import Learner, make_bank, usual_token_budget
+from foretune.training.learners.joint import Learner, default_token_budget, make_bank
 from linear_tasks import Net, equal_bits, family
 
 WORDS = ["the", "red", "blue", "green", "cat", "dog", "a", "big", "small", "runs", "sits"]
@@ -73,9 +73,9 @@ def test_chunks_and_recomputed_blocks_change_no_gradient(budget, recompute):
 
 
 def test_what_is_drawn_for_a_task_depends_on_no_other():
-    every, one = choices(), choices(names=("b",))
+    three_tasks, one_task = choices(), choices(names=("b",))
     drawn = []
-    for tasks, slot in ((every, 1), (one, 0)):
+    for tasks, slot in ((three_tasks, 1), (one_task, 0)):
         data = TaskData.of(tasks, tasks.objective.fit(tasks))
         picks = [(s, i) for s in range(len(tasks)) for i in range(4)]
         step = data.step(picks, "train", train=True, seed=[5])
@@ -89,11 +89,11 @@ def test_what_is_drawn_for_a_task_depends_on_no_other():
     assert drawn[0] == drawn[1]
 
 
-def test_the_usual_budget_keeps_the_widest_activation_under_32_mb():
+def test_the_default_budget_keeps_the_widest_activation_under_32_mb():
     model = tiny_models.bert()
     widest = model.config.intermediate_size
-    assert usual_token_budget(model) == 32 * 2**20 // 4 // widest
-    assert usual_token_budget(tiny_models.plain()) is None
+    assert default_token_budget(model) == 32 * 2**20 // 4 // widest
+    assert default_token_budget(tiny_models.plain()) is None
 
 
 def test_encoded_rows_are_kept_within_a_bound():
@@ -101,7 +101,7 @@ def test_encoded_rows_are_kept_within_a_bound():
     data = TaskData.of(tasks, tasks.objective.fit(tasks))
     unbounded = [data.row(0, "train", i) for i in range(6)]
     sizes = [data.objective.size(row) for row in unbounded]
-    bounded = TaskData(data.slots, data.objective, keep=sum(sizes[-2:]))
+    bounded = TaskData(data.slots, data.objective, max_cached_tokens=sum(sizes[-2:]))
     assert [bounded.row(0, "train", i) for i in range(6)] == unbounded
     assert list(bounded._encoded.values()) == unbounded[-2:]
 

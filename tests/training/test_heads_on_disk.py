@@ -35,7 +35,7 @@ def task(name: str, labels: Sequence[object]) -> Task:
 
 
 def collection(**labels: Sequence[object]) -> TaskCollection:
-    tasks = [task(name, known) for name, known in labels.items()]
+    tasks = [task(name, task_labels) for name, task_labels in labels.items()]
     return TaskCollection(tasks, Classification(tiny_models.tokenizer()))
 
 
@@ -55,12 +55,12 @@ def stock(base: Path, adapter: Path, **changes: object) -> torch.nn.Module:
 
 def accuracy(model: torch.nn.Module, tasks: TaskCollection, name: str, labels: list[str]) -> float:
     """Of a task's test rows, by the labels that lie beside the adapter."""
-    found = []
+    correct = []
     for row in tasks[name].test:
         inputs = tasks.objective.tokenizer(row["text"], return_tensors="pt")
         logits = model(**inputs).logits[0, : len(labels)]
-        found.append(labels[int(logits.argmax())] == row["label"])
-    return sum(found) / len(found)
+        correct.append(labels[int(logits.argmax())] == row["label"])
+    return sum(correct) / len(correct)
 
 
 def test_fewer_labels_than_the_base(base, tmp_path):
@@ -116,9 +116,9 @@ def test_adapt_says_how_to_load_a_wide_head(base, tmp_path):
     rows = [dict(row, task="new") for row in task("new", "abcdefg").train]
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--tasks", str(tmp_path / "new.jsonl"), "--out", str(tmp_path / "out"), "steps=1"]
-    told = call("adapt", str(base.run.out / "base"), *words)
-    assert told.exit_code == 0
-    code = told.stdout.partition("load them like this:\n")[2]
+    result = call("adapt", str(base.run.out / "base"), *words)
+    assert result.exit_code == 0
+    code = result.stdout.partition("load them like this:\n")[2]
     exec(code, shown := {})
     assert shown["model"].get_base_model().classifier.modules_to_save.default.out_features == 7
     full = foretune.adapt(base.model, collection(new="abcdefg"), Full(), STEPS)
@@ -144,8 +144,8 @@ def test_labels_stand_in_the_config_of_whole_models(tmp_path):
     config = transformers.AutoConfig.from_pretrained(tmp_path / "run" / "base")
     assert config.id2label == {0: "3", 1: "no", 2: "yes"} and config.label2id["yes"] == 2
 
-    known = collection(c=["no", "yes"]).with_objective(outcome.objective)
-    adapted = foretune.adapt(outcome.model, known, LoRA(lora={"r": 2}), STEPS)
+    relabelled = collection(c=["no", "yes"]).with_objective(outcome.objective)
+    adapted = foretune.adapt(outcome.model, relabelled, LoRA(lora={"r": 2}), STEPS)
     assert adapted.labels == {"c": (None, "no", "yes")}, "the base's head; 3 does not count"
 
     new = collection(c=["high", "low"])
@@ -165,12 +165,12 @@ def test_adapters_of_seen_tasks_have_labels_too(base):
 def test_bases_with_other_tokens_or_labels_are_not_compared(tmp_path):
     """All bases are given the same token and label ids: those of the first."""
     folders = {}
-    for name, own in {
+    for name, labels in {
         "one": ["no", "yes"],
         "labels": ["high", "low"],
         "tokens": ["no", "yes"],
     }.items():
-        seen = collection(a=own, b=own)
+        seen = collection(a=labels, b=labels)
         if name == "tokens":
             seen.objective.tokenizer.add_tokens(["other"])
         folders[name] = tmp_path / name / "base"
@@ -185,8 +185,8 @@ def test_bases_with_other_tokens_or_labels_are_not_compared(tmp_path):
         )
     )
     words = ["--tasks", tmp_path / "x.jsonl", "--out", tmp_path / "out", "--shots", "1", "steps=1"]
-    for other, reason in (("labels", "for other labels"), ("tokens", "another tokenizer")):
-        assert reason in the_error("compare", folders["one"], folders[other], *words)
+    for base_name, reason in (("labels", "for other labels"), ("tokens", "another tokenizer")):
+        assert reason in the_error("compare", folders["one"], folders[base_name], *words)
         assert not (tmp_path / "out").exists()
 
 

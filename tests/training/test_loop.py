@@ -172,9 +172,11 @@ def test_every_validation_is_written_down(tmp_path):
 
 
 def test_progress_is_told_after_every_update():
-    told = []
-    foretune.retrain(Net(), family(), PEFT_ML, _run(), progress=lambda *args: told.append(args[:2]))
-    assert told == [(update, 12) for update in range(1, 13)]
+    calls = []
+    foretune.retrain(
+        Net(), family(), PEFT_ML, _run(), progress=lambda *args: calls.append(args[:2])
+    )
+    assert calls == [(update, 12) for update in range(1, 13)]
 
 
 def test_validation_does_not_change_what_is_learnt():
@@ -294,7 +296,7 @@ def test_standard_retraining_draws_from_all_rows_alike():
 def test_a_task_without_training_rows_is_refused():
     rows = family().tasks[0].train
     tasks = TaskCollection((Task("a", rows), Task("b", (), (), rows)), Regression())
-    with pytest.raises(UserError, match='task "b" has no training rows'):
+    with pytest.raises(UserError, match='task "b" has no training examples'):
         foretune.retrain(Net(), tasks, PEFT_ML, _run())
 
 
@@ -323,7 +325,7 @@ def test_the_gradient_does_not_depend_on_the_chunks(pooled, budget):
     tasks = family(rows=[9, 9, 9])
     data = TaskData.of(tasks, Regression())
     picks = [(0, 0), (2, 0), (2, 1), (2, 2), (1, 4), (1, 5)]
-    found = []
+    results = []
     for tokens in (None, budget):
         learner = Learner(Net().double(), Regression(), learning_rate=0.1, pooled=pooled)
         step = data.step(picks, "train", train=True, seed=[0], budget=tokens)
@@ -332,9 +334,9 @@ def test_the_gradient_does_not_depend_on_the_chunks(pooled, budget):
         ]
         step = replace(step, chunks=tuple(doubles))
         assert len(step.chunks) == (1 if tokens is None else math.ceil(6 / tokens))
-        found.append((learner.backward(step), [p.grad for p in learner.base]))
-    assert found[1][0] == pytest.approx(found[0][0])
-    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-12, atol=1e-14)
+        results.append((learner.backward(step), [p.grad for p in learner.base]))
+    assert results[1][0] == pytest.approx(results[0][0])
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-12, atol=1e-14)
 
 
 def test_a_batch_is_sorted_by_slot_with_its_own_rows():

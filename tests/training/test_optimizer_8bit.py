@@ -13,7 +13,7 @@ from foretune.errors import UserError
 from foretune.run import Run
 from foretune.tasks.objectives.regression import Regression
 from foretune.training.learners.joint import Learner
-from foretune.training.optim import adamw_of
+from foretune.training.optim import make_adamw
 from linear_tasks import Net, family
 
 
@@ -25,10 +25,10 @@ def _learner(model, optimizer):
 
 def test_it_stays_near_the_usual_one_in_a_quarter_of_the_memory():
     pytest.importorskip("bitsandbytes")
-    found = {}
+    by_kind = {}
     for kind in ("adamw", "adamw-8bit"):
         p = torch.nn.Parameter(torch.zeros(64, 256))
-        optimizer = adamw_of([p], 1e-2, 0.0, kind)
+        optimizer = make_adamw([p], 1e-2, 0.0, kind)
         generator = torch.Generator().manual_seed(0)
         drift = torch.randn(p.shape, generator=generator)
         for _ in range(20):
@@ -39,8 +39,8 @@ def test_it_stays_near_the_usual_one_in_a_quarter_of_the_memory():
             for v in optimizer.state[p].values()
             if torch.is_tensor(v) and v.numel() > 256
         )
-        found[kind] = (p.detach(), size)
-    usual, eight = found["adamw"], found["adamw-8bit"]
+        by_kind[kind] = (p.detach(), size)
+    usual, eight = by_kind["adamw"], by_kind["adamw-8bit"]
     assert eight[1] < 0.3 * usual[1]
     assert (eight[0] - usual[0]).norm() < 0.05 * usual[0].norm()
 
@@ -55,15 +55,15 @@ def test_its_state_is_saved_and_taken_back():
         learner.base_optimizer.step()
 
     model = tiny_models.bert(intermediate_size=512)
-    one = _learner(model, "adamw-8bit")
-    step(one, 0)
-    kept = {k: v.clone() for k, v in one.state(optimizers=True).items()}
-    step(one, 1)
-    other = _learner(tiny_models.bert(intermediate_size=512, seed=5), "adamw-8bit")
-    step(other, 7)  # fills the state with something else
-    other.load_state(kept)
-    step(other, 1)
-    for a, b in zip(one.base, other.base, strict=True):
+    first = _learner(model, "adamw-8bit")
+    step(first, 0)
+    saved = {k: v.clone() for k, v in first.state(optimizers=True).items()}
+    step(first, 1)
+    second = _learner(tiny_models.bert(intermediate_size=512, seed=5), "adamw-8bit")
+    step(second, 7)  # fills the state with something else
+    second.load_state(saved)
+    step(second, 1)
+    for a, b in zip(first.base, second.base, strict=True):
         assert torch.equal(a, b)
 
 

@@ -30,12 +30,12 @@ def _distance(a, b) -> float:
 
 def _products(bank) -> float:
     """The mean size of what the adapters add."""
-    found = [
+    norms = [
         (b @ a).norm().item()
         for name in bank.layer_names
         for a, b in (bank.factors(name, slot) for slot in range(3))
     ]
-    return sum(found) / len(found)
+    return sum(norms) / len(norms)
 
 
 @pytest.mark.parametrize("present", [[0, 1, 2], [1], [0, 2]])
@@ -51,12 +51,12 @@ def test_gradient_of_the_penalty(module, present):
     loss = 0.7 * sum(((scale * b.flatten(1) @ a.flatten(1)) ** 2).sum() for a, b in factors)
     loss.backward()
     bank.add_penalty(present, 0.7)
-    wanted = dict(zip(present, factors, strict=True))
+    by_slot = dict(zip(present, factors, strict=True))
     for slot in range(3):
         grads = _grads(bank, slot)
-        for got, factor in zip(grads, wanted.get(slot, (None, None)), strict=True):
+        for grad, factor in zip(grads, by_slot.get(slot, (None, None)), strict=True):
             extra = 0 if factor is None else factor.grad
-            torch.testing.assert_close(got, torch.ones_like(got) + extra, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(grad, torch.ones_like(grad) + extra, rtol=1e-4, atol=1e-4)
 
 
 def _grads(bank, slot):
@@ -78,7 +78,7 @@ def test_a_great_penalty_is_a_bare_base():
 
 def test_without_its_adapters_peft_ml_is_a_plain_loop():
     tasks, net = family(3), Net()
-    got, _ = _base(adapter_dropout=1.0)
+    weights, _ = _base(adapter_dropout=1.0)
     from foretune.training.data import TaskData, sampler_for
     from foretune.training.loop import schedule
 
@@ -93,7 +93,7 @@ def test_without_its_adapters_peft_ml_is_a_plain_loop():
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         adamw.param_groups[0]["lr"] = 0.02 * schedule(RUN, step / RUN.steps)
         adamw.step()
-    for a, b in zip(got, net.parameters(), strict=True):
+    for a, b in zip(weights, net.parameters(), strict=True):
         torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)
 
 
@@ -126,9 +126,9 @@ def test_restarts_take_the_optimiser_along():
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_interpolation_lies_on_the_line(share):
     start = [p.detach() for p in Net().parameters()]
-    whole, _ = _base()
-    got, bank = _base(interpolate=share)
-    for a, b, p in zip(start, whole, got, strict=True):
+    end, _ = _base()
+    weights, bank = _base(interpolate=share)
+    for a, b, p in zip(start, end, weights, strict=True):
         torch.testing.assert_close(p, a + share * (b - a), rtol=1e-5, atol=1e-7)
     assert (bank is not None) == (share == 1)
     same = foretune.Standard(learning_rate=0.02, interpolate=share)
@@ -171,13 +171,13 @@ def test_bare_steps_train_heads_but_no_adapters():
     fields = {**RATES, "heads": "per-task"}
     bare = foretune.retrain(Net(), tasks, foretune.PEFTML(**fields, adapter_dropout=1.0), run)
     assert _products(bare.bank) == 0
-    own = [bare.bank.head_state("out", slot)["weight"] for slot in range(3)]
-    assert all((w - Net().out.weight).abs().max() > 0.01 for w in own)
+    weights = [bare.bank.head_state("out", slot)["weight"] for slot in range(3)]
+    assert all((w - Net().out.weight).abs().max() > 0.01 for w in weights)
     # It is standard retraining with heads of their own, but for the rates and the weights of rows.
     method = foretune.PEFTML(learning_rate=0.02, adapter_learning_rate=0.05, form="last-layer")
     heads = foretune.retrain(Net(), tasks, method, run)
     for a, b in zip(bare.model.parameters(), heads.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    for slot, weight in enumerate(own):
-        other = heads.bank.head_state("out", slot)["weight"]
-        torch.testing.assert_close(weight, other, rtol=1e-5, atol=1e-6)
+    for slot, weight in enumerate(weights):
+        expected = heads.bank.head_state("out", slot)["weight"]
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)

@@ -57,43 +57,43 @@ def load(folder: Path, *names: str) -> list[Any]:
     return [torch.load(folder / f"{name}.pt", weights_only=False) for name in names]
 
 
-def close(found: dict[str, Any], wanted: dict[str, Any], atol: float = 1e-6) -> None:
+def close(actual: dict[str, Any], expected: dict[str, Any], atol: float = 1e-6) -> None:
     """The same names, and tensors that are equal up to rounding."""
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
         if not name.endswith(NOISE):
-            torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=name)
+            torch.testing.assert_close(actual[name], value, rtol=0, atol=atol, msg=name)
 
 
 def same_retraining(
-    found: list[dict[str, Any]], wanted: dict[str, Any], atol: float = 1e-6
+    ranks: list[dict[str, Any]], expected: dict[str, Any], atol: float = 1e-6
 ) -> None:
     """Every rank has the base and the record; each adapter is on one of them."""
-    for one in found:
-        close(one["base"], wanted["base"], atol)
-        assert one["score"] == pytest.approx(wanted["score"], abs=1e-5)
-        steps = [{k: pytest.approx(v, abs=1e-5) for k, v in e.items()} for e in wanted["history"]]
-        assert one["history"] == steps
-    adapters = {key: state for one in found for key, state in one["adapters"].items()}
-    assert sum(len(one["adapters"]) for one in found) == len(adapters)
-    assert adapters.keys() == wanted["adapters"].keys()
+    for rank in ranks:
+        close(rank["base"], expected["base"], atol)
+        assert rank["score"] == pytest.approx(expected["score"], abs=1e-5)
+        steps = [{k: pytest.approx(v, abs=1e-5) for k, v in e.items()} for e in expected["history"]]
+        assert rank["history"] == steps
+    adapters = {key: state for rank in ranks for key, state in rank["adapters"].items()}
+    assert sum(len(rank["adapters"]) for rank in ranks) == len(adapters)
+    assert adapters.keys() == expected["adapters"].keys()
     for key, state in adapters.items():
-        close(state, wanted["adapters"][key], atol)
-    for name, state in found[0]["base"].items():
-        assert all(torch.equal(one["base"][name], state) for one in found), name
+        close(state, expected["adapters"][key], atol)
+    for name, state in ranks[0]["base"].items():
+        assert all(torch.equal(rank["base"][name], state) for rank in ranks), name
 
 
-def same_adaptation(found: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
+def same_adaptation(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     """Every rank has the scores; each adapter is on one of them."""
-    for one in found:
-        assert one["scores"] == pytest.approx(wanted["scores"], abs=1e-5)
-        assert list(one["scores"]) == list(wanted["scores"])
-        assert one["num_rows"] == wanted["num_rows"] and one["stopped"] == wanted["stopped"]
+    for rank in ranks:
+        assert rank["scores"] == pytest.approx(expected["scores"], abs=1e-5)
+        assert list(rank["scores"]) == list(expected["scores"])
+        assert rank["num_rows"] == expected["num_rows"] and rank["stopped"] == expected["stopped"]
     for kind in ("tensors", "models"):
-        assert sum(len(one[kind]) for one in found) <= len(wanted[kind])
-        for one in found:
-            for key, state in one[kind].items():
-                close(state, wanted[kind][key])
+        assert sum(len(rank[kind]) for rank in ranks) <= len(expected[kind])
+        for rank in ranks:
+            for key, state in rank[kind].items():
+                close(state, expected[kind][key])
 
 
 @pytest.mark.parametrize("name", (*BY_TASK, *BY_ROW, *OTHERS))
@@ -101,7 +101,7 @@ def test_two_processes_retrain_as_one_does(name: str, played: Path) -> None:
     alone, *ranks = load(played, f"{name}-alone", f"{name}-0", f"{name}-1")
     same_retraining(ranks, alone, ATOL.get(name, 1e-6))
     if name != "pooled-choice":  # a text that two rows share is read once, by each process
-        assert all(one["cost"] == alone["cost"] for one in ranks)
+        assert all(rank["cost"] == alone["cost"] for rank in ranks)
 
 
 @pytest.mark.parametrize("name", SHARDED)
@@ -114,7 +114,7 @@ def test_a_sharded_base_is_retrained_as_a_whole_one(name: str, played: Path) -> 
 def test_two_processes_adapt_as_one_does(name: str, played: Path) -> None:
     alone, *ranks = load(played, f"{name}-alone", f"{name}-0", f"{name}-1")
     same_adaptation(ranks, alone)
-    assert all(sum(len(one[kind]) for kind in ("tensors", "models")) for one in ranks)
+    assert all(sum(len(rank[kind]) for kind in ("tensors", "models")) for rank in ranks)
     assert ranks[0]["cost"] == ranks[1]["cost"] == alone["cost"]
 
 
@@ -132,29 +132,29 @@ def test_another_number_of_processes_continues(name: str, played: Path) -> None:
 
 @pytest.mark.parametrize("name", ("on-disk", "sharded-on-disk", "best-on-disk", "adapt-waves"))
 def test_the_folder_is_what_one_process_writes(name: str, played: Path) -> None:
-    one, two = played / f"{name}-alone", played / f"{name}-two"
-    names = {path.relative_to(one) for path in one.rglob("*")}
+    alone, two = played / f"{name}-alone", played / f"{name}-two"
+    names = {path.relative_to(alone) for path in alone.rglob("*")}
     assert names == {path.relative_to(two) for path in two.rglob("*")}
     for path in names:
         if path.suffix == ".safetensors":
-            close(load_file(two / path), load_file(one / path))
+            close(load_file(two / path), load_file(alone / path))
         elif path.name == "foretune.json":
-            same = [json.loads((f / path).read_text()) for f in (one, two)]
+            same = [json.loads((f / path).read_text()) for f in (alone, two)]
             assert same[0]["trainable"] == same[1]["trainable"]
     marks = {path.read_text() for path in two.rglob("base_fingerprint.json")}
     assert len(marks) <= 1
 
 
 def test_all_processes_raise_the_same_error(played: Path) -> None:
-    told = {
+    messages = {
         "not-empty": "UserError: .* is not empty",
         "diverged": "DivergedError: .*task",
         "other-models": "UserError: the 2 processes of this job have different models",
-        "statistics": r"UserError: 0 \(BatchNorm1d\) mixes the rows of a batch",
+        "statistics": r"UserError: 0 \(BatchNorm1d\) keeps batch statistics",
         "in-one-process": "ForetuneError: the disk is full",
         "sharded-reptile": "UserError: an inner loop needs the whole base",
     }
-    for name, message in told.items():
+    for name, message in messages.items():
         first, second = load(played, f"{name}-0", f"{name}-1")
         assert first == second
         assert re.match(message, first), first
@@ -165,8 +165,8 @@ def test_all_processes_raise_the_same_error(played: Path) -> None:
 
 def slots(*sizes: int) -> TaskData:
     row = {"x": np.zeros(4, "f4"), "y": np.zeros(3, "f4")}
-    made = [SlotRows(f"t{i}", [row] * size) for i, size in enumerate(sizes)]
-    return TaskData(made, Regression())
+    examples = [SlotRows(f"t{i}", [row] * size) for i, size in enumerate(sizes)]
+    return TaskData(examples, Regression())
 
 
 def test_slots_are_dealt_out_by_tokens_within_a_step() -> None:
@@ -179,13 +179,17 @@ def test_slots_are_dealt_out_by_tokens_within_a_step() -> None:
 
 def test_a_process_alone_has_everything() -> None:
     partition = partition_slots(ProcessGroup(), slots(3, 1), 4, None, pooled=False)
-    assert partition.slots == partition.held == [0, 1]
+    assert partition.slots == partition.bank_slots == [0, 1]
     assert partition.local_data is partition.data
 
 
 def test_a_process_without_tasks_holds_a_copy_that_is_not_used() -> None:
     partition = Partition(slots(3), ProcessGroup(1, 2), owners=[0])
-    assert partition.slots == [] and partition.held == [0] and partition.local_data.keys == ["t0"]
+    assert (
+        partition.slots == []
+        and partition.bank_slots == [0]
+        and partition.local_data.keys == ["t0"]
+    )
     step = partition.step([(0, 1), (0, 2)], [0], None)
     assert step.chunks == () and (step.num_slots, step.num_rows) == (1, 2)
 
@@ -288,8 +292,8 @@ def test_a_killed_process_ends_the_job_and_nothing_is_lost(
     undisturbed = launch(place, *RETRAIN[:-1], "undisturbed", processes=1)
     assert undisturbed.returncode == 0, undisturbed.stderr
     for path in (place / "undisturbed").rglob("*.safetensors"):
-        found = load_file(place / "out" / path.relative_to(place / "undisturbed"))
-        close(found, load_file(path))
+        tensors = load_file(place / "out" / path.relative_to(place / "undisturbed"))
+        close(tensors, load_file(path))
 
 
 @pytest.mark.slow
@@ -307,7 +311,7 @@ def test_the_first_process_alone_speaks(place: Path) -> None:
     source = ("adapt", "out/base", "--tasks", "data.npz", "steps=3", "--json")
     two = launch(place, *source, "--out", "two")
     assert two.returncode == 0, two.stderr
-    one = launch(place, *source, "--out", "one", processes=1)
-    assert json.loads(two.stdout)["scores"] == json.loads(one.stdout)["scores"]
+    alone = launch(place, *source, "--out", "one", processes=1)
+    assert json.loads(two.stdout)["scores"] == json.loads(alone.stdout)["scores"]
     rows = [json.loads((place / name / "scores.json").read_text()) for name in ("one", "two")]
     assert sorted(rows[0], key=str) == sorted(rows[1], key=str)

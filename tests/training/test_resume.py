@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import foretune
 from foretune.errors import ForetuneError, UserError
+from foretune.files import claim_file
 from foretune.run import Run
 from foretune.training import checkpoint, outcome
 from linear_tasks import Net, copy_of, equal_bits, family
@@ -132,10 +133,10 @@ def killed(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_sigkill_and_resume_equals_undisturbed(killed, moment):
-    folder, told, stderr = killed
-    assert set(told) == {"undisturbed", *MOMENTS}
-    assert told["undisturbed"]["ok"] and told[moment]["killed"]
-    assert told[moment]["ok"], stderr
+    folder, report, stderr = killed
+    assert set(report) == {"undisturbed", *MOMENTS}
+    assert report["undisturbed"]["ok"] and report[moment]["killed"]
+    assert report[moment]["ok"], stderr
     files = [folder / f"{name}.safetensors" for name in (moment, "undisturbed")]
     assert equal_bits(*map(load_file, files))
     abouts = []
@@ -144,20 +145,20 @@ def test_sigkill_and_resume_equals_undisturbed(killed, moment):
             abouts.append(opened.metadata()["about"])
     assert abouts[0] == abouts[1]
     finished = {".foretune", "base", "adapters", "metrics.jsonl", "README.md", "run.json"}
-    assert set(told[moment]["after"]) == finished
+    assert set(report[moment]["after"]) == finished
 
 
 @pytest.mark.slow
 def test_the_kills_came_when_they_were_meant_to(killed):
-    _, told, _ = killed
-    assert "checkpoint-2" not in told["in-the-first-write"]["left"]
-    assert ".unfinished-checkpoint-2" in told["in-the-first-write"]["left"]
-    assert {".unfinished-checkpoint-6", "checkpoint-4"} <= set(told["in-the-third-write"]["left"])
-    assert {".unfinished-checkpoint-4", "checkpoint-2"} <= set(told["before-the-rename"]["left"])
-    assert {"checkpoint-4", "checkpoint-6"} <= set(told["in-a-removal"]["left"])
-    assert ".unfinished-base" in told["in-the-base"]["left"]
-    assert ".unfinished-metrics.jsonl" in told["in-the-record"]["left"]
-    assert {"base", "checkpoint-12"} <= set(told["in-the-clearing"]["left"])
+    _, report, _ = killed
+    assert "checkpoint-2" not in report["in-the-first-write"]["left"]
+    assert ".unfinished-checkpoint-2" in report["in-the-first-write"]["left"]
+    assert {".unfinished-checkpoint-6", "checkpoint-4"} <= set(report["in-the-third-write"]["left"])
+    assert {".unfinished-checkpoint-4", "checkpoint-2"} <= set(report["before-the-rename"]["left"])
+    assert {"checkpoint-4", "checkpoint-6"} <= set(report["in-a-removal"]["left"])
+    assert ".unfinished-base" in report["in-the-base"]["left"]
+    assert ".unfinished-metrics.jsonl" in report["in-the-record"]["left"]
+    assert {"base", "checkpoint-12"} <= set(report["in-the-clearing"]["left"])
 
 
 # --- a finished run ------------------------------------------------------------------------------
@@ -208,13 +209,13 @@ def _other_inputs():
     shifted = foretune.Task("task1", _shifted(tasks["task1"].train), *_rest(tasks["task1"]))
     swapped = foretune.Task("task2", tasks["task2"].train[::-1], *_rest(tasks["task2"]))
     for task in (shifted, swapped):
-        several = tuple(task if other.name == task.name else other for other in tasks)
+        several = tuple(task if old.name == task.name else old for old in tasks)
         message = f'was begun with other rows of task "{task.name}": resume'
         yield (Net(), foretune.TaskCollection(several, tasks.objective)), message
     yield (Net(seed=1), tasks), "was begun with another model: resume"
-    other = Net()
-    other.register_buffer("mean", torch.ones(1))
-    yield (other, tasks), "was begun with another model: resume"
+    buffered = Net()
+    buffered.register_buffer("mean", torch.ones(1))
+    yield (buffered, tasks), "was begun with another model: resume"
 
 
 def _shifted(rows):
@@ -296,9 +297,9 @@ def test_classes_of_tasks_that_are_added_are_no_other_objective(tmp_path):
 def test_a_head_that_is_replaced_anyway_is_no_other_model(tmp_path):
     def model(seed):
         torch.manual_seed(seed)
-        whole = torch.nn.Sequential(base, torch.nn.Linear(4, 7))
-        whole.head_modules = ["1"]
-        return whole
+        net = torch.nn.Sequential(base, torch.nn.Linear(4, 7))
+        net.head_modules = ["1"]
+        return net
 
     rows = [{"x": [float(i), 1.0, 0.0, 0.0], "y": i % 3} for i in range(12)]
     tasks = foretune.TaskCollection((foretune.Task("a", rows, rows),), foretune.Classification())
@@ -313,12 +314,12 @@ def test_scores_of_other_rows_are_not_taken_over(tmp_path):
     _adapt(tmp_path, names=["task0"])
     _adapt(tmp_path, names=["task1"], resume=True)
     tasks = family()
-    other = foretune.Task("task1", _shifted(tasks["task1"].train), *_rest(tasks["task1"]))
+    shifted = foretune.Task("task1", _shifted(tasks["task1"].train), *_rest(tasks["task1"]))
     run = Run(steps=3, batch_size=4, device="cpu", out=tmp_path, tasks_per_wave=1, resume=True)
     with pytest.raises(UserError, match='begun with other rows of task "task1"'):
         foretune.adapt(
             Net(),
-            foretune.TaskCollection((other,), tasks.objective),
+            foretune.TaskCollection((shifted,), tasks.objective),
             foretune.LoRA(lora={"r": 2}),
             run,
             shots=4,
@@ -375,6 +376,19 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
         _retrain(out=tmp_path / "out")
 
 
+def test_a_file_is_written_over_only_with_overwrite(tmp_path):
+    report = tmp_path / "report.html"
+    claim_file(report, overwrite=False)
+    assert not report.exists()
+    report.write_text("old")
+    with pytest.raises(UserError, match=r"report.html exists: --overwrite replaces it"):
+        claim_file(report, overwrite=False)
+    claim_file(report, overwrite=True)
+    assert report.read_text() == "old"
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        claim_file(tmp_path, overwrite=True)
+
+
 @pytest.mark.parametrize("stop_at", [1, 5])
 def test_overwrite_replaces_what_a_killed_run_left(stop_at, tmp_path):
     with pytest.raises(Stop):
@@ -402,7 +416,7 @@ def test_a_damaged_checkpoint_is_told(file, tmp_path):
         _retrain(out=tmp_path, stop_at=5)
     damaged = tmp_path / "checkpoint-4" / file
     damaged.write_bytes(damaged.read_bytes()[:40])
-    with pytest.raises(UserError, match="checkpoint-4 is no readable checkpoint") as error:
+    with pytest.raises(UserError, match="checkpoint-4 is not a readable checkpoint") as error:
         _retrain(out=tmp_path, resume=True)
     assert "\n" not in str(error.value)
 
@@ -411,7 +425,7 @@ def test_a_damaged_record_is_told(tmp_path):
     with pytest.raises(Stop):
         _retrain(out=tmp_path, stop_at=5)
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run\.json is no readable record"):
+    with pytest.raises(UserError, match=r"run\.json is not a readable record"):
         _retrain(out=tmp_path, resume=True)
 
 
@@ -436,9 +450,9 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(error, tmp_path, monk
     monkeypatch.setattr(checkpoint, "save_file", save)
     with pytest.raises(
         ForetuneError, match=r"the disk is full: could not write .*checkpoint-6.*--resume"
-    ) as told:
+    ) as raised:
         _retrain(out=tmp_path)
-    assert "\n" not in str(told.value) and told.value.exit_code == 1
+    assert "\n" not in str(raised.value) and raised.value.exit_code == 1
     assert _names(tmp_path) == {"checkpoint-4", "run.json"}
     resumed, undisturbed = _retrain(out=tmp_path, resume=True), _retrain()
     assert equal_bits(resumed.model.state_dict(), undisturbed.model.state_dict())

@@ -42,9 +42,9 @@ def build(
     json: Json = False,
 ) -> None:
     """Run a model on rows and store its states."""
-    from foretune.run import one_of
+    from foretune.run import check_one_of
 
-    one_of("--key-type", key_type, ("float32", "float16", "bfloat16"))
+    check_one_of("--key-type", key_type, ("float32", "float16", "bfloat16"))
     with quiet_stdout():
         from foretune.decoding.datastore_folders import build_folder
 

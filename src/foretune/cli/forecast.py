@@ -131,9 +131,9 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Evaluate forecasts (minADE, minFDE, miss rate) against constant velocity; draw them."""
-    from foretune.run import one_of
+    from foretune.run import check_one_of
 
-    one_of("--split", split, ("train", "validation", "test"))
+    check_one_of("--split", split, ("train", "validation", "test"))
     with quiet_stdout():
         from foretune.forecasting.folders import evaluate_folder
 

@@ -44,10 +44,10 @@ def prune(
 ) -> None:
     """Prune a mixture of experts for one task."""
     from foretune.pruning.folders import prune_folder, prune_method
-    from foretune.run import above_zero
+    from foretune.run import check_positive
 
     record = prune_method(method, changes or [])
-    above_zero("--learning-rate", learning_rate)
+    check_positive("--learning-rate", learning_rate)
     _check_out(out, compare)
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole

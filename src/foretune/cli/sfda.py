@@ -59,10 +59,10 @@ def prepare(
     json: Json = False,
 ) -> None:
     """Factorise a source model and train it on labelled windows."""
-    from foretune.run import above_zero, one_of
+    from foretune.run import check_one_of, check_positive
 
-    above_zero("--learning-rate", learning_rate)
-    one_of("--layers", layers, ("all", "convolutions", "linear"))
+    check_positive("--learning-rate", learning_rate)
+    check_one_of("--layers", layers, ("all", "convolutions", "linear"))
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
         from foretune.source_free.folders import prepare_folder

@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE
 from foretune.method import Method
-from foretune.run import above_zero
+from foretune.run import check_positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,11 +95,11 @@ class EFT(Method):
             for weight in self.weights:
                 _finite("each of weights", weight)
             object.__setattr__(self, "weights", tuple(self.weights))
-        above_zero("top_p", self.top_p)
+        check_positive("top_p", self.top_p)
         if self.top_p > 1:
             raise UserError(f"top_p must be a number above 0 and at most 1, got {self.top_p!r}")
         if self.delta_clip is not None:
-            above_zero("delta_clip", self.delta_clip)
+            check_positive("delta_clip", self.delta_clip)
         if not isinstance(self.uncap, bool):
             raise UserError(f"uncap must be true or false, got {self.uncap!r}")
 

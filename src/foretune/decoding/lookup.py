@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from foretune.decoding.nearest import neighbour_weights
-from foretune.run import above_zero, share, whole
+from foretune.run import check_fraction, check_int, check_positive
 
 NEIGHBOURS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MULTIPLES = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the automatic temperature
@@ -32,11 +32,11 @@ class Lookup:
     heads: int = 1
 
     def __post_init__(self) -> None:
-        whole("neighbours", self.neighbours, 1)
+        check_int("neighbours", self.neighbours, 1)
         if self.temperature is not None:
-            above_zero("temperature", self.temperature)
-        share("mix", self.mix)
-        whole("heads", self.heads, 1)
+            check_positive("temperature", self.temperature)
+        check_fraction("mix", self.mix)
+        check_int("heads", self.heads, 1)
 
 
 def best_lookup(

@@ -37,7 +37,7 @@ from foretune.decoding.store_folder import (
 )
 from foretune.errors import UserError
 from foretune.files import claim_model_folder
-from foretune.run import one_of
+from foretune.run import check_one_of
 
 TENSOR_NAMES = ("keys", "values", "own", "sources")  # in the file; own: model_log_probs
 SAMPLED = 512  # entries whose neighbours determine the automatic temperature
@@ -145,7 +145,7 @@ class ReferenceStore:
             store.tune()
             store.save("store")
         """
-        one_of("key_type", key_type, tuple(KEY_TYPES))
+        check_one_of("key_type", key_type, tuple(KEY_TYPES))
         room = getattr(getattr(bare_model(model), "config", None), "max_position_embeddings", None)
         references = read_references(
             rows, tokenizer, max_tokens=room, permute_options=permute_options
@@ -399,7 +399,7 @@ class ReferenceStore:
         key = (heads, search, str(device))
         if key not in self._indices:
             _check_heads(heads, self.keys.shape[1])
-            one_of("search", search, ("exact", "faiss"))
+            check_one_of("search", search, ("exact", "faiss"))
             index: type = ExactIndex if search == "exact" else FaissIndex
             parts = self.keys.to(device).chunk(heads, dim=1)
             self._indices[key] = [index(part) for part in parts]

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from foretune.errors import UserError
 from foretune.method import Method
-from foretune.run import above_zero, one_of, share, whole
+from foretune.run import check_fraction, check_int, check_one_of, check_positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,13 +84,13 @@ class RTD(Method):
     resources: ClassVar[tuple[str, ...]] = ("store",)
 
     def __post_init__(self) -> None:
-        whole("neighbours", self.neighbours, 1, optional=True)
+        check_int("neighbours", self.neighbours, 1, optional=True)
         if self.temperature is not None:
-            above_zero("temperature", self.temperature)
+            check_positive("temperature", self.temperature)
         if self.mix is not None:
-            share("mix", self.mix)
-        whole("heads", self.heads, 1, optional=True)
-        one_of("search", self.search, ("exact", "faiss"))
+            check_fraction("mix", self.mix)
+        check_int("heads", self.heads, 1, optional=True)
+        check_one_of("search", self.search, ("exact", "faiss"))
 
     def lookup(self, store: ReferenceStore) -> Lookup:
         """The lookup of a store, with this record's fields in place of its own."""
@@ -172,7 +172,7 @@ class RTD(Method):
         """
         from foretune.decoding.generation import generate_texts
 
-        whole("neighbours_shown", neighbours_shown, 0)
+        check_int("neighbours_shown", neighbours_shown, 0)
         model, tokenizer, resources = self.load(model, store=store, tokenizer=tokenizer)
         with self.steer(model, **resources) as loaded:
             texts = generate_texts(model, tokenizer, prompts, **options)

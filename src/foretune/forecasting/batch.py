@@ -11,7 +11,7 @@ import torch
 from typing_extensions import override
 
 from foretune.forecasting.scenes import check_scene, in_focal_frame
-from foretune.run import above_zero, whole
+from foretune.run import check_int, check_positive
 from foretune.tasks.batch import Batch
 from foretune.tasks.example import SPLITS
 from foretune.tasks.task import Objective, TaskCollection
@@ -38,10 +38,10 @@ class SceneObjective(Objective):
     head: ClassVar[str] = "none"
 
     def __post_init__(self) -> None:
-        whole("history_steps", self.history_steps, 2)
-        whole("future_steps", self.future_steps, 1)
+        check_int("history_steps", self.history_steps, 2)
+        check_int("future_steps", self.future_steps, 1)
         if self.radius is not None:
-            above_zero("radius", self.radius)
+            check_positive("radius", self.radius)
 
     @override
     def fit(self, tasks: TaskCollection) -> Self:

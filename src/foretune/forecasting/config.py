@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from foretune.errors import UserError
-from foretune.run import above_zero, share, whole
+from foretune.run import check_fraction, check_int, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +45,13 @@ class ForecastMAEConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if field.name not in ("drop_path", "radius", "metres"):
-                whole(field.name, getattr(self, field.name), 1)
-        share("drop_path", self.drop_path)
-        above_zero("metres", self.metres)
+                check_int(field.name, getattr(self, field.name), 1)
+        check_fraction("drop_path", self.drop_path)
+        check_positive("metres", self.metres)
         if self.radius is not None:
-            above_zero("radius", self.radius)
+            check_positive("radius", self.radius)
         if self.width % 8 or self.width % self.num_heads:
             raise UserError(
                 f"width must be a multiple of 8 and of num_heads {self.num_heads}, got {self.width}"
             )
-        whole("history_steps", self.history_steps, 2)
+        check_int("history_steps", self.history_steps, 2)

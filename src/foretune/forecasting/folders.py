@@ -15,7 +15,7 @@ from foretune.formats import check_format
 from foretune.methods import make, method_class
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import method_and_run
-from foretune.run import Run, above_zero
+from foretune.run import Run, check_positive
 
 SUMMARY, FORMAT = "forecasts.json", "foretune-forecasts-1"
 ADAPT_METHODS = ("forecast-peft", "full")
@@ -46,7 +46,7 @@ def pretrain_settings(changes: Sequence[str], seed: int) -> PretrainSettings:
     size_names = [f.name for f in dataclasses.fields(ForecastMAEConfig)]
     sizes, run = method_and_run(changes, "the model", [*size_names, "learning_rate"], RUN_FIELDS)
     learning_rate = sizes.pop("learning_rate", 1e-3)
-    above_zero("learning_rate", learning_rate)
+    check_positive("learning_rate", learning_rate)
     run = {"schedule": "cosine", "batch_size": 32, **run}
     return PretrainSettings(ForecastMAEConfig(**sizes), learning_rate, Run(**run, seed=seed))
 

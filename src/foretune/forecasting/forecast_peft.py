@@ -40,7 +40,7 @@ from typing_extensions import override
 from foretune.errors import UserError
 from foretune.forecasting import DELTA_FILE, FORMAT, RECORD_FILE
 from foretune.formats import check_format
-from foretune.run import Run, above_zero, flag, one_of, whole
+from foretune.run import Run, check_bool, check_int, check_one_of, check_positive
 from foretune.training.methods import AdaptMethod
 
 if TYPE_CHECKING:
@@ -96,12 +96,12 @@ class ForecastPEFT(AdaptMethod):
     }
 
     def __post_init__(self) -> None:
-        whole("modes", self.modes, 1)
-        whole("prompts", self.prompts, 1)
-        whole("adapter_rank", self.adapter_rank, 0)
-        one_of("train", self.train, ("parts", "all"))
-        above_zero("learning_rate", self.learning_rate)
-        flag("freeze_bn", self.freeze_bn)
+        check_int("modes", self.modes, 1)
+        check_int("prompts", self.prompts, 1)
+        check_int("adapter_rank", self.adapter_rank, 0)
+        check_one_of("train", self.train, ("parts", "all"))
+        check_positive("learning_rate", self.learning_rate)
+        check_bool("freeze_bn", self.freeze_bn)
 
     @override
     def learner(

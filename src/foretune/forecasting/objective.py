@@ -13,7 +13,7 @@ from typing_extensions import override
 from foretune.forecasting.batch import SceneObjective
 from foretune.forecasting.displacement import displacements
 from foretune.models.routing import route
-from foretune.run import above_zero
+from foretune.run import check_positive
 from foretune.tasks.batch import Batch
 
 
@@ -41,7 +41,7 @@ class Forecast(SceneObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        above_zero("regression", self.regression)
+        check_positive("regression", self.regression)
 
     @override
     def losses(self, model: Any, batch: Batch) -> Tensor:

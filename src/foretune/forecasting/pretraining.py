@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from foretune.forecasting.batch import SceneObjective, lane_hidden, masks
 from foretune.models.routing import route
-from foretune.run import at_least
+from foretune.run import check_at_least
 from foretune.tasks.batch import Batch
 
 
@@ -40,7 +40,7 @@ class SceneReconstruction(SceneObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("lane_weight", self.lane_weight, 0)
+        check_at_least("lane_weight", self.lane_weight, 0)
 
     @override
     def sample(self, row: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:

@@ -42,7 +42,7 @@ from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.method import Method
-from foretune.run import one_of, whole
+from foretune.run import check_int, check_one_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -98,12 +98,12 @@ class SMILE(Method):
     paper: ClassVar[dict[str, Any] | None] = PAPER
 
     def __post_init__(self) -> None:
-        whole("k", self.k, 1, optional=True)
-        whole("gate_k", self.gate_k, 1)
-        whole("top_k", self.top_k, 1)
-        one_of("gate", self.gate, ("weights", "activations"))
-        one_of("routing", self.routing, ("token", "sequence", "task"))
-        one_of("rest", self.rest, ("base", "average"))
+        check_int("k", self.k, 1, optional=True)
+        check_int("gate_k", self.gate_k, 1)
+        check_int("top_k", self.top_k, 1)
+        check_one_of("gate", self.gate, ("weights", "activations"))
+        check_one_of("routing", self.routing, ("token", "sequence", "task"))
+        check_one_of("rest", self.rest, ("base", "average"))
         for field in ("target_modules", "exclude_modules"):
             value = getattr(self, field)
             if value is None and field == "target_modules":

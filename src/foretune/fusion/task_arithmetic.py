@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from foretune.method import Method
-from foretune.run import above_zero
+from foretune.run import check_positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ class TaskArithmetic(Method):
     paper: ClassVar[dict[str, Any] | None] = PAPER
 
     def __post_init__(self) -> None:
-        above_zero("scale", self.scale)
+        check_positive("scale", self.scale)
 
     def fuse(self, base: Source, finetuned: Mapping[str, Source]) -> Fused:
         """Fuse models over one base; the inputs are left unchanged."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from foretune.errors import UserError
 from foretune.method import Method
-from foretune.run import above_zero, share
+from foretune.run import check_fraction, check_positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,10 +55,10 @@ class TIES(Method):
     paper: ClassVar[dict[str, Any] | None] = PAPER
 
     def __post_init__(self) -> None:
-        share("density", self.density)
+        check_fraction("density", self.density)
         if self.density == 0:
             raise UserError("density=0 keeps nothing; it must be above 0")
-        above_zero("scale", self.scale)
+        check_positive("scale", self.scale)
 
     def fuse(self, base: Source, finetuned: Mapping[str, Source]) -> Fused:
         """Fuse models over one base; the inputs are left unchanged."""

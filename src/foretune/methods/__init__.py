@@ -76,13 +76,13 @@ def method_class_of(name: str, verb: str) -> Any:
     if name not in METHODS:
         names = methods_of(verb)
         raise UserError(
-            f'no method "{name}" to {verb} with; methods to {verb} with: {", ".join(names)}.'
+            f'no method "{name}" for {verb}; methods for {verb}: {", ".join(names)}.'
             f"{did_you_mean(name, names)}"
         )
     record_class: Any = method_class(name)
     if record_class.verb != verb:
         message = wrong_verb(name, record_class.verb, verb)
-        raise UserError(f"{message}; methods to {verb} with: {', '.join(methods_of(verb))}")
+        raise UserError(f"{message}; methods for {verb}: {', '.join(methods_of(verb))}")
     return record_class
 
 

@@ -39,7 +39,7 @@ from foretune.errors import UserError, did_you_mean
 from foretune.evaluation.verdict import CONTROLS
 from foretune.formats import CHOICE, stamped
 from foretune.methods import make
-from foretune.run import Run, above_zero, listed, share, whole
+from foretune.run import Run, check_fraction, check_int, check_list, check_positive
 from foretune.training.methods import RetrainMethod
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Auto(RetrainMethod):
     paper: ClassVar[dict[str, Any] | None] = PAPER
 
     def __post_init__(self) -> None:
-        candidates = [_fields(candidate) for candidate in listed("candidates", self.candidates)]
+        candidates = [_fields(candidate) for candidate in check_list("candidates", self.candidates)]
         if len(candidates) < 2:
             raise UserError(f"auto chooses among at least 2 candidates, got {len(candidates)}")
         names = [label(candidate) for candidate in candidates]
@@ -112,18 +112,18 @@ class Auto(RetrainMethod):
                 raise UserError(f'auto chooses among retrain methods; "{name}" is not one of them')
             if name in names[:i]:
                 raise UserError(f'auto has two candidates called "{name}": name one with "as"')
-        whole("folds", self.folds, 2)
-        whole("rounds", self.rounds, 1)
-        above_zero("budget", self.budget)
-        share("budget", self.budget)
+        check_int("folds", self.folds, 2)
+        check_int("rounds", self.rounds, 1)
+        check_positive("budget", self.budget)
+        check_fraction("budget", self.budget)
         adapt = _fields(self.adapt)
         if _record(adapt).verb != "adapt":
             raise UserError(f'auto adapts by an adapt method; "{adapt["name"]}" is not one')
-        rates, shots = listed("adapt_rates", self.adapt_rates), listed("shots", self.shots)
+        rates, shots = check_list("adapt_rates", self.adapt_rates), check_list("shots", self.shots)
         for rate in rates:
-            above_zero("adapt_rates", rate)
+            check_positive("adapt_rates", rate)
         for number in shots:
-            whole("shots", number, 1, optional=True)
+            check_int("shots", number, 1, optional=True)
         if not shots:
             raise UserError("auto needs at least one number of shots, got none")
         object.__setattr__(self, "candidates", candidates)
@@ -159,7 +159,9 @@ class Auto(RetrainMethod):
         trials: list[Trial] = []
         inputs: dict[str, Any] = {}
         if file is not None:
-            inputs, trials = process_group().first(lambda: _resumed(file, self, run, model, tasks))
+            inputs, trials = process_group().on_first_process(
+                lambda: _resumed(file, self, run, model, tasks)
+            )
         remaining = list(self.candidates)
         for number in range(self.rounds):
             names = groups[number % len(groups)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from typing_extensions import override
 
 from foretune.adapters.config import lora_fields
-from foretune.run import Run, above_zero, one_of, share, whole
+from foretune.run import Run, check_fraction, check_int, check_one_of, check_positive
 from foretune.training.methods import RetrainMethod
 
 if TYPE_CHECKING:
@@ -38,12 +38,12 @@ class EpisodicMethod(RetrainMethod):
     query: ClassVar[bool]
 
     def __post_init__(self) -> None:
-        above_zero("learning_rate", self.learning_rate)
-        above_zero("inner_learning_rate", self.inner_learning_rate)
-        whole("inner_steps", self.inner_steps, 1)
-        one_of("inner", self.inner, ("all", "adapter"))
+        check_positive("learning_rate", self.learning_rate)
+        check_positive("inner_learning_rate", self.inner_learning_rate)
+        check_int("inner_steps", self.inner_steps, 1)
+        check_one_of("inner", self.inner, ("all", "adapter"))
         object.__setattr__(self, "lora", lora_fields(self.lora))
-        share("average", self.average)
+        check_fraction("average", self.average)
 
     @property
     @override
@@ -53,7 +53,7 @@ class EpisodicMethod(RetrainMethod):
     @override
     def run_for(self, run: Run, num_tasks: int) -> Run:
         """The run with as many examples; one task per batch where an episode has one task."""
-        return run.one_task_a_batch(num_tasks) if self.inner == "all" else run
+        return run.one_task_per_batch(num_tasks) if self.inner == "all" else run
 
     @override
     def learner(

@@ -44,7 +44,14 @@ from typing_extensions import override
 
 from foretune.adapters.config import lora_fields
 from foretune.errors import UserError
-from foretune.run import Run, above_zero, at_least, one_of, share, whole
+from foretune.run import (
+    Run,
+    check_at_least,
+    check_fraction,
+    check_int,
+    check_one_of,
+    check_positive,
+)
 from foretune.training.methods import AdaptMethod
 
 if TYPE_CHECKING:
@@ -97,14 +104,14 @@ class FDAlign(AdaptMethod):
     paper: ClassVar[dict[str, Any] | None] = PAPER
 
     def __post_init__(self) -> None:
-        above_zero("learning_rate", self.learning_rate)
+        check_positive("learning_rate", self.learning_rate)
         if self.weight is None:
             raise UserError("weight must be a number not below 0, got None; 0 is off")
-        at_least("weight", self.weight, 0)
-        one_of("direction", self.direction, ("forward", "reverse"))
-        whole("num_kept", self.num_kept, 1, optional=True)
-        whole("num_prototypes", self.num_prototypes, 1)
-        share("interpolate", self.interpolate)
+        check_at_least("weight", self.weight, 0)
+        check_one_of("direction", self.direction, ("forward", "reverse"))
+        check_int("num_kept", self.num_kept, 1, optional=True)
+        check_int("num_prototypes", self.num_prototypes, 1)
+        check_fraction("interpolate", self.interpolate)
         if self.lora is None:
             return
         object.__setattr__(self, "lora", lora_fields(self.lora))

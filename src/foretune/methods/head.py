@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
-from foretune.run import Run, above_zero
+from foretune.run import Run, check_positive
 from foretune.training.methods import AdaptMethod
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Head(AdaptMethod):
     label: ClassVar[str] = "head only"
 
     def __post_init__(self) -> None:
-        above_zero("learning_rate", self.learning_rate)
+        check_positive("learning_rate", self.learning_rate)
 
     @property
     @override

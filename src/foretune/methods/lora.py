@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import override
 
 from foretune.adapters.config import lora_fields
-from foretune.run import Run, above_zero
+from foretune.run import Run, check_positive
 from foretune.training.methods import AdaptMethod
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class LoRA(AdaptMethod):
     paper: ClassVar[dict[str, Any] | None] = PAPER
 
     def __post_init__(self) -> None:
-        above_zero("learning_rate", self.learning_rate)
+        check_positive("learning_rate", self.learning_rate)
         object.__setattr__(self, "lora", lora_fields(self.lora))
 
     @property

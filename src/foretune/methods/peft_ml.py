@@ -51,7 +51,14 @@ from typing_extensions import override
 
 from foretune.adapters.config import lora_fields
 from foretune.errors import UserError
-from foretune.run import Run, above_zero, at_least, one_of, share, whole
+from foretune.run import (
+    Run,
+    check_at_least,
+    check_fraction,
+    check_int,
+    check_one_of,
+    check_positive,
+)
 from foretune.training.methods import RetrainMethod
 
 if TYPE_CHECKING:
@@ -114,18 +121,18 @@ class PEFTML(RetrainMethod):
     paper: ClassVar[dict[str, Any] | None] = PAPER
 
     def __post_init__(self) -> None:
-        above_zero("learning_rate", self.learning_rate)
-        above_zero("adapter_learning_rate", self.adapter_learning_rate)
-        one_of("form", self.form, ("lora", "last-layer", "sparse"))
-        one_of("heads", self.heads, ("shared", "per-task"))
+        check_positive("learning_rate", self.learning_rate)
+        check_positive("adapter_learning_rate", self.adapter_learning_rate)
+        check_one_of("form", self.form, ("lora", "last-layer", "sparse"))
+        check_one_of("heads", self.heads, ("shared", "per-task"))
         object.__setattr__(self, "lora", lora_fields(self.lora))
-        above_zero("fraction", self.fraction)
-        share("fraction", self.fraction)
-        at_least("penalty", self.penalty, 0)
-        share("adapter_dropout", self.adapter_dropout)
-        whole("restart_every", self.restart_every, 1, optional=True)
-        share("interpolate", self.interpolate)
-        share("average", self.average)
+        check_positive("fraction", self.fraction)
+        check_fraction("fraction", self.fraction)
+        check_at_least("penalty", self.penalty, 0)
+        check_fraction("adapter_dropout", self.adapter_dropout)
+        check_int("restart_every", self.restart_every, 1, optional=True)
+        check_fraction("interpolate", self.interpolate)
+        check_fraction("average", self.average)
         if self.form == "last-layer" and (self.penalty or self.adapter_dropout):
             raise UserError(
                 "penalty and adapter_dropout apply to LoRA or sparse adapters, which form "

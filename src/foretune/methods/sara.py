@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import override
 
 from foretune.errors import UserError
-from foretune.run import Run, above_zero, at_least
+from foretune.run import Run, check_at_least, check_positive
 from foretune.training.methods import AdaptMethod
 
 if TYPE_CHECKING:
@@ -87,14 +87,14 @@ class SaRA(AdaptMethod):
     paper: ClassVar[dict[str, Any] | None] = PAPER
 
     def __post_init__(self) -> None:
-        above_zero("threshold", self.threshold)
+        check_positive("threshold", self.threshold)
         if self.fraction is not None:
             _check_positive_share("fraction", self.fraction, up_to_one=True)
         if self.learning_rate is not None:
-            above_zero("learning_rate", self.learning_rate)
+            check_positive("learning_rate", self.learning_rate)
         if self.nuclear is None or self.nuclear == math.inf:
             raise UserError(f"nuclear must be a number not below 0, got {self.nuclear}; 0 is off")
-        at_least("nuclear", self.nuclear, 0)
+        check_at_least("nuclear", self.nuclear, 0)
         if self.reselect is not None:
             _check_positive_share("reselect", self.reselect, up_to_one=False)
 

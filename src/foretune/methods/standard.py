@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from typing_extensions import override
 
-from foretune.run import Run, above_zero, one_of, share
+from foretune.run import Run, check_fraction, check_one_of, check_positive
 from foretune.training.methods import RetrainMethod
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ class Standard(RetrainMethod):
     pooled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        above_zero("learning_rate", self.learning_rate)
-        one_of("heads", self.heads, ("shared", "per-task"))
-        share("interpolate", self.interpolate)
-        share("average", self.average)
+        check_positive("learning_rate", self.learning_rate)
+        check_one_of("heads", self.heads, ("shared", "per-task"))
+        check_fraction("interpolate", self.interpolate)
+        check_fraction("average", self.average)
 
     @override
     def objective_for(self, objective: Objective) -> Objective:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from foretune.pruning.method import ExpertPruning
-from foretune.run import check_ints, flag
+from foretune.run import check_bool, check_ints
 
 if TYPE_CHECKING:
     from foretune.pruning.experts import ExpertBlock
@@ -41,7 +41,7 @@ class Frequency(ExpertPruning):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", check_ints("experts", self.experts))
-        flag("keep_denominator", self.keep_denominator)
+        check_bool("keep_denominator", self.keep_denominator)
 
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from foretune.pruning.method import ExpertPruning
-from foretune.run import check_ints, flag, whole
+from foretune.run import check_bool, check_int, check_ints
 
 if TYPE_CHECKING:
     from foretune.pruning.experts import ExpertBlock
@@ -37,8 +37,8 @@ class RandomExperts(ExpertPruning):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", check_ints("experts", self.experts))
-        flag("keep_denominator", self.keep_denominator)
-        whole("seed", self.seed, 0)
+        check_bool("keep_denominator", self.keep_denominator)
+        check_int("seed", self.seed, 0)
 
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from foretune.pruning.method import ExpertPruning
-from foretune.run import check_ints, flag
+from foretune.run import check_bool, check_ints
 
 if TYPE_CHECKING:
     from foretune.pruning.experts import ExpertBlock
@@ -64,8 +64,8 @@ class REAP(ExpertPruning):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", check_ints("experts", self.experts))
-        flag("keep_denominator", self.keep_denominator)
-        flag("renormalise", self.renormalise)
+        check_bool("keep_denominator", self.keep_denominator)
+        check_bool("renormalise", self.renormalise)
 
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from typing_extensions import override
 
 from foretune.pruning.method import ExpertPruning
-from foretune.run import check_ints, flag, one_of
+from foretune.run import check_bool, check_ints, check_one_of
 
 if TYPE_CHECKING:
     from foretune.pruning.experts import ExpertBlock
@@ -87,11 +87,11 @@ class UNCURL(ExpertPruning):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", check_ints("experts", self.experts))
-        one_of("grouping", self.grouping, ("spectral", "dominant"))
-        one_of("weights", self.weights, ("frequency", "uniform"))
-        one_of("router", self.router, ("mean", "dominant", "remap"))
-        flag("centred", self.centred)
-        flag("align", self.align)
+        check_one_of("grouping", self.grouping, ("spectral", "dominant"))
+        check_one_of("weights", self.weights, ("frequency", "uniform"))
+        check_one_of("router", self.router, ("mean", "dominant", "remap"))
+        check_bool("centred", self.centred)
+        check_bool("align", self.align)
 
     @property
     @override

@@ -102,7 +102,7 @@ def _first(work: Callable[[], T]) -> T:
         return work()
     from foretune.training.process_group import process_group
 
-    return process_group().first(work)
+    return process_group().on_first_process(work)
 
 
 def _check_same(folder: Path, config: str) -> None:

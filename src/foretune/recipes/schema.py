@@ -28,7 +28,7 @@ from foretune.recipes.messages import user_error
 from foretune.recipes.objective_blocks import OBJECTIVES, ObjectiveBlock
 from foretune.recipes.overrides import apply_overrides, override_keys
 from foretune.recipes.yaml_io import dump_yaml, parse_recipe_yaml
-from foretune.run import Run, listed
+from foretune.run import Run, check_list
 from foretune.tasks.sources import Source
 
 B = TypeVar("B", bound=Block)
@@ -344,7 +344,7 @@ def _entry(item: Any, rates: list[float]) -> MethodEntry:
     [method] = item
     fields = dict(fields or {})
     name = fields.pop("as", method)
-    method_rates = listed(f"{name}.learning_rates", fields.pop("learning_rates", None) or [])
+    method_rates = check_list(f"{name}.learning_rates", fields.pop("learning_rates", None) or [])
     if "learning_rate" in fields:
         method_rates = [fields.pop("learning_rate")]
     return MethodEntry(name=str(name), method=method, fields=fields, rates=method_rates or rates)

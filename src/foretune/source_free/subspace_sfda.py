@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from typing_extensions import override
 
 from foretune.errors import UserError
-from foretune.run import Run, above_zero, at_least, one_of, whole
+from foretune.run import Run, check_at_least, check_int, check_one_of, check_positive
 from foretune.training.methods import AdaptMethod
 
 if TYPE_CHECKING:
@@ -103,18 +103,18 @@ class SubspaceSFDA(AdaptMethod):
     paper: ClassVar[dict[str, Any] | None] = PAPER
 
     def __post_init__(self) -> None:
-        above_zero("learning_rate", self.learning_rate)
-        one_of("loss", self.loss, ("shot", "nrc", "aad", "mapu"))
-        one_of("tuned", self.tuned, ("core", "all", "batch-norm"))
-        one_of("bn", self.bn, ("stats", "frozen", "affine"))
-        whole("rank_factor", self.rank_factor, 1, optional=True)
-        at_least("entropy", self.entropy, 0)
-        at_least("diversity", self.diversity, 0)
+        check_positive("learning_rate", self.learning_rate)
+        check_one_of("loss", self.loss, ("shot", "nrc", "aad", "mapu"))
+        check_one_of("tuned", self.tuned, ("core", "all", "batch-norm"))
+        check_one_of("bn", self.bn, ("stats", "frozen", "affine"))
+        check_int("rank_factor", self.rank_factor, 1, optional=True)
+        check_at_least("entropy", self.entropy, 0)
+        check_at_least("diversity", self.diversity, 0)
         for name in ("pseudo_labels", "imputation", "decay"):
             if getattr(self, name) is None:
                 raise UserError(f"{name} must be a number not below 0, got None")
-            at_least(name, getattr(self, name), 0)
-        whole("neighbours", self.neighbours, 1)
+            check_at_least(name, getattr(self, name), 0)
+        check_int("neighbours", self.neighbours, 1)
         if self.tuned == "batch-norm" and self.bn == "frozen":
             raise UserError("tuned=batch-norm with bn=frozen trains nothing; use bn=affine")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foretune.run import at_least, whole
+from foretune.run import check_at_least, check_int
 
 
 class TimeSeriesCNN(nn.Module):
@@ -49,8 +49,8 @@ class TimeSeriesCNN(nn.Module):
         dropout: float = 0.5,
     ) -> None:
         for name, value in (("channels", channels), ("classes", classes), ("mid", mid)):
-            whole(name, value, 1)
-        at_least("dropout", dropout, 0)
+            check_int(name, value, 1)
+        check_at_least("dropout", dropout, 0)
         super().__init__()
         self.sizes: dict[str, Any] = {
             "channels": channels,

@@ -21,7 +21,7 @@ from transformers import Conv1D
 from foretune.errors import UserError, did_you_mean
 from foretune.models.calls import eval_no_grad
 from foretune.models.surgery import head_modules
-from foretune.run import one_of, whole
+from foretune.run import check_int, check_one_of
 from foretune.source_free.hooi import compose, feasible_ranks, hooi, ranks_of_energy
 
 CONVOLUTIONS: dict[int, tuple[type[nn.Module], Any]] = {
@@ -150,10 +150,10 @@ def tuckerize(
     """
     if sum(choice is not None for choice in (rank_factor, ranks, energy)) != 1:
         raise UserError("give exactly one of rank_factor, ranks and energy")
-    whole("rank_factor", rank_factor, 1, optional=True)
+    check_int("rank_factor", rank_factor, 1, optional=True)
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"energy must be above 0 and at most 1, got {energy!r}")
-    one_of("layers", layers, ("all", "convolutions", "linear"))
+    check_one_of("layers", layers, ("all", "convolutions", "linear"))
     factorable = dict(_factorable(model, layers))
     if not factorable:
         raise UserError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from foretune.errors import UserError, did_you_mean
-from foretune.run import at_least, one_of
+from foretune.run import check_at_least, check_one_of
 from foretune.tasks.candidates import draw_candidates
 from foretune.tasks.example import SPLITS
 from foretune.tasks.readers import HUB_ID, Row, read_rows
@@ -85,7 +85,7 @@ class Source:
             names = [str(n) if type(n) is int else n for n in unseen]
             object.__setattr__(self, "unseen", names)
         _check_unseen(self.unseen)
-        at_least("turn", self.turn, 0)
+        check_at_least("turn", self.turn, 0)
         if self.turn is not None and not isinstance(self.unseen, int):
             raise UserError(
                 f"turns need a number of unseen tasks, such as unseen=2; got unseen={self.unseen!r}"
@@ -99,11 +99,11 @@ class Source:
                 "validation and test must leave rows for train: their sum must be less than 1, "
                 f"got {self.validation} + {self.test}"
             )
-        at_least("num_candidates", self.num_candidates, 2)
-        one_of("candidates_from", self.candidates_from, ("others", "own"))
-        at_least("candidate_pool", self.candidate_pool, self.num_candidates - 1)
+        check_at_least("num_candidates", self.num_candidates, 2)
+        check_one_of("candidates_from", self.candidates_from, ("others", "own"))
+        check_at_least("candidate_pool", self.candidate_pool, self.num_candidates - 1)
         for name in ("min_rows", "max_tasks", "max_rows"):
-            at_least(name, getattr(self, name), 1)
+            check_at_least(name, getattr(self, name), 1)
         if not isinstance(self.columns, dict):
             raise UserError(
                 f"columns must map names in the source to new names, got {self.columns!r}"
@@ -127,7 +127,7 @@ def load_tasks(source: Source, kind: str) -> tuple[TaskCollection, TaskCollectio
     Raises:
         UserError: Bad data; the message names the file and the line, or the task.
     """
-    one_of("kind", kind, tuple(NEEDS))
+    check_one_of("kind", kind, tuple(NEEDS))
     tasks = _read_tasks(source, kind)
     if isinstance(source.unseen, str):
         second = dataclasses.replace(source, source=source.unseen, unseen=None)
@@ -330,7 +330,7 @@ def _check_unseen(unseen: Any) -> None:
     if unseen is None or (isinstance(unseen, str) and unseen.strip()):
         return
     if isinstance(unseen, int) and not isinstance(unseen, bool):
-        at_least("unseen", unseen, 1)
+        check_at_least("unseen", unseen, 1)
         return
     if not isinstance(unseen, list) or not unseen or not all(isinstance(n, str) for n in unseen):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, the newest and the best are kept."""
+"""Checkpoints: written atomically; the newest and the best are kept."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ class CheckpointStore:
     named checkpoint-N is complete whatever happened while it was written.
 
     Args:
-        folder: Where; None for memory, where only the best is kept and nothing can be resumed.
-        partition: What this process has of it. A checkpoint on disk is the same for any number of
-            processes; the first of them writes it.
+        folder: Folder of the checkpoints; None for memory, where only the best is kept and
+            nothing can be resumed.
+        partition: The slots of this process. A checkpoint on disk is the same for any number of
+            processes; the first one writes it.
     """
 
     folder: Path | None
@@ -39,7 +40,7 @@ class CheckpointStore:
     _best: dict[str, Tensor] | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Keeps this state; `meta["best_step"] == step` says that it is the best so far."""
+        """Keeps this state; it is the best so far if `meta["best_step"] == step`."""
         is_best = meta.get("best_step") == step
         if self.folder is None:
             if is_best:
@@ -48,8 +49,8 @@ class CheckpointStore:
         if self.partition is None:
             self._write(self.folder, step, tensors, meta)
             return
-        whole, folder = self.partition.whole(tensors), self.folder
-        self.partition.group.first(lambda: self._write(folder, step, whole, meta))
+        state, folder = self.partition.gather_state(tensors), self.folder
+        self.partition.group.on_first_process(lambda: self._write(folder, step, state, meta))
 
     def _write(
         self, folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]
@@ -58,25 +59,24 @@ class CheckpointStore:
         with whole_folder(final) as part:
             contiguous = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
             save_file(contiguous, part / STATE_WEIGHTS_FILE)
-            (part / STATE_FILE).write_text(
-                json.dumps(stamped({"step": step, **meta}, FORMAT), indent=1)
-            )
-        for other, path in self._found():
-            if other not in (step, meta.get("best_step")):
+            record = stamped({"step": step, **meta}, FORMAT)
+            (part / STATE_FILE).write_text(json.dumps(record, indent=1))
+        for saved_step, path in self._checkpoints():
+            if saved_step not in (step, meta.get("best_step")):
                 shutil.rmtree(path)
 
     def newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors and the meta data of the newest checkpoint, or None."""
-        newest = max((step for step, _ in self._found()), default=None)
+        """The tensors and the metadata of the newest checkpoint; None without one."""
+        newest = max((step for step, _ in self._checkpoints()), default=None)
         if self.partition is not None:
-            newest = self.partition.group.first(lambda: newest)
+            newest = self.partition.group.on_first_process(lambda: newest)
         if newest is None:
             return None
         assert self.folder is not None
         return self._load(self.folder / f"checkpoint-{newest}")
 
     def best(self, step: int) -> dict[str, Tensor] | None:
-        """The tensors of the best checkpoint."""
+        """The tensors of the best checkpoint, which is that of `step`."""
         if self.folder is None:
             return self._best
         return self._load(self.folder / f"checkpoint-{step}")[0]
@@ -90,7 +90,7 @@ class CheckpointStore:
                 elif path.name.startswith(UNFINISHED):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _found(self) -> list[tuple[int, Path]]:
+    def _checkpoints(self) -> list[tuple[int, Path]]:
         if self.folder is None or not self.folder.is_dir():
             return []
         matches = ((CHECKPOINT.fullmatch(path.name), path) for path in self.folder.iterdir())
@@ -101,9 +101,9 @@ class CheckpointStore:
             record = path / STATE_FILE
             meta = unstamped(record, json.loads(record.read_text()), FORMAT)
             tensors = load_file(path / STATE_WEIGHTS_FILE)
-            return tensors if self.partition is None else self.partition.part(tensors), meta
+            return tensors if self.partition is None else self.partition.local_state(tensors), meta
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
-                f"{path} is no readable checkpoint ({error}); remove that folder to continue from "
-                "an older one, or start again with --overwrite"
+                f"{path} is not a readable checkpoint ({error}); remove that folder to continue "
+                "from an older one, or start again with --overwrite"
             ) from error

@@ -1,4 +1,4 @@
-"""`TaskData`: the encoded rows of each slot; samplers: which rows the batch of a step holds.
+"""`TaskData`: the encoded examples of each slot; samplers: which of them a step's batch holds.
 
 A sampler is a pure function of the seed and the step, so a resumed run needs no sampler state.
 """
@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.run import Run
 from foretune.tasks.batch import Batch
 from foretune.tasks.task import Objective, Task, TaskCollection
 
-Pick = tuple[int, int]  # (slot, index of a training row)
+Pick = tuple[int, int]  # (slot, index of an example in it)
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,14 @@ class SlotRows:
 
 @dataclass(frozen=True)
 class Step:
-    """The rows of one gradient.
+    """The examples of one gradient.
 
     Args:
         chunks: Batches whose gradients are added up, so that memory holds one of them at a time.
-        num_slots: Slots of the whole step, of which other processes may hold some.
-        num_rows: Likewise.
-        fillers: Batches of weight zero: calls of the model that other processes make too.
-        rows: The place of each row of the chunks in its slot, chunk after chunk.
+        num_slots: Number of slots of the step in all processes.
+        num_rows: Number of examples of the step in all processes.
+        fillers: Batches of weight zero: they only match the model calls of other processes.
+        rows: Index of each example of the chunks within its slot, chunk after chunk.
     """
 
     chunks: tuple[Batch, ...]
@@ -54,42 +55,43 @@ class Step:
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """The slot of each row, chunk after chunk."""
+        """The slot of each example, chunk after chunk."""
         return tuple(slot for chunk in self.chunks for slot in chunk.slots)
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that the model reads in this process, padding not counted."""
         return sum(chunk.num_tokens for chunk in self.chunks)
 
 
 @dataclass
 class TaskData:
-    """The rows of every slot, encoded when first asked for.
+    """The examples of all slots, each encoded at its first use.
 
     Args:
         slots: The examples, not yet encoded.
         objective: Encodes and collates them.
-        keep: So many tokens of encoded rows are kept (some 36 bytes each); beyond it the oldest
-            rows are encoded again when needed.
+        max_cached_tokens: Encoded examples are cached up to this many tokens (about 36 bytes
+            each); beyond it the oldest are dropped and encoded again when needed.
     """
 
     slots: Sequence[SlotRows]
     objective: Objective
-    keep: int = 5_000_000
+    max_cached_tokens: int = 5_000_000
     _encoded: OrderedDict[tuple[int, int], dict[str, Any]] = field(default_factory=OrderedDict)
-    _held: int = 0
+    _cached_tokens: int = 0
 
     @classmethod
     def of(cls, tasks: TaskCollection, objective: Objective) -> TaskData:
-        """One slot for each task.
+        """One slot per task.
 
         Raises:
-            UserError: A task has nothing to train on.
+            UserError: A task has no training examples.
         """
         for task in tasks:
             if not task.train:
                 raise UserError(
-                    f'task "{task.name}" has no training rows; give it rows of split "train"'
+                    f'task "{task.name}" has no training examples; add rows of split "train"'
                 )
         return cls([slot_of(task) for task in tasks], objective)
 
@@ -98,24 +100,26 @@ class TaskData:
 
     @property
     def keys(self) -> list[str]:
+        """The key of each slot."""
         return [slot.key for slot in self.slots]
 
     def num_rows(self, slot: int, split: str) -> int:
+        """Number of examples of a slot in "train", "validation" or "test"."""
         return len(getattr(self.slots[slot], split))
 
     def row(self, slot: int, split: str, i: int) -> dict[str, Any]:
-        """An encoded row; slots that share their sequence of rows (draws of a task) share it."""
+        """An encoded example; slots with the same sequence of examples (draws) share its cache."""
         source = self.slots[slot]
         rows = getattr(source, split)
         key = (id(rows), i)
-        found = self._encoded.get(key)
-        if found is None:
-            found = self.objective.encode(rows[i], source.task or source.key)
-            self._encoded[key] = found
-            self._held += self.objective.size(found)
-            while self._held > self.keep:
-                self._held -= self.objective.size(self._encoded.popitem(last=False)[1])
-        return found
+        encoded = self._encoded.get(key)
+        if encoded is None:
+            encoded = self.objective.encode(rows[i], source.task or source.key)
+            self._encoded[key] = encoded
+            self._cached_tokens += self.objective.size(encoded)
+            while self._cached_tokens > self.max_cached_tokens:
+                self._cached_tokens -= self.objective.size(self._encoded.popitem(last=False)[1])
+        return encoded
 
     def step(
         self,
@@ -125,24 +129,26 @@ class TaskData:
         train: bool,
         seed: Sequence[int],
         budget: int | None = None,
-        some: Callable[[Sequence[int]], Sequence[int]] | None = None,
+        select: Callable[[Sequence[int]], Sequence[int]] | None = None,
     ) -> Step:
-        """These rows, in the order of their slots.
+        """Collates examples into chunks, in the order of their slots.
 
         Args:
-            picks: (slot, index of a row).
-            split: Which rows the indices mean.
-            train: Make the random choices of training.
-            seed: Seeds them; a slot's choices depend on neither the budget nor the other slots.
-            budget: Tokens that a chunk holds, but for rows that are longer alone; None for one
-                chunk.
-            some: Given the tokens of each row, says which of them the chunks hold; None for all.
+            picks: (slot, index of an example).
+            split: The split that the indices refer to.
+            train: Make the objective's random choices of training.
+            seed: Random seed of these; a slot's choices depend on neither the budget nor the
+                other slots.
+            budget: Tokens per chunk, exceeded only by an example that is longer on its own; None
+                for a single chunk.
+            select: Maps the tokens of each example to the indices of those that the chunks hold;
+                None for all.
         """
         picks = sorted(picks, key=lambda pick: pick[0])
         rows: list[Mapping[str, Any]] = [self.row(slot, split, i) for slot, i in picks]
         if train:
             rngs = {
-                slot: np.random.default_rng([*seed, number_of(self.slots[slot].key)])
+                slot: np.random.default_rng([*seed, stable_hash(self.slots[slot].key)])
                 for slot in {slot for slot, _ in picks}
             }
             rows = [
@@ -151,11 +157,11 @@ class TaskData:
             ]
         slots, places = [slot for slot, _ in picks], [i for _, i in picks]
         sizes = [self.objective.size(row) for row in rows]
-        if some is not None:
-            kept = some(sizes)
-            rows, slots = [rows[i] for i in kept], [slots[i] for i in kept]
-            places = [places[i] for i in kept]
-            sizes = [sizes[i] for i in kept]
+        if select is not None:
+            selected = select(sizes)
+            rows, slots = [rows[i] for i in selected], [slots[i] for i in selected]
+            places = [places[i] for i in selected]
+            sizes = [sizes[i] for i in selected]
         chunks = []
         for start, end in _chunks(sizes, budget):
             chunks.append(self.objective.collate(rows[start:end], slots[start:end]))
@@ -164,20 +170,20 @@ class TaskData:
 
 
 def _chunks(sizes: Sequence[int], budget: int | None) -> Iterator[tuple[int, int]]:
-    """(start, end) of consecutive rows of about equal size together, none above the budget.
+    """(start, end) of runs of examples of about equal total size, none above the budget.
 
     >>> list(_chunks([5, 5, 5, 5, 5], 10)), list(_chunks([5, 5], None))
     ([(0, 2), (2, 4), (4, 5)], [(0, 2)])
     """
-    start, held = 0, 0
+    start, tokens = 0, 0
     total = sum(sizes)
-    share = total / math.ceil(total / budget) if budget and total else math.inf
+    target = total / math.ceil(total / budget) if budget and total else math.inf
     for i, size in enumerate(sizes):
-        full = held + size > (budget or math.inf) or held >= share
+        full = tokens + size > (budget or math.inf) or tokens >= target
         if i > start and full:
             yield start, i
-            start, held = i, 0
-        held += size
+            start, tokens = i, 0
+        tokens += size
     if start < len(sizes):
         yield start, len(sizes)
 
@@ -188,17 +194,19 @@ def slot_of(task: Task) -> SlotRows:
 
 
 class Sampler(Protocol):
-    """Which training rows the batch of a step holds."""
+    """Says which training examples the batch of a step holds."""
 
-    def picks(self, step: int) -> list[Pick]: ...
+    def picks(self, step: int) -> list[Pick]:
+        """(slot, index of an example) of each example in the batch of this step."""
+        ...
 
 
 @dataclass
-class PerTaskSampler:
-    """The next `batch_size` rows of each of `tasks_per_step` tasks, task after task in a circle.
+class PerTaskSampler(Sampler):
+    """The next `batch_size` examples of each of `tasks_per_step` tasks, round robin over tasks.
 
-    Each task goes through its own rows in a new order each time. A task with fewer rows than
-    `batch_size` gives all that it has. `repeat` batches in a row are of the same tasks: an
+    Each task goes through its own examples, in a new order each time. A task with fewer examples
+    than `batch_size` gives all of them. `repeat` consecutive batches are of the same tasks: an
     episode.
     """
 
@@ -210,32 +218,33 @@ class PerTaskSampler:
     repeat: int = 1
     _orders: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
 
+    @override
     def picks(self, step: int) -> list[Pick]:
         num_tasks = len(self.sizes)
-        together = min(self.tasks_per_step or num_tasks, num_tasks)
-        found: list[Pick] = []
+        tasks_per_step = min(self.tasks_per_step or num_tasks, num_tasks)
+        picks: list[Pick] = []
         episode, part = divmod(step, self.repeat)
-        for turn in range(episode * together, (episode + 1) * together):
+        for turn in range(episode * tasks_per_step, (episode + 1) * tasks_per_step):
             slot, visit = turn % num_tasks, (turn // num_tasks) * self.repeat + part
             count = min(self.batch_size, self.sizes[slot])
-            found += [(slot, row) for row in self._rows(slot, visit * count, count)]
-        return found
+            picks += [(slot, row) for row in self._rows(slot, visit * count, count)]
+        return picks
 
     def _rows(self, slot: int, position: int, count: int) -> list[int]:
-        """The next rows at `position` of the endless stream of permutations of the slot's rows."""
-        found: list[int] = []
+        """The next indices at `position` of the endless stream of the slot's permutations."""
+        rows: list[int] = []
         for epoch, part in _by_epoch(position, count, self.sizes[slot]):
-            known = self._orders.get(slot)
-            if known is None or known[0] != epoch:
-                rng = np.random.default_rng([self.seed, number_of(self.keys[slot]), epoch])
-                known = self._orders[slot] = (epoch, rng.permutation(self.sizes[slot]))
-            found += known[1][part].tolist()
-        return found
+            order = self._orders.get(slot)
+            if order is None or order[0] != epoch:
+                rng = np.random.default_rng([self.seed, stable_hash(self.keys[slot]), epoch])
+                order = self._orders[slot] = (epoch, rng.permutation(self.sizes[slot]))
+            rows += order[1][part].tolist()
+        return rows
 
 
 @dataclass
-class PooledSampler:
-    """The next `count` rows of all tasks' rows, shuffled together, in a new order each epoch."""
+class PooledSampler(Sampler):
+    """The next `count` examples of all tasks, shuffled together, in a new order each epoch."""
 
     sizes: Sequence[int]
     count: int
@@ -246,9 +255,10 @@ class PooledSampler:
         self._ends = np.cumsum(self.sizes)
         self._starts = self._ends - self.sizes
 
+    @override
     def picks(self, step: int) -> list[Pick]:
         total = int(self._ends[-1])
-        found: list[Pick] = []
+        picks: list[Pick] = []
         for epoch, part in _by_epoch(step * self.count, self.count, total):
             if self._order is None or self._order[0] != epoch:
                 rng = np.random.default_rng([self.seed, epoch])
@@ -256,12 +266,12 @@ class PooledSampler:
             rows = self._order[1][part]
             slots = np.searchsorted(self._ends, rows, side="right")
             starts = self._starts[slots]
-            found += zip(slots.tolist(), (rows - starts).tolist(), strict=True)
-        return found
+            picks += zip(slots.tolist(), (rows - starts).tolist(), strict=True)
+        return picks
 
 
 def _by_epoch(position: int, count: int, size: int) -> Iterator[tuple[int, slice]]:
-    """(epoch, its part) of the next `count` places at `position`, when an epoch has `size`.
+    """(epoch, slice of it) of the next `count` places at `position`, with `size` per epoch.
 
     >>> list(_by_epoch(3, 4, 5))
     [(0, slice(3, 5, None)), (1, slice(0, 2, None))]
@@ -274,26 +284,26 @@ def _by_epoch(position: int, count: int, size: int) -> Iterator[tuple[int, slice
         position += length
 
 
-def number_of(key: str) -> int:
-    """A number that depends on the text alone, unlike Python's own hash."""
+def stable_hash(key: str) -> int:
+    """A hash that is the same in every process, unlike Python's own."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big")
 
 
 def sampler_for(data: TaskData, run: Run, *, pooled: bool, batches_per_update: int = 1) -> Sampler:
-    """The order in which the training examples are seen; the budget is the same for all methods.
+    """The sampler of the training examples; the budget is the same for all methods.
 
     Args:
         data: The examples of each slot.
-        run: Seed and the size of a batch.
+        run: Random seed and batch size.
         pooled: Draw from the examples of all tasks together.
-        batches_per_update: Batches in a row that hold the same tasks.
+        batches_per_update: Consecutive batches that hold the same tasks.
     """
     sizes = [len(slot.train) for slot in data.slots]
     if pooled:
-        together = min(run.tasks_per_step or len(data), len(data))
+        tasks_per_step = min(run.tasks_per_step or len(data), len(data))
         # As many examples as the other sampler draws, which never repeats one within a batch.
-        in_a_round = sum(min(run.batch_size, size) for size in sizes)
-        count = max(1, round(in_a_round * together / len(sizes)))
+        per_round = sum(min(run.batch_size, size) for size in sizes)
+        count = max(1, round(per_round * tasks_per_step / len(sizes)))
         return PooledSampler(sizes, count, run.seed)
     return PerTaskSampler(
         sizes, run.batch_size, run.tasks_per_step, run.seed, data.keys, batches_per_update

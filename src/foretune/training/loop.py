@@ -1,4 +1,4 @@
-"""The only training loop, for every method and every verb: draw, update, validate, keep."""
+"""The only training loop, for all methods and verbs: draw, update, validate, checkpoint."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import Sampler, TaskData
 from foretune.training.learners.joint import Learner
 from foretune.training.process_group import Partition
-from foretune.training.sharding import gathered, local
+from foretune.training.sharding import local_tensor, unsharded
 from foretune.training.stopping import EarlyStopping
 
-Progress = Callable[[int, int, dict[str, Any]], None]  # (step, steps, newest figures)
+Progress = Callable[[int, int, dict[str, Any]], None]  # (update, num_updates, latest figures)
 
 
 class DivergedError(ForetuneError):
-    """The loss is no longer a number."""
+    """The loss or the weights are no longer finite."""
 
 
 def fit(
@@ -37,26 +37,26 @@ def fit(
     progress: Progress | None = None,
     partition: Partition | None = None,
 ) -> dict[str, Any]:
-    """Trains what the learner trains; leaves it in its best validated state.
+    """Trains the learner and leaves it in its best validated state.
 
     A learner that averages its base ends with the mean instead.
 
     Args:
-        learner: What to update and how; its bank has the slots that `partition` says.
-        data: The rows of each slot.
-        sampler: Which rows each of the `run.steps` batches holds.
-        run: Budget, seed, folder.
-        validate: Choose the state that is returned on the validation rows; False takes the last.
-        stopping: Lets slots stop, each by its own validation rows.
+        learner: What to update and how; its bank has the slots of this process's partition.
+        data: The examples of each slot.
+        sampler: Draws the examples of each of the `run.steps` batches.
+        run: Budget, random seed, folder.
+        validate: Select the final state by the validation examples; False takes the last.
+        stopping: Stops slots, each by its own validation examples.
         progress: Called after every update.
-        partition: What of it this process does; all when None.
+        partition: This process's part of the training; None for all of it.
 
     Returns:
-        "history": one dict for each validation (step, loss, score, learning-rate factor);
-        "best_step", "best_score": None without validation rows; "tokens", "examples": read in all.
+        "history": one dict per validation (step, loss, score); "best_step", "best_score": None
+        without validation examples; "tokens", "examples": totals of the training.
 
     Raises:
-        DivergedError: A loss is not finite; says which step and task. The checkpoints stay.
+        DivergedError: A loss is not finite; names the step and task. The checkpoints stay.
     """
     accelerator = make_accelerator(run)
     partition = partition or Partition(data)
@@ -82,12 +82,12 @@ def fit(
     with learner.ready():
         for update in range(record["step"], num_updates):
             seed = run.seed * 1_000_003 + update
-            # Each process has dropout of its own.
+            # Each process has its own dropout.
             torch.manual_seed(seed * partition.group.size + partition.group.rank)
             numbers = range(update * per_update, (update + 1) * per_update)
             picks = [sampler.picks(number) for number in numbers]
             if stopping is not None:
-                picks = [stopping.still(part) for part in picks]
+                picks = [stopping.active(part) for part in picks]
                 if not picks[0]:
                     break
             budget = learner.token_budget
@@ -108,7 +108,7 @@ def fit(
                 _validate_and_keep(learner, partition, run, store, record, losses, validate)
                 losses = []
                 if stopping is not None:
-                    stopping.see(update + 1, learner.score(data, "validation", run.eval_rows))
+                    stopping.update(update + 1, learner.score(data, "validation", run.eval_rows))
             if progress is not None:
                 progress(
                     update + 1,
@@ -131,7 +131,7 @@ def fit(
 
 
 def schedule(run: Run, done: float) -> float:
-    """The factor of the learning rates when that share of the updates is done."""
+    """The factor of the learning rates after the fraction `done` of the updates."""
     if run.warmup and done < run.warmup:
         # The first update must move, so the rise starts one step above zero.
         return min(1.0, (done * run.steps + 1) / (run.warmup * run.steps))
@@ -145,7 +145,7 @@ def make_accelerator(run: Run) -> Accelerator:
     """Accelerate's device and precision for this run; runs of one process may differ in both.
 
     Raises:
-        UserError: The run wants a device that is not here.
+        UserError: The device of the run is not available.
     """
     # Private: nothing public lets one process choose its device and precision again.
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -154,18 +154,20 @@ def make_accelerator(run: Run) -> Accelerator:
     if kind == "cuda" and number and int(number) < torch.cuda.device_count():
         torch.cuda.set_device(int(number))
     accelerator = Accelerator(mixed_precision=precision, cpu=kind == "cpu")
-    found = accelerator.device
+    device = accelerator.device
     missing = kind == "cuda" and int(number or 0) >= torch.cuda.device_count()
-    if missing or (kind and kind != found.type):
-        raise UserError(f"device={run.device} is not here: torch finds {found.type}; leave it out")
+    if missing or (kind and kind != device.type):
+        raise UserError(
+            f"device={run.device} is not available, torch finds {device.type}: leave device out"
+        )
     return accelerator
 
 
 def _restored(learner: Learner, store: CheckpointStore) -> dict[str, Any]:
-    found = store.newest()
-    if found is None:
+    newest = store.newest()
+    if newest is None:
         return {}
-    tensors, meta = found
+    tensors, meta = newest
     learner.load_state(tensors)
     return meta
 
@@ -187,20 +189,17 @@ def _validate_and_keep(
         if record["best_score"] is None or entry["score"] > record["best_score"]:
             record |= {"best_step": record["step"], "best_score": entry["score"]}
     record["history"].append(entry)
-    wanted = run.out is not None or record["best_step"] == record["step"]
-    if wanted:
+    if run.out is not None or record["best_step"] == record["step"]:
         store.save(record["step"], learner.state(optimizers=run.out is not None), record)
 
 
 def _scores(learner: Learner, partition: Partition, run: Run) -> dict[int, float]:
-    """The validation score of every slot; each process scores its own."""
-    with gathered(learner.model):
-        own = (
-            learner.score(partition.local_data, "validation", run.eval_rows)
-            if partition.slots
-            else {}
-        )
-    return partition.scores(own)
+    """The validation scores of all slots; each process scores its own."""
+    local_scores = {}
+    with unsharded(learner.model):
+        if partition.slots:
+            local_scores = learner.score(partition.local_data, "validation", run.eval_rows)
+    return partition.gather_scores(local_scores)
 
 
 def _check_finite(
@@ -213,14 +212,14 @@ def _check_finite(
 
 
 def _check_weights(learner: Learner, partition: Partition, step: int, run: Run) -> None:
-    """A finite loss may have a gradient that is not; what it left must not become a checkpoint."""
+    """A finite loss may have an infinite gradient; its result must not become a checkpoint."""
     what = next(_not_finite(learner, partition.local_data, step), None)
-    partition.group.raise_first(None if what is None else _diverged(what, learner, run))
+    partition.group.raise_on_all(None if what is None else _diverged(what, learner, run))
 
 
 def _not_finite(learner: Learner, data: TaskData, step: int) -> Iterator[str]:
     for name, p in learner.model.named_parameters():
-        if p.requires_grad and not torch.isfinite(local(p)).all():
+        if p.requires_grad and not torch.isfinite(local_tensor(p)).all():
             yield f"the weights of {name} are not finite after step {step}"
     for p in () if learner.bank is None else learner.bank.parameters():
         for slot in torch.nonzero(~torch.isfinite(p).flatten(1).all(1)).flatten().tolist():
@@ -229,8 +228,8 @@ def _not_finite(learner: Learner, data: TaskData, step: int) -> Iterator[str]:
 
 def _diverged(what: str, learner: Learner, run: Run) -> DivergedError:
     rate = learner.learning_rate or learner.bank_learning_rate
-    kept = f"; the last checkpoint is in {run.out}" if run.out is not None else ""
+    checkpoint = f"; the last checkpoint is in {run.out}" if run.out is not None else ""
     return DivergedError(
         f"{what}: try a lower learning_rate (now {rate:g}), a longer warmup or a smaller "
-        f"max_grad_norm{kept}"
+        f"max_grad_norm{checkpoint}"
     )

@@ -1,4 +1,4 @@
-"""`RetrainMethod` and `AdaptMethod`: what the verbs that train ask of a method's record.
+"""`RetrainMethod` and `AdaptMethod`: what the verbs that train require of a method's record.
 
 Importing this file does not import torch.
 """
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class RetrainMethod(Method, Protocol):
-    """A frozen dataclass that subclasses this; whatever has a default need not be written again.
+    """A method is a frozen dataclass that subclasses this and overrides what differs.
 
     Attributes:
         pooled: Whether a batch is drawn from the examples of all tasks together, so that examples
-            and not tasks weigh alike.
-        chooses: Whether the method retrains by another one, which `choose` finds.
+            are weighted equally instead of tasks.
+        chooses: Whether the method retrains with another method, which `choose` returns.
     """
 
     verb: ClassVar[str] = "retrain"
@@ -39,54 +39,54 @@ class RetrainMethod(Method, Protocol):
 
     @property
     def keeps_adapters(self) -> bool:
-        """Whether the seen tasks' adapters are saved; they must fit the base that is kept."""
+        """Whether the seen tasks' adapters are saved; they must fit the base that is saved."""
         return False
 
     @property
     def interpolate(self) -> float:
-        """Share of the way from the given weights to the retrained ones that is kept."""
+        """Weight of the retrained weights in the interpolation with the pretrained ones."""
         return 1.0
 
     @property
     def average(self) -> float:
-        """Share of the updates, the last ones, over which the base's weights are averaged."""
+        """Fraction of the updates, at the end, over which the base's weights are averaged."""
         return 0.0
 
     @property
     def batches_per_update(self) -> int:
-        """Batches of all tasks that one update of the base takes; 1 where `run_for` splits them."""
+        """Joint batches per update of the base; 1 where `run_for` splits them by task."""
         return 1
 
     def choose(
         self, model: nn.Module, tasks: TaskCollection, run: Run, progress: Progress | None = None
     ) -> tuple[RetrainMethod, dict[str, Any]]:
-        """(the method to retrain by, what was tried); called where `chooses` is set."""
+        """(method to retrain with, record of the choice); called where `chooses` is set."""
         return self, {}
 
     def objective_for(self, objective: Objective) -> Objective:
-        """The form of the objective that this method trains on."""
+        """The form of the objective that this method trains with."""
         return objective
 
     def run_for(self, run: Run, num_tasks: int) -> Run:
-        """The run with as many examples, cut into batches as this method needs them."""
+        """The run with the same number of examples, in the batches that this method needs."""
         return run
 
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner | None:
-        """What the loop trains; None to train nothing.
+        """Builds what the loop trains; None to train nothing.
 
         Args:
             model: The copy to be trained, in place.
             objective: Fitted to the tasks.
             keys: The key of each slot, one slot per task.
-            run: Seed and budget.
+            run: Random seed and budget.
         """
         ...
 
 
 class AdaptMethod(Method, Protocol):
-    """A frozen dataclass that subclasses this; whatever has a default need not be written again.
+    """A method is a frozen dataclass that subclasses this and overrides what differs.
 
     Attributes:
         pooled: As `RetrainMethod`; a method that adapts draws from each task separately.
@@ -97,29 +97,29 @@ class AdaptMethod(Method, Protocol):
 
     @property
     def learning_rate(self) -> float | None:
-        """Learning rate of what is adapted; None where the method derives it."""
+        """Learning rate of the adapted parameters; None where the method derives it."""
         return None
 
     @property
     def shares_base(self) -> bool:
-        """Whether all tasks are adapted at once on one frozen base, each by a slot of a bank."""
+        """Whether all tasks are adapted at once on one frozen base, one slot of a bank each."""
         return False
 
     @property
     def interpolate(self) -> float:
-        """Share of the way from the base's weights to the adapted ones that is kept."""
+        """Weight of the adapted weights in the interpolation with the base's."""
         return 1.0
 
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        """What the loop trains.
+        """Builds what the loop trains.
 
         Args:
-            model: The frozen base, shared by all slots, or the copy that becomes the one task's
-                model.
+            model: The frozen base, shared by all slots, or the copy that becomes the model of the
+                only task.
             objective: Fitted to the tasks.
             keys: The key of each slot, one slot per task and draw.
-            run: Seed and budget.
+            run: Random seed and budget.
         """
         ...

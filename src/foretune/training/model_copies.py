@@ -1,4 +1,4 @@
-"""The copies of a model that the verbs train, and the way back to what was copied."""
+"""The copies of a model that the verbs train, and the interpolation back to the original."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def _copy_with_head(
 def copy_to_adapt(model: nn.Module, objective: Objective, seed: int) -> tuple[nn.Module, Objective]:
     """A copy of a base that can be adapted, and the form of the objective for its head.
 
-    A head that all tasks are to share but that the base does not have is none it could have learnt,
-    so each task gets one of its own. Heads are as wide as the base's, so that stock loaders put
-    them there, unless a task has more labels.
+    Where all tasks would share one head but the base's has another width, the base cannot have
+    learnt it, so each task gets its own. Heads are as wide as the base's, so that stock loaders
+    accept them, unless a task has more labels.
     """
     outputs = objective.num_outputs()
     if outputs is not None:
@@ -43,14 +43,16 @@ def copy_to_adapt(model: nn.Module, objective: Objective, seed: int) -> tuple[nn
 
 
 @torch.no_grad()
-def interpolate(model: nn.Module, given: nn.Module, share: float) -> None:
-    """Takes the model back to `share` of its way from `given`; a head of another shape stays.
+def interpolate(model: nn.Module, original: nn.Module, share: float) -> None:
+    """Sets trained weights to original + share · (trained − original), in place.
+
+    A head whose shape differs from the original's stays as it is.
 
     Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv:2109.01903: their α.
     """
     if share == 1:
         return
-    start = dict(given.named_parameters())
+    weights = dict(original.named_parameters())
     for name, p in model.named_parameters():
-        if p.requires_grad and name in start and start[name].shape == p.shape:
-            p.copy_(torch.lerp(start[name].to(p), p, share))
+        if p.requires_grad and name in weights and weights[name].shape == p.shape:
+            p.copy_(torch.lerp(weights[name].to(p), p, share))

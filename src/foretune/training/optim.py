@@ -1,4 +1,4 @@
-"""AdamW on stacked parameters, in which a slot that takes no part in a step does not move."""
+"""AdamW on stacked parameters, where a slot that is absent from a step does not move."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from foretune.adapters.lora import index_of
 from foretune.errors import UserError
 
 
-def adamw_of(
+def make_adamw(
     params: Sequence[Tensor] | list[dict[str, Any]], lr: float, weight_decay: float, kind: str
 ) -> torch.optim.Optimizer:
-    """AdamW on plain parameters.
+    """AdamW on plain parameters of any shapes.
 
     Args:
-        params: What it moves, or groups of it.
+        params: The parameters, or groups of them.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
         kind: "adamw" (torch's fused kernel) or "adamw-8bit" (Dettmers et al. 2022,
-            arXiv:2110.02861; tensors of fewer than 4,096 elements keep a state of 32 bits).
+            arXiv:2110.02861; tensors of fewer than 4,096 elements keep a 32-bit state).
 
     Raises:
-        UserError: The library for 8 bits is not installed.
+        UserError: bitsandbytes is not installed.
     """
     if kind == "adamw":
         return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
@@ -34,25 +34,25 @@ def adamw_of(
         from bitsandbytes.optim import AdamW8bit  # type: ignore[attr-defined]
     except ImportError as error:
         raise UserError(
-            "optimizer adamw-8bit needs bitsandbytes; pip install 'foretune[quant]' would do, or "
+            "optimizer adamw-8bit needs bitsandbytes: pip install 'foretune[quant]', or choose "
             "optimizer adamw"
         ) from error
-    made: torch.optim.Optimizer = AdamW8bit(params, lr=lr, weight_decay=weight_decay)
-    return made
+    optimizer: torch.optim.Optimizer = AdamW8bit(params, lr=lr, weight_decay=weight_decay)
+    return optimizer
 
 
-def eight_bit(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is the one with 8 bits."""
+def is_8bit(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimiser is bitsandbytes' 8-bit AdamW."""
     return type(optimizer).__module__.startswith("bitsandbytes")
 
 
 class SlotAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with a state of its own for each slot.
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with a separate state per slot.
 
     Every parameter has shape (slots, …). A slot that is absent from a step keeps its value, its
-    moments and its step count: no weight decay, no momentum, exactly as if it had an optimiser
-    of its own. A plain AdamW on the stacked tensor would move it. The arithmetic is torch's fused
-    kernel, on views of the slots that take part.
+    moments and its step count: no weight decay, no momentum, exactly as if it had its own
+    optimiser. A plain AdamW on the stacked tensor would move it. The arithmetic is torch's fused
+    kernel, on views of the slots that are present.
 
     Args:
         params: Stacked parameters, or groups of them; parameters of one group move together.
@@ -98,13 +98,13 @@ class SlotAdamW(torch.optim.Optimizer):
                 p.grad[index_of(present)] = 0
 
     def forget(self, slots: Sequence[int]) -> None:
-        """These slots begin anew: no steps made, no moments."""
+        """Resets the step counts and moments of these slots."""
         for state in self.state.values():
             for value in state.values():
                 value[list(slots)] = 0
 
     def _runs(self, params: Sequence[Tensor], present: Sequence[int]) -> Iterator[slice]:
-        """Neighbouring slots that have made equally many steps: views, which the kernel updates."""
+        """Slices of neighbouring slots with equal step counts; the kernel updates views of them."""
         if not params:
             return
         for p in params:
@@ -156,7 +156,7 @@ class SlotAdamW(torch.optim.Optimizer):
 
 
 def _clip(params: Sequence[Tensor], present: Sequence[int], max_norm: float) -> None:
-    """Scales down each slot's gradient, over all parameters, whose norm is greater."""
+    """Clips each slot's gradient, over all parameters, to the norm `max_norm`."""
     index = index_of(present)
     grads = [p.grad[index] for p in params if p.grad is not None]
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).square().sum(0).sqrt()

@@ -1,4 +1,4 @@
-"""`Outcome` and `Adapted`: what the verbs return, and how it is saved."""
+"""`Outcome` and `Adapted`: the results of `retrain` and `adapt`, and how they are saved."""
 
 from __future__ import annotations
 
@@ -39,19 +39,20 @@ class Outcome:
     """The result of `retrain`.
 
     Args:
-        model: The retrained base; adapt this one.
-        bank: The seen tasks' adapters, None for methods that have none.
+        model: The retrained base, ready to be adapted.
+        bank: The adapters of the seen tasks; None for methods without adapters.
         method: The method's record.
         run: The run.
-        objective: As fitted to the seen tasks.
+        objective: The objective, fitted to the seen tasks.
         tokenizer: Saved beside the base.
-        history: One dict for each validation.
-        validation_score: The best mean score on the seen tasks' validation rows; None without.
+        history: One dict per validation.
+        validation_score: The best mean score on the validation examples of the seen tasks; None
+            without such examples.
         cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, trainable_parameters.
         tasks: Names of the seen tasks.
-        choice: What `auto` tried, the scores, the cost and how sure it is; None for other methods.
-        inputs: With a folder, what a run is known by when it is resumed: tasks, objective, and
-            digests of the model that it began with and of the rows.
+        choice: For `auto`, the candidates with scores and costs, and the confidence; else None.
+        inputs: With a folder, what must be the same when the run is resumed: tasks, objective,
+            and digests of the pretrained model and of the examples.
     """
 
     model: nn.Module
@@ -76,10 +77,10 @@ class Outcome:
         with whole_folder(folder / "base") as part:
             name_outputs(self.model, self.objective.space or ())
             save_base(self.model, self.tokenizer, part)
-            (part / BASE_FILE).write_text(json.dumps(self._about_base(), indent=1))
+            (part / BASE_FILE).write_text(json.dumps(self._base_record(), indent=1))
         self.save_adapters(folder)
         write_whole(folder / METRICS_FILE, "".join(json.dumps(h) + "\n" for h in self.history))
-        write_whole(folder / CARD_FILE, self._card())
+        write_whole(folder / CARD_FILE, self._model_card())
         write_whole(folder / RUN_FILE, json.dumps(self.record(), indent=1))
         return folder
 
@@ -88,15 +89,15 @@ class Outcome:
         if self.bank is None:
             return
         config = peft_config(self.bank, self.model, str(folder / "base"))
-        mark = fingerprint(self.model, self.bank.head_names)
+        base_fingerprint = fingerprint(self.model, self.bank.head_names)
         labels = labels_of(self.objective, self.bank.keys)
         for slot, task in enumerate(self.bank.keys):
             with whole_folder(folder / "adapters" / folder_name(task)) as part:
-                write_adapter(part, config, peft_tensors(self.bank, slot), mark)
+                write_adapter(part, config, peft_tensors(self.bank, slot), base_fingerprint)
                 _write_labels(part, labels.get(task))
 
     def record(self) -> dict[str, Any]:
-        """What run.json holds."""
+        """The contents of run.json."""
         return {
             "format": RUN,
             "finished": True,
@@ -111,7 +112,7 @@ class Outcome:
             **({} if self.choice is None else {"choice": self.choice}),
         }
 
-    def _about_base(self) -> dict[str, Any]:
+    def _base_record(self) -> dict[str, Any]:
         record = {
             "method": self.method.to_dict(),
             "objective": self.objective.to_dict(),
@@ -120,7 +121,7 @@ class Outcome:
         }
         return stamped(record, BASE)
 
-    def _card(self) -> str:
+    def _model_card(self) -> str:
         method = self.method
         paper = method.paper
         source = f" ({paper['title']}, arXiv:{paper['arxiv']})" if paper else ""
@@ -128,16 +129,16 @@ class Outcome:
             ""
             if self.validation_score is None
             else (
-                f"\nMean {self.objective.metric} on the seen tasks' validation rows: "
+                f"\nMean {self.objective.metric} on the validation examples of the seen tasks: "
                 f"{self.validation_score:.4f}.\n"
             )
         )
         code = "\n".join(loading_code(class_name(self.model), "base"))
         return (
             f"---\nlibrary_name: transformers\ntags: [foretune, {method.name}]\n---\n\n"
-            f"# A base retrained by {method.label}\n\n"
-            f"Retrained with foretune by {method.label}{source}, in {self.run.steps} steps with "
-            f"seed {self.run.seed}.\n{score}\n"
+            f"# Base retrained with {method.label}\n\n"
+            f"Retrained with {method.label}{source} by foretune, in {self.run.steps} steps with "
+            f"random seed {self.run.seed}.\n{score}\n"
             f"```python\n{code}\n```\n"
         )
 
@@ -147,19 +148,19 @@ class Adapted:
     """The result of `adapt`.
 
     Args:
-        scores: Mean test score of each slot's task: {(task, draw): score}.
-        num_rows: Test rows behind each score.
-        tensors: Each slot's adapter under PEFT's names (methods that train adapters).
-        config: PEFT's adapter_config.json for them.
-        models: Each slot's whole state (methods that train the whole model).
-        base_fingerprint: Of the base that they belong to.
-        cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, trainable_parameters (of
-            one task).
-        stopped: The step after which a task stopped early: {(task, draw): step}.
-        labels: Each task's labels in the order of its outputs; empty where outputs are no labels.
-        num_labels: Outputs of the heads where a task has more labels than the base's head outputs,
-            which then has to be loaded so wide; else None.
-        learners: What trained each of `models`, and writes it.
+        scores: Mean test score per task and draw: {(task, draw): score}.
+        num_rows: Number of test examples behind each score.
+        tensors: The adapters, under PEFT's tensor names (methods that train adapters).
+        config: PEFT's adapter_config.json of the adapters.
+        models: The adapted models (methods that train the whole model).
+        base_fingerprint: Fingerprint of the base that the adapters belong to.
+        cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, trainable_parameters (per
+            task).
+        stopped: Step at which a task stopped early: {(task, draw): step}.
+        labels: Labels of each task in the order of its outputs; empty where outputs are not labels.
+        num_labels: Width of the heads where a task has more labels than the base's head has
+            outputs, so that the base must be loaded with this many labels; else None.
+        learners: The learner that trained each of `models`, which writes it.
     """
 
     scores: dict[tuple[str, int], float]
@@ -175,7 +176,7 @@ class Adapted:
     learners: dict[tuple[str, int], Learner] = field(default_factory=dict)
 
     def first_draw(self) -> Adapted:
-        """The part of the result that belongs to the first draw of each task."""
+        """The part of the result of each task's first draw."""
         return replace(
             self,
             scores={key: v for key, v in self.scores.items() if key[1] == 0},
@@ -186,7 +187,7 @@ class Adapted:
         )
 
     def save(self, folder: Path | str) -> Path:
-        """Writes a PEFT folder for each task (`<task>`, or `<task>-draw<k>` beyond the first)."""
+        """Writes a folder per task and draw: `<task>`, or `<task>-draw<k>` after the first draw."""
         folder = Path(folder)
         for (task, draw), tensors in self.tensors.items():
             with whole_folder(folder / folder_name(task, draw)) as part:
@@ -200,7 +201,7 @@ class Adapted:
 
 
 def labels_of(objective: Objective, tasks: Iterable[str]) -> dict[str, tuple[Any, ...]]:
-    """Task → labels of its outputs, in their order; empty where outputs are no labels."""
+    """The labels of each task's outputs, in order; none for outputs that are not labels."""
     labels = {task: objective.output_labels(task) for task in tasks}
     return {task: names for task, names in labels.items() if names is not None}
 
@@ -214,7 +215,7 @@ def _write_labels(folder: Path, labels: Sequence[Any] | None) -> None:
 def folder_name(task: str, draw: int = 0) -> str:
     """A task's name as a folder name: separators and leading dots replaced.
 
-    A name that had to be changed gets a mark of its own, so that no two tasks share a folder.
+    A changed name gets a digest as its suffix, so that no two tasks share a folder.
 
     >>> folder_name("red"), folder_name("red", 1), folder_name("a/b") == folder_name("a_b")
     ('red', 'red-draw1', False)

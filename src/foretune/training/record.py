@@ -1,4 +1,4 @@
-"""What a run leaves behind beside weights: cost, versions, machine."""
+"""What a run records beside weights: cost, versions, machine."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetens
 
 @contextlib.contextmanager
 def metered() -> Iterator[dict[str, Any]]:
-    """Fills the dict that it yields with the seconds and the peak memory of the block.
+    """Yields a dict that is filled with the time and peak memory of the block when it ends.
 
-    `seconds` is wall-clock time, `cpu_seconds` the process's own. `peak_memory_mb` is the peak of
-    the process's resident memory during the block (of the device's memory on CUDA), None where
-    the system does not tell.
+    `seconds` is wall-clock time, `cpu_seconds` CPU time of the process. `peak_memory_mb` is the
+    peak of the process's resident memory during the block (of the device's memory on CUDA), None
+    where the system does not report it.
     """
     cost: dict[str, Any] = {}
     cuda = torch.cuda.is_available()
@@ -46,7 +46,7 @@ def metered() -> Iterator[dict[str, Any]]:
 
 
 def free_memory(device: str | None) -> int:
-    """Bytes that can still be had on the device that a run will use."""
+    """Free memory, in bytes, of the device that a run with this `device` will use."""
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     try:
@@ -54,7 +54,7 @@ def free_memory(device: str | None) -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024 // num_local_processes()
     except OSError:
-        pass  # no Linux
+        pass  # not Linux
     return 8 * 2**30
 
 
@@ -76,7 +76,7 @@ def environment() -> dict[str, Any]:
 
 
 def _reset_peak() -> bool:
-    """Asks Linux to start the process's high-water mark again."""
+    """Asks Linux to reset the peak of the process's resident memory."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

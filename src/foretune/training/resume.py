@@ -1,4 +1,4 @@
-"""Resuming: only the run that a folder was begun with, and a finished one is read back."""
+"""Resuming: a folder continues only the run that it was begun with; a finished run is loaded."""
 
 from __future__ import annotations
 
@@ -25,78 +25,86 @@ from foretune.training.process_group import ProcessGroup
 
 TaskDraw = tuple[str, int]
 SCORES = "scores.json"
-SCORES_OF_RANK = ".scores-{}.json"  # until all processes have finished
-# What may differ between a run and its continuation: it does not change the result.
+SCORES_OF_RANK = ".scores-{}.json"  # until the last process has finished
+# Fields that may differ between a run and its continuation: they do not change the result.
 MOVABLE = ("out", "resume", "overwrite", "device", "tasks_per_wave")
 
 
 def inputs_of(model: nn.Module, tasks: Iterable[Task]) -> dict[str, Any]:
-    """Model and rows as a record has them: what a result depends on and no settings tell."""
+    """Digests of the model and of each task's examples: inputs that no setting identifies."""
     return {
         "model": fingerprint(model, buffers=True),
         "rows": {task.name: task.digest for task in tasks},
     }
 
 
-def begin(folder: Path, method: Any, run: Run, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Writes down what is about to run here, or checks that it is what was begun here.
+def begin(folder: Path, method: Any, run: Run, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Records which run begins in the folder, or checks that it is the one that was begun there.
 
     Args:
-        folder: May hold a run already, to be resumed.
+        folder: May hold a run to be resumed.
         method: The method's record.
         run: The run.
-        about: What else must be the same, JSON-able. Of "rows" only the tasks of both are compared,
-            and those that are new are added.
+        inputs: What else must be the same, as JSON types. Of "rows" only the tasks of both runs
+            are compared, and new tasks are added.
 
     Returns:
-        The record of a run that has finished here, else None.
+        The record of a run that has finished there, else None.
 
     Raises:
         UserError: The folder was begun with something else; the message names it.
     """
-    wanted = {"method": method.to_dict(), "run": run.to_dict(), **about}
-    wanted = json.loads(json.dumps(wanted))  # tuples become lists, as in the file
+    current = {"method": method.to_dict(), "run": run.to_dict(), **inputs}
+    current = json.loads(json.dumps(current))  # tuples become lists, as in the file
     file = folder / RUN_FILE
     if not file.is_file():
-        write_whole(file, json.dumps(stamped({"finished": False, **wanted}, RUN), indent=1))
+        write_whole(file, json.dumps(stamped({"finished": False, **current}, RUN), indent=1))
         return None
     begun = read_record(file, RUN)
-    check_same(folder, begun, wanted)
+    check_same(folder, begun, current)
     if begun.get("finished"):
         return begun
-    rows = {**begun.get("rows", {}), **wanted["rows"]}
+    rows = {**begun.get("rows", {}), **current["rows"]}
     if rows != begun.get("rows"):
         write_whole(file, json.dumps({**begun, "rows": rows}, indent=1))
     return None
 
 
-def read_record(file: Path, current: str) -> dict[str, Any]:
-    """What an interrupted run wrote down, in the format `current` or an earlier one.
+def read_record(file: Path, current_format: str) -> dict[str, Any]:
+    """The record of an interrupted run.
+
+    Args:
+        file: The record.
+        current_format: The newest format that is accepted.
 
     Raises:
-        UserError: It is no JSON, or has another format.
+        UserError: The file is not JSON, or has another format.
     """
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
-            f"{file} is no readable record of a run ({error}); start again with --overwrite"
+            f"{file} is not a readable record of a run ({error}); start again with --overwrite"
         ) from error
-    check_format(file, found, current)
-    return found
+    check_format(file, record, current_format)
+    return record
 
 
-def check_same(folder: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises UserError where a record differs from that of what was begun here."""
-    for part in wanted:
-        _check_part(folder, part, begun.get(part), wanted[part])
+def check_same(folder: Path, begun: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Checks that the current run's record agrees with that of the run begun in the folder.
+
+    Raises:
+        UserError: They differ; the message names the first difference.
+    """
+    for part in current:
+        _check_part(folder, part, begun.get(part), current[part])
 
 
-def _check_part(folder: Path, part: str, begun: Any, wanted: Any) -> None:
-    if not (isinstance(begun, Mapping) and isinstance(wanted, Mapping)):
-        begun, wanted = {part: begun}, {part: wanted}
-    for name in dict.fromkeys([*wanted, *begun]):
-        was, now = begun.get(name), wanted.get(name)
+def _check_part(folder: Path, part: str, begun: Any, current: Any) -> None:
+    if not (isinstance(begun, Mapping) and isinstance(current, Mapping)):
+        begun, current = {part: begun}, {part: current}
+    for name in dict.fromkeys([*current, *begun]):
+        was, now = begun.get(name), current.get(name)
         added = part == "rows" and None in (was, now)
         if was == now or added or (part == "run" and name in MOVABLE):
             continue
@@ -111,8 +119,8 @@ def _check_part(folder: Path, part: str, begun: Any, wanted: Any) -> None:
         )
 
 
-def read_back(folder: Path, learner: Learner | None, model: Any) -> list[dict[str, Any]]:
-    """Loads the base and the adapters that a finished retraining left; returns its history."""
+def load_finished(folder: Path, learner: Learner | None, model: Any) -> list[dict[str, Any]]:
+    """Loads the base and the adapters of a finished retraining; returns its history."""
     load_weights(model, folder / "base")
     bank: AdapterBank | None = None if learner is None else learner.bank
     if bank is not None and (folder / "adapters").is_dir():
@@ -123,7 +131,7 @@ def read_back(folder: Path, learner: Learner | None, model: Any) -> list[dict[st
 
 
 def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: ProcessGroup) -> None:
-    """Writes the adapters of one wave, then adds its scores to those of this process on disk."""
+    """Writes the adapters of one wave, then adds its scores to this process's scores on disk."""
     tensors = {key: result.tensors[key] for key in wave if key in result.tensors}
     learners = {key: result.learners[key] for key in wave if key in result.learners}
     replace(result, tensors=tensors, learners=learners).save(folder)
@@ -135,7 +143,7 @@ def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: Pr
 
 
 def collect_scores(folder: Path) -> dict[TaskDraw, tuple[float, int]]:
-    """The scores of the tasks that are finished, brought together in one file."""
+    """The scores of the finished tasks, merged into one file."""
     parts = sorted(folder.glob(SCORES_OF_RANK.format("*")))
     done = _read_scores(folder / SCORES)
     for part in parts:

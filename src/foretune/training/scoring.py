@@ -1,4 +1,4 @@
-"""Scores of many slots in mixed batches."""
+"""Scores many slots in batches that mix them."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def score_slots(
     """The mean score of each slot that has rows in `split`.
 
     Args:
-        model: Scored as it stands: with a bank's adapters when one is attached.
-        data: The rows.
+        model: The model as it stands, with the adapters of a bank that is attached.
+        data: The examples.
         split: "train", "validation" or "test".
-        max_rows: At most so many rows of each slot, evenly spread over them: rows often stand in
-            the order of their labels.
-        batch_size: Rows scored together, of one slot or of several.
-        budget: Tokens scored together; None for no bound.
+        max_rows: Score at most this many examples per slot, evenly spread: examples are often
+            ordered by label. None for all.
+        batch_size: Examples scored together, of one slot or of several.
+        budget: Tokens scored together; None for no limit.
         only: Score this slot alone.
 
     Returns:
-        Mean score by slot; a slot without rows is left out.
+        Mean score by slot; a slot without examples is left out.
     """
     chosen = range(len(data)) if only is None else [only]
     picks = [(s, i) for s in chosen for i in spread(data.num_rows(s, split), max_rows)]
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    found: dict[int, list[float]] = defaultdict(list)
+    scores_by_slot: dict[int, list[float]] = defaultdict(list)
     try:
         with packed(model):
             for start in range(0, len(picks), batch_size):
@@ -50,14 +50,14 @@ def score_slots(
                 for chunk in data.step(part, split, train=False, seed=[0], budget=budget).chunks:
                     scores = data.objective.scores(model, chunk.to(device))
                     for slot, score in zip(chunk.slots, scores.tolist(), strict=True):
-                        found[slot].append(score)
+                        scores_by_slot[slot].append(score)
     finally:
         model.train(was_training)
-    return {slot: sum(values) / len(values) for slot, values in found.items()}
+    return {slot: sum(values) / len(values) for slot, values in scores_by_slot.items()}
 
 
 def spread(num_rows: int, most: int | None) -> list[int]:
-    """At most so many of the rows, evenly spread.
+    """Indices of at most `most` of `num_rows` examples, evenly spread.
 
     >>> spread(9, 3), spread(2, 3), spread(2, None)
     ([0, 3, 6], [0, 1], [0, 1])

@@ -1,7 +1,7 @@
-"""A base of which every process holds a part (FSDP2); adapters are not touched by it.
+"""A base that is sharded over the processes (FSDP2); adapters are not.
 
-Each block is gathered when it is called and its gradients are summed into the parts afterwards. An
-adapted layer reads its weight inside the block's forward, where it is whole.
+Each block is unsharded when it is called and its gradients are summed into the shards afterwards.
+An adapted layer reads its weight inside the block's forward, where it is unsharded.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def shard(model: nn.Module, device: torch.device, size: int) -> None:
     """Shards the parameters in place, block by block; they become DTensors under the same names.
 
     Args:
-        model: Whole, on any device, the same on every process.
-        device: Where the parts go.
-        size: Processes.
+        model: Unsharded, on any device, the same in all processes.
+        device: The device of the shards.
+        size: Number of processes.
     """
     mesh = init_device_mesh(device.type, (size,))
-    found = block_list(model)
-    for block in () if found is None else found[1]:
+    blocks = block_list(model)
+    for block in () if blocks is None else blocks[1]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     model.to(device)  # buffers
@@ -37,15 +37,15 @@ def shard(model: nn.Module, device: torch.device, size: int) -> None:
         # A step's loss is a sum over the processes. Gloo cannot scale while it sums.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    # The last block hands out a view of what it made; no model of transformers writes into it.
+    # The last block returns a view of its output; no model of transformers writes into it.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
 @contextlib.contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside the block each process has all weights and may call the model as often as it likes.
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Inside the block each process has all weights and may call the model any number of times.
 
-    A model that is not sharded is left alone.
+    Does nothing to a model that is not sharded.
     """
     modules = _sharded(model)
     for module in modules:
@@ -59,25 +59,25 @@ def gathered(model: nn.Module) -> Iterator[None]:
             module.set_reshard_after_forward(id(module) != id(model), recurse=False)
 
 
-def whole_model(model: nn.Module, plain: nn.Module) -> nn.Module:
-    """`plain`, a model that is not sharded, with the weights of one that is."""
-    tensors = {name: whole(t).cpu() for name, t in model.state_dict().items()}
+def load_full_weights(plain: nn.Module, model: nn.Module) -> nn.Module:
+    """Loads the weights of `model`, which is sharded, into `plain`, which is not; returns it."""
+    tensors = {name: full_tensor(t).cpu() for name, t in model.state_dict().items()}
     plain.load_state_dict(tensors)
     return plain
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; every process must ask for it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor of any shape, gathered where it is sharded; all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that may be sharded."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This process's shard, of any shape, of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def like(current: Tensor, value: Tensor) -> Tensor:
-    """`value` on the device of `current` and sharded as it is."""
+def place_like(current: Tensor, value: Tensor) -> Tensor:
+    """`value` on the device and with the sharding of `current`, which has the same shape."""
     value = value.to(current.device)
     if isinstance(current, DTensor) and not isinstance(value, DTensor):
         mesh, placements = current.device_mesh, current.placements

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,27 +13,34 @@ from foretune.tasks.row_store import select
 from foretune.tasks.rows import CLASSES
 from foretune.tasks.splits import label_of
 from foretune.tasks.task import Task, TaskCollection
-from foretune.training.data import SlotRows, number_of
+from foretune.training.data import SlotRows, stable_hash
 
 
 def draw_shots(
     tasks: TaskCollection, kind: str, shots: int | None, draws: int, seed: int
 ) -> Iterator[SlotRows]:
-    """One slot for each task and draw, holding the first `shots` rows of a seeded permutation.
+    """One slot per task and draw, with the first examples of a seeded permutation.
 
-    The draw of fewer shots is the beginning of the draw of more, and depends on the task's name
-    but not on which other tasks there are.
+    A draw of fewer shots is the beginning of the draw of more, and depends on the task's name but
+    not on the other tasks.
+
+    Args:
+        tasks: The unseen tasks.
+        kind: The objective's kind; with classes, `shots` counts the examples of each class.
+        shots: Examples per task or class; None for all.
+        draws: Independent draws per task.
+        seed: Random seed of the draws.
 
     Raises:
-        UserError: A task without training rows, or shots below 1.
+        UserError: A task has no training examples, or `shots` is below 1.
     """
     if shots is not None and shots < 1:
         raise UserError(f"shots must be at least 1, got {shots}")
     for task in tasks:
         if not task.train:
-            raise UserError(f'task "{task.name}" has no training rows to adapt on')
+            raise UserError(f'task "{task.name}" has no training examples to adapt on')
         for draw in range(draws):
-            rng = np.random.default_rng([seed, number_of(task.name), draw])
+            rng = np.random.default_rng([seed, stable_hash(task.name), draw])
             order = rng.permutation(len(task.train)).tolist()
             chosen = order if shots is None else _first_of_each_class(task, order, shots, kind)
             yield SlotRows(
@@ -48,11 +56,11 @@ def draw_shots(
 def _first_of_each_class(task: Task, order: list[int], shots: int, kind: str) -> list[int]:
     if kind not in CLASSES:
         return order[:shots]
-    taken: dict[Any, int] = {}
+    count: Counter[Any] = Counter()
     chosen = []
     for i in order:
         label = label_of(task.train[i])
-        if taken.setdefault(label, 0) < shots:
-            taken[label] += 1
+        if count[label] < shots:
+            count[label] += 1
             chosen.append(i)
     return chosen

@@ -1,4 +1,4 @@
-"""`retrain` and `adapt`: the verbs. What differs between methods, the method's record decides."""
+"""`retrain` and `adapt`, the verbs that train; what differs between methods is in their records."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from foretune.training.process_group import (
     Partition,
     check_layers,
     check_model,
-    connected,
     partition_slots,
+    peer_errors,
     process_group,
 )
 from foretune.training.record import free_memory, metered
@@ -43,11 +43,11 @@ from foretune.training.resume import (
     begin,
     collect_scores,
     inputs_of,
-    read_back,
+    load_finished,
     save_wave,
 )
 from foretune.training.scoring import score_slots
-from foretune.training.sharding import whole_model
+from foretune.training.sharding import load_full_weights
 from foretune.training.shots import draw_shots
 from foretune.training.stopping import EarlyStopping
 
@@ -65,20 +65,20 @@ def retrain(
 
     Args:
         model: The pretrained model; it is not changed. Parameters with `requires_grad=False` stay
-            as they are.
+            frozen.
         tasks: Seen tasks, with an objective.
         method: A retraining method such as `foretune.PEFTML()`.
-        run: Seed, budget, precision, folder; the defaults of `Run` when None.
-        tokenizer: Saved beside the base; the objective's own when None.
-        progress: Called with (update, updates, figures) after every update.
+        run: Random seed, budget, precision, folder; None for the defaults of `Run`.
+        tokenizer: Saved beside the base; None for the objective's.
+        progress: Called with (update, num_updates, figures) after every update.
 
     Returns:
-        The retrained base in its best validated state and, with `run.out`, everything on disk. In
-        one of several processes the bank has the tasks of this process, all else is the same.
+        The retrained base in its best validated state; with `run.out` it is also on disk. With
+        several processes the bank holds the tasks of this process, all else is the same in all.
 
     Raises:
-        UserError: Bad data, a method of another verb, a folder that is not empty.
-        DivergedError: A loss was not finite.
+        UserError: Bad data, a method of another verb, or a folder that is not empty.
+        DivergedError: A loss is not finite.
         LostProcessError: Another process of the job has ended.
     """
     run, group = run or Run(), process_group()
@@ -91,23 +91,25 @@ def retrain(
     pretrained, model = model, fresh_copy(model, objective, run.seed)
     check_model(group, model)
     check_layers(group, model)
-    inputs, finished = group.first(lambda: _begin_retraining(method, run, model, tasks, objective))
+    inputs, finished = group.on_first_process(
+        lambda: _begin_retraining(method, run, model, tasks, objective)
+    )
     partition = partition_slots(
         group, data, run.batch_size, run.tasks_per_step, pooled=method.pooled
     )
-    with torch.random.fork_rng(), metered() as cost, connected():
+    with torch.random.fork_rng(), metered() as cost, peer_errors():
         torch.manual_seed(run.seed)
         learner: Learner | None = method.learner(model, objective, partition.local_data.keys, run)
         if finished is None:
             record = _train(method, learner, model, partition, run, progress)
             if base_is_sharded():
-                model = whole_model(model, fresh_copy(pretrained, objective, run.seed))
+                model = load_full_weights(fresh_copy(pretrained, objective, run.seed), model)
                 if learner is not None and learner.bank is not None:
                     learner.bank.onto(model)
             interpolate(model, pretrained, share)
         else:
             assert run.out is not None
-            record = {**finished, "history": read_back(run.out, learner, model)}
+            record = {**finished, "history": load_finished(run.out, learner, model)}
     if hasattr(model, "name_or_path"):  # what adapters name as their base
         model.name_or_path = "" if run.out is None else str(run.out / "base")  # type: ignore[assignment]
     outcome = Outcome(
@@ -118,7 +120,7 @@ def retrain(
         objective=objective,
         tokenizer=tokenizer or objective.tokenizer,
         history=record["history"],
-        # Of a base that was taken back half-way it would be the score of another one.
+        # The score is that of the base before the interpolation.
         validation_score=record["validation_score"] if share == 1 else None,
         cost=record["cost"] if finished is not None else group.total_cost(cost) | record["cost"],
         tasks=data.keys,
@@ -137,24 +139,27 @@ def _retrain_chosen(
     tokenizer: Any,
     progress: Progress | None,
 ) -> Outcome:
-    """Lets the method choose another one, and retrains by that."""
+    """Lets the method choose another method, and retrains with that one."""
     group, out = process_group(), run.out
     objective_of(tasks)
     if out is not None:
-        group.first(lambda: claim_folder(out, resume=run.resume, overwrite=run.overwrite))
+        group.on_first_process(
+            lambda: claim_folder(out, resume=run.resume, overwrite=run.overwrite)
+        )
         run = run.replace(resume=True, overwrite=False)
     chosen, choice = method.choose(model, tasks, run, progress)
     outcome = retrain(model, tasks, chosen, run, tokenizer=tokenizer, progress=progress)
     outcome.choice = choice
     if out is not None:
-        group.first(lambda: write_whole(out / RUN_FILE, json.dumps(outcome.record(), indent=1)))
+        text = json.dumps(outcome.record(), indent=1)
+        group.on_first_process(lambda: write_whole(out / RUN_FILE, text))
     return outcome
 
 
 def _begin_retraining(
     method: RetrainMethod, run: Run, model: nn.Module, tasks: TaskCollection, objective: Objective
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Claims the folder; what the run depends on, and the record of one that has finished there."""
+    """Claims the folder; returns the run's inputs, and its record if it has finished there."""
     if run.out is None:
         return {}, None
     claim_folder(run.out, resume=run.resume, overwrite=run.overwrite)
@@ -163,8 +168,8 @@ def _begin_retraining(
 
 
 def _save(outcome: Outcome, partition: Partition, out: Path, *, save: bool) -> None:
-    """Each process writes its own tasks' adapters, then the first one everything else."""
-    with partition.group.together():
+    """Each process writes the adapters of its own tasks, then the first one writes all else."""
+    with partition.group.raise_together():
         if save and partition.group.rank > 0:
             outcome.save_adapters(out)
 
@@ -173,7 +178,7 @@ def _save(outcome: Outcome, partition: Partition, out: Path, *, save: bool) -> N
             outcome.save(out)
         CheckpointStore(out).clear()
 
-    partition.group.first(finish)
+    partition.group.on_first_process(finish)
 
 
 def _train(
@@ -184,13 +189,13 @@ def _train(
     run: Run,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Runs the loop; history, validation score and what was read. Without a learner: the score."""
+    """Trains; returns history, validation score and cost. Without a learner it only scores."""
     data = partition.data
     if learner is None:
         local_scores = {}
         if partition.slots:
             local_scores = score_slots(model, partition.local_data, "validation", run.eval_rows)
-        scores = partition.scores(local_scores)
+        scores = partition.gather_scores(local_scores)
         best = sum(scores.values()) / len(scores) if scores else None
         cost = {"tokens": 0, "examples": 0, "trainable_parameters": 0}
         return {"history": [], "validation_score": best, "cost": cost}
@@ -199,7 +204,7 @@ def _train(
         data, budget, pooled=method.pooled, batches_per_update=learner.batches_per_update
     )
     learner.average = method.average
-    if learner.average:  # a mean of weights that still move: the rate must not fall to zero
+    if learner.average:  # the averaged weights must still move: the rate must not fall to zero
         budget = budget.replace(schedule="constant")
     by_rows = method.pooled and learner.bank is None
     partition = replace(partition, by_rows=by_rows, sharded=base_is_sharded())
@@ -221,26 +226,31 @@ def adapt(
     split: str = "test",
     progress: Progress | None = None,
 ) -> Adapted:
-    """Adapts the model to each of many unseen tasks, all of them at once where they are adapters.
+    """Adapts the model to each of many unseen tasks; adapters of many tasks train at once.
 
-    The state after the last step is what counts: with a few shots there are no rows to spare on
-    which a checkpoint could be chosen, and the test rows are never used for it.
+    The state after the last step is returned: a few shots leave no examples to choose a checkpoint
+    by, and the test examples are never used for it.
 
     Args:
         model: A base; it is not changed.
         tasks: Unseen tasks, with an objective.
         method: An adapting method such as `foretune.LoRA()`.
-        run: `tasks_per_wave` bounds how many tasks are adapted at the same time; every task
-            takes part in every step, whatever `tasks_per_step` says.
-        shots: Rows of each task to learn from (rows of each class for a classification); None
-            for all training rows.
-        draws: Independent draws of the shots, each with an adapter of its own.
-        split: The rows on which the adapted models are scored.
-        progress: Called with (update, updates, figures); waves follow one another.
+        run: Random seed, budget, precision, folder; None for the defaults of `Run`.
+            `tasks_per_wave` limits how many tasks are adapted at the same time; all of these are
+            in every step, `tasks_per_step` is ignored.
+        shots: Training examples per task (per class for a classification); None for all.
+        draws: Independent draws of the shots, with one adapter each.
+        split: The split that the adapted models are scored on.
+        progress: Called with (update, num_updates, figures) after every update, wave by wave.
 
     Returns:
-        Scores and adapters by (task, draw). In one of several processes the scores are those of
-        all tasks, the adapters those of this process.
+        Scores and adapters by (task, draw). With several processes the scores are those of all
+        tasks, the adapters those of this process.
+
+    Raises:
+        UserError: Bad data, a method of another verb, or a folder that is not empty.
+        DivergedError: A loss is not finite.
+        LostProcessError: Another process of the job has ended.
     """
     run, group = run or Run(), process_group()
     check_verb(method, "adapt")
@@ -255,21 +265,21 @@ def adapt(
     task_draws = [(slot.task, slot.draw) for slot in slots]
     done: dict[TaskDraw, tuple[float, int]] = {}
     if out is not None:
-        # Tasks may be added later, and with them labels; these are the rows'.
+        # Tasks may be added later, and labels with them, so the settings leave labels out.
         inputs = {"shots": shots, "split": split, "objective": settings_of(objective)}
         inputs |= inputs_of(model, tasks)
-        done = group.first(lambda: _begin_adapting(out, method, run, inputs))
+        done = group.on_first_process(lambda: _begin_adapting(out, method, run, inputs))
         slots = [slot for slot in slots if (slot.task, slot.draw) not in done]
     partition = partition_slots(
         group, TaskData(slots, objective), run.batch_size, len(slots), pooled=False
     )
     result = Adapted({}, {}, {}, {}, "")
     result.labels = labels_of(objective, tasks.names)
-    # Whole models bring their head; adapters are put on the base's.
+    # Whole models have their own head; adapters are loaded onto the base's.
     if method.shares_base and objective.num_outputs() is not None:
         width = head_width(model)
         result.num_labels = None if width == head_width(base) else width
-    with torch.random.fork_rng(), metered() as cost, group.together():
+    with torch.random.fork_rng(), metered() as cost, group.raise_together():
         for wave in _waves(partition, _wave_size(model, slots, objective, method, run)):
             _adapt_wave(model, wave, objective, method, run, split, result, progress)
             if out is not None:
@@ -277,18 +287,18 @@ def adapt(
     result.cost = group.total_cost(result.cost | cost)
     for key, (score, num_rows) in done.items():
         result.scores[key], result.num_rows[key] = score, num_rows
-    result.scores = group.merged(result.scores, task_draws)
-    result.num_rows = group.merged(result.num_rows, task_draws)
-    result.stopped = group.merged(result.stopped, task_draws)
+    result.scores = group.merge(result.scores, task_draws)
+    result.num_rows = group.merge(result.num_rows, task_draws)
+    result.stopped = group.merge(result.stopped, task_draws)
     if out is not None:
-        group.first(lambda: collect_scores(out))
+        group.on_first_process(lambda: collect_scores(out))
     return result
 
 
 def _begin_adapting(
     out: Path, method: AdaptMethod, run: Run, inputs: dict[str, Any]
 ) -> dict[TaskDraw, tuple[float, int]]:
-    """Claims the folder; score and rows of each task that was finished there."""
+    """Claims the folder; returns (score, num_rows) of each task that has finished there."""
     claim_folder(out, resume=run.resume, overwrite=run.overwrite)
     begin(out, method, run, inputs)
     return collect_scores(out)
@@ -338,7 +348,7 @@ def _adapt_wave(
     result.cost["trainable_parameters"] = per_task
     for key in ("tokens", "examples"):
         result.cost[key] = result.cost.get(key, 0) + record[key]
-    for p, trained in requires_grad.items():  # a method may have put others beside them
+    for p, trained in requires_grad.items():  # the method may have added parameters
         p.requires_grad_(trained)
 
 
@@ -350,7 +360,7 @@ def objective_of(tasks: TaskCollection) -> Objective:
     """
     if tasks.objective is None:
         raise UserError(
-            "these tasks have no objective; give them one with tasks.with_objective(Choice(...))"
+            "these tasks have no objective; set one with tasks.with_objective(Choice(...))"
         )
     return tasks.objective
 
@@ -358,7 +368,7 @@ def objective_of(tasks: TaskCollection) -> Objective:
 def _wave_size(
     model: nn.Module, slots: list[SlotRows], objective: Objective, method: AdaptMethod, run: Run
 ) -> int:
-    """How many tasks are adapted at the same time."""
+    """Number of tasks that are adapted at the same time."""
     if not method.shares_base:
         return 1
     if run.tasks_per_wave is not None or not slots:

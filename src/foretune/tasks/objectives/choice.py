@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.models.routing import route
-from foretune.run import at_least, one_of
+from foretune.run import check_at_least, check_one_of
 from foretune.tasks.batch import Batch
 from foretune.tasks.drawn_rows import DrawnRows
 from foretune.tasks.example import SPLITS
@@ -71,12 +71,12 @@ class Choice(Objective):
     metric: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
-        one_of("scoring", self.scoring, ("bi-encoder", "cross-encoder", "causal"))
-        at_least("temperature", self.temperature, 1e-6)
-        at_least("max_context_tokens", self.max_context_tokens, 1)
-        at_least("max_response_tokens", self.max_response_tokens, 1)
-        at_least("context_turns", self.context_turns, 1)
-        at_least("train_candidates", self.train_candidates, 2)
+        check_one_of("scoring", self.scoring, ("bi-encoder", "cross-encoder", "causal"))
+        check_at_least("temperature", self.temperature, 1e-6)
+        check_at_least("max_context_tokens", self.max_context_tokens, 1)
+        check_at_least("max_response_tokens", self.max_response_tokens, 1)
+        check_at_least("context_turns", self.context_turns, 1)
+        check_at_least("train_candidates", self.train_candidates, 2)
 
     @property
     @override

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from foretune.errors import UserError, did_you_mean
 from foretune.models.routing import route
-from foretune.run import at_least
+from foretune.run import check_at_least
 from foretune.tasks.batch import Batch
 from foretune.tasks.example import SPLITS
 from foretune.tasks.objectives import text
@@ -55,7 +55,7 @@ class Classification(Objective):
     metric: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
-        at_least("max_tokens", self.max_tokens, 1)
+        check_at_least("max_tokens", self.max_tokens, 1)
         labels = {task: tuple(task_labels) for task, task_labels in self.labels.items()}
         object.__setattr__(self, "labels", labels)
         if self.space is not None:

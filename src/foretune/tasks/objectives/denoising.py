@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.models.routing import route
-from foretune.run import one_of, whole
+from foretune.run import check_int, check_one_of
 from foretune.tasks.batch import Batch
 from foretune.tasks.objectives.regression import check_arrays, stack
 from foretune.tasks.task import Objective, TaskCollection
@@ -55,9 +55,9 @@ class Denoising(Objective):
     head: ClassVar[str] = "none"
 
     def __post_init__(self) -> None:
-        whole("num_steps", self.num_steps, 1)
-        whole("score_draws", self.score_draws, 1)
-        one_of("schedule", self.schedule, SCHEDULES)
+        check_int("num_steps", self.num_steps, 1)
+        check_int("score_draws", self.score_draws, 1)
+        check_one_of("schedule", self.schedule, SCHEDULES)
 
     @override
     def fit(self, tasks: TaskCollection) -> Self:

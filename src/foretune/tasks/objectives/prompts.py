@@ -30,7 +30,7 @@ from foretune.models.dual_encoder import (
     text_embeddings,
 )
 from foretune.models.routing import route
-from foretune.run import at_least
+from foretune.run import check_at_least
 from foretune.tasks.batch import Batch
 from foretune.tasks.objectives import text
 from foretune.tasks.objectives.classification import LEARNT, Classification, shown
@@ -100,7 +100,7 @@ class PromptClassification(Classification):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("temperature", self.temperature, 1e-6)
+        check_at_least("temperature", self.temperature, 1e-6)
         if self.templates is None:
             return
         if isinstance(self.templates, str) or not self.templates:

@@ -1,1 +1,1 @@
-"""How each training method makes its gradients."""
+"""The learners: how each training method computes its gradients."""

@@ -1,4 +1,4 @@
-"""`EpisodicLearner`: adapt for a few steps, then move the base by what that told."""
+"""`EpisodicLearner`: an inner loop adapts for a few steps, an outer update moves the base."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from foretune.training.scoring import score_slots
 
 
 class EpisodicLearner(Learner):
-    """Each update adapts to the tasks of an episode and derives the base's gradient from it.
+    """Each update adapts to the tasks of an episode and derives the base's gradient from that.
 
-    With `inner_all=False` the bank's adapters start afresh and are trained on the frozen base, all
-    tasks of the episode at once. With `inner_all=True` the base's own weights are trained (and
-    the bank's heads, if it has one), and an episode is of one task.
+    With `inner_all=False` fresh adapters of the bank are trained on the frozen base, for all tasks
+    of the episode at once. With `inner_all=True` the base's weights are trained (and the bank's
+    heads, if there are any), and an episode has one task.
 
     Args:
         model: The base.
         objective: Losses and scores.
         bank: Adapters and heads of the inner steps; None when there are none.
-        learning_rate: Of the base (outer AdamW).
-        inner_learning_rate: Of the inner AdamW, which starts afresh in each episode.
+        learning_rate: Learning rate of the base (outer AdamW).
+        inner_learning_rate: Learning rate of the inner AdamW, which is reset in each episode.
         inner_steps: Updates of the inner loop, one batch each.
         inner_all: Whether the inner loop trains all weights of the base.
-        query: True takes the gradient at the adapted point on one more batch (FOMAML), False the
-            way that the inner loop went (Reptile).
+        query: True takes the gradient at the adapted weights on one more batch (FOMAML), False the
+            difference between initial and adapted weights (Reptile).
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class EpisodicLearner(Learner):
     @override
     def start(self, run: Run) -> None:
         super().start(run)
-        self.bank_optimizer = None  # the bank lives for one episode only
+        self.bank_optimizer = None  # the bank is reset in each episode
 
     @override
     def gradients(self, steps: Sequence[Step], seed: int = 0) -> dict[int, float]:
@@ -82,12 +82,12 @@ class EpisodicLearner(Learner):
             for p, start in zip(self.base, before, strict=True):
                 p.grad = start - p.detach()
         elif by_slot:
-            self._way_of_adapters(sorted(by_slot), steps[0].num_slots)
+            self._reptile_gradient(sorted(by_slot), steps[0].num_slots)
         _restore(self.base, before)
         return by_slot
 
     def _adapt(self, steps: Sequence[Step], seed: int) -> dict[int, float]:
-        """The inner loop; leaves the adapted values in place."""
+        """Runs the inner loop; leaves the adapted values in place."""
         present = sorted(set(steps[0].slots))
         inner: list[torch.optim.AdamW] = []
         slots: SlotAdamW | None = None
@@ -110,10 +110,10 @@ class EpisodicLearner(Learner):
         return by_slot
 
     @torch.no_grad()
-    def _way_of_adapters(self, present: Sequence[int], num_slots: int) -> None:
-        """Reptile's outer gradient if the inner loop moved adapters: W − mean_t (W + s·B_t A_t).
+    def _reptile_gradient(self, present: Sequence[int], num_slots: int) -> None:
+        """Reptile's outer gradient after an inner loop on adapters: W − mean_t (W + s·B_t A_t).
 
-        The part of it that `present` makes, when the mean is over `num_slots`.
+        Only the part of the slots in `present`; the mean is over `num_slots`.
         """
         assert self.bank is not None
         modules = dict(self.model.named_modules())
@@ -125,12 +125,12 @@ class EpisodicLearner(Learner):
 
     @override
     def score(self, data: TaskData, split: str, max_rows: int | None) -> dict[int, float]:
-        """Scores each task after the inner loop on its own training rows: what the base is for."""
+        """Scores each task after the inner loop on its own training examples."""
         sizes = [len(slot.train) for slot in data.slots]
         scores: dict[int, float] = {}
         groups = [[s] for s in range(len(data))] if self.inner_all else [list(range(len(data)))]
         before = [p.detach().clone() for p in self.base] if self.inner_all else []
-        # Four rows a task and inner step, always the same ones.
+        # Four examples per task and inner step, always the same.
         sampler = PerTaskSampler(sizes, 4, None, 0, data.keys)
         for group in groups:
             steps = []
@@ -152,7 +152,7 @@ class EpisodicLearner(Learner):
 
 @contextmanager
 def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside the block these parameters take no gradient."""
+    """Inside the block these parameters have no gradient."""
     try:
         for p in parameters:
             p.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""`FDAlignLearner`: adapt, and hold on to how the model reads what no class depends on."""
+"""`FDAlignLearner`: adapts while preserving predictions over spurious prototypes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from foretune.adapters.bank import AdapterBank
 from foretune.errors import UserError
@@ -17,24 +18,24 @@ from foretune.training.data import TaskData
 from foretune.training.learners.joint import Learner
 from foretune.training.process_group import Partition
 
-ROWS = 64  # that the teacher reads together
+TEACHER_BATCH_SIZE = 64
 
 
 class FDAlignLearner(Learner):
-    """The joint learner with weight · KL of the read-outs by prototypes, now and at the beginning.
+    """The joint learner with weight · KL between student and teacher logits over prototypes.
 
-    The teacher is the model before its first step. It never moves, so it reads each training row
-    once, in eval mode and without adapters, and only its logits are kept: there is no second model.
+    The teacher is the model before its first step. It never moves, so its logits of each training
+    example are computed once, in eval mode and without adapters; there is no second model.
 
     Args:
         model: The base.
         objective: Losses and scores.
-        prototypes: (k, d) of each slot, of length one.
-        weight: Of the divergence in each row's loss; 0 leaves it out.
+        prototypes: (k, d) of each slot, with rows of unit length.
+        weight: Weight of the divergence in each example's loss; 0 leaves it out.
         direction: As in `divergence`.
         bank: Adapters, or None.
-        learning_rate: Of the base; None keeps it as it is.
-        bank_learning_rate: Of the bank.
+        learning_rate: Learning rate of the base; None freezes it.
+        bank_learning_rate: Learning rate of the bank.
     """
 
     def __init__(
@@ -60,19 +61,20 @@ class FDAlignLearner(Learner):
         self.weight, self.direction = weight, direction
         self.teacher: dict[tuple[int, bytes], Tensor] = {}
 
+    @override
     def place(self, device: torch.device, partition: Partition) -> None:
         if partition.sharded:
             raise UserError("FD-Align needs the whole base in every process: adapt without FSDP")
         super().place(device, partition)
         if self.weight:
-            self._teach(partition.local_data, device)
+            self._cache_teacher(partition.local_data, device)
 
-    def _teach(self, data: TaskData, device: torch.device) -> None:
-        """Keeps the logits of every training row; the model has not moved yet."""
+    def _cache_teacher(self, data: TaskData, device: torch.device) -> None:
+        """Caches the logits of all training examples; the model has not moved yet."""
         picks = [(s, i) for s in range(len(data)) for i in range(data.num_rows(s, "train"))]
         with eval_no_grad(self.model):
-            for start in range(0, len(picks), ROWS):
-                part = picks[start : start + ROWS]
+            for start in range(0, len(picks), TEACHER_BATCH_SIZE):
+                part = picks[start : start + TEACHER_BATCH_SIZE]
                 for chunk in data.step(part, "train", train=False, seed=[0]).chunks:
                     with self.autocast():  # no bank is attached yet
                         features = self.prompts.features(self.model, chunk.to(device))
@@ -80,11 +82,12 @@ class FDAlignLearner(Learner):
                     self.teacher |= zip(keys_of(chunk), logits.cpu(), strict=True)
 
     def read(self, features: Tensor, chunk: Batch) -> Tensor:
-        """(n, k) logits of the read-out by each row's spurious prototypes."""
+        """(n, k) logits of features (n, d) over the spurious prototypes of each example's slot."""
         vectors = torch.stack([self.prototypes[slot] for slot in chunk.slots]).to(features)
         assert self.prompts.temperature is not None
         return torch.einsum("nd,nkd->nk", features, vectors) / self.prompts.temperature
 
+    @override
     def row_losses(self, chunk: Batch, device: torch.device) -> Tensor:
         moved = chunk.to(device)
         features = self.prompts.features(self.model, moved)
@@ -98,7 +101,7 @@ class FDAlignLearner(Learner):
 
 
 def keys_of(batch: Batch) -> list[tuple[int, bytes]]:
-    """What tells the rows of a batch apart: slot and content, whatever they are padded to."""
+    """(slot, content) of each example of a batch, which does not depend on the padding."""
     if "x" in batch.inputs:
         rows = [x.numpy().tobytes() for x in batch.inputs["x"]]
     else:

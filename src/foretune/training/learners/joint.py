@@ -1,4 +1,4 @@
-"""`Learner`: what an update moves and how its gradient is made; methods build it."""
+"""`Learner`: what an update moves and how its gradient is computed; methods build it."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from foretune.run import Run
 from foretune.tasks.batch import Batch
 from foretune.tasks.task import Objective
 from foretune.training.data import Step, TaskData
-from foretune.training.optim import SlotAdamW, adamw_of, eight_bit
+from foretune.training.optim import SlotAdamW, is_8bit, make_adamw
 from foretune.training.process_group import Partition
 from foretune.training.scoring import score_slots
-from foretune.training.sharding import like, shard
+from foretune.training.sharding import place_like, shard
 
 
 class Learner:
-    """The joint learner: one backward over a batch that mixes tasks.
+    """The joint learner: one backward pass over a batch that mixes tasks.
 
-    The loss is the mean over the tasks in the batch of each task's mean loss. The base follows
-    that gradient; each slot of the bank follows the gradient of its own task's mean loss, so that
-    it does not matter to a task how many others share the step. With pooled rows the loss is the
-    mean over the rows instead, whichever task they come from.
+    The loss is the mean over the tasks in the batch of each task's mean loss. The base follows its
+    gradient; each slot of the bank follows the gradient of its own task's mean loss, which does
+    not depend on how many other tasks share the step. With `pooled` the loss is the mean over all
+    examples instead.
 
     Args:
         model: The base; its parameters with `requires_grad` are trained at `learning_rate`.
         objective: Losses and scores.
         bank: Adapters and heads of the slots, or None.
-        learning_rate: Of the base; None keeps the base as it is.
-        bank_learning_rate: Of the bank.
-        pooled: Weight rows alike, not tasks.
+        learning_rate: Learning rate of the base; None freezes it.
+        bank_learning_rate: Learning rate of the bank.
+        pooled: Weight examples equally instead of tasks.
         not_decayed: Parameters of the base with one of these in their names have no weight decay.
-        frozen_statistics: Batch norms work with their running statistics, which stay. With a bank
-            they always do: tasks share a step, and an adapter is for the base as it stands.
+        frozen_statistics: Batch norms use their running statistics and do not update them. Always
+            so with a bank: tasks share a step, and an adapter belongs to the base as it is.
 
     Attributes:
-        average: Share of the updates, the last ones, over which the base's weights are averaged.
+        average: Fraction of the updates, at the end, over which the base's weights are averaged.
     """
 
     batches_per_update = 1
@@ -83,15 +83,15 @@ class Learner:
         self.autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         self.token_budget: int | None = None
         self.recompute = False
-        self.partition: Partition | None = None  # what other processes hold
+        self.partition: Partition | None = None
 
     @property
     def sharded(self) -> bool:
-        """Whether this process has only a part of the base."""
+        """Whether the base is sharded over the processes."""
         return self.partition is not None and self.partition.sharded
 
     def place(self, device: torch.device, partition: Partition) -> None:
-        """Moves everything to the device, or this process's part of it."""
+        """Moves everything to the device; shards the base if the partition says so."""
         self.partition = partition
         if partition.sharded:
             shard(self.model, device, partition.group.size)
@@ -101,19 +101,23 @@ class Learner:
             self.bank.to(device)
 
     def start(self, run: Run) -> None:
-        """Makes the optimisers; called once, when everything is on its device."""
+        """Makes the optimisers; called once, when everything is on its device.
+
+        Raises:
+            UserError: The base is sharded and the run's optimiser cannot be.
+        """
         if self.sharded and run.optimizer != "adamw":
-            raise UserError(f"optimizer {run.optimizer} cannot be sharded (FSDP); adamw would do")
-        self.token_budget = run.token_budget or usual_token_budget(self.model)
+            raise UserError(f"optimizer {run.optimizer} cannot be sharded (FSDP); choose adamw")
+        self.token_budget = run.token_budget or default_token_budget(self.model)
         self.recompute = run.gradient_checkpointing
         if self.average:
             self.mean = [torch.zeros_like(p) for p in self.base]
         if self.base:
-            self.base_optimizer = adamw_of(
+            self.base_optimizer = make_adamw(
                 self._groups(), self.learning_rate or 0.0, run.weight_decay, run.optimizer
             )
         if self.bank is not None:
-            parts = (self.bank.layers, self.bank.heads)  # a step may move one of them alone
+            parts = (self.bank.layers, self.bank.heads)  # a step may move only one of them
             groups = [{"params": list(part.parameters())} for part in parts]
             self.bank_optimizer = SlotAdamW(
                 [group for group in groups if group["params"]],
@@ -122,42 +126,42 @@ class Learner:
             )
 
     def stop(self) -> None:
-        """Frees what only training needs: the optimisers and the mean of the weights."""
+        """Frees what only training needs: the optimisers and the mean weights."""
         self.base_optimizer = self.bank_optimizer = None
         self.mean = []
 
     def write(self, folder: Path, labels: Sequence[Any] | None) -> None:
-        """Writes the whole model that one task was adapted to, as a plain model folder.
+        """Writes the model that was adapted to one task, as a plain model folder.
 
-        A learner whose tasks differ from the base in little overrides this.
+        A learner that changes only a small part of the base overrides this.
 
         Args:
-            folder: Exists and is empty.
-            labels: Of the outputs, in their order; None where outputs are no labels.
+            folder: An empty folder.
+            labels: Labels of the outputs, in order; None where outputs are not labels.
         """
         name_outputs(self.model, labels or ())
         save_base(self.model, None, folder)
 
     def _groups(self) -> list[dict[str, Any]]:
-        """The base's parameters for its optimiser, those without weight decay apart."""
+        """The parameter groups of the base: with and without weight decay."""
         if not self.not_decayed:
             return [{"params": self.base}]
         names = {p: name for name, p in self.model.named_parameters()}
-        apart = {p for p in self.base if any(part in names[p] for part in self.not_decayed)}
+        exempt = {p for p in self.base if any(part in names[p] for part in self.not_decayed)}
         return [
-            {"params": [p for p in self.base if p not in apart]},
-            {"params": [p for p in self.base if p in apart], "weight_decay": 0.0},
+            {"params": [p for p in self.base if p not in exempt]},
+            {"params": [p for p in self.base if p in exempt], "weight_decay": 0.0},
         ]
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Inside the block the bank is attached and nothing is computed that need not be.
+        """Inside the block the bank is attached and no work is wasted.
 
-        That is what the frozen lower blocks make of a text a second time, and padding.
+        Padding is left out, and the output of the frozen lower blocks is computed once per text.
         """
         adapted = [] if self.bank is None else self.bank.adapted_names
         with contextlib.ExitStack() as stack:
-            if not self.sharded:  # calls the model as often as its own rows demand
+            if not self.sharded:  # it calls the model more often in some processes
                 stack.enter_context(frozen_prefix(self.model, adapted))
             if self.recompute:
                 stack.enter_context(recomputed(self.model))
@@ -170,22 +174,22 @@ class Learner:
     def update(
         self, steps: Sequence[Step], run: Run, rate: float, seed: int = 0
     ) -> dict[int, float]:
-        """One update of everything that is trained.
+        """Updates everything that is trained.
 
         Args:
-            steps: `batches_per_update` of them.
-            run: Weight decay, clipping.
-            rate: What the learning rates are multiplied by at this point of the schedule.
+            steps: The `batches_per_update` batches of this update.
+            run: Gradient clipping.
+            rate: Factor of the learning rates at this point of the schedule.
             seed: Random seed of this update, the same in all processes.
 
         Returns:
-            The mean loss of each slot that took part, in this process or in another. When one is
-            not finite nothing has moved.
+            The mean loss of each slot in the step, whichever process holds it. If one is not
+            finite, nothing has moved.
         """
         local_losses = self.gradients(steps, seed)
         losses = local_losses
         if self.partition is not None:
-            losses = self.partition.losses(local_losses, steps[-1])
+            losses = self.partition.mean_losses(local_losses, steps[-1])
         if not all(map(math.isfinite, losses.values())):
             return losses
         if self.partition is not None and not self.sharded:
@@ -207,14 +211,14 @@ class Learner:
 
     @torch.no_grad()
     def add_to_mean(self, update: int, num_updates: int) -> None:
-        """Takes the base's weights after this update into their mean, if they belong to it."""
+        """Adds the base's weights after this update to their mean, if averaging has begun."""
         count = update + 1 - math.floor((1 - self.average) * num_updates)
         for mean, p in zip(self.mean, self.base, strict=True) if count > 0 else ():
             mean.lerp_(p, 1 / count)
 
     @torch.no_grad()
     def take_mean(self) -> None:
-        """Makes the base the mean of its own weights."""
+        """Sets the base's weights to their mean."""
         for mean, p in zip(self.mean, self.base, strict=True):
             p.copy_(mean)
 
@@ -226,8 +230,8 @@ class Learner:
         """Puts the gradient of the update into `.grad`; returns each slot's mean loss.
 
         Args:
-            steps: `batches_per_update` of them.
-            seed: Random seed of whatever a learner draws for this update.
+            steps: The `batches_per_update` batches of this update.
+            seed: Random seed of this update.
         """
         return self.backward(steps[0])
 
@@ -256,37 +260,37 @@ class Learner:
         }
 
     def row_losses(self, chunk: Batch, device: torch.device) -> Tensor:
-        """(n,) the loss of each row; a method may add a term of its own."""
+        """(n,) the loss of each example; a method may add terms to it."""
         return self.objective.losses(self.model, chunk.to(device))
 
     def _weight(self, slot: int, counts: Mapping[int, int], step: Step) -> float:
-        """What part a row of this slot has in the loss of the whole step."""
+        """Weight of an example of this slot in the loss of the step."""
         return 1 / (step.num_rows if self.pooled else step.num_slots * counts[slot])
 
     def score(self, data: TaskData, split: str, max_rows: int | None) -> dict[int, float]:
-        """The mean score of each slot that has rows in that split; call it inside `ready`."""
+        """The mean score of each slot that has examples in that split; call it inside `ready`."""
         return score_slots(self.model, data, split, max_rows, budget=self.token_budget)
 
     def state(self, *, optimizers: bool) -> dict[str, Tensor]:
-        """Everything that training moves, by name; optimiser state on request."""
-        found = {
+        """The tensors that training changes, by name; with those of the optimisers on request."""
+        tensors = {
             f"base.{k}": p.detach() for k, p in self.model.named_parameters() if p.requires_grad
         }
-        found |= {f"buffer.{k}": b for k, b in self.model.named_buffers()}
-        found |= {f"mean.{i}": mean for i, mean in enumerate(self.mean)}
+        tensors |= {f"buffer.{k}": b for k, b in self.model.named_buffers()}
+        tensors |= {f"mean.{i}": mean for i, mean in enumerate(self.mean)}
         if self.bank is not None:
-            found |= {f"bank.{k}": p.detach() for k, p in self.bank.named_parameters()}
+            tensors |= {f"bank.{k}": p.detach() for k, p in self.bank.named_parameters()}
         for name, optimizer in self._optimizers() if optimizers else ():
             for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
                 state = optimizer.state[p]
-                found |= {f"{name}.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        return found
+                tensors |= {f"{name}.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Takes back what `state` gave."""
+        """Restores what `state` returned."""
         for name, current in self.state(optimizers=False).items():
-            current.copy_(like(current, tensors[name]))
+            current.copy_(place_like(current, tensors[name]))
         for name, optimizer in self._optimizers():
             for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
                 prefix = f"{name}.{i}."
@@ -295,17 +299,17 @@ class Learner:
                     optimizer.state[p] = {
                         k.removeprefix(prefix): _moment(p, v, name) for k, v in saved.items()
                     }
-                    if eight_bit(optimizer):  # counts its steps by a plain number
+                    if is_8bit(optimizer):  # its step count is a plain number
                         optimizer.state[p]["step"] = int(optimizer.state[p]["step"])
 
     def slot_state(self, slot: int) -> dict[str, Tensor]:
-        """A copy of what belongs to one slot: its part of the bank, or all that is trained."""
+        """A copy of the state of one slot: its part of the bank, or of all that is trained."""
         if self.bank is not None:
             return self.bank.slot_state(slot)
         return {k: v.clone() for k, v in self.state(optimizers=False).items()}
 
     def load_slot(self, slot: int, state: dict[str, Tensor]) -> None:
-        """Takes back what `slot_state` gave."""
+        """Restores what `slot_state` returned."""
         if self.bank is not None:
             self.bank.load_slot(slot, state)
         else:
@@ -317,17 +321,17 @@ class Learner:
 
 
 def _moment(p: Tensor, value: Tensor, optimizer: str) -> Tensor:
-    """A copy of an optimiser's value where it belongs: with the parameter, but for slots' steps."""
+    """A copy of an optimiser's value on the parameter's device; step counts of slots stay put."""
     if value.shape == p.shape:
-        return like(p, value).clone()
+        return place_like(p, value).clone()
     return value.clone() if optimizer == "bank_adamw" else value.to(p.device).clone()
 
 
-def usual_token_budget(model: nn.Module) -> int | None:
-    """Tokens of a chunk when the run does not say: the widest activation stays under 32 MB.
+def default_token_budget(model: nn.Module) -> int | None:
+    """Tokens per chunk that keep the widest activation under 32 MB on a CPU.
 
     A CPU's allocator maps larger ones anew in every step, page by page, which costs more than the
-    arithmetic. None on other devices, and for models that read no tokens.
+    arithmetic. None on other devices, and for models that do not read tokens.
     """
     config: Any = getattr(model, "config", None)
     if getattr(config, "vocab_size", None) is None or next(model.parameters()).device.type != "cpu":
@@ -350,10 +354,19 @@ def make_bank(
     sparse: float | None = None,
     head_copies: bool = False,
 ) -> AdapterBank:
-    """A bank with adapters (LoRA, or sparse ones of that share), heads of their own, or both.
+    """A bank with adapters, with one head per slot, or with both.
 
-    A slot has a head of its own, freshly drawn, where the tasks' label sets differ. `head_copies`
-    asks for one in any case; it then starts as the base's.
+    Where the label sets of the tasks differ, each slot has its own, freshly initialised head.
+
+    Args:
+        model: The base.
+        objective: The fitted objective.
+        keys: The key of each slot.
+        seed: Random seed of fresh adapters and heads.
+        lora: Settings of LoRA adapters; None for none.
+        sparse: Fraction of the entries that sparse adapters train; None for none.
+        head_copies: Also give each slot a head where the label sets are the same; it then starts
+            as a copy of the base's.
     """
     labels_differ = objective.num_outputs() is not None and objective.shared() is not objective
     heads = head_modules(model) if labels_differ or head_copies else []

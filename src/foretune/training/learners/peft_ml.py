@@ -1,4 +1,4 @@
-"""`PEFTMLLearner`: PEFT-ML, with what takes it towards standard retraining or towards adapting."""
+"""`PEFTMLLearner`: PEFT-ML with a penalty, adapter dropout and restarts."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ from foretune.training.learners.joint import Learner
 
 
 class PEFTMLLearner(Learner):
-    """The joint learner whose adapters are held small, left out at times, or started anew.
+    """The joint learner whose adapters are penalised, dropped in some steps, or restarted.
+
+    Penalty and dropout lead from PEFT-ML towards standard retraining, restarts towards training
+    for the beginning of an adaptation.
 
     Args:
         model: The base.
         objective: Losses and scores.
         bank: The adapters.
-        learning_rate: Of the base.
-        bank_learning_rate: Of the bank. Where adapters are started anew it stays at its full
-            height, as it will when an unseen task begins.
+        learning_rate: Learning rate of the base.
+        bank_learning_rate: Learning rate of the bank. With restarts it is constant, as it is when
+            an unseen task begins.
         penalty: λ of λ · Σ ‖s·B_t A_t‖²_F, which is added to the loss of each task.
-        adapter_dropout: Share of the steps that train the base (and heads) without LoRA adapters.
-        restart_every: Steps after which, in the mean, a task gets a fresh adapter; None for never.
+        adapter_dropout: Fraction of the steps that train the base (and heads) without adapters.
+        restart_every: Mean number of steps between two restarts of a task's adapter; None for
+            no restarts.
     """
 
     def __init__(
@@ -70,10 +74,10 @@ class PEFTMLLearner(Learner):
         return losses
 
     def _restart(self, present: Sequence[int], seed: int) -> None:
-        """A fresh adapter for each of these slots with the probability 1 / restart_every.
+        """Restarts the adapter of each of these slots with probability 1 / restart_every.
 
-        Tasks restart at different times, so the base meets adapters of every age in one step, and
-        a run that is resumed need not know when the last restart was.
+        Tasks restart at different times, so a step has adapters of all ages, and a resumed run
+        need not know when the last restart was.
         """
         if not self.restart_every:
             return

@@ -1,4 +1,4 @@
-"""`SaRALearner`: a model of which chosen entries are trained, as SaRA trains it."""
+"""`SaRALearner`: SaRA's training of selected entries of the weights."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from foretune.training.process_group import Partition
 
 
 class SaRALearner(Learner):
-    """AdamW on the entries of a sparse change; gradients elsewhere are dropped as they appear.
+    """AdamW on the entries of a sparse change; gradients of other entries are freed at once.
 
     Args:
         delta: The entries, of the model that is trained.
         objective: Losses and scores.
-        learning_rate: Of the entries.
+        learning_rate: Learning rate of the entries.
         nuclear: λ of λ · Σ ‖P ⊙ M‖_*, which is added to the loss.
-        reselect: Share of the updates after which only those entries go on that are still below
-            the threshold; None for never.
+        reselect: Fraction of the updates after which only the entries that are still below the
+            threshold are trained further; None for no reselection.
 
     Attributes:
-        reselected: Entries before and after that, None as long as it has not happened.
+        reselected: Number of entries before and after the reselection; None before it.
     """
 
     def __init__(
@@ -86,5 +86,5 @@ class SaRALearner(Learner):
 
     @override
     def write(self, folder: Path, labels: Sequence[Any] | None) -> None:
-        """Writes what differs from the base; `foretune.load_sparse` reads it."""
+        """Writes the difference from the base; `foretune.load_sparse` reads it."""
         self.delta.save(folder)
