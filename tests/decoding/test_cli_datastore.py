@@ -10,6 +10,9 @@ import pytest
 
 import tiny_models
 from command_line import call, the_error, the_json
+from foretune.decoding import STORE_FILE
+from foretune.decoding.store_folder import FORMAT
+from format_checks import assert_versions_by_command
 
 WORDS = [w for w in tiny_models.WORDS if len(w) > 1]
 TEXTS = [{"text": " ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 8))} for i in range(1, 12)]
@@ -174,6 +177,12 @@ def test_mistakes_are_one_line_and_leave_nothing(place, args, message):
     (place / "bad.jsonl").write_text("{broken\n")
     assert re.search(message, the_error("datastore", *[a.format(place) for a in args]))
     assert not (place / "x").exists()
+
+
+def test_a_store_of_a_newer_version_is_refused(place):
+    rows = ("--rows", place / "texts.jsonl")
+    command = ("datastore", "eval", place / "of-texts", *rows)
+    assert_versions_by_command(place / "of-texts" / STORE_FILE, FORMAT, *command)
 
 
 def test_generate_without_a_store_says_how_to_make_one(place):

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+import foretune.forecasting
 from command_line import call, the_error, the_json
 from forecasting.tiny_scenes import scene_tasks
+from foretune.forecasting import folders, model
 from foretune.forecasting.scenes import save_scenes
+from format_checks import assert_versions_by_command
 
 SIZES = "width=16 encoder_depth=1 decoder_depth=1 num_heads=2 history_steps=10 future_steps=12"
 TINY = [*SIZES.split(), "lane_points=10", "steps=2", "batch_size=4"]
@@ -50,6 +53,19 @@ def test_an_adapted_folder_is_measured_beside_constant_velocity(world, tmp_path,
     assert "exists: --overwrite replaces it" in the_error(
         "forecast", "eval", world / method, "--scenes", world / "s.npz", "--out", page
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "current"),
+    [
+        ("forecast-peft/forecasts.json", folders.FORMAT),
+        ("forecast-peft/one/forecast_peft.json", foretune.forecasting.FORMAT),
+        ("base/config.json", model.FORMAT),
+    ],
+)
+def test_folders_of_a_newer_version_are_refused(world, file, current):
+    command = ("forecast", "eval", world / "forecast-peft", "--scenes", world / "s.npz")
+    assert_versions_by_command(world / file, current, *command)
 
 
 @pytest.mark.parametrize("method", ["forecast-peft", "full"])

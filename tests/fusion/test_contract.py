@@ -10,8 +10,10 @@ import linear_tasks
 import tiny_models
 from contract.cases import assert_survives_json
 from foretune.errors import UserError
+from foretune.fusion import FORMAT, RECORD_FILE
 from foretune.methods import make, methods_of
 from foretune.run import Run
+from format_checks import assert_versions
 from fusion import fused_models
 from linear_tasks import copy_of, equal_bits, family
 
@@ -73,3 +75,8 @@ def test_a_method_that_fuses_is_no_method_of_another_verb(name):
         foretune.retrain(tiny_models.bert(), family(), make(name))
     with pytest.raises(UserError, match=f"{name} is a method for fuse, not for adapt"):
         foretune.adapt(linear_tasks.Net(), family(), make(name), RUN)
+
+
+def test_a_fused_model_of_a_newer_version_is_refused(tmp_path):
+    folder = _fuse("average")[2].save(tmp_path / "out")
+    assert_versions(folder / RECORD_FILE, FORMAT, lambda: foretune.load_fused(folder))

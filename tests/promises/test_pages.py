@@ -12,7 +12,7 @@ import typer
 
 from foretune.cli import app
 from foretune.recipes.schema import load_any, packaged_recipes
-from promises.pages import PAGES, ROOT, blocks, inline, name_of, shell_lines
+from promises.pages import FENCE, PAGES, ROOT, blocks, inline, name_of, shell_lines
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 CALLS = [(name_of(page), line) for page in PAGES for line in shell_lines(page, "foretune")]
@@ -58,7 +58,8 @@ def test_python_blocks_compile(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+    text = FENCE.sub("", page.read_text("utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith(("http:", "https:")):
             continue
         path, _, anchor = target.partition("#")

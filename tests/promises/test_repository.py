@@ -10,8 +10,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import foretune
+from foretune.methods.peft_ml import PAPER
 from foretune.recipes.schema import load_any, load_recipe, packaged_recipes
 from foretune.recipes.templates import TEMPLATES
 
@@ -43,6 +45,8 @@ def test_version_is_the_same_everywhere() -> None:
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert shown == f"foretune {project['version']}\n"
     assert foretune.__version__ == project["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == project["version"]
     assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
@@ -64,3 +68,38 @@ def test_every_yaml_file_is_a_recipe_or_a_template() -> None:
 
 def test_licence_is_the_one_that_is_declared() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text("utf-8")
+
+
+def test_citation_names_the_authors_and_the_licence_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["license"] == project["license"]
+    assert citation["authors"] == project["authors"]
+    assert citation["repository-code"] == project["urls"]["Repository"]
+    [paper] = citation["references"]
+    authors = " and ".join(f"{a['given-names']} {a['family-names']}" for a in paper["authors"])
+    assert (paper["title"], authors) == (PAPER["title"], PAPER["authors"])
+    assert paper["identifiers"][0]["value"] == f"arXiv:{PAPER['arxiv']}"
+
+
+def test_hooks_run_what_the_makefile_runs() -> None:
+    text = (ROOT / "Makefile").read_text("utf-8")
+    commands: list[str] = []
+    for target in ("lint", "types", "imports"):
+        [lines] = re.findall(rf"^{target}:.*\n((?:\t.*\n)+)", text, re.MULTILINE)
+        commands += [line.strip().replace("$(BIN)", ".venv/bin") for line in lines.splitlines()]
+    [local] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))["repos"]
+    assert local["repo"] == "local"
+    hooks = {hook["id"]: hook for hook in local["hooks"]}
+    assert all(hook["language"] == "system" for hook in hooks.values())
+    assert hooks.pop("whitespace")["entry"] == "git diff --cached --check"
+    assert [hook["entry"] for hook in hooks.values()] == commands
+
+
+def test_every_format_is_documented_and_no_other() -> None:
+    named = re.compile(r"foretune-[a-z-]+-\d+\b")
+    source = "".join(p.read_text("utf-8") for p in (ROOT / "src/foretune").rglob("*.py"))
+    assigned = set(re.findall(r'^[A-Z_, ]+ = .*?"(foretune-[a-z-]+-\d+)"', source, re.MULTILINE))
+    page = (ROOT / "docs/formats.md").read_text("utf-8")
+    documented = set(named.findall(page)) - {"foretune-run-2"}  # an example
+    assert documented == assigned and len(assigned) > 15

@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 import foretune
 import tiny_models
 from foretune.cli import app
+from foretune.pruning import FORMAT, PLAN_FILE
 from foretune.pruning.experts import find_blocks
 from foretune.pruning.folders import task_examples
+from format_checks import assert_versions, newer
 from pruning import tiny_mixtures
 
 
@@ -64,6 +66,17 @@ def test_what_only_foretune_loads_is_said_and_the_line_works(place: Path) -> Non
     model, tokenizer = eval(line, {"foretune": foretune})
     assert tokenizer is not None
     assert torch.isfinite(tiny_mixtures.logits(model)).all()
+
+
+@pytest.mark.parametrize("router", ["kept", "remap"])
+def test_a_pruned_model_of_a_newer_version_is_refused(place: Path, router: str) -> None:
+    changes = "router=remap" if router == "remap" else ""
+    run(f"uncurl mix experts=4 {changes} --rows task.jsonl --out small")
+    file = place / "small" / PLAN_FILE
+    assert_versions(file, FORMAT, lambda: foretune.load_model("small", head="causal-lm"))
+    file.write_text(file.read_text().replace(FORMAT, newer(FORMAT)))
+    line = run("frequency small experts=2 --rows task.jsonl --compare", code=2)
+    assert f"experts.json was written by a newer foretune (format {newer(FORMAT)})" in line
 
 
 def test_every_method_is_compared_before_anything_is_saved(place: Path) -> None:

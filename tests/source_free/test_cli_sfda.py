@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from command_line import call, the_error, the_json
+from foretune.source_free import core_state, tucker_format
+from format_checks import assert_versions_by_command
 
 LABELS = np.array(["sit", "walk", "run"])
 
@@ -90,6 +92,15 @@ def test_eval_agrees_with_the_python_api(place):
         right = [metadata["labels"][p] == LABELS[t] for p, t in pairs]
         assert scores[key]["accuracy"] == pytest.approx(sum(right) / 12)
         assert sum(c["rows"] for c in scores[key]["classes"]) == scores[key]["rows"] == 12
+
+
+@pytest.mark.parametrize(
+    ("file", "format_of"), [("core.json", core_state), ("sfda.json", tucker_format)]
+)
+def test_folders_of_a_newer_version_are_refused(place, file, format_of):
+    [path] = place.glob(f"*/{file}")
+    command = ("sfda", "eval", place / "adapted", "--rows", place / "target.npz")
+    assert_versions_by_command(path, format_of.FORMAT, *command)
 
 
 def test_report_is_one_page_with_a_picture(place, tmp_path):

@@ -17,12 +17,13 @@ from foretune.errors import UserError
 from foretune.recipes.schema import load_any
 from foretune.recipes.yaml_io import parse_yaml
 from foretune.theory import linear_panels
-from foretune.theory.experiment import panels_of
+from foretune.theory.experiment import FORMAT, panels_of
 from foretune.theory.recipe import (
     PANELS,
     ShallowRecipe,
     parse_experiment,
 )
+from format_checks import assert_versions_by_command
 
 SMALL = ["seeds=2", "outer_steps=30", "draws=1", "num_problems=2", "problems=[{d: 4, k: 1, T: 3}]"]
 SMALL += ["num_tasks=[3]", "shots=[100]", "ranks_for=[1]", "vary={d: [5], T: [2]}"]
@@ -157,6 +158,14 @@ def test_a_killed_run_goes_on_where_it_was(folder: Path, monkeypatch: pytest.Mon
     result = recipe.run(resume=True)
     assert list(result["panels"]) == ["singular-values", "two-tasks"]
     assert done.stat().st_mtime_ns == before
+
+
+def test_results_of_a_newer_version_are_refused(folder: Path) -> None:
+    args = ("run", "reproduce-shallow", *TINY)
+    assert call(*args, "--out", "here").exit_code == 0
+    assert json.loads((folder / "here/result.json").read_text("utf-8"))["format"] == FORMAT
+    file = folder / "here/panels/error.json"
+    assert_versions_by_command(file, FORMAT, *args, "--out", "here", "--resume")
 
 
 def test_another_recipe_does_not_resume(folder: Path) -> None:

@@ -15,6 +15,7 @@ from foretune.adapters.bank import AdapterBank
 from foretune.adapters.fingerprint import fingerprint
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from foretune.formats import ADAPTER, check_format, stamped
 
 PREFIX = "base_model.model."
 FINGERPRINT_FILE = "base_fingerprint.json"
@@ -68,7 +69,8 @@ def write_adapter(
     (folder / ADAPTER_CONFIG_FILE).write_text(
         json.dumps(config, indent=2, sort_keys=True, default=str)
     )
-    (folder / FINGERPRINT_FILE).write_text(json.dumps({"base": base_fingerprint}, indent=1))
+    record = stamped({"base": base_fingerprint}, ADAPTER)
+    (folder / FINGERPRINT_FILE).write_text(json.dumps(record, indent=1))
 
 
 def load_adapter(bank: AdapterBank, slot: int, folder: Path, model: nn.Module) -> None:
@@ -125,10 +127,12 @@ def check_base(folder: Path, model: nn.Module, heads: tuple[str, ...] = ()) -> N
     Raises:
         UserError: The folder records a fingerprint that is not that of `model`.
     """
-    record = Path(folder) / FINGERPRINT_FILE
-    if not record.is_file():
+    file = Path(folder) / FINGERPRINT_FILE
+    if not file.is_file():
         return
-    expected, actual = json.loads(record.read_text())["base"], fingerprint(model, heads)
+    record = json.loads(file.read_text())
+    check_format(file, record, ADAPTER)
+    expected, actual = record["base"], fingerprint(model, heads)
     if expected != actual:
         raise UserError(
             f"{folder} was trained on another base (fingerprint {expected[:12]}, this base has "

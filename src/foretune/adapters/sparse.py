@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from foretune.adapters.entries import within
 from foretune.errors import UserError
+from foretune.formats import SPARSE, check_format
 from foretune.linalg.low_rank import nuclear_gradient
 from foretune.models.surgery import has_fresh_head, head_modules, match_head
 
 FILE = "sparse_delta.safetensors"
-FORMAT = "foretune-sparse-1"
 
 
 class SparseDelta:
@@ -226,7 +226,7 @@ class SparseDelta:
                 tensors[f"{name}:buffer"] = buffer.detach().cpu().contiguous().clone()
         head_shapes = {n: list(p.shape) for n, p in parameters.items() if within(n, self.heads)}
         header = {"threshold": self.threshold, "whole": head_shapes, "sha256": self.hashes}
-        save_file(tensors, str(path), {"format": FORMAT, "about": json.dumps(header)})
+        save_file(tensors, str(path), {"format": SPARSE, "about": json.dumps(header)})
         return path
 
 
@@ -354,11 +354,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if "format" not in metadata:
                 raise UserError(
-                    f"{path} is not a sparse change: its format is {metadata.get('format')!r}, "
-                    f"expected {FORMAT!r}"
+                    f"{path} is not a sparse change: its format is None, expected {SPARSE!r}"
                 )
+            check_format(path, metadata, SPARSE)
             return json.loads(metadata["about"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a complete safetensors file: {error}") from error

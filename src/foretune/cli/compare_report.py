@@ -19,6 +19,7 @@ from foretune.cli.output import (
 )
 from foretune.errors import UserError
 from foretune.files import COMPARISON_FILE, REPORT_FILE
+from foretune.formats import COMPARISON, check_format
 
 
 def compare(
@@ -123,6 +124,7 @@ def _read_comparison(folder: Path) -> dict[str, Any]:
         comparison = jsonlib.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(comparison, dict) or comparison.get("format") != 1:
-        raise UserError(f"{path} is not a comparison of format 1")
+    if not isinstance(comparison, dict) or "bases" not in comparison:
+        raise UserError(f"{path} is no comparison of foretune's")
+    check_format(path, comparison, COMPARISON)
     return comparison

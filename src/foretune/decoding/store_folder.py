@@ -15,8 +15,10 @@ from torch import Tensor
 from foretune.decoding import STORE_FILE
 from foretune.errors import UserError
 from foretune.files import whole_folder, write_whole
+from foretune.formats import check_format, stamped
 
 TENSORS_FILE, ROWS_FILE = "store.safetensors", "rows.jsonl"
+FORMAT = "foretune-store-1"  # of store.json
 
 
 def write_store(
@@ -50,6 +52,7 @@ def read_store(folder: Path) -> tuple[dict[str, Tensor], list[Any], dict[str, An
                 f"{folder} is no store: it has no {name}; foretune datastore build makes one"
             )
     metadata = json.loads((folder / STORE_FILE).read_text("utf-8"))
+    check_format(folder / STORE_FILE, metadata, FORMAT)
     lines = (folder / ROWS_FILE).read_text("utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line]
     return load_file(folder / TENSORS_FILE), rows, metadata
@@ -70,4 +73,4 @@ def damage_reported(folder: Path) -> Iterator[None]:
 
 
 def _as_text(metadata: Mapping[str, Any]) -> str:
-    return json.dumps(metadata, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(stamped(metadata, FORMAT), indent=1, ensure_ascii=False) + "\n"

@@ -23,6 +23,7 @@ from foretune.evaluation import held_out
 from foretune.evaluation.statistics import pairs_and_means
 from foretune.evaluation.verdict import verdict
 from foretune.files import COMPARISON_FILE, write_whole
+from foretune.formats import COMPARISON
 from foretune.models.frozen_prefix import frozen_prefix
 from foretune.models.loading_code import class_name
 from foretune.run import Run
@@ -33,8 +34,6 @@ from foretune.training.data import TaskData, slot_of
 from foretune.training.loop import Progress
 from foretune.training.outcome import Outcome
 from foretune.training.scoring import score_slots
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def compare(
     unit = "rows per class" if objective.kind in CLASSES else "rows"
     return Comparison(
         {
-            "format": FORMAT,
+            "format": COMPARISON,
             "foretune": foretune.__version__,
             "title": "comparison",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),

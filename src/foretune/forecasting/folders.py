@@ -11,12 +11,13 @@ from typing import Any
 from foretune.errors import UserError, did_you_mean
 from foretune.files import CONFIG_FILE, claim_file, claim_model_folder, whole_folder, write_whole
 from foretune.forecasting.config import ForecastMAEConfig
+from foretune.formats import check_format
 from foretune.methods import make, method_class
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import method_and_run
 from foretune.run import Run, check_positive
 
-SUMMARY = "forecasts.json"
+SUMMARY, FORMAT = "forecasts.json", "foretune-forecasts-1"
 ADAPT_METHODS = ("forecast-peft", "full")
 RUN_FIELDS = tuple(
     f.name for f in dataclasses.fields(Run) if f.name not in ("seed", "out", "resume", "overwrite")
@@ -180,6 +181,7 @@ def adapt_folder(
         adapted = foretune.adapt(model, tasks, method, run, shots=shots, progress=progress)
     folders = {task.name: folder_name(task.name) for task in tasks}
     summary = {
+        "format": FORMAT,
         "base": str(base.resolve()),
         "method": method.to_dict(),
         "folders": folders,
@@ -289,6 +291,7 @@ class _AdaptedModels:
             return
         try:
             adaptation = json.loads(summary.read_text("utf-8"))
+            check_format(summary, adaptation, FORMAT)
             self.folders: dict[str, str] = adaptation["folders"]
             self.method = make(**adaptation["method"])
             base_folder = base or Path(adaptation["base"])

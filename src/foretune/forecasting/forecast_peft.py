@@ -38,7 +38,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from typing_extensions import override
 
 from foretune.errors import UserError
-from foretune.forecasting import DELTA_FILE, RECORD_FILE
+from foretune.forecasting import DELTA_FILE, FORMAT, RECORD_FILE
+from foretune.formats import check_format
 from foretune.run import Run, check_bool, check_int, check_one_of, check_positive
 from foretune.training.methods import AdaptMethod
 
@@ -174,6 +175,7 @@ def load_adapted(folder: Path | str, base: ForecastMAE) -> ForecastMAE:
         raise UserError(f"{folder} holds no adapted forecaster: {RECORD_FILE} is missing")
     try:
         record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
+        check_format(folder / RECORD_FILE, record, FORMAT)
         tensors = safetensors.torch.load_file(folder / DELTA_FILE)
         method = make(**record["method"])
         base_fingerprint = record["base_fingerprint"]

@@ -29,12 +29,14 @@ from foretune.files import CONFIG_FILE, WEIGHTS_FILE
 from foretune.forecasting.config import ForecastMAEConfig
 from foretune.forecasting.model import (
     ARCHITECTURE,
+    FORMAT,
     Block,
     ForecastMAE,
     Forecasts,
     Scene,
     remove_parts,
 )
+from foretune.formats import check_format
 
 PRETEXT_ONLY = (
     "future_embed",
@@ -253,6 +255,7 @@ def load_forecast_mae(folder: Path | str) -> ForecastMAE:
                 f"{folder / CONFIG_FILE} does not describe a Forecast-MAE: its architecture is "
                 f"{config.get('architecture')!r}"
             )
+        check_format(folder / CONFIG_FILE, config, FORMAT)
         model = ForecastMAE(ForecastMAEConfig(**config["sizes"]))
         add_forecaster(model, config["forecaster"])
         safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))

@@ -11,7 +11,8 @@ import safetensors.torch
 from torch import nn
 from typing_extensions import override
 
-from foretune.forecasting import DELTA_FILE, RECORD_FILE
+from foretune.forecasting import DELTA_FILE, FORMAT, RECORD_FILE
+from foretune.formats import stamped
 from foretune.tasks.task import Objective
 from foretune.training.learners.joint import Learner
 
@@ -60,5 +61,5 @@ class ForecastLearner(Learner):
         state = self.model.state_dict()
         tensors = {name: state[name].contiguous().clone() for name in self.names}
         safetensors.torch.save_file(tensors, str(folder / DELTA_FILE))
-        text = json.dumps(self.record, indent=1) + "\n"
+        text = json.dumps(stamped(self.record, FORMAT), indent=1) + "\n"
         (folder / RECORD_FILE).write_text(text, encoding="utf-8")

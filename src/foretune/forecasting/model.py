@@ -49,7 +49,7 @@ from foretune.models.routing import current_rows, route
 
 Scene = Mapping[str, Tensor]
 KINDS = 4
-ARCHITECTURE = "ForecastMAE"
+ARCHITECTURE, FORMAT = "ForecastMAE", "foretune-forecast-mae-1"
 
 
 class Reconstruction(NamedTuple):
@@ -278,6 +278,7 @@ def describe(model: ForecastMAE) -> dict[str, Any]:
     """The content of a model's config.json."""
     forecaster = getattr(model.forecaster, "options", None)
     return {
+        "format": FORMAT,
         "architecture": ARCHITECTURE,
         "sizes": dataclasses.asdict(model.sizes),
         "forecaster": forecaster,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from foretune.errors import UserError
 from foretune.files import claim_model_folder, whole_folder
-from foretune.fusion import RECORD_FILE
+from foretune.formats import check_format
+from foretune.fusion import FORMAT, RECORD_FILE
 from foretune.fusion.mixture import (
     LowRankExperts,
     Routing,
@@ -130,7 +131,7 @@ class Fused:
 
     def _record(self) -> dict[str, Any]:
         return {
-            "format": 1,
+            "format": FORMAT,
             "method": self.method,
             "names": self.names,
             "causal": self.routing.causal,
@@ -185,6 +186,7 @@ def load_fused(folder: str | Path) -> Fused:
             f"{folder} holds no fused model: it has no {RECORD_FILE}; foretune fuse makes one"
         )
     record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
+    check_format(folder / RECORD_FILE, record, FORMAT)
     model, tokenizer = load_base(folder, dtype="auto")
     routing = Routing(
         record["names"], record["granularity"], record["top_k"], causal=record["causal"]

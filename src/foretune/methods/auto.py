@@ -37,6 +37,7 @@ from typing_extensions import override
 
 from foretune.errors import UserError, did_you_mean
 from foretune.evaluation.verdict import CONTROLS
+from foretune.formats import CHOICE, stamped
 from foretune.methods import make
 from foretune.run import Run, check_fraction, check_int, check_list, check_positive
 from foretune.training.methods import RetrainMethod
@@ -410,7 +411,7 @@ def _resumed(
     inputs = json.loads(json.dumps(inputs))
     if not file.is_file():
         return inputs, []
-    saved = read_record(file)
+    saved = read_record(file, CHOICE)
     check_same(file.parent, saved["about"], inputs)
     return inputs, list(saved["trials"])
 
@@ -420,5 +421,5 @@ def _write(file: Path | None, inputs: Mapping[str, Any], trials: Sequence[Trial]
     from foretune.processes import process_rank
 
     if file is not None and process_rank() == 0:
-        text = json.dumps({"about": inputs, "trials": list(trials)}, indent=1)
+        text = json.dumps(stamped({"about": inputs, "trials": list(trials)}, CHOICE), indent=1)
         write_whole(file, text)

@@ -17,6 +17,7 @@ from torch import nn
 from foretune.entry_points import entry_point
 from foretune.errors import UserError, did_you_mean
 from foretune.files import BASE_FILE, CONFIG_FILE, MODULE_FILE, WEIGHTS_FILE
+from foretune.formats import BASE, MODULE, check_format, stamped
 from foretune.models.surgery import freeze_lower, has_fresh_head, head_modules
 
 Head = Literal["none", "classification", "causal-lm", "seq2seq", "image-classification"]
@@ -272,7 +273,9 @@ def save_base(model: nn.Module, tokenizer: Any, folder: str | Path) -> None:
     safetensors.torch.save_model(model, str(folder / WEIGHTS_FILE))
     recipe = getattr(model, "foretune_module", None)
     if recipe is not None:
-        (folder / MODULE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+        (folder / MODULE_FILE).write_text(
+            json.dumps(stamped(recipe, MODULE), indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def load_base(
@@ -312,7 +315,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
         return
     with _quiet():
-        saved = type(model).from_pretrained(folder)
+        saved = type(model).from_pretrained(folder, use_safetensors=True)
     model.load_state_dict(saved.state_dict())
 
 
@@ -320,7 +323,9 @@ def _freeze_as_saved(model: nn.Module, folder: Path) -> nn.Module:
     """Restore `requires_grad` as it was when the base was saved, where the folder records it."""
     record_file = folder / BASE_FILE
     if record_file.is_file():
-        trainable = set(json.loads(record_file.read_text(encoding="utf-8"))["trainable"])
+        record = json.loads(record_file.read_text(encoding="utf-8"))
+        check_format(record_file, record, BASE)
+        trainable = set(record["trainable"])
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trainable)
     return model
@@ -333,6 +338,7 @@ def _load_plain(folder: Path) -> nn.Module:
         UserError: The file is missing, or the weights do not fit.
     """
     recipe = json.loads((folder / MODULE_FILE).read_text(encoding="utf-8"))
+    check_format(folder / MODULE_FILE, recipe, MODULE)
     model = load_module(recipe["file"], recipe["factory"], **recipe["args"])
     try:
         safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from foretune.errors import UserError
-from foretune.pruning import PLAN_FILE
+from foretune.formats import check_format
+from foretune.pruning import FORMAT, PLAN_FILE
 from foretune.pruning.alignment import merge_networks
 from foretune.pruning.experts import (
     COUNTS,
@@ -376,6 +377,7 @@ def load_pruned(auto: Any, config: Any, folder: Path, dtype: Any) -> nn.Module |
     path = folder / PLAN_FILE
     try:
         record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        check_format(path, record, FORMAT)
         if record["loads_with"] == "transformers":
             return None
     except (ValueError, KeyError, TypeError) as error:

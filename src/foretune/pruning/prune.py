@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from foretune.errors import UserError
 from foretune.files import claim_model_folder, whole_folder
 from foretune.models.loading import load_model, save_base
-from foretune.pruning import PLAN_FILE
+from foretune.pruning import FORMAT, PLAN_FILE
 from foretune.pruning.experts import ExpertBlock, find_blocks
 from foretune.pruning.plan import (
     Plan,
@@ -67,7 +67,7 @@ class Pruned:
     def record(self) -> dict[str, Any]:
         """The content of experts.json."""
         return {
-            "format": "foretune-experts-1",
+            "format": FORMAT,
             "loads_with": self.loads_with,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "method": self.method.to_dict(),

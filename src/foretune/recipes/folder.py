@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 from foretune.errors import UserError
 from foretune.files import INPUTS, RECIPE, RUN_FILE, check_folder, claim_folder, write_whole
+from foretune.formats import INPUTS as INPUTS_FORMAT
+from foretune.formats import RECIPE as RECIPE_FORMAT
+from foretune.formats import RUN, stamped
 from foretune.processes import num_processes
-from foretune.recipes.yaml_io import parse_yaml
+from foretune.recipes.yaml_io import parse_recipe_yaml
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,7 +60,7 @@ def prepare_folder(
             _check_same(folder, config)
         elif config:
             (folder / INPUTS).unlink(missing_ok=True)
-            write_whole(folder / RECIPE, config)
+            write_whole(folder / RECIPE, f"format: {RECIPE_FORMAT}\n{config}")
         return folder
 
     return _first(prepare)
@@ -78,9 +81,9 @@ def check_inputs(folder: Path, model: nn.Module, tasks: Sequence[Task]) -> None:
         inputs = {"tasks": names, **inputs_of(model, tasks)}
         path = folder / INPUTS
         if path.is_file():
-            check_same(folder, read_record(path), inputs)
+            check_same(folder, read_record(path, INPUTS_FORMAT), inputs)
         else:
-            write_whole(path, json.dumps(inputs, indent=1))
+            write_whole(path, json.dumps(stamped(inputs, INPUTS_FORMAT), indent=1))
 
     _first(check)
 
@@ -89,7 +92,7 @@ def write_run_record(folder: Path) -> None:
     """Writes run.json, which says that the run is finished and in which environment."""
     from foretune.training.record import environment
 
-    record = {"finished": True, "environment": environment()}
+    record = {"format": RUN, "finished": True, "environment": environment()}
     write_whole(folder / RUN_FILE, json.dumps(record, indent=1, ensure_ascii=False))
 
 
@@ -106,8 +109,8 @@ def _check_same(folder: Path, config: str) -> None:
     path = folder / RECIPE
     if not path.is_file():
         raise UserError(f"{folder} has no run to resume (no {RECIPE}): use --overwrite")
-    begun = _flat(parse_yaml(path.read_text("utf-8"), str(path)))
-    current = _flat(parse_yaml(config, "the recipe"))
+    begun = _flat(parse_recipe_yaml(path.read_text("utf-8"), str(path)))
+    current = _flat(parse_recipe_yaml(config, "the recipe"))
     for key in dict.fromkeys([*begun, *current]):
         if key not in MAY_DIFFER and begun.get(key) != current.get(key):
             raise UserError(

@@ -14,11 +14,13 @@ from typing import Any
 import foretune
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE, BASE_FILE, CONFIG_FILE, MODULE_FILE, RUN_FILE
+from foretune.formats import BASE, RUN, check_format
 from foretune.models.loading_code import class_name, loading_code
 from foretune.recipes.blocks import AdaptBlock, TasksBlock
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import check_place, prepare_folder
 from foretune.recipes.merge import merge_repeats
+from foretune.recipes.objective_blocks import OBJECTIVES
 from foretune.recipes.overrides import override_keys
 from foretune.recipes.runner import finish
 from foretune.recipes.schema import Recipe, adapt_record, parse_block, run_of
@@ -56,8 +58,8 @@ class SavedBase:
             return make_objective(kind, tokenizer)
         if self.kind is None:
             raise UserError(
-                f"{self.folder} does not name its objective (no {BASE_FILE}): add --objective "
-                "choice, classification, causal-lm, regression, prompts or denoising"
+                f"{self.folder} does not name its objective (no {BASE_FILE}): add --objective with "
+                f"one of {', '.join(OBJECTIVES)}"
             )
         objective = make_objective(tokenizer=None, **self.metadata["objective"])
         return with_tokenizer(objective, tokenizer)
@@ -83,6 +85,7 @@ def find_base(folder: Path) -> SavedBase:
     metadata_file = place / BASE_FILE
     name = folder.resolve().parent.name if folder.name == "base" else folder.resolve().name
     metadata = json.loads(metadata_file.read_text("utf-8")) if metadata_file.is_file() else {}
+    check_format(metadata_file, metadata, BASE)
     return SavedBase(name, place, metadata)
 
 
@@ -395,5 +398,7 @@ def _describe(base: dict[str, Any], saved: SavedBase) -> None:
     record = saved.folder.parent / RUN_FILE
     if record.is_file():
         rate = base["config"].get("learning_rate")
-        cost = json.loads(record.read_text("utf-8")).get("cost") or {}
+        content = json.loads(record.read_text("utf-8"))
+        check_format(record, content, RUN)
+        cost = content.get("cost") or {}
         base["retrain"] = {"learning_rate": rate, "searched": [], **cost}

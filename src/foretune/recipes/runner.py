@@ -9,6 +9,7 @@ from typing import Any
 import foretune
 from foretune.errors import UserError, did_you_mean
 from foretune.files import CARD_FILE, COMPARISON_FILE
+from foretune.formats import COMPARISON, SPECTRUM, check_format, stamped, unstamped
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import check_inputs, check_place, prepare_folder, write_run_record
@@ -177,6 +178,7 @@ def compare_repeat(
     if path.is_file():
         console.say(f"adapting, seed {seed}: already done")
         done: dict[str, Any] = read_json(path)
+        check_format(path, done, COMPARISON)
         return done
     block = setup.recipe.adapt
     entries = setup.recipe.entries
@@ -218,8 +220,7 @@ def spectrum_stage(
     path = out / SPECTRUM_FILE
     if path.is_file():
         console.say("spectrum: already done")
-        done: dict[str, Any] = read_json(path)
-        return done
+        return unstamped(path, read_json(path), SPECTRUM)
     from foretune.evaluation import spectrum
     from foretune.methods import make
 
@@ -237,7 +238,7 @@ def spectrum_stage(
             rates=rates if setup.recipe.adapt.method == "lora" else None,
             progress=progress,
         )
-    write_json(path, measured)
+    write_json(path, stamped(measured, SPECTRUM))
     return measured
 
 

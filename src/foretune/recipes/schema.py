@@ -27,7 +27,7 @@ from foretune.recipes.console import Console
 from foretune.recipes.messages import user_error
 from foretune.recipes.objective_blocks import OBJECTIVES, ObjectiveBlock
 from foretune.recipes.overrides import apply_overrides, override_keys
-from foretune.recipes.yaml_io import dump_yaml, parse_yaml
+from foretune.recipes.yaml_io import dump_yaml, parse_recipe_yaml
 from foretune.run import Run, check_list
 from foretune.tasks.sources import Source
 
@@ -211,7 +211,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     2
     """
     text, where = read_recipe(name_or_path)
-    raw = parse_yaml(text, where)
+    raw = parse_recipe_yaml(text, where)
     if not isinstance(raw, dict):
         raise UserError(f"{where} is not a recipe: it must have keys such as model, tasks, retrain")
     if EXPERIMENTS.keys() & raw:
@@ -235,7 +235,7 @@ def load_any(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe 
     2
     """
     text, where = read_recipe(name_or_path)
-    raw = parse_yaml(text, where)
+    raw = parse_recipe_yaml(text, where)
     for key, parser in EXPERIMENTS.items():
         if isinstance(raw, dict) and key in raw:
             changed = apply_overrides(raw, overrides)

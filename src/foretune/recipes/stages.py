@@ -11,6 +11,7 @@ from typing import Any
 
 import foretune
 from foretune.errors import UserError
+from foretune.formats import STAGE, stamped, unstamped
 from foretune.processes import process_rank
 from foretune.recipes.console import Console
 from foretune.recipes.schema import MethodEntry, takes_rate
@@ -68,8 +69,7 @@ def retrain_stage(
     folder = base_folder(out, entry, seed)
     if (folder / STAGE_FILE).is_file():
         console.say(f"{entry.name}, seed {seed}: already done")
-        done: dict[str, Any] = read_json(folder / STAGE_FILE)
-        return done
+        return unstamped(folder / STAGE_FILE, read_json(folder / STAGE_FILE), STAGE)
     record = entry.record(rate)
     run = setup.recipe.retrain_run(seed=seed, out=folder, resume=True)
     outcome = retrain(setup, setup.seen, record, run, console, f"{entry.name}, seed {seed}")
@@ -90,7 +90,7 @@ def retrain_stage(
     if outcome.choice is not None:
         stage["choice"] = outcome.choice
         console.say(f"{entry.name}, seed {seed}: takes {outcome.choice['chosen']}")
-    write_json(folder / STAGE_FILE, stage)
+    write_json(folder / STAGE_FILE, stamped(stage, STAGE))
     return stage
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from foretune.errors import UserError
+from foretune.formats import RECIPE, unstamped
 
 _FLOAT = re.compile(
     r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -68,6 +70,19 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}{line}: bad YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{where}: bad YAML: {' '.join(str(error).split())}") from None
+
+
+def parse_recipe_yaml(text: str, where: str) -> Any:
+    r"""As `parse_yaml`, without the format that the `config.yaml` of a run states.
+
+    Raises:
+        UserError: As `parse_yaml`, or a newer foretune wrote the text.
+
+    >>> parse_recipe_yaml("format: foretune-recipe-1\nseeds: 2", "config.yaml")
+    {'seeds': 2}
+    """
+    raw = parse_yaml(text, where)
+    return unstamped(Path(where), raw, RECIPE) if isinstance(raw, dict) else raw
 
 
 def dump_yaml(value: Any) -> str:

@@ -20,8 +20,11 @@ from torch import nn
 from foretune.adapters.fingerprint import fingerprint
 from foretune.errors import UserError
 from foretune.files import CARD_FILE
+from foretune.formats import check_format, stamped
 from foretune.source_free import STATE_FILE, STATE_WEIGHTS_FILE
 from foretune.source_free.tucker import tucker_layers, tuckerize
+
+FORMAT = "foretune-core-1"  # of core.json
 
 
 def write_core(
@@ -56,7 +59,9 @@ def write_core(
         "numbers": count,
         **(metadata or {}),
     }
-    (folder / STATE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / STATE_FILE).write_text(
+        json.dumps(stamped(record, FORMAT), indent=1) + "\n", encoding="utf-8"
+    )
     base = record["base"] or "the base model"
     (folder / CARD_FILE).write_text(
         f"---\nlibrary_name: foretune\ntags: [foretune, {method['name']}]\n---\n\n"
@@ -80,6 +85,7 @@ def read_metadata(folder: Path | str) -> dict[str, Any]:
         raise UserError(f"{folder} holds no adapted state: it has no {STATE_FILE}")
     try:
         metadata: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        check_format(file, metadata, FORMAT)
         _ = metadata["rest"], metadata["factored"], metadata["method"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not readable: {' '.join(str(error).split())}") from error

@@ -19,11 +19,14 @@ from torch import nn
 
 from foretune.errors import UserError
 from foretune.files import CARD_FILE, WEIGHTS_FILE
+from foretune.formats import check_format, stamped
 from foretune.models.loading import load_module
 from foretune.source_free import MODEL_FILE
 from foretune.source_free.imputer import Imputer
 from foretune.source_free.time_series_cnn import TimeSeriesCNN
 from foretune.source_free.tucker import tucker_layers, tuckerize
+
+FORMAT = "foretune-tucker-1"  # of sfda.json
 
 
 def write_tucker(model: nn.Module, folder: Path, metadata: dict[str, Any]) -> None:
@@ -45,7 +48,9 @@ def write_tucker(model: nn.Module, folder: Path, metadata: dict[str, Any]) -> No
         **metadata,
     }
     safetensors.torch.save_model(model, str(folder / WEIGHTS_FILE))
-    (folder / MODEL_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / MODEL_FILE).write_text(
+        json.dumps(stamped(record, FORMAT), indent=1) + "\n", encoding="utf-8"
+    )
     (folder / CARD_FILE).write_text(
         "---\nlibrary_name: foretune\ntags: [foretune, subspace-sfda]\n---\n\n"
         "# Source model in Tucker form\n\nIts layers are factored into a small core and two bases "
@@ -73,6 +78,7 @@ def load_tucker(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         )
     try:
         metadata: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        check_format(file, metadata, FORMAT)
         model = _build(metadata["architecture"], folder)
         if metadata["ranks"]:
             tuckerize(model, ranks=metadata["ranks"], fit=False)

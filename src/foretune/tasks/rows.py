@@ -82,7 +82,7 @@ def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> dict[str, Any]:
         example["x"] = _array(example["x"], "x", row)
         if "y" not in example:
             return example
-        if kind != "regression":
+        if kind in (*CLASSES, "unlabelled"):
             example["y"] = _scalar(example["y"])
             _check_label(example["y"], "y", row)
         else:
@@ -165,7 +165,7 @@ def _scalar(value: Any) -> Any:
 
 
 def _target(value: Any, row: Row) -> Any:
-    """The target of a regression: a finite float, or an array of finite numbers.
+    """A target that is no label: a finite float, or an array of finite numbers.
 
     Raises:
         UserError: It is neither.

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from foretune.files import CARD_FILE, write_whole
+from foretune.formats import stamped, unstamped
 from foretune.theory.panel import Panel, Settings, Table
 
 RESULT_FILE = "result.json"
+FORMAT = "foretune-experiment-1"  # of result.json and panels/NAME.json
 PAPER = (
     'Block et al., "Meta-Learning Adaptable Foundation Models" (2024), revised as "Provable '
     'Meta-Learning with Low-Rank Adaptations" (2025), arXiv:2410.22264'
@@ -57,9 +59,9 @@ def run_panels(
             start = time.process_time()
             rows = panel.rows({**settings, "folder": folder, "say": say})
             seconds = round(time.process_time() - start, 1)
-            write_whole(path, json.dumps({"cpu_seconds": seconds, "rows": rows}))
+            write_whole(path, json.dumps(stamped({"cpu_seconds": seconds, "rows": rows}, FORMAT)))
             say(f"{panel.name}: {seconds:.0f} s of CPU time")
-        panel_results[panel.name] = json.loads(path.read_text("utf-8"))
+        panel_results[panel.name] = unstamped(path, json.loads(path.read_text("utf-8")), FORMAT)
     result = {
         "title": settings["name"],
         **{key: settings[key] for key in ("experiment", "scale")},
@@ -67,7 +69,8 @@ def run_panels(
         "panels": panel_results,
     }
     figures = draw_figures(result, folder / "figures", say)
-    write_whole(folder / RESULT_FILE, json.dumps(result, ensure_ascii=False) + "\n")
+    record = stamped(result, FORMAT)
+    write_whole(folder / RESULT_FILE, json.dumps(record, ensure_ascii=False) + "\n")
     write_whole(folder / CARD_FILE, page(result, figures))
     return result
 

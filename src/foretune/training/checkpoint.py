@@ -14,6 +14,8 @@ from torch import Tensor
 
 from foretune.errors import UserError
 from foretune.files import CHECKPOINT, UNFINISHED, whole_folder
+from foretune.formats import CHECKPOINT as FORMAT
+from foretune.formats import stamped, unstamped
 from foretune.training.process_group import Partition
 
 STATE_FILE, STATE_WEIGHTS_FILE = "state.json", "state.safetensors"  # in a checkpoint's folder
@@ -57,7 +59,8 @@ class CheckpointStore:
         with whole_folder(final) as part:
             contiguous = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
             save_file(contiguous, part / STATE_WEIGHTS_FILE)
-            (part / STATE_FILE).write_text(json.dumps({"step": step, **meta}, indent=1))
+            record = stamped({"step": step, **meta}, FORMAT)
+            (part / STATE_FILE).write_text(json.dumps(record, indent=1))
         for saved_step, path in self._checkpoints():
             if saved_step not in (step, meta.get("best_step")):
                 shutil.rmtree(path)
@@ -95,7 +98,8 @@ class CheckpointStore:
 
     def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
-            meta = json.loads((path / STATE_FILE).read_text())
+            record = path / STATE_FILE
+            meta = unstamped(record, json.loads(record.read_text()), FORMAT)
             tensors = load_file(path / STATE_WEIGHTS_FILE)
             return tensors if self.partition is None else self.partition.local_state(tensors), meta
         except (OSError, ValueError, SafetensorError) as error:

@@ -23,6 +23,7 @@ from foretune.files import (
     whole_folder,
     write_whole,
 )
+from foretune.formats import BASE, RUN, stamped
 from foretune.models.loading import save_base
 from foretune.models.loading_code import class_name, loading_code
 from foretune.models.surgery import name_outputs
@@ -98,6 +99,7 @@ class Outcome:
     def record(self) -> dict[str, Any]:
         """The contents of run.json."""
         return {
+            "format": RUN,
             "finished": True,
             **self.inputs,
             "method": self.method.to_dict(),
@@ -111,12 +113,13 @@ class Outcome:
         }
 
     def _base_record(self) -> dict[str, Any]:
-        return {
+        record = {
             "method": self.method.to_dict(),
             "objective": self.objective.to_dict(),
             "fingerprint": fingerprint(self.model),
             "trainable": sorted(n for n, p in self.model.named_parameters() if p.requires_grad),
         }
+        return stamped(record, BASE)
 
     def _model_card(self) -> str:
         method = self.method

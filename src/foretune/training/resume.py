@@ -15,6 +15,7 @@ from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import load_adapter
 from foretune.errors import UserError
 from foretune.files import METRICS_FILE, RUN_FILE, write_whole
+from foretune.formats import RUN, check_format, stamped
 from foretune.models.loading import load_weights
 from foretune.run import Run
 from foretune.tasks.task import Task
@@ -57,9 +58,9 @@ def begin(folder: Path, method: Any, run: Run, inputs: Mapping[str, Any]) -> dic
     current = json.loads(json.dumps(current))  # tuples become lists, as in the file
     file = folder / RUN_FILE
     if not file.is_file():
-        write_whole(file, json.dumps({"finished": False, **current}, indent=1))
+        write_whole(file, json.dumps(stamped({"finished": False, **current}, RUN), indent=1))
         return None
-    begun = read_record(file)
+    begun = read_record(file, RUN)
     check_same(folder, begun, current)
     if begun.get("finished"):
         return begun
@@ -69,11 +70,15 @@ def begin(folder: Path, method: Any, run: Run, inputs: Mapping[str, Any]) -> dic
     return None
 
 
-def read_record(file: Path) -> dict[str, Any]:
+def read_record(file: Path, current_format: str) -> dict[str, Any]:
     """The record of an interrupted run.
 
+    Args:
+        file: The record.
+        current_format: The newest format that is accepted.
+
     Raises:
-        UserError: The file is not JSON.
+        UserError: The file is not JSON, or has another format.
     """
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -81,6 +86,7 @@ def read_record(file: Path) -> dict[str, Any]:
         raise UserError(
             f"{file} is not a readable record of a run ({error}); start again with --overwrite"
         ) from error
+    check_format(file, record, current_format)
     return record
 
 
