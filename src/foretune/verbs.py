@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from foretune.method import Method, check_verb
 
@@ -33,7 +33,13 @@ class PruneMethod(Method, Protocol[Result_co]):
 
 
 class DecodeMethod(Method, Protocol[Result_co]):
-    """A method whose verb is `decode`."""
+    """A method whose verb is `decode`.
+
+    Attributes:
+        resources: What `decode` needs beside the model; options of `foretune generate`.
+    """
+
+    resources: ClassVar[tuple[str, ...]] = ()
 
     def decode(self, *args: Any, **options: Any) -> Result_co:
         """Generates a continuation per prompt; called as `decode(model, prompts, **options)`."""

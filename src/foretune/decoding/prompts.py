@@ -66,7 +66,7 @@ def check_resources(method: str | None, options: Mapping[str, Any]) -> dict[str,
         UserError: The method does not take one of them, or lacks one.
     """
     resources = {key: value for key, value in options.items() if value}
-    takes = getattr(method_class_of(method, "decode"), "resources", ()) if method else ()
+    takes = method_class_of(method, "decode").resources if method else ()
     for key in resources:
         if key not in takes:
             who = (

@@ -23,6 +23,7 @@ from foretune.tasks.splits import carve
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training import verbs
 from foretune.training.loop import DivergedError, Progress
+from foretune.training.methods import AdaptMethod
 from foretune.training.shots import draw_shots
 
 ADAPTATIONS = 6  # at least so many per score and number of shots: a single draw is too noisy
@@ -93,7 +94,7 @@ def num_draws(num_tasks: int) -> int:
 def try_rates(
     base: nn.Module,
     tasks: TaskCollection,
-    method: Any,
+    method: AdaptMethod,
     rates: Sequence[float],
     run: Run,
     shots: Sequence[int | None],
@@ -120,7 +121,9 @@ def try_rates(
     run = run.replace(patience=None)
     rates_to_try: list[float | None] = [*rates] or [None]
     for rate in rates_to_try:
-        record = method if rate is None else dataclasses.replace(method, learning_rate=rate)
+        record: Any = method
+        if rate is not None:
+            record = dataclasses.replace(record, learning_rate=rate)
         by_task: dict[str, list[float]] = {name: [] for name in tasks.names}
         means = []
         try:

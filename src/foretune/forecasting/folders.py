@@ -16,6 +16,7 @@ from foretune.methods import make, method_class
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import method_and_run
 from foretune.run import Run, check_positive
+from foretune.training.methods import AdaptMethod
 
 SUMMARY, FORMAT = "forecasts.json", "foretune-forecasts-1"
 ADAPT_METHODS = ("forecast-peft", "full")
@@ -135,7 +136,7 @@ def pretrain_folder(
 
 def adapt_folder(
     base: Path,
-    method: Any,
+    method: AdaptMethod,
     run: Run,
     scenes: Path,
     out: Path,

@@ -13,6 +13,7 @@ from foretune.files import claim_model_folder
 from foretune.fusion import RECORD_FILE
 from foretune.methods import make, method_class_of
 from foretune.recipes.overrides import Setting
+from foretune.verbs import FuseMethod
 
 ARGUMENT_FORM = "NAME=FOLDER or KEY=VALUE"
 
@@ -26,7 +27,7 @@ class Request:
         finetuned: Task → folder of its fine-tuned model.
     """
 
-    method: Any
+    method: FuseMethod[Any]
     finetuned: dict[str, Path]
 
 

@@ -251,9 +251,10 @@ def _fields(method: Any) -> dict[str, Any]:
     Raises:
         UserError: It is neither.
     """
-    if hasattr(method, "to_dict"):
-        default = type(method)().to_dict()
-        return {k: v for k, v in method.to_dict().items() if k == "name" or v != default.get(k)}
+    if dataclasses.is_dataclass(method) and not isinstance(method, type):
+        record: Any = method
+        default = type(record)().to_dict()
+        return {k: v for k, v in record.to_dict().items() if k == "name" or v != default.get(k)}
     if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
         raise UserError(f'a method is a record, or a mapping with its "name"; got {method!r}')
     return dict(method)

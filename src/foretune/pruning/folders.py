@@ -11,6 +11,7 @@ from foretune.errors import UserError, did_you_mean
 from foretune.files import claim_model_folder
 from foretune.methods import make, method_class_of, methods_of
 from foretune.pruning import PLAN_FILE
+from foretune.pruning.method import ExpertPruning
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import apply_overrides
 from foretune.tasks.readers import Row, read_rows
@@ -83,7 +84,7 @@ def _example(row: Row) -> dict[str, Any]:
 
 
 def prune_folder(
-    method: Any,
+    method: ExpertPruning,
     model: str,
     rows: str,
     out: Path | None,
@@ -205,7 +206,7 @@ class Scorer:
         return tuned
 
 
-def _controls(method: Any) -> list[Any]:
+def _controls(method: ExpertPruning) -> list[Any]:
     """The other methods, with the same number of experts and the same kind of router."""
     shared = {k: v for k, v in method.to_dict().items() if k in SHARED_FIELDS}
     controls = []

@@ -20,6 +20,7 @@ from foretune.files import claim_model_folder, whole_folder
 from foretune.models.loading import load_model, save_base
 from foretune.pruning import FORMAT, PLAN_FILE
 from foretune.pruning.experts import ExpertBlock, find_blocks
+from foretune.pruning.method import ExpertPruning
 from foretune.pruning.plan import (
     Plan,
     apply_plan,
@@ -52,7 +53,7 @@ class Pruned:
 
     model: nn.Module
     tokenizer: Any
-    method: Any
+    method: ExpertPruning
     plan: Plan
     size: dict[str, Any]
     cost: dict[str, Any]
@@ -105,7 +106,7 @@ class Pruned:
 def prune_mixture(
     model: nn.Module | str | PathLike[str],
     rows: Examples,
-    method: Any,
+    method: ExpertPruning,
     *,
     tokenizer: Any = None,
     batch_size: int = 8,
@@ -153,7 +154,7 @@ def prune_mixture(
 def prune_with(
     model: nn.Module,
     statistics: dict[str, ExpertStatistics],
-    method: Any,
+    method: ExpertPruning,
     *,
     tokenizer: Any = None,
     in_place: bool = False,

@@ -16,6 +16,7 @@ from foretune.adapters.peft_format import load_adapter
 from foretune.errors import UserError
 from foretune.files import METRICS_FILE, RUN_FILE, write_whole
 from foretune.formats import RUN, check_format, stamped
+from foretune.method import Method
 from foretune.models.loading import load_weights
 from foretune.run import Run
 from foretune.tasks.task import Task
@@ -38,7 +39,9 @@ def inputs_of(model: nn.Module, tasks: Iterable[Task]) -> dict[str, Any]:
     }
 
 
-def begin(folder: Path, method: Any, run: Run, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+def begin(
+    folder: Path, method: Method, run: Run, inputs: Mapping[str, Any]
+) -> dict[str, Any] | None:
     """Records which run begins in the folder, or checks that it is the one that was begun there.
 
     Args:
