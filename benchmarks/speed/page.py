@@ -73,7 +73,7 @@ def summary() -> str:
         f"{min(medians):.2f} to {max(medians):.2f} of plain fine-tuning on the same tokens, "
         f"{statistics.geometric_mean(medians):.2f} on average; a peft loop over {many['tasks']} "
         f"tasks takes {many['peft_to_ours']['median']:.1f} times as long\n"
-        f"- dialogues that would be {100 * min(fills):.0f} to {100 * max(fills):.0f} % tokens "
+        f"- batches of dialogues, {100 * min(fills):.0f} to {100 * max(fills):.0f} % tokens "
         f"when padded: {min(packed):.2f} to {max(packed):.2f} of plain fine-tuning with padding\n"
         f"- memory: {max(shares):.2f} of plain fine-tuning's, {max(quarters):.2f} with a quarter "
         "of the batch at a time\n"
