@@ -97,7 +97,7 @@ def tune(
         ["with the store", tuned["log_likelihood"]],
     ]
     cells = [[name, f"{score:.3f}"] for name, score in scores]
-    emit(table([f"left out, {tuned['entries']} entries", "log-likelihood a token"], cells))
+    emit(table([f"left out, {tuned['entries']} entries", "log-likelihood per token"], cells))
     if tuned["mix"] == 0:
         emit("The store does not help this model: its weight in the mixture is 0.")
 

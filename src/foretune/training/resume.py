@@ -115,7 +115,7 @@ def _check_part(folder: Path, part: str, begun: Any, current: Any) -> None:
         else:
             what = f"{name}={str(was)[:80]}, this run has {name}={str(now)[:80]}"
         raise UserError(
-            f"{folder} was started with {what}: resume with the same, or start over with --overwrite"
+            f"{folder} was started with {what}: resume with these, or start over with --overwrite"
         )
 
 
