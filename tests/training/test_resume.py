@@ -318,7 +318,7 @@ def test_scores_of_other_rows_are_not_taken_over(tmp_path):
     tasks = family()
     shifted = foretune.Task("task1", _shifted(tasks["task1"].train), *_rest(tasks["task1"]))
     run = Run(steps=3, batch_size=4, device="cpu", out=tmp_path, tasks_per_wave=1, resume=True)
-    with pytest.raises(UserError, match='begun with other rows of task "task1"'):
+    with pytest.raises(UserError, match='started with other rows of task "task1"'):
         foretune.adapt(
             Net(),
             foretune.TaskCollection((shifted,), tasks.objective),
