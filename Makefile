@@ -1,16 +1,16 @@
-# make quickstart    see what foretune does: real text, a real encoder, no download but packages
-# make test          all tests          make fast    those that take less than ten seconds each
+# make quickstart    see what foretune does: real text, a real encoder, only packages downloaded
+# make test          all tests          make fast    those under ten seconds each
 # make check         format, lint, types, import contracts, docs        make setup   .venv only
-# make test-oldest | test-newest   the fast tests on the oldest versions allowed, on the newest to be had
-# make lock          constraints.txt, constraints-oldest.txt and what doctor calls tested, made again
-# make bench-quickstart | bench-convai2 DATA=path | bench-speed DATA=path   what is in benchmarks/results
+# make test-oldest | test-newest   the fast tests with the oldest versions allowed, or the newest available
+# make lock          regenerate constraints.txt, constraints-oldest.txt and the versions that doctor calls tested
+# make bench-quickstart | bench-convai2 DATA=path | bench-speed DATA=path   reproduce benchmarks/results
 # make bench-theory | bench-claims DATA=folder                              and docs/reproduce.md
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 # An interrupted quickstart continues, a finished one shows its table again;
-# `make quickstart FLAGS=--overwrite` begins anew.
+# `make quickstart FLAGS=--overwrite` starts over.
 FLAGS ?= --resume
 WORKERS ?= 2
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
@@ -21,7 +21,7 @@ EVERY_METHOD := retrain.methods=[none, standard, {standard: {heads: per-task, as
 
 setup: $(INSTALLED)
 
-# The newest torch tested, which the constraints hold: an open range would fetch several GB of CUDA.
+# The newest torch tested, pinned in the constraints: an open range would fetch several GB of CUDA.
 TORCH := torch==2.13.0
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[quickstart,dev]'
 	touch $@
 
-# No hashes: pip would demand one of the editable foretune too, and of CPU builds that PyPI lacks.
+# No hashes: pip would then also require them for the editable foretune and for CPU builds that PyPI lacks.
 LOCK := $(BIN)/uv pip compile --quiet --python-version 3.11 --python-platform linux \
 	--custom-compile-command "make lock" pyproject.toml
 TESTED := $(LOCK) --extra quickstart --extra dev --upgrade --annotation-style line
@@ -48,7 +48,7 @@ test: setup
 fast: setup
 	$(PYTEST) -m "not slow"
 
-# In environments of their own. The oldest torch comes with CUDA unless pip knows an index of CPU builds.
+# Each in its own environment. The oldest torch comes with CUDA unless pip knows an index of CPU builds.
 test-oldest: BIN := .venv-oldest/bin
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
@@ -100,7 +100,7 @@ bench-theory: setup
 	done
 	$(BIN)/python benchmarks/publish.py
 
-# DATA is the folder that benchmarks/README.md describes. Each run can be killed and goes on.
+# DATA is the folder that benchmarks/README.md describes. A run that is killed resumes.
 bench-claims: setup
 	OMP_NUM_THREADS=1 PATH=$(BIN):$$PATH sh benchmarks/claims/all.sh $(DATA)
 

@@ -22,7 +22,7 @@ class UserError(ForetuneError):
 
 
 class LostProcessError(ForetuneError):
-    """Another process of the job has ended, so this one cannot go on."""
+    """Another process of the job has ended, so this one cannot continue."""
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from foretune.errors import ForetuneError, UserError
 
-# Names of files that several modules write or read; a name of one module stands in that module.
-RUN_FILE = "run.json"  # method, run and digests of what a folder was begun with, then the outcome
+# Names of files that several modules write or read; a name used by one module is defined there.
+RUN_FILE = "run.json"  # method, run and digests of what a folder was started with, then the outcome
 BASE_FILE = "foretune.json"  # beside a retrained base: its method, objective and fingerprint
 METRICS_FILE = "metrics.jsonl"  # the history of a training run
 COMPARISON_FILE = "comparison.json"
@@ -113,15 +113,17 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
             set, or `overwrite` would delete a folder that foretune has not claimed.
     """
     if resume and overwrite:
-        raise UserError("--resume keeps what is in the folder, --overwrite removes it: choose one")
+        raise UserError(
+            "--resume keeps what is in the folder and --overwrite removes it: choose one"
+        )
     _check_not_a_file(folder)
     # A run that failed before its first result leaves only these: nothing would be lost.
     early = (RECIPE, INPUTS, MARKER_FILE)
     used = folder.is_dir() and any(path.name not in early for path in folder.iterdir())
     if used and not (resume or overwrite):
         raise UserError(
-            f"{folder} is not empty: --resume continues what was begun there, --overwrite removes "
-            "it, another folder leaves it alone"
+            f"{folder} is not empty: use --resume to continue its run, --overwrite to replace it, "
+            "or another folder"
         )
     if used and overwrite:
         current = Path.cwd().resolve()
@@ -130,7 +132,7 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
         if not (folder / MARKER_FILE).is_file():
             names = sorted(path.name for path in folder.iterdir())
             raise UserError(
-                f"{folder} was not made by a run of foretune's (it holds {', '.join(names[:3])}, "
+                f"{folder} was not made by a foretune run (it holds {', '.join(names[:3])}, "
                 f"… and no {MARKER_FILE}): --overwrite does not remove it; choose another folder"
             )
     return used
@@ -172,8 +174,8 @@ def claim_model_folder(folder: Path, marker_file: str, *, overwrite: bool) -> No
         return
     if not overwrite:
         raise UserError(
-            f"{folder} is not empty: --overwrite replaces it if {marker_file} is in it, another "
-            "folder leaves it alone"
+            f"{folder} is not empty: use --overwrite to replace it (if it holds {marker_file}), "
+            "or another folder"
         )
     if not (folder / marker_file).is_file():
         raise UserError(
@@ -191,7 +193,7 @@ def claim_file(file: Path, *, overwrite: bool) -> None:
     if file.is_dir():
         raise UserError(f"{file} is a folder; name a file")
     if file.exists() and not overwrite:
-        raise UserError(f"{file} exists: --overwrite replaces it, another name leaves it alone")
+        raise UserError(f"{file} exists: use --overwrite to replace it, or another name")
 
 
 def _check_not_a_file(folder: Path) -> None:

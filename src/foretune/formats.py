@@ -4,7 +4,7 @@
 would misread the file; a field that it can ignore needs no new number. A file without the field was
 written before there was one and counts as version 1. `docs/formats.md` lists all formats.
 
-Formats of the core stand here, those of a wing beside the wing's writer.
+Formats of the core are defined here, those of a wing beside the wing's writer.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def check_format(path: Path, record: Any, current: str) -> None:
         current: The format as it is written now.
 
     Raises:
-        UserError: The content is no mapping, its format is another one, or a newer foretune wrote
-            it.
+        UserError: The content is not a mapping, its format is a different one, or a newer foretune
+            wrote it.
     """
     kind, _, number = current.rpartition("-")
     if not isinstance(record, Mapping):

@@ -151,7 +151,7 @@ def check_ints(name: str, value: Any) -> Any:
     """Checks for None, a positive whole number or a list of them; returns a list as a tuple.
 
     Raises:
-        UserError: `value` is none of these.
+        UserError: `value` is neither.
     """
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value

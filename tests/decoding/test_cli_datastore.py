@@ -156,7 +156,7 @@ def test_generate_reads_the_store_and_names_what_stands_behind_each_token(place)
             "heads must divide the width of a state, 32, got 5",
         ),
         (["build", "{}/model"], "Missing option '--rows'"),
-        (["tune", "{}/model"], "is no store: it has no store.safetensors"),
+        (["tune", "{}/model"], "is not a store: it has no store.safetensors"),
         (["eval", "{}/of-texts", "--rows", "{}/rows.jsonl"], "the store was built from text"),
         (["eval", "{}/of-texts", "mixx=1", "--rows", "{}/rows.jsonl"], 'Did you mean "mix"'),
         (["eval", "{}/of-texts", "mix=2", "--rows", "{}/rows.jsonl"], "mix is a share"),

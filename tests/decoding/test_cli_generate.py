@@ -141,7 +141,7 @@ class TestGenerate:
         assert rows[1]["reward"] > rows[0]["reward"] and rows[1]["kl"] > 0.01
         assert picture.read_text().startswith("<svg") and "0.5</text>" in picture.read_text()
         assert "small tuned alone" in call(*args).stdout
-        assert f"{picture} exists: --overwrite" in the_error(*args, "--out", str(picture))
+        assert f"{picture} exists: use --overwrite" in the_error(*args, "--out", str(picture))
         assert call(*args, "--out", str(picture), "--overwrite").exit_code == 0
 
     def test_warnings_are_one_line(self, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_mistakes_are_one_line(
     with pytest.raises(UserError) as error:
         generate_texts(model, TOKENIZER, prompt, **options)
     assert message in str(error.value)
-    with pytest.raises(UserError, match="comes without a tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         generate_texts(model, None, "the cat")
     with pytest.raises(UserError, match="a prompt is empty"):
         generate_texts(model, tiny_models.tokenizer(special=False), "")

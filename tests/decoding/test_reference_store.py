@@ -351,7 +351,7 @@ def test_tuning_can_be_saved_alone(tmp_path):
 def test_a_folder_in_use_is_not_written_over(tmp_path):
     store = built()
     store.save(tmp_path / "s")
-    with pytest.raises(UserError, match="is not empty: --overwrite replaces"):
+    with pytest.raises(UserError, match="is not empty: use --overwrite to replace"):
         store.save(tmp_path / "s")
     store.save(tmp_path / "s", overwrite=True)
     (tmp_path / "mine").mkdir()
@@ -378,7 +378,7 @@ def test_a_damaged_store_is_one_line(tmp_path, name):
     with pytest.raises(UserError, match="is a damaged store"):
         ReferenceStore.load(tmp_path / "s")
     (tmp_path / "s" / name).unlink()
-    with pytest.raises(UserError, match=f"is no store: it has no {name}"):
+    with pytest.raises(UserError, match=f"is not a store: it has no {name}"):
         ReferenceStore.load(tmp_path / "s")
 
 
@@ -450,7 +450,7 @@ def test_bad_stores_are_refused():
         built(key_type="int8")
     with pytest.raises(UserError, match="the store's width 8, got 3"):
         made().search(torch.ones(1, 3), Lookup())
-    with pytest.raises(UserError, match="comes without a tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         ReferenceStore.build(tiny_models.llama(), LABELLED, tokenizer=None)
 
 

@@ -262,7 +262,7 @@ def test_another_model_or_no_store_is_refused():
         foretune.decode(model, "the", RTD(), tokenizer=tokenizer())
     with pytest.raises(UserError, match="store must be a ReferenceStore or its folder, got int"):
         foretune.decode(model, "the", RTD(), tokenizer=tokenizer(), store=3)
-    with pytest.raises(UserError, match="is no store"):
+    with pytest.raises(UserError, match="is not a store"):
         foretune.decode(model, "the", RTD(), tokenizer=tokenizer(), store="nowhere")
 
 

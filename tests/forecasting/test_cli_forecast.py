@@ -50,7 +50,7 @@ def test_an_adapted_folder_is_measured_beside_constant_velocity(world, tmp_path,
     ]
     assert all(f"minFDE{modes}" in row and f"MR{modes}" in row for row in rows)
     assert page.read_text().count("<svg") == 2
-    assert "exists: --overwrite replaces it" in the_error(
+    assert "exists: use --overwrite to replace it" in the_error(
         "forecast", "eval", world / method, "--scenes", world / "s.npz", "--out", page
     )
 
@@ -106,7 +106,7 @@ def test_a_folder_that_is_not_empty_is_only_replaced_by_overwrite(world, tmp_pat
         ("pretrain", *TINY, *scenes, "--out", world / "base"),
         ("adapt", world / "base", *scenes, "--out", world / "forecast-peft"),
     ):
-        assert "is not empty: --overwrite replaces it" in the_error("forecast", *args)
+        assert "is not empty: use --overwrite to replace it" in the_error("forecast", *args)
     assert (world / "base" / "model.safetensors").read_bytes() == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")

@@ -219,7 +219,7 @@ def test_an_interrupted_choice_resumes(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             foretune.retrain(Net(), tasks, method, run)
     shorter = auto(candidates=many, rounds=1)
-    with pytest.raises(UserError, match="was begun with rounds=2, this run has rounds=1"):
+    with pytest.raises(UserError, match="was started with rounds=2, this run has rounds=1"):
         foretune.retrain(Net(), tasks, shorter, run.replace(resume=True))
     calls.clear()
     calls.extend([1] * 10)
@@ -318,7 +318,7 @@ def test_a_choice_begun_on_other_tasks_is_not_taken_up(tmp_path):
     run = RUN.replace(out=tmp_path, steps=4)
     verbs.retrain(Net(), family(4), auto(), run)
     (tmp_path / "run.json").unlink()
-    with pytest.raises(UserError, match=r"was begun with tasks=\['task0"):
+    with pytest.raises(UserError, match=r"was started with tasks=\['task0"):
         verbs.retrain(Net(), family(4, prefix="other"), auto(), run.replace(resume=True))
 
 

@@ -23,7 +23,7 @@ from promises.pages import ROOT, first_column, inline
 
 DOCS = ROOT / "docs"
 BLOCKS = {
-    "Top": [Recipe],
+    "Top level": [Recipe],
     "model": [ModelBlock],
     "tasks": [TasksBlock],
     "objective": list(OBJECTIVES.values()),

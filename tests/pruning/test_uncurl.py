@@ -276,7 +276,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"notes\.txt is a file"):
         pruned.save(tmp_path / "notes.txt")
     folder = pruned.save(tmp_path / "x")
-    with pytest.raises(UserError, match="--overwrite replaces it"):
+    with pytest.raises(UserError, match="--overwrite to replace it"):
         pruned.save(folder)
     pruned.save(folder, overwrite=True)
 

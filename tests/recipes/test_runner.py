@@ -123,10 +123,10 @@ def test_rows_that_changed_during_a_run_are_noticed(recipe: Recipe, compares: bo
     run()
     data = dict(np.load("data.npz"))
     np.savez("data.npz", **{**data, "y": 1 - data["y"]})
-    with pytest.raises(UserError, match="was begun with other rows of task"):
+    with pytest.raises(UserError, match="was started with other rows of task"):
         run(resume=True)
     write_data(Path("data.npz"), [f"t{i}" for i in range(6)])
-    with pytest.raises(UserError, match="was begun with tasks="):
+    with pytest.raises(UserError, match="was started with tasks="):
         run(resume=True)
 
 

@@ -114,7 +114,7 @@ def test_report_is_one_page_with_a_picture(place, tmp_path):
         and "walk" in text
         and "http" not in text.replace("http://www.w3.org", "")
     )
-    assert "exists: --overwrite replaces it" in the_error(*args)
+    assert "exists: use --overwrite to replace it" in the_error(*args)
     assert call(*args, "--overwrite").exit_code == 0
 
 
@@ -196,7 +196,7 @@ def test_a_base_of_the_user_s_own_file_is_prepared(place, tmp_path):
 
 def test_a_used_folder_is_not_written_over_without_being_told(place, tmp_path):
     args = ("sfda", "adapt", place / "prepared", "steps=1", "--rows", place / "bare.npz", "--out")
-    assert "is not empty: --overwrite replaces it" in the_error(*args, place / "adapted")
+    assert "is not empty: use --overwrite to replace it" in the_error(*args, place / "adapted")
     assert "foretune did not write it" in the_error(*args, place / "prepared", "--overwrite")
     (tmp_path / "file").write_text("x")
     assert "is a file" in the_error(*args, tmp_path / "file")

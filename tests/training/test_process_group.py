@@ -305,8 +305,8 @@ def test_the_first_process_alone_speaks(place: Path) -> None:
     refused = launch(place, *RETRAIN)
     assert refused.returncode != 0 and refused.stdout == ""
     assert [line for line in refused.stderr.splitlines() if "is not empty" in line] == [
-        "error: out is not empty: --resume continues what was begun there, --overwrite removes it, "
-        "another folder leaves it alone"
+        "error: out is not empty: use --resume to continue its run, --overwrite to replace it, "
+        "or another folder"
     ]
     source = ("adapt", "out/base", "--tasks", "data.npz", "steps=3", "--json")
     two = launch(place, *source, "--out", "two")

@@ -190,11 +190,13 @@ def test_resuming_another_run_is_refused(finished, tmp_path):
         _retrain(out=tmp_path, stop_at=5)
     if finished:
         _retrain(out=tmp_path, resume=True)
-    with pytest.raises(UserError, match="was begun with steps=12, this run has steps=20"):
+    with pytest.raises(UserError, match="was started with steps=12, this run has steps=20"):
         _retrain(out=tmp_path, resume=True, steps=20)
-    with pytest.raises(UserError, match="was begun with name=peft-ml, this run has name=standard"):
+    with pytest.raises(
+        UserError, match="was started with name=peft-ml, this run has name=standard"
+    ):
         _retrain("standard", tmp_path, resume=True)
-    with pytest.raises(UserError, match=r"was begun with tasks=\['task0', .*'task1'\]: resume"):
+    with pytest.raises(UserError, match=r"was started with tasks=\['task0', .*'task1'\]: resume"):
         tasks = family().subset(["task0", "task1"])
         foretune.retrain(Net(), tasks, METHODS["peft-ml"], _run(tmp_path, resume=True))
 
@@ -210,12 +212,12 @@ def _other_inputs():
     swapped = foretune.Task("task2", tasks["task2"].train[::-1], *_rest(tasks["task2"]))
     for task in (shifted, swapped):
         several = tuple(task if old.name == task.name else old for old in tasks)
-        message = f'was begun with other rows of task "{task.name}": resume'
+        message = f'was started with other rows of task "{task.name}": resume'
         yield (Net(), foretune.TaskCollection(several, tasks.objective)), message
-    yield (Net(seed=1), tasks), "was begun with another model: resume"
+    yield (Net(seed=1), tasks), "was started with another model: resume"
     buffered = Net()
     buffered.register_buffer("mean", torch.ones(1))
-    yield (buffered, tasks), "was begun with another model: resume"
+    yield (buffered, tasks), "was started with another model: resume"
 
 
 def _shifted(rows):
@@ -270,7 +272,7 @@ def test_adapting_is_resumed_wave_by_wave(method, tmp_path):
 
 def test_scores_of_another_base_are_not_taken_over(tmp_path):
     _adapt(tmp_path)
-    with pytest.raises(UserError, match="was begun with another model"):
+    with pytest.raises(UserError, match="was started with another model"):
         _adapt(tmp_path, model=Net(seed=1), resume=True)
 
 
@@ -316,7 +318,7 @@ def test_scores_of_other_rows_are_not_taken_over(tmp_path):
     tasks = family()
     shifted = foretune.Task("task1", _shifted(tasks["task1"].train), *_rest(tasks["task1"]))
     run = Run(steps=3, batch_size=4, device="cpu", out=tmp_path, tasks_per_wave=1, resume=True)
-    with pytest.raises(UserError, match='begun with other rows of task "task1"'):
+    with pytest.raises(UserError, match='started with other rows of task "task1"'):
         foretune.adapt(
             Net(),
             foretune.TaskCollection((shifted,), tasks.objective),
@@ -343,9 +345,9 @@ def test_a_number_sign_in_a_task_name_is_no_draw(tmp_path):
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"is not empty: --resume continues what was begun there"):
+    with pytest.raises(UserError, match=r"is not empty: use --resume to continue"):
         _retrain(out=tmp_path)
-    with pytest.raises(UserError, match=r"was not made by a run .*thesis.txt"):
+    with pytest.raises(UserError, match=r"was not made by a foretune run .*thesis.txt"):
         _retrain(out=tmp_path, overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
@@ -354,7 +356,7 @@ def test_a_project_with_names_of_ours_is_not_overwritten(tmp_path):
     for name in ("config.yaml", "run.json", "thesis.txt"):
         (tmp_path / name).write_text("mine")
     (tmp_path / "adapters").mkdir()
-    with pytest.raises(UserError, match="was not made by a run"):
+    with pytest.raises(UserError, match="was not made by a foretune run"):
         _retrain(out=tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {
         *("config.yaml", "run.json", "thesis.txt", "adapters")
@@ -381,7 +383,7 @@ def test_a_file_is_written_over_only_with_overwrite(tmp_path):
     claim_file(report, overwrite=False)
     assert not report.exists()
     report.write_text("old")
-    with pytest.raises(UserError, match=r"report.html exists: --overwrite replaces it"):
+    with pytest.raises(UserError, match=r"report.html exists: use --overwrite to replace it"):
         claim_file(report, overwrite=False)
     claim_file(report, overwrite=True)
     assert report.read_text() == "old"

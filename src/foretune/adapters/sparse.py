@@ -247,7 +247,7 @@ def load_sparse(
         alpha: Weight of each change: one number for all, or one per folder.
 
     Raises:
-        UserError: A file is missing, is no sparse change, or belongs to another base; or the
+        UserError: A file is missing, is not a sparse change, or belongs to another base; or the
             numbers of alphas and folders differ.
 
     Example:

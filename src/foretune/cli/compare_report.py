@@ -106,7 +106,7 @@ def _changes_and_folders(arguments: list[str]) -> tuple[list[str], list[Path]]:
     """(settings, folders of bases) of the command line.
 
     Raises:
-        UserError: There is no folder.
+        UserError: No folder is given.
     """
     from foretune.recipes.overrides import split_arguments
 
@@ -125,6 +125,6 @@ def _read_comparison(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(comparison, dict) or "bases" not in comparison:
-        raise UserError(f"{path} is no comparison of foretune's")
+        raise UserError(f"{path} is not a comparison by foretune")
     check_format(path, comparison, COMPARISON)
     return comparison

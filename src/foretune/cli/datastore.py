@@ -28,10 +28,10 @@ def build(
     task: Task = None,
     split: Split = None,
     heads: Annotated[
-        int, typer.Option(min=1, help="Slices of a state that are looked up separately.")
+        int, typer.Option(min=1, help="Number of slices of each state, looked up separately.")
     ] = 1,
     permute_options: Annotated[
-        bool, typer.Option(help="Read rows with candidates once per rotation.")
+        bool, typer.Option(help="Read rows with candidates once per rotation of these.")
     ] = True,
     key_type: Annotated[
         str, typer.Option(help="Type of the states: float32, float16 or bfloat16.")
@@ -97,7 +97,7 @@ def tune(
         ["with the store", tuned["log_likelihood"]],
     ]
     cells = [[name, f"{score:.3f}"] for name, score in scores]
-    emit(table([f"left out, {tuned['entries']} entries", "log-likelihood a token"], cells))
+    emit(table([f"left out, {tuned['entries']} entries", "log-likelihood per token"], cells))
     if tuned["mix"] == 0:
         emit("The store does not help this model: its weight in the mixture is 0.")
 
@@ -119,7 +119,7 @@ def evaluate(
         int, typer.Option(min=0, help="Rows of the store to put into the prompt.")
     ] = 8,
     lora_steps: Annotated[
-        int, typer.Option(min=0, help="Steps in each of LoRA's three training runs; 0 to skip it.")
+        int, typer.Option(min=0, help="Steps in each of LoRA's three training runs; 0 skips LoRA.")
     ] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of shots and LoRA.")] = 0,
     json: Json = False,

@@ -159,7 +159,7 @@ def _memory() -> list[Check]:
 def _disk() -> list[Check]:
     free = shutil.disk_usage(".").free / 2**30
     little = free < LITTLE_DISK_GB
-    advice = "make room, or give --out on another disk" if little else ""
+    advice = "free some disk space, or give --out on another disk" if little else ""
     return [Check("disk", f"{free:.1f} GB free here", "note" if little else "ok", advice)]
 
 

@@ -113,7 +113,9 @@ def adapt(
 def evaluate(
     model: Annotated[
         Path,
-        typer.Argument(help="Folder that adapt wrote, or of one model that can forecast."),
+        typer.Argument(
+            help="Folder written by forecast adapt, or of a single model that can forecast."
+        ),
     ],
     scenes: Scenes = ...,  # type: ignore[assignment]
     split: Annotated[
@@ -126,7 +128,9 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="HTML page to write, with the table and pictures.")
     ] = None,
-    pictures: Annotated[int, typer.Option(min=0, help="Pictured scenes per task on the page.")] = 4,
+    pictures: Annotated[
+        int, typer.Option(min=0, help="Number of scenes per task to draw on the page.")
+    ] = 4,
     overwrite: Replace = False,
     json: Json = False,
 ) -> None:

@@ -141,7 +141,7 @@ def _read(prompts: Path | None) -> list[str]:
     """Prompts of a file or of stdin.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no prompt.
     """
     from foretune.decoding.generation import read_prompts
 

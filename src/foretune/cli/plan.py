@@ -17,7 +17,7 @@ def plan(
 ) -> None:
     """Show a recipe's tasks, leaks, parameters, memory and time.
 
-    Two steps are measured; nothing is saved.
+    Times two training steps of each method and saves nothing.
     """
     from foretune.recipes.schema import load_recipe
 

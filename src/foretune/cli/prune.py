@@ -25,9 +25,7 @@ def prune(
         typer.Option(help="File of the task's examples: text, or prompt and completion."),
     ] = ...,  # type: ignore[assignment]
     out: Annotated[Path | None, typer.Option(help="Folder for the pruned model.")] = None,
-    task: Annotated[
-        str | None, typer.Option(help="Task to read, where the file has several.")
-    ] = None,
+    task: Annotated[str | None, typer.Option(help="Task to read, if the file has several.")] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also score all other methods on held-out examples.")
     ] = False,

@@ -120,8 +120,8 @@ def evaluate_folder(
         options: Options of `evaluate_store`.
 
     Raises:
-        UserError: The folder is no store, its model is unknown or another one, or the rows are of
-            another kind than the store's.
+        UserError: The folder is not a store, its model is unknown or a different one, or the rows
+            are of another kind than the store's.
     """
     record = decode_method("rtd", changes)
     from foretune.decoding.peft_model import load_generator

@@ -205,7 +205,7 @@ class EFT(Method):
         if set(prompts) - {"tuned", "untuned"}:
             raise UserError(f"prompts takes tuned and untuned, got {', '.join(prompts)}")
         if prompts and prompt_length is None:
-            raise UserError("prompts of the side models need prompt_length, that of the model's")
+            raise UserError("prompts of the side models need the model's prompt_length")
         sides = [Side(model=up, prompt=prompts.get("tuned")) for up in ups]
         sides += [
             Side(model=down, adapter_off=off, prompt=prompts.get("untuned")) for down, off in downs
@@ -221,7 +221,7 @@ class EFT(Method):
                 warned = True
                 warnings.warn(
                     "the tuned model prefers a token to which the untuned model gives a "
-                    f"probability below {UNSEEN:g}, an unreliable one: the large model may never "
+                    f"probability below {UNSEEN:g}, which is unreliable: the large model may never "
                     "emit it, or always; delta_clip=10 bounds the difference",
                     stacklevel=2,
                 )

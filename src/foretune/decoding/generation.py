@@ -107,7 +107,7 @@ def encode(
             beginning-of-text token, or prompt and `max_new_tokens` exceed the model's positions.
     """
     if tokenizer is None:
-        raise UserError("the model comes without a tokenizer: give one")
+        raise UserError("the model has no tokenizer: pass one")
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     room = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     longest = max(len(row) for row in rows)

@@ -40,7 +40,7 @@ def split_words(
     The first word is the prompt, unless prompts come from elsewhere or it sets a field.
 
     Raises:
-        UserError: Another word is no setting, or `method` is not a decode method.
+        UserError: One of the other words is not a setting, or `method` is not a decode method.
 
     >>> split_words(["a=b", "beta=1"], "eft", False)
     ('a=b', ['beta=1'])

@@ -127,7 +127,7 @@ class ReferenceStore:
             rows: Each `{"prompt", "label"}`, `{"context", "candidates", "answer"}`,
                 `{"prompt", "completion"}` or `{"text"}`; see `read_references`.
             tokenizer: The model's tokenizer.
-            heads: Slices of a state that are looked up separately; can be changed later.
+            heads: Number of slices of a state that are looked up separately; can be changed later.
             permute_options: Read choice rows once per rotation of their candidates.
             key_type: "float32", "float16" or "bfloat16"; distances are always float32.
 
@@ -348,7 +348,7 @@ class ReferenceStore:
         """Writes `store.safetensors`, `store.json` and `rows.jsonl` into a new folder.
 
         Raises:
-            UserError: The folder is not empty, and it is no store or `overwrite` is false.
+            UserError: The folder is not empty, and is not a store or `overwrite` is false.
         """
         folder = Path(folder)
         claim_model_folder(folder, STORE_FILE, overwrite=overwrite)
@@ -367,7 +367,7 @@ class ReferenceStore:
         """Reads the folder that `save` wrote.
 
         Raises:
-            UserError: The folder is no store, or its files do not fit one another.
+            UserError: The folder is not a store, or its files do not match.
         """
         folder = Path(folder)
         with damage_reported(folder):

@@ -91,7 +91,7 @@ def read_references(
     if not rows:
         raise UserError("no rows to read references from; give at least one")
     if tokenizer is None:
-        raise UserError("the model comes without a tokenizer, which reading rows needs: give one")
+        raise UserError("the model has no tokenizer, which reading rows needs: pass one")
     kinds = [_kind(row, i) for i, row in enumerate(rows)]
     kind = kinds[0]
     for i, kind_of_row in enumerate(kinds):

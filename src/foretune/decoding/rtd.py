@@ -62,11 +62,12 @@ class RTD(Method):
     """Mix the next-token distribution with one looked up in a store of reference states.
 
     Args:
-        neighbours: Entries retrieved per token; None for the store's setting.
-        temperature: Temperature of their weights, in squared distance; None for the store's
+        neighbours: Number of entries retrieved per token; None for the store's setting.
+        temperature: Temperature of the entries' weights, in squared distance; None for the store's
             setting, or the automatic one if `neighbours` or `heads` differ from the store's.
         mix: Weight of the store in the output; 0 is the model alone; None for the store's setting.
-        heads: Slices of a state that are looked up separately; None for the store's setting.
+        heads: Number of slices of each state that are looked up separately; None for the store's
+            setting.
         search: "exact" in torch, or "faiss", which is exact up to 100,000 entries and approximate
             beyond.
     """
@@ -190,7 +191,7 @@ class RTD(Method):
         """Loads folders: (model, tokenizer, the resources that `steer` takes).
 
         Raises:
-            UserError: The store is missing, or is none.
+            UserError: The store is missing, or the folder is not one.
         """
         from foretune.decoding.peft_model import load_generator
 

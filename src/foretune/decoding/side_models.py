@@ -310,7 +310,7 @@ def carry(cache: Any, keys: Sequence[tuple[int, bool, int]]) -> None:
     """
     cls = type(cache)
     if not issubclass(cls, Cache):
-        raise UserError(f"a cache is one of transformers' Cache classes, got {cls.__name__}")
+        raise UserError(f"a cache must be of a Cache class of transformers, got {cls.__name__}")
     if issubclass(cls, StaticCache):
         raise UserError('steering needs a dynamic cache: cache_implementation="dynamic"')
     carries, filled = isinstance(cache, _Carrier), cache.get_seq_length() > 0

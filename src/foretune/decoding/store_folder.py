@@ -49,7 +49,7 @@ def read_store(folder: Path) -> tuple[dict[str, Tensor], list[Any], dict[str, An
     for name in (TENSORS_FILE, STORE_FILE, ROWS_FILE):
         if not (folder / name).is_file():
             raise UserError(
-                f"{folder} is no store: it has no {name}; foretune datastore build makes one"
+                f"{folder} is not a store: it has no {name}; foretune datastore build makes one"
             )
     metadata = json.loads((folder / STORE_FILE).read_text("utf-8"))
     check_format(folder / STORE_FILE, metadata, FORMAT)

@@ -220,7 +220,7 @@ def evaluate_folder(
         split: "train", "validation" or "test".
         base: Folder of the pretrained model; None takes the one recorded in `folder`.
         page: HTML file for the table and pictures; None for none.
-        pictures: Pictured scenes per task.
+        pictures: Number of scenes per task to draw.
         overwrite: Replace the page.
 
     Returns:

@@ -56,7 +56,7 @@ NOT_DECAYED = ("prompt", "bias", "norm")
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastPEFT(AdaptMethod):
-    """Prompts and parallel adapters on a frozen Forecast-MAE, per task.
+    """Train prompts and parallel adapters on a frozen Forecast-MAE, separately for each task.
 
     Args:
         modes: Number of forecast futures K.

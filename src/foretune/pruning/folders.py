@@ -74,7 +74,7 @@ def task_examples(source: str, task: str | None = None) -> TaskExamples:
     if not train or not held_out:
         raise UserError(
             f"{source} has {len(train)} training and {len(held_out)} held-out examples, and both "
-            "are needed: give rows of split train and test, or five rows without a split"
+            "are needed: give rows of split train and test, or at least five rows without a split"
         )
     return TaskExamples(train, held_out)
 
@@ -105,7 +105,7 @@ def prune_folder(
         model: Folder or hub id of a mixture of experts, loaded in its own dtype.
         rows: File of the task's examples.
         out: Folder for the pruned model; None saves nothing.
-        task: Task to read, where the file has several.
+        task: Task to read, if the file has several.
         compare: Also score all other methods with the same number of experts.
         recover: Steps of fine-tuning on the task's examples after pruning; 0 for none.
         learning_rate: Learning rate of these steps.

@@ -35,7 +35,7 @@ def check_place(folder: Path, *, resume: bool, overwrite: bool, config: str | No
 
     Raises:
         UserError: The folder is not empty and neither or both of `resume` and `overwrite` are set,
-            it was begun with another recipe, or it was not made by foretune.
+            it was started with another recipe, or it was not made by foretune.
     """
 
     def check() -> None:
@@ -72,7 +72,7 @@ def check_inputs(folder: Path, model: nn.Module, tasks: Sequence[Task]) -> None:
     The recipe alone is not enough: the content of a file may have changed.
 
     Raises:
-        UserError: The run was begun with another model or other examples of a task.
+        UserError: The run was started with another model or other examples of a task.
     """
     from foretune.training.resume import check_same, inputs_of, read_record
 
@@ -114,7 +114,7 @@ def _check_same(folder: Path, config: str) -> None:
     for key in dict.fromkeys([*begun, *current]):
         if key not in MAY_DIFFER and begun.get(key) != current.get(key):
             raise UserError(
-                f"{folder} was begun with {key}={begun.get(key)!r}, the recipe now says "
+                f"{folder} was started with {key}={begun.get(key)!r}, the recipe now says "
                 f"{current.get(key)!r}: resume with the same recipe, or use --overwrite"
             )
 

@@ -66,7 +66,7 @@ def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
     searched = search_names(recipe, seen)
     counts = f"tasks: {_counted(seen)} seen"
     if searched:
-        counts += f", of which {len(searched)} choose the learning rates"
+        counts += f" ({len(searched)} of them for the search of learning rates)"
     console.say(counts + (f", {_counted(unseen)} unseen" if unseen else ""))
     # The labels are collected before the model is loaded: the width of its head depends on them.
     objective = make_objective(recipe.objective.kind, None, **recipe.objective_fields())

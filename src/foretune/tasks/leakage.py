@@ -15,7 +15,7 @@ from foretune.tasks.task import Task, TaskCollection
 if TYPE_CHECKING:
     import numpy as np
 
-# What the objectives read. Labels belong to it: the same text with another label is no leak.
+# What the objectives read. That includes labels: the same text with another label is not a leak.
 FIELDS = ("context", "text", "label", "prompt", "completion", "x", "y")
 SAMPLE_LENGTH = 80
 

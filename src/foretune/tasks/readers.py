@@ -242,7 +242,7 @@ def _table_rows(table: Any) -> Iterator[dict[str, Any]]:
 
 
 def _named(fields: dict[str, Any], labels: dict[str, list[str]]) -> dict[str, Any]:
-    """The fields with class names instead of numbers; an unnamed number (-1) is no label."""
+    """The fields with class names instead of numbers; an unnamed number (-1) is not a label."""
     for key, names in labels.items():
         number = fields[key]
         has_name = number is not None and 0 <= number < len(names)

@@ -138,9 +138,10 @@ def _need(example: dict[str, Any], fields: tuple[str, ...], row: Row, kind: str)
     missing = [field for field in fields if field not in example]
     if missing:
         present = {k: v for k, v in row.fields.items() if v is not None}
+        article = "an" if kind[0] in "aeiou" else "a"
         raise UserError(
-            f"{row.place}: {' and '.join(missing)} missing: a {kind} row needs {NEEDS[kind]}; "
-            f"this one has {_names(present)}"
+            f"{row.place}: {' and '.join(missing)} missing: {article} {kind} row needs "
+            f"{NEEDS[kind]}; this one has {_names(present)}"
         )
 
 
@@ -165,7 +166,7 @@ def _scalar(value: Any) -> Any:
 
 
 def _target(value: Any, row: Row) -> Any:
-    """A target that is no label: a finite float, or an array of finite numbers.
+    """A target that is not a label: a finite float, or an array of finite numbers.
 
     Raises:
         UserError: It is neither.

@@ -233,7 +233,7 @@ def _read_second(second: Source, kind: str, seen: list[Task]) -> list[Task]:
         guess = ""  # it may well be a source
     if (guess or second.source in names) and not Path(second.source).exists():
         raise UserError(
-            f'unseen="{second.source}" would be a second source, but there is none; to hold out '
+            f'unseen="{second.source}" is read as a second source, but there is none; to hold out '
             f'tasks by name write a list, such as unseen=["{second.source}"].'
             + ("" if second.source in names else guess)
         )

@@ -158,7 +158,7 @@ def make_accelerator(run: Run) -> Accelerator:
     missing = kind == "cuda" and int(number or 0) >= torch.cuda.device_count()
     if missing or (kind and kind != device.type):
         raise UserError(
-            f"device={run.device} is not available, torch finds {device.type}: leave device out"
+            f"device={run.device} is not available: torch finds only {device.type}; omit device"
         )
     return accelerator
 

@@ -1,4 +1,4 @@
-"""Resuming: a folder continues only the run that it was begun with; a finished run is loaded."""
+"""Resuming: a folder continues only the run that it was started with; a finished run is loaded."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def begin(
         The record of a run that has finished there, else None.
 
     Raises:
-        UserError: The folder was begun with something else; the message names it.
+        UserError: The folder was started with something else; the message names it.
     """
     current = {"method": method.to_dict(), "run": run.to_dict(), **inputs}
     current = json.loads(json.dumps(current))  # tuples become lists, as in the file
@@ -118,7 +118,7 @@ def _check_part(folder: Path, part: str, begun: Any, current: Any) -> None:
         else:
             what = f"{name}={str(was)[:80]}, this run has {name}={str(now)[:80]}"
         raise UserError(
-            f"{folder} was begun with {what}: resume with the same, or start again with --overwrite"
+            f"{folder} was started with {what}: resume with these, or start over with --overwrite"
         )
 
 
