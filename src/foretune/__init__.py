@@ -36,7 +36,7 @@ _PUBLIC = {
     "Outcome": "foretune.training.outcome",
     "PEFTML": "foretune.methods.peft_ml",
     "PromptClassification": "foretune.tasks.objectives.prompts",
-    "Pruned": "foretune.pruning.prune",
+    "Pruned": "foretune.pruning.pruned",
     "REAP": "foretune.pruning.reap",
     "RTD": "foretune.decoding.rtd",
     "RandomExperts": "foretune.pruning.random_experts",

@@ -34,7 +34,7 @@ from foretune.methods.standard import Standard as Standard
 from foretune.models.loading import load_model as load_model
 from foretune.pruning.frequency import Frequency as Frequency
 from foretune.pruning.hc_smoe import HCSMoE as HCSMoE
-from foretune.pruning.prune import Pruned as Pruned
+from foretune.pruning.pruned import Pruned as Pruned
 from foretune.pruning.random_experts import RandomExperts as RandomExperts
 from foretune.pruning.reap import REAP as REAP
 from foretune.pruning.uncurl import UNCURL as UNCURL

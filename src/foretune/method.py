@@ -39,6 +39,11 @@ def check_verb(method: Any, verb: str) -> None:
     if method_verb is None:
         kind = type(method).__name__
         raise UserError(f"{verb} takes a method, see `foretune ls methods`; got {kind}")
+    if Method not in type(method).__mro__:
+        raise UserError(
+            f"{type(method).__name__} is not a method: it must subclass the protocol of {verb}, "
+            "which inherits from foretune.method.Method"
+        )
     if method_verb != verb:
         message = wrong_verb(method.name, method_verb, verb)
         raise UserError(f"{message}; `foretune ls methods` lists them")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import foretune
 import tiny_models
 from contract.cases import adapt_cases
+from foretune.errors import UserError
 from foretune.methods import make
 from foretune.run import Run
 from foretune.tasks.task import Task, TaskCollection
-from linear_tasks import copy_of, equal_bits
+from foretune.training.data import TaskData
+from linear_tasks import Net, copy_of, equal_bits, family
 
 CASES = adapt_cases()
 RUN = Run(steps=6, batch_size=8, eval_every=0, device="cpu", weight_decay=0.0)
@@ -122,3 +127,37 @@ def test_a_task_does_not_depend_on_how_many_labels_the_others_have(name):
     )
     for k, value in beside_two.items():
         torch.testing.assert_close(beside_three[k][: len(value)], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_that_the_caller_put_in_place_is_the_one_saved(tmp_path):
+    base, tasks = Net(), family(rows=[24, 24, 24])
+    adapted = foretune.adapt(base, tasks, make("full", learning_rate=0.03), RUN)
+    adapted.models["task0", 0] = replacement = Net(seed=5)
+    adapted.save(tmp_path)
+    saved = safetensors.torch.load_file(tmp_path / "task0" / "model.safetensors")
+    assert equal_bits(saved, replacement.state_dict())
+    saved = safetensors.torch.load_file(tmp_path / "task1" / "model.safetensors")
+    assert equal_bits(saved, adapted.models["task1", 0].state_dict())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_result_does_not_hold_the_tasks_examples(case):
+    adapted = adapt(case, draws=1)
+    gc.collect()
+    results = [adapted, *adapted.learners.values()]
+    assert not [
+        o for result in results for o in gc.get_referents(vars(result)) if isinstance(o, TaskData)
+    ]
+    assert all(learner.partition is None for learner in adapted.learners.values())
+
+
+class Homemade:
+    """It has what an objective has, but does not subclass the protocol, and so no defaults."""
+
+    kind = "homemade"
+
+
+def test_an_objective_that_does_not_subclass_the_protocol_is_refused_in_one_line():
+    tasks = family().with_objective(Homemade())
+    with pytest.raises(UserError, match="Homemade is not an objective: it must subclass"):
+        foretune.adapt(Net(), tasks, make("full"), RUN)

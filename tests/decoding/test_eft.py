@@ -435,7 +435,7 @@ def test_prompts_of_their_own_need_to_be_read_whole() -> None:
         pytest.raises(UserError, match="full prompt in one forward call"),
     ):
         large(IDS)  # logits at all positions, of which the tuned model has two
-    with pytest.raises(UserError, match="prompts of the side models need the model.s prompt_length"):
+    with pytest.raises(UserError, match="need the model's prompt_length"):
         steered_log_probs(method, large, tuned, untuned, prompts=own)
     with pytest.raises(UserError, match="prompts takes tuned and untuned, got tunned"):
         steered_log_probs(method, large, tuned, untuned, prompts={"tunned": own["tuned"]})

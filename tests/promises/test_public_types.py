@@ -40,7 +40,7 @@ EXPECTED = (
     (13, 'Argument 3 to "retrain" has incompatible type "LoRA"; expected "RetrainMethod"'),
     (14, 'Argument 3 to "adapt" has incompatible type "PEFTML"; expected "AdaptMethod"'),
     (15, "foretune.fusion.fused.Fused"),
-    (16, "foretune.pruning.prune.Pruned"),
+    (16, "foretune.pruning.pruned.Pruned"),
 )
 
 

@@ -124,7 +124,7 @@ def _read_comparison(folder: Path) -> dict[str, Any]:
         comparison = jsonlib.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(comparison, dict) or "bases" not in comparison:
+    if not isinstance(comparison, dict) or not {"bases", "metric"} <= comparison.keys():
         raise UserError(f"{path} is not a comparison by foretune")
     check_format(path, comparison, COMPARISON)
     return comparison

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from foretune.pruning.experts import ExpertBlock
     from foretune.pruning.plan import Plan
-    from foretune.pruning.prune import Examples, Pruned
+    from foretune.pruning.pruned import Pruned
     from foretune.pruning.statistics import ExpertStatistics
 
 
@@ -44,7 +44,10 @@ class ExpertPruning(Method, Protocol):
         ...
 
     def prune(
-        self, model: nn.Module | str | PathLike[str], rows: Examples, **options: Any
+        self,
+        model: nn.Module | str | PathLike[str],
+        rows: Sequence[str | Mapping[str, Any]],
+        **options: Any,
     ) -> Pruned:
         """Prune a copy of the model by this method; see `prune_mixture` for `options`."""
         from foretune.pruning.prune import prune_mixture

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,97 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from foretune.errors import UserError
-from foretune.files import claim_model_folder, whole_folder
-from foretune.models.loading import load_model, save_base
-from foretune.pruning import FORMAT, PLAN_FILE
+from foretune.models.loading import load_model
 from foretune.pruning.experts import ExpertBlock, find_blocks
-from foretune.pruning.method import ExpertPruning
 from foretune.pruning.plan import (
-    Plan,
     apply_plan,
     counts_of,
-    loads_in_transformers,
-    save_for_foretune,
 )
+from foretune.pruning.pruned import Pruned
 from foretune.pruning.statistics import Collector, ExpertStatistics
 from foretune.tasks.batch import Batch
 from foretune.tasks.objectives.causal_lm import CausalLM
-from foretune.training.record import environment
 
 Examples = Sequence[str | Mapping[str, Any]]
-
-
-@dataclass
-class Pruned:
-    """The result of `prune`.
-
-    Args:
-        model: The pruned model.
-        tokenizer: Its tokenizer, saved with it; None for none.
-        method: The method's record.
-        plan: Block name → which of its experts were kept, merged or dropped.
-        size: "before" and "after": number of parameters, and of experts per block.
-        cost: Tokens read, and seconds of collecting statistics and of pruning.
-        statistics: Block name → its statistics on the task's examples.
-        scores: Held-out losses, where the caller measured them; saved in experts.json.
-    """
-
-    model: nn.Module
-    tokenizer: Any
-    method: ExpertPruning
-    plan: Plan
-    size: dict[str, Any]
-    cost: dict[str, Any]
-    statistics: dict[str, ExpertStatistics] = field(repr=False)
-    scores: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def loads_with(self) -> str:
-        """Who loads the saved folder: "transformers" if a config describes it, or "foretune"."""
-        return "transformers" if loads_in_transformers(self.model, self.plan) else "foretune"
-
-    def record(self) -> dict[str, Any]:
-        """The content of experts.json."""
-        return {
-            "format": FORMAT,
-            "loads_with": self.loads_with,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "method": self.method.to_dict(),
-            "size": self.size,
-            "cost": self.cost,
-            "scores": self.scores,
-            "blocks": {name: block.to_dict() for name, block in self.plan.items()},
-            "environment": environment(),
-        }
-
-    def save(self, folder: Path | str, *, overwrite: bool = False) -> Path:
-        """Write a model folder with experts.json, completely or not at all.
-
-        Returns:
-            The folder. `AutoModelForCausalLM.from_pretrained` loads it where `loads_with` is
-            "transformers"; `foretune.load_model(folder, head="causal-lm")` loads either kind.
-
-        Raises:
-            UserError: The folder is not empty and `overwrite` is not set, or it is set and the
-                folder holds no pruned model.
-        """
-        folder = Path(folder)
-        claim_model_folder(folder, PLAN_FILE, overwrite=overwrite)
-        with whole_folder(folder) as part:
-            if self.loads_with == "transformers":
-                save_base(self.model, self.tokenizer, part)
-            else:
-                save_for_foretune(self.model, part)
-                if self.tokenizer is not None:
-                    self.tokenizer.save_pretrained(part)
-            (part / PLAN_FILE).write_text(json.dumps(self.record(), indent=1) + "\n", "utf-8")
-        return folder
 
 
 def prune_mixture(
     model: nn.Module | str | PathLike[str],
     rows: Examples,
-    method: ExpertPruning,
+    method: Any,
     *,
     tokenizer: Any = None,
     batch_size: int = 8,
@@ -154,7 +78,7 @@ def prune_mixture(
 def prune_with(
     model: nn.Module,
     statistics: dict[str, ExpertStatistics],
-    method: ExpertPruning,
+    method: Any,
     *,
     tokenizer: Any = None,
     in_place: bool = False,

@@ -91,6 +91,11 @@ class SourceFreeLearner(Learner):
         self.steps = run.steps
 
     @override
+    def stop(self) -> None:
+        super().stop()
+        self.data = None
+
+    @override
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """Neither packs nor skips anything: the classifier head needs its usual input."""

@@ -193,10 +193,16 @@ class Adapted:
             with whole_folder(folder / folder_name(task, draw)) as part:
                 write_adapter(part, self.config, tensors, self.base_fingerprint)
                 _write_labels(part, self.labels.get(task))
-        for (task, draw), learner in self.learners.items():
+        for (task, draw), model in self.models.items():
+            labels = self.labels.get(task)
+            learner = self.learners.get((task, draw))
             with whole_folder(folder / folder_name(task, draw)) as part:
-                learner.write(part, self.labels.get(task))
-                _write_labels(part, self.labels.get(task))
+                if learner is not None and learner.model is model:
+                    learner.write(part, labels)
+                else:  # a model that the caller put in its place
+                    name_outputs(model, labels or ())
+                    save_base(model, None, part)
+                _write_labels(part, labels)
         return folder
 
 

@@ -136,8 +136,8 @@ def load_finished(folder: Path, learner: Learner | None, model: Any) -> list[dic
 def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: ProcessGroup) -> None:
     """Writes the adapters of one wave, then adds its scores to this process's scores on disk."""
     tensors = {key: result.tensors[key] for key in wave if key in result.tensors}
-    learners = {key: result.learners[key] for key in wave if key in result.learners}
-    replace(result, tensors=tensors, learners=learners).save(folder)
+    models = {key: result.models[key] for key in wave if key in result.models}
+    replace(result, tensors=tensors, models=models).save(folder)
     file = folder / (SCORES if group.size == 1 else SCORES_OF_RANK.format(group.rank))
     done = _read_scores(file) | {
         key: (result.scores[key], result.num_rows[key]) for key in wave if key in result.scores

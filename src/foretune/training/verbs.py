@@ -356,13 +356,19 @@ def objective_of(tasks: TaskCollection) -> Objective:
     """The collection's objective.
 
     Raises:
-        UserError: It has none.
+        UserError: It has none, or one that does not subclass `Objective`.
     """
-    if tasks.objective is None:
+    objective = tasks.objective
+    if objective is None:
         raise UserError(
             "these tasks have no objective; set one with tasks.with_objective(Choice(...))"
         )
-    return tasks.objective
+    if Objective not in type(objective).__mro__:
+        raise UserError(
+            f"{type(objective).__name__} is not an objective: it must subclass "
+            "foretune.tasks.task.Objective"
+        )
+    return objective
 
 
 def _wave_size(

@@ -62,6 +62,11 @@ class FDAlignLearner(Learner):
         self.teacher: dict[tuple[int, bytes], Tensor] = {}
 
     @override
+    def stop(self) -> None:
+        super().stop()
+        self.teacher = {}
+
+    @override
     def place(self, device: torch.device, partition: Partition) -> None:
         if partition.sharded:
             raise UserError("FD-Align needs the whole base in every process: adapt without FSDP")

@@ -126,9 +126,10 @@ class Learner:
             )
 
     def stop(self) -> None:
-        """Frees what only training needs: the optimisers and the mean weights."""
+        """Frees what only training needs: optimisers, mean weights, and the tasks' examples."""
         self.base_optimizer = self.bank_optimizer = None
         self.mean = []
+        self.partition = None
 
     def write(self, folder: Path, labels: Sequence[Any] | None) -> None:
         """Writes the model that was adapted to one task, as a plain model folder.
