@@ -231,7 +231,7 @@ def load_any(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe 
     Raises:
         UserError: There is no such recipe, or it is invalid.
 
-    >>> load_any("reproduce-linear", ["seeds=2"]).seeds
+    >>> load_any("quickstart", ["seeds=2"]).seeds
     2
     """
     text, where = read_recipe(name_or_path)
