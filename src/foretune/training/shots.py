@@ -42,7 +42,7 @@ def draw_shots(
         for draw in range(draws):
             rng = np.random.default_rng([seed, stable_hash(task.name), draw])
             order = rng.permutation(len(task.train)).tolist()
-            chosen = order if shots is None else _first_of_each_class(task, order, shots, kind)
+            chosen = order if shots is None else _first_shots(task, order, shots, kind)
             yield SlotRows(
                 key=task.name if draw == 0 else f"{task.name}#{draw}",
                 train=select(task.train, chosen),
@@ -53,7 +53,7 @@ def draw_shots(
             )
 
 
-def _first_of_each_class(task: Task, order: list[int], shots: int, kind: str) -> list[int]:
+def _first_shots(task: Task, order: list[int], shots: int, kind: str) -> list[int]:
     if kind not in CLASSES:
         return order[:shots]
     count: Counter[Any] = Counter()
