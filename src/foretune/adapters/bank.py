@@ -178,6 +178,14 @@ class AdapterBank(nn.Module):
         }
         self._calls = MixedCalls(model, parts, self._modules_of)
 
+    def settle(self) -> str | None:
+        """From now on calls are made as the calls so far have shown to be right, or refused.
+
+        Returns:
+            Why the model must be called for each task of a batch on its own; None if it need not.
+        """
+        return self._calls.settle()
+
     def mean_delta(self, name: str, slots: Sequence[int]) -> Tensor:
         """Mean over slots of s·B A, in the shape of the weight of module `name`."""
         return self._lora_layer(name).mean_delta(list(slots))

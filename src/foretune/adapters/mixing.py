@@ -55,7 +55,14 @@ class MixedCalls:
     ) -> None:
         self.model, self.parts, self.modules = model, parts, modules
         self._entries: dict[str, _Entry] = {}
+        self._settled = False
         self._complete: set[str] = set()  # methods after whose first call all layers were checked
+
+    def settle(self) -> str | None:
+        """Further calls are neither checked nor split; returns why any would have to be split."""
+        self._settled = True
+        reasons = [entry.obstacle for entry in self._entries.values() if entry.obstacle]
+        return reasons[0] if reasons else None
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -66,7 +73,8 @@ class MixedCalls:
             # Packing recognises its patch by the type.
             stack.enter_context(
                 replaced_forward(
-                    self.model, PackedForward(forward) if isinstance(real, PackedForward) else forward
+                    self.model,
+                    PackedForward(forward) if isinstance(real, PackedForward) else forward,
                 )
             )
             for name in ENTRIES:
@@ -95,7 +103,7 @@ class MixedCalls:
                     output = self._mixed(name, again, real, args, kwargs, rows)
                 else:
                     output = real(*args, **kwargs)
-                if name not in self._complete:
+                if name not in self._complete and not self._settled:
                     self._check_all_called(lambda: again(*args, **kwargs))
                     self._complete.add(name)
                 return output
@@ -126,6 +134,8 @@ class MixedCalls:
     ) -> Any:
         """The output of a call whose rows are of several tasks."""
         entry = self._entries.get(name)
+        if entry is None and self._settled:
+            return real(*args, **kwargs)
         if entry is None:
             entry = self._entries[name] = _Entry(self, again, args, kwargs, rows)
             real = again  # whose hooks have since seen the probe's rows
@@ -133,6 +143,8 @@ class MixedCalls:
             try:
                 return real(*args, **kwargs)
             except UnknownRowsError as error:
+                if self._settled:
+                    raise
                 entry.refuse(str(error))
         return entry.one_by_one(args, kwargs, rows)
 
@@ -180,7 +192,7 @@ class _Entry:
                 for size in (few, many):
                     outputs.append(self._rows_of(args, kwargs, range(size), [0] * size))
                     shapes.append([part.rows.take_calls() for part in stand_ins.values()])
-                self._learn_output_dims(*outputs, few, many)
+                self._learn_output_dims(outputs[0], outputs[1], few, many)
                 alone = []
                 for slot in (0, 1):
                     index = [i for i in range(many) if owners[i] == slot]
@@ -206,9 +218,7 @@ class _Entry:
         """Inside the block, random adapters of two slots stand in for those of the bank."""
         generator = torch.Generator().manual_seed(0)
         modules, parts = self.calls.modules, self.calls.parts
-        stand_ins = {
-            name: part.stand_in(modules[name], generator) for name, part in parts.items()
-        }
+        stand_ins = {name: part.stand_in(modules[name], generator) for name, part in parts.items()}
         with replaced_by({part: stand_ins[name] for name, part in parts.items()}):
             yield stand_ins
 
@@ -340,7 +350,7 @@ class _Entry:
         return self._joined(outputs, [len(index) for index in rows.places.values()], rows)
 
     def _joined(self, outputs: Sequence[Any], counts: Sequence[int], rows: RowSlots) -> Any:
-        """The outputs of all tasks as one, rows in the order of the batch; None where not by row."""
+        """The outputs of all tasks as one, in the order of the batch; None for one without rows."""
         tensors = [tensors_in(output) for output in outputs]
         back = torch.argsort(torch.cat(list(rows.places.values())))
 
@@ -348,9 +358,7 @@ class _Entry:
             dim = self._output_dims.get((path, x.dim()))
             if dim is None:
                 return None
-            parts = [
-                t[path].unflatten(dim, (n, -1)) for t, n in zip(tensors, counts, strict=True)
-            ]
+            parts = [t[path].unflatten(dim, (n, -1)) for t, n in zip(tensors, counts, strict=True)]
             return torch.cat(parts, dim).index_select(dim, back.to(x.device)).flatten(dim, dim + 1)
 
         return with_tensors(outputs[0], joined)

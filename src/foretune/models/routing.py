@@ -23,7 +23,7 @@ class _Unset:
 
 
 _UNSET: Final = _Unset()
-_ROWS: contextvars.ContextVar[RowSlots | None | _Unset] = contextvars.ContextVar(
+_ROWS: contextvars.ContextVar[RowSlots | _Unset | None] = contextvars.ContextVar(
     "foretune_rows", default=_UNSET
 )
 _PACKING: contextvars.ContextVar[Packing | None] = contextvars.ContextVar(
@@ -51,7 +51,7 @@ def routed(rows: RowSlots | None, packing: Packing | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _routed(rows: RowSlots | None | _Unset, packing: Packing | None) -> Iterator[None]:
+def _routed(rows: RowSlots | _Unset | None, packing: Packing | None) -> Iterator[None]:
     tokens = _ROWS.set(rows), _PACKING.set(packing)
     try:
         yield

@@ -56,8 +56,8 @@ def _fits(module: nn.Module) -> bool | None:
     if isinstance(module, nn.Conv1d):
         length = 4 * module.kernel_size[0] * module.dilation[0]
         x = weight.new_zeros(2, module.in_channels, length)
-        options = (module.stride, module.padding, module.dilation, module.groups)
-        shape = nn.functional.conv1d(x, weight, None, *options).shape
+        with torch.no_grad():
+            shape = nn.Conv1d.forward(module, x).shape
     else:
         size_in, size_out = weight.shape if isinstance(module, Conv1D) else weight.shape[::-1]
         x, shape = weight.new_zeros(2, size_in), torch.Size((2, size_out))
