@@ -290,7 +290,7 @@ def test_a_folder_that_does_not_fit_its_list_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not fit the files beside it"):
         foretune.load_model(folder, head="causal-lm")
     (folder / "experts.json").write_text("{}")
-    with pytest.raises(UserError, match="experts.json is damaged: loads_with: field required"):
+    with pytest.raises(UserError, match=r"experts\.json is damaged: loads_with: field required"):
         foretune.load_model(folder, head="causal-lm")
 
 
