@@ -342,11 +342,10 @@ def _check_base(model: nn.Module, header: Header, hashes: Mapping[str, str], pat
     )
 
 
+# What a file says about itself: the shape of each head, the digest of each parameter of the base.
 class Header(TypedDict):
-    """What a file says about itself."""
-
-    whole: dict[str, list[int]]  # shape of each head
-    sha256: dict[str, str]  # digest of each parameter of the base
+    whole: dict[str, list[int]]
+    sha256: dict[str, str]
 
 
 def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
