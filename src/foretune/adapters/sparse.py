@@ -343,9 +343,9 @@ def _check_base(model: nn.Module, header: Header, hashes: Mapping[str, str], pat
 
 
 # What a file says about itself: the shape of each head, the digest of each parameter of the base.
-class Header(TypedDict):
-    whole: dict[str, list[int]]
-    sha256: dict[str, str]
+Header = TypedDict(  # noqa: UP013 - a field of a class is a name, and "whole" says too little
+    "Header", {"whole": dict[str, list[int]], "sha256": dict[str, str]}
+)
 
 
 def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
