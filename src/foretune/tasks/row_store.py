@@ -5,9 +5,9 @@ one at a time; memory then holds two integers per example. Only this process can
 it vanishes with the process, even after a crash: unlike a cache it cannot be stale, fill the disk
 over time or be shared by accident, and writing it costs about as much as validating a cache.
 
-An example is stored as its pickle, which only this process has written, and not in Arrow columns:
-these would turn a missing field into null and reject a field of mixed types, and reading one
-example from them takes some twenty times as long.
+An example is stored as the pickle of its columns and its place, which only this process has
+written, and not in Arrow columns: these would turn a missing field into null and reject a field of
+mixed types, and reading one example from them takes some twenty times as long.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from typing_extensions import override
 
-from foretune.tasks.example import Example
+from foretune.tasks.example import Example, ReadExample
 from foretune.tasks.scratch import ScratchFile
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class RowStore:
         self._rows: list[Example] = []
         self._ends = array("q")
         self._file: ScratchFile | None = None
+        self._source_names: list[str] = []  # of the files and datasets of the examples
+        self._source_index: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -48,7 +50,7 @@ class RowStore:
         Raises:
             ForetuneError: The disk is full.
         """
-        pickled = pickle.dumps(example, protocol=pickle.HIGHEST_PROTOCOL)
+        pickled = self._pickle(example)
         self._ends.append(len(pickled) + (self._ends[-1] if self._ends else 0))
         if self._file is not None:
             self._file.append(pickled)
@@ -57,7 +59,7 @@ class RowStore:
         if self._ends[-1] > IN_MEMORY_BYTES:
             self._file = ScratchFile()
             for stored in self._rows:
-                self._file.append(pickle.dumps(stored, protocol=pickle.HIGHEST_PROTOCOL))
+                self._file.append(self._pickle(stored))
             self._rows = []
 
     def read(self, index: int) -> Example:
@@ -65,8 +67,20 @@ class RowStore:
         if self._file is None:
             return self._rows[index]
         start = self._ends[index - 1] if index else 0
-        example: Example = pickle.loads(self._file.read(start, self._ends[index] - start))
-        return example
+        columns, *place = pickle.loads(self._file.read(start, self._ends[index] - start))
+        if not place:
+            return dict(columns)
+        source, unit, number = place
+        return ReadExample(columns, self._source_names[source], unit, number)
+
+    def _pickle(self, example: Example) -> bytes:
+        stored: tuple[Any, ...] = (dict(example),)
+        if isinstance(example, ReadExample):
+            source = self._source_index.setdefault(example.file, len(self._source_names))
+            if source == len(self._source_names):
+                self._source_names.append(example.file)
+            stored += (source, example.unit, example.number)
+        return pickle.dumps(stored, protocol=pickle.HIGHEST_PROTOCOL)
 
     def rows(self, numbers: Sequence[int]) -> Sequence[Example]:
         """The examples of these indices: a tuple, or a view if they are on disk.

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
+from foretune.tasks.example import ReadExample
 from foretune.tasks.readers import SPLIT_NAMES, Row
 
 NEEDS = {
@@ -59,8 +60,10 @@ def split_of(row: Row) -> str:
     return split
 
 
-def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> dict[str, Any]:
+def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> ReadExample:
     """The row as a checked example of `kind`, without null fields and the columns in `drop`.
+
+    `foretune.tasks.example.place_of` of the example is the place of the row.
 
     Raises:
         UserError: The row lacks a field, or a field holds something that `kind` cannot read.
@@ -80,14 +83,12 @@ def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> dict[str, Any]:
     else:
         _need(example, ("x",) if kind == "unlabelled" else ("x", "y"), row, kind)
         example["x"] = _array(example["x"], "x", row)
-        if "y" not in example:
-            return example
-        if kind in (*CLASSES, "unlabelled"):
+        if "y" in example and kind in (*CLASSES, "unlabelled"):
             example["y"] = _scalar(example["y"])
             _check_label(example["y"], "y", row)
-        else:
+        elif "y" in example:
             example["y"] = _target(example["y"], row)
-    return example
+    return ReadExample(example, row.file, row.unit, row.number)
 
 
 def _check_choice(example: dict[str, Any], row: Row) -> None:
