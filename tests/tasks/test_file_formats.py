@@ -168,7 +168,7 @@ def test_a_cell_that_cannot_be_decoded_matters_to_its_readers_only(tmp_path, for
 @pytest.mark.parametrize("column", ["task", "text", "label"])
 def test_half_a_character_is_named(tmp_path, column):
     message = refusal(write_json(tmp_path / "d.jsonl", column, r'"ab\ud83d"'))
-    assert f"line 1: {column} has half a character, '\\ud83d', at position 3" in message
+    assert f"line 1, {column}: character 3 is half of a surrogate pair ('\\ud83d')" in message
     whole = load(write_json(tmp_path / "d.jsonl", column, r'"ab\ud83d\ude9a"'))
     assert "ab🚚" in (whole.name, *whole.train[0].values())
 

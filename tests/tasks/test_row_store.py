@@ -336,5 +336,5 @@ def test_an_example_knows_its_file_and_line(tmp_path, monkeypatch, bytes_in_memo
         text = example["candidates"][example["answer"]]
         index = [row["response"] for row in rows].index(text)
         file, line = ("1.jsonl", index + 1) if index < 12 else ("2.jsonl", index - 11)
-        assert place_of(example) == f"{tmp_path / file} line {line}"
-    assert place_of({"text": "typed in Python"}) is None
+        assert place_of(example) == f" ({tmp_path / file} line {line})"
+    assert place_of({"text": "typed in Python"}) == ""

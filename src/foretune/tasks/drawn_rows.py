@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from foretune.tasks.example import Example, ReadExample
+from foretune.tasks.example import DrawnExample, Example, ReadExample
 from foretune.tasks.responses import Texts
 from foretune.tasks.row_store import View
 from foretune.tasks.scratch import ScratchFile
@@ -105,9 +105,11 @@ def complete(example: Example, drawn: Sequence[int], texts: Sequence[str] | Text
     *numbers, place = drawn
     candidates = [texts[number] for number in numbers]
     candidates.insert(place, example["response"])
-    columns = {key: value for key, value in example.items() if key != "response"}
-    columns |= {"candidates": candidates, "answer": place}
-    return example.with_columns(columns) if isinstance(example, ReadExample) else columns
+    fields = {key: value for key, value in example.items() if key != "response"}
+    source, number = (
+        (example.source, example.number) if isinstance(example, ReadExample) else ("", 0)
+    )
+    return DrawnExample({**fields, "candidates": candidates, "answer": place}, source, number)
 
 
 def undrawn(examples: Sequence[Example]) -> Sequence[Example]:

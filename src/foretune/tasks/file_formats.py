@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from foretune.errors import UserError
+from foretune.errors import UserError, printable
 
 CHUNK = 1000  # rows of a columnar file that become Python objects at once
 PARQUET_BUFFER = 2**20  # bytes; without a buffer a column of a row group is read at once
@@ -361,15 +361,6 @@ def short(value: Any) -> str:
     """The beginning of a value as JSON, for a message."""
     text = printable(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-def printable(text: str) -> str:
-    """The text with escapes for what a terminal would not show as it is, or obey.
-
-    >>> printable("caf\u00e9 \x1b[2J")
-    'café \\x1b[2J'
-    """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 READERS: dict[str, Callable[[Path], Cells]] = {

@@ -1,13 +1,13 @@
 """`RowStore`: examples in memory, or on disk if they are many. `StoredRows`: a view of some.
 
 Examples that together exceed `IN_MEMORY_BYTES` go to an unnamed temporary file and are read back
-one at a time; memory then holds two integers per example. Only this process can see the file, and
+one at a time; memory then holds four integers per example. Only this process can see the file, and
 it vanishes with the process, even after a crash: unlike a cache it cannot be stale, fill the disk
 over time or be shared by accident, and writing it costs about as much as validating a cache.
 
-An example is stored as the pickle of its columns and its place, which only this process has
-written, and not in Arrow columns: these would turn a missing field into null and reject a field of
-mixed types, and reading one example from them takes some twenty times as long.
+An example is stored as its pickle, which only this process has written, and not in Arrow columns:
+these would turn a missing field into null and reject a field of mixed types, and reading one
+example from them takes some twenty times as long.
 """
 
 from __future__ import annotations
@@ -32,34 +32,43 @@ IN_MEMORY_BYTES = 2**26
 
 
 class RowStore:
-    """Examples in the order in which they were added."""
+    """Examples in the order in which they were added; each remembers where it was read."""
 
     def __init__(self) -> None:
         self._rows: list[Example] = []
+        self._sources: list[str] = []
+        self._source_of, self._number_of = array("i"), array("q")
         self._ends = array("q")
         self._file: ScratchFile | None = None
-        self._source_names: list[str] = []  # of the files and datasets of the examples
-        self._source_index: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    def add(self, example: Example) -> None:
+    def add(self, example: Example, source: str = "", number: int = 0) -> None:
         """Append an example; it must not be changed afterwards.
+
+        Args:
+            example: The example.
+            source: What it was read from, as in `ReadExample`.
+            number: Number of its line or row.
 
         Raises:
             ForetuneError: The disk is full.
         """
-        pickled = self._pickle(example)
+        pickled = pickle.dumps(example, protocol=pickle.HIGHEST_PROTOCOL)
         self._ends.append(len(pickled) + (self._ends[-1] if self._ends else 0))
+        if source not in self._sources[-1:]:
+            self._sources.append(source)
+        self._source_of.append(len(self._sources) - 1)
+        self._number_of.append(number)
         if self._file is not None:
             self._file.append(pickled)
             return
-        self._rows.append(example)
+        self._rows.append(ReadExample(example, source, number))
         if self._ends[-1] > IN_MEMORY_BYTES:
             self._file = ScratchFile()
             for stored in self._rows:
-                self._file.append(self._pickle(stored))
+                self._file.append(pickle.dumps(dict(stored), protocol=pickle.HIGHEST_PROTOCOL))
             self._rows = []
 
     def read(self, index: int) -> Example:
@@ -67,20 +76,8 @@ class RowStore:
         if self._file is None:
             return self._rows[index]
         start = self._ends[index - 1] if index else 0
-        columns, *place = pickle.loads(self._file.read(start, self._ends[index] - start))
-        if not place:
-            return dict(columns)
-        source, unit, number = place
-        return ReadExample(columns, self._source_names[source], unit, number)
-
-    def _pickle(self, example: Example) -> bytes:
-        stored: tuple[Any, ...] = (dict(example),)
-        if isinstance(example, ReadExample):
-            source = self._source_index.setdefault(example.file, len(self._source_names))
-            if source == len(self._source_names):
-                self._source_names.append(example.file)
-            stored += (source, example.unit, example.number)
-        return pickle.dumps(stored, protocol=pickle.HIGHEST_PROTOCOL)
+        example: Example = pickle.loads(self._file.read(start, self._ends[index] - start))
+        return ReadExample(example, self._sources[self._source_of[index]], self._number_of[index])
 
     def rows(self, numbers: Sequence[int]) -> Sequence[Example]:
         """The examples of these indices: a tuple, or a view if they are on disk.

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from foretune.errors import UserError, did_you_mean
-from foretune.tasks.example import ReadExample
-from foretune.tasks.file_formats import Unreadable, printable, short
+from foretune.errors import UserError, did_you_mean, printable
+from foretune.tasks.file_formats import Unreadable, short
 from foretune.tasks.readers import Row
 from foretune.tasks.split_names import SplitNames
 
@@ -38,9 +37,9 @@ def task_of(row: Row, task_column: str) -> str:
         )
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise UserError(f"{row.place}: {task_column} must be text, got {short(value)}")
+    check_unicode(str(value), f"{row.place}, {task_column}")
     if not str(value).strip():
         raise UserError(f"{row.place}: {task_column} is empty: each row needs a task name")
-    _check_characters(str(value), task_column, row)
     return str(value)
 
 
@@ -83,11 +82,10 @@ def readable(row: Row, column: str) -> Any:
     return cell
 
 
-def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> ReadExample:
+def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> dict[str, Any]:
     """The row as a checked example of `kind`, without null fields and the columns in `drop`.
 
     Cells that could not be decoded are left out too, where `kind` does not read their columns.
-    `foretune.tasks.example.place_of` of the example is the place of the row.
 
     Raises:
         UserError: The row lacks a field, or a field holds something that `kind` cannot read.
@@ -112,8 +110,7 @@ def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> ReadExample:
             _check_label(example["y"], "y", row)
         elif "y" in example:
             example["y"] = _target(example["y"], row)
-    columns = {k: v for k, v in example.items() if not isinstance(v, Unreadable)}
-    return ReadExample(columns, row.file, row.unit, row.number)
+    return {k: v for k, v in example.items() if not isinstance(v, Unreadable)}
 
 
 def _check_choice(example: dict[str, Any], row: Row) -> None:
@@ -177,24 +174,32 @@ def _need(example: dict[str, Any], fields: tuple[str, ...], row: Row, kind: str)
         )
 
 
-def _check_text(value: Any, field: str, row: Row) -> None:
-    if not isinstance(value, str):
-        raise UserError(f"{row.place}: {field} must be text, got {short(value)}")
-    if not value.strip():
-        raise UserError(f"{row.place}: {field} is empty")
-    _check_characters(value, field, row)
+def check_unicode(text: str, where: str) -> None:
+    """Check that a text can be written as UTF-8, which no tokenizer or file can do without.
 
+    Args:
+        text: The text.
+        where: What and where it is, for the message.
 
-def _check_characters(text: str, field: str, row: Row) -> None:
-    if text.isascii():
-        return
+    Raises:
+        UserError: It holds half of a surrogate pair.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
         raise UserError(
-            f"{row.place}: {field} has half a character, {text[error.start]!a}, at position "
-            f"{error.start + 1}: a surrogate without its pair"
+            f"{where}: character {error.start + 1} is half of a surrogate pair ({half}), which is "
+            "no text: write the whole character"
         ) from error
+
+
+def _check_text(value: Any, field: str, row: Row) -> None:
+    if not isinstance(value, str):
+        raise UserError(f"{row.place}: {field} must be text, got {short(value)}")
+    check_unicode(value, f"{row.place}, {field}")
+    if not value.strip():
+        raise UserError(f"{row.place}: {field} is empty")
 
 
 def _check_label(value: Any, field: str, row: Row) -> None:
@@ -202,9 +207,9 @@ def _check_label(value: Any, field: str, row: Row) -> None:
         raise UserError(
             f"{row.place}: {field} must be a class (text or a whole number), got {short(value)}"
         )
+    check_unicode(str(value), f"{row.place}, {field}")
     if not str(value).strip():
         raise UserError(f"{row.place}: {field} is empty")
-    _check_characters(str(value), field, row)
 
 
 def _scalar(value: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from foretune.errors import UserError, did_you_mean
-from foretune.run import check_at_least, check_int, check_one_of
+from foretune.run import check_at_least, check_one_of
 from foretune.tasks.candidates import draw_candidates
 from foretune.tasks.example import SPLITS
 from foretune.tasks.readers import HUB_ID, Row, read_rows
@@ -110,8 +110,6 @@ class Source:
         check_at_least("candidate_pool", self.candidate_pool, self.num_candidates - 1)
         for name in ("min_rows", "max_tasks", "max_rows"):
             check_at_least(name, getattr(self, name), 1)
-        for name in ("seed", "candidate_seed"):
-            check_int(name, getattr(self, name), 0)
         if not isinstance(self.columns, dict):
             raise UserError(
                 f"columns must map names in the source to new names, got {self.columns!r}"
@@ -235,7 +233,7 @@ def _read(
         if name not in numbers:
             numbers[name] = tuple(array("q") for _ in SPLITS)
         numbers[name][SPLITS.index(split)].append(len(store))
-        store.add(example)
+        store.add(example, f"{row.file} {row.unit}", row.number)
     _check_renames(source, sorted(columns))
     if fault is not None:
         raise fault
