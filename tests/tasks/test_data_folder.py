@@ -121,12 +121,12 @@ def test_what_holds_no_rows_is_passed_over(tmp_path):
         ("test.jsonl.zst", r"test.jsonl.zst; convert or rename it"),
         ("test.txt", r"test.txt; .*set source to one of train.jsonl"),
         ("old/data.jsonl", r"old/ \(a folder that names no split\)"),
-        ("eval.jsonl", r'eval.jsonl: which split is "eval".*tasks.splits='),
+        ("eval.jsonl", r'eval.jsonl: which split is "eval".*tasks.splits.eval=train'),
         ("split=eval/0.jsonl", r'got "eval" \(validation to some tools, test to others\)'),
         ("test_sft.jsonl", r'which split is "test_sft"'),
         ("test_train.jsonl", r'which split is "test_train"'),
         ("train/test.jsonl", "train/test.jsonl names two splits, train and test"),
-        ("more.jsonl", r'train.jsonl name a split, more.jsonl none.*{"more": train}'),
+        ("more.jsonl", r"train.jsonl name a split, more.jsonl none.*tasks.splits.more=train"),
         ("train.csv", r"train.csv and train.jsonl may be the same rows in two formats"),
         ("test-00001-of-00003.jsonl", r"has 1 of the 3 files test-…-of-00003"),
     ],
@@ -185,7 +185,7 @@ CUSTOM = {"train_sft": "train", "test_sft": "test", "train_gen": None, "test_gen
 )
 def test_custom_names_of_splits_are_mapped(tmp_path, form):
     source = fill(tmp_path, [form.format(name) for name in CUSTOM])
-    assert 'tasks.splits={"t' in refusal(source)
+    assert "tasks.splits.t" in refusal(source)
     task = load(source, splits=CUSTOM)
     expected = {"train": {form.format("train_sft")}, "test": {form.format("test_sft")}}
     assert files_of(task) == expected
@@ -195,7 +195,7 @@ def test_custom_names_of_splits_in_rows_are_mapped(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for n in CUSTOM for row in rows(n, split=n)))
     assert "d.jsonl line 1: split must be" in (message := refusal(str(path)))
-    assert 'got "train_sft": rename it, or say what it is with tasks.splits=' in message
+    assert 'got "train_sft": rename it, or set tasks.splits.train_sft=train' in message
     assert files_of(load(str(path), splits=CUSTOM)) == {
         "train": {"train_sft"},
         "test": {"test_sft"},

@@ -17,7 +17,7 @@ from foretune.errors import ForetuneError, UserError
 from foretune.tasks import row_store, scratch
 from foretune.tasks.drawn_rows import DrawnRows
 from foretune.tasks.example import SPLITS, place_of
-from foretune.tasks.leakage import find_leaks
+from foretune.tasks.leakage import find_overlaps
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.row_store import RowStore, StoredRows, View, select
 from foretune.tasks.sources import Source, load_tasks
@@ -162,14 +162,14 @@ def test_fitting_and_leaks_are_the_same(tmp_path: Path, monkeypatch: pytest.Monk
             for side in sides
             if side is not None
         ]
-        return find_leaks(*words), find_leaks(*turns), fitted
+        return find_overlaps(*words), find_overlaps(*turns), fitted
 
     texts = write(tmp_path / "1.jsonl", labelled())
     choices = write(tmp_path / "2.jsonl", [{**row, "context": "c"} for row in replies(texts=60)])
     expected = loaded()
     monkeypatch.setattr(row_store, "IN_MEMORY_BYTES", 0)
     assert loaded() == expected
-    assert expected[0]
+    assert expected[0].shared_inputs
     assert expected[1]
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from foretune.errors import UserError
+from foretune.files import CARD_FILE
 from foretune.tasks.file_formats import READERS, one_line, stem_of, suffix_of
 from foretune.tasks.split_names import LEFT_OUT, SHARD, SplitNames
 
-CARD = "README.md"
 SAVED_DATASET = ("dataset_dict.json", "state.json")  # of a dataset or its splits, by `datasets`
 WITHOUT_ROWS = (".md", ".rst", ".py", ".ipynb", ".sh", ".yaml", ".yml")
-METADATA = {"dataset_infos.json", "dataset_info.json", "_success", "_metadata", "_common_metadata"}
+METADATA = {"dataset_infos.json", "dataset_info.json"}  # of the hub and of `datasets`
 TEXTS = {"readme", "license", "licence", "notice", "citation", "changelog", "makefile"}
 CONTAINERS = {"data", "default"}  # folders whose name says nothing
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
@@ -138,10 +138,11 @@ def _same(outer: str | None, named: str | None, relative: str) -> str | None:
 def _holds_no_rows(path: Path) -> bool:
     name = path.name.casefold()
     return (
-        name.startswith((".", "_started_", "_committed_"))
-        or name in METADATA
+        name in METADATA
         or name.endswith(WITHOUT_ROWS)
-        or (name.split(".")[0] in TEXTS and suffix_of(path) is None)
+        or name.startswith(".")
+        # Spark marks its files with an underscore
+        or (suffix_of(path) is None and (name.startswith("_") or name.split(".")[0] in TEXTS))
     )
 
 
@@ -153,9 +154,9 @@ def _check_copies(files: Iterable[DataFile], folder: Path) -> None:
     """
     by_name: dict[tuple[Path, str], Path] = {}
     for file in files:
-        other = by_name.setdefault((file.path.parent, stem_of(file.path).casefold()), file.path)
-        if other != file.path:
-            names = " and ".join(str(p.relative_to(folder)) for p in (other, file.path))
+        first = by_name.setdefault((file.path.parent, stem_of(file.path).casefold()), file.path)
+        if first != file.path:
+            names = " and ".join(str(p.relative_to(folder)) for p in (first, file.path))
             raise UserError(
                 f"folder {folder}: {names} may be the same rows in two formats: keep one, or "
                 "rename one"
@@ -238,7 +239,7 @@ def has_dataset_card(folder: Path) -> bool:
     """
     import yaml
 
-    card = folder / CARD
+    card = folder / CARD_FILE
     try:
         text = card.read_text("utf-8", "replace") if card.is_file() else ""
         _, _, header = text.partition("---\n") if text.startswith("---\n") else ("", "", "")

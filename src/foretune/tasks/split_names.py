@@ -100,9 +100,11 @@ class SplitNames:
         """What a user may do about a name that stands for no split, for a message."""
         if self.option is None:
             return "rename it"
+        is_key = re.fullmatch(r"[\w-]+", name) is not None
+        setting = f".{name}=train" if is_key else f'={{"{name}": train}}'
         return (
-            f'rename it, or say what it is with {self.option}={{"{name}": train}} '
-            "(or validation, test, or null to leave its rows out)"
+            f"rename it, or set {self.option}{setting} (or validation or test, or null to leave "
+            "its rows out)"
         )
 
     def check_used(self, source: str) -> None:
