@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +247,48 @@ def test_a_dataset_card_says_which_files_are_which(tmp_path, tmp_path_factory, m
     assert files_of(load(source)) == {"train": {"first.jsonl"}, "test": {"second.jsonl"}}
     (tmp_path / "README.md").write_text(card.replace("first", "../first") + "---\n")
     assert "names files outside" in refusal(source)
+
+
+@pytest.mark.parametrize("call", ["iterdir", "is_file", "stat"])
+def test_a_folder_without_permission_is_one_line(tmp_path, monkeypatch, call):
+    source = fill(tmp_path, ["train.jsonl"])
+    unchanged = getattr(Path, call)
+
+    def refuse(path: Path, **options: Any) -> Any:
+        if path == tmp_path or path.parent == tmp_path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return unchanged(path, **options)
+
+    monkeypatch.setattr(Path, call, refuse)
+    assert refusal(source) == f"{source} cannot be read: Permission denied"
+
+
+FOLDERS = ["", "", "", "data/", "train/", "Test/", "split=valid/", "task=a/", "old/", "x.parquet/"]
+STEMS = ["train", "test", "dev", "eval", "a", "b", "train_sft", "my-test", "part-0", "train-0-of-2"]
+SUFFIXES = [".jsonl", ".jsonl", ".csv", ".JSONL", ".tsv", ".parquet", ".txt", ".md", ".jsonl.bak"]
+
+
+def test_no_file_of_a_folder_is_read_under_another_name_or_not_at_all(tmp_path):
+    """Of any tree: all its files are read, each as the split that it names, or none is."""
+    rng = random.Random(0)
+    read = refused = 0
+    for trial in range(200):
+        names = {
+            "".join(map(rng.choice, (FOLDERS, FOLDERS, STEMS, SUFFIXES)))
+            for _ in range(rng.choice((1, 1, 2, 3)))
+        }
+        source = fill(tmp_path / str(trial), sorted(names))
+        try:
+            tasks, _ = load_tasks(Source(source=source, validation=0.0, test=0.0), "classification")
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+            continue
+        read += 1
+        expected = {name for name in names if not name.endswith(".md")}
+        splits = files_of(tasks.tasks[0])
+        assert set().union(*splits.values()) == expected
+        for split, words in {"test": "test", "validation": "valid|dev"}.items():
+            named = {name for name in expected if re.search(words, name.casefold())}
+            assert splits.get(split, set()) == named
+    assert read > 20 and refused > 20

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from foretune.errors import UserError
 from foretune.files import CARD_FILE
-from foretune.tasks.file_formats import READERS, one_line, stem_of, suffix_of
+from foretune.tasks.file_formats import READERS, stem_of, suffix_of
 from foretune.tasks.split_names import LEFT_OUT, SHARD, SplitNames
 
 SAVED_DATASET = ("dataset_dict.json", "state.json")  # of a dataset or its splits, by `datasets`
@@ -53,11 +53,7 @@ def data_files(folder: Path, splits: SplitNames) -> list[DataFile]:
         UserError: The folder holds no data, something that cannot be read, or files of which it
             is not clear to which split they belong.
     """
-    try:
-        entries = list(_walk(folder, folder, splits, DataFile(folder)))
-        names_shown = sorted(p.name for p in folder.iterdir())[:5]
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {one_line(error)}") from error
+    entries = list(_walk(folder, folder, splits, DataFile(folder)))
     files = [entry for entry in entries if isinstance(entry, DataFile)]
     unread = [entry for entry in entries if isinstance(entry, str)]
     if unread and files:
@@ -66,7 +62,8 @@ def data_files(folder: Path, splits: SplitNames) -> list[DataFile]:
             f"move it away, or set source to one of {_some(_relative(files, folder))}"
         )
     if not files:
-        holds = _some(unread or names_shown) or "nothing"
+        names = unread or sorted(path.name for path in folder.iterdir())
+        holds = _some(names) or "nothing"
         raise UserError(
             f"no data file in folder {folder}: it needs one that ends in {', '.join(READERS)}; "
             f"it holds {holds}"

@@ -273,9 +273,9 @@ def _columnar(batches: Iterator[Any], fault: str) -> Cells:
 
 def rows_of_table(table: Any) -> Iterator[dict[str, Any]]:
     """The rows of a `pyarrow.RecordBatch` or `pyarrow.Table` as Python objects."""
-    columns = [_cells_of(column) for column in table.columns]
+    names, columns = table.column_names, [_cells_of(column) for column in table.columns]
     for cells in zip(*columns, strict=True):
-        yield dict(zip(table.column_names, cells, strict=True))
+        yield dict(zip(names, cells, strict=True))
 
 
 def _cells_of(column: Any) -> list[Any]:

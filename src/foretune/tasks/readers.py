@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from foretune.errors import UserError, did_you_mean
+from foretune.errors import UserError, did_you_mean, printable
 from foretune.tasks.data_folder import (
     SAVED_DATASET,
     DataFile,
@@ -60,31 +60,36 @@ def read_rows(source: str, splits: SplitNames | None = None) -> Iterator[Row]:
             names file and line.
     """
     splits = splits or SplitNames()
+    path = Path(source)
     try:
-        path = Path(source).expanduser()
+        path = path.expanduser()
         mode = path.stat().st_mode if path.exists() else None
-        linked = path.is_symlink()
+        link = path.readlink() if mode is None and path.is_symlink() else None
+        if mode is not None and stat.S_ISDIR(mode):
+            return _read_folder(path, splits)
     except (OSError, ValueError, RuntimeError) as error:  # no permission, too long, no such user
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
-        raise UserError(f"{short(source)} cannot be read: {reason}") from error
-    if mode is None and linked:
-        raise UserError(f"{source} is a link to {path.readlink()}, which does not exist")
+        raise UserError(f"{printable(source)} cannot be read: {reason}") from error
+    if link is not None:
+        raise UserError(f"{source} is a link to {link}, which does not exist")
     if mode is None:
         if HUB_ID.fullmatch(source) and suffix_of(path) is None:
             return _read_dataset(source, splits)
         raise UserError(f"no such file or folder: {source}.{_near(source)}")
-    if stat.S_ISREG(mode):
-        return _read_file(DataFile(path))
-    if not stat.S_ISDIR(mode):
+    if not stat.S_ISREG(mode):
         raise UserError(
             f"{source} is a pipe or a device, which cannot be read: write the rows to a file"
         )
-    if any((path / name).is_file() for name in SAVED_DATASET):
-        check_saved_dataset(path)
-        return _read_dataset(str(path), splits, saved_to_disk=True)
-    if has_dataset_card(path):
-        return _read_dataset(str(path), splits)
-    return (row for file in data_files(path, splits) for row in _read_file(file))
+    return _read_file(DataFile(path))
+
+
+def _read_folder(folder: Path, splits: SplitNames) -> Iterator[Row]:
+    if any((folder / name).is_file() for name in SAVED_DATASET):
+        check_saved_dataset(folder)
+        return _read_dataset(str(folder), splits, saved_to_disk=True)
+    if has_dataset_card(folder):
+        return _read_dataset(str(folder), splits)
+    return (row for file in data_files(folder, splits) for row in _read_file(file))
 
 
 def _read_file(file: DataFile) -> Iterator[Row]:
@@ -154,7 +159,7 @@ def _named(fields: dict[str, Any], labels: dict[str, list[str]]) -> dict[str, An
     """The fields with class names instead of numbers; an unnamed number (-1) is not a label."""
     for key, names in labels.items():
         number = fields[key]
-        has_name = number is not None and 0 <= number < len(names)
+        has_name = isinstance(number, int) and 0 <= number < len(names)
         fields[key] = names[number] if has_name else None
     return fields
 
@@ -164,7 +169,10 @@ def _near(source: str) -> str:
     path = Path(source).expanduser()
     if not path.parent.is_dir():
         return f" Its folder {path.parent} does not exist either."
-    names = sorted(p.name for p in path.parent.iterdir())
+    try:
+        names = sorted(p.name for p in path.parent.iterdir())
+    except OSError:  # a folder that may be entered, but not listed
+        return ""
     if str(path.parent) == ".":
         names.append("python-docs")
     hint = did_you_mean(path.name, names)

@@ -251,13 +251,20 @@ def _read_second(second: Source, kind: str, seen: list[Task], splits: SplitNames
     guess = did_you_mean(second.source, names)
     if HUB_ID.fullmatch(second.source) or second.source == PYTHON_DOCS:
         guess = ""  # it may well be a source
-    if (guess or second.source in names) and not Path(second.source).exists():
+    if (guess or second.source in names) and not _exists(second.source):
         raise UserError(
             f'unseen="{second.source}" is read as a second source, but there is none; to hold out '
             f'tasks by name write a list, such as unseen=["{second.source}"].'
             + ("" if second.source in names else guess)
         )
     return _read_tasks(second, kind, splits)
+
+
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).exists()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def _rows(source: Source, kind: str, splits: SplitNames) -> Iterable[Row]:
