@@ -11,7 +11,7 @@ from torch import nn
 
 import tiny_models
 from foretune.adapters.bank import AdapterBank
-from foretune.adapters.fingerprint import base_record, fingerprint
+from foretune.adapters.fingerprint import base_record
 from foretune.adapters.peft_format import (
     load_adapter,
     peft_config,

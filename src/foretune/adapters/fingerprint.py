@@ -3,7 +3,7 @@
 `fingerprint` is exact: it depends on the dtype that the weights are held in. An adapter records
 `base_record` instead, by which the same base is recognised in another dtype:
 
-    base         digests of names, shapes and values: in float32, and rounded to bfloat16 and float16
+    base         digests of names, shapes and values: float32, rounded to bfloat16 and to float16
     dtypes       the floating dtypes that the base was held in
     without      modules that are not digested: those of which the adapter has a full copy
     model_class  the base's class
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from foretune.errors import UserError
-
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -153,7 +153,7 @@ class Adapted:
         tensors: The adapters, under PEFT's tensor names (methods that train adapters).
         config: PEFT's adapter_config.json of the adapters.
         models: The adapted models (methods that train the whole model).
-        base_fingerprint: What the adapters record of their base; see `foretune.adapters.fingerprint`.
+        base_fingerprint: What the adapters record of their base, as `base_record`.
         cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, trainable_parameters (per
             task).
         stopped: Step at which a task stopped early: {(task, draw): step}.
