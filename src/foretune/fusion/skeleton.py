@@ -12,6 +12,8 @@ import transformers
 from torch import nn
 
 from foretune.adapters.peft_format import read_base_record
+from foretune.adapters.sparse import FILE as SPARSE_FILE
+from foretune.adapters.sparse import load_sparse
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE
 from foretune.fusion.finetuned import Finetuned, Source
@@ -84,8 +86,6 @@ def open_finetuned(name: str, source: Source, skeleton: nn.Module) -> Finetuned:
 
 
 def _open(name: str, source: Source, skeleton: nn.Module) -> Finetuned:
-    from foretune.adapters.sparse import FILE, load_sparse
-
     if isinstance(source, nn.Module):
         if getattr(source, "peft_config", None):
             return live_adapter(name, source, skeleton)
@@ -95,7 +95,7 @@ def _open(name: str, source: Source, skeleton: nn.Module) -> Finetuned:
         raise UserError(f"{name}={source}: no such folder")
     if (folder / ADAPTER_CONFIG_FILE).is_file():
         return adapter_folder(name, folder, skeleton)
-    if (folder / FILE).is_file():
+    if (folder / SPARSE_FILE).is_file():
         return live_model(name, load_sparse(skeleton, folder), skeleton)
     return model_folder(name, folder, skeleton)
 
@@ -159,9 +159,11 @@ def _loaded_copy(source: Source) -> tuple[nn.Module, Any]:
 
 
 def _is_adapter(source: Source) -> bool:
+    """Whether a source holds only what differs from the base: LoRA or a sparse change."""
     if isinstance(source, nn.Module):
         return bool(getattr(source, "peft_config", None))
-    return (Path(source).expanduser() / ADAPTER_CONFIG_FILE).is_file()
+    folder = Path(source).expanduser()
+    return any((folder / file).is_file() for file in (ADAPTER_CONFIG_FILE, SPARSE_FILE))
 
 
 def _class_name(source: Source) -> str:
