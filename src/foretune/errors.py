@@ -15,6 +15,10 @@ class ForetuneError(Exception):
     exit_code = 1
 
 
+class DivergedError(ForetuneError):
+    """The loss, the weights or a score are no longer finite."""
+
+
 class UserError(ForetuneError):
     """A mistake of the user's: a bad recipe, bad data, a folder that holds no model."""
 

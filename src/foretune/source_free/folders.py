@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foretune.errors import UserError
+from foretune.errors import DivergedError, UserError
 from foretune.files import claim_model_folder, whole_folder
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import method_and_run
@@ -318,16 +318,20 @@ def _report(model: nn.Module, windows: Sequence[Any], labels: Sequence[Any]) -> 
 
     from foretune.models.calls import eval_no_grad
     from foretune.source_free.classes import class_report
+    from foretune.tasks.labels import label_of, label_places
+    from foretune.tasks.objectives.accuracy import picks
     from foretune.tasks.objectives.text import logits_of
 
-    predicted: list[int] = []
+    picked: list[list[float]] = []
     with eval_no_grad(model):
         for start in range(0, len(windows), 64):
             x = np.stack([window["x"] for window in windows[start : start + 64]])
             logits = logits_of(model(torch.from_numpy(x.astype(np.float32))))
-            predicted += logits.argmax(1).tolist()
-    truth = [list(labels).index(window["y"]) for window in windows]
-    return class_report(truth, predicted, labels)
+            if logits.isnan().any():
+                raise DivergedError("the model's outputs are nan, so its windows have no class")
+            picked += picks(logits).tolist()
+    truth = [label_places(tuple(labels))[label_of(window)] for window in windows]
+    return class_report(truth, picked, labels)
 
 
 def _macs(model: nn.Module, task: Task) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
@@ -35,6 +36,7 @@ def task_of(row: Row, task_column: str) -> str:
         )
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise UserError(f"{row.place}: {task_column} must be text, got {_short(value)}")
+    check_unicode(str(value), f"{row.place}, {task_column}")
     if not str(value).strip():
         raise UserError(f"{row.place}: {task_column} is empty: each row needs a task name")
     return str(value)
@@ -111,6 +113,7 @@ def _check_choice(example: dict[str, Any], row: Row) -> None:
         raise UserError(f"{row.place}: at least 2 candidates are needed, got {len(candidates)}")
     for candidate in candidates:
         _check_text(candidate, "a candidate", row)
+    check_repeats(candidates, row.place)
     if isinstance(answer, bool) or not isinstance(answer, int):
         raise UserError(
             f"{row.place}: answer is the position of the correct candidate, got {_short(answer)}"
@@ -120,6 +123,21 @@ def _check_choice(example: dict[str, Any], row: Row) -> None:
             f"{row.place}: answer is outside the candidates: got answer={answer} "
             f"with {len(candidates)} candidates (counted from 0)"
         )
+
+
+def check_repeats(candidates: Sequence[str], where: str) -> None:
+    """Check that no candidate of a choice is given twice, as the right one and a wrong one perhaps.
+
+    Raises:
+        UserError: One is.
+    """
+    first: dict[str, int] = {}
+    for i, candidate in enumerate(candidates):
+        if first.setdefault(candidate, i) != i:
+            raise UserError(
+                f"{where}: candidates {first[candidate] + 1} and {i + 1} are the same "
+                f"({_short(candidate)}): remove one"
+            )
 
 
 def _check_language(example: dict[str, Any], row: Row) -> None:
@@ -145,9 +163,30 @@ def _need(example: dict[str, Any], fields: tuple[str, ...], row: Row, kind: str)
         )
 
 
+def check_unicode(text: str, where: str) -> None:
+    """Check that a text can be written as UTF-8, which no tokenizer or file can do without.
+
+    Args:
+        text: The text.
+        where: What and where it is, for the message.
+
+    Raises:
+        UserError: It holds half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise UserError(
+            f"{where}: character {error.start + 1} is half of a surrogate pair ({half}), which is "
+            "no text: write the whole character"
+        ) from error
+
+
 def _check_text(value: Any, field: str, row: Row) -> None:
     if not isinstance(value, str):
         raise UserError(f"{row.place}: {field} must be text, got {_short(value)}")
+    check_unicode(value, f"{row.place}, {field}")
     if not value.strip():
         raise UserError(f"{row.place}: {field} is empty")
 
@@ -157,6 +196,7 @@ def _check_label(value: Any, field: str, row: Row) -> None:
         raise UserError(
             f"{row.place}: {field} must be a class (text or a whole number), got {_short(value)}"
         )
+    check_unicode(str(value), f"{row.place}, {field}")
     if not str(value).strip():
         raise UserError(f"{row.place}: {field} is empty")
 

@@ -213,7 +213,7 @@ def _read(source: Source, kind: str) -> tuple[RowStore, dict[str, tuple[array[in
         if name not in numbers:
             numbers[name] = tuple(array("q") for _ in SPLITS)
         numbers[name][SPLITS.index(split)].append(len(store))
-        store.add(example)
+        store.add(example, f"{row.file} {row.unit}", row.number)
     _check_renames(source, sorted(columns))
     if fault is not None:
         raise fault

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from foretune.errors import UserError
 from foretune.tasks.example import Example
+from foretune.tasks.labels import label_of
 from foretune.tasks.responses import group_of
 from foretune.tasks.row_store import select
 from foretune.tasks.seeds import seed_for
@@ -74,13 +74,6 @@ def _keep_labels(
                 part.remove(unit)
                 train.append(unit)
                 train_labels |= new
-
-
-def label_of(example: Example) -> Any:
-    """The label of a labelled example."""
-    import numpy as np
-
-    return example["label"] if "label" in example else np.asarray(example["y"]).item()
 
 
 def cut_train(task: Task, max_rows: int | None, seed: int = 0) -> Task:

@@ -18,6 +18,7 @@ from typing_extensions import override
 from foretune.errors import UserError
 from foretune.run import Run
 from foretune.tasks.batch import Batch
+from foretune.tasks.example import row_name
 from foretune.tasks.task import Objective, Task, TaskCollection
 
 Pick = tuple[int, int]  # (slot, index of an example in it)
@@ -106,6 +107,11 @@ class TaskData:
     def num_rows(self, slot: int, split: str) -> int:
         """Number of examples of a slot in "train", "validation" or "test"."""
         return len(getattr(self.slots[slot], split))
+
+    def name_of(self, slot: int, split: str, i: int) -> str:
+        """The name of an example for messages: its task, split, number, and where it was read."""
+        source = self.slots[slot]
+        return row_name(source.task or source.key, split, i, getattr(source, split)[i])
 
     def row(self, slot: int, split: str, i: int) -> dict[str, Any]:
         """An encoded example; slots with the same sequence of examples (draws) share its cache."""

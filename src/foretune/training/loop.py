@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from foretune.errors import ForetuneError, UserError
+from foretune.errors import DivergedError, UserError
 from foretune.run import Run
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import Sampler, TaskData
@@ -20,10 +20,6 @@ from foretune.training.sharding import local_tensor, unsharded
 from foretune.training.stopping import EarlyStopping
 
 Progress = Callable[[int, int, dict[str, Any]], None]  # (update, num_updates, latest figures)
-
-
-class DivergedError(ForetuneError):
-    """The loss or the weights are no longer finite."""
 
 
 def fit(
