@@ -34,6 +34,7 @@ from foretune.training.data import TaskData, slot_of
 from foretune.training.loop import Progress
 from foretune.training.outcome import Outcome
 from foretune.training.scoring import score_slots
+from foretune.training.text_limits import TextLimits
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,8 @@ def zero_shot(
     objective = verbs.objective_of(unseen)
     if objective.num_outputs() is not None and objective.shared() is not objective:
         return []
-    data = TaskData([slot_of(task) for task in unseen], objective.bind(model))
+    limits = TextLimits.of(model, objective)
+    data = TaskData([slot_of(task) for task in unseen], objective.bind(model), limits)
     with frozen_prefix(model, []):
         scores = score_slots(model, data, "test")
     return [

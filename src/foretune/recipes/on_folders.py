@@ -24,7 +24,7 @@ from foretune.recipes.objective_blocks import OBJECTIVES
 from foretune.recipes.overrides import override_keys
 from foretune.recipes.runner import finish
 from foretune.recipes.schema import Recipe, adapt_record, parse_block, run_of
-from foretune.recipes.setup import with_tokenizer
+from foretune.recipes.setup import check_sides, with_tokenizer
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.sources import Source, load_tasks
 
@@ -142,11 +142,13 @@ def adapt_folder(
     collection, _ = load_tasks(source, str(kind))
     model, tokenizer = saved.load()
     fitted = saved.objective(objective, tokenizer).fit(collection)
+    collection = collection.with_objective(fitted)
+    check_sides(model, collection, None, console)
     run = run_of(block, seed=seed, out=out, resume=resume, overwrite=overwrite)
     with console.bar(f"adapting {saved.folder} to {len(collection)} tasks") as progress:
         adapted = foretune.adapt(
             model,
-            collection.with_objective(fitted),
+            collection,
             adapt_record(block, _fixed_rate(block)),
             run,
             shots=shots,
@@ -242,13 +244,16 @@ def compare_folders(
     first = next(iter(bases.values()))
     loaded = _Loaded(bases)
     fitted = first.objective(objective, _one_tokenizer(loaded)).fit(collection)
+    collection = collection.with_objective(fitted)
+    for name in bases:
+        check_sides(loaded[name], collection, None, console)
     prepare_folder(out, resume=resume, overwrite=overwrite)
     with console.bar(
         f"adapting {len(bases)} bases to {len(collection)} tasks", rounds=len(bases) * len(shots)
     ) as progress:
         comparison: dict[str, Any] = foretune.compare(
             loaded,
-            collection.with_objective(fitted),
+            collection,
             adapt=adapt_record(block, _fixed_rate(block)),
             run=run_of(block),
             shots=tuple(shots),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -106,6 +106,14 @@ class CausalLM(Objective):
             "source": single.fill(prompt),
             "target": completion,
         }
+
+    @override
+    def token_ids(
+        self, row: Mapping[str, Any], *, encoder_decoder: bool = False
+    ) -> Iterable[Sequence[int]]:
+        if encoder_decoder and "source" in row:
+            return [row["source"], row["target"]]
+        return [row["input_ids"]]
 
     @override
     def size(self, row: Mapping[str, Any]) -> int:

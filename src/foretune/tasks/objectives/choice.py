@@ -8,7 +8,7 @@ gives the likelihood of each candidate as the continuation of the context.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -113,7 +113,7 @@ class Choice(Objective):
         where = text.name_of(example, task)
         context = text.token_ids(self.tokenizer, turns, where)
         candidates = [text.token_ids(self.tokenizer, c, where) for c in example["candidates"]]
-        encoded = {"answer": int(example["answer"])}
+        encoded: dict[str, Any] = {"answer": int(example["answer"])}
         encoded |= self._encode_texts(context, candidates, where)
         if not isinstance(example, DrawnExample):
             self._check_distinct(encoded["candidates"], example["candidates"], where)
@@ -198,6 +198,14 @@ class Choice(Objective):
         indices = sorted([row["answer"], *drawn])
         candidates = [row["candidates"][i] for i in indices]
         return {**row, "candidates": candidates, "answer": indices.index(row["answer"])}
+
+    @override
+    def token_ids(
+        self, row: Mapping[str, Any], *, encoder_decoder: bool = False
+    ) -> Iterable[Sequence[int]]:
+        if self.scoring == "causal":
+            return [[*row["context"], *ids] for ids in row["candidates"]]
+        return [*([row["context"]] if "context" in row else []), *row["candidates"]]
 
     @override
     def size(self, row: Mapping[str, Any]) -> int:
