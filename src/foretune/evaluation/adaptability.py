@@ -34,6 +34,7 @@ from foretune.training.data import TaskData, slot_of
 from foretune.training.loop import Progress
 from foretune.training.outcome import Outcome
 from foretune.training.scoring import score_slots
+from foretune.training.shots import draw_shots
 from foretune.training.text_limits import TextLimits
 
 
@@ -127,6 +128,8 @@ def compare(
             adapted = verbs.adapt(
                 model, unseen, method, run, shots=k, draws=draws, progress=progress
             )
+            drawn = draw_shots(unseen, objective.kind, k, draws, run.seed)
+            num_train = {(slot.task, slot.draw): len(slot.train) for slot in drawn}
             scores += [
                 {
                     "base": name,
@@ -135,6 +138,7 @@ def compare(
                     "seed": draw,
                     "score": score,
                     "num_rows": adapted.num_rows[task, draw],
+                    "num_train": num_train[task, draw],
                 }
                 for (task, draw), score in adapted.scores.items()
             ]
