@@ -60,10 +60,7 @@ def score_slots(
                 ]
                 for slot, i, score in zip(step.slots, step.rows, scores, strict=True):
                     if not math.isfinite(score):
-                        raise DivergedError(
-                            f"{data.name_of(slot, split, i)}: the score is {score}, since the "
-                            "model's outputs are not finite: try a lower learning_rate or float32"
-                        )
+                        raise DivergedError(f"{data.name_of(slot, split, i)}: the score is {score}")
                     scores_by_slot[slot].append(score)
     finally:
         model.train(was_training)

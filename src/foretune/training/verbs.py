@@ -25,7 +25,7 @@ from foretune.tasks.task import Objective, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import SlotRows, TaskData, sampler_for
 from foretune.training.learners.joint import Learner
-from foretune.training.loop import Progress, fit
+from foretune.training.loop import Progress, fit, scores_after
 from foretune.training.methods import AdaptMethod, RetrainMethod
 from foretune.training.model_copies import copy_to_adapt, fresh_copy, interpolate
 from foretune.training.outcome import Adapted, Outcome, labels_of
@@ -334,7 +334,7 @@ def _adapt_wave(
     for slot, step in stopping.stopped.items() if stopping else ():
         result.stopped[wave[slot].task, wave[slot].draw] = step
     with learner.ready():
-        scores = learner.score(data, split, None)
+        scores = scores_after(run.steps, learner, data, split, None, run)
     for slot, score in scores.items():
         result.scores[wave[slot].task, wave[slot].draw] = score
         result.num_rows[wave[slot].task, wave[slot].draw] = data.num_rows(slot, split)
