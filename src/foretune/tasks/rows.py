@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from foretune.errors import UserError, did_you_mean, printable
-from foretune.tasks.file_formats import Unreadable, short
+from foretune.errors import UserError, did_you_mean
+from foretune.tasks.file_formats import Unreadable, in_one_line, short
 from foretune.tasks.readers import Row
 from foretune.tasks.split_names import SplitNames
 
@@ -266,7 +266,7 @@ def _array(value: Any, field: str, row: Row) -> Any:
 
 
 def _names(fields: Mapping[str, Any]) -> str:
-    return printable(", ".join(sorted(fields))) if fields else "no fields"
+    return in_one_line(", ".join(sorted(fields))) if fields else "no fields"
 
 
 def _text_only(value: Any, row: Row) -> str:
