@@ -12,8 +12,8 @@ from foretune.recipes.console import Console
 from foretune.recipes.schema import Recipe
 from foretune.recipes.text_checks import Alike, check_texts
 from foretune.tasks.example import SPLITS
+from foretune.tasks.file_formats import one_line
 from foretune.tasks.objectives import make_objective
-from foretune.tasks.readers import one_line
 from foretune.tasks.sources import load_tasks
 from foretune.tasks.task import Task, TaskCollection
 
