@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foretune.adapters.config import lora_scale, matching_modules
+from foretune.adapters.config import lora_scale
 from foretune.adapters.entries import smallest_entries
 from foretune.adapters.head_copies import HeadCopies, escaped, unescaped
 from foretune.adapters.lora import index_of, lora_conv1d, lora_linear
 from foretune.adapters.sparse_slots import sparse_linear
+from foretune.adapters.targets import copied_modules, matching_modules
 from foretune.errors import UserError
 from foretune.models.routing import current_rows
 
@@ -41,12 +42,13 @@ class AdapterBank(nn.Module):
             the adapted layers' entries, those that are smallest in the model as it is now, the
             same for all slots; `lora` then only selects the layers.
         heads: Names of modules of which each slot has a full copy (PEFT's `modules_to_save`).
-        fresh_heads: Whether the copies are initialised randomly; False copies the base's weights.
+        fresh_heads: Whether the copies of `heads` are initialised randomly; False copies the base's
+            weights, from which the `modules_to_save` of `lora` always start.
         seed: Random seed of the initial values.
 
     Raises:
-        UserError: `target_modules` or `heads` match nothing, or a layer that would have a sparse
-            change is a convolution.
+        UserError: `target_modules`, `modules_to_save` or `heads` match nothing, or a layer that
+            would have a sparse change is a convolution.
     """
 
     def __init__(
@@ -63,16 +65,11 @@ class AdapterBank(nn.Module):
         super().__init__()
         self.keys = tuple(keys)
         self.lora = None if lora is None else dict(lora)
-        self.head_names = tuple(heads) + tuple((lora or {}).get("modules_to_save") or ())
-        self.fresh_heads = fresh_heads
+        saved = copied_modules(model, heads, (lora or {}).get("modules_to_save") or ())
+        self.head_names = (*heads, *saved)
+        self._fresh = frozenset(heads if fresh_heads else ())
         self._seed = seed
         modules = dict(model.named_modules())
-        missing = [name for name in self.head_names if name not in modules]
-        if missing:
-            raise UserError(
-                f"no module {missing[0]!r} to copy for each task; the model has: "
-                f"{', '.join(n for n in modules if n)[:400]}"
-            )
         self.layers = nn.ModuleDict()
         if self.lora is not None:
             targets = {n: modules[n] for n in matching_modules(model, self.lora, self.head_names)}
@@ -109,7 +106,7 @@ class AdapterBank(nn.Module):
             self._layer(name).reset(slots, rngs)
         for name in self.head_names:
             for slot, rng in zip(slots, rngs, strict=True):
-                self._head(name).reset(slot, self._modules_of[name], self.fresh_heads, rng)
+                self._head(name).reset(slot, self._modules_of[name], name in self._fresh, rng)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[AdapterBank]:
@@ -262,7 +259,8 @@ class _LoRALayer(nn.Module):
             if self.is_conv:
                 channels_last = getattr(module, "channels_last", False)
                 x_conv = x.mT if channels_last else x
-                delta = lora_conv1d(x_conv, module, self.a, self.b, self.scale, rows)  # type: ignore[arg-type]
+                dropout = self.dropout if module.training else 0.0
+                delta = lora_conv1d(x_conv, module, self.a, self.b, self.scale, rows, dropout)  # type: ignore[arg-type]
                 return plain(module, x) + (delta.mT if channels_last else delta)
             weight: Any = module.weight.T if self.transposed else module.weight
             dropout = self.dropout if module.training else 0.0

@@ -283,25 +283,35 @@ def lora_linear(
 
 
 def lora_conv1d(
-    x: Tensor, conv: torch.nn.Conv1d, a: Tensor, b: Tensor, scale: float, rows: RowSlots
+    x: Tensor,
+    conv: torch.nn.Conv1d,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    rows: RowSlots,
+    dropout: float = 0.0,
 ) -> Tensor:
     """The adapters' part of a one-dimensional convolution.
 
     Args:
         x: (rows, in, length).
-        conv: The convolution, whose stride, padding and dilation the first factor takes over.
+        conv: The convolution, whose stride and padding the first factor takes over.
         a: (slots, r, in, k), a leaf.
         b: (slots, out, r), a leaf.
         scale: Factor of the adapter's part.
         rows: Which slot owns each row.
+        dropout: Dropout probability of the adapter's input, as in PEFT.
 
     Returns:
         (rows, out, length'), to be added to `conv(x)`.
     """
     sorted_x = x if rows.order is None else x[rows.order]
+    if dropout:
+        sorted_x = F.dropout(sorted_x, dropout)
+    a, b = a.to(x.dtype), b.to(x.dtype)
     parts = []
     for slot, part in zip(rows.present, by_slot(sorted_x, rows), strict=True):
-        h = F.conv1d(part, a[slot], None, conv.stride, conv.padding, conv.dilation)
+        h = F.conv1d(part, a[slot], None, conv.stride, conv.padding)
         parts.append(torch.einsum("or,nrl->nol", b[slot], h))
     delta = torch.cat(parts) * scale
     return delta if rows.inverse is None else delta[rows.inverse]
