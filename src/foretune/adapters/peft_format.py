@@ -8,16 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from foretune.adapters.bank import AdapterBank
 from foretune.adapters.fingerprint import fingerprint
+from foretune.adapters.peft_names import (
+    PREFIX,
+    auto_fields,
+    renamed_targets,
+    stored_heads,
+    stored_targets,
+)
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from foretune.formats import ADAPTER, check_format, stamped
 
-PREFIX = "base_model.model."
 FINGERPRINT_FILE = "base_fingerprint.json"
 
 
@@ -27,21 +34,26 @@ def peft_config(bank: AdapterBank, model: nn.Module, base: str | None) -> dict[s
     The adapted modules are listed by their full names, so that PEFT adapts on loading exactly the
     modules that were trained.
     """
-    from peft import LoraConfig
-    from peft.utils.constants import DUMMY_TARGET_MODULES  # not exported; its word for none
-
     lora = dict(bank.lora or {})
     modules = dict(model.named_modules())
+    heads = stored_heads(bank.head_names, modules)
+    renamed = renamed_targets(bank.layer_names, model)
+    parameters = [f"{name}.weight" for name in bank.layer_names if name in renamed]
     config = LoraConfig(
         r=lora.get("r", 8),
         lora_alpha=lora.get("lora_alpha", 8),
-        lora_dropout=lora.get("lora_dropout", 0.0),
+        # PEFT takes no dropout beside target_parameters; it only matters to further training.
+        lora_dropout=0.0 if parameters else lora.get("lora_dropout", 0.0),
         use_rslora=lora.get("use_rslora", False),
-        target_modules=bank.layer_names or DUMMY_TARGET_MODULES,
-        modules_to_save=list(bank.head_names) or None,
+        target_modules=stored_targets(
+            [name for name in bank.layer_names if name not in renamed], modules, heads
+        ),
+        target_parameters=parameters or None,
+        modules_to_save=heads or None,
         fan_in_fan_out=any(type(modules[n]).__name__ == "Conv1D" for n in bank.layer_names),
         inference_mode=True,
         base_model_name_or_path=base,
+        **auto_fields(model, bank.head_names),
     )
     fields = config.to_dict()
     return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}

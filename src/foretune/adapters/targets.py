@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 # Not exported by peft, but what it decides by itself: a copy could come to differ.
 from peft.tuners.tuners_utils import (
+    _check_lora_target_modules_mamba,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
@@ -114,8 +115,13 @@ def copied_modules(model: nn.Module, heads: Sequence[str], saved: Sequence[str])
     return names
 
 
-def obstacle(module: nn.Module) -> str | None:
-    """Why LoRA cannot adapt this module, in stock PEFT or here; None where it can."""
+def obstacle(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Why LoRA cannot adapt this module of a model, in stock PEFT or here; None where it can."""
+    try:
+        last_part = name.rsplit(".", 1)[-1]
+        _check_lora_target_modules_mamba(LoraConfig(), model, last_part)
+    except ValueError:
+        return "a layer whose weight Mamba's kernels read without calling it"
     if isinstance(module, nn.Conv1d):
         if module.groups != 1:
             return "a grouped convolution"
@@ -133,7 +139,8 @@ def _layers(lora: Mapping[str, Any]) -> list[int] | None:
 
 
 def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in linear_modules(model).items() if n and obstacle(m) is None}
+    layers = linear_modules(model)
+    return {n: m for n, m in layers.items() if n and obstacle(model, n, m) is None}
 
 
 def _outside(names: Iterable[str], heads: Sequence[str]) -> list[str]:
@@ -150,10 +157,16 @@ def _default_targets(model: nn.Module) -> list[str]:
 
 
 def _all_linear(model: nn.Module) -> list[str]:
-    """What PEFT adapts for "all-linear", apart from routers, with which it fails."""
+    """What PEFT adapts for "all-linear", apart from what it fails with, such as routers."""
     config: Any = _maybe_include_all_linear_layers(LoraConfig(target_modules=ALL_LINEAR), model)
     modules = dict(model.named_modules())
-    return [n for n in modules if n in config.target_modules and _maps_vectors(modules[n])]
+    return [
+        name
+        for name, module in modules.items()
+        if name in config.target_modules
+        and obstacle(model, name, module) is None
+        and _maps_vectors(module)
+    ]
 
 
 @torch.no_grad()
@@ -243,7 +256,7 @@ def _check_adaptable(model: nn.Module, names: Sequence[str], targets: Any) -> No
     """
     modules = dict(model.named_modules())
     for name in names:
-        reason = obstacle(modules[name])
+        reason = obstacle(model, name, modules[name])
         if reason is not None:
             raise UserError(
                 f"target_modules={targets!r} includes {name}, {reason}, which LoRA here does not "
