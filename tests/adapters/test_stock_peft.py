@@ -12,10 +12,12 @@ import torch
 import transformers as tf
 from torch import nn
 
+import foretune
 import tiny_models
 from foretune.adapters.bank import AdapterBank
-from foretune.adapters.fingerprint import fingerprint
+from foretune.adapters.fingerprint import base_record
 from foretune.adapters.peft_format import peft_config, peft_tensors, write_adapter
+from foretune.adapters.stored_adapter import read_adapter
 from foretune.models.routing import route
 from linear_tasks import Net
 
@@ -137,7 +139,7 @@ def written(model, folder, base=None, heads=(), **lora):
         for p in bank.parameters():
             p.normal_(std=0.3)
     config = peft_config(bank, model, base)
-    write_adapter(folder, config, peft_tensors(bank, 1), fingerprint(model, bank.head_names))
+    write_adapter(folder, config, peft_tensors(bank, 1), base_record(model, bank.head_names))
     return bank
 
 
@@ -247,3 +249,15 @@ def test_a_head_named_like_a_part_of_peft_is_read(tmp_path):
 def test_what_mambas_kernels_do_not_call_is_left_out():
     names = AdapterBank(tiny_models.mamba2(), ["a"], lora={"r": 2}).layer_names
     assert {name.rsplit(".", 1)[-1] for name in names} == {"in_proj"}
+
+
+def test_dense_layers_of_a_mixture_are_listed_as_modules_again(tmp_path):
+    model = build("Qwen3Moe")
+    written(model, tmp_path)
+    stored = read_adapter(tmp_path, model)
+    assert "model.layers.0.mlp.up_proj" in stored.config["target_modules"]
+    assert stored.config["target_parameters"] == []
+    fused = foretune.fuse(model, {"a": tmp_path}, foretune.Average()).model
+    assert not fused.model.layers[0].mlp.up_proj.weight.equal(
+        model.model.layers[0].mlp.up_proj.weight
+    )

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from foretune.adapters.bank import AdapterBank
-from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_names import (
     PREFIX,
     auto_fields,
@@ -21,11 +20,10 @@ from foretune.adapters.peft_names import (
     stored_heads,
     stored_targets,
 )
+from foretune.adapters.stored_adapter import FINGERPRINT_FILE, read_adapter
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
-from foretune.formats import ADAPTER, check_format, stamped
-
-FINGERPRINT_FILE = "base_fingerprint.json"
+from foretune.formats import ADAPTER, stamped
 
 
 def peft_config(bank: AdapterBank, model: nn.Module, base: str | None) -> dict[str, Any]:
@@ -73,16 +71,15 @@ def peft_tensors(bank: AdapterBank, slot: int) -> dict[str, Tensor]:
 
 
 def write_adapter(
-    folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], base_fingerprint: str
+    folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], base: Mapping[str, Any]
 ) -> None:
-    """Writes a PEFT folder, together with the fingerprint of the base that it belongs to."""
+    """Writes a PEFT folder, together with the `base_record` of the base that it belongs to."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / ADAPTER_CONFIG_FILE).write_text(
         json.dumps(config, indent=2, sort_keys=True, default=str)
     )
-    record = stamped({"base": base_fingerprint}, ADAPTER)
-    (folder / FINGERPRINT_FILE).write_text(json.dumps(record, indent=1))
+    (folder / FINGERPRINT_FILE).write_text(json.dumps(stamped(base, ADAPTER), indent=1))
 
 
 def load_adapter(bank: AdapterBank, slot: int, folder: Path, model: nn.Module) -> None:
@@ -95,15 +92,10 @@ def load_adapter(bank: AdapterBank, slot: int, folder: Path, model: nn.Module) -
         model: The base; if the folder records a fingerprint, it must be this model's.
 
     Raises:
-        UserError: The folder holds no adapter, or one of another base, other modules or another
-            rank.
+        UserError: As `read_adapter`, or the adapter has other modules or another rank.
     """
     folder = Path(folder)
-    file = folder / ADAPTER_WEIGHTS_FILE
-    if not file.is_file():
-        raise UserError(f"{folder} is not an adapter: it has no {ADAPTER_WEIGHTS_FILE}")
-    check_base(folder, model, bank.head_names)
-    tensors = load_file(file)
+    tensors = read_adapter(folder, model).tensors
     slot_tensors = peft_tensors(bank, slot)
     if set(slot_tensors) != set(tensors):
         odd = sorted(set(slot_tensors) ^ set(tensors))[0]
@@ -129,24 +121,3 @@ def load_adapter(bank: AdapterBank, slot: int, folder: Path, model: nn.Module) -
         for name in bank.head_names:
             for key, value in bank.head_state(name, slot).items():
                 value.copy_(tensors[f"{PREFIX}{name}.{key}"])
-
-
-def check_base(folder: Path, model: nn.Module, heads: tuple[str, ...] = ()) -> None:
-    """Refuses an adapter that was trained on another base.
-
-    All retrained bases of one model have the same shapes, so no other check would detect it.
-
-    Raises:
-        UserError: The folder records a fingerprint that is not that of `model`.
-    """
-    file = Path(folder) / FINGERPRINT_FILE
-    if not file.is_file():
-        return
-    record = json.loads(file.read_text())
-    check_format(file, record, ADAPTER)
-    expected, actual = record["base"], fingerprint(model, heads)
-    if expected != actual:
-        raise UserError(
-            f"{folder} was trained on another base (fingerprint {expected[:12]}, this base has "
-            f"{actual[:12]}); load the base that it was adapted from"
-        )
