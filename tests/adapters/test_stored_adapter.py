@@ -187,7 +187,7 @@ def test_an_adapter_of_what_the_model_does_not_use_is_reported(tmp_path):
     write_adapter(
         tmp_path, peft_config(bank, model, None), peft_tensors(bank, 0), base_record(model)
     )
-    with pytest.warns(UserWarning, match="no effect: outputs are the same with and without"):
+    with pytest.warns(UserWarning, match="no effect: it changes no output for 8 tokens"):
         with_adapter(model, tmp_path)
 
 
@@ -198,3 +198,15 @@ def test_fields_that_name_code_are_never_imported(tmp_path, folder):
         folder
     )
     by_decoding(folder)
+
+
+def test_an_adapter_of_an_encoder_decoder_is_taken(tmp_path):
+    model = tiny_models.t5()
+    bank = AdapterBank(model, ["a"], lora={"r": 2, "target_modules": ["q"]})
+    with torch.no_grad():
+        for p in bank.parameters():
+            p.normal_()
+    write_adapter(
+        tmp_path, peft_config(bank, model, None), peft_tensors(bank, 0), base_record(model)
+    )
+    with_adapter(model, tmp_path)

@@ -6,11 +6,12 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import transformers
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import DUMMY_TARGET_MODULES  # not exported; its word for none
 from torch import nn
-from transformers.models.auto import modeling_auto as auto
+
+from foretune.adapters.targets import is_target
 
 PREFIX = "base_model.model."
 PEFT_PARTS = ("base_layer", "default", "lora_dropout", "lora_A", "lora_B")  # of an adapted layer
@@ -28,7 +29,7 @@ def stored_targets(
     if not names:
         return str(DUMMY_TARGET_MODULES)
     config = LoraConfig(target_modules=list(names), modules_to_save=list(heads) or None)
-    matched = [name for name in modules if name and check_target_module_exists(config, name)]
+    matched = [name for name in modules if name and is_target(config, name)]
     return list(names) if set(matched) == set(names) else "|".join(map(re.escape, names))
 
 
@@ -83,18 +84,18 @@ def auto_fields(model: nn.Module, heads: Collection[str]) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     if not cls.__module__.startswith("transformers.") or config is None:
         return {}
-
-    def is_class_of(mapping: Mapping[str, Any]) -> bool:
-        names = mapping.get(config.model_type)
-        return cls.__name__ in ([names] if isinstance(names, str) else names or ())
-
     classifiers = {name for name, _ in model.named_modules() if name.endswith(CLASSIFIERS)}
-    if is_class_of(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        return {"task_type": "CAUSAL_LM"}
-    if is_class_of(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES):
-        return {"task_type": "SEQ_2_SEQ_LM"}
-    if is_class_of(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES) and (
-        classifiers and classifiers <= set(heads)
-    ):
-        return {"task_type": "SEQ_CLS"}
+    mappings = {
+        "CAUSAL_LM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        "SEQ_2_SEQ_LM": transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        "SEQ_CLS": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    }
+    for task_type, mapping in mappings.items():
+        if type(config) not in mapping:
+            continue
+        classes = mapping[type(config)]
+        if cls in (classes if isinstance(classes, tuple) else (classes,)) and (
+            task_type != "SEQ_CLS" or (classifiers and classifiers <= set(heads))
+        ):
+            return {"task_type": task_type}
     return {"auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__}}

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NotRequired
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key  # not exported; what PEFT decides by itself
 from torch import Tensor, nn
 from transformers import Conv1D
@@ -23,6 +22,7 @@ from typing_extensions import TypedDict
 from foretune.adapters.config import ALL_LINEAR, check_names
 from foretune.adapters.fingerprint import base_record, is_base
 from foretune.adapters.peft_names import PREFIX
+from foretune.adapters.targets import is_target
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from foretune.formats import ADAPTER, read_json, read_tensors
@@ -72,11 +72,13 @@ class StoredAdapter:
         config: The content of `adapter_config.json`.
         tensors: Its tensors, by PEFT's names.
         notes: What the user should know about it.
+        is_zero: Whether it changes nothing, because one factor of each layer is zero.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     notes: list[str] = field(default_factory=list)
+    is_zero: bool = False
 
 
 def read_adapter(
@@ -104,16 +106,17 @@ def read_adapter(
         )
     tensors = read_tensors(file)
     config = read_json(folder / ADAPTER_CONFIG_FILE, dict[str, Any])
-    notes = []
+    notes, is_zero = [], False
     layers = _whole_layers(file, tensors) if fields["peft_type"] == "LORA" else {}
     _check_ranks(file, fields, layers)
     check_base(folder, model)
     if layers:
         _check_complete(file, fields, tensors, list(layers), model)
         config = _without_listed_weights(config, model)
-        if len(tensors) == 2 * len(layers) and not any(
+        is_zero = len(tensors) == 2 * len(layers) and not any(
             bool(a.any()) and bool(b.any()) for a, b in layers.values()
-        ):
+        )
+        if is_zero:
             notes.append(f"{folder}: the adapter has no effect: one factor of each layer is zero")
     if not (folder / FINGERPRINT_FILE).is_file():
         if not allow_unverified:
@@ -123,7 +126,7 @@ def read_adapter(
                 "--allow-unverified (allow_unverified=True)"
             )
         notes.append(f"{folder} does not record its base: taken for an adapter of this one")
-    return StoredAdapter(config, tensors, notes)
+    return StoredAdapter(config, tensors, notes, is_zero)
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -262,7 +265,7 @@ def _check_complete(
             inside = any(f".{entry}." in f".{name}." for entry in copied)
             if inside or not fields.get("target_modules"):
                 continue
-            if check_target_module_exists(config, name) and not _is_among(name, layers):
+            if is_target(config, name) and not _is_among(name, layers):
                 raise UserError(
                     f"{file} is half an adapter: it has no tensors of {name}, which its config "
                     "adapts"

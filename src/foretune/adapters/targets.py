@@ -52,12 +52,12 @@ def matching_modules(
         "modules_to_save": list(heads) or None,
     }
     if targets is None or all_linear:
-        whole = _all_linear(model) if all_linear else _default_targets(model)
-        config = LoraConfig(target_modules=whole, **options)
-        in_any_layer = [n for n in whole if _is_target(config, n)]
+        linear = _all_linear(model) if all_linear else _default_targets(model)
+        config = LoraConfig(target_modules=linear, **options)
+        in_any_layer = [n for n in linear if is_target(config, n)]
     else:
         config = LoraConfig(target_modules=targets, **options)
-        in_any_layer = [n for n in names if _is_target(config, n)]
+        in_any_layer = [n for n in names if is_target(config, n)]
         _check_adaptable(model, in_any_layer, targets)
     matched = _in_layers(in_any_layer, lora, targets, options)
     if not matched:
@@ -66,7 +66,7 @@ def matching_modules(
             f"no module matches target_modules={targets!r}"
             f"{' outside exclude_modules' if lora.get('exclude_modules') else ''}; "
             f"{type(model).__name__} has: "
-            + (", ".join(last_parts) if last_parts else "no linear layer at all")
+            + (", ".join(last_parts) if last_parts else "no layer that LoRA can adapt")
         )
     return matched
 
@@ -94,7 +94,7 @@ def copied_modules(model: nn.Module, heads: Sequence[str], saved: Sequence[str])
             )
     matched = {name for names in matches.values() for name in names}
     names = _outside([name for name in modules if name in matched], heads)
-    inside = [n for n in names if _outside([n], [other for other in matched if other != n]) == []]
+    inside = [n for n in names if not _outside([n], list(matched - {n}))]
     if inside:
         raise UserError(
             f"modules_to_save={list(saved)!r} includes {inside[0]} and a module that contains it: "
@@ -185,7 +185,8 @@ def _maps_vectors(module: nn.Module) -> bool:
     return isinstance(output, torch.Tensor) and output.shape == (1, module.out_features)
 
 
-def _is_target(config: LoraConfig, name: str) -> bool:
+def is_target(config: LoraConfig, name: str) -> bool:
+    """Whether a configuration chooses the module of this name, by PEFT's own rule."""
     return bool(check_target_module_exists(config, name))
 
 
@@ -227,7 +228,7 @@ def _in_layers(
             f"lora layers_to_transform names layer {absent[0]}, which the adapted modules do not "
             f"have; their layers are {_listed(sorted(numbers))}"
         )
-    return [n for n in names if _is_target(config, n) and (targets is not None or "." in n)]
+    return [n for n in names if is_target(config, n) and (targets is not None or "." in n)]
 
 
 def _check_matched(field: str, value: Any, names: Sequence[str], model: nn.Module) -> None:
@@ -240,7 +241,7 @@ def _check_matched(field: str, value: Any, names: Sequence[str], model: nn.Modul
         return
     for entry in [value] if isinstance(value, str) else value:
         config = LoraConfig(target_modules=value if isinstance(value, str) else [entry])
-        if not any(_is_target(config, n) for n in names):
+        if not any(is_target(config, n) for n in names):
             last_parts = dict.fromkeys(n.rsplit(".", 1)[-1] for n in linear_modules(model))
             raise UserError(
                 f"no module matches {field}={entry!r}; {type(model).__name__} has: "

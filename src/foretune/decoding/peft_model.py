@@ -56,7 +56,8 @@ def with_adapter(base: nn.Module, folder: Path, *, allow_unverified: bool = Fals
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the adapter {folder} does not fit its base: {reason}") from error
-    for note in stored.notes or _notes_on_effect(model, folder):
+    notes = stored.notes if stored.is_zero else [*stored.notes, *_notes_on_effect(model, folder)]
+    for note in notes:
         warnings.warn(note, stacklevel=2)
     return model
 
@@ -70,16 +71,13 @@ def _wrapped(base: nn.Module, folder: Path, stored: StoredAdapter) -> Any:
     """
     from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 
-    # not exported by peft: the beginning of the names of an adapter's tensors
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-
     config: Any = PeftConfig.from_pretrained(str(folder))
     if config.is_prompt_learning or config.peft_type == "XLORA":
         raise UserError(f"{folder} is a {config.peft_type.value} adapter, which is not supported")
     config.inference_mode = True
     model = PeftModel(base, config)
     result: Any = set_peft_model_state_dict(model, stored.tensors)
-    parts = (PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type], ".modules_to_save.")
+    parts = (model.base_model.prefix, ".modules_to_save.")
     missing = [key for key in result.missing_keys if any(part in key for part in parts)]
     if missing or result.unexpected_keys:
         what = "has no" if missing else "has, unlike its base,"
@@ -91,13 +89,17 @@ def _wrapped(base: nn.Module, folder: Path, stored: StoredAdapter) -> Any:
 @torch.no_grad()
 def _notes_on_effect(model: Any, folder: Path) -> list[str]:
     """What to say of an adapter that changes no output for a few tokens."""
-    ids = torch.arange(min(8, model.config.vocab_size), device=next(model.parameters()).device)
-    adapted = model(input_ids=ids[None]).logits
+    embeddings = model.get_input_embeddings().weight
+    ids = torch.arange(min(8, len(embeddings)), device=embeddings.device)[None]
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    adapted = model(**inputs).logits
     with model.disable_adapter():
-        plain = model(input_ids=ids[None]).logits
+        plain = model(**inputs).logits
     if not adapted.equal(plain):
         return []
-    return [f"{folder}: the adapter has no effect: outputs are the same with and without it"]
+    return [f"{folder}: the adapter has no effect: it changes no output for {ids.numel()} tokens"]
 
 
 def _base_of(folder: Path) -> str:
