@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig
 
 # Not exported by peft, but what it decides by itself: a copy could come to differ.
@@ -152,37 +151,19 @@ def _default_targets(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in _adaptable(model).items()
-        if name != "lm_head" and module.weight.requires_grad and _maps_vectors(module)
+        if name != "lm_head" and module.weight.requires_grad
     ]
 
 
 def _all_linear(model: nn.Module) -> list[str]:
-    """What PEFT adapts for "all-linear", apart from what it fails with, such as routers."""
+    """What PEFT adapts for "all-linear", apart from what it fails with."""
     config: Any = _maybe_include_all_linear_layers(LoraConfig(target_modules=ALL_LINEAR), model)
     modules = dict(model.named_modules())
     return [
         name
         for name, module in modules.items()
-        if name in config.target_modules
-        and obstacle(model, name, module) is None
-        and _maps_vectors(module)
+        if name in config.target_modules and obstacle(model, name, module) is None
     ]
-
-
-@torch.no_grad()
-def _maps_vectors(module: nn.Module) -> bool:
-    """Whether a module returns a vector of its output size for each vector, as a router does not.
-
-    Only subclasses with a forward of their own are tried.
-    """
-    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
-        return True
-    vector = torch.zeros(1, module.in_features).to(module.weight)
-    try:
-        output = module(vector)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-        return False
-    return isinstance(output, torch.Tensor) and output.shape == (1, module.out_features)
 
 
 def is_target(config: LoraConfig, name: str) -> bool:

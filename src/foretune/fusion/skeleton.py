@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import nn
 
+from foretune.adapters.sparse import FILE as SPARSE_FILE
+from foretune.adapters.sparse import load_sparse
 from foretune.adapters.stored_adapter import read_base_record
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE
@@ -87,8 +89,6 @@ def open_finetuned(
 
 
 def _open(name: str, source: Source, skeleton: nn.Module, allow_unverified: bool) -> Finetuned:
-    from foretune.adapters.sparse import FILE, load_sparse
-
     if isinstance(source, nn.Module):
         if getattr(source, "peft_config", None):
             return live_adapter(name, source, skeleton)
@@ -98,7 +98,7 @@ def _open(name: str, source: Source, skeleton: nn.Module, allow_unverified: bool
         raise UserError(f"{name}={source}: no such folder")
     if (folder / ADAPTER_CONFIG_FILE).is_file():
         return adapter_folder(name, folder, skeleton, allow_unverified=allow_unverified)
-    if (folder / FILE).is_file():
+    if (folder / SPARSE_FILE).is_file():
         return live_model(name, load_sparse(skeleton, folder), skeleton)
     return model_folder(name, folder, skeleton)
 
@@ -162,9 +162,11 @@ def _loaded_copy(source: Source) -> tuple[nn.Module, Any]:
 
 
 def _is_adapter(source: Source) -> bool:
+    """Whether a source holds only what differs from the base: LoRA or a sparse change."""
     if isinstance(source, nn.Module):
         return bool(getattr(source, "peft_config", None))
-    return (Path(source).expanduser() / ADAPTER_CONFIG_FILE).is_file()
+    folder = Path(source).expanduser()
+    return any((folder / file).is_file() for file in (ADAPTER_CONFIG_FILE, SPARSE_FILE))
 
 
 def _class_name(source: Source) -> str:

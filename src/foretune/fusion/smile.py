@@ -364,8 +364,9 @@ class SMILE(Method):
 def _nothing_fused(left_out: Sequence[str]) -> str:
     if left_out:
         return (
-            f"no linear layer differs from the base, only {left_out[0]} and {len(left_out) - 1} "
-            "others, which get no experts: use average, or target_modules for output embeddings"
+            f"no linear layer differs from the base, only {', '.join(left_out[:3])}"
+            f"{' …' if len(left_out) > 3 else ''}: they get no experts; use another method, or "
+            "target_modules for output embeddings"
         )
     return (
         "no linear layer differs between the base and the fine-tuned models: give the base "
