@@ -108,6 +108,7 @@ DAMAGES = {
     "layer missing": (remove("layers.1.self_attn.v_proj"), "half an adapter: .* no tensors of"),
     "head missing": (remove("lm_head"), "half an adapter: it has no lm_head.weight"),
     "all missing": (remove(""), "holds no tensors"),
+    "all but the head missing": (remove("lora_"), "half an adapter: it has no tensors of"),
     "NaN": (spoil(float("nan")), "lora_B.weight holds NaN or infinite"),
     "infinite": (spoil(float("inf")), "lora_B.weight holds NaN or infinite"),
     "another r": (change_config(r=3), "the config has r=3 for .*, but its factors have rank 2"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired
@@ -106,16 +106,16 @@ def read_adapter(
         )
     tensors = read_tensors(file)
     config = read_json(folder / ADAPTER_CONFIG_FILE, dict[str, Any])
-    notes, is_zero = [], False
-    layers = _whole_layers(file, tensors) if fields["peft_type"] == "LORA" else {}
-    _check_ranks(file, fields, layers)
     check_base(folder, model)
-    if layers:
-        _check_complete(file, fields, tensors, list(layers), model)
+    notes, is_zero = [], False
+    if fields["peft_type"] == "LORA":
+        layers = _whole_layers(file, tensors)
+        _check_ranks(file, fields, layers)
+        _check_copies(file, fields, tensors, model)
+        _check_targets(file, fields, list(layers), model)
         config = _without_listed_weights(config, model)
-        is_zero = len(tensors) == 2 * len(layers) and not any(
-            bool(a.any()) and bool(b.any()) for a, b in layers.values()
-        )
+        nonzero = (bool(a.any()) and bool(b.any()) for a, b in layers.values())
+        is_zero = len(tensors) == 2 * len(layers) and not any(nonzero)
         if is_zero:
             notes.append(f"{folder}: the adapter has no effect: one factor of each layer is zero")
     if not (folder / FINGERPRINT_FILE).is_file():
@@ -231,17 +231,32 @@ def _check_ranks(
             )
 
 
-def _check_complete(
-    file: Path,
-    fields: AdapterConfig,
-    tensors: Mapping[str, Tensor],
-    layers: list[str],
-    model: nn.Module,
+def _check_copies(
+    file: Path, fields: AdapterConfig, tensors: Mapping[str, Tensor], model: nn.Module
 ) -> None:
-    """Checks that there are tensors for every module of the model that the config names.
+    """Checks that there are tensors of every module that the config saves as a whole.
 
     Raises:
-        UserError: There are none for one of them.
+        UserError: One is missing.
+    """
+    held = {key.removeprefix(PREFIX) for key in tensors}
+    for entry in fields.get("modules_to_save") or ():
+        exact = entry.startswith(PREFIX)
+        for name, module in model.named_modules():
+            if name == entry.removeprefix(PREFIX) or (not exact and name.endswith(entry)):
+                for parameter, _ in module.named_parameters():
+                    if not _is_among(f"{name}.{parameter}", held):
+                        raise UserError(
+                            f"{file} is half an adapter: it has no {name}.{parameter}, which its "
+                            "config saves"
+                        )
+
+
+def _check_targets(file: Path, fields: AdapterConfig, layers: list[str], model: nn.Module) -> None:
+    """Checks that there are factors of every module of the model that the config adapts.
+
+    Raises:
+        UserError: There are none of one of them.
     """
     names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     options: dict[str, Any] = {name: fields.get(name) for name in names}
@@ -249,38 +264,30 @@ def _check_complete(
         config = LoraConfig(**options)
     except ValueError as error:
         raise UserError(f"{file.with_name(ADAPTER_CONFIG_FILE)}: {error}") from error
-    copied = [name.removeprefix(PREFIX) for name in fields.get("modules_to_save") or ()]
-    parameters = [f"{name}.weight" for name in layers]
-    by_hand = str(fields.get("target_modules")).lower() == ALL_LINEAR
-    for name, module in model.named_modules():
-        if any(name.endswith(entry) for entry in copied) and name:
-            held = [key.removeprefix(PREFIX) for key in tensors]
-            for parameter, _ in module.named_parameters():
-                if not _is_among(f"{name}.{parameter}", held):
-                    raise UserError(
-                        f"{file} is half an adapter: it has no {name}.{parameter}, which its "
-                        "config saves"
-                    )
-        elif name and isinstance(module, LAYERS) and not by_hand:
-            inside = any(f".{entry}." in f".{name}." for entry in copied)
-            if inside or not fields.get("target_modules"):
-                continue
-            if is_target(config, name) and not _is_among(name, layers):
-                raise UserError(
-                    f"{file} is half an adapter: it has no tensors of {name}, which its config "
-                    "adapts"
-                )
-    for parameter in fields.get("target_parameters") or ():
-        if parameter.endswith(".weight") and not _is_among(parameter, parameters):
+    targets = fields.get("target_modules")
+    copied = [entry.removeprefix(PREFIX) for entry in fields.get("modules_to_save") or ()]
+    expected = [
+        name
+        for name, module in model.named_modules()
+        if targets
+        and str(targets).lower() != ALL_LINEAR  # PEFT writes the names that it stood for
+        and isinstance(module, LAYERS)
+        and not any(f".{entry}." in f".{name}." for entry in copied)
+        and is_target(config, name)
+    ]
+    parameters = (p for p in fields.get("target_parameters") or () if p.endswith(".weight"))
+    expected += [parameter.removesuffix(".weight") for parameter in parameters]
+    held = set(layers)
+    for name in expected:
+        if not _is_among(name, held):
             raise UserError(
-                f"{file} is half an adapter: it has no tensors of {parameter}, which its config "
-                "adapts"
+                f"{file} is half an adapter: it has no tensors of {name}, which its config adapts"
             )
 
 
-def _is_among(name: str, names: Iterable[str]) -> bool:
+def _is_among(name: str, names: Set[str]) -> bool:
     """Whether a name is one of the names, with or without the backbone's prefix."""
-    return any(n == name or n.endswith(f".{name}") or name.endswith(f".{n}") for n in names)
+    return name in names or any(n.endswith(f".{name}") or name.endswith(f".{n}") for n in names)
 
 
 def _without_listed_weights(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
