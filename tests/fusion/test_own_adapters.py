@@ -115,6 +115,12 @@ CASES: dict[str, Case] = {
     ),
     "heads alone": (lambda: classifier(3), other_labels, foretune.Head(learning_rate=0.05), texts),
     "whole models": (classifier, same_labels, foretune.Full(learning_rate=0.01), texts),
+    "whole models, own heads": (
+        lambda: classifier(3),
+        other_labels,
+        foretune.Full(learning_rate=0.01),
+        texts,
+    ),
     "whole plain modules": (
         tiny_models.plain,
         lambda: signals_with([0, 1, 2, 3], [0, 1, 2, 3]),

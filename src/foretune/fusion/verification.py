@@ -54,7 +54,8 @@ def verify_on_first_call(fused: Fused) -> None:
 
     def check_once(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         handle.remove()
-        _check(fused, args, kwargs)
+        if not fused.report["verified"]:  # a copy of the model keeps the hook
+            _check(fused, args, kwargs)
 
     handle = fused.model.register_forward_pre_hook(check_once, with_kwargs=True)
 

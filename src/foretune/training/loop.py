@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from foretune.errors import ForetuneError, UserError
+from foretune.errors import DivergedError, UserError
 from foretune.run import Run
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import Sampler, TaskData, episodes
@@ -21,10 +21,6 @@ from foretune.training.sharding import local_tensor, unsharded
 from foretune.training.stopping import EarlyStopping
 
 Progress = Callable[[int, int, dict[str, Any]], None]  # (update, num_updates, latest figures)
-
-
-class DivergedError(ForetuneError):
-    """The loss or the weights are no longer finite."""
 
 
 def fit(
@@ -112,7 +108,10 @@ def fit(
                 _validate_and_keep(learner, partition, run, store, record, losses, validate)
                 losses = []
                 if stopping is not None:
-                    stopping.update(update + 1, learner.score(data, "validation", run.eval_rows))
+                    scores = scores_after(
+                        update + 1, learner, data, "validation", run.eval_rows, run
+                    )
+                    stopping.update(update + 1, scores)
             if progress is not None:
                 progress(
                     update + 1,
@@ -201,11 +200,13 @@ def _scores(
     learner: Learner, partition: Partition, run: Run, record: dict[str, Any]
 ) -> dict[int, float]:
     """The validation scores of all slots; each process scores its own."""
-    local_scores = {}
-    with unsharded(learner.model), counted() as spent:
+    local_scores, group = {}, partition.group
+    with group.raise_together(), unsharded(learner.model), counted() as spent:
         if partition.slots:
-            local_scores = learner.score(partition.local_data, "validation", run.eval_rows)
-    record["validation_tokens"] += int(partition.group.sum(torch.tensor(spent["tokens"])))
+            local_scores = scores_after(
+                record["step"], learner, partition.local_data, "validation", run.eval_rows, run
+            )
+    record["validation_tokens"] += int(group.sum(torch.tensor(spent["tokens"])))
     return partition.gather_scores(local_scores)
 
 
@@ -216,6 +217,20 @@ def _check_finite(
         if not math.isfinite(loss):
             what = f"the loss is {loss} at step {update + 1}, task {data.slots[slot].key!r}"
             raise _diverged(what, learner, run)
+
+
+def scores_after(
+    step: int, learner: Learner, data: TaskData, split: str, max_rows: int | None, run: Run
+) -> dict[int, float]:
+    """The scores of all slots after so many steps of training.
+
+    Raises:
+        DivergedError: A score is not finite; the message names task, row and step.
+    """
+    try:
+        return learner.score(data, split, max_rows)
+    except DivergedError as error:
+        raise _diverged(f"{error} after step {step}", learner, run) from error
 
 
 def _check_weights(learner: Learner, partition: Partition, step: int, run: Run) -> None:
