@@ -26,12 +26,11 @@ INDIFFERENT_FIELDS = (
     *("task_type", "inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
     *("rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "init_lora_weights"),
-    *("megatron_config", "megatron_core", "eva_config", "runtime_config"),
+    *("target_parameters", "megatron_config", "megatron_core", "eva_config", "runtime_config"),
 )
 VARIANTS = {
     "use_dora": "a DoRA adapter",
     "lora_bias": "a LoRA adapter with trained biases",
-    "target_parameters": "a LoRA adapter of fused expert parameters",
     "layer_replication": "a LoRA adapter with layer replication",
     "trainable_token_indices": "a LoRA adapter with trained tokens",
     "ensure_weight_tying": "a LoRA adapter of tied weights",
@@ -81,10 +80,10 @@ def live_adapter(name: str, model: Any, skeleton: nn.Module) -> Finetuned:
 def _adapter(
     name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], skeleton: nn.Module
 ) -> Finetuned:
-    _check_plain_lora(name, config)
+    modules = dict(skeleton.named_modules())
+    _check_plain_lora(name, config, modules)
     prefix = getattr(skeleton, "base_model_prefix", "")
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
-    modules = dict(skeleton.named_modules())
     downs, ups = _factors(tensors, "A"), _factors(tensors, "B")
     copies: dict[str, Tensor] = {}
     for key in tensors.keys() - {key for key, _ in (*downs.values(), *ups.values())}:
@@ -192,7 +191,15 @@ def _of_layer(config: Mapping[str, Any], patterns: str, layer: str, default: Any
     return by_pattern.get(get_pattern_key(list(by_pattern), layer), default)
 
 
-def _check_plain_lora(name: str, config: Mapping[str, Any]) -> None:
+def _is_linear(parameter: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a parameter is the weight of a linear layer, by its full name."""
+    module, _, last = parameter.rpartition(".")
+    return last == "weight" and isinstance(modules.get(module), nn.Linear)
+
+
+def _check_plain_lora(
+    name: str, config: Mapping[str, Any], modules: Mapping[str, nn.Module]
+) -> None:
     from peft import LoraConfig
 
     peft_type = getattr(config.get("peft_type"), "value", config.get("peft_type"))
@@ -209,6 +216,8 @@ def _check_plain_lora(name: str, config: Mapping[str, Any]) -> None:
         variant = f"a {peft_type} adapter"
     elif variants:
         variant = variants[0]
+    elif not all(_is_linear(target, modules) for target in config.get("target_parameters") or ()):
+        variant = "a LoRA adapter of fused expert parameters"
     elif config.get("bias", "none") != "none":
         variant = "a LoRA adapter with trained biases"
     elif init not in PLAIN_INITS:
