@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Conv1D
 
-from foretune.adapters.peft_format import PREFIX, check_base
+from foretune.adapters.peft_names import PREFIX
+from foretune.adapters.stored_adapter import read_adapter
 from foretune.errors import UserError
-from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, LABELS_FILE
-from foretune.formats import read_json, read_tensors
+from foretune.files import LABELS_FILE
 from foretune.fusion.finetuned import Finetuned, LowRank
 from foretune.fusion.full_models import adapter_labels, spellings
 
@@ -26,11 +26,12 @@ INDIFFERENT_FIELDS = (
     *("task_type", "inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
     *("rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "init_lora_weights"),
-    *("target_parameters", "megatron_config", "megatron_core", "eva_config", "runtime_config"),
+    *("megatron_config", "megatron_core", "eva_config", "runtime_config"),
 )
 VARIANTS = {
     "use_dora": "a DoRA adapter",
     "lora_bias": "a LoRA adapter with trained biases",
+    "target_parameters": "a LoRA adapter of fused expert parameters",
     "layer_replication": "a LoRA adapter with layer replication",
     "trainable_token_indices": "a LoRA adapter with trained tokens",
     "ensure_weight_tying": "a LoRA adapter of tied weights",
@@ -38,21 +39,17 @@ VARIANTS = {
 }
 
 
-def adapter_folder(name: str, folder: Path, skeleton: nn.Module) -> Finetuned:
+def adapter_folder(
+    name: str, folder: Path, skeleton: nn.Module, *, allow_unverified: bool
+) -> Finetuned:
     """The adapter of a PEFT folder.
 
     Raises:
-        UserError: It belongs to another base, is not plain LoRA, or is damaged.
+        UserError: As `read_adapter`, or it is not plain LoRA.
     """
-    config = read_json(folder / ADAPTER_CONFIG_FILE, dict[str, Any])
-    file = folder / ADAPTER_WEIGHTS_FILE
-    if not file.is_file():
-        raise UserError(
-            f"{folder} has no {ADAPTER_WEIGHTS_FILE}; only safetensors are read: save the "
-            "adapter again with save_pretrained"
-        )
-    check_base(folder, skeleton)
-    adapter = _adapter(name, config, read_tensors(file), skeleton)
+    stored = read_adapter(folder, skeleton, allow_unverified=allow_unverified)
+    adapter = _adapter(name, stored.config, stored.tensors, skeleton)
+    adapter.notes += stored.notes
     if (folder / LABELS_FILE).is_file():
         adapter.labels = adapter_labels(folder / LABELS_FILE)
     return adapter
@@ -80,10 +77,10 @@ def live_adapter(name: str, model: Any, skeleton: nn.Module) -> Finetuned:
 def _adapter(
     name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], skeleton: nn.Module
 ) -> Finetuned:
-    modules = dict(skeleton.named_modules())
-    _check_plain_lora(name, config, modules)
+    _check_plain_lora(name, config)
     prefix = getattr(skeleton, "base_model_prefix", "")
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+    modules = dict(skeleton.named_modules())
     downs, ups = _factors(tensors, "A"), _factors(tensors, "B")
     copies: dict[str, Tensor] = {}
     for key in tensors.keys() - {key for key, _ in (*downs.values(), *ups.values())}:
@@ -191,15 +188,7 @@ def _of_layer(config: Mapping[str, Any], patterns: str, layer: str, default: Any
     return by_pattern.get(get_pattern_key(list(by_pattern), layer), default)
 
 
-def _is_linear(parameter: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a parameter is the weight of a linear layer, by its full name."""
-    module, _, last = parameter.rpartition(".")
-    return last == "weight" and isinstance(modules.get(module), nn.Linear)
-
-
-def _check_plain_lora(
-    name: str, config: Mapping[str, Any], modules: Mapping[str, nn.Module]
-) -> None:
+def _check_plain_lora(name: str, config: Mapping[str, Any]) -> None:
     from peft import LoraConfig
 
     peft_type = getattr(config.get("peft_type"), "value", config.get("peft_type"))
@@ -216,8 +205,6 @@ def _check_plain_lora(
         variant = f"a {peft_type} adapter"
     elif variants:
         variant = variants[0]
-    elif not all(_is_linear(target, modules) for target in config.get("target_parameters") or ()):
-        variant = "a LoRA adapter of fused expert parameters"
     elif config.get("bias", "none") != "none":
         variant = "a LoRA adapter with trained biases"
     elif init not in PLAIN_INITS:
