@@ -144,11 +144,13 @@ class LoRALayer(_AdaptedLayer):
 
     @override
     def adapted(self, x: Tensor, module: nn.Module, rows: RowSlots) -> Tensor:
+        """(rows, …, out) output of the layer for x (rows, …, in)."""
         weight: Any = module.weight.T if self.transposed else module.weight
         return self._linear(x, weight, module.bias, module.training, rows)
 
     @override
     def change(self, x: Tensor, module: nn.Module, rows: RowSlots) -> Tensor:
+        """(rows, …, out) the adapters' part for x (rows, …, in); (rows, out, length) of a conv."""
         if not self.is_conv:
             return self._linear(x, None, None, module.training, rows)
         channels_last = getattr(module, "channels_last", False)
@@ -212,11 +214,13 @@ class SparseLayer(_AdaptedLayer):
 
     @override
     def adapted(self, x: Tensor, module: nn.Module, rows: RowSlots) -> Tensor:
+        """(rows, …, out) output of the layer for x (rows, …, in)."""
         weight: Any = module.weight.T if self.transposed else module.weight
         return sparse_linear(x, weight, module.bias, self.values, self.positions, rows)  # type: ignore[arg-type]
 
     @override
     def change(self, x: Tensor, module: nn.Module, rows: RowSlots) -> Tensor:
+        """(rows, …, out) the adapters' part for x (rows, …, in)."""
         weight: Any = module.weight.T if self.transposed else module.weight
         nothing = torch.zeros_like(weight)
         return sparse_linear(x, nothing, None, self.values, self.positions, rows)  # type: ignore[arg-type]
