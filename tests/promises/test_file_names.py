@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CONFIG_FILE, WEIGHTS_FILE
-from foretune.models.loading import LOADERS
+from foretune.models.pretrained import LOADERS
 from foretune.pruning import PLAN_FILE
 
 SRC = Path(__file__).parents[2] / "src/foretune"

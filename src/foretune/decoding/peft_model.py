@@ -14,12 +14,15 @@ from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from foretune.models.loading import load_model
 
 
-def load_generator(name: str | Path, base: nn.Module | None = None) -> tuple[nn.Module, Any]:
+def load_generator(
+    name: str | Path, base: nn.Module | None = None, *, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
     """Loads a causal language model, or a base with the adapter of a PEFT folder.
 
     Args:
         name: A model folder, a hub id, or a PEFT folder.
         base: The base of an adapter; None for the one that its folder names.
+        trust_remote_code: Run Python code that comes with the model.
 
     Returns:
         (model in eval mode, its tokenizer or None). With an adapter the model is a `PeftModel`,
@@ -31,12 +34,17 @@ def load_generator(name: str | Path, base: nn.Module | None = None) -> tuple[nn.
     """
     folder = Path(name).expanduser()
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
-        return load_model(name, head="causal-lm")
+        return load_model(name, head="causal-lm", trust_remote_code=trust_remote_code)
     if not (folder / ADAPTER_WEIGHTS_FILE).is_file():
-        raise UserError(f"{folder} has no {ADAPTER_WEIGHTS_FILE}; other formats are not supported")
+        raise UserError(
+            f"{folder} has no {ADAPTER_WEIGHTS_FILE}; pickled adapters are never loaded, because "
+            "they can run code: save it again with peft's save_pretrained"
+        )
     tokenizer = None
     if base is None:
-        base, tokenizer = load_model(_base_of(folder), head="causal-lm")
+        base, tokenizer = load_model(
+            _base_of(folder), head="causal-lm", trust_remote_code=trust_remote_code
+        )
     return with_adapter(base, folder), tokenizer
 
 

@@ -25,9 +25,9 @@ from foretune.files import (
     ADAPTER_WEIGHTS_FILE,
     CONFIG_FILE,
     LABELS_FILE,
-    WEIGHTS_FILE,
 )
 from foretune.fusion.mixture import TaskHeads
+from foretune.models.checkpoint import tensor_files
 from foretune.models.loading import load_base
 from foretune.models.surgery import has_fresh_head, head_modules
 
@@ -217,10 +217,6 @@ def _loaded_copy(source: Source) -> tuple[nn.Module, Any]:
         raise UserError(f"{folder} is an adapter, not a base: give the model it was trained on")
     if not folder.is_dir() and str(source) != "minilm":
         raise UserError(f"base {source}: no such folder")
-    if str(source) == "minilm":
-        from foretune.models.loading import load_model
-
-        return load_model("minilm")
     return load_base(folder, dtype="auto")
 
 
@@ -281,7 +277,7 @@ def _model_folder(name: str, folder: Path, skeleton: nn.Module) -> Finetuned:
             f"{name} ({folder}) is a {class_name}, the others are {type(skeleton).__name__}: fuse "
             "models of one class"
         )
-    files = _tensor_files(folder)
+    files = tensor_files(folder)
     prefix = getattr(skeleton, "base_model_prefix", "")
     stored_names: dict[str, str] = {}
     for parameter, _ in skeleton.named_parameters():
@@ -302,26 +298,6 @@ def _model_folder(name: str, folder: Path, skeleton: nn.Module) -> Finetuned:
     config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
     labels = {int(k): v for k, v in (config.get("id2label") or {}).items()}
     return Finetuned(name, read, labels=labels)
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor → safetensors file of the folder that holds it; empty where there is none.
-
-    Raises:
-        UserError: A file is damaged.
-    """
-    index = folder / f"{WEIGHTS_FILE}.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        return {name: folder / file for name, file in weight_map.items()}
-    single = folder / WEIGHTS_FILE
-    if not single.is_file():
-        return {}
-    try:
-        with safetensors.safe_open(single, framework="pt") as stored:
-            return dict.fromkeys(stored.keys(), single)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot read {single}: {' '.join(str(error).split())[:200]}") from error
 
 
 def _adapter_folder(name: str, folder: Path, skeleton: nn.Module) -> Finetuned:

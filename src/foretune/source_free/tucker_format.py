@@ -20,7 +20,7 @@ from torch import nn
 from foretune.errors import UserError
 from foretune.files import CARD_FILE, WEIGHTS_FILE
 from foretune.formats import check_format, stamped
-from foretune.models.loading import load_module
+from foretune.models.loading import load_named_module
 from foretune.source_free import MODEL_FILE
 from foretune.source_free.imputer import Imputer
 from foretune.source_free.time_series_cnn import TimeSeriesCNN
@@ -60,8 +60,14 @@ def write_tucker(model: nn.Module, folder: Path, metadata: dict[str, Any]) -> No
     )
 
 
-def load_tucker(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+def load_tucker(
+    folder: Path | str, *, trust_remote_code: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     """Loads a model written by `write_tucker`.
+
+    Args:
+        folder: The folder.
+        trust_remote_code: Run the Python file that the folder names, if it names one.
 
     Returns:
         (model, contents of sfda.json).
@@ -79,7 +85,7 @@ def load_tucker(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     try:
         metadata: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         check_format(file, metadata, FORMAT)
-        model = _build(metadata["architecture"], folder)
+        model = _build(metadata["architecture"], folder, trust_remote_code)
         if metadata["ranks"]:
             tuckerize(model, ranks=metadata["ranks"], fit=False)
         if metadata["imputer"] is not None:
@@ -111,15 +117,15 @@ def _architecture(model: nn.Module, folder: Path) -> dict[str, Any]:
     return {"kind": "module", **origin}
 
 
-def _build(architecture: dict[str, Any], folder: Path) -> nn.Module:
+def _build(architecture: dict[str, Any], folder: Path, trust_remote_code: bool) -> nn.Module:
     fields = dict(architecture)
     kind = fields.pop("kind")
     if kind == "time-series-cnn":
         return TimeSeriesCNN(**fields)
     if kind == "module":
-        return load_module(fields["file"], fields["factory"], **fields["args"])
+        return load_named_module(folder / MODEL_FILE, fields, trust_remote_code=trust_remote_code)
     if kind != "transformers" or not hasattr(transformers, str(fields["class"])):
         raise ValueError(f"unknown architecture {architecture}")
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model: nn.Module = getattr(transformers, fields["class"])(config)
     return model
