@@ -141,7 +141,7 @@ def open_finetuned(name: str, source: Source, skeleton: nn.Module) -> Finetuned:
     if not folder.is_dir():
         raise UserError(f"{name}={source}: no such folder")
     if (folder / ADAPTER_CONFIG_FILE).is_file():
-        check_base(folder, skeleton, tuple(head_modules(skeleton)))
+        check_base(folder, skeleton)
         return _adapter_folder(name, folder, skeleton)
     return _model_folder(name, folder, skeleton)
 
