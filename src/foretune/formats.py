@@ -77,8 +77,8 @@ def read_json(path: Path, shape: type[T], current: str | None = None) -> T:
     except ValidationError as error:
         wrong = error.errors(include_url=False)[0]
         field = ".".join(map(str, wrong["loc"])) or "its content"
-        got = "" if wrong["type"] == "missing" else f", got {shortened(wrong['input'])}"
-        raise UserError(f"{path} is damaged: {field}: {wrong['msg'].lower()}{got}") from error
+        value = "" if wrong["type"] == "missing" else f", got {shortened(wrong['input'])}"
+        raise UserError(f"{path} is damaged: {field}: {wrong['msg'].lower()}{value}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
