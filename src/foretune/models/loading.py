@@ -108,9 +108,8 @@ def load_model(
                 config.num_labels = num_labels
             fresh_head = head in LABELLED
             model = build(auto, where, config, trusted, seed, dtype, fresh_head=fresh_head)
-            if head != "image-classification":
-                tokenizer = load_tokenizer(where, trusted)
-                check_vocabulary(where, model, tokenizer)
+            tokenizer = load_tokenizer(where, trusted, reads_text=head != "image-classification")
+            check_vocabulary(where, model, tokenizer)
     if tokenizer is not None and head == "classification":
         # decoders find a row's last token by this id, so it must be the id that pads the rows
         fill = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
@@ -269,15 +268,20 @@ def load_base(
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Load the weights that `save_base` wrote into a model of the same shape, in place."""
+    """Load the weights that `save_base` wrote into a model of the same shape, in place.
+
+    Raises:
+        UserError: The folder holds other weights than those that were saved.
+    """
     folder = Path(folder)
     if not isinstance(model, PreTrainedModel):
         safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
-        return
-    with quiet():
-        check_files(str(folder))
-        saved = type(model).from_pretrained(folder, use_safetensors=True)
-    model.load_state_dict(saved.state_dict())
+    else:
+        with quiet(), user_errors(str(folder)):
+            check_files(str(folder))
+            saved = type(model).from_pretrained(folder, use_safetensors=True)
+        model.load_state_dict(saved.state_dict())
+    check_fingerprint(folder, model)
 
 
 def load_named_module(record: Path, fields: Any, *, trust_remote_code: bool) -> nn.Module:

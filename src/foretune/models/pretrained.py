@@ -191,8 +191,8 @@ def check_vocabulary(where: str, model: nn.Module, tokenizer: Any) -> None:
         )
 
 
-def load_tokenizer(where: str, trusted: bool) -> Any:
-    """The tokenizer; None if the model comes without one.
+def load_tokenizer(where: str, trusted: bool, *, reads_text: bool = True) -> Any:
+    """The tokenizer; None if the model comes without one, or with one that is not needed.
 
     Raises:
         UserError: There are files of a tokenizer, and it cannot be loaded.
@@ -201,7 +201,7 @@ def load_tokenizer(where: str, trusted: bool) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=trusted)
     except Exception as error:  # whatever a damaged file makes transformers and tokenizers raise
         files = [name for name in TOKENIZER_FILES if (Path(where) / name).is_file()]
-        if not files:
+        if not files or not reads_text:
             return None
         raise UserError(
             f"cannot load the tokenizer of {where} ({', '.join(files)}): {one_line(error)}"

@@ -26,7 +26,7 @@ from foretune.files import (
 from foretune.formats import BASE, RUN, stamped
 from foretune.models.loading import save_base
 from foretune.models.loading_code import class_name, loading_code
-from foretune.models.surgery import name_outputs
+from foretune.models.surgery import head_labels, name_outputs
 from foretune.run import Run
 from foretune.tasks.task import Objective
 from foretune.training.learners.joint import Learner
@@ -75,7 +75,6 @@ class Outcome:
         """
         folder = Path(folder)
         with whole_folder(folder / "base") as part:
-            name_outputs(self.model, self.objective.space or ())
             save_base(self.model, self.tokenizer, part)
             (part / BASE_FILE).write_text(json.dumps(self._base_record(), indent=1))
         self.save_adapters(folder)
@@ -117,6 +116,7 @@ class Outcome:
             "method": self.method.to_dict(),
             "objective": self.objective.to_dict(),
             "fingerprint": fingerprint(self.model),
+            "head_labels": head_labels(self.model),
             "trainable": sorted(n for n, p in self.model.named_parameters() if p.requires_grad),
         }
         return stamped(record, BASE)

@@ -17,7 +17,7 @@ from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
 from foretune.files import RUN_FILE, claim_folder, write_whole
 from foretune.method import check_verb
-from foretune.models.surgery import head_width
+from foretune.models.surgery import head_width, name_outputs
 from foretune.processes import base_is_sharded
 from foretune.run import Run
 from foretune.tasks.objectives import settings_of
@@ -27,7 +27,13 @@ from foretune.training.data import SlotRows, TaskData, sampler_for
 from foretune.training.learners.joint import Learner
 from foretune.training.loop import Progress, fit
 from foretune.training.methods import AdaptMethod, RetrainMethod
-from foretune.training.model_copies import copy_to_adapt, fresh_copy, interpolate
+from foretune.training.model_copies import (
+    answers,
+    copy_to_adapt,
+    fresh_copy,
+    has_other_labels,
+    interpolate,
+)
 from foretune.training.outcome import Adapted, Outcome, labels_of
 from foretune.training.process_group import (
     Partition,
@@ -106,12 +112,16 @@ def retrain(
                 model = load_full_weights(fresh_copy(pretrained, objective, run.seed), model)
                 if learner is not None and learner.bank is not None:
                     learner.bank.onto(model)
-            interpolate(model, pretrained, share)
+            fresh_head = has_other_labels(pretrained, objective)
+            interpolate(model, pretrained, share, fresh_head=fresh_head)
         else:
             assert run.out is not None
             record = {**finished, "history": load_finished(run.out, learner, model)}
     if hasattr(model, "name_or_path"):  # what adapters name as their base
         model.name_or_path = "" if run.out is None else str(run.out / "base")  # type: ignore[assignment]
+    # What was not trained has learnt no labels but those that the base came with.
+    if objective.num_outputs() is not None and (learner or answers(model, objective)):
+        name_outputs(model, objective.space or ())
     outcome = Outcome(
         model=model.eval(),
         bank=learner.bank if learner and method.keeps_adapters and partition.slots else None,
