@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
+from foretune.cli.output import Json, TrustRemoteCode, emit, emit_json, quiet_stdout, table
+from foretune.models.trusted_code import trusted_code
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,13 +40,14 @@ def build(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing store.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Run a model on rows and store its states."""
     from foretune.run import check_one_of
 
     check_one_of("--key-type", key_type, ("float32", "float16", "bfloat16"))
-    with quiet_stdout():
+    with quiet_stdout(), trusted_code(trust_remote_code):
         from foretune.decoding.datastore_folders import build_folder
 
         result = build_folder(
@@ -122,13 +124,14 @@ def evaluate(
         int, typer.Option(min=0, help="Steps in each of LoRA's three training runs; 0 skips LoRA.")
     ] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of shots and LoRA.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Score the store on held-out rows, beside baselines that use the store's rows."""
     from foretune.decoding.prompts import decode_method
 
     decode_method("rtd", changes or [])
-    with quiet_stdout():
+    with quiet_stdout(), trusted_code(trust_remote_code):
         from foretune.cli.progress import StderrConsole
         from foretune.decoding.datastore_folders import evaluate_folder
 

