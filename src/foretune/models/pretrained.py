@@ -60,7 +60,7 @@ def user_errors(where: str) -> Iterator[None]:
         raise
     except Exception as error:  # a config may hold anything, and so may the errors that it causes
         reason = one_line(error)
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             raise UserError(
                 f'model "{where}" needs Python code of its own (auto_map in {CONFIG_FILE}), which '
                 f"is executed only with {HOW}"
@@ -75,8 +75,7 @@ def user_errors(where: str) -> Iterator[None]:
             hint = "" if place else ' Give a folder, "minilm", or a hub id while online.'
             raise UserError(f'cannot load model "{where}": {reason}.{hint}') from error
         raise UserError(
-            f'cannot load model "{where}": {place} does not describe a model that transformers can '
-            f"build: {reason}"
+            f"{place} does not describe a model that transformers can build: {reason}"
         ) from error
 
 
@@ -184,10 +183,15 @@ def check_vocabulary(where: str, model: nn.Module, tokenizer: Any) -> None:
         rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return
-    if tokenizer.vocab_size > rows:
+    if len(tokenizer) <= rows:
+        return
+    # Added tokens, such as T5's, are in no text but one that spells them out.
+    plain = tokenizer.get_vocab().items() - tokenizer.get_added_vocab().items()
+    largest = max((i for _, i in plain), default=0)
+    if largest >= rows:
         raise UserError(
-            f"the tokenizer of {where} has {tokenizer.vocab_size} tokens, but the model has "
-            f"embeddings of {rows}: one of the two is of another model"
+            f"the tokenizer of {where} has {largest + 1} tokens, but the model has embeddings of "
+            f"{rows}: one of the two is of another model"
         )
 
 
