@@ -687,5 +687,7 @@ def test_an_adapter_of_another_base_is_refused(folders: Any, tmp_path: Any) -> N
     with pytest.raises(UserError, match="names no base_model_name_or_path"):
         foretune.decode(*call, tuned=adapter, **GREEDY)
     (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no adapter_model.safetensors; pickled adapters are never"):
+    with pytest.raises(
+        UserError, match=r"no adapter_model.safetensors; pickled adapters are never"
+    ):
         foretune.decode(*call, tuned=adapter, **GREEDY)
