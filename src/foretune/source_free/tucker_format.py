@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import safetensors.torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedModel
+from typing_extensions import TypedDict
 
 from foretune.errors import UserError
 from foretune.files import CARD_FILE, WEIGHTS_FILE
-from foretune.formats import check_format, stamped
+from foretune.formats import damage_named, load_tensors, read_json, stamped
 from foretune.models.loading import load_named_module
+from foretune.models.surgery import match_head
 from foretune.source_free import MODEL_FILE
 from foretune.source_free.imputer import Imputer
 from foretune.source_free.time_series_cnn import TimeSeriesCNN
@@ -60,9 +62,20 @@ def write_tucker(model: nn.Module, folder: Path, metadata: dict[str, Any]) -> No
     )
 
 
+class Metadata(TypedDict):
+    """The fields of sfda.json that are read back."""
+
+    architecture: dict[str, Any]
+    ranks: dict[str, list[int | None]]
+    imputer: int | None
+    labels: NotRequired[list[str | int]]
+    domain: NotRequired[str]
+    shape: NotRequired[list[int]]
+
+
 def load_tucker(
     folder: Path | str, *, trust_remote_code: bool = False
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, Metadata]:
     """Loads a model written by `write_tucker`.
 
     Args:
@@ -82,22 +95,17 @@ def load_tucker(
             f"{folder} is not a prepared model: it has no {MODEL_FILE}; `foretune sfda prepare` "
             "writes one"
         )
-    try:
-        metadata: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        check_format(file, metadata, FORMAT)
+    metadata = read_json(file, Metadata, FORMAT)
+    with damage_named(file):
         model = _build(metadata["architecture"], folder, trust_remote_code)
+        if metadata["architecture"]["kind"] == "module" and "labels" in metadata:
+            match_head(model, len(metadata["labels"]), 0)  # preparing fits the head to the labels
         if metadata["ranks"]:
             tuckerize(model, ranks=metadata["ranks"], fit=False)
         if metadata["imputer"] is not None:
             model.imputer = Imputer(metadata["imputer"])
             model.imputer.requires_grad_(False)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not readable: {' '.join(str(error).split())[:200]}") from error
-    try:
-        safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / WEIGHTS_FILE} does not fit {file}: {reason}") from error
+    load_tensors(model, folder / WEIGHTS_FILE)
     model.name_or_path = str(folder)  # type: ignore[assignment]
     return model.eval(), metadata
 
@@ -124,8 +132,10 @@ def _build(architecture: dict[str, Any], folder: Path, trust_remote_code: bool) 
         return TimeSeriesCNN(**fields)
     if kind == "module":
         return load_named_module(folder / MODEL_FILE, fields, trust_remote_code=trust_remote_code)
-    if kind != "transformers" or not hasattr(transformers, str(fields["class"])):
+    model_class = getattr(transformers, str(fields.get("class")), None)
+    is_model = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
+    if kind != "transformers" or not is_model:
         raise ValueError(f"unknown architecture {architecture}")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model: nn.Module = getattr(transformers, fields["class"])(config)
+    model: nn.Module = model_class(config)  # type: ignore[misc]
     return model
