@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from typing_extensions import TypedDict
 
@@ -12,6 +13,7 @@ from foretune.entry_points import entry_point
 from foretune.errors import UserError
 from foretune.files import BASE_FILE
 from foretune.formats import BASE, read_json
+from foretune.models.checkpoint import stored_dtypes
 from foretune.models.surgery import name_outputs
 
 
@@ -59,13 +61,14 @@ def check_fingerprint(folder: Path, model: nn.Module) -> None:
 
     Args:
         folder: The folder of the base; without a record in it nothing is checked.
-        model: The model with the weights of the folder.
+        model: The model with the weights of the folder, in any precision.
 
     Raises:
         UserError: They differ, or the record is damaged.
     """
     saved = (read_base_record(folder) or {}).get("fingerprint")
-    if saved is None:
+    halves = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    if saved is None or (halves and "F32" in stored_dtypes(folder)):  # rounded on loading
         return
     is_base: Any = entry_point("foretune.adapters.fingerprint:is_base")
     if not is_base(model, {"base": saved, "without": ()}):

@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import safetensors
 from torch import nn
-from transformers.utils.hub import cached_file
 from typing_extensions import TypedDict
 
 from foretune.errors import UserError
@@ -40,11 +40,11 @@ def check_files(where: str) -> None:
     """
     folder = Path(where)
     if not folder.is_dir():
-        options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
-        options["_raise_exceptions_for_connection_errors"] = False
-        index = cached_file(where, INDEX_FILE, **options)
-        if index is not None:
-            shards_of(Path(index))
+        try:
+            index = huggingface_hub.hf_hub_download(where, INDEX_FILE)
+        except (OSError, ValueError):  # it is not sharded, or not there
+            return
+        shards_of(Path(index))
         return
     if (folder / CONFIG_FILE).is_file() and (folder / ADAPTER_CONFIG_FILE).is_file():
         raise UserError(
@@ -114,6 +114,19 @@ def tensor_shapes(file: Path, names: Collection[str] | None = None) -> dict[str,
             }
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read {file}: {' '.join(str(error).split())[:200]}") from error
+
+
+def stored_dtypes(folder: Path) -> set[str]:
+    """The dtypes of a folder's tensors as safetensors names them, such as F32.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    dtypes: set[str] = set()
+    for file in set(tensor_files(folder).values()):
+        with safetensors.safe_open(file, framework="pt") as stored:
+            dtypes |= {stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118
+    return dtypes
 
 
 def unstored_modules(model: nn.Module) -> list[str]:
@@ -206,7 +219,7 @@ def _is_of_base(model: nn.Module, name: str) -> bool:
     module: Any = base
     *parts, leaf = name.split(".")
     for part in parts:
-        inside = module._modules.get(part)
+        inside = dict(module.named_children()).get(part)
         if inside is None:
             # such as layer 5 of a list of four; another head is no module of the body at all
             return isinstance(module, nn.ModuleList) and part.isdigit() and len(module) > 0

@@ -82,8 +82,8 @@ def user_errors(where: str) -> Iterator[None]:
 def one_line(error: Exception) -> str:
     """The reason in at most 300 characters; with the type of an error that has few words."""
     text = " ".join(str(error).split())[:300].rstrip(".")
-    known = isinstance(error, (OSError, ImportError, ValueError, safetensors.SafetensorError))
-    return text if known and text else f"{type(error).__name__}: {text}"
+    says_enough = isinstance(error, (OSError, ImportError, ValueError, safetensors.SafetensorError))
+    return text if says_enough and text else f"{type(error).__name__}: {text}"
 
 
 def read_config(where: str, trusted: bool) -> Any:
@@ -93,14 +93,22 @@ def read_config(where: str, trusted: bool) -> Any:
         UserError: The files are not acceptable, or the config asks for code that may not be run.
     """
     check_files(where)
-    config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trusted)
-    kernel = getattr(config, "_attn_implementation", None)
-    if not trusted and "/" in str(kernel):
-        raise UserError(
-            f"{CONFIG_FILE} of {where} names code of the hub as its attention ({kernel}): allow it "
-            f"with {HOW}, or remove attn_implementation from the file"
-        )
-    return config
+    fields, _ = transformers.PreTrainedConfig.get_config_dict(where)
+    for name, kernel in _kernels(fields):
+        if not trusted:
+            raise UserError(
+                f"{CONFIG_FILE} of {where} names code of the hub as its {name} ({kernel}): allow "
+                f"it with {HOW}, or remove {name} from the file"
+            )
+    return transformers.AutoConfig.from_pretrained(where, trust_remote_code=trusted)
+
+
+def _kernels(fields: Any) -> Iterator[tuple[str, str]]:
+    """(key, repository) of the hub's kernels that a config names: they are code."""
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        if name.endswith("implementation") and "/" in str(value):
+            yield name, str(value)
+        yield from _kernels(value)
 
 
 def build(
@@ -134,7 +142,7 @@ def build(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if getattr(model, "peft_config", None):
         raise UserError(f"{where} is an adapter, not a model: give the model it was trained on")
     check_fit(where, model, info, fresh_head=fresh_head)
     if fresh_head and any(is_in_head(model, name) for name in info["missing_keys"]):
