@@ -31,6 +31,11 @@ def fresh_copy(model: nn.Module, objective: Objective, seed: int) -> nn.Module:
     return copied
 
 
+def has_drawn_head(model: nn.Module) -> bool:
+    """Whether the checkpoint that the model names does not hold its head, which was drawn."""
+    return not set(head_modules(model)).isdisjoint(unstored_modules(model))
+
+
 def has_other_labels(model: nn.Module, objective: Objective) -> bool:
     """Whether the model's head has learnt labels, and other ones than the objective's."""
     if objective.num_outputs() is None or head_labels(model) is None:

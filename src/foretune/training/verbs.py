@@ -32,6 +32,7 @@ from foretune.training.model_copies import (
     answers,
     copy_to_adapt,
     fresh_copy,
+    has_drawn_head,
     has_other_labels,
     interpolate,
 )
@@ -120,8 +121,9 @@ def retrain(
             record = {**finished, "history": load_finished(run.out, learner, model)}
     if hasattr(model, "name_or_path"):  # what adapters name as their base
         model.name_or_path = "" if run.out is None else str(run.out / "base")  # type: ignore[assignment]
-    # What was not trained has learnt no labels but those that the base came with.
-    if objective.num_outputs() is not None and (learner or answers(model, objective)):
+    # A head that was not trained stands for the labels only if it did before or was drawn for them.
+    is_named = learner is not None or answers(model, objective) or has_drawn_head(pretrained)
+    if objective.num_outputs() is not None and is_named:
         name_outputs(model, objective.space or ())
     outcome = Outcome(
         model=model.eval(),
