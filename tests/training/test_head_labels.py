@@ -165,6 +165,25 @@ def test_a_head_that_no_checkpoint_holds_travels_with_the_adapter(name_them, poo
         assert score == adapted.scores["a", 0] > 0.6
 
 
+def test_the_head_of_a_cross_encoder_travels_too(tmp_path):
+    """It has no labels: its two outputs say whether a candidate is right."""
+    save_base(tiny_models.bert(initializer_range=0.2), tiny_models.tokenizer(), tmp_path / "x")
+    names = {"id2label": {0: "wrong", 1: "right"}}
+    auto = transformers.AutoModelForSequenceClassification
+    model = auto.from_pretrained(tmp_path / "x", **names).eval()
+    rows = [
+        {"context": f"the {word}", "candidates": ["a cat", "a dog"], "answer": i}
+        for i, word in enumerate(("cat", "dog"))
+    ] * 4
+    objective = foretune.Choice(tiny_models.tokenizer(), scoring="cross-encoder")
+    pairs = TaskCollection([Task("a", train=rows, test=rows)], objective)
+    adapted = foretune.adapt(model, pairs, LoRA(**TUNED), STEPS)
+    head = adapted.tensors["a", 0]["base_model.model.classifier.weight"]
+    assert head.shape == model.classifier.weight.shape
+    kept = foretune.retrain(model, pairs, Standard(), STEPS).model
+    assert kept.config.id2label == names["id2label"]
+
+
 @pytest.mark.parametrize(
     ("config_class", "model_class", "heads"),
     [

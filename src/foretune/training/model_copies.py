@@ -38,17 +38,15 @@ def has_drawn_head(model: nn.Module) -> bool:
 
 def has_other_labels(model: nn.Module, objective: Objective) -> bool:
     """Whether the model's head has learnt labels, and other ones than the objective's."""
-    if objective.num_outputs() is None or head_labels(model) is None:
-        return False
-    return not answers(model, objective)
+    return head_labels(model) is not None and not answers(model, objective)
 
 
 def answers(model: nn.Module, objective: Objective) -> bool:
     """Whether the outputs of the model's head are the objective's ids: their labels are the same.
 
-    A plain module without a head of its own is taken at its word: its last layer is no task head.
+    An objective without labels, and a plain module without a task head, are taken at their word.
     """
-    if not has_fresh_head(model):
+    if objective.shared().space is None or not has_fresh_head(model):
         return True
     names, space = head_labels(model), objective.space
     if names is None or space is None:
@@ -75,17 +73,16 @@ def copy_to_adapt(model: nn.Module, objective: Objective, seed: int) -> tuple[nn
     loaders accept them, unless a task has more labels. A head that the base's checkpoint lacks is
     copied for each task, so that it travels with the adapter.
     """
-    outputs = objective.num_outputs()
-    local_form = objective.local()
-    if outputs is None or local_form is objective:
-        return _copy_with_head(model, objective, outputs, seed), objective
-    width = head_width(model)
-    fits = width in (None, outputs) and answers(model, objective)
+    outputs, width = objective.num_outputs(), None
+    local_form, fits = objective.local(), True
+    if outputs is not None and local_form is not objective:
+        width = head_width(model)
+        fits = width in (None, outputs) and answers(model, objective)
     if not fits:
         objective = local_form
         outputs = max(width or 0, objective.num_outputs() or 0)
     copied = _copy_with_head(model, objective, outputs, seed)
-    if not has_fresh_head(copied):
+    if outputs is None or not has_fresh_head(copied):
         return copied, objective
     if not fits and width is not None:
         reset_head(copied, outputs, seed)

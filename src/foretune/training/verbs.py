@@ -123,7 +123,7 @@ def retrain(
         model.name_or_path = "" if run.out is None else str(run.out / "base")  # type: ignore[assignment]
     # A head that was not trained stands for the labels only if it did before or was drawn for them.
     is_named = learner is not None or answers(model, objective) or has_drawn_head(pretrained)
-    if objective.num_outputs() is not None and is_named:
+    if objective.shared().space is not None and is_named:
         name_outputs(model, objective.space or ())
     outcome = Outcome(
         model=model.eval(),
