@@ -190,7 +190,10 @@ def test_bank_does_not_change_the_model():
     bank = _bank(model)
     with bank.attached():
         assert list(model.state_dict()) == list(before)
-        torch.testing.assert_close(model(**inputs).last_hidden_state, plain)  # no route: no adapter
+        with route(None):
+            torch.testing.assert_close(model(**inputs).last_hidden_state, plain)
+        with pytest.raises(UserError, match="outside route"):
+            model(**inputs)
     assert all("forward" not in vars(m) for m in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

@@ -107,6 +107,8 @@ def adapt(
         emit(table(["task", result["metric"]], [*rows, ["mean", f"{result['mean']:.3f}"]]))
     else:
         emit("No task has test examples, so nothing was scored.")
+    for line in result["drawn"]:
+        emit(f"Adapted on {line}")
     emit(f"Adapters: {out}")
     if result["num_labels"] is not None:
         emit("The adapters have a head that the base lacks, or a wider one; load them like this:")

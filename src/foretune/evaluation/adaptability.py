@@ -35,6 +35,8 @@ from foretune.training.loop import Progress
 from foretune.training.model_copies import answers
 from foretune.training.outcome import Outcome
 from foretune.training.scoring import score_slots
+from foretune.training.shots import draw_shots
+from foretune.training.text_limits import TextLimits
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ def compare(
             adapted = verbs.adapt(
                 model, unseen, method, run, shots=k, draws=draws, progress=progress
             )
+            drawn = draw_shots(unseen, objective.kind, k, draws, run.seed)
+            num_train = {(slot.task, slot.draw): len(slot.train) for slot in drawn}
             scores += [
                 {
                     "base": name,
@@ -135,6 +139,7 @@ def compare(
                     "seed": draw,
                     "score": score,
                     "num_rows": adapted.num_rows[task, draw],
+                    "num_train": num_train[task, draw],
                 }
                 for (task, draw), score in adapted.scores.items()
             ]
@@ -212,7 +217,8 @@ def zero_shot(
     has_outputs = objective.num_outputs() is not None
     if has_outputs and (objective.shared() is not objective or not answers(model, objective)):
         return []
-    data = TaskData([slot_of(task) for task in unseen], objective)
+    limits = TextLimits.of(model, objective)
+    data = TaskData([slot_of(task) for task in unseen], objective, limits)
     with frozen_prefix(model, []):
         scores = score_slots(model, data, "test")
     return [

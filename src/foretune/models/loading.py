@@ -19,10 +19,10 @@ from foretune.errors import UserError, did_you_mean
 from foretune.files import CONFIG_FILE, MODULE_FILE, WEIGHTS_FILE
 from foretune.formats import MODULE, read_json, stamped
 from foretune.models.base_record import check_fingerprint, restore
+from foretune.models.capacity import pad_within
 from foretune.models.checkpoint import check_files, tensor_shapes
 from foretune.models.pretrained import (
     build,
-    check_vocabulary,
     load_tokenizer,
     quiet,
     read_config,
@@ -116,7 +116,7 @@ def load_model(
             fresh_head = head in LABELLED
             model = build(auto, where, config, trusted, seed, dtype, fresh_head=fresh_head)
             tokenizer = load_tokenizer(where, trusted, reads_text=head != "image-classification")
-            check_vocabulary(where, model, tokenizer)
+    pad_within(model, tokenizer)
     if tokenizer is not None and head == "classification":
         # decoders find a row's last token by this id, so it must be the id that pads the rows
         fill = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
@@ -278,7 +278,7 @@ def load_base(
         )
         restore(Path(where), model)
         tokenizer = load_tokenizer(where, trusted)
-        check_vocabulary(where, model, tokenizer)
+    pad_within(model, tokenizer)
     return model, tokenizer
 
 

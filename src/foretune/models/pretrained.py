@@ -10,7 +10,6 @@ from typing import Any
 import safetensors
 import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedModel
 
 from foretune.entry_points import entry_point
@@ -177,30 +176,6 @@ def saved_class(where: str, config: Any, trusted: bool) -> Any:
             f"{name}"
         )
     return model_class
-
-
-def check_vocabulary(where: str, model: nn.Module, tokenizer: Any) -> None:
-    """Checks that the model has an embedding for each token of its tokenizer.
-
-    Raises:
-        UserError: The tokenizer has ids beyond the embeddings.
-    """
-    if tokenizer is None or not hasattr(model, "get_input_embeddings"):
-        return
-    try:
-        rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return
-    if len(tokenizer) <= rows:
-        return
-    # Added tokens, such as T5's, are in no text but one that spells them out.
-    plain = tokenizer.get_vocab().items() - tokenizer.get_added_vocab().items()
-    largest = max((i for _, i in plain), default=0)
-    if largest >= rows:
-        raise UserError(
-            f"the tokenizer of {where} has {largest + 1} tokens, but the model has embeddings of "
-            f"{rows}: one of the two is of another model"
-        )
 
 
 def load_tokenizer(where: str, trusted: bool, *, reads_text: bool = True) -> Any:

@@ -17,6 +17,7 @@ from foretune.models.surgery import (
     match_head,
     reset_head,
 )
+from foretune.tasks.labels import label_text
 from foretune.tasks.task import Objective
 
 
@@ -52,7 +53,8 @@ def answers(model: nn.Module, objective: Objective) -> bool:
     if names is None or space is None:
         return False
     return len(names) == len(space) and all(
-        name in (None, str(label)) for name, label in zip(names, space, strict=True)
+        name is None or label_text(name) == label_text(label)
+        for name, label in zip(names, space, strict=True)
     )
 
 
