@@ -19,7 +19,7 @@ from foretune.files import CONFIG_FILE, LABELS_FILE, WEIGHTS_FILE
 from foretune.formats import read_json
 from foretune.fusion.finetuned import Finetuned, persistent_buffers
 from foretune.fusion.tied_weights import tied_names
-from foretune.models.checkpoint import shards_of
+from foretune.models.checkpoint import INDEX_FILE, shards_of
 from foretune.models.loading import load_base
 
 # Fields of a config that do not change what a model computes, or that are compared elsewhere.
@@ -118,7 +118,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     Raises:
         UserError: A file is missing or damaged, or outside the folder.
     """
-    index = folder / f"{WEIGHTS_FILE}.index.json"
+    index = folder / INDEX_FILE
     if not index.is_file():
         single = folder / WEIGHTS_FILE
         return dict.fromkeys(_keys(single), single) if single.is_file() else {}
