@@ -144,6 +144,9 @@ def build(
     if getattr(model, "peft_config", None):
         raise UserError(f"{where} is an adapter, not a model: give the model it was trained on")
     check_fit(where, model, info, fresh_head=fresh_head)
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and p.numel() and not all(x.isfinite() for x in p.aminmax()):
+            raise UserError(f"{where} holds NaN or infinite numbers in {name}")
     if fresh_head and any(is_in_head(model, name) for name in info["missing_keys"]):
         name_outputs(model, ())
     is_as_saved = type(model).__name__ in (getattr(config, "architectures", None) or ())
@@ -186,6 +189,7 @@ def load_tokenizer(where: str, trusted: bool, *, reads_text: bool = True) -> Any
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=trusted)
+        tokenizer("a", truncation=True)  # some settings are only read now
     except Exception as error:  # whatever a damaged file makes transformers and tokenizers raise
         files = [name for name in TOKENIZER_FILES if (Path(where) / name).is_file()]
         if not files or not reads_text:
