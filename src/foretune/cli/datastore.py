@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from foretune.cli.output import Json, TrustRemoteCode, emit, emit_json, quiet_stdout, table
+from foretune.cli.output import (
+    AllowUnverified,
+    Json,
+    TrustRemoteCode,
+    emit,
+    emit_json,
+    quiet_stdout,
+    table,
+)
 from foretune.models.trusted_code import trusted_code
 
 app = typer.Typer(
@@ -41,6 +49,7 @@ def build(
         bool, typer.Option("--overwrite", help="Replace an existing store.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
     """Run a model on rows and store its states."""
@@ -60,6 +69,7 @@ def build(
             permute_options=permute_options,
             key_type=key_type,
             overwrite=overwrite,
+            allow_unverified=allow_unverified,
         )
     if json:
         emit_json(result)
@@ -125,6 +135,7 @@ def evaluate(
     ] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of shots and LoRA.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
+    allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
     """Score the store on held-out rows, beside baselines that use the store's rows."""
@@ -145,6 +156,7 @@ def evaluate(
             shots=shots,
             lora_steps=lora_steps,
             seed=seed,
+            allow_unverified=allow_unverified,
             console=StderrConsole(),
         )
     emit_json(result) if json else emit(evaluation_text(result))

@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from foretune.cli.output import Json, TrustRemoteCode, emit, emit_json, quiet_stdout
+from foretune.cli.output import (
+    AllowUnverified,
+    Json,
+    TrustRemoteCode,
+    emit,
+    emit_json,
+    quiet_stdout,
+)
 from foretune.models.trusted_code import trusted_code
 
 
@@ -34,6 +41,7 @@ def fuse(
         bool, typer.Option("--overwrite", help="Replace an earlier fused model in --out.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
     """Fuse fine-tuned models over one base, without training."""
@@ -42,7 +50,13 @@ def fuse(
     request = parse_request(method, arguments)
     with quiet_stdout(), trusted_code(trust_remote_code):
         result = fuse_folders(
-            base, request, out, samples=samples, num_samples=num_samples, overwrite=overwrite
+            base,
+            request,
+            out,
+            samples=samples,
+            num_samples=num_samples,
+            overwrite=overwrite,
+            allow_unverified=allow_unverified,
         )
     if json:
         emit_json(result)

@@ -11,7 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from foretune.cli.output import Json, TrustRemoteCode, emit, emit_json, quiet_stdout, table
+from foretune.cli.output import (
+    AllowUnverified,
+    Json,
+    TrustRemoteCode,
+    emit,
+    emit_json,
+    quiet_stdout,
+    table,
+)
 from foretune.errors import UserError
 from foretune.files import claim_file
 from foretune.models.trusted_code import trusted_code
@@ -76,6 +84,7 @@ def generate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the --out file.")] = False,
     trust_remote_code: TrustRemoteCode = False,
+    allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
     """Continue prompts with a model, plain or steered by EFT or RTD."""
@@ -100,6 +109,7 @@ def generate(
         if betas is not None:
             from foretune.decoding.beta_sweep import figure, sweep, table_rows
 
+            options["allow_unverified"] = allow_unverified
             rows = sweep(model, texts, record, betas, resources, oracle, **options)
         else:
             from foretune.decoding.prompts import generate as run
@@ -111,6 +121,7 @@ def generate(
                 record,
                 resources,
                 batch_size=batch_size,
+                allow_unverified=allow_unverified,
                 **options,
                 **side_prompts,
                 **drafting,
