@@ -161,14 +161,7 @@ def _dummy() -> bool:
     return isinstance(DUMMY_TARGET_MODULES, str)
 
 
-def _recomputing() -> bool:
-    model = tiny_models.llama()
-    model.gradient_checkpointing_enable()
-    return any("_gradient_checkpointing_func" in vars(module) for module in model.modules())
-
-
 STILL: dict[str, Callable[[], bool]] = {
-    "_gradient_checkpointing_func": _recomputing,
     "_attn_implementation": _implementation,
     "_is_stateful": _stateful,
     "_from_config": _from_config,
