@@ -162,6 +162,8 @@ def read_base_record(folder: Path) -> BaseRecord | None:
     if not file.is_file():
         return None
     record = read_json(file, BaseRecord, ADAPTER)
+    if isinstance(record["base"], dict) and not {"dtypes", "without"} <= record.keys():
+        raise UserError(f"{file} is damaged: dtypes or without is missing")
     if "without" not in record:
         record["without"] = read_config(folder).get("modules_to_save") or []
     return record

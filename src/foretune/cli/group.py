@@ -16,6 +16,7 @@ from foretune.printable import printable
 from foretune.processes import process_rank
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+LONGEST = 1000  # characters of an error
 ALONE_S = 5.0  # seconds within which the launcher ends a job that failed
 
 
@@ -70,6 +71,8 @@ def _print_error(line: str, error: Exception) -> None:
     if rank > 0 and not isinstance(error, LostProcessError):
         time.sleep(ALONE_S)
     text = printable(f"process {rank}: {line}" if rank else line)
+    if len(text) > LONGEST:  # a name or a value from a file
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
     print(text, file=sys.stderr, flush=True)
 
 
