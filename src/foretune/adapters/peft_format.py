@@ -16,6 +16,7 @@ from foretune.adapters.fingerprint import fingerprint
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from foretune.formats import ADAPTER, check_format, stamped
+from foretune.manifest import final_path
 
 PREFIX = "base_model.model."
 FINGERPRINT_FILE = "base_fingerprint.json"
@@ -41,7 +42,7 @@ def peft_config(bank: AdapterBank, model: nn.Module, base: str | None) -> dict[s
         modules_to_save=list(bank.head_names) or None,
         fan_in_fan_out=any(type(modules[n]).__name__ == "Conv1D" for n in bank.layer_names),
         inference_mode=True,
-        base_model_name_or_path=base,
+        base_model_name_or_path=None if base is None else final_path(base),
     )
     fields = config.to_dict()
     return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}

@@ -9,7 +9,7 @@ from foretune.models.loading_code import loading_code
 
 def model_card(comparison: dict[str, Any]) -> str:
     """The model card in Markdown, with the front matter that the Hugging Face Hub reads."""
-    from foretune.training.outcome import folder_name
+    from foretune.training.outcome import folder_names
 
     best = comparison["verdict"]["best"]
     bases = {base["name"]: base for base in comparison["bases"]}
@@ -18,7 +18,8 @@ def model_card(comparison: dict[str, Any]) -> str:
     collection = comparison["collection"]
     seen, number = collection.get("num_seen"), collection["num_unseen"]
     tasks = "task" if number == 1 else "tasks"
-    example_task = folder_name(comparison["scores"][-1]["task"])
+    names = folder_names((score["task"], 0) for score in comparison["scores"])
+    example_task = names[comparison["scores"][-1]["task"], 0]
     retrained = "" if seen is None else f" retrained on {seen} tasks and"
     lines = [
         "---",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import nn
 from foretune.adapters.bank import AdapterBank
 from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import load_adapter
+from foretune.claims import output_folder
 from foretune.errors import UserError
 from foretune.files import METRICS_FILE, RUN_FILE, write_whole
 from foretune.formats import RUN, check_format, stamped
@@ -21,7 +24,7 @@ from foretune.models.loading import load_weights
 from foretune.run import Run
 from foretune.tasks.task import Task
 from foretune.training.learners.joint import Learner
-from foretune.training.outcome import Adapted, folder_name
+from foretune.training.outcome import Adapted, folder_names, readable_name
 from foretune.training.process_group import ProcessGroup
 
 TaskDraw = tuple[str, int]
@@ -29,6 +32,27 @@ SCORES = "scores.json"
 SCORES_OF_RANK = ".scores-{}.json"  # until the last process has finished
 # Fields that may differ between a run and its continuation: they do not change the result.
 MOVABLE = ("out", "resume", "overwrite", "device", "tasks_per_wave")
+
+
+@contextlib.contextmanager
+def claimed(run: Run, kind: str, group: ProcessGroup) -> Iterator[Run]:
+    """Claims the folder of a run; the first of several processes does it for all.
+
+    Yields:
+        The run with the folder to write to as its `out`.
+
+    Raises:
+        UserError: As `output_folder`.
+    """
+    out = run.out
+    if out is None:
+        yield run
+        return
+    with contextlib.ExitStack() as claim:
+        enter = lambda: claim.enter_context(  # noqa: E731
+            output_folder(out, kind, resume=run.resume, overwrite=run.overwrite)
+        )
+        yield run.replace(out=group.on_first_process(enter))
 
 
 def inputs_of(model: nn.Module, tasks: Iterable[Task]) -> dict[str, Any]:
@@ -122,15 +146,41 @@ def _check_part(folder: Path, part: str, begun: Any, current: Any) -> None:
         )
 
 
-def load_finished(folder: Path, learner: Learner | None, model: Any) -> list[dict[str, Any]]:
-    """Loads the base and the adapters of a finished retraining; returns its history."""
+def load_finished(
+    folder: Path, learner: Learner | None, model: Any, tasks: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Loads the base and the adapters of a finished retraining; returns its history.
+
+    Raises:
+        UserError: The base has other weights than when it was written.
+    """
     load_weights(model, folder / "base")
+    check_unchanged(model, folder / "base")
     bank: AdapterBank | None = None if learner is None else learner.bank
     if bank is not None and (folder / "adapters").is_dir():
+        names = folder_names((task, 0) for task in tasks)
         for slot, key in enumerate(bank.keys):
-            load_adapter(bank, slot, folder / "adapters" / folder_name(key), model)
+            place = folder / "adapters" / names[key, 0]
+            if not place.is_dir():  # as earlier versions named it
+                place = place.with_name(readable_name(key))
+            load_adapter(bank, slot, place, model)
     lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+@dataclass(frozen=True)
+class SavedTask:
+    """A task that has been adapted to, as scores.json records it.
+
+    Args:
+        folder: Name of its folder.
+        score: Its mean score; None without examples to score on.
+        num_rows: Number of examples that were scored.
+    """
+
+    folder: str
+    score: float | None
+    num_rows: int
 
 
 def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: ProcessGroup) -> None:
@@ -139,35 +189,41 @@ def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: Pr
     models = {key: result.models[key] for key in wave if key in result.models}
     replace(result, tensors=tensors, models=models).save(folder)
     file = folder / (SCORES if group.size == 1 else SCORES_OF_RANK.format(group.rank))
-    done = _read_scores(file) | {
-        key: (result.scores[key], result.num_rows[key]) for key in wave if key in result.scores
+    saved = {
+        key: SavedTask(
+            result.folders[key], result.scores.get(key), result.num_rows.get(key, 0)
+        )
+        for key in wave
     }
-    _write_scores(file, done)
+    _write_scores(file, _read_scores(file) | saved)
 
 
-def collect_scores(folder: Path) -> dict[TaskDraw, tuple[float, int]]:
-    """The scores of the finished tasks, merged into one file."""
+def collect_scores(folder: Path) -> dict[TaskDraw, SavedTask]:
+    """The finished tasks, merged into one file; a task whose folder is gone is not finished."""
     parts = sorted(folder.glob(SCORES_OF_RANK.format("*")))
-    done = _read_scores(folder / SCORES)
+    saved = _read_scores(folder / SCORES)
     for part in parts:
-        done |= _read_scores(part)
+        saved |= _read_scores(part)
     if parts:
-        _write_scores(folder / SCORES, done)
+        _write_scores(folder / SCORES, saved)
         for part in parts:
             part.unlink()
-    return done
+    return {key: task for key, task in saved.items() if (folder / task.folder).is_dir()}
 
 
-def _read_scores(file: Path) -> dict[TaskDraw, tuple[float, int]]:
+def _read_scores(file: Path) -> dict[TaskDraw, SavedTask]:
     if not file.is_file():
         return {}
     rows = json.loads(file.read_text(encoding="utf-8"))
-    return {(row["task"], row["draw"]): (row["score"], row["num_rows"]) for row in rows}
+    return {
+        (row["task"], row["draw"]): SavedTask(row["folder"], row["score"], row["num_rows"])
+        for row in rows
+    }
 
 
-def _write_scores(file: Path, done: Mapping[TaskDraw, tuple[float, int]]) -> None:
+def _write_scores(file: Path, saved: Mapping[TaskDraw, SavedTask]) -> None:
     rows = [
-        {"task": task, "draw": draw, "folder": folder_name(task, draw), "score": s, "num_rows": n}
-        for (task, draw), (s, n) in done.items()
+        {"task": task, "draw": draw, **dataclasses.asdict(entry)}
+        for (task, draw), entry in saved.items()
     ]
     write_whole(file, json.dumps(rows, indent=1))
