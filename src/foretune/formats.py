@@ -1,4 +1,6 @@
-"""The version of each file that foretune writes and reads back, as a field "format" in it.
+"""The formats of the files that foretune reads back, and the readers that check a file's content.
+
+A file's version stands in it as a field "format".
 
 "foretune-run-2" is version 2 of the record of a run. The number goes up when an earlier foretune
 would misread the file; a field that it can ignore needs no new number. A file without the field was
@@ -12,9 +14,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from foretune.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
 
 FIELD = "format"
 ADAPTER = "foretune-adapter-1"  # base_fingerprint.json
@@ -31,6 +38,85 @@ SPECTRUM = "foretune-spectrum-1"  # spectrum.json
 STAGE = "foretune-stage-1"  # stage.json
 
 _NAME = re.compile(r"(foretune-[a-z-]+)-(\d+)")
+
+
+def read_json(path: Path, shape: type[T], current: str | None = None) -> T:
+    """Reads a JSON file and checks its content against a type.
+
+    Nothing is coerced: a number in quotes is not a number. Fields that a `TypedDict` does not name
+    are dropped.
+
+    Args:
+        path: The file.
+        shape: The type of the content, such as `dict[str, list[str]]` or a `TypedDict`.
+        current: Its format as it is written now, checked and taken out of the content; None for a
+            file without the field.
+
+    Returns:
+        The content as `shape`.
+
+    Raises:
+        UserError: The file cannot be read, is not JSON, has another format, or its content is not
+            of that type. The message names the first field that is wrong.
+    """
+    from pydantic import TypeAdapter, ValidationError
+    from pydantic_core import from_json
+
+    if not path.is_file():
+        raise UserError(f"{path} is not a file" if path.exists() else f"no file {path}")
+    try:
+        content = from_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if current is not None:
+        content = unstamped(path, content, current)
+    try:
+        return TypeAdapter(shape).validate_python(content, strict=True)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        field = ".".join(map(str, wrong["loc"])) or "its content"
+        value = "" if wrong["type"] == "missing" else f", got {shortened(wrong['input'])}"
+        raise UserError(f"{path} is damaged: {field}: {wrong['msg'].lower()}{value}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file of finite numbers.
+
+    Returns:
+        Tensors of any shape by name.
+
+    Raises:
+        UserError: The file cannot be read, is not a safetensors file, or a number in it is NaN or
+            infinite; the message names the tensor.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(f"{path} is not a file" if path.exists() else f"no file {path}")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a readable safetensors file: {reason}") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(f"{path}: {name} holds NaN or infinite numbers")
+    return tensors
+
+
+def shortened(value: Any, length: int = 60) -> str:
+    """A value for a message, cut after `length` characters.
+
+    >>> shortened(list(range(100)), 12)
+    '[0, 1, 2, 3, …'
+    """
+    text = ascii(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def stamped(record: Mapping[str, Any], current: str) -> dict[str, Any]:
