@@ -36,6 +36,7 @@ except ImportError:  # Windows, where folders are not locked
 
 # What a run writes before its first result: a folder of these holds nothing that could be lost.
 EARLY = (RECIPE, INPUTS, RUN_FILE, MARKER_FILE)
+MARKS = (b"foretune", b'id="figure-title"')  # in every page, recipe and figure of ours
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EIO)
 _held: set[Path] = set()  # the folders that this process has claimed
 
@@ -137,7 +138,7 @@ def claim_file(file: Path, *, overwrite: bool, reads: Sequence[Path | str] = ())
         if not overwrite:
             raise UserError(f"{file} exists: use --overwrite to replace it, or another name")
         check_not_read(file, reads)
-        if not file.is_file() or b"foretune" not in file.read_bytes():
+        if not file.is_file() or not any(mark in file.read_bytes() for mark in MARKS):
             raise UserError(
                 f"{file} was not made by foretune: --overwrite does not replace it; choose another "
                 "name"
@@ -185,10 +186,8 @@ def _check_path(out: Path) -> Path:
 def _check_name(path: Path) -> None:
     if "\0" in str(path):
         raise UserError(f"{str(path)!r} is not a path: it holds a null character")
-    try:
+    with contextlib.suppress(FileNotFoundError):
         path.lstat()  # unlike `exists`, it does not hide a name that is too long
-    except FileNotFoundError:
-        pass
 
 
 def _beside(target: Path) -> Path:

@@ -88,7 +88,7 @@ def _state(marker: Path) -> tuple[int, ...]:
 
 def root_of(path: Path) -> Path | None:
     """The nearest folder above `path` that lists its files; None outside of such a folder."""
-    for folder in Path(os.path.abspath(path)).parents:
+    for folder in path.absolute().parents:
         if read_manifest(folder) is not None:
             return folder
     return None
@@ -100,7 +100,7 @@ def record_files(path: Path, files: Iterable[Path]) -> None:
     manifest = None if root is None else read_manifest(root)
     if root is None or manifest is None:
         return
-    names = [Path(os.path.abspath(file)).relative_to(root).as_posix() for file in files]
+    names = [file.absolute().relative_to(root).as_posix() for file in files]
     new = [name for name in names if name not in manifest.files]
     if new:
         append(root, new)
@@ -108,7 +108,7 @@ def record_files(path: Path, files: Iterable[Path]) -> None:
 
 def foreign_files(path: Path) -> list[str]:
     """The files and links at `path` or below it that no manifest lists, relative to its folder."""
-    start = Path(os.path.abspath(path))
+    start = path.absolute()
     root = start if read_manifest(start) is not None else root_of(start)
     manifest = None if root is None else read_manifest(root)
     foreign = []
@@ -123,7 +123,7 @@ def foreign_files(path: Path) -> list[str]:
 def all_files(folder: Path) -> Iterator[Path]:
     """The files of a folder at any depth, and links, which are not followed."""
     for place, folders, files in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        links = [name for name in folders if Path(place, name).is_symlink()]
         yield from (Path(place, name) for name in (*files, *links))
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from foretune.errors import UserError
 
+MAX_SEED = 2**32 - 1  # every generator takes it, and the loop may multiply it
 DEVICE = r"(cpu|cuda|mps|xpu|npu|hpu)(:\d+)?"
 
 
@@ -153,8 +154,8 @@ def check_seed(name: str, value: Any) -> None:
     Raises:
         UserError: It is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
-        raise UserError(f"{name} must be a whole number from 0 to {2**32 - 1}, got {value!r}"[:200])
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
+        raise UserError(f"{name} must be a whole number from 0 to {MAX_SEED}, got {value!r}"[:200])
 
 
 def check_ints(name: str, value: Any) -> Any:

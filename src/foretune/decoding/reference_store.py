@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from foretune.adapters.fingerprint import base_and_adapter
-from foretune.decoding import STORE_FILE
+from foretune.claims import output_folder
 from foretune.decoding.lookup import (
     MIXES,
     MULTIPLES,
@@ -36,7 +36,6 @@ from foretune.decoding.store_folder import (
     write_store,
 )
 from foretune.errors import UserError
-from foretune.files import claim_model_folder
 from foretune.run import check_one_of
 
 TENSOR_NAMES = ("keys", "values", "own", "sources")  # in the file; own: model_log_probs
@@ -350,8 +349,11 @@ class ReferenceStore:
         Raises:
             UserError: The folder is not empty, and is not a store or `overwrite` is false.
         """
-        folder = Path(folder)
-        claim_model_folder(folder, STORE_FILE, overwrite=overwrite)
+        with output_folder(Path(folder), "datastore", overwrite=overwrite, at_once=True) as part:
+            self.write(part)
+
+    def write(self, folder: Path) -> None:
+        """Writes the files of `save` into an empty folder."""
         tensors = {
             name: tensor.contiguous()
             for name, tensor in zip(TENSOR_NAMES, _tensors(self), strict=True)

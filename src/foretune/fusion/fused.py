@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from foretune.claims import output_folder
 from foretune.errors import UserError
-from foretune.files import claim_model_folder, whole_folder
 from foretune.formats import check_format
 from foretune.fusion import FORMAT, RECORD_FILE
 from foretune.fusion.mixture import (
@@ -120,14 +120,17 @@ class Fused:
             UserError: The folder holds something other than a fused model.
         """
         folder = Path(folder)
-        claim_model_folder(folder, RECORD_FILE, overwrite=True)
-        with whole_folder(folder) as part:
-            with _without_experts(self):
-                save_base(self.model, self.tokenizer, part)
-            _save_tensors(part / EXPERTS_FILE, self._expert_tensors())
-            _save_tensors(part / HEADS_FILE, self._head_tensors())
-            (part / RECORD_FILE).write_text(json.dumps(self._record(), indent=1) + "\n", "utf-8")
+        with output_folder(folder, "fuse", overwrite=True, at_once=True) as part:
+            self.write(part)
         return folder
+
+    def write(self, folder: Path) -> None:
+        """Write the files of `save` into an empty folder."""
+        with _without_experts(self):
+            save_base(self.model, self.tokenizer, folder)
+        _save_tensors(folder / EXPERTS_FILE, self._expert_tensors())
+        _save_tensors(folder / HEADS_FILE, self._head_tensors())
+        (folder / RECORD_FILE).write_text(json.dumps(self._record(), indent=1) + "\n", "utf-8")
 
     def _record(self) -> dict[str, Any]:
         return {

@@ -408,7 +408,8 @@ def _resumed(
     fields["adapt_run"] = {k: v for k, v in fields["adapt_run"].items() if k not in MOVABLE}
     inputs = {"method": fields, "run": run.to_dict(), "tasks": tasks.names}
     inputs["objective"] = tasks.objective.to_dict()
-    inputs |= inputs_of(fresh_copy(model, tasks.objective, run.seed), tasks)
+    copy_of = fresh_copy(model, tasks.objective, run.seed)
+    inputs |= inputs_of(copy_of, tasks, tasks.objective.tokenizer)
     inputs = json.loads(json.dumps(inputs))
     if not file.is_file():
         return inputs, []

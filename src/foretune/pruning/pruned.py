@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from foretune.files import claim_model_folder, whole_folder
+from foretune.claims import output_folder
 from foretune.method import Method
 from foretune.models.loading import save_base
 from foretune.pruning import FORMAT, PLAN_FILE
@@ -73,13 +73,16 @@ class Pruned:
                 folder holds no pruned model.
         """
         folder = Path(folder)
-        claim_model_folder(folder, PLAN_FILE, overwrite=overwrite)
-        with whole_folder(folder) as part:
-            if self.loads_with == "transformers":
-                save_base(self.model, self.tokenizer, part)
-            else:
-                save_for_foretune(self.model, part)
-                if self.tokenizer is not None:
-                    self.tokenizer.save_pretrained(part)
-            (part / PLAN_FILE).write_text(json.dumps(self.record(), indent=1) + "\n", "utf-8")
+        with output_folder(folder, "prune", overwrite=overwrite, at_once=True) as part:
+            self.write(part)
         return folder
+
+    def write(self, folder: Path) -> None:
+        """Write the files of `save` into an empty folder."""
+        if self.loads_with == "transformers":
+            save_base(self.model, self.tokenizer, folder)
+        else:
+            save_for_foretune(self.model, folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+        (folder / PLAN_FILE).write_text(json.dumps(self.record(), indent=1) + "\n", "utf-8")

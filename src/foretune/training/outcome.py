@@ -240,7 +240,7 @@ def folder_names(
     >>> folder_names([("red", 0), ("red", 1)])
     {('red', 0): 'red', ('red', 1): 'red-draw1'}
     >>> [*folder_names([("Red", 0), ("red", 0)]).values()]
-    ['Red', 'red-5ee1e2']
+    ['Red', 'red-449f44']
     """
     names = dict(taken or {})
     used = {same_on_disk(name) for name in names.values()}

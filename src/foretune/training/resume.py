@@ -17,9 +17,10 @@ from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import load_adapter
 from foretune.claims import output_folder
 from foretune.errors import UserError
-from foretune.files import METRICS_FILE, RUN_FILE, write_whole
-from foretune.formats import RUN, check_format, stamped
+from foretune.files import BASE_FILE, METRICS_FILE, RUN_FILE, write_whole
+from foretune.formats import BASE, RUN, check_format, read_json, stamped
 from foretune.method import Method
+from foretune.models.identity import config_of, tokenizer_digest
 from foretune.models.loading import load_weights
 from foretune.run import Run
 from foretune.tasks.task import Task
@@ -55,12 +56,39 @@ def claimed(run: Run, kind: str, group: ProcessGroup) -> Iterator[Run]:
         yield run.replace(out=group.on_first_process(enter))
 
 
-def inputs_of(model: nn.Module, tasks: Iterable[Task]) -> dict[str, Any]:
-    """Digests of the model and of each task's examples: inputs that no setting identifies."""
+def inputs_of(
+    model: nn.Module, tasks: Iterable[Task], tokenizer: Any, heads: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What identifies model, tokenizer and examples: inputs that no setting identifies.
+
+    Args:
+        model: The model.
+        tasks: The tasks.
+        tokenizer: Its tokenizer; None for none.
+        heads: Names of modules that do not count.
+    """
     return {
-        "model": fingerprint(model, buffers=True),
+        "model": fingerprint(model, heads, buffers=True),
+        "config": config_of(model),
+        "tokenizer": tokenizer_digest(tokenizer),
         "rows": {task.name: task.digest for task in tasks},
     }
+
+
+def check_unchanged(model: nn.Module, folder: Path) -> None:
+    """Checks that a base has the weights that it had when it was written.
+
+    Raises:
+        UserError: It has others.
+    """
+    file = folder / BASE_FILE
+    if file.is_file():
+        written = read_json(file, dict[str, Any], BASE).get("fingerprint")
+        if written is not None and written != fingerprint(model):
+            raise UserError(
+                f"the weights in {folder} are not those that the run wrote: they were changed "
+                "since; start over with --overwrite"
+            )
 
 
 def begin(
@@ -124,7 +152,8 @@ def check_same(folder: Path, begun: Mapping[str, Any], current: Mapping[str, Any
         UserError: They differ; the message names the first difference.
     """
     for part in current:
-        _check_part(folder, part, begun.get(part), current[part])
+        if part in begun:  # earlier versions recorded less
+            _check_part(folder, part, begun[part], current[part])
 
 
 def _check_part(folder: Path, part: str, begun: Any, current: Any) -> None:
@@ -132,13 +161,15 @@ def _check_part(folder: Path, part: str, begun: Any, current: Any) -> None:
         begun, current = {part: begun}, {part: current}
     for name in dict.fromkeys([*current, *begun]):
         was, now = begun.get(name), current.get(name)
-        added = part == "rows" and None in (was, now)
+        added = part in ("rows", "head") and None in (was, now)
         if was == now or added or (part == "run" and name in MOVABLE):
             continue
         if part == "rows":
             what = f'other rows of task "{name}"'
-        elif part == "model":
+        elif part in ("model", "head"):
             what = "another model"
+        elif part == "tokenizer":
+            what = "another tokenizer"
         else:
             what = f"{name}={str(was)[:80]}, this run has {name}={str(now)[:80]}"
         raise UserError(
@@ -190,9 +221,7 @@ def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: Pr
     replace(result, tensors=tensors, models=models).save(folder)
     file = folder / (SCORES if group.size == 1 else SCORES_OF_RANK.format(group.rank))
     saved = {
-        key: SavedTask(
-            result.folders[key], result.scores.get(key), result.num_rows.get(key, 0)
-        )
+        key: SavedTask(result.folders[key], result.scores.get(key), result.num_rows.get(key, 0))
         for key in wave
     }
     _write_scores(file, _read_scores(file) | saved)

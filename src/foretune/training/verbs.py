@@ -18,7 +18,7 @@ from foretune.errors import UserError
 from foretune.files import RUN_FILE, write_whole
 from foretune.manifest import final_path
 from foretune.method import check_verb
-from foretune.models.surgery import head_width
+from foretune.models.surgery import head_modules, head_width
 from foretune.processes import base_is_sharded
 from foretune.run import Run
 from foretune.tasks.objectives import settings_of
@@ -40,8 +40,8 @@ from foretune.training.process_group import (
 )
 from foretune.training.record import free_memory, metered
 from foretune.training.resume import (
-    TaskDraw,
     SavedTask,
+    TaskDraw,
     begin,
     claimed,
     collect_scores,
@@ -173,7 +173,11 @@ def _begin_retraining(
     """Returns the run's inputs, and its record if it has finished in its folder."""
     if run.out is None:
         return {}, None
-    inputs = {"tasks": tasks.names, "objective": objective.to_dict(), **inputs_of(model, tasks)}
+    inputs = {
+        "tasks": tasks.names,
+        "objective": objective.to_dict(),
+        **inputs_of(model, tasks, objective.tokenizer),
+    }
     return inputs, begin(run.out, method, run, inputs)
 
 
@@ -294,7 +298,10 @@ def _adapt_in(
     if out is not None:
         # Tasks may be added later, and labels with them, so the settings leave labels out.
         inputs = {"shots": shots, "split": split, "objective": settings_of(objective)}
-        inputs |= inputs_of(model, tasks)
+        heads = head_modules(base) if objective.num_outputs() is not None else []
+        inputs |= inputs_of(base, tasks, objective.tokenizer, heads)
+        fits = head_width(model) == head_width(base)
+        inputs["head"] = fingerprint(base) if fits else None
         saved = group.on_first_process(lambda: _begin_adapting(out, method, run, inputs))
         slots = [slot for slot in slots if (slot.task, slot.draw) not in saved]
     partition = partition_slots(

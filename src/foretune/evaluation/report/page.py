@@ -10,13 +10,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from foretune.claims import claim_file
 from foretune.evaluation.report.figure import NARROW, Figure
 from foretune.evaluation.report.figures import all_figures, forest_name
 from foretune.evaluation.report.svg import DARK, LIGHT, PAGE, Ink
 from foretune.evaluation.report.view import View
 from foretune.evaluation.verdict import Contrast
 from foretune.evaluation.wording import choice_sentences, counted, p_text, shots_phrase
-from foretune.files import REPORT_FILE
+from foretune.files import REPORT_FILE, write_whole
 from foretune.models.loading_code import loading_code
 
 WIDE_PX, NARROW_PX = 720, 340  # The page shows the one that fits, so that text stays readable.
@@ -34,12 +35,16 @@ def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
     """
     view = View(comparison)
     folder = Path(folder)
-    figures = folder / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    for name, figure in all_figures(view, WIDE_PX, LIGHT).items():
-        (figures / f"{name}.svg").write_text(figure.standalone(LIGHT), encoding="utf-8")
+    files = {
+        folder / "figures" / f"{name}.svg": figure.standalone(LIGHT)
+        for name, figure in all_figures(view, WIDE_PX, LIGHT).items()
+    }
     page = folder / REPORT_FILE
-    page.write_text(_page(view), encoding="utf-8")
+    files[page] = _page(view)
+    for file in files:  # all are checked before the first is written
+        claim_file(file, overwrite=True)
+    for file, text in files.items():
+        write_whole(file, text)
     return page
 
 
