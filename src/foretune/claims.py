@@ -71,14 +71,17 @@ def output_folder(
     out = Path(out)
     with disk_errors(out):
         real = _check_path(out)
-        if real in _held or any(folder in _held for folder in real.parents):
+        nested = real in _held or any(folder in _held for folder in real.parents)
+        if nested:
             out.mkdir(parents=True, exist_ok=True)
-            yield out
-            return
-        if resume and overwrite:
-            raise UserError(
-                "--resume keeps what is in the folder and --overwrite removes it: choose one"
-            )
+    if nested:
+        yield out
+        return
+    if resume and overwrite:
+        raise UserError(
+            "--resume keeps what is in the folder and --overwrite removes it: choose one"
+        )
+    with disk_errors(out):
         recover(out)
         target = out.resolve() if at_once else out
         beside = _beside(target)

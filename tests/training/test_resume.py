@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 import foretune
+from foretune.claims import claim_file
 from foretune.errors import ForetuneError, UserError
-from foretune.files import claim_file
 from foretune.run import Run
 from foretune.training import checkpoint, outcome
 from linear_tasks import Net, copy_of, equal_bits, family
@@ -347,7 +347,7 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"is not empty: use --resume to continue"):
         _retrain(out=tmp_path)
-    with pytest.raises(UserError, match=r"was not made by a foretune run .*thesis.txt"):
+    with pytest.raises(UserError, match=r"holds files that foretune did not write.*thesis.txt"):
         _retrain(out=tmp_path, overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
@@ -356,7 +356,7 @@ def test_a_project_with_names_of_ours_is_not_overwritten(tmp_path):
     for name in ("config.yaml", "run.json", "thesis.txt"):
         (tmp_path / name).write_text("mine")
     (tmp_path / "adapters").mkdir()
-    with pytest.raises(UserError, match="was not made by a foretune run"):
+    with pytest.raises(UserError, match="holds files that foretune did not write"):
         _retrain(out=tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {
         *("config.yaml", "run.json", "thesis.txt", "adapters")
@@ -382,11 +382,14 @@ def test_a_file_is_written_over_only_with_overwrite(tmp_path):
     report = tmp_path / "report.html"
     claim_file(report, overwrite=False)
     assert not report.exists()
-    report.write_text("old")
+    report.write_text("my own")
+    with pytest.raises(UserError, match=r"report.html was not made by foretune"):
+        claim_file(report, overwrite=True)
+    report.write_text("old, by foretune")
     with pytest.raises(UserError, match=r"report.html exists: use --overwrite to replace it"):
         claim_file(report, overwrite=False)
     claim_file(report, overwrite=True)
-    assert report.read_text() == "old"
+    assert report.read_text() == "old, by foretune"
     with pytest.raises(UserError, match="is a folder; name a file"):
         claim_file(tmp_path, overwrite=True)
 
