@@ -87,7 +87,15 @@ def output_folder(
         beside = _beside(target)
         used, interrupted = is_used(out), _is_interrupted(beside, kind, at_once=at_once)
         if used or (interrupted and not resume):
-            _check_used(out, kind, beside if interrupted else None, resume, overwrite, reads)
+            _check_used(
+                out,
+                kind,
+                beside if interrupted else None,
+                reads,
+                resume=resume,
+                overwrite=overwrite,
+                at_once=at_once,
+            )
         in_place = not (at_once or interrupted or (used and not resume))
         folder = target if in_place else beside
         continued = resume and (used or interrupted)
@@ -224,9 +232,11 @@ def _check_used(
     out: Path,
     kind: str,
     interrupted: Path | None,
+    reads: Sequence[Path | str],
+    *,
     resume: bool,
     overwrite: bool,
-    reads: Sequence[Path | str],
+    at_once: bool,
 ) -> None:
     """Checks that a folder that is in use may be continued or replaced, as the user asked.
 
@@ -235,9 +245,9 @@ def _check_used(
     """
     if not (resume or overwrite):
         place = out if interrupted is None else interrupted
+        continuing = "" if at_once else "--resume to continue its run, "
         raise UserError(
-            f"{place} is not empty: use --resume to continue its run, --overwrite to replace it, "
-            "or another folder"
+            f"{place} is not empty: use {continuing}--overwrite to replace it, or another folder"
         )
     for place in (out, *([] if interrupted is None else [interrupted])):
         manifest = read_manifest(place)
@@ -267,8 +277,8 @@ def _check_foreign(out: Path) -> None:
     if foreign:
         shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
         raise UserError(
-            f"{out} holds files that foretune did not write or did not list in {MARKER_FILE} "
-            f"({shown}): --overwrite does not remove them; move them, or choose another folder"
+            f"{out} holds files that foretune did not write, or that an earlier version did not "
+            f"list ({shown}): --overwrite does not remove them; move them, or choose another folder"
         )
 
 
