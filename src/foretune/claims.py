@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from foretune.errors import UserError
-from foretune.files import INPUTS, RECIPE, RUN_FILE, disk_errors, put_in_place, recover, remove
+from foretune.files import INPUTS, RECIPE, RUN_FILE, disk_errors, put_in_place, remove, replaced
 from foretune.manifest import (
     FORMAT,
     MARKER_FILE,
@@ -81,33 +81,35 @@ def output_folder(
         raise UserError(
             "--resume keeps what is in the folder and --overwrite removes it: choose one"
         )
-    with disk_errors(out):
-        recover(out)
-        target = out.resolve() if at_once else out
-        beside = _beside(target)
-        used, interrupted = is_used(out), _is_interrupted(beside, kind, at_once=at_once)
-        if used or (interrupted and not resume):
-            _check_used(
-                out,
-                kind,
-                beside if interrupted else None,
-                reads,
-                resume=resume,
-                overwrite=overwrite,
-                at_once=at_once,
-            )
-        in_place = not (at_once or interrupted or (used and not resume))
-        folder = target if in_place else beside
-        continued = resume and (used or interrupted)
-        created = _missing(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    target = out.resolve() if at_once else out
     with contextlib.ExitStack() as locks:
-        locks.enter_context(_lock(folder, out))
-        # An older result is locked too: nobody may resume it while its successor is made.
-        if folder != target and target.is_dir() and (target / MARKER_FILE).is_file():
-            locks.enter_context(_lock(target, out))
-        if is_used(out) != used:
-            raise UserError(f"another process has just written {out}: choose another folder")
+        with disk_errors(out):
+            beside = _beside(target)
+            _recover(target)
+            # What another process is working on is locked before it is looked at.
+            for place in (beside, target):
+                if (place / MARKER_FILE).is_file():
+                    locks.enter_context(_lock(place, out))
+            used, interrupted = is_used(out), _is_interrupted(beside, kind, at_once=at_once)
+            if used or (interrupted and not resume):
+                _check_used(
+                    out,
+                    kind,
+                    beside if interrupted else None,
+                    reads,
+                    resume=resume,
+                    overwrite=overwrite,
+                    at_once=at_once,
+                )
+            in_place = not (at_once or interrupted or (used and not resume))
+            folder = target if in_place else beside
+            continued = resume and (used or interrupted)
+            created = _missing(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            if folder.resolve() not in _held:
+                locks.enter_context(_lock(folder, out))
+                if is_used(out) != used:
+                    raise UserError(f"another process has just written {out}: try again")
         with _kept_or_removed(folder, created, at_once=at_once, continued=continued):
             with disk_errors(out):
                 _begin(folder, kind, continued=continued)
@@ -215,6 +217,17 @@ def _beside(target: Path) -> Path:
     return beside
 
 
+def _recover(target: Path) -> None:
+    """Ends a replacement that a kill interrupted: the old result gets its name back, or goes."""
+    aside = replaced(target)
+    if (aside / MARKER_FILE).is_file() and not aside.is_symlink():
+        with _lock(aside, target):
+            if target.exists():
+                remove(aside)
+            else:
+                aside.rename(target)
+
+
 def _is_interrupted(beside: Path, kind: str, *, at_once: bool) -> bool:
     """Whether an interrupted overwriting left results that may still be wanted."""
     manifest = read_manifest(beside)
@@ -296,10 +309,9 @@ def _check_unchanged(out: Path, folder: Path) -> None:
 
 def _holds_results(folder: Path) -> bool:
     """Whether foretune wrote more into the folder than the records of what begins there."""
-    manifest = None if folder.is_symlink() else read_manifest(folder)
-    if manifest is None:
-        return False
-    return any(path.name not in EARLY for path in all_files(folder))
+    return read_manifest(folder) is not None and any(
+        path.name not in EARLY for path in all_files(folder)
+    )
 
 
 def _is_a_run(folder: Path) -> bool:

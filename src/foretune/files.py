@@ -69,7 +69,7 @@ def put_in_place(folder: Path, final: Path) -> None:
     """Renames a finished folder to `final`; what was there is removed afterwards.
 
     A kill in between leaves the old folder under its own name or, beside the new one's, under that
-    of `replaced`, from where `recover` puts it back.
+    of `replaced`.
     """
     for path in folder.rglob("*"):
         _flush(path)
@@ -90,16 +90,6 @@ def put_in_place(folder: Path, final: Path) -> None:
 def replaced(final: Path) -> Path:
     """Where the earlier folder of this name is kept while a new one takes its place."""
     return final.with_name(REPLACED + final.name)
-
-
-def recover(final: Path) -> None:
-    """Ends a replacement that a kill interrupted: the old folder gets its name back, or goes."""
-    aside = replaced(final)
-    if aside.is_dir() and not aside.is_symlink():
-        if final.exists():
-            remove(aside)
-        else:
-            aside.rename(final)
 
 
 def remove(path: Path) -> None:

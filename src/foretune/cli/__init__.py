@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from foretune.allocator import keep_freed_memory
 from foretune.cli import signals
 
 
@@ -17,6 +16,8 @@ def main() -> None:
     signals.install()  # first of all: what follows takes time, and may be interrupted
     # Otherwise waiting OpenMP threads spin and take time from the working ones on busy cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from foretune.allocator import keep_freed_memory
+
     keep_freed_memory()
     from foretune.cli.commands import app
 
