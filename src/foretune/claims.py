@@ -117,8 +117,8 @@ def output_folder(
         if folder != target:
             with disk_errors(out):
                 _check_unchanged(target, folder)
-                listed = [path.relative_to(folder).as_posix() for path in all_files(folder)]
-                append(folder, sorted({*listed} - _files_of(folder)))
+                present = {path.relative_to(folder).as_posix() for path in all_files(folder)}
+                append(folder, sorted(present - {MARKER_FILE} - _files_of(folder)))
                 put_in_place(folder, target)
 
 

@@ -164,7 +164,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise ForetuneError(full) from error
         if error.errno in REFUSED:
             raise UserError(
-                f"cannot write {str(path)[:200]}: {error.strerror}; choose another --out"
+                f"cannot write {str(path)[:200]}: {error.strerror}; choose another place"
             ) from error
         raise
     except Exception as error:

@@ -26,7 +26,7 @@ from foretune.tasks.task import Objective, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import SlotRows, TaskData, sampler_for
 from foretune.training.learners.joint import Learner
-from foretune.training.loop import Progress, fit
+from foretune.training.loop import Progress, check_device, fit
 from foretune.training.methods import AdaptMethod, RetrainMethod
 from foretune.training.model_copies import copy_to_adapt, fresh_copy, interpolate
 from foretune.training.outcome import Adapted, Outcome, folder_names, labels_of
@@ -86,6 +86,7 @@ def retrain(
     """
     run, group = run or Run(), process_group()
     check_verb(method, "retrain")
+    check_device(run.device)
     objective_of(tasks)
     retrain_in = _retrain_chosen if method.chooses else _retrain_in
     with claimed(run, "retrain", group) as run:
@@ -268,6 +269,7 @@ def adapt(
     """
     run, group = run or Run(), process_group()
     check_verb(method, "adapt")
+    check_device(run.device)
     objective = objective_of(tasks).fit(tasks).bind(model)
     with claimed(run, "adapt", group) as run:
         return _adapt_in(
