@@ -11,15 +11,16 @@ Formats of the core are defined here, those of a wing beside the wing's writer.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from foretune.errors import UserError
+from foretune.errors import ForetuneError, UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -59,15 +60,26 @@ def read_json(path: Path, shape: type[T], current: str | None = None) -> T:
         UserError: The file cannot be read, is not JSON, has another format, or its content is not
             of that type. The message names the first field that is wrong.
     """
-    from pydantic import TypeAdapter, ValidationError
-    from pydantic_core import from_json
-
     if not path.is_file():
         raise UserError(f"{path} is not a file" if path.exists() else f"no file {path}")
     try:
-        content = from_json(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return parse_json(text, path, shape, current)
+
+
+def parse_json(text: bytes | str, path: Path, shape: type[T], current: str | None = None) -> T:
+    """As `read_json`, for a text that stands in the file at `path`.
+
+    Raises:
+        UserError: As `read_json`.
+    """
+    from pydantic import TypeAdapter, ValidationError
+    from pydantic_core import from_json
+
+    try:
+        content = from_json(text)
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if current is not None:
@@ -109,14 +121,57 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def load_tensors(model: nn.Module, path: Path) -> None:
+    """Loads a safetensors file of finite numbers into a model.
+
+    Raises:
+        UserError: As `read_tensors`, or the tensors are not those of the model.
+    """
+    from safetensors.torch import load_model
+
+    read_tensors(path)
+    try:
+        load_model(model, str(path))
+    except RuntimeError as error:
+        reason = shortened_text(" ".join(str(error).split()))
+        raise UserError(f"{path} does not fit the files beside it: {reason}") from error
+
+
+@contextlib.contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Inside the block, whatever the content of a file breaks becomes one line that names it.
+
+    For code that builds something from a file's content, where a number that nobody checked ends up
+    in any exception of any library.
+
+    Raises:
+        UserError: The block raised an exception that is not a `ForetuneError`.
+    """
+    try:
+        yield
+    except ForetuneError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if "allocate" in reason or isinstance(error, MemoryError):
+            reason = "it asks for more memory than there is"
+        raise UserError(
+            f"{path} is damaged: {type(error).__name__}: {shortened_text(reason)}"
+        ) from error
+
+
+def shortened_text(text: str, length: int = 200) -> str:
+    """The text, cut after `length` characters."""
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
 def shortened(value: Any, length: int = 60) -> str:
     """A value for a message, cut after `length` characters.
 
     >>> shortened(list(range(100)), 12)
     '[0, 1, 2, 3, …'
     """
-    text = ascii(value) if isinstance(value, str) else repr(value)
-    return text if len(text) <= length else f"{text[:length]}…"
+    return shortened_text(ascii(value) if isinstance(value, str) else repr(value), length)
 
 
 def stamped(record: Mapping[str, Any], current: str) -> dict[str, Any]:

@@ -276,12 +276,12 @@ def test_folders_that_are_something_else_are_named(place, tmp_path):
     copied = tmp_path / "broken"
     copied.mkdir()
     (copied / "sfda.json").write_text("{}")
-    assert "sfda.json is not readable" in the_error(
+    assert "sfda.json is damaged" in the_error(
         "sfda", "adapt", copied, *rows, "--out", tmp_path / "a"
     )
     (copied / "sfda.json").write_bytes((place / "prepared" / "sfda.json").read_bytes())
     (copied / "model.safetensors").write_bytes(b"x")
-    assert "model.safetensors does not fit" in the_error(
+    assert "model.safetensors is not a readable" in the_error(
         "sfda", "adapt", copied, *rows, "--out", tmp_path / "a"
     )
 

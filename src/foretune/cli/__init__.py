@@ -5,7 +5,9 @@ Nothing here imports torch, transformers or peft before a command needs it.
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from typing import Any
 
 from foretune.cli import signals
@@ -19,6 +21,9 @@ def main() -> None:
     from foretune.allocator import keep_freed_memory
 
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):  # a terminal or file that cannot encode "−" or "é"
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     from foretune.cli.commands import app
 
     app()

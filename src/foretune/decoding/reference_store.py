@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foretune.adapters.fingerprint import base_and_adapter
 from foretune.claims import output_folder
+from foretune.decoding import STORE_FILE
 from foretune.decoding.lookup import (
     MIXES,
     MULTIPLES,
@@ -30,12 +31,12 @@ from foretune.decoding.output_states import read_states
 from foretune.decoding.references import References, read_references
 from foretune.decoding.side_models import bare_model
 from foretune.decoding.store_folder import (
-    damage_reported,
     read_store,
     write_metadata,
     write_store,
 )
 from foretune.errors import UserError
+from foretune.formats import damage_named
 from foretune.run import check_one_of
 
 TENSOR_NAMES = ("keys", "values", "own", "sources")  # in the file; own: model_log_probs
@@ -372,8 +373,8 @@ class ReferenceStore:
             UserError: The folder is not a store, or its files do not match.
         """
         folder = Path(folder)
-        with damage_reported(folder):
-            tensors, rows, metadata = read_store(folder)
+        tensors, rows, metadata = read_store(folder)
+        with damage_named(folder / STORE_FILE):
             return cls(
                 *(tensors[name] for name in TENSOR_NAMES),
                 rows=rows,
@@ -427,9 +428,14 @@ def _check_tensors(store: ReferenceStore) -> None:
     n = len(store.keys)
     if store.keys.ndim != 2 or n == 0 or shapes[1:] != [(n,)] * 3:
         raise UserError(f"a store needs keys (N, d) and three tensors (N,), got {shapes}")
-    if store.rows and int(store.sources.max()) >= len(store.rows):
-        last = int(store.sources.max())
-        raise UserError(f"an entry names row {last}, counted from 0, of {len(store.rows)}")
+    if any(tensor.is_floating_point() for tensor in (store.values, store.sources)):
+        raise UserError("a store's values and sources are whole numbers, got fractions")
+    first, last = int(store.sources.min()), int(store.sources.max())
+    if first < 0 or (store.rows and last >= len(store.rows)):
+        row = first if first < 0 else last
+        raise UserError(f"an entry names row {row}, counted from 0, of {len(store.rows)}")
+    if int(store.values.min()) < 0:
+        raise UserError(f"a store's values are token ids, got {int(store.values.min())}")
 
 
 def _check_heads(heads: int, width: int) -> None:

@@ -19,6 +19,7 @@ from foretune.evaluation.verdict import Contrast
 from foretune.evaluation.wording import choice_sentences, counted, p_text, shots_phrase
 from foretune.files import REPORT_FILE, write_whole
 from foretune.models.loading_code import loading_code
+from foretune.printable import printable
 
 WIDE_PX, NARROW_PX = 720, 340  # The page shows the one that fits, so that text stays readable.
 
@@ -35,23 +36,24 @@ def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
     """
     view = View(comparison)
     folder = Path(folder)
-    files = {
-        folder / "figures" / f"{name}.svg": figure.standalone(LIGHT)
-        for name, figure in all_figures(view, WIDE_PX, LIGHT).items()
-    }
-    page = folder / REPORT_FILE
-    files[page] = _page(view)
-    for file in files:  # all are checked before the first is written
-        claim_file(file, overwrite=True)
-    for file, text in files.items():
-        write_whole(file, text)
-    return page
+    texts = {REPORT_FILE: _page(view)}  # all of them before the first is written
+    for name, figure in all_figures(view, WIDE_PX, LIGHT).items():
+        texts[f"figures/{name}.svg"] = figure.standalone(LIGHT)
+    for name in texts:
+        claim_file(folder / name, overwrite=True)
+    for name, text in texts.items():
+        write_whole(folder / name, text)
+    return folder / REPORT_FILE
 
 
 def _page(view: View) -> str:
     here = resources.files("foretune.evaluation.report")
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     template = environment.from_string((here / "template.html.j2").read_text(encoding="utf-8"))
     style = (here / "style.css").read_text(encoding="utf-8")
