@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 import foretune
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE, BASE_FILE, CONFIG_FILE, MODULE_FILE, RUN_FILE
-from foretune.formats import BASE, RUN, check_format
+from foretune.formats import BASE, RUN, damage_named, read_json
 from foretune.models.loading_code import class_name, loading_code
 from foretune.recipes.blocks import AdaptBlock, TasksBlock
 from foretune.recipes.console import SILENT, Console
@@ -27,6 +29,15 @@ from foretune.recipes.schema import Recipe, adapt_record, parse_block, run_of
 from foretune.recipes.setup import with_tokenizer
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.sources import Source, load_tasks
+
+
+class _BaseRecord(TypedDict, total=False):
+    method: dict[str, Any]
+    objective: dict[str, Any]
+
+
+class _RunRecord(TypedDict, total=False):
+    cost: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,8 @@ class SavedBase:
                 f"{self.folder} does not name its objective (no {BASE_FILE}): add --objective with "
                 f"one of {', '.join(OBJECTIVES)}"
             )
-        objective = make_objective(tokenizer=None, **self.metadata["objective"])
+        with damage_named(self.folder / BASE_FILE):
+            objective = make_objective(tokenizer=None, **self.metadata["objective"])
         return with_tokenizer(objective, tokenizer)
 
     def load(self) -> tuple[Any, Any]:
@@ -84,8 +96,9 @@ def find_base(folder: Path) -> SavedBase:
         raise UserError(_no_base(place))
     metadata_file = place / BASE_FILE
     name = folder.resolve().parent.name if folder.name == "base" else folder.resolve().name
-    metadata = json.loads(metadata_file.read_text("utf-8")) if metadata_file.is_file() else {}
-    check_format(metadata_file, metadata, BASE)
+    metadata: dict[str, Any] = {}
+    if metadata_file.is_file():
+        metadata = {**read_json(metadata_file, _BaseRecord, BASE)}
     return SavedBase(name, place, metadata)
 
 
@@ -410,7 +423,5 @@ def _describe(base: dict[str, Any], saved: SavedBase) -> None:
     record = saved.folder.parent / RUN_FILE
     if record.is_file():
         rate = base["config"].get("learning_rate")
-        content = json.loads(record.read_text("utf-8"))
-        check_format(record, content, RUN)
-        cost = content.get("cost") or {}
+        cost = read_json(record, _RunRecord, RUN).get("cost") or {}
         base["retrain"] = {"learning_rate": rate, "searched": [], **cost}

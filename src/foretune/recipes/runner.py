@@ -9,7 +9,7 @@ from typing import Any
 import foretune
 from foretune.errors import UserError, did_you_mean
 from foretune.files import CARD_FILE, COMPARISON_FILE, write_whole
-from foretune.formats import COMPARISON, SPECTRUM, check_format, stamped, unstamped
+from foretune.formats import COMPARISON, SPECTRUM, damage_named, read_json, stamped
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import check_inputs, run_folder, write_run_record
@@ -19,7 +19,6 @@ from foretune.recipes.schema import MethodEntry, Recipe
 from foretune.recipes.setup import Setup, need_unseen, set_up
 from foretune.recipes.stages import (
     base_folder,
-    read_json,
     retrain,
     retrain_stage,
     search_rate,
@@ -78,7 +77,8 @@ def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
             setup = set_up(recipe, console, repeat=seed)
         stages = retrain_all(setup, out, seed, console)
         repeats.append(compare_repeat(setup, out, seed, stages, console))
-    comparison = merge_repeats(repeats, first.turns)
+    with damage_named(out / "repeats"):
+        comparison = merge_repeats(repeats, first.turns)
     comparison |= {
         "title": recipe.name,
         "recipe": recipe.to_yaml(),
@@ -194,9 +194,7 @@ def compare_repeat(
     path = out / "repeats" / f"seed-{seed}.json"
     if path.is_file():
         console.say(f"adapting, seed {seed}: already done")
-        done: dict[str, Any] = read_json(path)
-        check_format(path, done, COMPARISON)
-        return done
+        return stamped(read_json(path, dict[str, Any], COMPARISON), COMPARISON)
     block = setup.recipe.adapt
     entries = setup.recipe.entries
     trials = len(block.rates) if len(block.rates) > 1 else 0
@@ -237,7 +235,7 @@ def spectrum_stage(
     path = out / SPECTRUM_FILE
     if path.is_file():
         console.say("spectrum: already done")
-        return unstamped(path, read_json(path), SPECTRUM)
+        return read_json(path, dict[str, Any], SPECTRUM)
     from foretune.evaluation import spectrum
     from foretune.methods import make
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from typing_extensions import TypedDict
 
 from foretune.adapters.bank import AdapterBank
 from foretune.adapters.fingerprint import fingerprint
@@ -18,7 +19,7 @@ from foretune.adapters.peft_format import load_adapter
 from foretune.claims import output_folder
 from foretune.errors import UserError
 from foretune.files import BASE_FILE, METRICS_FILE, RUN_FILE, write_whole
-from foretune.formats import BASE, RUN, check_format, read_json, stamped
+from foretune.formats import BASE, RUN, damage_named, parse_json, read_json, stamped
 from foretune.method import Method
 from foretune.models.identity import config_of, tokenizer_digest
 from foretune.models.loading import load_weights
@@ -33,6 +34,29 @@ SCORES = "scores.json"
 SCORES_OF_RANK = ".scores-{}.json"  # until the last process has finished
 # Fields that may differ between a run and its continuation: they do not change the result.
 MOVABLE = ("out", "resume", "overwrite", "device", "tasks_per_wave")
+
+
+class RunRecord(TypedDict, total=False):
+    """What is used of run.json and inputs.json; other fields are kept."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+    finished: bool
+    method: dict[str, Any]
+    run: dict[str, Any]
+    rows: dict[str, str]
+    config: dict[str, Any]
+    validation_score: float | None
+    cost: dict[str, Any]
+
+
+class ScoreRow(TypedDict):
+    """A row of scores.json."""
+
+    task: str
+    draw: int
+    folder: str
+    score: float | None
+    num_rows: int
 
 
 @contextlib.contextmanager
@@ -118,6 +142,9 @@ def begin(
     begun = read_record(file, RUN)
     check_same(folder, begun, current)
     if begun.get("finished"):
+        missing = [key for key in ("validation_score", "cost") if key not in begun]
+        if missing:
+            raise UserError(f"{file} is damaged: {missing[0]}: field required")
         return begun
     rows = {**begun.get("rows", {}), **current["rows"]}
     if rows != begun.get("rows"):
@@ -126,23 +153,16 @@ def begin(
 
 
 def read_record(file: Path, current_format: str) -> dict[str, Any]:
-    """The record of an interrupted run.
+    """The record of an interrupted run, with its format.
 
     Args:
         file: The record.
         current_format: The newest format that is accepted.
 
     Raises:
-        UserError: The file is not JSON, or has another format.
+        UserError: As `read_json`.
     """
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{file} is not a readable record of a run ({error}); start again with --overwrite"
-        ) from error
-    check_format(file, record, current_format)
-    return record
+    return stamped(read_json(file, RunRecord, current_format), current_format)
 
 
 def check_same(folder: Path, begun: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -195,8 +215,10 @@ def load_finished(
             if not place.is_dir():  # as earlier versions named it
                 place = place.with_name(readable_name(key))
             load_adapter(bank, slot, place, model)
-    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    file = folder / METRICS_FILE
+    with damage_named(file):
+        lines = file.read_text(encoding="utf-8").splitlines()
+    return [parse_json(line, file, dict[str, Any]) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -243,10 +265,9 @@ def collect_scores(folder: Path) -> dict[TaskDraw, SavedTask]:
 def _read_scores(file: Path) -> dict[TaskDraw, SavedTask]:
     if not file.is_file():
         return {}
-    rows = json.loads(file.read_text(encoding="utf-8"))
     return {
         (row["task"], row["draw"]): SavedTask(row["folder"], row["score"], row["num_rows"])
-        for row in rows
+        for row in read_json(file, list[ScoreRow])
     }
 
 

@@ -300,10 +300,7 @@ def _adapt_in(
     if out is not None:
         # Tasks may be added later, and labels with them, so the settings leave labels out.
         inputs = {"shots": shots, "split": split, "objective": settings_of(objective)}
-        heads = head_modules(base) if objective.num_outputs() is not None else []
-        inputs |= inputs_of(base, tasks, objective.tokenizer, heads)
-        fits = head_width(model) == head_width(base)
-        inputs["head"] = fingerprint(base) if fits else None
+        inputs |= _inputs_to_adapt(base, model, tasks, objective)
         saved = group.on_first_process(lambda: _begin_adapting(out, method, run, inputs))
         slots = [slot for slot in slots if (slot.task, slot.draw) not in saved]
     partition = partition_slots(
@@ -331,6 +328,22 @@ def _adapt_in(
     if out is not None:
         group.on_first_process(lambda: collect_scores(out))
     return result
+
+
+def _inputs_to_adapt(
+    base: nn.Module, model: nn.Module, tasks: TaskCollection, objective: Objective
+) -> dict[str, Any]:
+    """What must be the same when more tasks are added: a head only where the tasks begin from it.
+
+    A task with more labels than the base's head has outputs begins from a fresh head.
+    """
+    if objective.num_outputs() is None:
+        return inputs_of(base, tasks, objective.tokenizer)
+    has_its_head = head_width(model) == head_width(base)
+    return {
+        **inputs_of(base, tasks, objective.tokenizer, head_modules(base)),
+        "head": fingerprint(base) if has_its_head else None,
+    }
 
 
 def _begin_adapting(
