@@ -13,7 +13,7 @@ from hypothesis import settings
 torch.set_num_threads(1)
 
 # The same examples each time; `make fuzz` draws new ones, and more (FORETUNE_FUZZ=examples).
-settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=60)
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=40)
 settings.register_profile(
     "fuzz", deadline=None, max_examples=int(os.environ.get("FORETUNE_FUZZ", "0")) or 1
 )

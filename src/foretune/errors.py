@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from foretune.printable import printable
+
 
 class ForetuneError(Exception):
     """An expected failure: training diverged, the disk is full.
@@ -13,6 +15,10 @@ class ForetuneError(Exception):
     """
 
     exit_code = 1
+
+
+class DivergedError(ForetuneError):
+    """The loss, the weights or a score are no longer finite."""
 
 
 class UserError(ForetuneError):
@@ -32,4 +38,4 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     ' Did you mean "steps"?'
     """
     close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1)
-    return f' Did you mean "{close[0]}"?' if close else ""
+    return f' Did you mean "{printable(close[0])}"?' if close else ""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FIELD = "format"
-ADAPTER = "foretune-adapter-1"  # base_fingerprint.json
+ADAPTER = "foretune-adapter-2"  # base_fingerprint.json
 BASE = "foretune-base-1"  # foretune.json
 CHECKPOINT = "foretune-checkpoint-1"  # checkpoint-N/state.json
 CHOICE = "foretune-choice-1"  # choice.json, the trials of `auto`

@@ -87,7 +87,7 @@ class ReferenceStore:
         rows: Sequence[Mapping[str, Any]] = (),
         kind: str = "text",
         labels: Mapping[str, int] | None = None,
-        model: Mapping[str, str | None] | None = None,
+        model: Mapping[str, Any] | None = None,
         name: str | None = None,
         lookup: Lookup | None = None,
         tuned: Mapping[str, Any] | None = None,
@@ -324,8 +324,15 @@ class ReferenceStore:
         """Checks that the store was built with this model.
 
         Raises:
-            UserError: The fingerprint of the base or of the adapter differs.
+            UserError: The fingerprint of the base or of the adapter differs, or the store names a
+                token that the model does not have.
         """
+        vocabulary = getattr(getattr(bare_model(model), "config", None), "vocab_size", None)
+        largest = int(self.values.max())
+        if isinstance(vocabulary, int) and largest >= vocabulary:
+            raise UserError(
+                f"the store names token {largest} of a model with {vocabulary} tokens; rebuild it"
+            )
         if self.model is None:
             return
         actual = base_and_adapter(model)

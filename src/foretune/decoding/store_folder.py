@@ -20,12 +20,19 @@ TENSORS_FILE, ROWS_FILE = "store.safetensors", "rows.jsonl"
 FORMAT = "foretune-store-1"  # of store.json
 
 
+class ModelFingerprints(TypedDict):
+    """Digests of the model that a store was built with."""
+
+    base: str
+    adapter: str | None
+
+
 class Metadata(TypedDict):
     """The fields of store.json that are read back."""
 
     kind: str
     labels: dict[str, int]
-    model: dict[str, str | None] | None
+    model: ModelFingerprints | None
     name: str | None
     lookup: dict[str, Any]
     tuned: dict[str, Any] | None

@@ -188,7 +188,8 @@ def load_adapted(folder: Path | str, base: ForecastMAE) -> ForecastMAE:
             f"that of the given base is {fingerprint(base)[:12]}"
         )
     model = copy.deepcopy(base)
-    method.install(model)
+    with damage_named(folder / RECORD_FILE):
+        method.install(model)
     mismatched = set(tensors) ^ set(method.trained_names(model))
     mismatched -= {name for name, _ in model.named_buffers()}
     if mismatched:

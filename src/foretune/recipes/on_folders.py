@@ -26,8 +26,9 @@ from foretune.recipes.objective_blocks import OBJECTIVES
 from foretune.recipes.overrides import override_keys
 from foretune.recipes.runner import finish
 from foretune.recipes.schema import Recipe, adapt_record, parse_block, run_of
-from foretune.recipes.setup import with_tokenizer
+from foretune.recipes.setup import check_sides, with_tokenizer
 from foretune.tasks.objectives import make_objective
+from foretune.tasks.rows import CLASSES
 from foretune.tasks.sources import Source, load_tasks
 
 
@@ -140,11 +141,15 @@ def adapt_folder(
         console: Receives the progress.
 
     Returns:
-        Scores per task, their mean, the cost, and Python code that loads the first adapter.
+        Scores and training examples per task, the mean score, the cost, and Python code that loads
+        the first adapter.
 
     Raises:
         UserError: The folder is not a base, or the data, a setting or `out` is not acceptable.
     """
+    from foretune.evaluation.wording import rows_drawn
+    from foretune.training.shots import draw_shots
+
     block, source = settings(tasks, changes)
     method = adapt_record(block, _fixed_rate(block))
     run = run_of(block, seed=seed)
@@ -157,20 +162,22 @@ def adapt_folder(
         collection, _ = load_tasks(source, str(kind))
         model, tokenizer = saved.load()
         fitted = saved.objective(objective, tokenizer).fit(collection)
+        collection = collection.with_objective(fitted)
+        check_sides(model, collection, None, console)
         with console.bar(f"adapting {saved.folder} to {len(collection)} tasks") as progress:
             adapted = foretune.adapt(
-                model,
-                collection.with_objective(fitted),
-                method,
-                run.replace(out=folder),
-                shots=shots,
-                progress=progress,
+                model, collection, method, run.replace(out=folder), shots=shots, progress=progress
             )
     scores = {task: score for (task, _), score in adapted.scores.items()}
+    drawn = draw_shots(collection, fitted.kind, shots, 1, seed)
+    num_train = {slot.task: len(slot.train) for slot in drawn}
+    unit = "rows per class" if fitted.kind in CLASSES else "rows"
     return {
         "out": str(out),
         "metric": fitted.metric,
         "scores": scores,
+        "num_train": num_train,
+        "drawn": rows_drawn({shots: num_train.values()}, unit) if shots else [],
         "mean": sum(scores.values()) / len(scores) if scores else None,
         "num_labels": adapted.num_labels,
         "code": loading_code(
@@ -252,23 +259,23 @@ def compare_folders(
     method, run = adapt_record(block, _fixed_rate(block)), run_of(block)
     bases = _named([find_base(folder) for folder in folders])
     kind = _one_kind(bases, objective)
-    reads: list[Path | str] = [
-        *folders,
-        *(base.folder for base in bases.values()),
-        *read_by(source),
-    ]
+    reads: list[Path | str] = [*folders, *read_by(source)]
+    reads += [base.folder for base in bases.values()]
     with run_folder(out, "compare", resume=resume, overwrite=overwrite, reads=reads) as folder:
         collection, _ = load_tasks(source, kind)
         first = next(iter(bases.values()))
         loaded = _Loaded(bases)
         fitted = first.objective(objective, _one_tokenizer(loaded)).fit(collection)
+        collection = collection.with_objective(fitted)
+        for name in bases:
+            check_sides(loaded[name], collection, None, console)
         with console.bar(
             f"adapting {len(bases)} bases to {len(collection)} tasks",
             rounds=len(bases) * len(shots),
         ) as progress:
             comparison: dict[str, Any] = foretune.compare(
                 loaded,
-                collection.with_objective(fitted),
+                collection,
                 adapt=method,
                 run=run,
                 shots=tuple(shots),

@@ -14,7 +14,7 @@ from torch import nn
 from typing_extensions import TypedDict
 
 from foretune.adapters.bank import AdapterBank
-from foretune.adapters.fingerprint import fingerprint
+from foretune.adapters.fingerprint import fingerprint, is_base
 from foretune.adapters.peft_format import load_adapter
 from foretune.claims import output_folder
 from foretune.errors import UserError
@@ -47,6 +47,10 @@ class RunRecord(TypedDict, total=False):
     config: dict[str, Any]
     validation_score: float | None
     cost: dict[str, Any]
+
+
+class _BaseRecord(TypedDict):
+    fingerprint: str
 
 
 class ScoreRow(TypedDict):
@@ -106,13 +110,15 @@ def check_unchanged(model: nn.Module, folder: Path) -> None:
         UserError: It has others.
     """
     file = folder / BASE_FILE
-    if file.is_file():
-        written = read_json(file, dict[str, Any], BASE).get("fingerprint")
-        if written is not None and written != fingerprint(model):
-            raise UserError(
-                f"the weights in {folder} are not those that the run wrote: they were changed "
-                "since; start over with --overwrite"
-            )
+    if not file.is_file():
+        return
+    written = read_json(file, _BaseRecord, BASE)
+    # It may be held in another precision now.
+    if not is_base(model, {"base": written["fingerprint"], "without": [], "dtypes": []}):
+        raise UserError(
+            f"the weights in {folder} are not those that the run wrote: they were changed since; "
+            "start over with --overwrite"
+        )
 
 
 def begin(

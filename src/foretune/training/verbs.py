@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foretune.adapters.fingerprint import fingerprint
+from foretune.adapters.fingerprint import base_record, fingerprint
 from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
 from foretune.files import RUN_FILE, write_whole
@@ -26,7 +26,7 @@ from foretune.tasks.task import Objective, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import SlotRows, TaskData, sampler_for
 from foretune.training.learners.joint import Learner
-from foretune.training.loop import Progress, check_device, fit
+from foretune.training.loop import Progress, check_device, fit, scores_after
 from foretune.training.methods import AdaptMethod, RetrainMethod
 from foretune.training.model_copies import copy_to_adapt, fresh_copy, interpolate
 from foretune.training.outcome import Adapted, Outcome, folder_names, labels_of
@@ -53,6 +53,7 @@ from foretune.training.scoring import score_slots
 from foretune.training.sharding import load_full_weights
 from foretune.training.shots import draw_shots
 from foretune.training.stopping import EarlyStopping
+from foretune.training.text_limits import TextLimits
 
 
 def retrain(
@@ -104,7 +105,7 @@ def _retrain_in(
     """Retrains in a folder that is claimed."""
     group = process_group()
     objective = method.objective_for(objective_of(tasks).fit(tasks).bind(model))
-    data = TaskData.of(tasks, objective)
+    data = TaskData.of(tasks, objective, TextLimits.of(model, objective))
     share = method.interpolate
     pretrained, model = model, fresh_copy(model, objective, run.seed)
     check_model(group, model)
@@ -294,6 +295,7 @@ def _adapt_in(
     base = model
     model, objective = copy_to_adapt(base, objective_of(tasks), run.seed)
     check_model(group, model)
+    limits = TextLimits.of(base, objective)
     slots = list(draw_shots(tasks, objective.kind, shots, draws, run.seed))
     task_draws = [(slot.task, slot.draw) for slot in slots]
     saved: dict[TaskDraw, SavedTask] = {}
@@ -304,9 +306,9 @@ def _adapt_in(
         saved = group.on_first_process(lambda: _begin_adapting(out, method, run, inputs))
         slots = [slot for slot in slots if (slot.task, slot.draw) not in saved]
     partition = partition_slots(
-        group, TaskData(slots, objective), run.batch_size, len(slots), pooled=False
+        group, TaskData(slots, objective, limits), run.batch_size, len(slots), pooled=False
     )
-    result = Adapted({}, {}, {}, {}, "")
+    result = Adapted({}, {}, {}, {}, {})
     result.labels = labels_of(objective, tasks.names)
     result.folders = folder_names(task_draws, {key: task.folder for key, task in saved.items()})
     # Whole models have their own head; adapters are loaded onto the base's.
@@ -364,7 +366,7 @@ def _adapt_wave(
     result: Adapted,
     progress: Progress | None,
 ) -> None:
-    data = TaskData(wave, objective)
+    data = TaskData(wave, objective, TextLimits.of(model, objective))
     base = model if method.shares_base else copy.deepcopy(model)
     requires_grad = {p: p.requires_grad for p in base.parameters()}
     torch.manual_seed(run.seed)
@@ -382,13 +384,13 @@ def _adapt_wave(
     for slot, step in stopping.stopped.items() if stopping else ():
         result.stopped[wave[slot].task, wave[slot].draw] = step
     with learner.ready():
-        scores = learner.score(data, split, None)
+        scores = scores_after(run.steps, learner, data, split, None, run)
     for slot, score in scores.items():
         result.scores[wave[slot].task, wave[slot].draw] = score
         result.num_rows[wave[slot].task, wave[slot].draw] = data.num_rows(slot, split)
     if learner.bank is not None:
         result.config = peft_config(learner.bank, base, getattr(base, "name_or_path", None) or None)
-        result.base_fingerprint = fingerprint(base, learner.bank.head_names)
+        result.base_fingerprint = base_record(base, learner.bank.head_names)
         for slot, rows in enumerate(wave):
             result.tensors[rows.task, rows.draw] = peft_tensors(learner.bank, slot)
     else:
