@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from foretune.errors import ForetuneError, UserError
@@ -191,6 +191,20 @@ def check_file_name(what: str, name: str) -> None:
         reason = f"it has {len(name.encode())} bytes, and 100 is the limit"
     if reason is not None:
         raise UserError(f"{what} {name[:50]!r} cannot be the name of a folder: {reason}")
+
+
+def check_file_names(what: str, names: Iterable[str]) -> None:
+    """Checks that names can be those of folders side by side, on any file system.
+
+    Raises:
+        UserError: One cannot, or two are the same where case or Unicode form do not count.
+    """
+    used: dict[str, str] = {}
+    for name in names:
+        check_file_name(what, name)
+        other = used.setdefault(same_on_disk(name), name)
+        if other is not name:
+            raise UserError(f"{what} {name!r} and {other!r} are one folder on some file systems")
 
 
 def same_on_disk(name: str) -> str:
