@@ -31,6 +31,7 @@ ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 RECIPE = "config.yaml"
 INPUTS = "inputs.json"  # digests of the model and the examples of a recipe's run
+SCORES_FILE = "scores.json"  # in a folder of adapters: the finished tasks, with their folders
 MODULE_FILE = "foretune_module.json"  # beside the weights of a module that is not Hugging Face's
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -202,9 +203,9 @@ def check_file_names(what: str, names: Iterable[str]) -> None:
     used: dict[str, str] = {}
     for name in names:
         check_file_name(what, name)
-        other = used.setdefault(same_on_disk(name), name)
-        if other is not name:
-            raise UserError(f"{what} {name!r} and {other!r} are one folder on some file systems")
+        earlier = used.setdefault(same_on_disk(name), name)
+        if earlier is not name:
+            raise UserError(f"{what} {name!r} and {earlier!r} are one folder on some file systems")
 
 
 def same_on_disk(name: str) -> str:

@@ -111,11 +111,11 @@ def foreign_files(path: Path) -> list[str]:
     start = path.absolute()
     root = start if read_manifest(start) is not None else root_of(start)
     manifest = None if root is None else read_manifest(root)
-    known = {MARKER_FILE} if manifest is None else {MARKER_FILE, *manifest.files}
+    listed = {MARKER_FILE} if manifest is None else {MARKER_FILE, *manifest.files}
     foreign = []
     for file in all_files(start) if start.is_dir() else [start]:
         name = file.relative_to(root or (start if start.is_dir() else start.parent)).as_posix()
-        if file.is_symlink() or not (name in known or _is_ours(name)):
+        if file.is_symlink() or not (name in listed or _is_ours(name)):
             foreign.append(file.relative_to(start).as_posix() if file != start else file.name)
     return sorted(foreign)
 

@@ -71,7 +71,7 @@ def build_folder(
         store = ReferenceStore.build(loaded, selected, tokenizer=tokenizer, **options)
         seconds = time.perf_counter() - began
         store.name = str(Path(model).resolve()) if Path(model).is_dir() else model
-        store.write(folder)
+        store.save(folder)
     return {
         "out": str(out),
         "kind": store.kind,

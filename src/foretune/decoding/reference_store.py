@@ -357,16 +357,9 @@ class ReferenceStore:
         Raises:
             UserError: The folder is not empty, and is not a store or `overwrite` is false.
         """
+        tensors = {n: t.contiguous() for n, t in zip(TENSOR_NAMES, _tensors(self), strict=True)}
         with output_folder(Path(folder), "datastore", overwrite=overwrite, at_once=True) as part:
-            self.write(part)
-
-    def write(self, folder: Path) -> None:
-        """Writes the files of `save` into an empty folder."""
-        tensors = {
-            name: tensor.contiguous()
-            for name, tensor in zip(TENSOR_NAMES, _tensors(self), strict=True)
-        }
-        write_store(folder, tensors, self.rows, self._metadata())
+            write_store(part, tensors, self.rows, self._metadata())
 
     def save_lookup(self, folder: str | Path) -> None:
         """Writes the result of `tune` into the store's folder; nothing else changes."""

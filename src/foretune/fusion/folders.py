@@ -132,7 +132,7 @@ def fuse_folders(
             options["samples"] = read_samples(samples, list(request.finetuned), num_samples)
         start = time.perf_counter()
         fused = foretune.fuse(base, request.finetuned, request.method, **options)
-        fused.write(folder)
+        fused.save(folder)
     return {
         "out": str(out),
         "method": fused.method,

@@ -124,16 +124,12 @@ class Fused:
         """
         folder = Path(folder)
         with output_folder(folder, "fuse", overwrite=True, at_once=True) as part:
-            self.write(part)
+            with _without_experts(self):
+                save_base(self.model, self.tokenizer, part)
+            _save_tensors(part / EXPERTS_FILE, self._expert_tensors())
+            _save_tensors(part / HEADS_FILE, self._head_tensors())
+            (part / RECORD_FILE).write_text(json.dumps(self._record(), indent=1) + "\n", "utf-8")
         return folder
-
-    def write(self, folder: Path) -> None:
-        """Write the files of `save` into an empty folder."""
-        with _without_experts(self):
-            save_base(self.model, self.tokenizer, folder)
-        _save_tensors(folder / EXPERTS_FILE, self._expert_tensors())
-        _save_tensors(folder / HEADS_FILE, self._head_tensors())
-        (folder / RECORD_FILE).write_text(json.dumps(self._record(), indent=1) + "\n", "utf-8")
 
     def _record(self) -> dict[str, Any]:
         return {

@@ -394,9 +394,10 @@ def _above(best: Sequence[Trial], rival: Sequence[Trial]) -> dict[str, Any] | No
     return {"over": rival[0]["candidate"], **{name: getattr(difference, name) for name in fields}}
 
 
-class _Choice(TypedDict):
-    about: dict[str, Any]
-    trials: list[dict[str, Any]]
+# What is used of choice.json.
+_Choice = TypedDict(  # noqa: UP013
+    "_Choice", {"about": dict[str, Any], "trials": list[dict[str, Any]]}
+)
 
 
 def _resumed(

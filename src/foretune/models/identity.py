@@ -10,7 +10,7 @@ from torch import nn
 
 # Keys of a config that do not change what a model computes, or that go with its weights.
 VOLATILE = (
-    *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"),
+    *("transformers_version", "architectures", "dtype", "torch_dtype"),
     *("id2label", "label2id", "num_labels", "problem_type", "auto_map", "use_cache"),
 )
 
@@ -23,7 +23,9 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     """
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
-        fields = {k: v for k, v in config.to_dict().items() if k not in VOLATILE}
+        fields = {
+            k: v for k, v in config.to_dict().items() if k not in VOLATILE and not k.startswith("_")
+        }
         plain: dict[str, Any] = json.loads(json.dumps(fields, default=str, sort_keys=True))
         return plain
     modules = [

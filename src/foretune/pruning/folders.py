@@ -161,7 +161,7 @@ def prune_folder(
             "scored": scored,
         }
         if folder is not None:
-            chosen.write(folder)
+            chosen.save(folder)
     return {
         "method": method.to_dict(),
         "out": None if out is None else str(out),

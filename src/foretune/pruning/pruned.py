@@ -74,15 +74,11 @@ class Pruned:
         """
         folder = Path(folder)
         with output_folder(folder, "prune", overwrite=overwrite, at_once=True) as part:
-            self.write(part)
+            if self.loads_with == "transformers":
+                save_base(self.model, self.tokenizer, part)
+            else:
+                save_for_foretune(self.model, part)
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(part)
+            (part / PLAN_FILE).write_text(json.dumps(self.record(), indent=1) + "\n", "utf-8")
         return folder
-
-    def write(self, folder: Path) -> None:
-        """Write the files of `save` into an empty folder."""
-        if self.loads_with == "transformers":
-            save_base(self.model, self.tokenizer, folder)
-        else:
-            save_for_foretune(self.model, folder)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
-        (folder / PLAN_FILE).write_text(json.dumps(self.record(), indent=1) + "\n", "utf-8")

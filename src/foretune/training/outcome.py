@@ -21,6 +21,7 @@ from foretune.files import (
     LABELS_FILE,
     METRICS_FILE,
     RUN_FILE,
+    SCORES_FILE,
     same_on_disk,
     whole_folder,
     write_whole,
@@ -36,7 +37,7 @@ from foretune.training.methods import RetrainMethod
 from foretune.training.record import environment
 
 # Names in a folder of adapters that are not those of tasks: a folder with `base/` holds a base.
-RESERVED = (RUN_FILE, "scores.json", "base")
+RESERVED = (RUN_FILE, SCORES_FILE, "base")
 
 
 @dataclass
@@ -228,21 +229,21 @@ def _write_labels(folder: Path, labels: Sequence[Any] | None) -> None:
 
 
 def folder_names(
-    task_draws: Iterable[tuple[str, int]], taken: Mapping[tuple[str, int], str] | None = None
+    task_draws: Iterable[tuple[str, int]], in_use: Mapping[tuple[str, int], str] | None = None
 ) -> dict[tuple[str, int], str]:
     """A folder name for each task and draw, no two of which are the same on any file system.
 
     Args:
         task_draws: Tasks with their draws, in the order in which they take names; first draws are
             served first.
-        taken: Names that are in use, which stay as they are.
+        in_use: Names that tasks have already; they stay as they are.
 
     >>> folder_names([("red", 0), ("red", 1)])
     {('red', 0): 'red', ('red', 1): 'red-draw1'}
     >>> [*folder_names([("Red", 0), ("red", 0)]).values()]
     ['Red', 'red-449f44']
     """
-    names = dict(taken or {})
+    names = dict(in_use or {})
     used = {same_on_disk(name) for name in names.values()}
     for task, draw in sorted(task_draws, key=lambda pair: pair[1]):
         if (task, draw) in names:

@@ -18,7 +18,7 @@ from foretune.adapters.fingerprint import fingerprint, is_base
 from foretune.adapters.peft_format import load_adapter
 from foretune.claims import output_folder
 from foretune.errors import UserError
-from foretune.files import BASE_FILE, METRICS_FILE, RUN_FILE, write_whole
+from foretune.files import BASE_FILE, METRICS_FILE, RUN_FILE, SCORES_FILE, write_whole
 from foretune.formats import BASE, RUN, damage_named, parse_json, read_json, stamped
 from foretune.method import Method
 from foretune.models.identity import config_of, tokenizer_digest
@@ -30,7 +30,6 @@ from foretune.training.outcome import Adapted, folder_names, readable_name
 from foretune.training.process_group import ProcessGroup
 
 TaskDraw = tuple[str, int]
-SCORES = "scores.json"
 SCORES_OF_RANK = ".scores-{}.json"  # until the last process has finished
 # Fields that may differ between a run and its continuation: they do not change the result.
 MOVABLE = ("out", "resume", "overwrite", "device", "tasks_per_wave")
@@ -247,7 +246,7 @@ def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: Pr
     tensors = {key: result.tensors[key] for key in wave if key in result.tensors}
     models = {key: result.models[key] for key in wave if key in result.models}
     replace(result, tensors=tensors, models=models).save(folder)
-    file = folder / (SCORES if group.size == 1 else SCORES_OF_RANK.format(group.rank))
+    file = folder / (SCORES_FILE if group.size == 1 else SCORES_OF_RANK.format(group.rank))
     saved = {
         key: SavedTask(result.folders[key], result.scores.get(key), result.num_rows.get(key, 0))
         for key in wave
@@ -258,11 +257,11 @@ def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: Pr
 def collect_scores(folder: Path) -> dict[TaskDraw, SavedTask]:
     """The finished tasks, merged into one file; a task whose folder is gone is not finished."""
     parts = sorted(folder.glob(SCORES_OF_RANK.format("*")))
-    saved = _read_scores(folder / SCORES)
+    saved = _read_scores(folder / SCORES_FILE)
     for part in parts:
         saved |= _read_scores(part)
     if parts:
-        _write_scores(folder / SCORES, saved)
+        _write_scores(folder / SCORES_FILE, saved)
         for part in parts:
             part.unlink()
     return {key: task for key, task in saved.items() if (folder / task.folder).is_dir()}
