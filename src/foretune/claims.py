@@ -81,7 +81,7 @@ def output_folder(
         raise UserError(
             "--resume keeps what is in the folder and --overwrite removes it: choose one"
         )
-    target = out.resolve() if at_once else out
+    target = out.resolve() if at_once or out.name in ("", "..") else out
     with contextlib.ExitStack() as locks:
         with disk_errors(out):
             beside = _beside(target)
@@ -209,8 +209,6 @@ def _beside(target: Path) -> Path:
     Raises:
         UserError: There is no such place, or a link is there.
     """
-    if target.name in ("", ".."):
-        target = target.resolve()
     beside = target.with_name(UNFINISHED + target.name) if target.name else target
     if beside.is_symlink() or beside == target:
         raise UserError(f"cannot write beside {target}: choose another --out")

@@ -411,6 +411,19 @@ def test_a_place_that_cannot_be_written_is_one_line(
     assert contents(tmp_path) == {"file": "mine"}
 
 
+@pytest.mark.parametrize("name", [".", "", "../here", "/"])
+def test_the_current_folder_is_written_but_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    if name != "/":
+        make(Path(name))
+        assert contents(tmp_path / "here") == OLD
+    with pytest.raises(UserError):
+        make(Path(name), overwrite=True)
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", ".x", " x", "x.", "a/b", "a\\b", "a\0b", "a\x1bb"])
 def test_names_that_are_no_folders_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="cannot be the name of a folder"):
