@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
+from foretune.cli.output import (
+    AllowUnverified,
+    Json,
+    TrustRemoteCode,
+    emit,
+    emit_json,
+    quiet_stdout,
+    table,
+)
+from foretune.models.trusted_code import trusted_code
 from foretune.run import MAX_SEED
 
 app = typer.Typer(
@@ -40,13 +49,15 @@ def build(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing store.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
     """Run a model on rows and store its states."""
     from foretune.run import check_one_of
 
     check_one_of("--key-type", key_type, ("float32", "float16", "bfloat16"))
-    with quiet_stdout():
+    with quiet_stdout(), trusted_code(trust_remote_code):
         from foretune.decoding.datastore_folders import build_folder
 
         result = build_folder(
@@ -59,6 +70,7 @@ def build(
             permute_options=permute_options,
             key_type=key_type,
             overwrite=overwrite,
+            allow_unverified=allow_unverified,
         )
     if json:
         emit_json(result)
@@ -125,13 +137,15 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(min=0, max=MAX_SEED, help="Random seed of shots and LoRA.")
     ] = 0,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
     """Score the store on held-out rows, beside baselines that use the store's rows."""
     from foretune.decoding.prompts import decode_method
 
     decode_method("rtd", changes or [])
-    with quiet_stdout():
+    with quiet_stdout(), trusted_code(trust_remote_code):
         from foretune.cli.progress import StderrConsole
         from foretune.decoding.datastore_folders import evaluate_folder
 
@@ -145,6 +159,7 @@ def evaluate(
             shots=shots,
             lora_steps=lora_steps,
             seed=seed,
+            allow_unverified=allow_unverified,
             console=StderrConsole(),
         )
     emit_json(result) if json else emit(evaluation_text(result))

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from foretune.cli.output import Json, emit, emit_json, quiet_stdout
+from foretune.cli.output import (
+    AllowUnverified,
+    Json,
+    TrustRemoteCode,
+    emit,
+    emit_json,
+    quiet_stdout,
+)
+from foretune.models.trusted_code import trusted_code
 
 
 def fuse(
@@ -32,15 +40,23 @@ def fuse(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier fused model in --out.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
     """Fuse fine-tuned models over one base, without training."""
     from foretune.fusion.folders import fuse_folders, parse_request, settings_of
 
     request = parse_request(method, arguments)
-    with quiet_stdout():
+    with quiet_stdout(), trusted_code(trust_remote_code):
         result = fuse_folders(
-            base, request, out, samples=samples, num_samples=num_samples, overwrite=overwrite
+            base,
+            request,
+            out,
+            samples=samples,
+            num_samples=num_samples,
+            overwrite=overwrite,
+            allow_unverified=allow_unverified,
         )
     if json:
         emit_json(result)

@@ -12,8 +12,17 @@ from typing import Annotated, Any
 import typer
 
 from foretune.claims import claim_file
-from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
+from foretune.cli.output import (
+    AllowUnverified,
+    Json,
+    TrustRemoteCode,
+    emit,
+    emit_json,
+    quiet_stdout,
+    table,
+)
 from foretune.errors import UserError
+from foretune.models.trusted_code import trusted_code
 from foretune.run import MAX_SEED
 
 
@@ -75,6 +84,8 @@ def generate(
         Path | None, typer.Option(help="With --beta-sweep: write the frontier to this .svg file.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the --out file.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
     """Continue prompts with a model, plain or steered by EFT or RTD."""
@@ -91,7 +102,7 @@ def generate(
     sources = [model, prompts, tuned_prompts, untuned_prompts, store, oracle]
     reads = [str(read) for read in (*sources, *(tuned or ()), *(untuned or ())) if read is not None]
     _check_figure(out, betas, oracle, overwrite, reads)
-    with quiet_stdout(), _warnings_as_lines():
+    with quiet_stdout(), trusted_code(trust_remote_code), _warnings_as_lines():
         from foretune.decoding.generation import read_prompts
 
         texts = [prompt] if prompt is not None else _read(prompts)
@@ -101,6 +112,7 @@ def generate(
         if betas is not None:
             from foretune.decoding.beta_sweep import figure, sweep, table_rows
 
+            options["allow_unverified"] = allow_unverified
             rows = sweep(model, texts, record, betas, resources, oracle, **options)
         else:
             from foretune.decoding.prompts import generate as run
@@ -112,6 +124,7 @@ def generate(
                 record,
                 resources,
                 batch_size=batch_size,
+                allow_unverified=allow_unverified,
                 **options,
                 **side_prompts,
                 **drafting,

@@ -99,6 +99,7 @@ def fuse_folders(
     samples: Path | None = None,
     num_samples: int = 16,
     overwrite: bool = False,
+    allow_unverified: bool = False,
 ) -> dict[str, Any]:
     """Fuse the models of some folders and save the result.
 
@@ -109,6 +110,7 @@ def fuse_folders(
         samples: For gate=activations: a file of rows with `task` and `text`.
         num_samples: Texts per task read from `samples`.
         overwrite: Replace a fused model in `out`.
+        allow_unverified: Whether to take adapters that do not record their base.
 
     Returns:
         out, method, names, own_heads, seconds, and the fields of the method's report.
@@ -119,14 +121,11 @@ def fuse_folders(
     """
     import foretune
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"allow_unverified": allow_unverified}
     if samples is not None and request.method.name != "smile":
         raise UserError(f"--samples is for smile; {request.method.name} takes none")
-    reads: list[Path | str] = [
-        base,
-        *request.finetuned.values(),
-        *([] if samples is None else [samples]),
-    ]
+    reads: list[Path | str] = [base, *request.finetuned.values()]
+    reads += [] if samples is None else [samples]
     with output_folder(out, "fuse", overwrite=overwrite, at_once=True, reads=reads) as folder:
         if samples is not None:
             options["samples"] = read_samples(samples, list(request.finetuned), num_samples)

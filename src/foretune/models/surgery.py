@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Conv1D
+from transformers import Conv1D, PreTrainedConfig, PreTrainedModel
 
 from foretune.errors import UserError
 
 HEADS = ("classifier", "score", "classification_head")  # what transformers calls a task head
+CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def head_modules(model: nn.Module) -> list[str]:
     """The names of the modules that each task has its own copy of.
 
-    A model of transformers has an attribute in `HEADS`; a plain module may set an attribute
-    `head_modules`. Otherwise the head is the last linear layer, apart from poolers and language
-    model heads.
+    The head of a classifier of transformers is all that lies outside its base model; a plain module
+    may set an attribute `head_modules`. Otherwise the head is the last linear layer, apart from
+    poolers and language model heads.
 
     Raises:
         UserError: The model has no linear layer, or its `head_modules` names no module.
@@ -64,12 +65,28 @@ def _declared_head(model: nn.Module) -> list[str]:
                     f"of it; its top modules are {', '.join(n for n, _ in model.named_children())}"
                 )
         return list(declared)
-    for name in HEADS:
-        head = getattr(model, name, None)
-        if isinstance(head, nn.Module) and any(True for _ in head.parameters()):
-            before = f"pre_{name}"  # DistilBERT's head has two parts
-            return [before, name] if isinstance(getattr(model, before, None), nn.Module) else [name]
-    return []
+    heads = [name for name in HEADS if _has_parameters(getattr(model, name, None))]
+    base_name = getattr(model, "base_model_prefix", "")
+    if not isinstance(model, PreTrainedModel) or not isinstance(
+        getattr(model, base_name, None), nn.Module
+    ):
+        return heads[:1]
+    if not heads and not type(model).__name__.endswith(CLASSIFIERS):
+        return []
+    # DistilBERT's and ModernBERT's heads have two parts, DeBERTa's includes a pooler.
+    return [n for n, part in model.named_children() if n != base_name and _has_parameters(part)]
+
+
+def _has_parameters(module: Any) -> bool:
+    return isinstance(module, nn.Module) and any(True for _ in module.parameters())
+
+
+def is_in_head(model: nn.Module, name: str) -> bool:
+    """Whether a parameter of this name belongs to the model's task head."""
+    base_name = getattr(model, "base_model_prefix", "")
+    if base_name and isinstance(getattr(model, base_name, None), nn.Module):
+        return not name.startswith(f"{base_name}.")
+    return name.startswith(tuple(f"{head}." for head in _declared_head(model)))
 
 
 def reset_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
@@ -104,6 +121,7 @@ def reset_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
     if num_labels is not None and hasattr(config, "num_labels"):
         config.num_labels = num_labels
         model.num_labels = num_labels  # type: ignore[assignment]
+    name_outputs(model, ())
 
 
 def head_width(model: nn.Module) -> int | None:
@@ -133,13 +151,55 @@ def match_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
 
 
 def name_outputs(model: nn.Module, labels: Sequence[object]) -> None:
-    """Write the labels of the task head's first outputs into the model's config, if it has both."""
+    """Record the labels of the task head's first outputs; further outputs have no meaning.
+
+    They stand in the attribute `head_labels`, and in the config of a model that has one.
+    """
+    if not has_fresh_head(model):
+        return
+    model.head_labels = tuple(None if v is None else str(v) for v in labels) or None  # type: ignore[assignment]
     config: Any = getattr(model, "config", None)
-    if not labels or not hasattr(config, "id2label") or not has_fresh_head(model):
+    if not hasattr(config, "id2label"):
         return
     names = {i: f"LABEL_{i}" for i in range(config.num_labels)}
     config.id2label = names | {i: str(v) for i, v in enumerate(labels) if v is not None}
     config.label2id = {name: i for i, name in config.id2label.items()}
+
+
+def head_labels(model: nn.Module) -> tuple[str | None, ...] | None:
+    """The labels that the outputs of the model's head stand for, in order.
+
+    They come from the attribute `head_labels` of the model, or from `id2label` of its config.
+
+    Returns:
+        One label for each output, None for an output without meaning; None where nothing names
+        them: transformers' default names (LABEL_0, …) do not.
+    """
+    if not has_fresh_head(model):
+        return None
+    recorded = getattr(model, "head_labels", None)
+    if recorded is None:
+        recorded = named_labels(getattr(getattr(model, "config", None), "id2label", None))
+    if not isinstance(recorded, (list, tuple)):
+        return None
+    width = head_width(model) or len(recorded)
+    names = [None if v is None else str(v) for v in recorded]
+    labels = [name for name in names if name is not None]
+    if not labels or len(set(labels)) < len(labels) or len(names) > width:
+        return None
+    return (*names, *[None] * (width - len(names)))
+
+
+def named_labels(id2label: Any) -> list[str | None] | None:
+    """The labels that a config's `id2label` names, None for a default name (LABEL_0, …).
+
+    Returns:
+        None where it is not a mapping of the numbers from 0.
+    """
+    if not isinstance(id2label, Mapping) or set(id2label) != set(range(len(id2label))):
+        return None
+    names = [str(id2label[i]) for i in range(len(id2label))]
+    return [None if name == f"LABEL_{i}" else name for i, name in enumerate(names)]
 
 
 def _spread(model: nn.Module) -> float | None:
@@ -161,21 +221,45 @@ def _reset_linear(layer: nn.Linear, outputs: int, spread: float | None) -> None:
 
 
 def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """(name, list) of the model's transformer blocks: the longest outermost list of modules.
+    """(name, list) of the model's transformer blocks.
+
+    Of several lists of modules that are not inside one another, it is one in the text decoder,
+    where the model has one; of these one as long as the config's `num_hidden_layers`; of these the
+    longest; of these the first.
 
     None for a model without one, and for an encoder-decoder, which has two.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
         return None
-    best: tuple[str, nn.ModuleList] | None = None
-    inside: list[str] = []
+    lists = _outermost_lists(model)
+    if len(lists) > 1:
+        lists = _in_decoder(model, lists) or lists
+        depth = getattr(_text_config(config), "num_hidden_layers", None)
+        lists = {n: blocks for n, blocks in lists.items() if len(blocks) == depth} or lists
+    return max(lists.items(), key=lambda pair: len(pair[1]), default=None)
+
+
+def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Name → list of modules, without lists inside a list (experts) and empty ones."""
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(p) for p in inside):
-            continue
-        inside.append(f"{name}.")  # a list inside a block (experts) is not a list of blocks
-        if len(module) and (best is None or len(module) > len(best[1])):
-            best = (name, module)
-    return best
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            lists[name] = module
+    return lists
+
+
+def _in_decoder(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
+    """Those of the lists that are inside the model's text decoder."""
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    within = set() if decoder is None else set(decoder.modules())
+    return {name: blocks for name, blocks in lists.items() if blocks in within}
+
+
+def _text_config(config: Any) -> Any:
+    """The config of the text decoder of a model of several kinds of input, else the config."""
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
 
 
 def parameters_before(model: nn.Module, block_list_name: str) -> dict[str, nn.Parameter]:
@@ -237,7 +321,8 @@ def freeze_lower(model: nn.Module, trainable_layers: int) -> None:
         trainable_layers: Number of last blocks that stay trainable.
 
     Raises:
-        UserError: The model has no single list of blocks, or fewer blocks than that.
+        UserError: The model has no single list of blocks (`block_list`), a second one beside or
+            behind it, which would stay trainable as a whole, or fewer blocks than that.
     """
     named_blocks = block_list(model)
     if named_blocks is None:
@@ -246,6 +331,14 @@ def freeze_lower(model: nn.Module, trainable_layers: int) -> None:
             f"which {type(model).__name__} does not have"
         )
     name, blocks = named_blocks
+    lists = list(_outermost_lists(model))
+    behind = [n for n in lists[lists.index(name) + 1 :] if not _in_head(model, n)]
+    if behind:
+        raise UserError(
+            f"trainable_layers={trainable_layers} is ambiguous: {type(model).__name__} has "
+            f"{name} and, behind it, {behind[0]}; leave trainable_layers out, or set "
+            "requires_grad on a model of your own"
+        )
     if not 0 <= trainable_layers <= len(blocks):
         raise UserError(
             f"trainable_layers must be between 0 and the {len(blocks)} blocks of "
@@ -255,6 +348,12 @@ def freeze_lower(model: nn.Module, trainable_layers: int) -> None:
         parameter.requires_grad_(False)
     for block in blocks[: len(blocks) - trainable_layers]:
         block.requires_grad_(False)
+
+
+def _in_head(model: nn.Module, name: str) -> bool:
+    """Whether a list is inside a declared head, or holds heads."""
+    heads = _declared_head(model)
+    return any(f"{name}.".startswith(f"{h}.") or h.startswith(f"{name}.") for h in heads)
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -29,7 +29,7 @@ from foretune.files import (
 from foretune.formats import BASE, RUN, stamped
 from foretune.models.loading import save_base
 from foretune.models.loading_code import class_name, loading_code
-from foretune.models.surgery import name_outputs
+from foretune.models.surgery import head_labels, name_outputs
 from foretune.run import Run
 from foretune.tasks.task import Objective
 from foretune.training.learners.joint import Learner
@@ -54,7 +54,8 @@ class Outcome:
         history: One dict per validation.
         validation_score: The best mean score on the validation examples of the seen tasks; None
             without such examples.
-        cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, trainable_parameters.
+        cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, validation_tokens,
+            trainable_parameters.
         tasks: Names of the seen tasks.
         choice: For `auto`, the candidates with scores and costs, and the confidence; else None.
         inputs: With a folder, what must be the same when the run is resumed: tasks, objective,
@@ -81,7 +82,6 @@ class Outcome:
         """
         folder = Path(folder)
         with whole_folder(folder / "base") as part:
-            name_outputs(self.model, self.objective.space or ())
             save_base(self.model, self.tokenizer, part)
             (part / BASE_FILE).write_text(json.dumps(self._base_record(), indent=1))
         self.save_adapters(folder)
@@ -124,6 +124,7 @@ class Outcome:
             "method": self.method.to_dict(),
             "objective": self.objective.to_dict(),
             "fingerprint": fingerprint(self.model),
+            "head_labels": head_labels(self.model),
             "trainable": sorted(n for n, p in self.model.named_parameters() if p.requires_grad),
         }
         return stamped(record, BASE)
@@ -165,8 +166,9 @@ class Adapted:
             task).
         stopped: Step at which a task stopped early: {(task, draw): step}.
         labels: Labels of each task in the order of its outputs; empty where outputs are not labels.
-        num_labels: Width of the heads where a task has more labels than the base's head has
-            outputs, so that the base must be loaded with this many labels; else None.
+        num_labels: Width of the heads where the base's checkpoint has no head, or a task has more
+            labels than it has outputs, so that the base must be loaded with this many labels; else
+            None.
         learners: The learner that trained each of `models`, which writes it.
         folders: Names of the folders that `save` writes; empty for those of `folder_names`.
     """

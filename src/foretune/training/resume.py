@@ -23,8 +23,9 @@ from foretune.formats import BASE, RUN, damage_named, parse_json, read_json, sta
 from foretune.method import Method
 from foretune.models.identity import config_of, tokenizer_digest
 from foretune.models.loading import load_weights
+from foretune.models.surgery import head_modules, head_width
 from foretune.run import Run
-from foretune.tasks.task import Task
+from foretune.tasks.task import Objective, Task, TaskCollection
 from foretune.training.learners.joint import Learner
 from foretune.training.outcome import Adapted, folder_names, readable_name
 from foretune.training.process_group import ProcessGroup
@@ -99,6 +100,22 @@ def inputs_of(
         "config": config_of(model),
         "tokenizer": tokenizer_digest(tokenizer),
         "rows": {task.name: task.digest for task in tasks},
+    }
+
+
+def inputs_to_adapt(
+    base: nn.Module, model: nn.Module, tasks: TaskCollection, objective: Objective
+) -> dict[str, Any]:
+    """What must be the same when more tasks are added: a head only where the tasks begin from it.
+
+    A task with more labels than the base's head has outputs begins from a fresh head.
+    """
+    if objective.num_outputs() is None:
+        return inputs_of(base, tasks, objective.tokenizer)
+    has_its_head = head_width(model) == head_width(base)
+    return {
+        **inputs_of(base, tasks, objective.tokenizer, head_modules(base)),
+        "head": fingerprint(base) if has_its_head else None,
     }
 
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from foretune.adapters.fingerprint import base_record, fingerprint
+from foretune.adapters.fingerprint import base_record
 from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
 from foretune.files import RUN_FILE, write_whole
 from foretune.manifest import final_path
 from foretune.method import check_verb
-from foretune.models.surgery import head_modules, head_width
+from foretune.models.checkpoint import unstored_modules
+from foretune.models.surgery import head_width, name_outputs
 from foretune.processes import base_is_sharded
 from foretune.run import Run
 from foretune.tasks.objectives import settings_of
@@ -28,7 +29,14 @@ from foretune.training.data import SlotRows, TaskData, sampler_for
 from foretune.training.learners.joint import Learner
 from foretune.training.loop import Progress, check_device, fit, scores_after
 from foretune.training.methods import AdaptMethod, RetrainMethod
-from foretune.training.model_copies import copy_to_adapt, fresh_copy, interpolate
+from foretune.training.model_copies import (
+    answers,
+    copy_to_adapt,
+    fresh_copy,
+    has_drawn_head,
+    has_other_labels,
+    interpolate,
+)
 from foretune.training.outcome import Adapted, Outcome, folder_names, labels_of
 from foretune.training.process_group import (
     Partition,
@@ -46,6 +54,7 @@ from foretune.training.resume import (
     claimed,
     collect_scores,
     inputs_of,
+    inputs_to_adapt,
     load_finished,
     save_wave,
 )
@@ -125,12 +134,17 @@ def _retrain_in(
                 model = load_full_weights(fresh_copy(pretrained, objective, run.seed), model)
                 if learner is not None and learner.bank is not None:
                     learner.bank.onto(model)
-            interpolate(model, pretrained, share)
+            fresh_head = has_other_labels(pretrained, objective)
+            interpolate(model, pretrained, share, fresh_head=fresh_head)
         else:
             assert run.out is not None
             record = {**finished, "history": load_finished(run.out, learner, model, data.keys)}
     if hasattr(model, "name_or_path"):  # what adapters name as their base
         model.name_or_path = "" if run.out is None else final_path(run.out / "base")  # type: ignore[assignment]
+    # A head that was not trained stands for the labels only if it did before or was drawn for them.
+    is_named = learner is not None or answers(model, objective) or has_drawn_head(pretrained)
+    if objective.shared().space is not None and is_named:
+        name_outputs(model, objective.space or ())
     outcome = Outcome(
         model=model.eval(),
         bank=learner.bank if learner and method.keeps_adapters and partition.slots else None,
@@ -213,7 +227,7 @@ def _train(
             local_scores = score_slots(model, partition.local_data, "validation", run.eval_rows)
         scores = partition.gather_scores(local_scores)
         best = sum(scores.values()) / len(scores) if scores else None
-        cost = {"tokens": 0, "examples": 0, "trainable_parameters": 0}
+        cost = {"tokens": 0, "examples": 0, "validation_tokens": 0, "trainable_parameters": 0}
         return {"history": [], "validation_score": best, "cost": cost}
     budget = method.run_for(run, len(data))
     sampler = sampler_for(
@@ -226,7 +240,7 @@ def _train(
     partition = replace(partition, by_rows=by_rows, sharded=base_is_sharded())
     record = fit(learner, data, sampler, budget, progress=progress, partition=partition)
     adapters = 0 if learner.bank is None else learner.bank.parameters_per_slot * len(data)
-    cost = {key: record[key] for key in ("tokens", "examples")}
+    cost = {key: record[key] for key in ("tokens", "examples", "validation_tokens")}
     cost["trainable_parameters"] = adapters + sum(p.numel() for p in learner.base)
     return {"history": record["history"], "validation_score": record["best_score"], "cost": cost}
 
@@ -302,7 +316,7 @@ def _adapt_in(
     if out is not None:
         # Tasks may be added later, and labels with them, so the settings leave labels out.
         inputs = {"shots": shots, "split": split, "objective": settings_of(objective)}
-        inputs |= _inputs_to_adapt(base, model, tasks, objective)
+        inputs |= inputs_to_adapt(base, model, tasks, objective)
         saved = group.on_first_process(lambda: _begin_adapting(out, method, run, inputs))
         slots = [slot for slot in slots if (slot.task, slot.draw) not in saved]
     partition = partition_slots(
@@ -314,7 +328,8 @@ def _adapt_in(
     # Whole models have their own head; adapters are loaded onto the base's.
     if method.shares_base and objective.num_outputs() is not None:
         width = head_width(model)
-        result.num_labels = None if width == head_width(base) else width
+        is_stored = width == head_width(base) and not unstored_modules(base)
+        result.num_labels = None if is_stored else width
     with torch.random.fork_rng(), metered() as cost, group.raise_together():
         for wave in _waves(partition, _wave_size(model, slots, objective, method, run)):
             _adapt_wave(model, wave, objective, method, run, split, result, progress)
@@ -330,22 +345,6 @@ def _adapt_in(
     if out is not None:
         group.on_first_process(lambda: collect_scores(out))
     return result
-
-
-def _inputs_to_adapt(
-    base: nn.Module, model: nn.Module, tasks: TaskCollection, objective: Objective
-) -> dict[str, Any]:
-    """What must be the same when more tasks are added: a head only where the tasks begin from it.
-
-    A task with more labels than the base's head has outputs begins from a fresh head.
-    """
-    if objective.num_outputs() is None:
-        return inputs_of(base, tasks, objective.tokenizer)
-    has_its_head = head_width(model) == head_width(base)
-    return {
-        **inputs_of(base, tasks, objective.tokenizer, head_modules(base)),
-        "head": fingerprint(base) if has_its_head else None,
-    }
 
 
 def _begin_adapting(

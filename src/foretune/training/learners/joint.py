@@ -28,6 +28,7 @@ from foretune.tasks.task import Objective
 from foretune.training.data import Step, TaskData
 from foretune.training.optim import SlotAdamW, is_8bit, make_adamw
 from foretune.training.process_group import Partition
+from foretune.training.record import count
 from foretune.training.scoring import score_slots
 from foretune.training.sharding import place_like, shard
 
@@ -266,6 +267,7 @@ class Learner:
 
     def backward(self, step: Step) -> dict[int, float]:
         """Adds the gradient of the step's loss to `.grad`; returns each slot's mean loss."""
+        count(step.num_tokens, len(step.slots))
         counts = Counter(step.slots)
         place = {slot: i for i, slot in enumerate(sorted(counts))}
         device = next(self.model.parameters()).device
@@ -385,7 +387,8 @@ def make_bank(
 ) -> AdapterBank:
     """A bank with adapters, with one head per slot, or with both.
 
-    Where the label sets of the tasks differ, each slot has its own, freshly initialised head.
+    Where the label sets of the tasks differ, each slot has its own, freshly initialised head. One
+    that the base's checkpoint lacks (`copy_to_adapt`) is copied too.
 
     Args:
         model: The base.
@@ -398,6 +401,7 @@ def make_bank(
             as a copy of the base's.
     """
     labels_differ = objective.num_outputs() is not None and objective.shared() is not objective
+    head_copies = head_copies or getattr(model, "head_per_task", False)
     heads = head_modules(model) if labels_differ or head_copies else []
     return AdapterBank(
         model, keys, lora=lora, sparse=sparse, heads=heads, fresh_heads=labels_differ, seed=seed
