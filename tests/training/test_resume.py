@@ -506,7 +506,7 @@ def test_a_finished_base_with_other_weights_is_refused(tmp_path):
     tensors = load_file(file)
     tensors["body.weight"][0, 0] += 1
     save_file(tensors, file)
-    with pytest.raises(UserError, match=r"the weights in .*base are not those that the run wrote"):
+    with pytest.raises(UserError, match=r"the weights in .*base are not those that were retrained"):
         _retrain(out=tmp_path, resume=True)
 
 

@@ -14,12 +14,12 @@ from torch import nn
 from typing_extensions import TypedDict
 
 from foretune.adapters.bank import AdapterBank
-from foretune.adapters.fingerprint import fingerprint, is_base
+from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import load_adapter
 from foretune.claims import output_folder
 from foretune.errors import UserError
-from foretune.files import BASE_FILE, METRICS_FILE, RUN_FILE, SCORES_FILE, write_whole
-from foretune.formats import BASE, RUN, damage_named, parse_json, read_json, stamped
+from foretune.files import METRICS_FILE, RUN_FILE, SCORES_FILE, write_whole
+from foretune.formats import RUN, damage_named, parse_json, read_json, stamped
 from foretune.method import Method
 from foretune.models.identity import config_of, tokenizer_digest
 from foretune.models.loading import load_weights
@@ -47,10 +47,6 @@ class RunRecord(TypedDict, total=False):
     config: dict[str, Any]
     validation_score: float | None
     cost: dict[str, Any]
-
-
-class _BaseRecord(TypedDict):
-    fingerprint: str
 
 
 class ScoreRow(TypedDict):
@@ -117,24 +113,6 @@ def inputs_to_adapt(
         **inputs_of(base, tasks, objective.tokenizer, head_modules(base)),
         "head": fingerprint(base) if has_its_head else None,
     }
-
-
-def check_unchanged(model: nn.Module, folder: Path) -> None:
-    """Checks that a base has the weights that it had when it was written.
-
-    Raises:
-        UserError: It has others.
-    """
-    file = folder / BASE_FILE
-    if not file.is_file():
-        return
-    written = read_json(file, _BaseRecord, BASE)
-    # It may be held in another precision now.
-    if not is_base(model, {"base": written["fingerprint"], "without": [], "dtypes": []}):
-        raise UserError(
-            f"the weights in {folder} are not those that the run wrote: they were changed since; "
-            "start over with --overwrite"
-        )
 
 
 def begin(
@@ -228,7 +206,6 @@ def load_finished(
         UserError: The base has other weights than when it was written.
     """
     load_weights(model, folder / "base")
-    check_unchanged(model, folder / "base")
     bank: AdapterBank | None = None if learner is None else learner.bank
     if bank is not None and (folder / "adapters").is_dir():
         names = folder_names((task, 0) for task in tasks)
