@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, and the checks of where results may be written."""
+"""Atomic writes of files and folders."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from foretune.errors import ForetuneError, UserError
+from foretune.manifest import REPLACED, UNFINISHED, all_files, foreign_files, record_files, root_of
 
 # Names of files that several modules write or read; a name used by one module is defined there.
 RUN_FILE = "run.json"  # method, run and digests of what a folder was started with, then the outcome
@@ -27,11 +29,18 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-UNFINISHED = ".unfinished-"
 RECIPE = "config.yaml"
 INPUTS = "inputs.json"  # digests of the model and the examples of a recipe's run
+SCORES_FILE = "scores.json"  # in a folder of adapters: the finished tasks, with their folders
 MODULE_FILE = "foretune_module.json"  # beside the weights of a module that is not Hugging Face's
-MARKER_FILE = ".foretune"  # in every folder that a run has claimed
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT),
+    *(errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EBUSY),
+    *(errno.ENXIO, errno.ENODEV, errno.EXDEV, errno.EOPNOTSUPP),
+)
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # Windows' names, with any extension
 
 
 @contextlib.contextmanager
@@ -40,31 +49,80 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
     Raises:
         ForetuneError: The disk is full; the temporary folder is removed.
+        UserError: `final` holds files that foretune did not write, or may not be written.
     """
     temporary = final.with_name(UNFINISHED + final.name)
-    shutil.rmtree(temporary, ignore_errors=True)
     with disk_errors(final):
+        _check_ours(final)
+        remove(temporary)
         try:
             temporary.mkdir(parents=True)
             yield temporary
-            for path in temporary.rglob("*"):
-                _flush(path)
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            _flush(final.parent)
+            files = list(all_files(temporary))
+            record_files(final, [final / path.relative_to(temporary) for path in files])
+            put_in_place(temporary, final)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
             raise
 
 
+def put_in_place(folder: Path, final: Path) -> None:
+    """Renames a finished folder to `final`; what was there is removed afterwards.
+
+    A kill in between leaves the old folder under its own name or, beside the new one's, under that
+    of `replaced`.
+    """
+    for path in folder.rglob("*"):
+        _flush(path)
+    aside = replaced(final)
+    remove(aside)
+    if final.exists():
+        final.rename(aside)
+    try:
+        folder.rename(final)
+    except BaseException:
+        if aside.exists():
+            aside.rename(final)
+        raise
+    _flush(final.parent)
+    remove(aside)
+
+
+def replaced(final: Path) -> Path:
+    """Where the earlier folder of this name is kept while a new one takes its place."""
+    return final.with_name(REPLACED + final.name)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder of ours, if there is one.
+
+    Raises:
+        UserError: It is a symbolic link.
+    """
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link, which foretune does not remove: remove it")
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file atomically: it holds the old text or the new one, never a part of it."""
+    """Writes a text file atomically: it holds the old text or the new one, never a part of it.
+
+    Raises:
+        ForetuneError: The disk is full.
+        UserError: `path` may not be written, or foretune did not write the file that is there.
+    """
     temporary = path.with_name(UNFINISHED + path.name)
     with disk_errors(path):
+        _check_ours(path)
+        remove(temporary)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text, encoding="utf-8")
+            record_files(path, [path])
+            with temporary.open("x", encoding="utf-8") as file:
+                file.write(text)
             _flush(temporary)
             temporary.replace(path)
         except BaseException:
@@ -72,9 +130,24 @@ def write_whole(path: Path, text: str) -> None:
             raise
 
 
+def _check_ours(path: Path) -> None:
+    """Checks that what is at `path` may be replaced: not a link, nor a file that is not listed.
+
+    Raises:
+        UserError: It may not.
+    """
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link, which foretune does not replace: remove it")
+    foreign = [] if not path.exists() or root_of(path) is None else foreign_files(path)
+    if foreign:
+        raise UserError(
+            f"{path} is in the way: foretune did not write {', '.join(foreign[:3])}; move it"
+        )
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns the errors of a full or read-only disk into one line that says what to do.
+    """Turns the errors of a full or read-only disk and of a bad path into one line.
 
     Raises:
         ForetuneError: The disk is full.
@@ -88,117 +161,60 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise ForetuneError(full) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        if error.errno in REFUSED:
             raise UserError(
-                f"cannot write {path}: {error.strerror}; choose another --out"
+                f"cannot write {str(path)[:200]}: {error.strerror}; choose another place"
             ) from error
         raise
     except Exception as error:
         # safetensors reports a failed write with an exception of its own.
-        if "No space left" in str(error):
+        if "No space left" in str(error) or "File too large" in str(error):
             raise ForetuneError(full) from error
         raise
 
 
-def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Checks that a run may claim `folder`; does not touch it.
-
-    Returns:
-        Whether the folder is in use: it holds more than what a run writes before its first result.
+def check_file_name(what: str, name: str) -> None:
+    """Checks that a name can be that of a folder, on any file system.
 
     Raises:
-        UserError: The folder is in use and neither `resume` nor `overwrite` is set, or both are
-            set, or `overwrite` would delete a folder that foretune has not claimed.
+        UserError: It cannot; the message begins with `what`.
     """
-    if resume and overwrite:
-        raise UserError(
-            "--resume keeps what is in the folder and --overwrite removes it: choose one"
-        )
-    _check_not_a_file(folder)
-    # A run that failed before its first result leaves only these: nothing would be lost.
-    early = (RECIPE, INPUTS, MARKER_FILE)
-    used = folder.is_dir() and any(path.name not in early for path in folder.iterdir())
-    if used and not (resume or overwrite):
-        raise UserError(
-            f"{folder} is not empty: use --resume to continue its run, --overwrite to replace it, "
-            "or another folder"
-        )
-    if used and overwrite:
-        current = Path.cwd().resolve()
-        if folder.resolve() in (current, *current.parents):
-            raise UserError(f"{folder} holds the current folder: --overwrite does not remove it")
-        if not (folder / MARKER_FILE).is_file():
-            names = sorted(path.name for path in folder.iterdir())
-            raise UserError(
-                f"{folder} was not made by a foretune run (it holds {', '.join(names[:3])}, "
-                f"… and no {MARKER_FILE}): --overwrite does not remove it; choose another folder"
-            )
-    return used
+    reason = None
+    if not name or name != name.strip() or name.endswith("."):
+        reason = "it is empty, or begins or ends with a space or a full stop"
+    elif name.startswith(".") or DEVICES.fullmatch(name.casefold()):
+        reason = "it begins with a full stop, or is a device of Windows"
+    elif any(c in '/\\:*?"<>|' or unicodedata.category(c) in ("Cc", "Cs") for c in name):
+        reason = 'it has a control character or one of / \\ : * ? " < > |'
+    elif len(name.encode()) > 100:
+        reason = f"it has {len(name.encode())} bytes, and 100 is the limit"
+    if reason is not None:
+        raise UserError(f"{what} {name[:50]!r} cannot be the name of a folder: {reason}")
 
 
-def claim_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Creates `folder` for a run, emptied if `overwrite` is set, with the marker file in it.
-
-    Returns:
-        Whether it holds a run to be continued.
+def check_file_names(what: str, names: Iterable[str]) -> None:
+    """Checks that names can be those of folders side by side, on any file system.
 
     Raises:
-        UserError: As `check_folder`.
+        UserError: One cannot, or two are the same where case or Unicode form do not count.
     """
-    used = check_folder(folder, resume=resume, overwrite=overwrite)
-    with disk_errors(folder):
-        if used and overwrite:
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not used or overwrite:
-            (folder / MARKER_FILE).touch()
-    return used and resume
+    used: dict[str, str] = {}
+    for name in names:
+        check_file_name(what, name)
+        earlier = used.setdefault(same_on_disk(name), name)
+        if earlier is not name:
+            raise UserError(f"{what} {name!r} and {earlier!r} are one folder on some file systems")
 
 
-def claim_model_folder(folder: Path, marker_file: str, *, overwrite: bool) -> None:
-    """Checks that a model, or a store, may be written as `folder`; does not touch it.
+def same_on_disk(name: str) -> str:
+    """A form of a name that is equal for names which some file systems do not tell apart.
 
-    Args:
-        folder: The output folder.
-        marker_file: Name of the file that every folder of this kind holds; `overwrite` replaces
-            only a folder that holds it.
-        overwrite: Whether the user asked to replace what is there.
-
-    Raises:
-        UserError: It is a file, or a folder that is not empty and may not be replaced.
+    >>> same_on_disk("Caf\\u00e9") == same_on_disk("cafe\\u0301")
+    True
     """
-    _check_not_a_file(folder)
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(
-            f"{folder} is not empty: use --overwrite to replace it (if it holds {marker_file}), "
-            "or another folder"
-        )
-    if not (folder / marker_file).is_file():
-        raise UserError(
-            f"{folder} holds no {marker_file}, so foretune did not write it: --overwrite does not "
-            "remove it; choose another folder"
-        )
-
-
-def claim_file(file: Path, *, overwrite: bool) -> None:
-    """Checks that a result may be written as `file`; does not touch it.
-
-    Raises:
-        UserError: It is a folder, or a file that may not be replaced.
-    """
-    if file.is_dir():
-        raise UserError(f"{file} is a folder; name a file")
-    if file.exists() and not overwrite:
-        raise UserError(f"{file} exists: use --overwrite to replace it, or another name")
-
-
-def _check_not_a_file(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; --out needs a folder")
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
 
 
 def _flush(path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from foretune.errors import UserError
 
+MAX_SEED = 2**32 - 1  # every generator takes it, and the loop may multiply it
 DEVICE = r"(cpu|cuda|mps|xpu|npu|hpu)(:\d+)?"
 
 
@@ -82,7 +83,7 @@ class Run:
     def __post_init__(self) -> None:
         if self.out is not None:
             object.__setattr__(self, "out", Path(self.out))
-        check_int("seed", self.seed, 0)
+        check_seed("seed", self.seed)
         check_int("steps", self.steps, 1)
         check_int("tasks_per_step", self.tasks_per_step, 1, optional=True)
         check_int("batch_size", self.batch_size, 1)
@@ -145,6 +146,16 @@ def check_int(name: str, value: Any, least: int, *, optional: bool = False) -> N
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{name} must be a whole number not below {least}, got {value!r}")
+
+
+def check_seed(name: str, value: Any) -> None:
+    """Checks that `value` is a whole number from 0 to 2³² - 1, which every generator takes.
+
+    Raises:
+        UserError: It is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
+        raise UserError(f"{name} must be a whole number from 0 to {MAX_SEED}, got {value!r}"[:200])
 
 
 def check_ints(name: str, value: Any) -> Any:

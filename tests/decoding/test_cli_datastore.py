@@ -148,7 +148,7 @@ def test_generate_reads_the_store_and_names_what_stands_behind_each_token(place)
         (["build", "{}/model", "--rows", "{}/texts.jsonl", "--out", "{}/of-texts"], "is not empty"),
         (
             ["build", "{}/model", "--rows", "{}/texts.jsonl", "--out", "{}/model", "--overwrite"],
-            "holds no store.json, so foretune did not write it",
+            "which the command reads",
         ),
         (
             ["build", "{}/model", "--rows", "{}/rows.jsonl", "--split", "dev", "--out", "{}/x"],

@@ -334,6 +334,7 @@ def test_a_saved_store_comes_back_as_it_was(tmp_path):
     for name in ("rows", "kind", "labels", "model", "lookup", "tuned"):
         assert getattr(loaded, name) == getattr(store, name)
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
+        ".foretune",
         "rows.jsonl",
         "store.json",
         "store.safetensors",
@@ -356,7 +357,7 @@ def test_a_folder_in_use_is_not_written_over(tmp_path):
     store.save(tmp_path / "s", overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match=r"holds no store\.json, so foretune did not write it"):
+    with pytest.raises(UserError, match="holds files that foretune did not write"):
         store.save(tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
 

@@ -116,7 +116,7 @@ def test_a_folder_that_is_not_empty_is_only_replaced_by_overwrite(world, tmp_pat
     message = the_error(
         "forecast", "pretrain", *TINY, *scenes, "--out", tmp_path / "mine", "--overwrite"
     )
-    assert "foretune did not write it" in message
+    assert "files that foretune did not write" in message
     shutil.copytree(world / "base", tmp_path / "old")
     again = ("pretrain", *TINY, "warmup=0.2", *scenes, "--out", tmp_path / "old")
     assert the_json("forecast", *again, "--overwrite")["tasks"] == 2

@@ -254,7 +254,11 @@ def test_a_saved_model_is_the_same_model(kind, tmp_path):
     elif kind == "head":
         add_head(model, modes=2)
     folder = save_forecast_mae(model, tmp_path / "m")
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        ".foretune",
+        "config.json",
+        "model.safetensors",
+    ]
     loaded = load_forecast_mae(folder)
     assert equal_bits(loaded.state_dict(), model.state_dict())
     scene = batch_of(ROWS).inputs

@@ -90,9 +90,12 @@ def test_full_folder_is_refused_and_replaced_only_if_it_is_ours(folders: Path) -
     assert "out is not empty" in the_error(*one)
     assert call(*one, "--overwrite").exit_code == 0
     line = the_error("smile", "base", "one=one", "--out", "two", "--overwrite")
-    assert "two holds no fused.json" in line and (folders / "two" / "config.json").is_file()
+    assert (
+        "two holds files that foretune did not write" in line
+        and (folders / "two" / "config.json").is_file()
+    )
     line = the_error("smile", "base", "one=one", "--out", "one", "--overwrite")
-    assert "--out one is one of the models to fuse" in line
+    assert "--overwrite would replace one, which the command reads" in line
     assert "rows.jsonl is a file" in the_error("smile", "base", "one=one", "--out", "rows.jsonl")
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import foretune
+from foretune.claims import output_folder
 from foretune.errors import UserError
+from foretune.files import write_whole
 from foretune.methods.auto import Auto
 from foretune.run import Run
 from foretune.tasks.objectives.regression import Regression
@@ -237,8 +239,9 @@ def test_an_interrupted_choice_resumes(tmp_path, monkeypatch):
 
 def test_overwrite_replaces_what_a_killed_choice_left(tmp_path):
     """Until the final retraining begins, the folder holds only the trials."""
-    (tmp_path / "choice.json").write_text('{"about": {}, "trials": []}')
-    (tmp_path / ".foretune").touch()
+    with pytest.raises(KeyboardInterrupt), output_folder(tmp_path, "retrain") as folder:
+        write_whole(folder / "choice.json", '{"about": {}, "trials": []}')
+        raise KeyboardInterrupt
     run = RUN.replace(out=tmp_path, overwrite=True, steps=4)
     foretune.retrain(Net(), family(4), auto(), run)
     assert json.loads((tmp_path / "choice.json").read_text())["trials"]

@@ -51,7 +51,7 @@ def own_names() -> set[str]:
                 names.add(node.id)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
                 names |= {node.attr} if ast.unparse(node.value) in ("self", "cls") else set()
-    return names | {"_replace", "_fields", "_asdict"}  # a named tuple's, which are public
+    return names | {"_replace", "_fields", "_asdict", "_exit"}  # public: a named tuple's, and os'
 
 
 def uses() -> dict[str, set[str]]:

@@ -159,7 +159,7 @@ def test_rows_are_cut_by_split_and_task(place: Path) -> None:
         ("uncurl mix --rows one.jsonl --out x", "both are needed"),
         ("uncurl mix --rows task.jsonl --task red --out x", 'no row whose task is "red"'),
         ("uncurl mix --rows task.jsonl --out mix", "mix is not empty"),
-        ("uncurl mix --rows task.jsonl --out mix --overwrite", "holds no experts.json"),
+        ("uncurl mix --rows task.jsonl --out mix --overwrite", "which the command reads"),
         ("uncurl mix --rows task.jsonl --out task.jsonl", "is a file; --out needs a folder"),
         ("uncurl mix --rows task.jsonl --out x --learning-rate 0", "must be a number above 0"),
         ("uncurl mix --rows task.jsonl --out x --recover -1", "Invalid value for '--recover'"),

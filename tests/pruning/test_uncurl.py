@@ -270,7 +270,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
         pruned.save(tmp_path)
-    with pytest.raises(UserError, match=r"holds no experts\.json"):
+    with pytest.raises(UserError, match="holds files that foretune did not write"):
         pruned.save(tmp_path, overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     with pytest.raises(UserError, match=r"notes\.txt is a file"):

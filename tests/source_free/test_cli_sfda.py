@@ -68,7 +68,7 @@ def place(tmp_path_factory):
 
 def test_adapted_folder_is_small_and_says_what_it_is(place):
     files = {p.name: p.stat().st_size for p in (place / "adapted").iterdir()}
-    assert set(files) == {"core.safetensors", "core.json", "README.md"}
+    assert set(files) == {"core.safetensors", "core.json", "README.md", ".foretune"}
     assert sum(files.values()) < 0.5 * (place / "prepared" / "model.safetensors").stat().st_size
     assert "foretune" in (place / "adapted" / "README.md").read_text()
 
@@ -201,7 +201,7 @@ def test_a_base_of_the_user_s_own_file_is_prepared(place, tmp_path):
 def test_a_used_folder_is_not_written_over_without_being_told(place, tmp_path):
     args = ("sfda", "adapt", place / "prepared", "steps=1", "--rows", place / "bare.npz", "--out")
     assert "is not empty: use --overwrite to replace it" in the_error(*args, place / "adapted")
-    assert "foretune did not write it" in the_error(*args, place / "prepared", "--overwrite")
+    assert "another command (sfda-prepare)" in the_error(*args, place / "prepared", "--overwrite")
     (tmp_path / "file").write_text("x")
     assert "is a file" in the_error(*args, tmp_path / "file")
     prepare = ("sfda", "prepare", "new", "--rows", place / "source.npz", "--out")

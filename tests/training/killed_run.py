@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 import foretune
 import linear_tasks
-from foretune import files
+from foretune import files, manifest
 from foretune.run import Run
 from foretune.training import checkpoint, outcome
 
@@ -97,7 +97,7 @@ def in_removal(name: str) -> Callable[[], None]:
                 die()
             remove(path, **options)
 
-        checkpoint.shutil.rmtree = remove_half
+        files.shutil.rmtree = remove_half
 
     return arm
 
@@ -120,7 +120,7 @@ def in_record() -> None:
 
     def write_half(path: Path, text: str) -> None:
         if path.name == "metrics.jsonl":
-            path.with_name(files.UNFINISHED + path.name).write_text(text[:5])
+            path.with_name(manifest.UNFINISHED + path.name).write_text(text[:5])
             die()
         write(path, text)
 

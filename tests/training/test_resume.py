@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import foretune
+import tiny_models
+from foretune.claims import claim_file
 from foretune.errors import ForetuneError, UserError
-from foretune.files import claim_file
+from foretune.files import same_on_disk
 from foretune.run import Run
 from foretune.training import checkpoint, outcome
 from linear_tasks import Net, copy_of, equal_bits, family
@@ -340,6 +344,172 @@ def test_a_number_sign_in_a_task_name_is_no_draw(tmp_path):
         assert set(adapted.scores) == {("C#1", 0), ("C", 0)}
 
 
+def _two_words(names, words=("red", "blue"), test=True):
+    """Tasks that tell words apart, with or without test examples."""
+    rows = [{"text": f"the {word}", "label": word} for word in words] * 4
+    tasks = tuple(foretune.Task(name, rows, (), rows if test else ()) for name in names)
+    return foretune.TaskCollection(tasks, foretune.Classification(tiny_models.tokenizer()))
+
+
+def _adapt_bert(out, tasks, *, model=None, stop_at=None, method=None, **more):
+    updates = []
+
+    def progress(*_):
+        updates.append(1)
+        if len(updates) == stop_at:
+            raise Stop
+
+    run = Run(steps=2, batch_size=4, device="cpu", out=out, tasks_per_wave=1, **more)
+    model = model or tiny_models.bert(num_labels=2, num_hidden_layers=1)
+    adapted = foretune.adapt(model, tasks, method or foretune.LoRA(), run, progress=progress)
+    return adapted, len(updates)
+
+
+@pytest.mark.parametrize("method", [foretune.LoRA(), foretune.Head(), foretune.Full()])
+def test_tasks_with_more_labels_are_added_to_a_finished_folder(method, tmp_path):
+    """The adapters that are there stay as they are; the new ones are as if alone."""
+    narrow, wide = _two_words("ab"), _two_words(["c"], ("red", "blue", "green"))
+    _adapt_bert(tmp_path / "out", narrow, method=method)
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.safetensors")}
+    all_tasks = foretune.TaskCollection((*narrow, *wide), narrow.objective)
+    for added in (wide, all_tasks, narrow):
+        adapted, updates = _adapt_bert(tmp_path / "out", added, method=method, resume=True)
+        assert updates == (2 if added is wide else 0)
+        assert {task for task, _ in adapted.scores} == set(added.names)
+    assert {p: p.read_bytes() for p in before} == before
+    labels = json.loads((tmp_path / "out" / "c" / "labels.json").read_text())
+    assert labels == ["blue", "green", "red"]
+    _adapt_bert(tmp_path / "alone", wide, method=method)
+    (file,) = (tmp_path / "out" / "c").glob("*.safetensors")
+    assert file.read_bytes() == (tmp_path / "alone" / "c" / file.name).read_bytes()
+
+
+def test_finished_tasks_without_test_examples_are_not_trained_again(tmp_path):
+    tasks = _two_words("ab", test=False)
+    with pytest.raises(Stop):
+        _adapt_bert(tmp_path, tasks, stop_at=3)
+    assert _adapt_bert(tmp_path, tasks, resume=True)[1] == 2
+    adapted, updates = _adapt_bert(tmp_path, tasks, resume=True)
+    assert updates == 0 and adapted.scores == {} and (tmp_path / "b").is_dir()
+
+
+def test_an_adapter_that_is_gone_is_trained_again(tmp_path):
+    _adapt_bert(tmp_path, _two_words("ab"))
+    before = (tmp_path / "b" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "b")
+    assert _adapt_bert(tmp_path, _two_words("ab"), resume=True)[1] == 2
+    assert (tmp_path / "b" / "adapter_model.safetensors").read_bytes() == before
+
+
+NAMES = (
+    *("red", "Red", "RED", "red-draw1", "a/b", "a_b-6d959c", "base", "run.json", "scores.json"),
+    *(".foretune", "..", ".", "CON", "nul.txt", "x.", "x ", "x", " ", "caf\u00e9", "cafe\u0301"),
+    *("y" * 300, "y" * 299 + "z", "checkpoint-3", ".unfinished-red", "a\tb", "a\nb", "-", "\ud55c"),
+)
+
+
+def test_no_two_tasks_share_a_folder_and_each_is_found_again(tmp_path):
+    rows = family().tasks[0].train[:4]
+    tasks = foretune.TaskCollection(
+        tuple(foretune.Task(name, rows) for name in NAMES), family().objective
+    )
+    run = Run(steps=1, device="cpu", out=tmp_path / "adapted")
+    foretune.adapt(Net(), tasks, foretune.LoRA(), run, draws=2, shots=2)
+    entries = json.loads((tmp_path / "adapted" / "scores.json").read_text())
+    folders = {(entry["task"], entry["draw"]): entry["folder"] for entry in entries}
+    assert set(folders) == {(name, draw) for name in NAMES for draw in (0, 1)}
+    assert len({same_on_disk(name) for name in folders.values()}) == 2 * len(NAMES)
+    assert {path.name for path in (tmp_path / "adapted").iterdir() if path.is_dir()} == {
+        *folders.values()
+    }
+    assert folders["red", 0] == "red" and folders["x", 1] == "x-draw1"
+
+    outcome = foretune.retrain(Net(), tasks, METHODS["peft-ml"], _run(tmp_path / "out", steps=2))
+    again = foretune.retrain(
+        Net(), tasks, METHODS["peft-ml"], _run(tmp_path / "out", steps=2, resume=True)
+    )
+    assert equal_bits(again.bank.state_dict(), outcome.bank.state_dict())
+
+
+def test_a_task_that_is_added_takes_no_folder_of_another(tmp_path):
+    rows = family().tasks[0].train[:4]
+
+    def adapt(*names, **options):
+        tasks = tuple(foretune.Task(name, rows) for name in names)
+        collection = foretune.TaskCollection(tasks, family().objective)
+        run = Run(steps=1, device="cpu", out=tmp_path, **options)
+        return foretune.adapt(Net(), collection, foretune.LoRA(), run).folders
+
+    assert adapt("red") == {("red", 0): "red"}
+    folders = adapt("Red", "red", resume=True)
+    assert folders["red", 0] == "red" and folders["Red", 0].startswith("Red-")
+    assert adapt("Red", resume=True)["Red", 0] == folders["Red", 0]
+
+
+# --- what must be the same -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("verb", ["retrain", "adapt"])
+def test_another_tokenizer_or_config_is_refused(verb, finished, tmp_path):
+    def go(tokenizer=None, stop=False, resume=True, **config):
+        updates = []
+
+        def progress(*_):
+            updates.append(1)
+            if stop and len(updates) == (6 if verb == "adapt" else 3):
+                raise Stop
+
+        model = tiny_models.bert(num_labels=2, num_hidden_layers=1, **config)
+        objective = foretune.Classification(tokenizer or tiny_models.tokenizer())
+        tasks = _two_words("ab").with_objective(objective)
+        method = foretune.LoRA() if verb == "adapt" else METHODS["standard"]
+        call = foretune.adapt if verb == "adapt" else foretune.retrain
+        run = _run(tmp_path, steps=4, resume=resume, tasks_per_wave=1)
+        call(model, tasks, method, run, progress=progress)
+
+    with contextlib.nullcontext() if finished else pytest.raises(Stop):
+        go(resume=False, stop=not finished)
+    other = tiny_models.tokenizer(special=False)
+    with pytest.raises(UserError, match="was started with another tokenizer"):
+        go(other)
+    with pytest.raises(UserError, match=r"was started with hidden_act=gelu, this run has .*relu"):
+        go(hidden_act="relu")
+    with pytest.raises(UserError, match="was started with layer_norm_eps=1e-12"):
+        go(layer_norm_eps=1e-5)
+    go()
+
+
+def test_other_settings_of_a_module_of_ones_own_are_refused(tmp_path):
+    def net(eps=1e-5, activation=torch.relu):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3, eps=eps))
+        model.activation, model.head_modules = activation, ["0"]
+        return model
+
+    torch.manual_seed(0)
+    base = net()
+
+    def go(model, **more):
+        model.load_state_dict(base.state_dict())
+        foretune.retrain(model, family(), METHODS["standard"], _run(tmp_path, steps=2, **more))
+
+    go(net())
+    for other in (net(eps=1e-3), net(activation=torch.tanh)):
+        with pytest.raises(UserError, match="was started with modules="):
+            go(other, resume=True)
+    go(net(), resume=True)
+
+
+def test_a_finished_base_with_other_weights_is_refused(tmp_path):
+    _retrain(out=tmp_path)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["body.weight"][0, 0] += 1
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"the weights in .*base are not those that were retrained"):
+        _retrain(out=tmp_path, resume=True)
+
+
 # --- folders -------------------------------------------------------------------------------------
 
 
@@ -347,7 +517,7 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"is not empty: use --resume to continue"):
         _retrain(out=tmp_path)
-    with pytest.raises(UserError, match=r"was not made by a foretune run .*thesis.txt"):
+    with pytest.raises(UserError, match=r"holds files that foretune did not write.*thesis.txt"):
         _retrain(out=tmp_path, overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
@@ -356,7 +526,7 @@ def test_a_project_with_names_of_ours_is_not_overwritten(tmp_path):
     for name in ("config.yaml", "run.json", "thesis.txt"):
         (tmp_path / name).write_text("mine")
     (tmp_path / "adapters").mkdir()
-    with pytest.raises(UserError, match="was not made by a foretune run"):
+    with pytest.raises(UserError, match="holds files that foretune did not write"):
         _retrain(out=tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {
         *("config.yaml", "run.json", "thesis.txt", "adapters")
@@ -382,11 +552,14 @@ def test_a_file_is_written_over_only_with_overwrite(tmp_path):
     report = tmp_path / "report.html"
     claim_file(report, overwrite=False)
     assert not report.exists()
-    report.write_text("old")
+    report.write_text("my own")
+    with pytest.raises(UserError, match=r"report.html was not made by foretune"):
+        claim_file(report, overwrite=True)
+    report.write_text("old, by foretune")
     with pytest.raises(UserError, match=r"report.html exists: use --overwrite to replace it"):
         claim_file(report, overwrite=False)
     claim_file(report, overwrite=True)
-    assert report.read_text() == "old"
+    assert report.read_text() == "old, by foretune"
     with pytest.raises(UserError, match="is a folder; name a file"):
         claim_file(tmp_path, overwrite=True)
 
@@ -427,7 +600,7 @@ def test_a_damaged_record_is_told(tmp_path):
     with pytest.raises(Stop):
         _retrain(out=tmp_path, stop_at=5)
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run\.json is not a readable record"):
+    with pytest.raises(UserError, match=r"run\.json is not JSON"):
         _retrain(out=tmp_path, resume=True)
 
 

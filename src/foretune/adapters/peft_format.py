@@ -24,6 +24,7 @@ from foretune.adapters.stored_adapter import FINGERPRINT_FILE, read_adapter
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from foretune.formats import ADAPTER, stamped
+from foretune.manifest import final_path
 
 
 def peft_config(bank: AdapterBank, model: nn.Module, base: str | None) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def peft_config(bank: AdapterBank, model: nn.Module, base: str | None) -> dict[s
         modules_to_save=heads or None,
         fan_in_fan_out=any(type(modules[n]).__name__ == "Conv1D" for n in bank.layer_names),
         inference_mode=True,
-        base_model_name_or_path=base,
+        base_model_name_or_path=None if base is None else final_path(base),
         **auto_fields(model, bank.head_names),
     )
     fields = config.to_dict()

@@ -8,83 +8,30 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Annotated
+from typing import Any
 
-import typer
-
-import foretune
-from foretune.allocator import keep_freed_memory
-from foretune.cli import (
-    catalogue,
-    compare_report,
-    datastore,
-    doctor,
-    forecast,
-    fuse,
-    generate,
-    init,
-    plan,
-    prune,
-    retrain_adapt,
-    run,
-    sfda,
-)
-from foretune.cli.group import Group
-
-app = typer.Typer(
-    cls=Group,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # importing rich takes longer than the rest of --help
-)
-
-
-def _version(requested: bool) -> None:
-    if requested:
-        print(f"foretune {foretune.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
-    ] = False,
-    debug: Annotated[
-        bool,
-        typer.Option("--debug", help="Show the traceback of an error; may follow any command."),
-    ] = False,
-) -> None:
-    """Retrain a model on many tasks so that it adapts better to new ones."""
-
-
-app.command("run")(run.run)
-app.command("init")(init.init)
-app.command("plan")(plan.plan)
-app.command("retrain")(retrain_adapt.retrain)
-app.command("adapt")(retrain_adapt.adapt)
-app.command("compare")(compare_report.compare)
-app.command("report")(compare_report.report)
-app.command("fuse")(fuse.fuse)
-app.command("prune")(prune.prune)
-app.command("generate")(generate.generate)
-app.add_typer(datastore.app, name="datastore")
-app.add_typer(sfda.app, name="sfda")
-app.add_typer(forecast.app, name="forecast")
-app.command("ls")(catalogue.ls)
-app.command("show")(catalogue.show)
-app.command("cite")(catalogue.cite)
-app.command("doctor")(doctor.doctor)
+from foretune.cli import signals
 
 
 def main() -> None:
     """The `foretune` program."""
+    signals.install()  # first of all: what follows takes time, and may be interrupted
     # Otherwise waiting OpenMP threads spin and take time from the working ones on busy cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from foretune.allocator import keep_freed_memory
+
     keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):  # a terminal or file that cannot encode "−" or "é"
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    from foretune.cli.commands import app
+
     app()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        from foretune.cli.commands import app
+
+        return app
+    raise AttributeError(name)

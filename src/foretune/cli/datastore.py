@@ -17,6 +17,7 @@ from foretune.cli.output import (
     table,
 )
 from foretune.models.trusted_code import trusted_code
+from foretune.run import MAX_SEED
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,7 +89,7 @@ def tune(
         int | None, typer.Option(min=1, help="Slices per state (default: the store's).")
     ] = None,
     sample: Annotated[int, typer.Option(min=2, help="Number of entries to predict.")] = 2000,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of that sample.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed of that sample.")] = 0,
     json: Json = False,
 ) -> None:
     """Choose neighbours, temperature and mix by leaving out one row of the store at a time."""
@@ -133,7 +134,9 @@ def evaluate(
     lora_steps: Annotated[
         int, typer.Option(min=0, help="Steps in each of LoRA's three training runs; 0 skips LoRA.")
     ] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of shots and LoRA.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Random seed of shots and LoRA.")
+    ] = 0,
     trust_remote_code: TrustRemoteCode = False,
     allow_unverified: AllowUnverified = False,
     json: Json = False,

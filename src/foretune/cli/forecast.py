@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
+from foretune.run import MAX_SEED
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,7 +27,7 @@ Changes = Annotated[
         metavar="[KEY=VALUE]...", help="Settings, such as steps=500 learning_rate=1e-3."
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]
 Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from foretune.claims import claim_file
 from foretune.cli.output import (
     AllowUnverified,
     Json,
@@ -21,8 +22,8 @@ from foretune.cli.output import (
     table,
 )
 from foretune.errors import UserError
-from foretune.files import claim_file
 from foretune.models.trusted_code import trusted_code
+from foretune.run import MAX_SEED
 
 
 def generate(
@@ -71,7 +72,7 @@ def generate(
         float | None, typer.Option(help="Sampling temperature; implies --sample.")
     ] = None,
     beams: Annotated[int, typer.Option(min=1, help="Number of beams.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed of sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
     beta_sweep: Annotated[
         str | None, typer.Option(metavar="B,B,…", help="eft: compare these values of beta.")
@@ -98,7 +99,9 @@ def generate(
     betas = _betas(beta_sweep, method)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
     options |= _sampling(sample, temperature, beams)
-    _check_figure(out, betas, oracle, overwrite)
+    sources = [model, prompts, tuned_prompts, untuned_prompts, store, oracle]
+    reads = [str(read) for read in (*sources, *(tuned or ()), *(untuned or ())) if read is not None]
+    _check_figure(out, betas, oracle, overwrite, reads)
     with quiet_stdout(), trusted_code(trust_remote_code), _warnings_as_lines():
         from foretune.decoding.generation import read_prompts
 
@@ -194,7 +197,11 @@ def _betas(text: str | None, method: str | None) -> list[float] | None:
 
 
 def _check_figure(
-    out: Path | None, betas: list[float] | None, oracle: str | None, overwrite: bool
+    out: Path | None,
+    betas: list[float] | None,
+    oracle: str | None,
+    overwrite: bool,
+    reads: list[str],
 ) -> None:
     if betas is None and (out is not None or oracle is not None):
         raise UserError(f"{'--out' if out is not None else '--oracle'} needs --beta-sweep")
@@ -202,7 +209,7 @@ def _check_figure(
         return
     if out.suffix != ".svg":
         raise UserError(f"--out must be an .svg file, got {out}")
-    claim_file(out, overwrite=overwrite)
+    claim_file(out, overwrite=overwrite, reads=reads)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -11,6 +12,7 @@ from typing import Any
 
 from typer.core import TyperGroup
 
+from foretune.cli import signals
 from foretune.errors import ForetuneError, LostProcessError
 from foretune.printable import printable
 from foretune.processes import process_rank
@@ -40,6 +42,8 @@ class Group(TyperGroup):
         except Exception as error:
             if debug:
                 traceback.print_exc()
+            if signals.received:  # the error is what came of it while the command was unwinding
+                signals.leave(signals.received[0])
             line, code = explain(error)
             if line:
                 _print_error(line, error)
@@ -83,10 +87,7 @@ def explain(error: Exception) -> tuple[str, int]:
     ('error: the disk is full', 1)
     """
     if isinstance(error, InterruptedRunError):
-        return (
-            "interrupted; --resume continues from the last checkpoint, if there is one",
-            INTERRUPTED,
-        )
+        return signals.message(signal.SIGINT), INTERRUPTED
     if isinstance(error, ForetuneError):
         return f"error: {_one_line(error)}", error.exit_code
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error

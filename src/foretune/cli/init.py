@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from foretune.claims import claim_file
 from foretune.cli.output import Json, emit, emit_json
-from foretune.files import claim_file
+from foretune.files import write_whole
 
 DEFAULT_FILE = "recipe.yaml"
 
@@ -28,10 +29,9 @@ def init(
 
     text = template_text(template)
     claim_file(file, overwrite=overwrite)
-    file.parent.mkdir(parents=True, exist_ok=True)
     name = "".join(c if c.isalnum() or c in "_.-" else "-" for c in file.stem)
-    file.write_text(
-        text.replace("name: my-run", f"name: {name}", 1).replace("THIS.yaml", str(file))
+    write_whole(
+        file, text.replace("name: my-run", f"name: {name}", 1).replace("THIS.yaml", str(file))
     )
     if json:
         emit_json({"recipe": str(file), "template": template})

@@ -19,6 +19,7 @@ from foretune.cli.output import (
     table,
 )
 from foretune.models.trusted_code import trusted_code
+from foretune.run import MAX_SEED
 
 
 def retrain(
@@ -45,7 +46,13 @@ def retrain(
         from foretune.recipes.runner import retrain_one
 
         result = retrain_one(
-            loaded, method, folder, resume=resume, overwrite=overwrite, console=StderrConsole()
+            loaded,
+            method,
+            folder,
+            resume=resume,
+            overwrite=overwrite,
+            reads=[recipe],
+            console=StderrConsole(),
         )
     if json:
         emit_json(result)
@@ -72,7 +79,7 @@ def adapt(
         int | None, typer.Option(min=1, help="Training examples per task (default: all).")
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Random seed of the shots and the adapters.")
+        int, typer.Option(min=0, max=MAX_SEED, help="Random seed of the shots and the adapters.")
     ] = 0,
     objective: Annotated[
         str | None, typer.Option(help="Kind of objective, for a base that does not record one.")

@@ -52,7 +52,9 @@ def run(
         from foretune.recipes.on_folders import adapt_command
         from foretune.recipes.runner import run_recipe
 
-        comparison = run_recipe(loaded, resume=resume, overwrite=overwrite, console=StderrConsole())
+        comparison = run_recipe(
+            loaded, resume=resume, overwrite=overwrite, reads=[recipe], console=StderrConsole()
+        )
     if json:
         emit_json({"out": str(loaded.folder), **comparison})
         return

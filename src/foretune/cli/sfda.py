@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from foretune.claims import claim_file
 from foretune.cli.output import Json, TrustRemoteCode, emit, emit_json, quiet_stdout, table
-from foretune.files import claim_file
 from foretune.models.trusted_code import trusted_code
+from foretune.run import MAX_SEED
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,7 +25,7 @@ Rows = Annotated[
     ),
 ]
 Domain = Annotated[str | None, typer.Option(help="Domain to use if the windows come from several.")]
-Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]
 
 
 @app.command()
@@ -167,7 +168,7 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Score labelled windows before and after adapting, per class."""
-    _check_report(report, overwrite)
+    _check_report(report, overwrite, [adapted, rows, *([] if base is None else [base])])
     with quiet_stdout(), trusted_code(trust_remote_code):
         from foretune.source_free.folders import eval_folder
 
@@ -185,6 +186,6 @@ def evaluate(
         emit(f"Report: {report}")
 
 
-def _check_report(report: Path | None, overwrite: bool) -> None:
+def _check_report(report: Path | None, overwrite: bool, reads: list[Path | str]) -> None:
     if report is not None:
-        claim_file(report, overwrite=overwrite)
+        claim_file(report, overwrite=overwrite, reads=reads)

@@ -173,6 +173,7 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> str:
     parts.append(svg.text("implicit reward, nats per token", 60, 14, ink.text))
     return svg.tag(
         "svg",
+        svg.tag("title", "Reward over KL for values of beta, by foretune"),
         *parts,
         xmlns="http://www.w3.org/2000/svg",
         viewBox=f"0 0 {width} {height}",

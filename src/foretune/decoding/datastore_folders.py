@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from foretune.decoding import STORE_FILE
+from foretune.claims import output_folder
 from foretune.decoding.prompts import decode_method
 from foretune.errors import UserError
-from foretune.files import claim_model_folder
 from foretune.recipes.console import SILENT, Console
 from foretune.tasks.readers import read_rows
 
@@ -66,14 +65,15 @@ def build_folder(
 
     overwrite = options.pop("overwrite")
     allow_unverified = options.pop("allow_unverified", False)
-    claim_model_folder(out, STORE_FILE, overwrite=overwrite)
-    selected = rows_of(rows, task=task, split=split)
-    loaded, tokenizer = load_generator(model, allow_unverified=allow_unverified)
-    began = time.perf_counter()
-    store = ReferenceStore.build(loaded, selected, tokenizer=tokenizer, **options)
-    seconds = time.perf_counter() - began
-    store.name = str(Path(model).resolve()) if Path(model).is_dir() else model
-    store.save(out, overwrite=overwrite)
+    reads: list[Path | str] = [model, rows]
+    with output_folder(out, "datastore", overwrite=overwrite, at_once=True, reads=reads) as folder:
+        selected = rows_of(rows, task=task, split=split)
+        loaded, tokenizer = load_generator(model, allow_unverified=allow_unverified)
+        began = time.perf_counter()
+        store = ReferenceStore.build(loaded, selected, tokenizer=tokenizer, **options)
+        seconds = time.perf_counter() - began
+        store.name = str(Path(model).resolve()) if Path(model).is_dir() else model
+        store.save(folder)
     return {
         "out": str(out),
         "kind": store.kind,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from foretune.adapters.fingerprint import base_and_adapter
+from foretune.claims import output_folder
 from foretune.decoding import STORE_FILE
 from foretune.decoding.lookup import (
     MIXES,
@@ -36,7 +37,6 @@ from foretune.decoding.store_folder import (
     write_store,
 )
 from foretune.errors import UserError
-from foretune.files import claim_model_folder
 from foretune.formats import damage_named
 from foretune.run import check_one_of
 
@@ -358,13 +358,9 @@ class ReferenceStore:
         Raises:
             UserError: The folder is not empty, and is not a store or `overwrite` is false.
         """
-        folder = Path(folder)
-        claim_model_folder(folder, STORE_FILE, overwrite=overwrite)
-        tensors = {
-            name: tensor.contiguous()
-            for name, tensor in zip(TENSOR_NAMES, _tensors(self), strict=True)
-        }
-        write_store(folder, tensors, self.rows, self._metadata())
+        tensors = {n: t.contiguous() for n, t in zip(TENSOR_NAMES, _tensors(self), strict=True)}
+        with output_folder(Path(folder), "datastore", overwrite=overwrite, at_once=True) as part:
+            write_store(part, tensors, self.rows, self._metadata())
 
     def save_lookup(self, folder: str | Path) -> None:
         """Writes the result of `tune` into the store's folder; nothing else changes."""

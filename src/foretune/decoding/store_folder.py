@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from foretune.decoding import STORE_FILE
 from foretune.errors import UserError
-from foretune.files import whole_folder, write_whole
+from foretune.files import write_whole
 from foretune.formats import damage_named, read_json, read_tensors, stamped
 
 TENSORS_FILE, ROWS_FILE = "store.safetensors", "rows.jsonl"
@@ -44,12 +44,11 @@ def write_store(
     rows: Sequence[Mapping[str, Any]],
     metadata: Mapping[str, Any],
 ) -> None:
-    """Writes the three files of a store: all of them or none."""
-    with whole_folder(folder) as part:
-        save_file(tensors, part / TENSORS_FILE, metadata={"format": "pt"})
-        lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
-        (part / ROWS_FILE).write_text("".join(f"{line}\n" for line in lines), "utf-8")
-        (part / STORE_FILE).write_text(_as_text(metadata), "utf-8")
+    """Writes the three files of a store into an empty folder."""
+    save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
+    lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
+    (folder / ROWS_FILE).write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    (folder / STORE_FILE).write_text(_as_text(metadata), "utf-8")
 
 
 def write_metadata(folder: Path, metadata: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from foretune.errors import UserError
 from foretune.evaluation import held_out
 from foretune.evaluation.statistics import pairs_and_means
 from foretune.evaluation.verdict import verdict
-from foretune.files import COMPARISON_FILE, write_whole
+from foretune.files import COMPARISON_FILE, check_file_names, write_whole
 from foretune.formats import COMPARISON
 from foretune.models.frozen_prefix import frozen_prefix
 from foretune.models.loading_code import class_name
@@ -100,11 +100,14 @@ def compare(
         Scores at 0 shots (before adapting, where the base's head fits) and at all `shots`.
 
     Raises:
-        UserError: No bases, an unseen task without test examples, or a search without seen tasks.
+        UserError: No bases, or names that cannot be those of folders; an unseen task without test
+            examples, or a search without seen tasks.
     """
     run = run or Run()
     if not bases:
         raise UserError("compare needs at least one base, got none")
+    if keep is not None:
+        check_file_names("base", bases)
     if learning_rates and seen is None:
         raise UserError(
             "learning_rates are searched on seen tasks: pass seen=..., or a single rate"

@@ -10,8 +10,9 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from foretune.claims import claim_file, output_folder
 from foretune.errors import UserError, did_you_mean
-from foretune.files import CONFIG_FILE, claim_file, claim_model_folder, whole_folder, write_whole
+from foretune.files import write_whole
 from foretune.forecasting.config import ForecastMAEConfig
 from foretune.formats import damage_named, read_json
 from foretune.methods import make, method_class
@@ -118,22 +119,23 @@ def pretrain_folder(
     import foretune
     from foretune.forecasting.model import ForecastMAE, save_forecast_mae
 
-    claim_model_folder(out, CONFIG_FILE, overwrite=overwrite)
-    sizes = settings.sizes
-    objective = foretune.SceneReconstruction(**_steps(sizes))
-    tasks = _load(scenes, sizes).with_objective(objective)
-    torch.manual_seed(settings.run.seed)
-    model = ForecastMAE(sizes)
-    with console.bar(f"pretraining on {sum(len(t.train) for t in tasks)} scenes") as progress:
-        outcome = foretune.retrain(
-            model,
-            tasks,
-            make("standard", learning_rate=settings.learning_rate),
-            settings.run,
-            progress=progress,
-        )
-    pretrained: Any = outcome.model
-    save_forecast_mae(pretrained, out)
+    kind = "forecast-pretrain"
+    with output_folder(out, kind, overwrite=overwrite, at_once=True, reads=[scenes]) as folder:
+        sizes = settings.sizes
+        objective = foretune.SceneReconstruction(**_steps(sizes))
+        tasks = _load(scenes, sizes).with_objective(objective)
+        torch.manual_seed(settings.run.seed)
+        model = ForecastMAE(sizes)
+        with console.bar(f"pretraining on {sum(len(t.train) for t in tasks)} scenes") as progress:
+            outcome = foretune.retrain(
+                model,
+                tasks,
+                make("standard", learning_rate=settings.learning_rate),
+                settings.run,
+                progress=progress,
+            )
+        pretrained: Any = outcome.model
+        save_forecast_mae(pretrained, folder)
     return {
         "out": str(out),
         "tasks": len(tasks),
@@ -179,26 +181,29 @@ def adapt_folder(
     import foretune
     from foretune.forecasting.forecasters import add_head, load_forecast_mae
     from foretune.forecasting.model import save_forecast_mae
-    from foretune.training.outcome import folder_name
+    from foretune.training.outcome import folder_names
 
-    claim_model_folder(out, SUMMARY, overwrite=overwrite)
-    model = load_forecast_mae(base)
-    tasks = _load(scenes, model.sizes).with_objective(foretune.Forecast(**_steps(model.sizes)))
-    if method.name == "full":
-        with torch.random.fork_rng():
-            torch.manual_seed(run.seed)
-            add_head(model, spread=True)  # modes that start equal stay equal
-    with console.bar(f"adapting to {len(tasks)} tasks", rounds=len(tasks)) as progress:
-        adapted = foretune.adapt(model, tasks, method, run, shots=shots, progress=progress)
-    folders = {task.name: folder_name(task.name) for task in tasks}
-    summary = {
-        "format": FORMAT,
-        "base": str(base.resolve()),
-        "method": method.to_dict(),
-        "folders": folders,
-        "cost": adapted.cost,
-    }
-    with whole_folder(out) as part:
+    reads: list[Path | str] = [base, scenes]
+    with output_folder(
+        out, "forecast-adapt", overwrite=overwrite, at_once=True, reads=reads
+    ) as part:
+        model = load_forecast_mae(base)
+        tasks = _load(scenes, model.sizes).with_objective(foretune.Forecast(**_steps(model.sizes)))
+        if method.name == "full":
+            with torch.random.fork_rng():
+                torch.manual_seed(run.seed)
+                add_head(model, spread=True)  # modes that start equal stay equal
+        with console.bar(f"adapting to {len(tasks)} tasks", rounds=len(tasks)) as progress:
+            adapted = foretune.adapt(model, tasks, method, run, shots=shots, progress=progress)
+        names = folder_names((task.name, 0) for task in tasks)
+        folders = {task.name: names[task.name, 0] for task in tasks}
+        summary = {
+            "format": FORMAT,
+            "base": str(base.resolve()),
+            "method": method.to_dict(),
+            "folders": folders,
+            "cost": adapted.cost,
+        }
         for name, folder in folders.items():
             if method.name == "full":
                 forecaster: Any = adapted.models[name, 0]
@@ -247,7 +252,7 @@ def evaluate_folder(
     from foretune.forecasting.scenes import in_focal_frame
 
     if page is not None:
-        claim_file(page, overwrite=overwrite)
+        claim_file(page, overwrite=overwrite, reads=[folder, scenes])
     models = _AdaptedModels(folder, base)
     objective = foretune.Forecast(**_steps(models.sizes))
     tasks = _load(scenes, models.sizes)

@@ -41,8 +41,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foretune.claims import output_folder
 from foretune.errors import UserError
-from foretune.files import CONFIG_FILE, WEIGHTS_FILE, whole_folder
+from foretune.files import CONFIG_FILE, WEIGHTS_FILE
 from foretune.forecasting.config import ForecastMAEConfig
 from foretune.forecasting.encoders import AgentEncoder, DropPath, LaneEncoder, Mlp
 from foretune.models.routing import current_rows, route
@@ -266,9 +267,13 @@ def remove_parts(model: ForecastMAE, names: Sequence[str]) -> None:
 
 
 def save_forecast_mae(model: ForecastMAE, folder: Path | str) -> Path:
-    """Write config.json and model.safetensors as a folder that appears only when complete."""
+    """Write config.json and model.safetensors as a folder that appears only when complete.
+
+    Raises:
+        UserError: The folder holds something other than such a model.
+    """
     folder = Path(folder)
-    with whole_folder(folder) as part:
+    with output_folder(folder, "forecast-pretrain", overwrite=True, at_once=True) as part:
         (part / CONFIG_FILE).write_text(json.dumps(describe(model), indent=1), encoding="utf-8")
         safetensors.torch.save_model(model, str(part / WEIGHTS_FILE))
     return folder

@@ -99,6 +99,7 @@ def forecast_page(
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="generator" content="foretune">'
         f"<title>{content(title)}</title>"
         f"<style>{style}</style></head><body><h1>{content(title)}</h1>"
         f"{tag('table', header, *body)}"

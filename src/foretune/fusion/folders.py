@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from foretune.claims import output_folder
 from foretune.errors import UserError, did_you_mean
-from foretune.files import claim_model_folder
-from foretune.fusion import RECORD_FILE
 from foretune.methods import make, method_class_of
 from foretune.recipes.overrides import Setting
 from foretune.verbs import FuseMethod
@@ -122,16 +121,17 @@ def fuse_folders(
     """
     import foretune
 
-    _check_not_an_input(out, [Path(base), *request.finetuned.values()])
-    claim_model_folder(out, RECORD_FILE, overwrite=overwrite)
     options: dict[str, Any] = {"allow_unverified": allow_unverified}
-    if samples is not None:
-        if request.method.name != "smile":
-            raise UserError(f"--samples is for smile; {request.method.name} takes none")
-        options["samples"] = read_samples(samples, list(request.finetuned), num_samples)
-    start = time.perf_counter()
-    fused = foretune.fuse(base, request.finetuned, request.method, **options)
-    fused.save(out)
+    if samples is not None and request.method.name != "smile":
+        raise UserError(f"--samples is for smile; {request.method.name} takes none")
+    reads: list[Path | str] = [base, *request.finetuned.values()]
+    reads += [] if samples is None else [samples]
+    with output_folder(out, "fuse", overwrite=overwrite, at_once=True, reads=reads) as folder:
+        if samples is not None:
+            options["samples"] = read_samples(samples, list(request.finetuned), num_samples)
+        start = time.perf_counter()
+        fused = foretune.fuse(base, request.finetuned, request.method, **options)
+        fused.save(folder)
     return {
         "out": str(out),
         "method": fused.method,
@@ -140,11 +140,6 @@ def fuse_folders(
         "seconds": time.perf_counter() - start,
         **fused.report,
     }
-
-
-def _check_not_an_input(out: Path, inputs: Sequence[Path]) -> None:
-    if any(out.resolve() == path.expanduser().resolve() for path in inputs):
-        raise UserError(f"--out {out} is one of the models to fuse; choose another folder")
 
 
 def settings_of(method: Mapping[str, Any]) -> str:

@@ -16,8 +16,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
+from foretune.claims import output_folder
 from foretune.errors import UserError
-from foretune.files import claim_model_folder, whole_folder
 from foretune.formats import read_json, read_tensors
 from foretune.fusion import FORMAT, RECORD_FILE
 from foretune.fusion.mixture import (
@@ -124,8 +124,7 @@ class Fused:
             UserError: The folder holds something other than a fused model.
         """
         folder = Path(folder)
-        claim_model_folder(folder, RECORD_FILE, overwrite=True)
-        with whole_folder(folder) as part:
+        with output_folder(folder, "fuse", overwrite=True, at_once=True) as part:
             with _without_experts(self):
                 save_base(self.model, self.tokenizer, part)
             _save_tensors(part / EXPERTS_FILE, self._expert_tensors())

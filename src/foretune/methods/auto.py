@@ -33,11 +33,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from typing_extensions import override
+from typing_extensions import TypedDict, override
 
 from foretune.errors import DivergedError, UserError, did_you_mean
 from foretune.evaluation.verdict import CONTROLS
-from foretune.formats import CHOICE, stamped
+from foretune.formats import CHOICE, read_json, stamped
 from foretune.methods import make
 from foretune.run import Run, check_fraction, check_int, check_list, check_positive
 from foretune.training.methods import RetrainMethod
@@ -393,25 +393,32 @@ def _above(best: Sequence[Trial], rival: Sequence[Trial]) -> dict[str, Any] | No
     return {"over": rival[0]["candidate"], **{name: getattr(difference, name) for name in fields}}
 
 
+# What is used of choice.json.
+_Choice = TypedDict(  # noqa: UP013
+    "_Choice", {"about": dict[str, Any], "trials": list[dict[str, Any]]}
+)
+
+
 def _resumed(
     file: Path, method: Auto, run: Run, model: nn.Module, tasks: TaskCollection
 ) -> tuple[dict[str, Any], list[Trial]]:
     """The inputs of this choice, and the trials that an interrupted choice on them left."""
     from foretune.training.model_copies import fresh_copy
-    from foretune.training.resume import MOVABLE, check_same, inputs_of, read_record
+    from foretune.training.resume import MOVABLE, check_same, inputs_of
 
     assert tasks.objective is not None  # `retrain` sets it
     fields = method.to_dict()
     fields["adapt_run"] = {k: v for k, v in fields["adapt_run"].items() if k not in MOVABLE}
     inputs = {"method": fields, "run": run.to_dict(), "tasks": tasks.names}
     inputs["objective"] = tasks.objective.to_dict()
-    inputs |= inputs_of(fresh_copy(model, tasks.objective, run.seed), tasks)
+    copy_of = fresh_copy(model, tasks.objective, run.seed)
+    inputs |= inputs_of(copy_of, tasks, tasks.objective.tokenizer)
     inputs = json.loads(json.dumps(inputs))
     if not file.is_file():
         return inputs, []
-    saved = read_record(file, CHOICE)
+    saved = read_json(file, _Choice, CHOICE)
     check_same(file.parent, saved["about"], inputs)
-    return inputs, list(saved["trials"])
+    return inputs, saved["trials"]
 
 
 def _write(file: Path | None, inputs: Mapping[str, Any], trials: Sequence[Trial]) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foretune.claims import output_folder
 from foretune.errors import UserError, did_you_mean
-from foretune.files import claim_model_folder
 from foretune.methods import make, method_class_of, methods_of
-from foretune.pruning import PLAN_FILE
 from foretune.pruning.method import ExpertPruning
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import apply_overrides
@@ -119,40 +119,49 @@ def prune_folder(
         recover_steps, and scored: one entry for the input model ("as given") and per method, with
         parameters, experts, loss, tokens_per_s and, after fine-tuning, loss_recovered.
     """
-    if out is not None:
-        claim_model_folder(out, PLAN_FILE, overwrite=overwrite)
-    examples = task_examples(rows, task)
-    from foretune.pruning.experts import find_blocks
-    from foretune.pruning.plan import counts_of
-    from foretune.pruning.prune import collect_statistics, load_if_path, prune_with
+    with contextlib.ExitStack() as claim:
+        folder = None
+        if out is not None:
+            place = output_folder(
+                out, "prune", overwrite=overwrite, at_once=True, reads=[model, rows]
+            )
+            folder = claim.enter_context(place)
+        examples = task_examples(rows, task)
+        from foretune.pruning.experts import find_blocks
+        from foretune.pruning.plan import counts_of
+        from foretune.pruning.prune import collect_statistics, load_if_path, prune_with
 
-    original, tokenizer = load_if_path(model, None)
-    blocks = find_blocks(original)
-    counts_of(method.experts, blocks, grouped=not method.keeps_router)
-    methods = [method, *(_controls(method) if compare else [])]
-    sizes: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens}
-    scorer = Scorer(examples, tokenizer, recover, learning_rate, sizes)
-    console.say(f"collecting statistics on {len(examples.train)} examples")
-    statistics = collect_statistics(
-        original, examples.train, tokenizer, outputs=any(m.needs_outputs for m in methods), **sizes
-    )
-    console.say(f"scoring the input model on {len(examples.held_out)} examples")
-    scored = [{"method": "as given", **scorer.score(original)[0]}]
-    chosen: Any = None
-    for candidate in methods:
-        console.say(f"pruning and scoring: {candidate.name}")
-        pruned = prune_with(original, statistics, candidate, tokenizer=tokenizer)
-        figures, tuned = scorer.score(pruned.model)
-        scored.append({"method": candidate.name, "loads_with": pruned.loads_with, **figures})
-        if candidate is method:
-            chosen = dataclasses.replace(pruned, model=tuned)
-    chosen.scores = {
-        "held_out_rows": len(examples.held_out),
-        "recover_steps": recover,
-        "scored": scored,
-    }
-    if out is not None:
-        chosen.save(out, overwrite=overwrite)
+        original, tokenizer = load_if_path(model, None)
+        blocks = find_blocks(original)
+        counts_of(method.experts, blocks, grouped=not method.keeps_router)
+        methods = [method, *(_controls(method) if compare else [])]
+        sizes: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens}
+        scorer = Scorer(examples, tokenizer, recover, learning_rate, sizes)
+        console.say(f"collecting statistics on {len(examples.train)} examples")
+        statistics = collect_statistics(
+            original,
+            examples.train,
+            tokenizer,
+            outputs=any(m.needs_outputs for m in methods),
+            **sizes,
+        )
+        console.say(f"scoring the input model on {len(examples.held_out)} examples")
+        scored = [{"method": "as given", **scorer.score(original)[0]}]
+        chosen: Any = None
+        for candidate in methods:
+            console.say(f"pruning and scoring: {candidate.name}")
+            pruned = prune_with(original, statistics, candidate, tokenizer=tokenizer)
+            figures, tuned = scorer.score(pruned.model)
+            scored.append({"method": candidate.name, "loads_with": pruned.loads_with, **figures})
+            if candidate is method:
+                chosen = dataclasses.replace(pruned, model=tuned)
+        chosen.scores = {
+            "held_out_rows": len(examples.held_out),
+            "recover_steps": recover,
+            "scored": scored,
+        }
+        if folder is not None:
+            chosen.save(folder)
     return {
         "method": method.to_dict(),
         "out": None if out is None else str(out),

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from foretune.files import claim_model_folder, whole_folder
+from foretune.claims import output_folder
 from foretune.method import Method
 from foretune.models.loading import save_base
 from foretune.pruning import FORMAT, PLAN_FILE
@@ -73,8 +73,7 @@ class Pruned:
                 folder holds no pruned model.
         """
         folder = Path(folder)
-        claim_model_folder(folder, PLAN_FILE, overwrite=overwrite)
-        with whole_folder(folder) as part:
+        with output_folder(folder, "prune", overwrite=overwrite, at_once=True) as part:
             if self.loads_with == "transformers":
                 save_base(self.model, self.tokenizer, part)
             else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from foretune.pruning.method import ExpertPruning
-from foretune.run import check_bool, check_int, check_ints
+from foretune.run import check_bool, check_ints, check_seed
 
 if TYPE_CHECKING:
     from foretune.pruning.experts import ExpertBlock
@@ -38,7 +38,7 @@ class RandomExperts(ExpertPruning):
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", check_ints("experts", self.experts))
         check_bool("keep_denominator", self.keep_denominator)
-        check_int("seed", self.seed, 0)
+        check_seed("seed", self.seed)
 
     def plan(
         self, blocks: Sequence[ExpertBlock], statistics: Mapping[str, ExpertStatistics]

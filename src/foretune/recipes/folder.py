@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from foretune.claims import is_used, output_folder
 from foretune.errors import UserError
-from foretune.files import INPUTS, RECIPE, RUN_FILE, check_folder, claim_folder, write_whole
+from foretune.files import INPUTS, RECIPE, RUN_FILE, write_whole
 from foretune.formats import INPUTS as INPUTS_FORMAT
 from foretune.formats import RECIPE as RECIPE_FORMAT
 from foretune.formats import RUN, stamped
@@ -24,61 +26,61 @@ T = TypeVar("T")
 MAY_DIFFER = ("out", "device")  # keys that may change when a run is resumed
 
 
-def check_place(folder: Path, *, resume: bool, overwrite: bool, config: str | None = None) -> None:
-    """Checks whether `prepare_folder` would accept the folder, without changing it.
+@contextlib.contextmanager
+def run_folder(
+    folder: Path,
+    kind: str,
+    *,
+    resume: bool,
+    overwrite: bool,
+    config: str | None = None,
+    reads: Sequence[Path | str] = (),
+) -> Iterator[Path]:
+    """Claims the folder of a run and writes the recipe into it.
 
     Args:
         folder: Output folder.
-        resume: Keep its content.
-        overwrite: Remove its content.
+        kind: See `output_folder`.
+        resume: Continue its run.
+        overwrite: Replace its result.
         config: The resolved recipe, which must be that of a resumed run.
+        reads: Files and folders that the run reads.
+
+    Yields:
+        The folder to write to.
 
     Raises:
-        UserError: The folder is not empty and neither or both of `resume` and `overwrite` are set,
-            it was started with another recipe, or it was not made by foretune.
+        UserError: As `output_folder`, or the run was started with another recipe.
     """
+    with contextlib.ExitStack() as claim:
 
-    def check() -> None:
-        if check_folder(folder, resume=resume, overwrite=overwrite) and resume and config:
-            _check_same(folder, config)
+        def begin() -> Path:
+            place = output_folder(folder, kind, resume=resume, overwrite=overwrite, reads=reads)
+            out = claim.enter_context(place)
+            if config and (out / RECIPE).is_file():
+                _check_same(out, config)
+            elif config and is_used(out):
+                raise UserError(f"{folder} has no run to resume (no {RECIPE}): use --overwrite")
+            elif config:
+                write_whole(out / RECIPE, f"format: {RECIPE_FORMAT}\n{config}")
+            return out
 
-    _first(check)
-
-
-def prepare_folder(
-    folder: Path, *, resume: bool, overwrite: bool, config: str | None = None
-) -> Path:
-    """Creates, empties or keeps the folder as asked, and writes the recipe into it.
-
-    Raises:
-        UserError: As `check_place`.
-    """
-
-    def prepare() -> Path:
-        continued = claim_folder(folder, resume=resume, overwrite=overwrite)
-        if continued and config:
-            _check_same(folder, config)
-        elif config:
-            (folder / INPUTS).unlink(missing_ok=True)
-            write_whole(folder / RECIPE, f"format: {RECIPE_FORMAT}\n{config}")
-        return folder
-
-    return _first(prepare)
+        yield _first(begin)
 
 
-def check_inputs(folder: Path, model: nn.Module, tasks: Sequence[Task]) -> None:
-    """Records digests of the model and the examples of a run, or compares them when it is resumed.
+def check_inputs(folder: Path, model: nn.Module, tasks: Sequence[Task], tokenizer: Any) -> None:
+    """Records what identifies the inputs of a run, or compares it when the run is resumed.
 
     The recipe alone is not enough: the content of a file may have changed.
 
     Raises:
-        UserError: The run was started with another model or other examples of a task.
+        UserError: The run was started with another model or tokenizer, or other examples of a task.
     """
     from foretune.training.resume import check_same, inputs_of, read_record
 
     def check() -> None:
         names = sorted(task.name for task in tasks)
-        inputs = {"tasks": names, **inputs_of(model, tasks)}
+        inputs = {"tasks": names, **inputs_of(model, tasks, tokenizer)}
         path = folder / INPUTS
         if path.is_file():
             check_same(folder, read_record(path, INPUTS_FORMAT), inputs)
@@ -107,8 +109,6 @@ def _first(work: Callable[[], T]) -> T:
 
 def _check_same(folder: Path, config: str) -> None:
     path = folder / RECIPE
-    if not path.is_file():
-        raise UserError(f"{folder} has no run to resume (no {RECIPE}): use --overwrite")
     begun = _flat(parse_recipe_yaml(path.read_text("utf-8"), str(path)))
     current = _flat(parse_recipe_yaml(config, "the recipe"))
     for key in dict.fromkeys([*begun, *current]):

@@ -11,7 +11,7 @@ from foretune.printable import markdown
 def model_card(comparison: dict[str, Any]) -> str:
     """The model card in Markdown, with the front matter that the Hugging Face Hub reads."""
     from foretune.evaluation.report.view import View
-    from foretune.training.outcome import folder_name
+    from foretune.training.outcome import folder_names
 
     best = comparison["verdict"]["best"]
     bases = {base["name"]: base for base in comparison["bases"]}
@@ -20,7 +20,8 @@ def model_card(comparison: dict[str, Any]) -> str:
     collection = comparison["collection"]
     seen, number = collection.get("num_seen"), collection["num_unseen"]
     tasks = "task" if number == 1 else "tasks"
-    example_task = folder_name(comparison["scores"][-1]["task"])
+    names = folder_names((score["task"], 0) for score in comparison["scores"])
+    example_task = names[comparison["scores"][-1]["task"], 0]
     retrained = "" if seen is None else f" retrained on {seen} tasks and"
     drawn = "".join(f"; {part}" for part in View(comparison).rows_drawn())
     lines = [

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 import foretune
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE, BASE_FILE, CONFIG_FILE, MODULE_FILE, RUN_FILE
-from foretune.formats import RUN, check_format
+from foretune.formats import RUN, read_json
 from foretune.models.base_record import read_base_record
 from foretune.models.loading_code import class_name, loading_code
 from foretune.recipes.blocks import AdaptBlock, TasksBlock
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.folder import check_place, prepare_folder
+from foretune.recipes.folder import run_folder
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.objective_blocks import OBJECTIVES
 from foretune.recipes.overrides import override_keys
@@ -30,6 +32,10 @@ from foretune.tasks.file_formats import one_line
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.rows import CLASSES
 from foretune.tasks.sources import Source, load_tasks
+
+
+class _RunRecord(TypedDict, total=False):
+    cost: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ def adapt_folder(
         shots: Training examples per task (per class for classification); None for all.
         seed: Random seed of the draw of shots and of the fresh adapters.
         resume: Keep what is in `out`.
-        overwrite: Empty `out` first.
+        overwrite: Replace an earlier result in `out`.
         console: Receives the progress.
 
     Returns:
@@ -153,31 +159,28 @@ def adapt_folder(
         UserError: The folder is not a base, or the data, a setting or `out` is not acceptable.
     """
     from foretune.evaluation.wording import rows_drawn
-    from foretune.training.outcome import folder_name
     from foretune.training.shots import draw_shots
 
     block, source = settings(tasks, changes)
+    method = adapt_record(block, _fixed_rate(block))
+    run = run_of(block, seed=seed)
     saved = find_base(base)
     kind = objective or saved.kind
     if kind is None:
         saved.objective(None, None)  # raises
-    collection, _ = load_tasks(source, str(kind))
-    fitted = saved.objective(objective, None).fit(collection)
-    model, tokenizer = saved.load(fitted, collection)
-    check_tokenizer(saved.folder, tokenizer, fitted, collection)
-    fitted = with_tokenizer(fitted, tokenizer)
-    collection = collection.with_objective(fitted)
-    check_sides(model, collection, None, console)
-    run = run_of(block, seed=seed, out=out, resume=resume, overwrite=overwrite)
-    with console.bar(f"adapting {saved.folder} to {len(collection)} tasks") as progress:
-        adapted = foretune.adapt(
-            model,
-            collection,
-            adapt_record(block, _fixed_rate(block)),
-            run,
-            shots=shots,
-            progress=progress,
-        )
+    reads: list[Path | str] = [base, saved.folder, *read_by(source)]
+    with run_folder(out, "adapt", resume=resume, overwrite=overwrite, reads=reads) as folder:
+        collection, _ = load_tasks(source, str(kind))
+        fitted = saved.objective(objective, None).fit(collection)
+        model, tokenizer = saved.load(fitted, collection)
+        check_tokenizer(saved.folder, tokenizer, fitted, collection)
+        fitted = with_tokenizer(fitted, tokenizer)
+        collection = collection.with_objective(fitted)
+        check_sides(model, collection, None, console)
+        with console.bar(f"adapting {saved.folder} to {len(collection)} tasks") as progress:
+            adapted = foretune.adapt(
+                model, collection, method, run.replace(out=folder), shots=shots, progress=progress
+            )
     scores = {task: score for (task, _), score in adapted.scores.items()}
     drawn = draw_shots(collection, fitted.kind, shots, 1, seed)
     num_train = {slot.task: len(slot.train) for slot in drawn}
@@ -193,7 +196,7 @@ def adapt_folder(
         "code": loading_code(
             class_name(model),
             str(saved.folder),
-            str(out / folder_name(collection.names[0])),
+            str(out / adapted.folders[collection.names[0], 0]),
             adapted.num_labels,
         ),
         "cost": adapted.cost,
@@ -255,7 +258,7 @@ def compare_folders(
         draws: Independent draws of the shots.
         objective: Kind of objective; None for that of the bases.
         resume: Keep what is in `out`.
-        overwrite: Empty `out` first.
+        overwrite: Replace an earlier result in `out`.
         console: Receives the progress.
 
     Returns:
@@ -266,38 +269,46 @@ def compare_folders(
             `out` is not acceptable.
     """
     block, source = settings(tasks, changes)
+    method, run = adapt_record(block, _fixed_rate(block)), run_of(block)
     bases = _named([find_base(folder) for folder in folders])
     kind = _one_kind(bases, objective)
-    check_place(out, resume=resume, overwrite=overwrite)
-    collection, _ = load_tasks(source, kind)
-    first = next(iter(bases.values()))
-    loaded = _Loaded(bases)
-    fitted = first.objective(objective, _one_tokenizer(loaded)).fit(collection)
-    collection = loaded.tasks = collection.with_objective(fitted)
-    for name in bases:
-        check_sides(loaded[name], collection, None, console)
-    prepare_folder(out, resume=resume, overwrite=overwrite)
-    with console.bar(
-        f"adapting {len(bases)} bases to {len(collection)} tasks", rounds=len(bases) * len(shots)
-    ) as progress:
-        comparison: dict[str, Any] = foretune.compare(
-            loaded,
-            collection,
-            adapt=adapt_record(block, _fixed_rate(block)),
-            run=run_of(block),
-            shots=tuple(shots),
-            draws=draws,
-            progress=progress,
-        ).to_dict()
-    for base in comparison["bases"]:
-        _describe(base, bases[base["name"]])
-    comparison = merge_repeats([comparison])  # a new verdict that knows the controls
-    comparison["title"] = out.resolve().name
-    # The folders of the bases do not record which tasks they were retrained on.
-    counts = {k: v for k, v in comparison["collection"].items() if v is not None}
-    comparison["collection"] = counts
-    finish(out, comparison)
+    reads: list[Path | str] = [*folders, *read_by(source)]
+    reads += [base.folder for base in bases.values()]
+    with run_folder(out, "compare", resume=resume, overwrite=overwrite, reads=reads) as folder:
+        collection, _ = load_tasks(source, kind)
+        first = next(iter(bases.values()))
+        loaded = _Loaded(bases)
+        fitted = first.objective(objective, _one_tokenizer(loaded)).fit(collection)
+        collection = loaded.tasks = collection.with_objective(fitted)
+        for name in bases:
+            check_sides(loaded[name], collection, None, console)
+        with console.bar(
+            f"adapting {len(bases)} bases to {len(collection)} tasks",
+            rounds=len(bases) * len(shots),
+        ) as progress:
+            comparison: dict[str, Any] = foretune.compare(
+                loaded,
+                collection,
+                adapt=method,
+                run=run,
+                shots=tuple(shots),
+                draws=draws,
+                progress=progress,
+            ).to_dict()
+        for base in comparison["bases"]:
+            _describe(base, bases[base["name"]])
+        comparison = merge_repeats([comparison])  # a new verdict that knows the controls
+        comparison["title"] = out.resolve().name
+        # The folders of the bases do not record which tasks they were retrained on.
+        counts = {k: v for k, v in comparison["collection"].items() if v is not None}
+        comparison["collection"] = counts
+        finish(folder, comparison)
     return comparison
+
+
+def read_by(source: Source) -> list[str]:
+    """The files and folders, or names on the hub, that a source reads."""
+    return [text for text in (source.source, source.unseen) if isinstance(text, str)]
 
 
 def _fixed_rate(block: AdaptBlock) -> float | None:
@@ -433,7 +444,5 @@ def _describe(base: dict[str, Any], saved: SavedBase) -> None:
     record = saved.folder.parent / RUN_FILE
     if record.is_file():
         rate = base["config"].get("learning_rate")
-        content = json.loads(record.read_text("utf-8"))
-        check_format(record, content, RUN)
-        cost = content.get("cost") or {}
+        cost = read_json(record, _RunRecord, RUN).get("cost") or {}
         base["retrain"] = {"learning_rate": rate, "searched": [], **cost}

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import foretune
 from foretune.errors import UserError, did_you_mean
-from foretune.files import CARD_FILE, COMPARISON_FILE
-from foretune.formats import COMPARISON, SPECTRUM, check_format, stamped, unstamped
+from foretune.files import CARD_FILE, COMPARISON_FILE, write_whole
+from foretune.formats import COMPARISON, SPECTRUM, damage_named, read_json, stamped
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.folder import check_inputs, check_place, prepare_folder, write_run_record
+from foretune.recipes.folder import check_inputs, run_folder, write_run_record
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.model_card import model_card
 from foretune.recipes.schema import MethodEntry, Recipe
 from foretune.recipes.setup import Setup, need_unseen, set_up
 from foretune.recipes.stages import (
     base_folder,
-    read_json,
     retrain,
     retrain_stage,
     search_rate,
@@ -35,6 +34,7 @@ def run_recipe(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    reads: Sequence[Path | str] = (),
     console: Console = SILENT,
 ) -> dict[str, Any]:
     """Runs a recipe from the start, or from where it was interrupted.
@@ -42,7 +42,8 @@ def run_recipe(
     Args:
         recipe: The recipe.
         resume: Continue the run in the recipe's folder.
-        overwrite: Empty that folder first.
+        overwrite: Replace an earlier result in that folder.
+        reads: What else must not be replaced, such as the recipe's file.
         console: Receives the progress.
 
     Returns:
@@ -55,20 +56,29 @@ def run_recipe(
         raise UserError(
             "the spectrum is measured in a single process: remove spectrum, or launch one process"
         )
-    place: Any = {"resume": resume, "overwrite": overwrite, "config": recipe.to_yaml()}
-    check_place(recipe.folder, **place)
+    with run_folder(
+        recipe.folder,
+        "run",
+        resume=resume,
+        overwrite=overwrite,
+        config=recipe.to_yaml(),
+        reads=[*recipe.reads, *reads],
+    ) as out:
+        return _run_in(out, recipe, console)
+
+
+def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
     first = setup = set_up(recipe, console)
     tasks = [*first.all_seen, *need_unseen(first)]
-    # The folder is emptied only after data and model have been loaded.
-    out = prepare_folder(recipe.folder, **place)
-    check_inputs(out, first.model, tasks)
+    check_inputs(out, first.model, tasks, first.tokenizer)
     repeats: list[dict[str, Any]] = []
     for seed in range(recipe.seeds):
         if seed and recipe.tasks.rotate:
             setup = set_up(recipe, console, repeat=seed)
         stages = retrain_all(setup, out, seed, console)
         repeats.append(compare_repeat(setup, out, seed, stages, console))
-    comparison = merge_repeats(repeats, first.turns)
+    with damage_named(out / "repeats"):
+        comparison = merge_repeats(repeats, first.turns)
     comparison |= {
         "title": recipe.name,
         "recipe": recipe.to_yaml(),
@@ -97,6 +107,7 @@ def retrain_one(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    reads: Sequence[Path | str] = (),
     console: Console = SILENT,
 ) -> dict[str, Any]:
     """`foretune retrain`: retrains with one method of a recipe and saves the base in `out/base`.
@@ -106,7 +117,8 @@ def retrain_one(
         name: Name of one of its methods, or of a registered method.
         out: Output folder.
         resume: Continue the run in `out`.
-        overwrite: Empty `out` first.
+        overwrite: Replace an earlier result in `out`.
+        reads: What else must not be replaced, such as the recipe's file.
         console: Receives the progress.
 
     Returns:
@@ -116,15 +128,20 @@ def retrain_one(
         UserError: `name`, `out`, the data or the model does not fit the recipe.
     """
     entry = find_entry(recipe, name)
-    config = recipe.to_yaml()
-    check_place(out, resume=resume, overwrite=overwrite, config=config)
-    setup = set_up(recipe, console)
-    prepare_folder(out, resume=resume, overwrite=overwrite, config=config)
-    check_inputs(out, setup.model, setup.all_seen)
-    rate, searched = search_rate(setup, entry, out, console)
-    record = entry.record(rate)
-    run = recipe.retrain_run(out=out, resume=True)
-    outcome = retrain(setup, setup.seen, record, run, console, name)
+    with run_folder(
+        out,
+        "retrain",
+        resume=resume,
+        overwrite=overwrite,
+        config=recipe.to_yaml(),
+        reads=[*recipe.reads, *reads],
+    ) as folder:
+        setup = set_up(recipe, console)
+        check_inputs(folder, setup.model, setup.all_seen, setup.tokenizer)
+        rate, searched = search_rate(setup, entry, folder, console)
+        record = entry.record(rate)
+        run = recipe.retrain_run(out=folder, resume=True)
+        outcome = retrain(setup, setup.seen, record, run, console, name)
     return {
         "base": str(out / "base"),
         "method": record.to_dict(),
@@ -177,9 +194,7 @@ def compare_repeat(
     path = out / "repeats" / f"seed-{seed}.json"
     if path.is_file():
         console.say(f"adapting, seed {seed}: already done")
-        done: dict[str, Any] = read_json(path)
-        check_format(path, done, COMPARISON)
-        return done
+        return stamped(read_json(path, dict[str, Any], COMPARISON), COMPARISON)
     block = setup.recipe.adapt
     entries = setup.recipe.entries
     trials = len(block.rates) if len(block.rates) > 1 else 0
@@ -220,7 +235,7 @@ def spectrum_stage(
     path = out / SPECTRUM_FILE
     if path.is_file():
         console.say("spectrum: already done")
-        return unstamped(path, read_json(path), SPECTRUM)
+        return read_json(path, dict[str, Any], SPECTRUM)
     from foretune.evaluation import spectrum
     from foretune.methods import make
 
@@ -281,5 +296,5 @@ def finish(out: Path, comparison: dict[str, Any]) -> None:
 
     write_json(out / COMPARISON_FILE, comparison)
     write_report(comparison, out)
-    (out / CARD_FILE).write_text(model_card(comparison), encoding="utf-8")
+    write_whole(out / CARD_FILE, model_card(comparison))
     write_run_record(out)

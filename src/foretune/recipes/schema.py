@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from foretune import methods
 from foretune.entry_points import entry_point
 from foretune.errors import UserError, did_you_mean
+from foretune.files import check_file_name, same_on_disk
 from foretune.methods import METHODS
 from foretune.recipes.blocks import (
     AdaptBlock,
@@ -117,6 +118,13 @@ class Recipe(Block):
     def folder(self) -> Path:
         """The output folder."""
         return Path(self.out.replace("{name}", self.name))
+
+    @property
+    def reads(self) -> list[str]:
+        """The files and folders, or names on the hub, that the recipe reads."""
+        source = self.source()
+        texts = (source.source, source.unseen, self.model.name, self.model.file)
+        return [text for text in texts if isinstance(text, str)]
 
     @property
     def entries(self) -> list[MethodEntry]:
@@ -373,12 +381,13 @@ def _check_methods(recipe: Recipe) -> None:
     names: set[str] = set()
     for entry in recipe.entries:
         _check_verb(entry.method, "retrain", "retrain.methods")
-        if entry.name in names:
+        check_file_name("retrain.methods:", entry.name)
+        if same_on_disk(entry.name) in names:
             raise UserError(
                 f'retrain.methods names "{entry.name}" twice: rename one of them with '
-                f"{{{entry.method}: {{as: another-name}}}}"
+                f"{{{entry.method}: {{as: another-name}}}} (case does not count)"
             )
-        names.add(entry.name)
+        names.add(same_on_disk(entry.name))
         for rate in entry.rates if takes_rate(entry.method) else ():
             entry.record(rate)
         entry.record()

@@ -62,7 +62,9 @@ def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
         UserError: The data or the model does not fit the recipe.
     """
     from foretune.evaluation.held_out import build_search_tasks
+    from foretune.training.loop import check_device
 
+    check_device(recipe.device)
     seen, unseen = read_tasks(recipe, repeat)
     searched = search_names(recipe, seen)
     counts = f"tasks: {_counted(seen)} seen"

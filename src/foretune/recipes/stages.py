@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 import foretune
 from foretune.errors import DivergedError, UserError
-from foretune.formats import STAGE, stamped, unstamped
+from foretune.formats import STAGE, read_json, stamped
 from foretune.processes import process_rank
 from foretune.recipes.console import Console
 from foretune.recipes.schema import MethodEntry, takes_rate
@@ -21,6 +23,25 @@ from foretune.tasks.task import TaskCollection
 
 STAGE_FILE = "stage.json"  # in the folder of a finished stage
 SEARCH_FILE = "search.json"  # the trials of a search over learning rates
+
+
+class Trial(TypedDict):
+    """A row of search.json."""
+
+    learning_rate: float
+    score: float | None
+
+
+class Stage(TypedDict):
+    """The content of stage.json."""
+
+    name: str
+    method: str
+    label: str
+    config: dict[str, Any]
+    path: str
+    retrain: dict[str, Any]
+    choice: NotRequired[dict[str, Any]]
 
 
 def base_folder(out: Path, entry: MethodEntry, seed: int) -> Path:
@@ -45,7 +66,11 @@ def search_rate(
     if len(entry.rates) == 1:
         return entry.rates[0], []
     path = folder / SEARCH_FILE
-    trials: list[dict[str, Any]] = read_json(path) if path.is_file() else []
+    trials: list[dict[str, Any]] = []
+    if path.is_file():
+        trials = [{**trial} for trial in read_json(path, list[Trial])]
+        if [trial["learning_rate"] for trial in trials] != entry.rates[: len(trials)]:
+            raise UserError(f"{path} has other learning rates than the recipe: remove it")
     for rate in entry.rates[len(trials) :]:
         trials.append({"learning_rate": rate, "score": _trial(setup, entry, rate, console)})
         write_json(path, trials)
@@ -69,7 +94,7 @@ def retrain_stage(
     folder = base_folder(out, entry, seed)
     if (folder / STAGE_FILE).is_file():
         console.say(f"{entry.name}, seed {seed}: already done")
-        return unstamped(folder / STAGE_FILE, read_json(folder / STAGE_FILE), STAGE)
+        return {**read_json(folder / STAGE_FILE, Stage, STAGE)}
     record = entry.record(rate)
     run = setup.recipe.retrain_run(seed=seed, out=folder, resume=True)
     outcome = retrain(setup, setup.seen, record, run, console, f"{entry.name}, seed {seed}")
@@ -143,11 +168,6 @@ def _trial(setup: Setup, entry: MethodEntry, rate: float, console: Console) -> f
     tasks = counted(len(search), "held-out task")
     console.say(f"{label}: {score:.4f} after adapting to {tasks}")
     return score
-
-
-def read_json(path: Path) -> Any:
-    """The content of a file that a stage wrote."""
-    return json.loads(path.read_text("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

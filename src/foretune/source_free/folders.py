@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foretune.claims import output_folder
 from foretune.errors import DivergedError, UserError
-from foretune.files import claim_model_folder, whole_folder
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import method_and_run
 from foretune.run import Run
-from foretune.source_free import MODEL_FILE, STATE_FILE, STATE_WEIGHTS_FILE
+from foretune.source_free import MODEL_FILE, STATE_WEIGHTS_FILE
 from foretune.source_free.subspace_sfda import SubspaceSFDA
 from foretune.source_free.windows import read_windows
 from foretune.tasks.task import Task, TaskCollection
@@ -91,46 +91,46 @@ def prepare_folder(
     Raises:
         UserError: `out` may not be written, or the windows or the model do not fit.
     """
-    claim_model_folder(out, MODEL_FILE, overwrite=overwrite)
-    task = _read_training(rows, domain, labelled=True)
-    from foretune.tasks.objectives.classification import Classification
+    reads: list[Path | str] = [rows, *([] if model == NEW else [model])]
+    with output_folder(out, "sfda-prepare", overwrite=overwrite, at_once=True, reads=reads) as part:
+        task = _read_training(rows, domain, labelled=True)
+        from foretune.tasks.objectives.classification import Classification
 
-    fitted = Classification().fit(TaskCollection((task,)))
-    run = Run(seed=seed, batch_size=batch_size, eval_every=0, weight_decay=0.0)
-    source_steps = (300 if model == NEW else 0) if steps is None else steps
-    original = _source_model(model, task, fitted, seed)
-    fitted = fitted.bind(original)  # a base's outputs are in an order of their own
-    source = TaskCollection((task,), fitted)
-    label = "training the source model"
-    original = _trained(original, source, run, source_steps, learning_rate, console, label)
-    import copy
+        fitted = Classification().fit(TaskCollection((task,)))
+        run = Run(seed=seed, batch_size=batch_size, eval_every=0, weight_decay=0.0)
+        source_steps = (300 if model == NEW else 0) if steps is None else steps
+        original = _source_model(model, task, fitted, seed)
+        fitted = fitted.bind(original)  # a base's outputs are in an order of their own
+        source = TaskCollection((task,), fitted)
+        label = "training the source model"
+        original = _trained(original, source, run, source_steps, learning_rate, console, label)
+        import copy
 
-    from foretune.source_free.learner import add_imputer
-    from foretune.source_free.tucker import core_parameters, tuckerize
-    from foretune.source_free.tucker_format import write_tucker
+        from foretune.source_free.learner import add_imputer
+        from foretune.source_free.tucker import core_parameters, tuckerize
+        from foretune.source_free.tucker_format import write_tucker
 
-    prepared = copy.deepcopy(original)
-    ranks = tuckerize(prepared, rank_factor=rank_factor, layers=layers)
-    factor_steps = epochs * math.ceil(len(task.train) / batch_size)
-    label = "training the factors"
-    prepared = _trained(prepared, source, run, factor_steps, learning_rate, console, label)
-    if imputer:
-        console.say("training the imputer")
-        imputer_run = run.replace(steps=max(factor_steps, 1))
-        add_imputer(prepared, source, imputer_run, learning_rate=learning_rate)
-    models = (original, prepared)
-    result: dict[str, Any] = {
-        "model": model,
-        "domain": task.name,
-        "labels": list(fitted.space or ()),
-        "shape": list(task.train[0]["x"].shape),
-        "rank_factor": rank_factor,
-        "parameters": [sum(p.numel() for p in m.parameters()) for m in models],
-        "macs": [_macs(m, task) for m in models],
-        "core": sum(p.numel() for p in core_parameters(prepared).values()),
-        "accuracy": [_report(m, task.test, fitted.space or ())["accuracy"] for m in models],
-    }
-    with whole_folder(out) as part:
+        prepared = copy.deepcopy(original)
+        ranks = tuckerize(prepared, rank_factor=rank_factor, layers=layers)
+        factor_steps = epochs * math.ceil(len(task.train) / batch_size)
+        label = "training the factors"
+        prepared = _trained(prepared, source, run, factor_steps, learning_rate, console, label)
+        if imputer:
+            console.say("training the imputer")
+            imputer_run = run.replace(steps=max(factor_steps, 1))
+            add_imputer(prepared, source, imputer_run, learning_rate=learning_rate)
+        models = (original, prepared)
+        result: dict[str, Any] = {
+            "model": model,
+            "domain": task.name,
+            "labels": list(fitted.space or ()),
+            "shape": list(task.train[0]["x"].shape),
+            "rank_factor": rank_factor,
+            "parameters": [sum(p.numel() for p in m.parameters()) for m in models],
+            "macs": [_macs(m, task) for m in models],
+            "core": sum(p.numel() for p in core_parameters(prepared).values()),
+            "accuracy": [_report(m, task.test, fitted.space or ())["accuracy"] for m in models],
+        }
         write_tucker(prepared, part, result)
     return {"out": str(out), **result, "ranks": {k: list(v) for k, v in ranks.items()}}
 
@@ -168,21 +168,21 @@ def adapt_folder(
         UserError: A bad setting, `out` may not be written, or windows and model do not fit.
     """
     method, run = settings(changes, seed)
-    claim_model_folder(out, STATE_FILE, overwrite=overwrite)
-    if not base.is_dir():
-        raise UserError(f"no prepared model in {base}: no such folder")
-    task = _read_training(rows, domain, labelled=False)
-    import foretune
-    from foretune.source_free.tucker_format import load_tucker
+    reads: list[Path | str] = [base, rows]
+    with output_folder(out, "sfda-adapt", overwrite=overwrite, at_once=True, reads=reads) as part:
+        if not base.is_dir():
+            raise UserError(f"no prepared model in {base}: no such folder")
+        task = _read_training(rows, domain, labelled=False)
+        import foretune
+        from foretune.source_free.tucker_format import load_tucker
 
-    model, metadata = load_tucker(base)
-    objective = _objective(base, metadata)
-    _check_fits(model, base, metadata, task, rows)
-    tasks = TaskCollection((Task(task.name, task.train),), objective)
-    with console.bar(f"adapting to {task.name}") as progress:
-        result = foretune.adapt(model, tasks, method, run, shots=max_rows, progress=progress)
-    adapted = result.models[task.name, 0]
-    with whole_folder(out) as part:
+        model, metadata = load_tucker(base)
+        objective = _objective(base, metadata)
+        _check_fits(model, base, metadata, task, rows)
+        tasks = TaskCollection((Task(task.name, task.train),), objective)
+        with console.bar(f"adapting to {task.name}") as progress:
+            result = foretune.adapt(model, tasks, method, run, shots=max_rows, progress=progress)
+        adapted = result.models[task.name, 0]
         result.learners[task.name, 0].write(part, None)
     return {
         "out": str(out),

@@ -80,6 +80,7 @@ def write_shift(
     write_whole(
         path,
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="generator" content="foretune">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{svg.content(title)}</title><style>{style}</style></head><body>"
         f"<h1>{svg.content(title)}</h1><p>{svg.content(figure.title)}.</p>"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from foretune.errors import UserError, did_you_mean
-from foretune.run import check_at_least, check_one_of
+from foretune.run import check_at_least, check_one_of, check_seed
 from foretune.tasks.candidates import draw_candidates
 from foretune.tasks.example import SPLITS
 from foretune.tasks.labels import label_of
@@ -106,6 +106,8 @@ class Source:
                 "validation and test must leave rows for train: their sum must be less than 1, "
                 f"got {self.validation} + {self.test}"
             )
+        check_seed("seed", self.seed)
+        check_seed("candidate_seed", self.candidate_seed)
         check_at_least("num_candidates", self.num_candidates, 2)
         check_one_of("candidates_from", self.candidates_from, ("others", "own"))
         check_at_least("candidate_pool", self.candidate_pool, self.num_candidates - 1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from foretune.files import write_whole
 from foretune.theory.panel import PanelRows
 
 COLOURS = {"peft-ml": "#1f6feb", "standard": "#d1570f", "none": "#6e7781", "full": "#8250df"}
@@ -56,11 +57,10 @@ def figure(
         canvas = Figure(figsize=(width * columns, height), layout="constrained")
         FigureCanvasSVG(canvas)
         yield list(canvas.subplots(1, columns, squeeze=False)[0])
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = io.StringIO()
         canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     # Two decimals are enough and halve the file size.
-    path.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", text.getvalue()), encoding="utf-8")
+    write_whole(path, re.sub(r"(\d\.\d\d)\d+", r"\1", text.getvalue()))
 
 
 def band(axis: Any, x: Sequence[float], values: Sequence[Sequence[float]], **style: Any) -> None:

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from foretune.errors import UserError, did_you_mean
 from foretune.recipes.blocks import Block
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.folder import prepare_folder, write_run_record
+from foretune.recipes.folder import run_folder, write_run_record
 from foretune.recipes.messages import user_error
 from foretune.recipes.yaml_io import dump_yaml
 
@@ -98,7 +98,7 @@ class TheoryRecipe(Block):
 
         Args:
             resume: Continue the run in the recipe's folder.
-            overwrite: Empty that folder first.
+            overwrite: Replace an earlier result in that folder.
             console: Receives progress.
 
         Returns:
@@ -107,12 +107,14 @@ class TheoryRecipe(Block):
         Raises:
             UserError: The folder is not empty and may be neither continued nor replaced.
         """
-        config = self.to_yaml()
-        out = prepare_folder(self.folder, resume=resume, overwrite=overwrite, config=config)
         from foretune.theory.experiment import run_panels
 
-        result = run_panels(self.model_dump(mode="json"), out, console.say)
-        write_run_record(out)
+        config = self.to_yaml()
+        with run_folder(
+            self.folder, "experiment", resume=resume, overwrite=overwrite, config=config
+        ) as out:
+            result = run_panels(self.model_dump(mode="json"), out, console.say)
+            write_run_record(out)
         return result
 
     def tables(self, result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]], str]]:

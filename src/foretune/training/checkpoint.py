@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from foretune.errors import UserError
-from foretune.files import CHECKPOINT, UNFINISHED, whole_folder
+from foretune.files import CHECKPOINT, remove, whole_folder
 from foretune.formats import CHECKPOINT as FORMAT
 from foretune.formats import read_json, read_tensors, stamped, unstamped
+from foretune.manifest import REPLACED, UNFINISHED
 from foretune.training.process_group import Partition
 
+TEMPORARY = (UNFINISHED, REPLACED)
 STATE_FILE, STATE_WEIGHTS_FILE = "state.json", "state.safetensors"  # in a checkpoint's folder
 
 
@@ -62,7 +63,7 @@ class CheckpointStore:
             (part / STATE_FILE).write_text(json.dumps(record, indent=1))
         for saved_step, path in self._checkpoints():
             if saved_step not in (step, meta.get("best_step")):
-                shutil.rmtree(path)
+                remove(path)
 
     def newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and the metadata of the newest checkpoint; None without one."""
@@ -84,10 +85,9 @@ class CheckpointStore:
         """Removes all checkpoints, finished or not."""
         if self.folder is not None and self.folder.is_dir():
             for path in self.folder.iterdir():
-                if CHECKPOINT.fullmatch(path.name):
-                    shutil.rmtree(path)
-                elif path.name.startswith(UNFINISHED):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                ours = CHECKPOINT.fullmatch(path.name) or path.name.startswith(TEMPORARY)
+                if ours and not path.is_symlink():
+                    remove(path)
 
     def _checkpoints(self) -> list[tuple[int, Path]]:
         if self.folder is None or not self.folder.is_dir():

@@ -144,6 +144,25 @@ def schedule(run: Run, done: float) -> float:
     return left if run.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
 
 
+def check_device(device: str | None) -> None:
+    """Checks that a device is there, before anything is written.
+
+    Raises:
+        UserError: It is not.
+    """
+    kind, _, number = (device or "cpu").partition(":")
+    if kind == "cuda":
+        available = int(number or 0) < torch.cuda.device_count()
+    elif kind == "mps":
+        available = torch.backends.mps.is_available()
+    else:
+        backend = getattr(torch, kind, None)
+        available = kind == "cpu" or (backend is not None and backend.is_available())
+    if not available:
+        others = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "cpu"
+        raise UserError(f"device={device} is not available: torch finds only {others}; omit device")
+
+
 def make_accelerator(run: Run) -> Accelerator:
     """Accelerate's device and precision for this run; runs of one process may differ in both.
 
@@ -158,8 +177,7 @@ def make_accelerator(run: Run) -> Accelerator:
         torch.cuda.set_device(int(number))
     accelerator = Accelerator(mixed_precision=precision, cpu=kind == "cpu")
     device = accelerator.device
-    missing = kind == "cuda" and int(number or 0) >= torch.cuda.device_count()
-    if missing or (kind and kind != device.type):
+    if kind and kind != device.type:
         raise UserError(
             f"device={run.device} is not available: torch finds only {device.type}; omit device"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ from foretune.adapters.peft_format import peft_config, peft_tensors, write_adapt
 from foretune.files import (
     BASE_FILE,
     CARD_FILE,
+    DEVICES,
     LABELS_FILE,
     METRICS_FILE,
     RUN_FILE,
+    SCORES_FILE,
+    same_on_disk,
     whole_folder,
     write_whole,
 )
@@ -32,6 +35,9 @@ from foretune.tasks.task import Objective
 from foretune.training.learners.joint import Learner
 from foretune.training.methods import RetrainMethod
 from foretune.training.record import environment
+
+# Names in a folder of adapters that are not those of tasks: a folder with `base/` holds a base.
+RESERVED = (RUN_FILE, SCORES_FILE, "base")
 
 
 @dataclass
@@ -91,8 +97,9 @@ class Outcome:
         config = peft_config(self.bank, self.model, str(folder / "base"))
         base = base_record(self.model, self.bank.head_names)
         labels = labels_of(self.objective, self.bank.keys)
+        names = folder_names((task, 0) for task in self.tasks or self.bank.keys)
         for slot, task in enumerate(self.bank.keys):
-            with whole_folder(folder / "adapters" / folder_name(task)) as part:
+            with whole_folder(folder / "adapters" / names[task, 0]) as part:
                 write_adapter(part, config, peft_tensors(self.bank, slot), base)
                 _write_labels(part, labels.get(task))
 
@@ -163,6 +170,7 @@ class Adapted:
             labels than it has outputs, so that the base must be loaded with this many labels; else
             None.
         learners: The learner that trained each of `models`, which writes it.
+        folders: Names of the folders that `save` writes; empty for those of `folder_names`.
     """
 
     scores: dict[tuple[str, int], float]
@@ -176,6 +184,7 @@ class Adapted:
     labels: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     num_labels: int | None = None
     learners: dict[tuple[str, int], Learner] = field(default_factory=dict)
+    folders: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def first_draw(self) -> Adapted:
         """The part of the result of each task's first draw."""
@@ -191,14 +200,15 @@ class Adapted:
     def save(self, folder: Path | str) -> Path:
         """Writes a folder per task and draw: `<task>`, or `<task>-draw<k>` after the first draw."""
         folder = Path(folder)
+        names = self.folders or folder_names([*self.tensors, *self.models])
         for (task, draw), tensors in self.tensors.items():
-            with whole_folder(folder / folder_name(task, draw)) as part:
+            with whole_folder(folder / names[task, draw]) as part:
                 write_adapter(part, self.config, tensors, self.base_fingerprint)
                 _write_labels(part, self.labels.get(task))
         for (task, draw), model in self.models.items():
             labels = self.labels.get(task)
             learner = self.learners.get((task, draw))
-            with whole_folder(folder / folder_name(task, draw)) as part:
+            with whole_folder(folder / names[task, draw]) as part:
                 if learner is not None and learner.model is model:
                     learner.write(part, labels)
                 else:  # a model that the caller put in its place
@@ -220,17 +230,59 @@ def _write_labels(folder: Path, labels: Sequence[Any] | None) -> None:
         (folder / LABELS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def folder_name(task: str, draw: int = 0) -> str:
-    """A task's name as a folder name: separators and leading dots replaced.
+def folder_names(
+    task_draws: Iterable[tuple[str, int]], in_use: Mapping[tuple[str, int], str] | None = None
+) -> dict[tuple[str, int], str]:
+    """A folder name for each task and draw, no two of which are the same on any file system.
 
-    A changed name gets a digest as its suffix, so that no two tasks share a folder.
+    Args:
+        task_draws: Tasks with their draws, in the order in which they take names; first draws are
+            served first.
+        in_use: Names that tasks have already; they stay as they are.
+
+    >>> folder_names([("red", 0), ("red", 1)])
+    {('red', 0): 'red', ('red', 1): 'red-draw1'}
+    >>> [*folder_names([("Red", 0), ("red", 0)]).values()]
+    ['Red', 'red-449f44']
+    """
+    names = dict(in_use or {})
+    used = {same_on_disk(name) for name in names.values()}
+    for task, draw in sorted(task_draws, key=lambda pair: pair[1]):
+        if (task, draw) in names:
+            continue
+        name = folder_name(task, draw)
+        if same_on_disk(name) in used:
+            name = f"{name}-{_digest(f'{task}/{draw}')}"
+        used.add(same_on_disk(name))
+        names[task, draw] = name
+    return names
+
+
+def folder_name(task: str, draw: int = 0) -> str:
+    """A task's name as a folder name: separators, leading and trailing dots and the like replaced.
+
+    A changed name, and one that is reserved, gets a digest as its suffix.
 
     >>> folder_name("red"), folder_name("red", 1), folder_name("a/b") == folder_name("a_b")
     ('red', 'red-draw1', False)
     """
+    safe = readable_name(task)
+    if safe.endswith(".") or safe.casefold() in RESERVED or DEVICES.fullmatch(safe.casefold()):
+        safe = f"{safe.rstrip('.')}-{_digest(task)}"
+    return safe if draw == 0 else f"{safe}-draw{draw}"
+
+
+def readable_name(task: str) -> str:
+    """A task's name with the characters replaced that a file name may not have.
+
+    >>> readable_name("a/b")
+    'a_b-6d959c'
+    """
     safe = "".join(c if c.isalnum() or c in "-_. " else "_" for c in task).strip() or "_"
     safe = "_" + safe[1:] if safe.startswith(".") else safe
     safe = safe.encode()[:150].decode(errors="ignore")  # file systems take 255 bytes
-    if safe != task:
-        safe = f"{safe}-{hashlib.blake2b(task.encode(), digest_size=3).hexdigest()}"
-    return safe if draw == 0 else f"{safe}-draw{draw}"
+    return safe if safe == task else f"{safe}-{_digest(task)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=3).hexdigest()

@@ -2,40 +2,116 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from typing_extensions import TypedDict
 
 from foretune.adapters.bank import AdapterBank
 from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import load_adapter
+from foretune.claims import output_folder
 from foretune.errors import UserError
-from foretune.files import METRICS_FILE, RUN_FILE, write_whole
-from foretune.formats import RUN, check_format, stamped
+from foretune.files import METRICS_FILE, RUN_FILE, SCORES_FILE, write_whole
+from foretune.formats import RUN, damage_named, parse_json, read_json, stamped
 from foretune.method import Method
+from foretune.models.identity import config_of, tokenizer_digest
 from foretune.models.loading import load_weights
+from foretune.models.surgery import head_modules, head_width
 from foretune.run import Run
-from foretune.tasks.task import Task
+from foretune.tasks.task import Objective, Task, TaskCollection
 from foretune.training.learners.joint import Learner
-from foretune.training.outcome import Adapted, folder_name
+from foretune.training.outcome import Adapted, folder_names, readable_name
 from foretune.training.process_group import ProcessGroup
 
 TaskDraw = tuple[str, int]
-SCORES = "scores.json"
 SCORES_OF_RANK = ".scores-{}.json"  # until the last process has finished
 # Fields that may differ between a run and its continuation: they do not change the result.
 MOVABLE = ("out", "resume", "overwrite", "device", "tasks_per_wave")
 
 
-def inputs_of(model: nn.Module, tasks: Iterable[Task]) -> dict[str, Any]:
-    """Digests of the model and of each task's examples: inputs that no setting identifies."""
+class RunRecord(TypedDict, total=False):
+    """What is used of run.json and inputs.json; other fields are kept."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+    finished: bool
+    method: dict[str, Any]
+    run: dict[str, Any]
+    rows: dict[str, str]
+    config: dict[str, Any]
+    validation_score: float | None
+    cost: dict[str, Any]
+
+
+class ScoreRow(TypedDict):
+    """A row of scores.json."""
+
+    task: str
+    draw: int
+    folder: str
+    score: float | None
+    num_rows: int
+
+
+@contextlib.contextmanager
+def claimed(run: Run, kind: str, group: ProcessGroup) -> Iterator[Run]:
+    """Claims the folder of a run; the first of several processes does it for all.
+
+    Yields:
+        The run with the folder to write to as its `out`.
+
+    Raises:
+        UserError: As `output_folder`.
+    """
+    out = run.out
+    if out is None:
+        yield run
+        return
+    with contextlib.ExitStack() as claim:
+        enter = lambda: claim.enter_context(  # noqa: E731
+            output_folder(out, kind, resume=run.resume, overwrite=run.overwrite)
+        )
+        yield run.replace(out=group.on_first_process(enter))
+
+
+def inputs_of(
+    model: nn.Module, tasks: Iterable[Task], tokenizer: Any, heads: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What identifies model, tokenizer and examples: inputs that no setting identifies.
+
+    Args:
+        model: The model.
+        tasks: The tasks.
+        tokenizer: Its tokenizer; None for none.
+        heads: Names of modules that do not count.
+    """
     return {
-        "model": fingerprint(model, buffers=True),
+        "model": fingerprint(model, heads, buffers=True),
+        "config": config_of(model),
+        "tokenizer": tokenizer_digest(tokenizer),
         "rows": {task.name: task.digest for task in tasks},
+    }
+
+
+def inputs_to_adapt(
+    base: nn.Module, model: nn.Module, tasks: TaskCollection, objective: Objective
+) -> dict[str, Any]:
+    """What must be the same when more tasks are added: a head only where the tasks begin from it.
+
+    A task with more labels than the base's head has outputs begins from a fresh head.
+    """
+    if objective.num_outputs() is None:
+        return inputs_of(base, tasks, objective.tokenizer)
+    has_its_head = head_width(model) == head_width(base)
+    return {
+        **inputs_of(base, tasks, objective.tokenizer, head_modules(base)),
+        "head": fingerprint(base) if has_its_head else None,
     }
 
 
@@ -66,6 +142,9 @@ def begin(
     begun = read_record(file, RUN)
     check_same(folder, begun, current)
     if begun.get("finished"):
+        missing = [key for key in ("validation_score", "cost") if key not in begun]
+        if missing:
+            raise UserError(f"{file} is damaged: {missing[0]}: field required")
         return begun
     rows = {**begun.get("rows", {}), **current["rows"]}
     if rows != begun.get("rows"):
@@ -74,23 +153,16 @@ def begin(
 
 
 def read_record(file: Path, current_format: str) -> dict[str, Any]:
-    """The record of an interrupted run.
+    """The record of an interrupted run, with its format.
 
     Args:
         file: The record.
         current_format: The newest format that is accepted.
 
     Raises:
-        UserError: The file is not JSON, or has another format.
+        UserError: As `read_json`.
     """
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{file} is not a readable record of a run ({error}); start again with --overwrite"
-        ) from error
-    check_format(file, record, current_format)
-    return record
+    return stamped(read_json(file, RunRecord, current_format), current_format)
 
 
 def check_same(folder: Path, begun: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -100,7 +172,8 @@ def check_same(folder: Path, begun: Mapping[str, Any], current: Mapping[str, Any
         UserError: They differ; the message names the first difference.
     """
     for part in current:
-        _check_part(folder, part, begun.get(part), current[part])
+        if part in begun:  # earlier versions recorded less
+            _check_part(folder, part, begun[part], current[part])
 
 
 def _check_part(folder: Path, part: str, begun: Any, current: Any) -> None:
@@ -108,13 +181,15 @@ def _check_part(folder: Path, part: str, begun: Any, current: Any) -> None:
         begun, current = {part: begun}, {part: current}
     for name in dict.fromkeys([*current, *begun]):
         was, now = begun.get(name), current.get(name)
-        added = part == "rows" and None in (was, now)
+        added = part in ("rows", "head") and None in (was, now)
         if was == now or added or (part == "run" and name in MOVABLE):
             continue
         if part == "rows":
             what = f'other rows of task "{name}"'
-        elif part == "model":
+        elif part in ("model", "head"):
             what = "another model"
+        elif part == "tokenizer":
+            what = "another tokenizer"
         else:
             what = f"{name}={str(was)[:80]}, this run has {name}={str(now)[:80]}"
         raise UserError(
@@ -122,15 +197,42 @@ def _check_part(folder: Path, part: str, begun: Any, current: Any) -> None:
         )
 
 
-def load_finished(folder: Path, learner: Learner | None, model: Any) -> list[dict[str, Any]]:
-    """Loads the base and the adapters of a finished retraining; returns its history."""
+def load_finished(
+    folder: Path, learner: Learner | None, model: Any, tasks: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Loads the base and the adapters of a finished retraining; returns its history.
+
+    Raises:
+        UserError: The base has other weights than when it was written.
+    """
     load_weights(model, folder / "base")
     bank: AdapterBank | None = None if learner is None else learner.bank
     if bank is not None and (folder / "adapters").is_dir():
+        names = folder_names((task, 0) for task in tasks)
         for slot, key in enumerate(bank.keys):
-            load_adapter(bank, slot, folder / "adapters" / folder_name(key), model)
-    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+            place = folder / "adapters" / names[key, 0]
+            if not place.is_dir():  # as earlier versions named it
+                place = place.with_name(readable_name(key))
+            load_adapter(bank, slot, place, model)
+    file = folder / METRICS_FILE
+    with damage_named(file):
+        lines = file.read_text(encoding="utf-8").splitlines()
+    return [parse_json(line, file, dict[str, Any]) for line in lines]
+
+
+@dataclass(frozen=True)
+class SavedTask:
+    """A task that has been adapted to, as scores.json records it.
+
+    Args:
+        folder: Name of its folder.
+        score: Its mean score; None without examples to score on.
+        num_rows: Number of examples that were scored.
+    """
+
+    folder: str
+    score: float | None
+    num_rows: int
 
 
 def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: ProcessGroup) -> None:
@@ -138,36 +240,39 @@ def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: Pr
     tensors = {key: result.tensors[key] for key in wave if key in result.tensors}
     models = {key: result.models[key] for key in wave if key in result.models}
     replace(result, tensors=tensors, models=models).save(folder)
-    file = folder / (SCORES if group.size == 1 else SCORES_OF_RANK.format(group.rank))
-    done = _read_scores(file) | {
-        key: (result.scores[key], result.num_rows[key]) for key in wave if key in result.scores
+    file = folder / (SCORES_FILE if group.size == 1 else SCORES_OF_RANK.format(group.rank))
+    saved = {
+        key: SavedTask(result.folders[key], result.scores.get(key), result.num_rows.get(key, 0))
+        for key in wave
     }
-    _write_scores(file, done)
+    _write_scores(file, _read_scores(file) | saved)
 
 
-def collect_scores(folder: Path) -> dict[TaskDraw, tuple[float, int]]:
-    """The scores of the finished tasks, merged into one file."""
+def collect_scores(folder: Path) -> dict[TaskDraw, SavedTask]:
+    """The finished tasks, merged into one file; a task whose folder is gone is not finished."""
     parts = sorted(folder.glob(SCORES_OF_RANK.format("*")))
-    done = _read_scores(folder / SCORES)
+    saved = _read_scores(folder / SCORES_FILE)
     for part in parts:
-        done |= _read_scores(part)
+        saved |= _read_scores(part)
     if parts:
-        _write_scores(folder / SCORES, done)
+        _write_scores(folder / SCORES_FILE, saved)
         for part in parts:
             part.unlink()
-    return done
+    return {key: task for key, task in saved.items() if (folder / task.folder).is_dir()}
 
 
-def _read_scores(file: Path) -> dict[TaskDraw, tuple[float, int]]:
+def _read_scores(file: Path) -> dict[TaskDraw, SavedTask]:
     if not file.is_file():
         return {}
-    rows = json.loads(file.read_text(encoding="utf-8"))
-    return {(row["task"], row["draw"]): (row["score"], row["num_rows"]) for row in rows}
+    return {
+        (row["task"], row["draw"]): SavedTask(row["folder"], row["score"], row["num_rows"])
+        for row in read_json(file, list[ScoreRow])
+    }
 
 
-def _write_scores(file: Path, done: Mapping[TaskDraw, tuple[float, int]]) -> None:
+def _write_scores(file: Path, saved: Mapping[TaskDraw, SavedTask]) -> None:
     rows = [
-        {"task": task, "draw": draw, "folder": folder_name(task, draw), "score": s, "num_rows": n}
-        for (task, draw), (s, n) in done.items()
+        {"task": task, "draw": draw, **dataclasses.asdict(entry)}
+        for (task, draw), entry in saved.items()
     ]
     write_whole(file, json.dumps(rows, indent=1))

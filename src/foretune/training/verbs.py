@@ -15,7 +15,8 @@ from torch import nn
 from foretune.adapters.fingerprint import base_record
 from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
-from foretune.files import RUN_FILE, claim_folder, write_whole
+from foretune.files import RUN_FILE, write_whole
+from foretune.manifest import final_path
 from foretune.method import check_verb
 from foretune.models.checkpoint import unstored_modules
 from foretune.models.surgery import head_width, name_outputs
@@ -26,7 +27,7 @@ from foretune.tasks.task import Objective, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import SlotRows, TaskData, sampler_for
 from foretune.training.learners.joint import Learner
-from foretune.training.loop import Progress, fit, scores_after
+from foretune.training.loop import Progress, check_device, fit, scores_after
 from foretune.training.methods import AdaptMethod, RetrainMethod
 from foretune.training.model_copies import (
     answers,
@@ -36,7 +37,7 @@ from foretune.training.model_copies import (
     has_other_labels,
     interpolate,
 )
-from foretune.training.outcome import Adapted, Outcome, labels_of
+from foretune.training.outcome import Adapted, Outcome, folder_names, labels_of
 from foretune.training.process_group import (
     Partition,
     check_layers,
@@ -47,10 +48,13 @@ from foretune.training.process_group import (
 )
 from foretune.training.record import free_memory, metered
 from foretune.training.resume import (
+    SavedTask,
     TaskDraw,
     begin,
+    claimed,
     collect_scores,
     inputs_of,
+    inputs_to_adapt,
     load_finished,
     save_wave,
 )
@@ -92,8 +96,23 @@ def retrain(
     """
     run, group = run or Run(), process_group()
     check_verb(method, "retrain")
-    if method.chooses:
-        return _retrain_chosen(model, tasks, method, run, tokenizer, progress)
+    check_device(run.device)
+    objective_of(tasks)
+    retrain_in = _retrain_chosen if method.chooses else _retrain_in
+    with claimed(run, "retrain", group) as run:
+        return retrain_in(model, tasks, method, run, tokenizer, progress)
+
+
+def _retrain_in(
+    model: nn.Module,
+    tasks: TaskCollection,
+    method: RetrainMethod,
+    run: Run,
+    tokenizer: Any,
+    progress: Progress | None,
+) -> Outcome:
+    """Retrains in a folder that is claimed."""
+    group = process_group()
     objective = method.objective_for(objective_of(tasks).fit(tasks).bind(model))
     data = TaskData.of(tasks, objective, TextLimits.of(model, objective))
     share = method.interpolate
@@ -119,9 +138,9 @@ def retrain(
             interpolate(model, pretrained, share, fresh_head=fresh_head)
         else:
             assert run.out is not None
-            record = {**finished, "history": load_finished(run.out, learner, model)}
+            record = {**finished, "history": load_finished(run.out, learner, model, data.keys)}
     if hasattr(model, "name_or_path"):  # what adapters name as their base
-        model.name_or_path = "" if run.out is None else str(run.out / "base")  # type: ignore[assignment]
+        model.name_or_path = "" if run.out is None else final_path(run.out / "base")  # type: ignore[assignment]
     # A head that was not trained stands for the labels only if it did before or was drawn for them.
     is_named = learner is not None or answers(model, objective) or has_drawn_head(pretrained)
     if objective.shared().space is not None and is_named:
@@ -130,7 +149,7 @@ def retrain(
         model=model.eval(),
         bank=learner.bank if learner and method.keeps_adapters and partition.slots else None,
         method=method,
-        run=run,
+        run=run if run.out is None else run.replace(out=Path(final_path(run.out))),
         objective=objective,
         tokenizer=tokenizer or objective.tokenizer,
         history=record["history"],
@@ -155,12 +174,6 @@ def _retrain_chosen(
 ) -> Outcome:
     """Lets the method choose another method, and retrains with that one."""
     group, out = process_group(), run.out
-    objective_of(tasks)
-    if out is not None:
-        group.on_first_process(
-            lambda: claim_folder(out, resume=run.resume, overwrite=run.overwrite)
-        )
-        run = run.replace(resume=True, overwrite=False)
     chosen, choice = method.choose(model, tasks, run, progress)
     outcome = retrain(model, tasks, chosen, run, tokenizer=tokenizer, progress=progress)
     outcome.choice = choice
@@ -173,11 +186,14 @@ def _retrain_chosen(
 def _begin_retraining(
     method: RetrainMethod, run: Run, model: nn.Module, tasks: TaskCollection, objective: Objective
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Claims the folder; returns the run's inputs, and its record if it has finished there."""
+    """Returns the run's inputs, and its record if it has finished in its folder."""
     if run.out is None:
         return {}, None
-    claim_folder(run.out, resume=run.resume, overwrite=run.overwrite)
-    inputs = {"tasks": tasks.names, "objective": objective.to_dict(), **inputs_of(model, tasks)}
+    inputs = {
+        "tasks": tasks.names,
+        "objective": objective.to_dict(),
+        **inputs_of(model, tasks, objective.tokenizer),
+    }
     return inputs, begin(run.out, method, run, inputs)
 
 
@@ -268,28 +284,47 @@ def adapt(
     """
     run, group = run or Run(), process_group()
     check_verb(method, "adapt")
+    check_device(run.device)
     objective = objective_of(tasks).fit(tasks).bind(model)
-    out = run.out
+    with claimed(run, "adapt", group) as run:
+        return _adapt_in(
+            model, tasks.with_objective(objective), method, run, shots, draws, split, progress
+        )
+
+
+def _adapt_in(
+    model: nn.Module,
+    tasks: TaskCollection,
+    method: AdaptMethod,
+    run: Run,
+    shots: int | None,
+    draws: int,
+    split: str,
+    progress: Progress | None,
+) -> Adapted:
+    """Adapts in a folder that is claimed, or in memory."""
+    group, out = process_group(), run.out
     eval_every = run.eval_every if run.patience else 0
     run = run.replace(out=None, eval_every=eval_every, tasks_per_step=None)
     base = model
-    model, objective = copy_to_adapt(base, objective, run.seed)
+    model, objective = copy_to_adapt(base, objective_of(tasks), run.seed)
     check_model(group, model)
     limits = TextLimits.of(base, objective)
     slots = list(draw_shots(tasks, objective.kind, shots, draws, run.seed))
     task_draws = [(slot.task, slot.draw) for slot in slots]
-    done: dict[TaskDraw, tuple[float, int]] = {}
+    saved: dict[TaskDraw, SavedTask] = {}
     if out is not None:
         # Tasks may be added later, and labels with them, so the settings leave labels out.
         inputs = {"shots": shots, "split": split, "objective": settings_of(objective)}
-        inputs |= inputs_of(model, tasks)
-        done = group.on_first_process(lambda: _begin_adapting(out, method, run, inputs))
-        slots = [slot for slot in slots if (slot.task, slot.draw) not in done]
+        inputs |= inputs_to_adapt(base, model, tasks, objective)
+        saved = group.on_first_process(lambda: _begin_adapting(out, method, run, inputs))
+        slots = [slot for slot in slots if (slot.task, slot.draw) not in saved]
     partition = partition_slots(
         group, TaskData(slots, objective, limits), run.batch_size, len(slots), pooled=False
     )
     result = Adapted({}, {}, {}, {}, {})
     result.labels = labels_of(objective, tasks.names)
+    result.folders = folder_names(task_draws, {key: task.folder for key, task in saved.items()})
     # Whole models have their own head; adapters are loaded onto the base's.
     if method.shares_base and objective.num_outputs() is not None:
         width = head_width(model)
@@ -301,8 +336,9 @@ def adapt(
             if out is not None:
                 save_wave(result, [(rows.task, rows.draw) for rows in wave], out, group)
     result.cost = group.total_cost(result.cost | cost)
-    for key, (score, num_rows) in done.items():
-        result.scores[key], result.num_rows[key] = score, num_rows
+    for key, task in saved.items():
+        if task.score is not None:
+            result.scores[key], result.num_rows[key] = task.score, task.num_rows
     result.scores = group.merge(result.scores, task_draws)
     result.num_rows = group.merge(result.num_rows, task_draws)
     result.stopped = group.merge(result.stopped, task_draws)
@@ -313,9 +349,8 @@ def adapt(
 
 def _begin_adapting(
     out: Path, method: AdaptMethod, run: Run, inputs: dict[str, Any]
-) -> dict[TaskDraw, tuple[float, int]]:
-    """Claims the folder; returns (score, num_rows) of each task that has finished there."""
-    claim_folder(out, resume=run.resume, overwrite=run.overwrite)
+) -> dict[TaskDraw, SavedTask]:
+    """Records what begins in the folder; returns the tasks that have finished there."""
     begin(out, method, run, inputs)
     return collect_scores(out)
 

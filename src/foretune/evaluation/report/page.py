@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from foretune.claims import claim_file
 from foretune.evaluation.report.figure import NARROW, Figure
 from foretune.evaluation.report.figures import all_figures, forest_name
 from foretune.evaluation.report.svg import DARK, LIGHT, PAGE, Ink
@@ -38,6 +39,8 @@ def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
     texts = {REPORT_FILE: _page(view)}  # all of them before the first is written
     for name, figure in all_figures(view, WIDE_PX, LIGHT).items():
         texts[f"figures/{name}.svg"] = figure.standalone(LIGHT)
+    for name in texts:
+        claim_file(folder / name, overwrite=True)
     for name, text in texts.items():
         write_whole(folder / name, text)
     return folder / REPORT_FILE
