@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from foretune.adapters.lora import by_rows, by_slot
 from foretune.models.layout import RowSlots
 from foretune.models.routing import current_rows
+from foretune.models.row_dropout import draws_of_parts
 
 
 class HeadCopies(nn.Module):
@@ -59,14 +60,17 @@ class HeadCopies(nn.Module):
         num_rows = len(rows.slots)
         if rows.order is not None:
             args, kwargs = _map((args, kwargs), lambda t: by_rows(t, rows.order, num_rows))  # type: ignore[arg-type]
-        outputs = []
+        outputs, part_of = [], draws_of_parts()
+        order = torch.arange(num_rows) if rows.order is None else rows.order
         for i, params in enumerate(self._copies(rows)):
 
             def slot_rows(t: Tensor, i: int = i) -> Tensor:
                 return by_slot(t, rows)[i]
 
             inputs = _map((args, kwargs), slot_rows)
-            outputs.append(torch.func.functional_call(module, params, *inputs))
+            _, start, end = rows.segments[i]
+            with part_of(order[start:end]):
+                outputs.append(torch.func.functional_call(module, params, *inputs))
         y = torch.cat(outputs, 0 if rows.tokens is None else 1)
         return y if rows.inverse is None else by_rows(y, rows.inverse, num_rows)
 

@@ -274,8 +274,10 @@ def lora_linear(
         flat = x.reshape(-1, x.shape[-1])
         y = _LoRALinear.apply(flat, weight, bias, a, bt, scale, layout)
         return y.view(*x.shape[:-1], -1)
-    delta = x if rows.order is None else by_rows(x, rows.order, len(rows.slots))
-    delta = F.dropout(delta, dropout).reshape(-1, x.shape[-1])
+    delta = F.dropout(x, dropout)  # before rows are permuted: it tells them apart by their place
+    if rows.order is not None:
+        delta = by_rows(delta, rows.order, len(rows.slots))
+    delta = delta.reshape(-1, x.shape[-1])
     delta = _LoRALinear.apply(delta, None, None, a, bt, scale, layout).view(*x.shape[:-1], -1)
     if rows.inverse is not None:
         delta = by_rows(delta, rows.inverse, len(rows.slots))

@@ -19,6 +19,7 @@ from foretune.errors import UserError
 from foretune.models.calls import replaced_forward
 from foretune.models.frozen_prefix import PrefixForward
 from foretune.models.routing import captured_route
+from foretune.models.row_dropout import captured_draws
 from foretune.models.surgery import block_list
 
 
@@ -52,7 +53,13 @@ def _patched(block: nn.Module) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return real(*args, **kwargs)
-        route = captured_route()
+        route, draws = captured_route(), captured_draws()
+
+        @contextlib.contextmanager
+        def as_before() -> Iterator[None]:
+            with route(), draws():
+                yield
+
         # No KV cache: the second pass would append to it once more.
         args = tuple(None if isinstance(v, Cache) else v for v in args)
         kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
@@ -60,7 +67,7 @@ def _patched(block: nn.Module) -> Iterator[None]:
             real,
             *args,
             use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), route()),
+            context_fn=lambda: (contextlib.nullcontext(), as_before()),
             **kwargs,
         )
 

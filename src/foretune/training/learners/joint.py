@@ -20,6 +20,7 @@ from foretune.models.frozen_prefix import frozen_prefix
 from foretune.models.loading import save_base
 from foretune.models.packing import packed
 from foretune.models.recompute import recomputed
+from foretune.models.row_dropout import RowDropout
 from foretune.models.surgery import batch_norms, head_modules, name_outputs
 from foretune.run import Run
 from foretune.tasks.batch import Batch
@@ -83,6 +84,7 @@ class Learner:
         self.autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         self.token_budget: int | None = None
         self.recompute = False
+        self.dropout = RowDropout(model)
         self.partition: Partition | None = None
 
     @property
@@ -95,6 +97,7 @@ class Learner:
         self.partition = partition
         if partition.sharded:
             shard(self.model, device, partition.group.size)
+            self.dropout = RowDropout(self.model, tries=False)  # all processes call equally often
             self.base = [p for p in self.model.parameters() if p.requires_grad]
         self.model.to(device)
         if self.bank is not None:
@@ -245,7 +248,7 @@ class Learner:
         for module in self.frozen_norms:
             module.eval()
         for chunk in step.chunks:
-            with self.autocast():
+            with self.autocast(), self._draws_of(step):
                 losses = self.row_losses(chunk, device)
             losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
             weights = losses.new_tensor([self._weight(slot, counts, step) for slot in chunk.slots])
@@ -259,6 +262,13 @@ class Learner:
         return {
             slot: total / counts[slot] for slot, total in zip(place, sums.tolist(), strict=True)
         }
+
+    def _draws_of(self, step: Step) -> AbstractContextManager[None]:
+        """A context in which dropout is seeded by task and step, where the model has any."""
+        lora_dropout = 0 if self.bank is None else (self.bank.lora or {}).get("lora_dropout", 0)
+        if self.dropout.drew is False and not lora_dropout:  # adapters are left out of some steps
+            return contextlib.nullcontext()
+        return self.dropout.seeded(step.slot_seeds, step.seed)
 
     def row_losses(self, chunk: Batch, device: torch.device) -> Tensor:
         """(n,) the loss of each example; a method may add terms to it."""

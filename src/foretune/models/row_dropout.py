@@ -1,0 +1,349 @@
+"""Dropout that depends on a row's task, step and content alone.
+
+torch draws the masks of a whole batch from one stream, so a row's mask depends on the rows before
+it and on the padding: a task's result would depend on the tasks that it shares a batch with, and on
+how the batch is split. Here a hash decides about each element instead:
+
+    symbol   here       is
+    k        keys       of a row: a hash of the seed of its task and step, and of its content
+    c                   coordinates of an element in its row: token, head, channel …
+    j        draws      number of the draw in the forward pass of the model
+    u        bits       hash(k, c, j), uniform over 64 bits; the element stays if u is at least the
+                        p-quantile
+
+Equal rows of a task share their masks within a step. What all rows share, such as the embeddings of
+relative positions or the choice to skip a layer, is drawn once per step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
+
+from foretune.models.calls import output_tensors
+from foretune.models.random_functions import REPLACED
+from foretune.models.routing import current_packing, current_rows, route
+from foretune.models.row_hash import content_hash, hashed_bits, mixed, wrapped
+
+NOT_CONTENT = (
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+)  # they follow from the ids and their padding
+FRAMES = 12  # as many frames up the stack tell two calls of the same function apart
+
+MOST = 2**22  # random bits are drawn for this many elements at a time, which bounds the memory
+
+Site = tuple[Any, ...]
+logger = logging.getLogger("foretune")
+_WARNED: set[str] = set()
+
+
+class RowDropout:
+    """Lets a model that trains draw its dropout row by row.
+
+    Args:
+        model: A model.
+        tries: Whether the model's first call is preceded by two of copies of its first row, which
+            show where its draws depend on rows and whether they depend on the rest of the batch.
+
+    Attributes:
+        drew: Whether the model has drawn anything; None before its first call in training.
+    """
+
+    def __init__(self, model: nn.Module, *, tries: bool = True) -> None:
+        self.model, self.tries = model, tries
+        self.drew: bool | None = None
+        self._row_dims: dict[Site, int | None] = {}  # by the place in the code that draws
+        self._shapes: dict[Site, list[tuple[int, ...]]] | None = None  # while these are looked for
+        self._expected: list[Tensor] = []  # outputs for copies of the first row of the first call
+
+    @contextlib.contextmanager
+    def seeded(self, seeds: Mapping[int, int], shared_seed: int) -> Iterator[None]:
+        """Inside the block the model's calls draw from these seeds.
+
+        Args:
+            seeds: Seed of each slot; it stands for a task and a step.
+            shared_seed: Seed of what all rows of the step share.
+        """
+        tokens: list[contextvars.Token[_Call | None]] = []
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = {str(i): v for i, v in enumerate(args)} | kwargs
+            num_rows = _num_rows(inputs)
+            call = None
+            if num_rows and self.model.training:
+                if self.drew is None:
+                    self.drew = False
+                    if self.tries:
+                        self._try_copies(len(args), inputs, num_rows)
+                call = self._call(inputs, num_rows, seeds, shared_seed)
+            tokens.append(_CALL.set(call))
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            if tokens:
+                _CALL.reset(tokens.pop())
+            if self._expected and not tokens and self._shapes is None:
+                self._compare(output)
+
+        hooks = [
+            self.model.register_forward_pre_hook(before, with_kwargs=True),
+            self.model.register_forward_hook(after, always_call=True),
+        ]
+        try:
+            with _Mode():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def row_dim(self, shape: Sequence[int], num_rows: int) -> int | None:
+        """The dimension of `shape`, which is being drawn, that runs over rows; None for none."""
+        self.drew = True
+        site = _site()
+        if self._shapes is not None:
+            self._shapes.setdefault(site, []).append(tuple(shape))
+        guess = next((i for i, size in enumerate(shape[:2]) if size == num_rows), 0)
+        return self._row_dims.get(site, guess)
+
+    def _call(
+        self, inputs: Mapping[str, Any], num_rows: int, seeds: Mapping[int, int], shared_seed: int
+    ) -> _Call:
+        """The draws of a call with these arguments."""
+        mask = inputs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        content = [
+            v if len(v) == num_rows else v.transpose(0, 1)
+            for v in _tensors([v for k, v in inputs.items() if k not in NOT_CONTENT])
+            if num_rows in v.shape[:2]
+        ]
+        config: Any = getattr(self.model, "config", None)
+        fills = [getattr(config, name, None) for name in ("pad_token_id", "eos_token_id")]
+        device = next(self.model.parameters()).device
+        keys = torch.zeros(num_rows, dtype=torch.long, device=device)
+        if content:
+            keys = content_hash(content, mask, [-100, *(f for f in fills if isinstance(f, int))])
+        rows = current_rows()
+        slots = [-1] * num_rows if rows is None else rows.slots
+        row_seeds = [wrapped(seeds.get(slot, shared_seed)) for slot in slots]
+        keys = mixed(keys + torch.tensor(row_seeds, device=keys.device))
+        shared = mixed(torch.tensor([wrapped(shared_seed)], device=keys.device))
+        return _Call(self, keys, shared)
+
+    @torch.no_grad()
+    def _try_copies(self, num_args: int, inputs: Mapping[str, Any], num_rows: int) -> None:
+        """Finds the dimension of each draw that runs over rows: three copies of one, then two."""
+        rows = current_rows()
+        shapes, output = [], None
+        buffers = [(b, b.clone()) for b in self.model.buffers()]  # statistics of batch norms
+        device = next(self.model.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for copies in (3, 2):
+                self._shapes = {}
+                few = _copies_of_first(inputs, copies, num_rows)
+                args = [few.pop(str(i)) for i in range(num_args)]
+                try:
+                    with route(None if rows is None else [rows.slots[0]] * copies):
+                        output = self.model(*args, **few)
+                except (ValueError, IndexError, TypeError, RuntimeError, AttributeError):
+                    output = None  # it takes more than rows
+                shapes.append(self._shapes)
+                self._shapes = None
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for site in shapes[0].keys() & shapes[1].keys():
+            first, second = shapes[0][site][0], shapes[1][site][0]
+            varying = (
+                i for i, sizes in enumerate(zip(first, second, strict=True)) if sizes[0] != sizes[1]
+            )
+            self._row_dims[site] = next(varying, None)
+        if self.drew and num_rows > 1 and output is not None:
+            self._expected = output_tensors(output)
+
+    def _compare(self, output: Any) -> None:
+        """Warns unless the first row of the first call is the same as without the other rows."""
+        expected, self._expected = self._expected, []
+        outputs = [] if output is None else output_tensors(output)
+        for copies, batch in zip(expected, outputs, strict=False):
+            if not (copies.dim() == batch.dim() > 1 and len(copies) == 2):
+                continue
+            a, b = copies[0].float(), batch[0].detach().float()
+            b = b[tuple(slice(n) for n in a.shape)]
+            tolerance = 1e-3 if batch.dtype == torch.float32 else 5e-2
+            if a.shape == b.shape and (a - b).abs().max() > tolerance * a.abs().max():
+                _warn_once(
+                    f"{type(self.model).__name__} draws random numbers that depend on the whole "
+                    "batch: in training a task's result depends on the tasks beside it and on "
+                    "token_budget; turn its dropout off to prevent that"
+                )
+                return
+
+
+@dataclass
+class _Call:
+    """The draws of one call of the model.
+
+    Args:
+        dropout: What the model draws with.
+        keys: (n,) key of each row.
+        shared: (1,) key of what the rows share.
+        is_part: Whether the rows are a part of the batch; these are padded even if it is packed.
+        draws: Number of draws so far.
+        row_dims: For each draw, by its number, the dimension that runs over rows.
+    """
+
+    dropout: RowDropout
+    keys: Tensor
+    shared: Tensor
+    is_part: bool = False
+    draws: int = 0
+    row_dims: dict[int, int | None] = field(default_factory=dict)
+
+    def drawn(self, shape: Sequence[int], function: Callable[[Tensor], Tensor]) -> Tensor:
+        """An elementwise function of 64 random bits (int64) for each element of this shape."""
+        self.draws += 1
+        shape, n = tuple(shape), len(self.keys)
+        packing = None if self.is_part else current_packing()
+        if packing is not None and (tokens := _token_dims(shape, sum(packing.lengths))):
+            keys, places = self.keys[packing.row_of_token], packing.place_of_token
+            bits = hashed_bits(keys, shape[tokens:], self.draws, places)
+            return function(bits).view(shape)
+        if self.draws not in self.row_dims:  # else a block is recomputed
+            self.row_dims[self.draws] = self.dropout.row_dim(shape, n)
+        dim = self.row_dims[self.draws]
+        if dim is None or not shape or shape[dim] % n:
+            return function(hashed_bits(self.shared, shape, self.draws)).view(shape)
+        # tokens or heads may be run together with the rows
+        together = () if shape[dim] == n else (shape[dim] // n,)
+        sizes = (*shape[:dim], *together, *shape[dim + 1 :])
+        rows = max(1, MOST // max(1, math.prod(sizes)))
+        parts = [function(hashed_bits(k, sizes, self.draws)) for k in self.keys.split(rows)]
+        return torch.cat(parts).movedim(0, dim).reshape(shape)
+
+
+_CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("foretune_draws", default=None)
+
+
+class _Mode(TorchFunctionMode):
+    """While active, random functions inside a call of a model draw as the call says."""
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call, kwargs = _CALL.get(), kwargs or {}
+        replacement = None if call is None else REPLACED.get(func)
+        if call is None or replacement is None or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        kwargs = {"x" if name == "input" else name: v for name, v in kwargs.items()}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return replacement(call.drawn, *args, **kwargs)
+        return replacement(call.drawn, *args, **kwargs)
+
+
+def draws_of_parts() -> Callable[[Any], AbstractContextManager[None]]:
+    """A factory of contexts for a module that is called for some of the rows at a time.
+
+    It takes the index of a part's rows. All parts repeat the same draws, so that a row's draws do
+    not depend on the number of parts.
+    """
+    call = _CALL.get()
+    if call is None:
+        return lambda _: contextlib.nullcontext()
+    start = call.draws
+
+    @contextlib.contextmanager
+    def part_of(rows: Any) -> Iterator[None]:
+        part = replace(call, keys=call.keys[rows], is_part=True, draws=start)
+        token = _CALL.set(part)
+        try:
+            yield
+        finally:
+            _CALL.reset(token)
+            call.draws = max(call.draws, part.draws)
+
+    return part_of
+
+
+def captured_draws() -> Callable[[], AbstractContextManager[None]]:
+    """A factory of contexts that repeat all draws from here on, for recomputing a block."""
+    call = _CALL.get()
+    if call is None:
+        return contextlib.nullcontext
+    start = call.draws
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        token = _CALL.set(replace(call, draws=start))
+        try:
+            with _Mode():
+                yield
+        finally:
+            _CALL.reset(token)
+
+    return again
+
+
+def _token_dims(shape: tuple[int, ...], num_tokens: int) -> int:
+    """Leading dimensions of a shape (1, N, …) or (N, …) of tokens without padding; 0 for others."""
+    if shape[:2] == (1, num_tokens):
+        return 2
+    return int(shape[:1] == (num_tokens,))
+
+
+def _num_rows(inputs: Mapping[str, Any]) -> int | None:
+    """The number of rows of a call; None for a call without tensors."""
+    rows = current_rows()
+    if rows is not None:
+        return len(rows.slots)
+    return next((len(v) for v in _tensors(inputs)), None)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors with dimensions in nested mappings and sequences."""
+    if isinstance(value, Tensor):
+        yield from (value,) if value.dim() else ()
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
+
+
+def _copies_of_first(value: Any, copies: int, num_rows: int) -> Any:
+    """The same nested mappings and sequences with copies of the first row in their tensors."""
+    if isinstance(value, Mapping):
+        return {k: _copies_of_first(v, copies, num_rows) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [_copies_of_first(v, copies, num_rows) for v in value]
+        return parts if isinstance(value, list) else tuple(parts)
+    if not isinstance(value, Tensor) or num_rows not in value.shape[:2]:
+        return value
+    dim = value.shape[:2].index(num_rows)
+    return value.index_select(dim, torch.zeros(copies, dtype=torch.long, device=value.device))
+
+
+def _site() -> Site:
+    """What tells the places in the model's code apart from which a random function is called."""
+    frame: Any = sys._getframe(1)
+    site: list[Any] = []
+    while frame is not None and len(site) < FRAMES:
+        site.append((frame.f_code, frame.f_lineno))
+        frame = frame.f_back
+    return tuple(site)
+
+
+def _warn_once(text: str) -> None:
+    if text not in _WARNED:
+        _WARNED.add(text)
+        logger.warning(text)
