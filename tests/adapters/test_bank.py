@@ -11,7 +11,7 @@ from torch import nn
 
 import tiny_models
 from foretune.adapters.bank import AdapterBank
-from foretune.adapters.fingerprint import fingerprint
+from foretune.adapters.fingerprint import base_record
 from foretune.adapters.peft_format import (
     load_adapter,
     peft_config,
@@ -157,7 +157,9 @@ def test_exported_adapter_gives_the_same_outputs_in_stock_peft(case, lora, tmp_p
     model = build().double().eval()
     bank = _bank(model, **extra, **lora)
     inputs = inputs_of(2)
-    write_adapter(tmp_path, peft_config(bank, model, None), peft_tensors(bank, 1), "")
+    write_adapter(
+        tmp_path, peft_config(bank, model, None), peft_tensors(bank, 1), base_record(model)
+    )
     with bank.attached(), route((1, 1)), torch.no_grad():
         ours = output_of(model(**inputs))
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
@@ -168,7 +170,9 @@ def test_exported_adapter_gives_the_same_outputs_in_stock_peft(case, lora, tmp_p
 def test_a_bank_of_heads_only_is_loaded_by_stock_peft(tmp_path):
     model = tiny_models.bert(num_labels=3)
     bank = AdapterBank(model, ["a"], heads=["classifier"], fresh_heads=True)
-    write_adapter(tmp_path, peft_config(bank, model, None), peft_tensors(bank, 0), "")
+    write_adapter(
+        tmp_path, peft_config(bank, model, None), peft_tensors(bank, 0), base_record(model)
+    )
     inputs = _ids(2)
     with bank.attached(), route((0, 0)), torch.no_grad():
         ours = model(**inputs).logits
@@ -186,7 +190,10 @@ def test_bank_does_not_change_the_model():
     bank = _bank(model)
     with bank.attached():
         assert list(model.state_dict()) == list(before)
-        torch.testing.assert_close(model(**inputs).last_hidden_state, plain)  # no route: no adapter
+        with route(None):
+            torch.testing.assert_close(model(**inputs).last_hidden_state, plain)
+        with pytest.raises(UserError, match="outside route"):
+            model(**inputs)
     assert all("forward" not in vars(m) for m in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -229,7 +236,7 @@ def test_load_adapter_refuses_another_base(tmp_path):
     model, other_base = tiny_models.bert(seed=0), tiny_models.bert(seed=1)
     bank = AdapterBank(model, ["a"], lora={"r": 2})
     write_adapter(
-        tmp_path, peft_config(bank, model, None), peft_tensors(bank, 0), fingerprint(model)
+        tmp_path, peft_config(bank, model, None), peft_tensors(bank, 0), base_record(model)
     )
     load_adapter(bank, 0, tmp_path, model)
     with pytest.raises(UserError, match="trained on another base"):
@@ -240,7 +247,7 @@ def test_load_adapter_refuses_another_rank(tmp_path):
     model = tiny_models.bert()
     bank = AdapterBank(model, ["a"], lora={"r": 2})
     write_adapter(
-        tmp_path, peft_config(bank, model, None), peft_tensors(bank, 0), fingerprint(model)
+        tmp_path, peft_config(bank, model, None), peft_tensors(bank, 0), base_record(model)
     )
     with pytest.raises(UserError, match=r"has shape \(2, .*\), the bank's has \(4, "):
         load_adapter(AdapterBank(model, ["a"], lora={"r": 4}), 0, tmp_path, model)

@@ -7,12 +7,15 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tiny_models
 from command_line import call, the_error, the_json
 from foretune.decoding import STORE_FILE
 from foretune.decoding.store_folder import FORMAT
 from format_checks import assert_versions_by_command
+from fuzzing import check_command, copied, damaged
 
 WORDS = [w for w in tiny_models.WORDS if len(w) > 1]
 TEXTS = [{"text": " ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 8))} for i in range(1, 12)]
@@ -188,3 +191,15 @@ def test_a_store_of_a_newer_version_is_refused(place):
 def test_generate_without_a_store_says_how_to_make_one(place):
     line = the_error("generate", place / "model", "the", "--method", "rtd")
     assert "foretune datastore build MODEL" in line
+
+
+@pytest.mark.parametrize("file", ["store.json", "store.safetensors", "rows.jsonl"])
+@given(data=st.data())
+def test_a_damaged_store_is_read_or_one_line(data, file, place):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = copied(place, place.with_name("copy"))
+        patch.chdir(folder)
+        path = folder / "of-texts" / file
+        path.write_bytes(data.draw(damaged(path)))
+        command = ("generate", "model", "the cat", "--method", "rtd", "--store", "of-texts")
+        check_command(folder, (*command, "--max-new-tokens", "2"))

@@ -375,7 +375,7 @@ def test_a_damaged_store_is_one_line(tmp_path, name):
     store = built()
     store.save(tmp_path / "s")
     (tmp_path / "s" / name).write_text("{broken")
-    with pytest.raises(UserError, match="is a damaged store"):
+    with pytest.raises(UserError, match=name):
         ReferenceStore.load(tmp_path / "s")
     (tmp_path / "s" / name).unlink()
     with pytest.raises(UserError, match=f"is not a store: it has no {name}"):

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import foretune.forecasting
 from command_line import call, the_error, the_json
@@ -16,6 +18,7 @@ from forecasting.tiny_scenes import scene_tasks
 from foretune.forecasting import folders, model
 from foretune.forecasting.scenes import save_scenes
 from format_checks import assert_versions_by_command
+from fuzzing import check_command, copied, damaged
 
 SIZES = "width=16 encoder_depth=1 decoder_depth=1 num_heads=2 history_steps=10 future_steps=12"
 TINY = [*SIZES.split(), "lane_points=10", "steps=2", "batch_size=4"]
@@ -195,3 +198,20 @@ def test_help_and_mistakes_do_not_import_torch():
         )
         process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert process.stdout.splitlines()[-1] == "[]", process
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("base/config.json", "base/model.safetensors", "s.npz", "forecast-peft/forecasts.json"),
+        *("forecast-peft/one/forecast_peft.json", "forecast-peft/one/forecast_peft.safetensors"),
+    ],
+)
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_one_line(data: st.DataObject, file: str, world: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = copied(world, world.with_name("copy"))
+        patch.chdir(folder)
+        (folder / file).write_bytes(data.draw(damaged(folder / file)))
+        command = ("forecast", "eval", "forecast-peft", "--scenes", "s.npz", "--base", "base")
+        check_command(folder, command)

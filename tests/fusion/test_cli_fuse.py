@@ -157,3 +157,25 @@ def test_mistake_in_the_settings_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_adapters_of_foretune_are_fused_over_their_base(folders: Path) -> None:
+    rows = [
+        {"task": task, "split": split, "text": text, "label": label}
+        for task in ("red", "blue")
+        for label, text in (("no", "the cat"), ("yes", "red dog"))
+        for split in ("train", "train", "test")
+    ]
+    (folders / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapt = ["base", "--tasks", "tasks.jsonl", "--objective", "classification", "steps=1"]
+    assert command_line.call("adapt", *adapt, "--out", "adapters").exit_code == 0
+    inputs = ["red=adapters/red", "blue=adapters/blue"]
+    assert call("average", "base", *inputs, "--out", "out").exit_code == 0
+    file = folders / "adapters" / "red" / "base_fingerprint.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "format": "foretune-adapter-9"}))
+    line = the_error("average", "base", *inputs, "--out", "out2")
+    assert "was written by a newer foretune (format foretune-adapter-9)" in line
+    (folders / "adapters" / "red" / "labels.json").write_text("3")
+    file.write_text(json.dumps(record))
+    assert "labels.json is damaged" in the_error("average", "base", *inputs, "--out", "out2")

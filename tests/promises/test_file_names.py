@@ -20,7 +20,7 @@ IN_TWO_MODULES = {
     # The core imports no wing: its table of loaders names the wing's marker file itself.
     "experts.json": ["models/loading.py", "pruning/__init__.py"],
     # A data set on disk, in the format of the library datasets; a checkpoint of a training.
-    "state.json": ["tasks/readers.py", "training/checkpoint.py"],
+    "state.json": ["tasks/data_folder.py", "training/checkpoint.py"],
 }
 
 

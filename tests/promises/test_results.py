@@ -29,6 +29,14 @@ def test_tables_are_those_of_the_results(publish: ModuleType) -> None:
         assert publish.with_tables(page.read_text("utf-8")) == page.read_text("utf-8")
 
 
+def test_pairs_and_means_are_those_of_the_committed_scores(publish: ModuleType) -> None:
+    for path in publish.RESULTS.glob("*.json"):
+        result = json.loads(path.read_text("utf-8"))
+        if {"scores", "pairs"} <= result.keys():
+            pairs, means = publish.pairs_and_means(result["scores"], result["bases"])
+            assert (result["pairs"], result["means"]) == (pairs, means), path.name
+
+
 @pytest.mark.parametrize(
     ("name", "mark"),
     [("quickstart", "results quickstart"), ("theory-linear", "theory theory-linear rank-at-test")],

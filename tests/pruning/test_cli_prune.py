@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import foretune
@@ -21,6 +23,7 @@ from foretune.pruning import FORMAT, PLAN_FILE
 from foretune.pruning.experts import find_blocks
 from foretune.pruning.folders import task_examples
 from format_checks import assert_versions, newer
+from fuzzing import check_command, copied, damaged
 from pruning import tiny_mixtures
 
 
@@ -184,3 +187,27 @@ def test_help_and_mistakes_need_no_torch(line: str) -> None:
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pruned mixture that transformers cannot load."""
+    folder = tmp_path_factory.mktemp("pruned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tiny_mixtures.mixture("olmoe").save_pretrained("mix")
+        tiny_models.tokenizer().save_pretrained("mix")
+        write("task.jsonl", tiny_mixtures.rows(count=20))
+        run("uncurl mix experts=4 router=remap --rows task.jsonl --out small")
+    return folder
+
+
+@pytest.mark.parametrize("file", ["experts.json", "config.json", "foretune_experts.safetensors"])
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_one_line(data: st.DataObject, file: str, pruned: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = copied(pruned, pruned.with_name("copy"))
+        patch.chdir(folder)
+        path = folder / "small" / file
+        path.write_bytes(data.draw(damaged(path)))
+        check_command(folder, ("generate", "small", "the cat", "--max-new-tokens", "2"))

@@ -287,10 +287,10 @@ def test_a_folder_that_does_not_fit_its_list_is_refused(tmp_path: Path) -> None:
     about["blocks"]["model.layers.0.mlp"]["groups"].pop()
     about["blocks"]["model.layers.0.mlp"]["weights"].pop()
     (folder / "experts.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match=r"does not fit .*experts\.json"):
+    with pytest.raises(UserError, match=r"does not fit the files beside it"):
         foretune.load_model(folder, head="causal-lm")
     (folder / "experts.json").write_text("{}")
-    with pytest.raises(UserError, match="was not written by foretune"):
+    with pytest.raises(UserError, match=r"experts\.json is damaged: loads_with: field required"):
         foretune.load_model(folder, head="causal-lm")
 
 

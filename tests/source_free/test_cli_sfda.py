@@ -8,10 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from command_line import call, the_error, the_json
 from foretune.source_free import core_state, tucker_format
 from format_checks import assert_versions_by_command
+from fuzzing import check_command, copied, damaged
 
 LABELS = np.array(["sit", "walk", "run"])
 
@@ -276,12 +279,12 @@ def test_folders_that_are_something_else_are_named(place, tmp_path):
     copied = tmp_path / "broken"
     copied.mkdir()
     (copied / "sfda.json").write_text("{}")
-    assert "sfda.json is not readable" in the_error(
+    assert "sfda.json is damaged" in the_error(
         "sfda", "adapt", copied, *rows, "--out", tmp_path / "a"
     )
     (copied / "sfda.json").write_bytes((place / "prepared" / "sfda.json").read_bytes())
     (copied / "model.safetensors").write_bytes(b"x")
-    assert "model.safetensors does not fit" in the_error(
+    assert "model.safetensors is not a readable" in the_error(
         "sfda", "adapt", copied, *rows, "--out", tmp_path / "a"
     )
 
@@ -308,3 +311,20 @@ def test_help_does_not_import_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("prepared/sfda.json", "prepared/model.safetensors"),
+        *("adapted/core.json", "adapted/core.safetensors", "target.npz"),
+    ],
+)
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_one_line(data, file, place):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = copied(place, place.with_name("copy"))
+        patch.chdir(folder)
+        (folder / file).write_bytes(data.draw(damaged(folder / file)))
+        command = ("sfda", "eval", "adapted", "--rows", "target.npz", "--base", "prepared")
+        check_command(folder, command)

@@ -248,10 +248,10 @@ def test_state_of_another_base_is_refused(prepared, tmp_path):
 def test_broken_state_is_refused_in_one_line(prepared, tmp_path):
     folder = adapt(prepared).save(tmp_path) / "target"
     (folder / "core.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"core.safetensors is not readable"):
+    with pytest.raises(UserError, match=r"core.safetensors is not a readable"):
         load_core(prepared, folder)
     (folder / "core.json").write_text("{")
-    with pytest.raises(UserError, match=r"core.json is not readable"):
+    with pytest.raises(UserError, match=r"core.json is not JSON"):
         load_core(prepared, folder)
     with pytest.raises(UserError, match=r"holds no adapted state: it has no core.json"):
         load_core(prepared, tmp_path)

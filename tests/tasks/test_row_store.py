@@ -16,8 +16,8 @@ import pytest
 from foretune.errors import ForetuneError, UserError
 from foretune.tasks import row_store, scratch
 from foretune.tasks.drawn_rows import DrawnRows
-from foretune.tasks.example import SPLITS
-from foretune.tasks.leakage import find_leaks
+from foretune.tasks.example import SPLITS, place_of
+from foretune.tasks.leakage import find_overlaps
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.row_store import RowStore, StoredRows, View, select
 from foretune.tasks.sources import Source, load_tasks
@@ -162,14 +162,14 @@ def test_fitting_and_leaks_are_the_same(tmp_path: Path, monkeypatch: pytest.Monk
             for side in sides
             if side is not None
         ]
-        return find_leaks(*words), find_leaks(*turns), fitted
+        return find_overlaps(*words), find_overlaps(*turns), fitted
 
     texts = write(tmp_path / "1.jsonl", labelled())
     choices = write(tmp_path / "2.jsonl", [{**row, "context": "c"} for row in replies(texts=60)])
     expected = loaded()
     monkeypatch.setattr(row_store, "IN_MEMORY_BYTES", 0)
     assert loaded() == expected
-    assert expected[0]
+    assert expected[0].shared_inputs
     assert expected[1]
 
 
@@ -322,3 +322,19 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path, suffix: str, kind: 
         check=True,
     )
     assert float(process.stdout) < 100
+
+
+@pytest.mark.parametrize("bytes_in_memory", [2**26, 0])
+def test_an_example_knows_its_file_and_line(tmp_path, monkeypatch, bytes_in_memory):
+    """In memory and on disk, carved, cut and completed; without it, messages name no line."""
+    monkeypatch.setattr(row_store, "IN_MEMORY_BYTES", bytes_in_memory)
+    rows = [{"task": t, "context": "hi", "response": f"{t} {i}"} for t in "ab" for i in range(9)]
+    for name, part in (("1.jsonl", rows[:12]), ("2.jsonl", rows[12:])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    tasks, _ = load_tasks(Source(source=str(tmp_path), num_candidates=3, max_rows=5), "choice")
+    for example in (row for task in tasks for split in SPLITS for row in task.split(split)):
+        text = example["candidates"][example["answer"]]
+        index = [row["response"] for row in rows].index(text)
+        file, line = ("1.jsonl", index + 1) if index < 12 else ("2.jsonl", index - 11)
+        assert place_of(example) == f" ({tmp_path / file} line {line})"
+    assert place_of({"text": "typed in Python"}) == ""

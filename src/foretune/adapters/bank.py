@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
-import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foretune.adapters.config import lora_scale, matching_modules
-from foretune.adapters.entries import smallest_entries
+from foretune.adapters.config import matching_modules
 from foretune.adapters.head_copies import HeadCopies, escaped, unescaped
-from foretune.adapters.lora import index_of, lora_conv1d, lora_linear
-from foretune.adapters.sparse_slots import sparse_linear
+from foretune.adapters.layers import LoRALayer, SparseLayer, stacked_layers
+from foretune.adapters.lora import index_of
+from foretune.adapters.mixing import MixedCalls
 from foretune.errors import UserError
-from foretune.models.routing import current_rows
+from foretune.models.position_tables import table_per_slot
+from foretune.models.routing import recomputed_on_route
+from foretune.models.unadaptable import unadaptable
 
 
 class AdapterBank(nn.Module):
@@ -76,12 +76,16 @@ class AdapterBank(nn.Module):
         self.layers = nn.ModuleDict()
         if self.lora is not None:
             targets = {n: modules[n] for n in matching_modules(model, self.lora, self.head_names)}
-            for name, layer in _layers(targets, len(self.keys), self.lora, sparse):
+            targets = _adaptable(model, targets, self.lora.get("target_modules"))
+            for name, layer in stacked_layers(targets, len(self.keys), self.lora, sparse):
                 self.layers[escaped(name)] = layer
         self.heads = nn.ModuleDict(
-            {escaped(name): HeadCopies(modules[name], len(self.keys)) for name in self.head_names}
+            {
+                escaped(name): HeadCopies(name, modules[name], len(self.keys))
+                for name in self.head_names
+            }
         )
-        self._modules_of = {n: modules[n] for n in [*self.layer_names, *self.head_names]}
+        self.onto(model)
         self.reset(range(len(self.keys)), seed)
 
     @property
@@ -119,6 +123,7 @@ class AdapterBank(nn.Module):
             RuntimeError: Another bank is attached to one of the modules.
         """
         patched: list[nn.Module] = []
+        stack = contextlib.ExitStack()
         # torch's fused encoder layer reads its linear layers' weights instead of calling them.
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
@@ -129,8 +134,12 @@ class AdapterBank(nn.Module):
                 owner = self._head(name) if name in self.head_names else self._layer(name)
                 module.forward = owner.forward_of(module)
                 patched.append(module)
+            stack.enter_context(table_per_slot(self._calls.model))
+            stack.enter_context(recomputed_on_route(self._calls.model))
+            stack.enter_context(self._calls.installed())
             yield self
         finally:
+            stack.close()
             torch.backends.mha.set_fastpath_enabled(fused)
             for module in patched:
                 del module.forward
@@ -162,7 +171,20 @@ class AdapterBank(nn.Module):
     def onto(self, model: nn.Module) -> None:
         """Adapts this model from now on, which has modules of the same names."""
         modules = dict(model.named_modules())
-        self._modules_of = {name: modules[name] for name in self._modules_of}
+        self._modules_of = {name: modules[name] for name in self.adapted_names}
+        parts = {
+            name: self._head(name) if name in self.head_names else self._layer(name)
+            for name in self._modules_of
+        }
+        self._calls = MixedCalls(model, parts, self._modules_of)
+
+    def settle(self) -> str | None:
+        """From now on calls are made as the calls so far have shown to be right, or refused.
+
+        Returns:
+            Why the model must be called for each task of a batch on its own; None if it need not.
+        """
+        return self._calls.settle()
 
     def mean_delta(self, name: str, slots: Sequence[int]) -> Tensor:
         """Mean over slots of s·B A, in the shape of the weight of module `name`."""
@@ -185,14 +207,14 @@ class AdapterBank(nn.Module):
         """A slot's parameters of head module `name`, by their names in the module."""
         return {unescaped(k): v[slot] for k, v in self._head(name).stacked.items()}
 
-    def _layer(self, name: str) -> _LoRALayer | _SparseLayer:
+    def _layer(self, name: str) -> LoRALayer | SparseLayer:
         layer = self.layers[escaped(name)]
-        assert isinstance(layer, (_LoRALayer, _SparseLayer))
+        assert isinstance(layer, (LoRALayer, SparseLayer))
         return layer
 
-    def _lora_layer(self, name: str) -> _LoRALayer:
+    def _lora_layer(self, name: str) -> LoRALayer:
         layer = self._layer(name)
-        assert isinstance(layer, _LoRALayer)
+        assert isinstance(layer, LoRALayer)
         return layer
 
     def _head(self, name: str) -> HeadCopies:
@@ -211,160 +233,28 @@ class AdapterBank(nn.Module):
             p[slot] = state[name]
 
 
-class _LoRALayer(nn.Module):
-    """The stacked factors of one adapted module: nn.Linear, transformers' Conv1D or nn.Conv1d."""
+def _adaptable(
+    model: nn.Module, targets: Mapping[str, nn.Module], names: Any
+) -> dict[str, nn.Module]:
+    """Those of the targets that can carry an adapter.
 
-    def __init__(self, module: nn.Module, num_slots: int, lora: Mapping[str, Any]) -> None:
-        super().__init__()
-        weight: Any = module.weight
-        r = int(lora.get("r", 8))
-        self.is_conv = isinstance(module, nn.Conv1d)
-        self.transposed = not self.is_conv and not isinstance(module, nn.Linear)  # HF's Conv1D
-        self.scale = lora_scale(lora)
-        self.dropout = float(lora.get("lora_dropout", 0.0))
-        self._touched = False
-        self.off = False
-        if self.is_conv:
-            out_features, in_features, kernel = weight.shape
-            self.a = _zeros(weight, num_slots, r, in_features, kernel)
-            self.b = _zeros(weight, num_slots, out_features, r)
-        else:
-            out_features, in_features = weight.T.shape if self.transposed else weight.shape
-            self.a = _zeros(weight, num_slots, r, in_features)
-            self.b = _zeros(weight, num_slots, r, out_features)
-
-    @torch.no_grad()
-    def reset(self, slots: Sequence[int] | range, rngs: Sequence[np.random.Generator]) -> None:
-        """Initialises A uniformly as PEFT does, kaiming_uniform(a=√5) over its inputs; B zero."""
-        bound = self.a[0][0].numel() ** -0.5
-        shape = tuple(self.a.shape[1:])
-        in_place = self.a.device.type == "cpu" and self.a.dtype == torch.float32
-        values = self.a.detach().numpy() if in_place else None
-        for slot, rng in zip(slots, rngs, strict=True):
-            fresh = np.empty(shape, np.float32) if values is None else values[slot]
-            rng.random(dtype=np.float32, out=fresh)
-            fresh *= 2 * bound
-            fresh -= bound
-            if values is None:
-                self.a[slot] = torch.from_numpy(fresh)
-            if self._touched:
-                self.b[slot].zero_()
-        self._touched = True
-
-    def forward_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The forward that replaces the module's own."""
-        plain = type(module).forward
-
-        def forward(x: Tensor) -> Tensor:
-            rows = current_rows()
-            if rows is None or self.off or not x.numel():
-                return plain(module, x)
-            if self.is_conv:
-                channels_last = getattr(module, "channels_last", False)
-                x_conv = x.mT if channels_last else x
-                delta = lora_conv1d(x_conv, module, self.a, self.b, self.scale, rows)  # type: ignore[arg-type]
-                return plain(module, x) + (delta.mT if channels_last else delta)
-            weight: Any = module.weight.T if self.transposed else module.weight
-            dropout = self.dropout if module.training else 0.0
-            return lora_linear(x, weight, module.bias, self.a, self.b, self.scale, rows, dropout)  # type: ignore[arg-type]
-
-        return forward
-
-    @torch.no_grad()
-    def add_penalty(self, index: slice | list[int], weight: float) -> None:
-        """Adds ∇ ‖s·B A‖² = 2 s² (BᵀB A, B A Aᵀ), from products of rank × rank only."""
-        if self.a.grad is None or self.b.grad is None:
-            return
-        a, b = self.a[index].flatten(2), self.b[index]
-        b = b.mT if self.is_conv else b  # (slots, r, out)
-        factor = 2 * weight * self.scale**2
-        grad_a, grad_b = factor * (b @ b.mT) @ a, factor * (a @ a.mT) @ b
-        self.a.grad[index] += grad_a.view_as(self.a[index])
-        self.b.grad[index] += grad_b.mT if self.is_conv else grad_b
-
-    def mean_delta(self, slots: list[int]) -> Tensor:
-        """Mean over slots of s·B A, in the shape of the module's weight."""
-        a, b = self.a[slots], self.b[slots]
-        if self.is_conv:
-            return torch.einsum("tor,trik->oik", b, a) * (self.scale / len(slots))
-        product = b.flatten(0, 1).T @ a.flatten(0, 1) * (self.scale / len(slots))
-        return product.T if self.transposed else product
-
-
-class _SparseLayer(nn.Module):
-    """The stacked sparse changes of one nn.Linear or transformers' Conv1D."""
-
-    def __init__(self, module: nn.Module, num_slots: int, positions: Tensor) -> None:
-        super().__init__()
-        weight: Any = module.weight
-        self.transposed = not isinstance(module, nn.Linear)
-        self.off = False
-        self.values = _zeros(weight, num_slots, len(positions))
-        self.register_buffer("positions", positions)
-
-    @torch.no_grad()
-    def reset(self, slots: Sequence[int] | range, rngs: Sequence[np.random.Generator]) -> None:
-        """Sets the changes of these slots to zero; nothing is drawn."""
-        self.values[list(slots)] = 0
-
-    def forward_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The forward that replaces the module's own."""
-        plain = type(module).forward
-
-        def forward(x: Tensor) -> Tensor:
-            rows = current_rows()
-            if rows is None or self.off or not x.numel():
-                return plain(module, x)
-            weight: Any = module.weight.T if self.transposed else module.weight
-            return sparse_linear(x, weight, module.bias, self.values, self.positions, rows)  # type: ignore[arg-type]
-
-        return forward
-
-    @torch.no_grad()
-    def add_penalty(self, index: slice | list[int], weight: float) -> None:
-        """Adds ∇ ‖S‖² = 2 S."""
-        if self.values.grad is not None:
-            self.values.grad[index] += 2 * weight * self.values[index]
-
-
-def _layers(
-    modules: Mapping[str, nn.Module], num_slots: int, lora: Mapping[str, Any], sparse: float | None
-) -> Iterator[tuple[str, nn.Module]]:
-    """(name, adapted layer) of each of these modules.
+    Args:
+        model: The base.
+        targets: Name → module.
+        names: The configuration's `target_modules`.
 
     Raises:
-        UserError: A convolution would have a sparse change.
+        UserError: One that cannot was named, or none can.
     """
-    if sparse is None:
-        for name, module in modules.items():
-            yield name, _LoRALayer(module, num_slots, lora)
-        return
-    weights: dict[str, Tensor] = {}
-    for name, module in modules.items():
-        if isinstance(module, nn.Conv1d):
-            raise UserError(
-                f"{name} is a convolution, but sparse adapters change only linear layers: name "
-                "the linear layers in lora target_modules, or use form lora"
-            )
-        weight: Any = module.weight
-        weights[name] = weight if isinstance(module, nn.Linear) else weight.T
-    for name, positions in smallest_entries(weights, sparse).items():
-        yield name, _SparseLayer(modules[name], num_slots, positions)
-
-
-def _zeros(like: Tensor, *shape: int) -> nn.Parameter:
-    """float32 zeros on the device of `like`; on a CPU, large ones are a memory map.
-
-    The system allocates its pages, which are large, on the first write: half of a bank for a
-    thousand tasks is zero until it is trained.
-    """
-    size = 4 * math.prod(shape)
-    if like.device.type != "cpu" or size < 2**20:
-        return nn.Parameter(torch.zeros(shape, device=like.device))
-    block = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        block.madvise(mmap.MADV_HUGEPAGE)
-    return nn.Parameter(torch.frombuffer(block, dtype=torch.float32).view(shape))
+    reasons = unadaptable(model, targets)
+    adaptable = {name: module for name, module in targets.items() if name not in reasons}
+    if reasons and (not adaptable or names not in (None, "all-linear")):
+        name, reason = next(iter(reasons.items()))
+        raise UserError(
+            f"{name} cannot carry an adapter: {reason}; leave it out with target_modules or "
+            "exclude_modules"
+        )
+    return adaptable
 
 
 def _seed_of(seed: int, key: str) -> int:

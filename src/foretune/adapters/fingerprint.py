@@ -1,15 +1,30 @@
-"""A fingerprint of a base's weights: distinguishes retrained bases of one architecture."""
+"""Fingerprints of a base's weights: they distinguish retrained bases of one architecture.
+
+`fingerprint` is exact: it depends on the dtype that the weights are held in. An adapter records
+`base_record` instead, by which the same base is recognised in another dtype:
+
+    base         digests of names, shapes and values: float32, rounded to bfloat16 and to float16
+    dtypes       the floating dtypes that the base was held in
+    without      modules that are not digested: those of which the adapter has a full copy
+    model_class  the base's class
+
+The digest in float32 decides, so a checkpoint in bfloat16 is the same base whether it is loaded as
+bfloat16 or as float32. A base in float32 that is loaded in half precision has other values, but is
+still meant: where base or model is held in half precision, the values rounded to it decide.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foretune.errors import UserError
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def fingerprint(model: nn.Module, leave_out: Sequence[str] = (), *, buffers: bool = False) -> str:
@@ -24,11 +39,38 @@ def fingerprint(model: nn.Module, leave_out: Sequence[str] = (), *, buffers: boo
         40 hexadecimal digits; equal for equal weights, whatever device they are on.
     """
     tensors = (*model.named_parameters(), *(model.named_buffers() if buffers else ()))
-    return _digest(
-        (name, p)
-        for name, p in tensors
-        if not any(name == m or name.startswith(f"{m}.") for m in leave_out)
-    )
+    return _digest(_without(tensors, leave_out))
+
+
+def base_record(model: nn.Module, leave_out: Sequence[str] = ()) -> dict[str, Any]:
+    """What an adapter records of its base; see the head of this file.
+
+    Args:
+        model: The base.
+        leave_out: Names of modules that the adapter replaces by its own copies (heads).
+    """
+    parameters = list(_without(model.named_parameters(), leave_out))
+    return {
+        "base": {name: _digest(parameters, dtype=dtype) for name, dtype in PRECISIONS.items()},
+        "dtypes": sorted(_dtypes(model)),
+        "without": list(leave_out),
+        "model_class": type(model).__name__,
+    }
+
+
+def is_base(model: nn.Module, record: Mapping[str, Any]) -> bool:
+    """Whether a model is the base of which an adapter has this `base_record`.
+
+    Records of the first version hold an exact fingerprint as `base`. It counts if the model has it
+    in any precision.
+    """
+    parameters = list(_without(model.named_parameters(), record["without"]))
+    digests = record["base"]
+    if isinstance(digests, str):
+        casts = (_cast(parameters, dtype) for dtype in (None, *PRECISIONS.values()))
+        return any(_digest(cast) == digests for cast in casts)
+    held = ["float32", *_dtypes(model).union(record["dtypes"]).intersection(PRECISIONS)]
+    return any(_digest(parameters, dtype=PRECISIONS[name]) == digests.get(name) for name in held)
 
 
 def base_and_adapter(model: Any) -> dict[str, str | None]:
@@ -58,10 +100,46 @@ def base_and_adapter(model: Any) -> dict[str, str | None]:
     return {"base": _digest(base), "adapter": None if disabled else _digest(adapter, active)}
 
 
-def _digest(parameters: Iterable[tuple[str, Tensor]], removed: Sequence[str] = ()) -> str:
-    """The digest of named tensors; parts of names in `removed` do not count."""
+def _without(
+    tensors: Iterable[tuple[str, Tensor]], leave_out: Sequence[str]
+) -> Iterable[tuple[str, Tensor]]:
+    return (
+        (name, tensor)
+        for name, tensor in tensors
+        if not any(name == m or name.startswith(f"{m}.") for m in leave_out)
+    )
+
+
+def _dtypes(model: nn.Module) -> set[str]:
+    """Names of the floating dtypes of a model's parameters."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return {str(dtype).removeprefix("torch.") for dtype in dtypes}
+
+
+def _cast(
+    parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
+) -> Iterable[tuple[str, Tensor]]:
+    """The tensors, those of floating dtype cast to another; None leaves them as they are."""
+    return (
+        (name, p.detach().to(dtype) if dtype is not None and p.is_floating_point() else p)
+        for name, p in parameters
+    )
+
+
+def _digest(
+    parameters: Iterable[tuple[str, Tensor]],
+    removed: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+) -> str:
+    """The digest of named tensors.
+
+    Args:
+        parameters: (name, tensor) pairs, in any order.
+        removed: Parts of names that do not count.
+        dtype: Floating tensors are digested in this dtype; None digests each in its own.
+    """
     digest = hashlib.blake2b(digest_size=20)
-    for name, p in sorted(parameters, key=lambda pair: pair[0]):
+    for name, p in _cast(sorted(parameters, key=lambda pair: pair[0]), dtype):
         for part in removed:  # an adapter is the same under any name
             name = f"{name}.".replace(f"{part}.", ".").rstrip(".")
         digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,17 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foretune.adapters.lora import by_rows, by_slot
+from foretune.adapters.layers import in_use, spread
+from foretune.adapters.lora import Layout, by_rows
 from foretune.models.layout import RowSlots
-from foretune.models.routing import current_rows
+from foretune.models.nested import Path, tensors_in, with_tensors
+from foretune.models.routing import rows_for_adapters
+from foretune.models.row_dims import RowDims
 from foretune.models.row_dropout import draws_of_parts
+
+_LOCK = threading.RLock()  # a call exchanges the module's parameters for those of a slot
 
 
 class HeadCopies(nn.Module):
     """One copy of a module per slot, called on the rows of its slot."""
 
-    def __init__(self, module: nn.Module, num_slots: int) -> None:
+    def __init__(self, name: str, module: nn.Module, num_slots: int) -> None:
         super().__init__()
+        self.rows = RowDims(name)
         self.stacked = nn.ParameterDict(
             {
                 escaped(name): nn.Parameter(p.detach().expand(num_slots, *p.shape).clone())
@@ -40,39 +47,64 @@ class HeadCopies(nn.Module):
             else:  # biases start at zero, the weights of norms at one
                 target.fill_(1.0 if name.endswith("weight") else 0.0)
 
+    @torch.no_grad()
+    def stand_in(self, module: nn.Module, generator: torch.Generator) -> HeadCopies:
+        """Copies of two slots, randomly changed by about half of their size."""
+        pair = HeadCopies(self.rows.name, module, 2)
+        for name, p in pair.stacked.items():
+            p.data = p.data.to(self.stacked[name])
+            drawn = torch.randn(p.shape, generator=generator) * spread(p) / 2
+            p += drawn.to(p)
+        pair.rows.calls = []
+        return pair
+
     def forward_of(self, module: nn.Module) -> Callable[..., Tensor]:
         """The forward that replaces the module's own."""
         plain = type(module).forward
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            rows = current_rows()
-            if rows is None or self._running:
+            rows = rows_for_adapters()
+            if rows is None:
                 return plain(module, *args, **kwargs)
-            self._running = True
-            try:
-                return self._per_slot(module, rows, args, kwargs)
-            finally:
-                self._running = False
+            with _LOCK:
+                if self._running:
+                    return plain(module, *args, **kwargs)
+                self._running = True
+                try:
+                    return in_use(self)._per_slot(module, rows, args, kwargs)
+                finally:
+                    self._running = False
 
         return forward
 
     def _per_slot(self, module: nn.Module, rows: RowSlots, args: Any, kwargs: Any) -> Tensor:
-        num_rows = len(rows.slots)
-        if rows.order is not None:
-            args, kwargs = _map((args, kwargs), lambda t: by_rows(t, rows.order, num_rows))  # type: ignore[arg-type]
+        first = next(iter(tensors_in((args, kwargs)).values()))
+        dim = self.rows.of(first.shape, rows)
+        copies = self._copies(rows)
+        if len(copies) == 1:
+            y: Tensor = torch.func.functional_call(module, copies[0], args, kwargs)
+            return y
+        if rows.tokens is not None and first.shape[0] == 1:
+            dim = 1
+        size = first.shape[dim]
+        counts = Layout.of(rows, size, 0).counts
+
+        def parts(x: Tensor) -> list[Tensor]:
+            if x.dim() <= dim or x.shape[dim] != size:
+                return [x] * len(counts)
+            return list(_sorted(x, rows.order, dim, len(rows.slots)).split(counts, dim))
+
+        split = {path: parts(x) for path, x in tensors_in((args, kwargs)).items()}
         outputs, part_of = [], draws_of_parts()
-        order = torch.arange(num_rows) if rows.order is None else rows.order
-        for i, params in enumerate(self._copies(rows)):
+        for i, (params, index) in enumerate(zip(copies, rows.places.values(), strict=True)):
 
-            def slot_rows(t: Tensor, i: int = i) -> Tensor:
-                return by_slot(t, rows)[i]
+            def part(path: Path, _: Tensor, i: int = i) -> Tensor:
+                return split[path][i]
 
-            inputs = _map((args, kwargs), slot_rows)
-            _, start, end = rows.segments[i]
-            with part_of(order[start:end]):
+            inputs = with_tensors((args, kwargs), part)
+            with part_of(index):
                 outputs.append(torch.func.functional_call(module, params, *inputs))
-        y = torch.cat(outputs, 0 if rows.tokens is None else 1)
-        return y if rows.inverse is None else by_rows(y, rows.inverse, num_rows)
+        return _sorted(torch.cat(outputs, dim), rows.inverse, dim, len(rows.slots))
 
     def _copies(self, rows: RowSlots) -> list[dict[str, Tensor]]:
         """The parameters of each slot that is present, by name.
@@ -87,15 +119,9 @@ class HeadCopies(nn.Module):
         return [{k: v[i] for k, v in unbound.items()} for i in range(len(rows.present))]
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nested tuples and dicts with `change` applied to their tensors."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple):
-        return tuple(_map(v, change) for v in value)
-    if isinstance(value, dict):
-        return {k: _map(v, change) for k, v in value.items()}
-    return value
+def _sorted(x: Tensor, order: Tensor | None, dim: int, num_rows: int) -> Tensor:
+    """Permutes the rows of x, which lie along `dim`; None leaves them in place."""
+    return x if order is None else by_rows(x.movedim(dim, 0), order, num_rows).movedim(0, dim)
 
 
 def escaped(name: str) -> str:

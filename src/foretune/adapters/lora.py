@@ -47,9 +47,13 @@ class Layout:
     def of(cls, rows: RowSlots, num_vectors: int, num_slots: int) -> Layout:
         """The layout of `rows`, sorted by slot, which have `num_vectors` vectors (tokens) in total.
 
+        Where all rows are of one slot, all vectors are that slot's, however the rows lie in them.
+
         Raises:
             ValueError: `num_vectors` is not a multiple of the number of rows.
         """
+        if len(rows.present) == 1:
+            return cls(rows.present, (num_vectors,), num_slots)
         if rows.tokens is not None and sum(rows.tokens) == num_vectors:
             return cls(rows.present, rows.tokens, num_slots)
         if rows.tokens is not None or num_vectors % len(rows.slots):
@@ -227,8 +231,8 @@ def stacked_grad(stacked: Tensor, grad: Tensor, layout: Layout) -> Tensor | None
 
 
 def autocast(
-    x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Casts x (…, in), weight (out, in) and bias (out,) to autocast's dtype if autocast is enabled.
 
     Autocast does not do so for a custom autograd Function.
@@ -236,12 +240,13 @@ def autocast(
     if not torch.is_autocast_enabled(x.device.type):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight, bias = (None if v is None else v.to(dtype) for v in (weight, bias))
+    return x.to(dtype), weight, bias
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     a: Tensor,
     bt: Tensor,
@@ -253,8 +258,8 @@ def lora_linear(
 
     Args:
         x: (rows, …, in), (rows · m, in) if the model has flattened its rows, or (1, tokens, in)
-            if padding has been removed.
-        weight: (out, in).
+            if padding has been removed. Of any shape if all rows are of one slot.
+        weight: (out, in); None for the adapters' part alone.
         bias: (out,) or None.
         a: (slots, r, in), a leaf.
         bt: (slots, r, out), a leaf.
@@ -272,7 +277,7 @@ def lora_linear(
     layout = Layout.of(rows, x.numel() // x.shape[-1], a.shape[0])
     if rows.order is None and dropout == 0:
         flat = x.reshape(-1, x.shape[-1])
-        y = _LoRALinear.apply(flat, weight, bias, a, bt, scale, layout)
+        y: Tensor = _LoRALinear.apply(flat, weight, bias, a, bt, scale, layout)
         return y.view(*x.shape[:-1], -1)
     delta = F.dropout(x, dropout)  # before rows are permuted: it tells them apart by their place
     if rows.order is not None:
@@ -281,7 +286,7 @@ def lora_linear(
     delta = _LoRALinear.apply(delta, None, None, a, bt, scale, layout).view(*x.shape[:-1], -1)
     if rows.inverse is not None:
         delta = by_rows(delta, rows.inverse, len(rows.slots))
-    return F.linear(x, weight, bias) + delta
+    return delta if weight is None else F.linear(x, weight, bias) + delta
 
 
 def lora_conv1d(
@@ -290,7 +295,7 @@ def lora_conv1d(
     """The adapters' part of a one-dimensional convolution.
 
     Args:
-        x: (rows, in, length).
+        x: (rows · m, in, length).
         conv: The convolution, whose stride, padding and dilation the first factor takes over.
         a: (slots, r, in, k), a leaf.
         b: (slots, out, r), a leaf.
@@ -298,30 +303,16 @@ def lora_conv1d(
         rows: Which slot owns each row.
 
     Returns:
-        (rows, out, length'), to be added to `conv(x)`.
+        (rows · m, out, length'), to be added to `conv(x)`.
     """
-    sorted_x = x if rows.order is None else x[rows.order]
+    sorted_x = x if rows.order is None else by_rows(x, rows.order, len(rows.slots))
     parts = []
-    for slot, part in zip(rows.present, by_slot(sorted_x, rows), strict=True):
+    counts = Layout.of(rows, len(x), 0).counts
+    for slot, part in zip(rows.present, sorted_x.split(counts), strict=True):
         h = F.conv1d(part, a[slot], None, conv.stride, conv.padding, conv.dilation)
-        parts.append(torch.einsum("or,nrl->nol", b[slot], h))
+        parts.append(torch.einsum("or,...rl->...ol", b[slot], h))
     delta = torch.cat(parts) * scale
-    return delta if rows.inverse is None else delta[rows.inverse]
-
-
-def by_slot(x: Tensor, rows: RowSlots) -> Sequence[Tensor]:
-    """Splits x, which is sorted by slot, into one part per slot.
-
-    Args:
-        x: (rows · m, …), or (1, tokens, …) if padding has been removed.
-        rows: Which slot owns each row.
-
-    Raises:
-        ValueError: x does not have the vectors or tokens of these rows.
-    """
-    dim = 0 if rows.tokens is None else 1
-    counts = Layout.of(rows, x.shape[dim], 0).counts
-    return x.split(counts, dim)
+    return delta if rows.inverse is None else by_rows(delta, rows.inverse, len(rows.slots))
 
 
 def by_rows(x: Tensor, order: Tensor, num_rows: int) -> Tensor:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from foretune.adapters.bank import AdapterBank
-from foretune.adapters.fingerprint import fingerprint
+from foretune.adapters.fingerprint import base_record, is_base
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
-from foretune.formats import ADAPTER, check_format, stamped
+from foretune.formats import ADAPTER, read_json, stamped
 
 PREFIX = "base_model.model."
 FINGERPRINT_FILE = "base_fingerprint.json"
@@ -61,16 +62,15 @@ def peft_tensors(bank: AdapterBank, slot: int) -> dict[str, Tensor]:
 
 
 def write_adapter(
-    folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], base_fingerprint: str
+    folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], base: Mapping[str, Any]
 ) -> None:
-    """Writes a PEFT folder, together with the fingerprint of the base that it belongs to."""
+    """Writes a PEFT folder, together with the `base_record` of the base that it belongs to."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / ADAPTER_CONFIG_FILE).write_text(
         json.dumps(config, indent=2, sort_keys=True, default=str)
     )
-    record = stamped({"base": base_fingerprint}, ADAPTER)
-    (folder / FINGERPRINT_FILE).write_text(json.dumps(record, indent=1))
+    (folder / FINGERPRINT_FILE).write_text(json.dumps(stamped(base, ADAPTER), indent=1))
 
 
 def load_adapter(bank: AdapterBank, slot: int, folder: Path, model: nn.Module) -> None:
@@ -90,7 +90,7 @@ def load_adapter(bank: AdapterBank, slot: int, folder: Path, model: nn.Module) -
     file = folder / ADAPTER_WEIGHTS_FILE
     if not file.is_file():
         raise UserError(f"{folder} is not an adapter: it has no {ADAPTER_WEIGHTS_FILE}")
-    check_base(folder, model, bank.head_names)
+    check_base(folder, model)
     tensors = load_file(file)
     slot_tensors = peft_tensors(bank, slot)
     if set(slot_tensors) != set(tensors):
@@ -119,7 +119,39 @@ def load_adapter(bank: AdapterBank, slot: int, folder: Path, model: nn.Module) -
                 value.copy_(tensors[f"{PREFIX}{name}.{key}"])
 
 
-def check_base(folder: Path, model: nn.Module, heads: tuple[str, ...] = ()) -> None:
+class BaseRecord(TypedDict):
+    """The content of `base_fingerprint.json`; see `foretune.adapters.fingerprint`.
+
+    The first version holds only `base`, one digest.
+    """
+
+    base: dict[str, str] | str
+    dtypes: NotRequired[list[str]]
+    without: NotRequired[list[str]]
+    model_class: NotRequired[str]
+
+
+class _Heads(TypedDict):
+    modules_to_save: NotRequired[list[str] | None]
+
+
+def read_base_record(folder: Path) -> BaseRecord | None:
+    """What an adapter's folder records of its base; None where it records nothing.
+
+    Raises:
+        UserError: The record is damaged, or a newer foretune wrote it.
+    """
+    file = folder / FINGERPRINT_FILE
+    if not file.is_file():
+        return None
+    record = read_json(file, BaseRecord, ADAPTER)
+    if "without" not in record:
+        heads = read_json(folder / ADAPTER_CONFIG_FILE, _Heads)
+        record["without"] = heads.get("modules_to_save") or []
+    return record
+
+
+def check_base(folder: Path, model: nn.Module) -> None:
     """Refuses an adapter that was trained on another base.
 
     All retrained bases of one model have the same shapes, so no other check would detect it.
@@ -127,14 +159,14 @@ def check_base(folder: Path, model: nn.Module, heads: tuple[str, ...] = ()) -> N
     Raises:
         UserError: The folder records a fingerprint that is not that of `model`.
     """
-    file = Path(folder) / FINGERPRINT_FILE
-    if not file.is_file():
+    record = read_base_record(Path(folder))
+    if record is None or is_base(model, record):
         return
-    record = json.loads(file.read_text())
-    check_format(file, record, ADAPTER)
-    expected, actual = record["base"], fingerprint(model, heads)
-    if expected != actual:
-        raise UserError(
-            f"{folder} was trained on another base (fingerprint {expected[:12]}, this base has "
-            f"{actual[:12]}); load the base that it was adapted from"
-        )
+    expected = record["base"]
+    if isinstance(expected, dict):
+        expected = expected.get("float32", "")
+    actual = base_record(model, record["without"])["base"]["float32"]
+    raise UserError(
+        f"{folder} was trained on another base (fingerprint {expected[:12]}, this base has "
+        f"{actual[:12]}); load the base that it was adapted from"
+    )

@@ -21,16 +21,16 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from foretune.adapters.entries import within
 from foretune.errors import UserError
-from foretune.formats import SPARSE, check_format
+from foretune.formats import SPARSE, check_format, parse_json, read_tensors
 from foretune.linalg.low_rank import nuclear_gradient
 from foretune.models.surgery import has_fresh_head, head_modules, match_head
 
@@ -271,6 +271,7 @@ def load_sparse(
             base_shape = list(base_parameters[name].shape)
             if base_shape != shape and has_fresh_head(adapted):
                 match_head(adapted, shape[0], 0)
+        _check_tensors(dict(adapted.named_parameters()), tensors, path)
         exact = len(folders) == 1 and weight == 1
         _add(adapted, base_parameters, tensors, header, 1.0 if exact else weight, exact)
         for name, buffer in _saved_buffers(adapted):
@@ -285,7 +286,7 @@ def _add(
     adapted: nn.Module,
     base_parameters: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
-    header: Mapping[str, Any],
+    header: Header,
     weight: float,
     exact: bool,
 ) -> None:
@@ -321,9 +322,7 @@ def _check_unique(sources: dict[str, Path], name: str, path: Path) -> None:
     sources[name] = path
 
 
-def _check_base(
-    model: nn.Module, header: Mapping[str, Any], hashes: Mapping[str, str], path: Path
-) -> None:
+def _check_base(model: nn.Module, header: Header, hashes: Mapping[str, str], path: Path) -> None:
     """Checks that the model is the base of the file.
 
     Raises:
@@ -343,11 +342,17 @@ def _check_base(
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+# What a file says about itself: the shape of each head, the digest of each parameter of the base.
+Header = TypedDict(  # noqa: UP013 - a field of a class is a name, and "whole" says too little
+    "Header", {"whole": dict[str, list[int]], "sha256": dict[str, str]}
+)
+
+
+def _read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     """The header and the tensors of a file.
 
     Raises:
-        UserError: The file is missing, broken, or of another format.
+        UserError: The file is missing, damaged, or of another format.
     """
     if not path.is_file():
         raise UserError(f"no sparse change in {path.parent}: there is no file {path.name}")
@@ -359,9 +364,38 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                     f"{path} is not a sparse change: its format is None, expected {SPARSE!r}"
                 )
             check_format(path, metadata, SPARSE)
-            return json.loads(metadata["about"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a complete safetensors file: {error}") from error
+    return parse_json(metadata.get("about", ""), path, Header), read_tensors(path)
+
+
+def _check_tensors(
+    parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], path: Path
+) -> None:
+    """Checks that indices and values belong together and lie within the parameters.
+
+    Raises:
+        UserError: They do not.
+    """
+    for key, values in tensors.items():
+        name, _, part = key.rpartition(":")
+        if part == "buffer":
+            continue
+        positions = tensors.get(f"{name}:indices")
+        fits = (
+            part in ("values", "indices")
+            and name in parameters
+            and positions is not None
+            and not positions.is_floating_point()
+            and f"{name}:values" in tensors
+            and positions.shape == values.shape == (len(values),)
+            and (
+                not len(values)
+                or 0 <= int(positions.min()) <= int(positions.max()) < parameters[name].numel()
+            )
+        )
+        if not fits:
+            raise UserError(f"{path} is damaged: {key} does not fit the base's parameters")
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

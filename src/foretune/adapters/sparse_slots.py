@@ -106,10 +106,10 @@ def sparse_linear(
     Raises:
         ValueError: The number of vectors of x is not a multiple of the number of rows.
     """
-    x, weight, bias = autocast(x, weight, bias)
+    x, cast_weight, bias = autocast(x, weight, bias)
     layout = Layout.of(rows, x.numel() // x.shape[-1], values.shape[0])
     sorted_x = x if rows.order is None else by_rows(x, rows.order, len(rows.slots))
     flat = sorted_x.reshape(-1, x.shape[-1])
-    y: Tensor = _SparseLinear.apply(flat, weight, bias, values, positions, layout)
+    y: Tensor = _SparseLinear.apply(flat, cast_weight, bias, values, positions, layout)
     y = y.view(*x.shape[:-1], -1)
     return y if rows.inverse is None else by_rows(y, rows.inverse, len(rows.slots))

@@ -5,7 +5,9 @@ Nothing here imports torch, transformers or peft before a command needs it.
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -82,4 +84,7 @@ def main() -> None:
     # Otherwise waiting OpenMP threads spin and take time from the working ones on busy cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):  # a terminal or file that cannot encode "−" or "é"
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()

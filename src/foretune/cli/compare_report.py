@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json as jsonlib
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from annotated_types import MinLen
+from typing_extensions import TypedDict
 
 from foretune.cli.output import (
     Json,
@@ -19,7 +21,7 @@ from foretune.cli.output import (
 )
 from foretune.errors import UserError
 from foretune.files import COMPARISON_FILE, REPORT_FILE
-from foretune.formats import COMPARISON, check_format
+from foretune.formats import COMPARISON, damage_named, read_json, shortened, stamped
 
 
 def compare(
@@ -74,8 +76,9 @@ def report(
     json: Json = False,
 ) -> None:
     """Rebuild report.html from comparison.json."""
-    comparison = _read_comparison(folder)
-    with quiet_stdout():
+    path = folder / COMPARISON_FILE
+    comparison = _read_comparison(path)
+    with quiet_stdout(), damage_named(path):
         from foretune.evaluation.report import write_report
 
         written = write_report(comparison, folder)
@@ -94,9 +97,10 @@ def parse_shots(text: str) -> list[int | None]:
     counts: list[int | None] = []
     for part in text.split(","):
         word = part.strip()
-        if word != "all" and not (word.isdigit() and int(word) > 0):
+        if word != "all" and not re.fullmatch("[1-9][0-9]{0,8}", word):
             raise UserError(
-                f'--shots must be numbers above 0 or all, such as 1,5,all; got "{text}"'
+                "--shots must be numbers from 1 to 999999999 or all, such as 1,5,all; got "
+                f"{shortened(text)}"
             )
         counts.append(None if word == "all" else int(word))
     return counts
@@ -116,15 +120,21 @@ def _changes_and_folders(arguments: list[str]) -> tuple[list[str], list[Path]]:
     return changes, [Path(folder) for folder in folders]
 
 
-def _read_comparison(folder: Path) -> dict[str, Any]:
-    path = folder / COMPARISON_FILE
+class _Comparison(TypedDict):
+    """The parts of a comparison that a report needs; others are kept."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+
+    metric: dict[str, Any]
+    adapt: dict[str, Any]
+    bases: Annotated[list[dict[str, Any]], MinLen(1)]
+    scores: Annotated[list[dict[str, Any]], MinLen(1)]
+    means: Annotated[list[dict[str, Any]], MinLen(1)]
+    pairs: list[dict[str, Any]]
+    verdict: dict[str, Any]
+
+
+def _read_comparison(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"no comparison in {folder}: it holds no {COMPARISON_FILE}")
-    try:
-        comparison = jsonlib.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(comparison, dict) or not {"bases", "metric"} <= comparison.keys():
-        raise UserError(f"{path} is not a comparison by foretune")
-    check_format(path, comparison, COMPARISON)
-    return comparison
+        raise UserError(f"no comparison in {path.parent}: it holds no {COMPARISON_FILE}")
+    return stamped(read_json(path, _Comparison, COMPARISON), COMPARISON)

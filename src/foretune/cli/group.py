@@ -12,6 +12,7 @@ from typing import Any
 from typer.core import TyperGroup
 
 from foretune.errors import ForetuneError, LostProcessError
+from foretune.printable import printable
 from foretune.processes import process_rank
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
@@ -68,7 +69,8 @@ def _print_error(line: str, error: Exception) -> None:
     rank = process_rank()
     if rank > 0 and not isinstance(error, LostProcessError):
         time.sleep(ALONE_S)
-    print(f"process {rank}: {line}" if rank else line, file=sys.stderr, flush=True)
+    text = printable(f"process {rank}: {line}" if rank else line)
+    print(text, file=sys.stderr, flush=True)
 
 
 def explain(error: Exception) -> tuple[str, int]:
@@ -86,7 +88,7 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"error: {_one_line(error)}", error.exit_code
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error
         return _usage(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if _is_out_of_memory(error):
         return (
             "error: out of memory; lower retrain.token_budget, adapt.token_budget or "
             "adapt.tasks_per_wave, or set gradient_checkpointing: true"
@@ -96,6 +98,13 @@ def explain(error: Exception) -> tuple[str, int]:
     return (
         f"error: {type(error).__name__}: {_one_line(error)} (this is a bug; --debug shows where)"
     ), FAILED
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    # On the CPU torch raises a RuntimeError.
+    return isinstance(error, RuntimeError) and "you tried to allocate" in str(error)
 
 
 def _usage(error: Any) -> tuple[str, int]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from foretune.printable import printable, printable_json
 from foretune.processes import process_rank
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -29,12 +30,15 @@ Overrides = Annotated[
 def emit(value: Any) -> None:
     """Prints a result; of several processes only the first prints."""
     if process_rank() == 0:
-        print(value)
+        print(printable(str(value)))
 
 
 def emit_json(value: Any) -> None:
     """Prints a result as JSON."""
-    emit(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=_plain))
+    ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
+    text = json.dumps(value, indent=1, ensure_ascii=ascii_only, allow_nan=False, default=_plain)
+    if process_rank() == 0:
+        print(printable_json(text))
 
 
 @contextlib.contextmanager

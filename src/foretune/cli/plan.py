@@ -36,6 +36,8 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     if plan["unseen"]:
         parts.append(_tasks("unseen", plan["unseen"]))
     parts.append(_leaks(plan["leaks"]))
+    if plan["shared_inputs"]:
+        parts.append(_shared_inputs(plan["shared_inputs"]))
     rows = [_cost(cost) for cost in [*plan["retrain"], *([plan["adapt"]] if plan["adapt"] else [])]]
     header = ["method", "base", "adapter per task", "head per task", "s per step", "total"]
     parts.append("trainable parameters and time\n" + table(header, rows))
@@ -68,15 +70,34 @@ def _tasks(side: str, tasks: Mapping[str, Mapping[str, int]], most: int = 12) ->
 def _leaks(leaks: list[Mapping[str, Any]], most: int = 8) -> str:
     if not leaks:
         return (
-            "leaks: none found (no example is in both train and test, or in seen and unseen tasks)"
+            "leaks: none found (no example is in two of train, validation and test, or in seen "
+            "and unseen tasks)"
         )
-    lines = [
-        f"  {leak['kind']}: {leak['count']} examples of {leak['other_task']} are also in the train "
-        f"split of {leak['task']}, such as {leak['sample']!r}"
-        for leak in leaks[:most]
-    ]
+    lines = []
+    for leak in sorted(leaks, key=lambda leak: -leak["count"])[:most]:
+        first, second = leak["splits"]
+        task = "the task" if leak["task"] == leak["other_task"] else leak["task"]
+        places = f" ({', '.join(leak['places'])})" if leak["places"] else ""
+        lines.append(
+            f"  {leak['other_task']}: {leak['count']} {second} examples are also {first} examples "
+            f"of {task}, such as {leak['sample']!r}{places}"
+        )
     more = [f"  and {len(leaks) - most} more"] if len(leaks) > most else []
     return "\n".join(["leaks: scores will be too high", *lines, *more])
+
+
+def _shared_inputs(shared: list[Mapping[str, Any]], most: int = 8) -> str:
+    lines = [
+        f"  {task['task']}: {task['count']} of {task['total']} test inputs are also in seen tasks, "
+        f"{task['same_answer']} of them with the same answer, such as {task['sample']!r}"
+        for task in sorted(shared, key=lambda task: -task["count"])[:most]
+    ]
+    more = [f"  and {len(shared) - most} more"] if len(shared) > most else []
+    header = (
+        "shared inputs: each task has answers of its own to them; if your next task will not share "
+        "its inputs, scores are too high"
+    )
+    return "\n".join([header, *lines, *more])
 
 
 def _cost(cost: Mapping[str, Any]) -> list[str]:

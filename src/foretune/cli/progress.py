@@ -10,6 +10,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from foretune.printable import printable
 from foretune.processes import process_rank
 from foretune.recipes.console import Console, Progress
 
@@ -45,7 +46,7 @@ class StderrConsole(Console):
     @override
     def say(self, line: str) -> None:
         if process_rank() == 0:
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
 
     @override
     @contextlib.contextmanager
@@ -53,6 +54,7 @@ class StderrConsole(Console):
         if process_rank() > 0:
             yield None
             return
+        label = printable(label)
         bar = _rich_bar if sys.stderr.isatty() else _plain_bar
         with bar(label, Rounds(rounds)) as progress:
             yield progress

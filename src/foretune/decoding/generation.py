@@ -249,8 +249,8 @@ def _prompts(path: Path) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(f'{path}, line {number}: a row needs text under "prompt"')
         yield row["prompt"]

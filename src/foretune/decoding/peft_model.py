@@ -48,8 +48,7 @@ def with_adapter(base: nn.Module, folder: Path) -> nn.Module:
     """
     from peft import PeftModel
 
-    config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text("utf-8"))
-    check_base(folder, base, tuple(config.get("modules_to_save") or ()))
+    check_base(folder, base)
     try:
         return PeftModel.from_pretrained(base, str(folder)).eval()
     except (ValueError, RuntimeError, KeyError) as error:

@@ -30,13 +30,13 @@ from foretune.decoding.output_states import read_states
 from foretune.decoding.references import References, read_references
 from foretune.decoding.side_models import bare_model
 from foretune.decoding.store_folder import (
-    damage_reported,
     read_store,
     write_metadata,
     write_store,
 )
 from foretune.errors import UserError
 from foretune.files import claim_model_folder
+from foretune.formats import damage_named
 from foretune.run import check_one_of
 
 TENSOR_NAMES = ("keys", "values", "own", "sources")  # in the file; own: model_log_probs
@@ -87,7 +87,7 @@ class ReferenceStore:
         rows: Sequence[Mapping[str, Any]] = (),
         kind: str = "text",
         labels: Mapping[str, int] | None = None,
-        model: Mapping[str, str | None] | None = None,
+        model: Mapping[str, Any] | None = None,
         name: str | None = None,
         lookup: Lookup | None = None,
         tuned: Mapping[str, Any] | None = None,
@@ -324,8 +324,15 @@ class ReferenceStore:
         """Checks that the store was built with this model.
 
         Raises:
-            UserError: The fingerprint of the base or of the adapter differs.
+            UserError: The fingerprint of the base or of the adapter differs, or the store names a
+                token that the model does not have.
         """
+        vocabulary = getattr(getattr(bare_model(model), "config", None), "vocab_size", None)
+        largest = int(self.values.max())
+        if isinstance(vocabulary, int) and largest >= vocabulary:
+            raise UserError(
+                f"the store names token {largest} of a model with {vocabulary} tokens; rebuild it"
+            )
         if self.model is None:
             return
         actual = base_and_adapter(model)
@@ -370,8 +377,8 @@ class ReferenceStore:
             UserError: The folder is not a store, or its files do not match.
         """
         folder = Path(folder)
-        with damage_reported(folder):
-            tensors, rows, metadata = read_store(folder)
+        tensors, rows, metadata = read_store(folder)
+        with damage_named(folder / STORE_FILE):
             return cls(
                 *(tensors[name] for name in TENSOR_NAMES),
                 rows=rows,
@@ -425,9 +432,14 @@ def _check_tensors(store: ReferenceStore) -> None:
     n = len(store.keys)
     if store.keys.ndim != 2 or n == 0 or shapes[1:] != [(n,)] * 3:
         raise UserError(f"a store needs keys (N, d) and three tensors (N,), got {shapes}")
-    if store.rows and int(store.sources.max()) >= len(store.rows):
-        last = int(store.sources.max())
-        raise UserError(f"an entry names row {last}, counted from 0, of {len(store.rows)}")
+    if any(tensor.is_floating_point() for tensor in (store.values, store.sources)):
+        raise UserError("a store's values and sources are whole numbers, got fractions")
+    first, last = int(store.sources.min()), int(store.sources.max())
+    if first < 0 or (store.rows and last >= len(store.rows)):
+        row = first if first < 0 else last
+        raise UserError(f"an entry names row {row}, counted from 0, of {len(store.rows)}")
+    if int(store.values.min()) < 0:
+        raise UserError(f"a store's values are token ids, got {int(store.values.min())}")
 
 
 def _check_heads(heads: int, width: int) -> None:

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from foretune.decoding import STORE_FILE
 from foretune.errors import UserError
 from foretune.files import whole_folder, write_whole
-from foretune.formats import check_format, stamped
+from foretune.formats import damage_named, read_json, read_tensors, stamped
 
 TENSORS_FILE, ROWS_FILE = "store.safetensors", "rows.jsonl"
 FORMAT = "foretune-store-1"  # of store.json
+
+
+class ModelFingerprints(TypedDict):
+    """Digests of the model that a store was built with."""
+
+    base: str
+    adapter: str | None
+
+
+class Metadata(TypedDict):
+    """The fields of store.json that are read back."""
+
+    kind: str
+    labels: dict[str, int]
+    model: ModelFingerprints | None
+    name: str | None
+    lookup: dict[str, Any]
+    tuned: dict[str, Any] | None
 
 
 def write_store(
@@ -40,36 +57,22 @@ def write_metadata(folder: Path, metadata: Mapping[str, Any]) -> None:
     write_whole(folder / STORE_FILE, _as_text(metadata))
 
 
-def read_store(folder: Path) -> tuple[dict[str, Tensor], list[Any], dict[str, Any]]:
-    """(tensors, rows, metadata) of a store's folder; call it within `damage_reported`.
+def read_store(folder: Path) -> tuple[dict[str, Tensor], list[Any], Metadata]:
+    """(tensors, rows, metadata) of a store's folder.
 
     Raises:
-        UserError: A file is missing.
+        UserError: A file is missing or damaged.
     """
     for name in (TENSORS_FILE, STORE_FILE, ROWS_FILE):
         if not (folder / name).is_file():
             raise UserError(
                 f"{folder} is not a store: it has no {name}; foretune datastore build makes one"
             )
-    metadata = json.loads((folder / STORE_FILE).read_text("utf-8"))
-    check_format(folder / STORE_FILE, metadata, FORMAT)
-    lines = (folder / ROWS_FILE).read_text("utf-8").split("\n")
-    rows = [json.loads(line) for line in lines if line]
-    return load_file(folder / TENSORS_FILE), rows, metadata
-
-
-@contextlib.contextmanager
-def damage_reported(folder: Path) -> Iterator[None]:
-    """Inside the block, errors of malformed files become a UserError.
-
-    Raises:
-        UserError: The store is damaged.
-    """
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{folder} is a damaged store: {reason}; rebuild it") from error
+    metadata = read_json(folder / STORE_FILE, Metadata, FORMAT)
+    with damage_named(folder / ROWS_FILE):
+        lines = (folder / ROWS_FILE).read_text("utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+    return read_tensors(folder / TENSORS_FILE), rows, metadata
 
 
 def _as_text(metadata: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ Whatever the verdict, it names every base with its difference, losing bases incl
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,18 @@ from foretune.evaluation.wording import AS_IT_IS, Scale, counted, p_text, shots_
 
 CONTROLS = ("none", "standard")
 ALPHA = 0.05
-FEW_TASKS = 6  # With fewer, the p-value of a two-sided signed-rank test is never below 0.05.
+
+
+def tasks_needed(num_pairs: int) -> int:
+    """The fewest tasks with which one of `num_pairs` pairs can be clear.
+
+    The smallest p-value of a two-sided signed-rank test of n tasks is 2 / 2ⁿ, and Holm's correction
+    multiplies the smallest of all p-values by their number.
+
+    >>> tasks_needed(1), tasks_needed(6), tasks_needed(28)
+    (6, 8, 11)
+    """
+    return math.floor(math.log2(2 * num_pairs / ALPHA)) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +138,8 @@ class _Judge:
         shots_unit: str,
     ) -> None:
         self.pairs, self.shots, self.scale, self.shots_unit = pairs, shots, scale, shots_unit
+        self.num_pairs = sum(pair["shots"] == shots for pair in pairs)
+        self.tasks_needed = tasks_needed(max(self.num_pairs, 1))
         rows = {row["base"]: row for row in means if row["shots"] == shots}
         measured = {base["name"]: base for base in bases if base["name"] in rows}
         methods = {name: base["method"] for name, base in measured.items()}
@@ -202,7 +216,8 @@ class _Judge:
     def _interval(self, pair: Contrast) -> str:
         """The interval; with the p-value if the two disagree on whether the difference is clear."""
         text = self.scale.interval(pair.low, pair.high)
-        if (pair.low > 0 or pair.high < 0) and pair.p_holm >= ALPHA and pair.num_tasks >= FEW_TASKS:
+        excludes_zero = pair.low > 0 or pair.high < 0
+        if excludes_zero and pair.p_holm >= ALPHA and pair.num_tasks >= self.tasks_needed:
             text += f", but p = {p_text(pair.p_holm)} after Holm's correction"
         return text
 
@@ -213,10 +228,16 @@ class _Judge:
         if not pairs:
             return where
         tasks = min(pair.num_tasks for pair in pairs)
-        few = f" (fewer than {FEW_TASKS}, too few to be sure of anything)"
+        repeats = min(pair.num_seeds for pair in pairs)
+        few = (
+            f" (fewer than {self.tasks_needed}: with {counted(self.num_pairs, 'pair')} compared, "
+            "too few to be sure of anything)"
+        )
         return (
-            f"{where}, {counted(tasks, 'unseen task')}{few if tasks < FEW_TASKS else ''}, "
-            f"{counted(min(pair.num_seeds for pair in pairs), 'repeat')}"
+            f"{where}, {counted(tasks, 'unseen task')}{few if tasks < self.tasks_needed else ''}, "
+            f"{counted(repeats, 'repeat')}"
+            + " (the luck of a retraining is not in the intervals)"
+            * (repeats == 1)
         )
 
     def _alone(self, name: str) -> str:

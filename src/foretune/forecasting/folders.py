@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from foretune.errors import UserError, did_you_mean
 from foretune.files import CONFIG_FILE, claim_file, claim_model_folder, whole_folder, write_whole
 from foretune.forecasting.config import ForecastMAEConfig
-from foretune.formats import check_format
+from foretune.formats import damage_named, read_json
 from foretune.methods import make, method_class
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import method_and_run
@@ -23,6 +25,14 @@ ADAPT_METHODS = ("forecast-peft", "full")
 RUN_FIELDS = tuple(
     f.name for f in dataclasses.fields(Run) if f.name not in ("seed", "out", "resume", "overwrite")
 )
+
+
+class Adaptation(TypedDict):
+    """The fields of `SUMMARY` that are read back."""
+
+    base: str
+    method: dict[str, Any]
+    folders: dict[str, str]  # by task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,14 +300,11 @@ class _AdaptedModels:
                 self.single.forecast({})  # raises: the model has no forecaster
             self.names, self.sizes = ["all tasks"], self.single.sizes
             return
-        try:
-            adaptation = json.loads(summary.read_text("utf-8"))
-            check_format(summary, adaptation, FORMAT)
-            self.folders: dict[str, str] = adaptation["folders"]
+        adaptation = read_json(summary, Adaptation, FORMAT)
+        self.folders = adaptation["folders"]
+        with damage_named(summary):
             self.method = make(**adaptation["method"])
-            base_folder = base or Path(adaptation["base"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"cannot read {summary}: {error}") from error
+        base_folder = base or Path(adaptation["base"])
         if not base_folder.is_dir():
             raise UserError(f"the base model is not at {base_folder}: pass its folder by --base")
         self.names = list(self.folders)

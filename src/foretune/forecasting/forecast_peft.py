@@ -29,17 +29,16 @@ Silent in the paper:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from typing_extensions import override
+from typing_extensions import TypedDict, override
 
 from foretune.errors import UserError
 from foretune.forecasting import DELTA_FILE, FORMAT, RECORD_FILE
-from foretune.formats import check_format
+from foretune.formats import damage_named, read_json, read_tensors
 from foretune.run import Run, check_bool, check_int, check_one_of, check_positive
 from foretune.training.methods import AdaptMethod
 
@@ -152,6 +151,13 @@ class ForecastPEFT(AdaptMethod):
         return [name for name in names if any(part in name for part in TRAINED)]
 
 
+class Record(TypedDict):
+    """The fields of `RECORD_FILE` that are read back."""
+
+    method: dict[str, Any]
+    base_fingerprint: str
+
+
 def load_adapted(folder: Path | str, base: ForecastMAE) -> ForecastMAE:
     """A copy of the base with the trained parameters of one task, in eval mode.
 
@@ -165,30 +171,25 @@ def load_adapted(folder: Path | str, base: ForecastMAE) -> ForecastMAE:
     """
     import copy
 
-    import safetensors.torch
-
     from foretune.adapters.fingerprint import fingerprint
     from foretune.methods import make
 
     folder = Path(folder)
     if not (folder / RECORD_FILE).is_file():
         raise UserError(f"{folder} holds no adapted forecaster: {RECORD_FILE} is missing")
-    try:
-        record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
-        check_format(folder / RECORD_FILE, record, FORMAT)
-        tensors = safetensors.torch.load_file(folder / DELTA_FILE)
+    record = read_json(folder / RECORD_FILE, Record, FORMAT)
+    tensors = read_tensors(folder / DELTA_FILE)
+    with damage_named(folder / RECORD_FILE):
         method = make(**record["method"])
-        base_fingerprint = record["base_fingerprint"]
-    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot load the forecaster in {folder}: {reason}") from error
+    base_fingerprint = record["base_fingerprint"]
     if fingerprint(base) != base_fingerprint:
         raise UserError(
             f"{folder} was adapted from another base: its fingerprint is {base_fingerprint[:12]}, "
             f"that of the given base is {fingerprint(base)[:12]}"
         )
     model = copy.deepcopy(base)
-    method.install(model)
+    with damage_named(folder / RECORD_FILE):
+        method.install(model)
     mismatched = set(tensors) ^ set(method.trained_names(model))
     mismatched -= {name for name, _ in model.named_buffers()}
     if mismatched:
@@ -196,5 +197,6 @@ def load_adapted(folder: Path | str, base: ForecastMAE) -> ForecastMAE:
             f"{folder / DELTA_FILE} does not fit {RECORD_FILE}: {min(mismatched)} is in only one "
             "of them"
         )
-    model.load_state_dict(tensors, strict=False)
+    with damage_named(folder / DELTA_FILE):
+        model.load_state_dict(tensors, strict=False)
     return model.eval()

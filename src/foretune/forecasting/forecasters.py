@@ -14,15 +14,13 @@ arXiv:2308.09882, section 3.4.
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import TypedDict
 
 from foretune.errors import UserError
 from foretune.files import CONFIG_FILE, WEIGHTS_FILE
@@ -36,7 +34,7 @@ from foretune.forecasting.model import (
     Scene,
     remove_parts,
 )
-from foretune.formats import check_format
+from foretune.formats import damage_named, load_tensors, read_json
 
 PRETEXT_ONLY = (
     "future_embed",
@@ -236,6 +234,13 @@ def check_pretrained(model: Any) -> ForecastMAE:
     return model
 
 
+class Config(TypedDict):
+    """The fields of a Forecast-MAE's config file."""
+
+    sizes: dict[str, Any]
+    forecaster: dict[str, Any] | None
+
+
 def load_forecast_mae(folder: Path | str) -> ForecastMAE:
     """Load a model that `save_forecast_mae` wrote, in eval mode.
 
@@ -248,27 +253,17 @@ def load_forecast_mae(folder: Path | str) -> ForecastMAE:
             f"{folder} holds no Forecast-MAE: it lacks {CONFIG_FILE}, which foretune forecast "
             f"pretrain writes beside {WEIGHTS_FILE}"
         )
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-        if config.get("architecture") != ARCHITECTURE:
-            raise UserError(
-                f"{folder / CONFIG_FILE} does not describe a Forecast-MAE: its architecture is "
-                f"{config.get('architecture')!r}"
-            )
-        check_format(folder / CONFIG_FILE, config, FORMAT)
+    file = folder / CONFIG_FILE
+    architecture = read_json(file, dict[str, Any]).get("architecture")
+    if architecture != ARCHITECTURE:
+        raise UserError(
+            f"{file} does not describe a Forecast-MAE: its architecture is {architecture!r}"
+        )
+    config = read_json(file, Config, FORMAT)
+    with damage_named(file):
         model = ForecastMAE(ForecastMAEConfig(**config["sizes"]))
         add_forecaster(model, config["forecaster"])
-        safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
-    except (
-        OSError,
-        KeyError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        safetensors.SafetensorError,
-    ) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"cannot load the Forecast-MAE in {folder}: {reason}") from e
+    load_tensors(model, folder / WEIGHTS_FILE)
     return model.eval()
 
 

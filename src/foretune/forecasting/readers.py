@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from foretune.errors import UserError
 from foretune.forecasting.scenes import Arrays, collection_of, read_npz
+from foretune.formats import damage_named, read_json
 from foretune.tasks.example import SPLITS
 from foretune.tasks.task import Task, TaskCollection
 
@@ -277,13 +277,9 @@ def _lanes(archive: Path, points: int) -> np.ndarray:
     Raises:
         UserError: The map cannot be read.
     """
-    try:
-        segments = json.loads(archive.read_text("utf-8"))["lane_segments"].values()
-        lines = [_centre_line(segment, points) for segment in segments]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"cannot read the map {archive}: {type(error).__name__} {' '.join(str(error).split())}"
-        ) from error
+    content = read_json(archive, dict[str, Any])
+    with damage_named(archive):
+        lines = [_centre_line(segment, points) for segment in content["lane_segments"].values()]
     return np.array(lines, np.float32).reshape(-1, points, 2)
 
 

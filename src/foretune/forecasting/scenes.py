@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from foretune.errors import UserError
+from foretune.formats import damage_named, shortened
 from foretune.tasks.example import SPLITS
 from foretune.tasks.task import Task, TaskCollection
 
@@ -159,7 +160,8 @@ def check_scene(row: Mapping[str, Any], where: str, history_steps: int, future_s
         raise UserError(
             f'{where}: a scene needs an array "agents"; the example has {", ".join(row)}'
         )
-    agents = np.asarray(row["agents"], np.float64)
+    row = {c: _numbers(row[c], where, c) for c in COLUMNS if c in row}
+    agents = row["agents"].astype(np.float64)
     steps = history_steps + future_steps
     if agents.ndim != 3 or agents.shape[1:] != (steps, 2) or not len(agents):
         raise UserError(
@@ -172,14 +174,16 @@ def check_scene(row: Mapping[str, Any], where: str, history_steps: int, future_s
                 f"{where}: {name} must have one number for each of the {len(agents)} agents; got "
                 f"the shape {np.shape(row[name])}"
             )
-    kinds = np.asarray(row.get("kinds", [0]))
-    if kinds.min() < 0 or kinds.max() > 3:
-        raise UserError(f"{where}: kinds must be 0 to 3; got {kinds.min()} to {kinds.max()}")
-    lanes = np.asarray(row.get("lanes", np.zeros((0, 1, 2))))
+    kinds = row.get("kinds", np.zeros(1))
+    unknown = kinds[~np.isin(kinds, range(4))]
+    if len(unknown):
+        raise UserError(f"{where}: kinds must be 0, 1, 2 or 3; got {unknown[0]}")
+    lanes = row.get("lanes", np.zeros((0, 1, 2)))
     if lanes.ndim != 3 or lanes.shape[-1] != 2:
         raise UserError(f"{where}: lanes must have the shape (lanes, points, 2); got {lanes.shape}")
-    if np.isinf(agents).any() or np.isinf(lanes).any():
-        raise UserError(f"{where}: a position is infinite")
+    for name, values in row.items():
+        if np.isinf(values).any():
+            raise UserError(f"{where}: {name} holds an infinite number")
     if np.isnan(agents[0, history_steps - 1]).any():
         raise UserError(
             f"{where}: the focal agent (the first one) was not observed at the last history step; "
@@ -218,11 +222,13 @@ def read_npz(path: Path) -> TaskCollection:
     Raises:
         UserError: The file cannot be read, or its arrays differ in length.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read {path} as .npz: {' '.join(str(error).split())}") from error
+    if not path.is_file():
+        raise UserError(f"no file {path}")
+    with damage_named(path), np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    for name, values in arrays.items():
+        if not values.ndim:
+            raise UserError(f"{path}: {name} is a single value; every column has one per scene")
     return collection_of(path, arrays)
 
 
@@ -250,11 +256,28 @@ def collection_of(path: Path, columns: Mapping[str, Any]) -> TaskCollection:
             raise UserError(
                 f"{path} row {i + 1}: split must be one of {', '.join(SPLITS)}; got {split}"
             )
-        row = _unpadded({c: np.asarray(columns[c][i]) for c in COLUMNS if c in columns})
+        where = f"{path} row {i + 1}"
+        row = {c: _numbers(columns[c][i], where, c) for c in COLUMNS if c in columns}
+        row = _unpadded(row)
         splits_of.setdefault(name, {s: [] for s in SPLITS})[split].append(row)
     if not splits_of:
         raise UserError(f"{path} holds no scenes")
     return TaskCollection(tuple(Task(name, **splits) for name, splits in splits_of.items()))
+
+
+def _numbers(value: Any, where: str, column: str) -> np.ndarray:
+    """The entry of a column as an array.
+
+    Raises:
+        UserError: It does not hold real numbers.
+    """
+    try:
+        numbers = np.asarray(value)
+    except ValueError:  # lists of unlike lengths
+        numbers = np.asarray(None)
+    if numbers.dtype.kind not in "biuf":
+        raise UserError(f"{where}: {column} must hold numbers, got {shortened(value)}")
+    return numbers
 
 
 def _unpadded(row: Arrays) -> Arrays:
@@ -264,7 +287,7 @@ def _unpadded(row: Arrays) -> Arrays:
     real = np.asarray(~np.isnan(row["agents"]).all((1, 2)))
     row = {k: v[real] if k != "lanes" and len(v) == len(real) else v for k, v in row.items()}
     if "kinds" in row:
-        row["kinds"] = np.nan_to_num(row["kinds"]).astype(np.int64)
+        row["kinds"] = np.nan_to_num(row["kinds"])
     if "lanes" in row and row["lanes"].ndim == 3:
         row["lanes"] = row["lanes"][~np.isnan(row["lanes"]).all((1, 2))]
     return row

@@ -8,15 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
+from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from foretune.errors import UserError
 from foretune.files import claim_model_folder, whole_folder
-from foretune.formats import check_format
+from foretune.formats import read_json, read_tensors
 from foretune.fusion import FORMAT, RECORD_FILE
 from foretune.fusion.mixture import (
     LowRankExperts,
@@ -30,7 +32,8 @@ from foretune.fusion.mixture import (
 from foretune.models.loading import load_base, save_base
 
 EXPERTS_FILE, HEADS_FILE = "experts.safetensors", "heads.safetensors"
-PARTS = ("up", "down", "gate", "offset", "bias", "present")
+# Part of a layer's name in the file → attribute.
+PARTS = {name: name for name in ("up", "down", "gate", "offset", "present")} | {"bias": "shift"}
 
 
 @dataclass
@@ -149,8 +152,8 @@ class Fused:
     def _expert_tensors(self) -> dict[str, Tensor]:
         tensors = {}
         for name, layer in expert_layers(self.model).items():
-            for part in PARTS:
-                value = getattr(layer, part)
+            for part, attribute in PARTS.items():
+                value = getattr(layer, attribute)
                 if value is not None:
                     tensors[f"{name}|{part}"] = value.detach().cpu().contiguous()
         return tensors
@@ -185,24 +188,16 @@ def load_fused(folder: str | Path) -> Fused:
         raise UserError(
             f"{folder} holds no fused model: it has no {RECORD_FILE}; foretune fuse makes one"
         )
-    record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
-    check_format(folder / RECORD_FILE, record, FORMAT)
+    record = read_json(folder / RECORD_FILE, FusedRecord, FORMAT)
     model, tokenizer = load_base(folder, dtype="auto")
     routing = Routing(
         record["names"], record["granularity"], record["top_k"], causal=record["causal"]
     )
-    experts, heads = _read_tensors(folder / EXPERTS_FILE), _read_tensors(folder / HEADS_FILE)
-    for name in record["layers"]:
-        parts = {part: experts.get(f"{name}|{part}") for part in PARTS}
-        base = model.get_submodule(name)
-        replace_module(model, name, LowRankExperts(base, **parts, routing=routing))  # type: ignore[arg-type]
-    for name, widths in record["heads"].items():
-        first_head = model.get_submodule(name)
-        states = [
-            {k.split("|", 2)[2]: v for k, v in heads.items() if k.startswith(f"{name}|{i}|")}
-            for i in range(len(widths))
-        ]
-        replace_module(model, name, TaskHeads([head_with(first_head, s) for s in states], routing))
+    try:
+        _replace_layers(model, record, routing, folder)
+    except (AttributeError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} is damaged: {RECORD_FILE} does not fit: {reason}") from error
     labels = {task: {int(k): v for k, v in m.items()} for task, m in record["labels"].items()}
     fused = Fused(
         model.eval(),
@@ -214,7 +209,52 @@ def load_fused(folder: str | Path) -> Fused:
         tokenizer,
     )
     watch_mask(model, routing)
+    if record["layers"] and record["report"].get("verified") is not True:
+        from foretune.fusion.verification import verify_on_first_call
+
+        verify_on_first_call(fused)
     return fused
+
+
+class FusedRecord(TypedDict):
+    """The content of `fused.json`."""
+
+    method: dict[str, Any]
+    names: list[str]
+    causal: bool
+    granularity: Literal["token", "sequence", "task"]
+    top_k: Annotated[int, Field(ge=1)]
+    layers: list[str]
+    heads: dict[str, list[list[list[int]]]]
+    labels: dict[str, dict[Annotated[str, Field(pattern=r"^\d+$")], str]]
+    report: dict[str, Any]
+
+
+def _replace_layers(model: nn.Module, record: FusedRecord, routing: Routing, folder: Path) -> None:
+    """Put the layers with experts and the heads of a folder into its base."""
+    experts = read_tensors(folder / EXPERTS_FILE) if record["layers"] else {}
+    heads = read_tensors(folder / HEADS_FILE) if record["heads"] else {}
+    num_experts = len(record["names"])
+    for name in record["layers"]:
+        parts = {attr: experts.get(f"{name}|{part}") for part, attr in PARTS.items()}
+        for part in ("up", "gate", "present"):
+            tensor = parts[part]
+            if tensor is None or len(tensor) != num_experts:
+                raise ValueError(
+                    f"{EXPERTS_FILE} has no {part} of {num_experts} experts for {name}"
+                )
+        base = model.get_submodule(name)
+        replace_module(model, name, LowRankExperts(base, **parts, routing=routing))  # type: ignore[arg-type]
+    for name, widths in record["heads"].items():
+        first_head = model.get_submodule(name)
+        states = [
+            {k.split("|", 2)[2]: v for k, v in heads.items() if k.startswith(f"{name}|{i}|")}
+            for i in range(len(widths))
+        ]
+        if len(states) != num_experts or not all(states):
+            raise ValueError(f"{HEADS_FILE} has not {num_experts} heads for {name}")
+        copies = [head_with(first_head, state) for state in states]
+        replace_module(model, name, TaskHeads(copies, routing, first_head))
 
 
 def watch_mask(model: nn.Module, routing: Routing) -> None:
@@ -252,7 +292,9 @@ def _without_experts(fused: Fused) -> Iterator[None]:
     for name, layer in layers.items():
         replace_module(model, name, layer.base)
     for name, module in heads.items():
-        replace_module(model, name, module.heads[0])
+        # transformers resizes a head on loading, by the config; a plain module cannot.
+        resizable = hasattr(model, "config")
+        replace_module(model, name, module.heads[0] if resizable else module.base_head[0])
     try:
         if heads:
             fused._relabel(fused.names[0])
@@ -269,12 +311,3 @@ def _without_experts(fused: Fused) -> Iterator[None]:
 def _save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     if tensors:
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        return {}
-    try:
-        return safetensors.torch.load_file(file)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot read {file}: {' '.join(str(error).split())[:200]}") from error

@@ -5,7 +5,7 @@ W_0     base           (out, in)      the base's layer
 V_iᵀ    down           (T, k, in)     an expert's input directions
 U_i S_i up             (T, out, k)    an expert's output directions, scaled
         gate           (T, g, in)     directions whose energy in x is an expert's routing logit
-b_i−b_0 bias           (T, out)       change of the bias
+b_i−b_0 shift          (T, out)       change of the bias
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class LowRankExperts(nn.Module):
         down: (T, k, in); None where `up` is (T, out, in), the experts' full matrices.
         gate: (T, g, in).
         offset: (T, g), subtracted from gate · x; None for zero.
-        bias: (T, out); None where no expert changes the bias.
+        shift: (T, out), the changes of the bias; None where no expert changes it.
         present: (T,), False for an expert without a change in this layer, which is never chosen.
         routing: Shared by the layers of a model.
     """
@@ -122,7 +122,7 @@ class LowRankExperts(nn.Module):
         down: Tensor | None,
         gate: Tensor,
         offset: Tensor | None,
-        bias: Tensor | None,
+        shift: Tensor | None,
         present: Tensor,
         routing: Routing,
     ) -> None:
@@ -132,16 +132,22 @@ class LowRankExperts(nn.Module):
         self.down = None if down is None else nn.Parameter(down)
         self.gate = nn.Parameter(gate)
         self.offset = None if offset is None else nn.Parameter(offset)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.shift = None if shift is None else nn.Parameter(shift)
         self.present: Tensor
         self.register_buffer("present", present)
         self.routing = routing
         self.observers: list[Any] = []
+        self.poisoned = False  # see `foretune.fusion.verification`
 
     @property
     def weight(self) -> Any:
         """The base layer's weight, (out, in): some models (T5) read its dtype."""
-        return self.base.weight
+        return self._outside(self.base.weight)
+
+    @property
+    def bias(self) -> Any:
+        """The base layer's bias, (out,) or None."""
+        return self._outside(self.base.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
@@ -193,9 +199,15 @@ class LowRankExperts(nn.Module):
             # All experts as one matrix with T · k columns; those not chosen are multiplied by zero.
             hidden = torch.einsum("...i,tki->...tk", x.to(dtype), self.down) * p.unsqueeze(-1)
             out = torch.einsum("...tk,tok->...o", hidden, self.up)
-        if self.bias is not None:
-            out = out + p @ self.bias
+        if self.shift is not None:
+            out = out + p @ self.shift
         return out.to(x.dtype)
+
+    def _outside(self, value: Any) -> Any:
+        """What a module that reads the layer's tensors instead of calling it gets to see."""
+        if not self.poisoned or value is None or not value.is_floating_point():
+            return value
+        return torch.full_like(value, float("nan"))
 
     def _chosen(self, x: Tensor) -> Tensor:
         weights = self.routing.weights
@@ -224,11 +236,13 @@ class TaskHeads(nn.Module):
     Args:
         heads: One module per task, in the order of the experts; their widths may differ.
         routing: Shared by the layers of a model.
+        base_head: The base's head, which does not answer.
     """
 
-    def __init__(self, heads: Sequence[nn.Module], routing: Routing) -> None:
+    def __init__(self, heads: Sequence[nn.Module], routing: Routing, base_head: nn.Module) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
+        self.base_head = (base_head,)  # in a tuple, so that it is not part of the model
         self.routing = routing
         self.selected: int | None = None
 

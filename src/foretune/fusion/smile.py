@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from foretune.fusion.finetuned import Finetuned, Source
     from foretune.fusion.fused import Fused
+    from foretune.fusion.heads import Heads
     from foretune.fusion.mixture import Routing
 
 PAPER = {
@@ -140,10 +141,12 @@ class SMILE(Method):
         """
         import torch
 
-        from foretune.fusion.finetuned import make_skeleton, open_finetuned
+        from foretune.fusion.finetuned import check_all_used
         from foretune.fusion.fused import Fused, watch_mask
         from foretune.fusion.heads import keep_heads
         from foretune.fusion.mixture import Routing
+        from foretune.fusion.skeleton import make_skeleton, open_finetuned
+        from foretune.fusion.verification import verify
 
         self._check_samples(finetuned, samples)
         model, base_tokenizer = make_skeleton(base, finetuned)
@@ -152,18 +155,20 @@ class SMILE(Method):
         total = sum(p.numel() for p in model.parameters())
         with torch.no_grad():
             experts = [open_finetuned(n, source, model) for n, source in finetuned.items()]
-            labels = keep_heads(model, experts, routing)
-            report = {"base_parameters": total, **self._fuse_layers(model, experts, routing)}
+            heads = keep_heads(model, experts, routing)
+            report = {"base_parameters": total, **self._fuse_all(model, experts, heads, routing)}
+        check_all_used(experts)
         watch_mask(model, routing)
         fused = Fused(
             model.eval(),
             list(finetuned),
             self.to_dict(),
             routing,
-            labels,
+            heads.labels,
             report,
             base_tokenizer or tokenizer,
         )
+        verify(fused, samples)
         if samples is not None and self.gate == "activations":
             from foretune.fusion.activation_gate import set_gates
 
@@ -171,33 +176,45 @@ class SMILE(Method):
         report["extra_parameters"] = sum(p.numel() for p in model.parameters()) - total
         return fused
 
-    def _fuse_layers(
-        self, model: nn.Module, experts: Sequence[Finetuned], routing: Routing
+    def _fuse_all(
+        self, model: nn.Module, experts: Sequence[Finetuned], heads: Heads, routing: Routing
     ) -> dict[str, Any]:
-        """Replace the linear layers one by one; returns the report.
+        """Replace the linear layers one by one, then see to the rest; returns the report.
 
         Raises:
             UserError: No linear layer differs from the base.
         """
         from foretune.fusion.mixture import replace_module
+        from foretune.fusion.rest import change_rest, tensor_names
 
+        names = tensor_names(model)
         energy_kept: dict[str, float] = {}
         handled: set[str] = set()
-        for name, layer in self._layers(model).items():
+        for name, layer in self._layers(model, heads).items():
             fused = self._fused_layer(name, layer, experts, routing)
             handled |= {f"{name}.{key}" for key, _ in layer.named_parameters()}
             if fused is not None:
                 new_layer, energy_kept[name] = fused
                 replace_module(model, name, new_layer)
-                handled |= {f"{name}.{key}" for key, _ in new_layer.named_parameters()}
-        if not energy_kept:
-            raise UserError(
-                "no linear layer differs between the base and the fine-tuned models: give the base "
-                "that they were tuned from, and target_modules that include the changed layers"
-            )
-        left_out = self._rest(model, experts, handled)
-        lora = [e.name for e in experts if e.factors]
+        for name in (name for name in names if _inside(name, self.exclude_modules)):
+            handled.add(name)
+            for expert in experts:
+                expert.skip(name)
+        rest = [name for name in names if name not in handled and not heads.hold(name)]
+        left_out = change_rest(model, experts, rest, average=self.rest == "average")
+        if not energy_kept and not heads.changed:
+            raise UserError(_nothing_fused(left_out))
+        energies = list(energy_kept.values())
+        return {
+            "layers": len(energies),
+            "energy_kept": sum(energies) / len(energies) if energies else 1.0,
+            "left_out": left_out,
+            "notes": self._notes(experts, left_out),
+        }
+
+    def _notes(self, experts: Sequence[Finetuned], left_out: Sequence[str]) -> list[str]:
         notes = []
+        lora = [e.name for e in experts if e.low_rank]
         if lora and self.gate == "weights" and self.routing != "task":
             notes.append(
                 f"{', '.join(lora)}: LoRA. On LoRA experts the gate from weights did worse than "
@@ -209,14 +226,9 @@ class SMILE(Method):
                 f"{len(left_out)} parameters outside the fused layers differ and stay as in the "
                 f"base: {', '.join(left_out[:3])}{' …' if len(left_out) > 3 else ''}"
             )
-        return {
-            "layers": len(energy_kept),
-            "energy_kept": sum(energy_kept.values()) / len(energy_kept),
-            "left_out": left_out,
-            "notes": notes,
-        }
+        return [*notes, *(note for expert in experts for note in expert.notes)]
 
-    def _layers(self, model: nn.Module) -> dict[str, nn.Module]:
+    def _layers(self, model: nn.Module, heads: Heads) -> dict[str, nn.Module]:
         """The linear layers that may get experts, by name.
 
         Raises:
@@ -225,18 +237,12 @@ class SMILE(Method):
         from torch import nn
         from transformers import Conv1D
 
-        from foretune.fusion.mixture import TaskHeads
-        from foretune.models.surgery import has_fresh_head, head_modules
-
-        heads = [f"{n}." for n, m in model.named_modules() if isinstance(m, TaskHeads)]
-        if has_fresh_head(model):
-            heads += [f"{name}." for name in head_modules(model)]
         output = getattr(model, "get_output_embeddings", lambda: None)()
         layers = {
             name: module
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, Conv1D))
-            and not f"{name}.".startswith(tuple(heads))
+            and not heads.hold(f"{name}.")
             and not type(module).__name__.startswith("NonDynamicallyQuantizable")
             and (module is not output or self.target_modules is not None)
         }
@@ -264,7 +270,10 @@ class SMILE(Method):
             factors, energy = self._factors(name, layer, expert)
             triplets.append(factors)
             energies.append(energy)
-        biases = [expert.parameter_delta(f"{name}.bias", layer.bias) for expert in experts]
+        biases = [
+            None if layer.bias is None else expert.change(f"{name}.bias", layer.bias)
+            for expert in experts
+        ]
         if all(f is None for f in triplets) and all(b is None for b in biases):
             return None
         weight = layer.weight
@@ -275,16 +284,16 @@ class SMILE(Method):
         padded = [zeros if f is None else f for f in triplets]
         down = _stack([vh for _, _, vh in padded], self.k)
         up = _stack([(u * s).T for u, s, _ in padded], self.k).transpose(1, 2)
-        bias = None
+        shift = None
         if any(b is not None for b in biases):
-            bias = torch.stack([torch.zeros(size_out) if b is None else b.cpu() for b in biases])
+            shift = torch.stack([torch.zeros(size_out) if b is None else b.cpu() for b in biases])
         new_layer = LowRankExperts(
             layer,
             up=(up @ down if self.k is None else up).to(**placement).contiguous(),
             down=None if self.k is None else down.to(**placement),
             gate=_stack([vh for _, _, vh in padded], self.gate_k).to(**placement),
             offset=None,
-            bias=None if bias is None else bias.to(**placement),
+            shift=None if shift is None else shift.to(**placement),
             present=torch.tensor(
                 [f is not None or b is not None for f, b in zip(triplets, biases, strict=True)],
                 device=weight.device,
@@ -298,33 +307,25 @@ class SMILE(Method):
         self, name: str, layer: Any, expert: Finetuned
     ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, float | None]:
         """An expert's leading singular triplets, and the share of energy in the first k."""
+        from transformers import Conv1D
+
         from foretune.linalg.low_rank import svd_of_product, truncated_svd
 
-        if name in expert.factors:
-            factors = svd_of_product(*expert.factors[name])
+        pair = expert.pair(f"{name}.weight")
+        if pair is not None:
+            factors = svd_of_product(pair.up, pair.down)
             if not bool(factors[1].any()):
                 return None, None
         else:
-            delta = expert.delta(name, layer)
-            if delta is None:
+            change = expert.change(f"{name}.weight", layer.weight)
+            if change is None:
                 return None, None
-            factors = truncated_svd(delta, None)
+            factors = truncated_svd(change.T if isinstance(layer, Conv1D) else change, None)
         energy = factors[1].square()
         energy_kept = float(energy[: self.k].sum() / energy.sum())
         rank = None if self.k is None else max(self.k, self.gate_k)
         u, s, vh = (factor.cpu() for factor in factors)
         return (u[:, :rank].clone(), s[:rank].clone(), vh[:rank].clone()), energy_kept
-
-    def _rest(self, model: nn.Module, experts: Sequence[Finetuned], handled: set[str]) -> list[str]:
-        """Parameters outside the fused layers that differ; averaged if rest="average"."""
-        from foretune.fusion.finetuned import change_rest
-
-        return change_rest(
-            model,
-            experts,
-            lambda name: name in handled or _inside(name, self.exclude_modules),
-            average=self.rest == "average",
-        )
 
     def _check_model(self, model: nn.Module) -> None:
         config = getattr(model, "config", None)
@@ -352,6 +353,19 @@ class SMILE(Method):
             raise UserError(
                 f"gate=activations needs samples of every task; none for {', '.join(missing)}"
             )
+
+
+def _nothing_fused(left_out: Sequence[str]) -> str:
+    if left_out:
+        return (
+            f"no linear layer differs from the base, only {', '.join(left_out[:3])}"
+            f"{' …' if len(left_out) > 3 else ''}: they get no experts; use another method, or "
+            "target_modules for output embeddings"
+        )
+    return (
+        "no linear layer differs between the base and the fine-tuned models: give the base "
+        "that they were tuned from, and target_modules that include the changed layers"
+    )
 
 
 def _generates(model: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from foretune.models.calls import cache_among, replaced_forward
 from foretune.models.layout import RowSlots, rows_by_length
-from foretune.models.routing import current_rows, routed
+from foretune.models.routing import current_rows, routed, stays_padded
 
 
 def lengths_of(kwargs: Mapping[str, Any]) -> tuple[list[int], int]:
@@ -55,7 +55,7 @@ def grouped_calls(model: nn.Module) -> Iterator[None]:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal busy
-        lengths, width = ([], 0) if busy or args else lengths_of(kwargs)
+        lengths, width = ([], 0) if busy or args or stays_padded() else lengths_of(kwargs)
         groups = rows_by_length(lengths)
         if len(groups) < 2:
             return real(*args, **kwargs)

@@ -77,6 +77,12 @@ class RowSlots:
         return tuple(slot for slot, _, _ in self.segments)
 
     @cached_property
+    def places(self) -> dict[int, Tensor]:
+        """Slot → indices of its rows, in ascending order of the slots; (b,) each."""
+        slots = torch.tensor(self.slots)
+        return {slot: (slots == slot).nonzero()[:, 0] for slot in self.present}
+
+    @cached_property
     def uniform(self) -> int | None:
         """The number of rows per present slot if it is the same for all, else None."""
         counts = {end - start for _, start, end in self.segments}

@@ -24,7 +24,7 @@ from foretune.models.calls import agree, dummy_rows, eval_no_grad, replaced_forw
 from foretune.models.frozen_prefix import PrefixForward
 from foretune.models.grouped_calls import PackedForward, grouped_calls, lengths_of
 from foretune.models.layout import MoveTokens, Packing
-from foretune.models.routing import current_packing, current_rows, routed
+from foretune.models.routing import current_packing, current_rows, routed, stays_padded
 from foretune.models.row_dropout import draws_of_parts
 from foretune.models.surgery import block_list, skips_blocks
 
@@ -217,7 +217,7 @@ class _PackedCalls:
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         lengths, width = lengths_of(kwargs)
         self._packing = None
-        if self._off:
+        if self._off or stays_padded():
             return
         if lengths and sum(lengths) < DENSE * width * len(lengths):
             rows = current_rows()

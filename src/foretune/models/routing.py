@@ -10,15 +10,26 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any, Final
 
+from torch import nn
+
+from foretune.errors import UserError
 from foretune.models.layout import Packing, RowSlots
 
-_ROWS: contextvars.ContextVar[RowSlots | None] = contextvars.ContextVar(
-    "foretune_rows", default=None
+
+class _Unset:
+    """Outside any `route`."""
+
+
+_UNSET: Final = _Unset()
+_ROWS: contextvars.ContextVar[RowSlots | _Unset | None] = contextvars.ContextVar(
+    "foretune_rows", default=_UNSET
 )
 _PACKING: contextvars.ContextVar[Packing | None] = contextvars.ContextVar(
     "foretune_packing", default=None
 )
+_PADDED: contextvars.ContextVar[bool] = contextvars.ContextVar("foretune_padded", default=False)
 
 
 @contextlib.contextmanager
@@ -35,6 +46,12 @@ def route(slots: Sequence[int] | None) -> Iterator[None]:
 @contextlib.contextmanager
 def routed(rows: RowSlots | None, packing: Packing | None) -> Iterator[None]:
     """Like `route`, for rows that may be packed."""
+    with _routed(rows, packing):
+        yield
+
+
+@contextlib.contextmanager
+def _routed(rows: RowSlots | _Unset | None, packing: Packing | None) -> Iterator[None]:
     tokens = _ROWS.set(rows), _PACKING.set(packing)
     try:
         yield
@@ -44,8 +61,26 @@ def routed(rows: RowSlots | None, packing: Packing | None) -> Iterator[None]:
 
 
 def current_rows() -> RowSlots | None:
-    """The rows of the innermost `route`; None outside any."""
-    return _ROWS.get()
+    """The rows of the innermost `route`; None for the base model, and outside any `route`."""
+    rows = _ROWS.get()
+    return None if isinstance(rows, _Unset) else rows
+
+
+def rows_for_adapters() -> RowSlots | None:
+    """The rows of the innermost `route`; None for the base model.
+
+    Raises:
+        UserError: There is no `route`, so nobody has said which adapters are meant.
+    """
+    rows = _ROWS.get()
+    if isinstance(rows, _Unset):
+        raise UserError(
+            "a model with adapters was called outside route(...), so the owners of its rows are "
+            "unknown: call it inside route(slots), or route(None) for the base, in the same thread "
+            "(another thread, nn.DataParallel and a recomputation in the backward pass see no "
+            "route; for less memory use Run(gradient_checkpointing=True))"
+        )
+    return rows
 
 
 def current_packing() -> Packing | None:
@@ -55,5 +90,55 @@ def current_packing() -> Packing | None:
 
 def captured_route() -> Callable[[], AbstractContextManager[None]]:
     """A factory of contexts with the current route, for recomputing in the backward pass."""
-    rows, packing = current_rows(), current_packing()
-    return lambda: routed(rows, packing)
+    rows, packing = _ROWS.get(), current_packing()
+    return lambda: _routed(rows, packing)
+
+
+@contextlib.contextmanager
+def unpacked() -> Iterator[None]:
+    """Inside the block no call is packed or grouped by length."""
+    token = _PADDED.set(True)
+    try:
+        yield
+    finally:
+        _PADDED.reset(token)
+
+
+def stays_padded() -> bool:
+    """Whether calls are neither packed nor grouped by length at present."""
+    return _PADDED.get()
+
+
+@contextlib.contextmanager
+def recomputed_on_route(model: nn.Module) -> Iterator[None]:
+    """Inside the block, what transformers recomputes in a backward pass sees its forward's route.
+
+    `gradient_checkpointing_enable` recomputes layers after the `route` of the forward has ended.
+    """
+    name = "_gradient_checkpointing_func"  # private: transformers has no other place for it
+    replaced: list[tuple[nn.Module, Any]] = []
+    try:
+        for module in model.modules():
+            checkpoint = vars(module).get(name)
+            if checkpoint is not None:
+                replaced.append((module, checkpoint))
+                setattr(module, name, _on_route(checkpoint))
+        yield
+    finally:
+        for module, checkpoint in replaced:
+            setattr(module, name, checkpoint)
+
+
+def _on_route(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """The same checkpoint function, which runs what it is passed on the route of its call."""
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        captured = captured_route()
+
+        def on_route(*inputs: Any, **options: Any) -> Any:
+            with captured():
+                return function(*inputs, **options)
+
+        return checkpoint(on_route, *args, **kwargs)
+
+    return call

@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from foretune.models.calls import output_tensors
+from foretune.models.nested import tensors_in, with_tensors
 from foretune.models.random_functions import REPLACED
 from foretune.models.routing import current_packing, current_rows, route
 from foretune.models.row_hash import content_hash, hashed_bits, mixed, wrapped
@@ -127,8 +128,8 @@ class RowDropout:
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         content = [
             v if len(v) == num_rows else v.transpose(0, 1)
-            for v in _tensors([v for k, v in inputs.items() if k not in NOT_CONTENT])
-            if num_rows in v.shape[:2]
+            for path, v in tensors_in(inputs).items()
+            if path[0] not in NOT_CONTENT and num_rows in v.shape[:2]
         ]
         config: Any = getattr(self.model, "config", None)
         fills = [getattr(config, name, None) for name in ("pad_token_id", "eos_token_id")]
@@ -153,9 +154,16 @@ class RowDropout:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for copies in (3, 2):
                 self._shapes = {}
-                few = _copies_of_first(inputs, copies, num_rows)
-                args = [few.pop(str(i)) for i in range(num_args)]
+
+                def first_row(_: Any, x: Tensor, copies: int = copies) -> Tensor:
+                    if num_rows not in x.shape[:2]:
+                        return x
+                    index = torch.zeros(copies, dtype=torch.long, device=x.device)
+                    return x.index_select(x.shape[:2].index(num_rows), index)
+
                 try:
+                    few = with_tensors(inputs, first_row)
+                    args = [few.pop(str(i)) for i in range(num_args)]
                     with route(None if rows is None else [rows.slots[0]] * copies):
                         output = self.model(*args, **few)
                 except (ValueError, IndexError, TypeError, RuntimeError, AttributeError):
@@ -166,10 +174,9 @@ class RowDropout:
             buffer.copy_(value)
         for site in shapes[0].keys() & shapes[1].keys():
             first, second = shapes[0][site][0], shapes[1][site][0]
-            varying = (
-                i for i, sizes in enumerate(zip(first, second, strict=True)) if sizes[0] != sizes[1]
-            )
-            self._row_dims[site] = next(varying, None)
+            if len(first) == len(second):
+                varying = [i for i in range(len(first)) if first[i] != second[i]]
+                self._row_dims[site] = varying[0] if varying else None
         if self.drew and num_rows > 1 and output is not None:
             self._expected = output_tensors(output)
 
@@ -308,29 +315,7 @@ def _num_rows(inputs: Mapping[str, Any]) -> int | None:
     rows = current_rows()
     if rows is not None:
         return len(rows.slots)
-    return next((len(v) for v in _tensors(inputs)), None)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors with dimensions in nested mappings and sequences."""
-    if isinstance(value, Tensor):
-        yield from (value,) if value.dim() else ()
-    elif isinstance(value, (Mapping, list, tuple)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
-
-
-def _copies_of_first(value: Any, copies: int, num_rows: int) -> Any:
-    """The same nested mappings and sequences with copies of the first row in their tensors."""
-    if isinstance(value, Mapping):
-        return {k: _copies_of_first(v, copies, num_rows) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        parts = [_copies_of_first(v, copies, num_rows) for v in value]
-        return parts if isinstance(value, list) else tuple(parts)
-    if not isinstance(value, Tensor) or num_rows not in value.shape[:2]:
-        return value
-    dim = value.shape[:2].index(num_rows)
-    return value.index_select(dim, torch.zeros(copies, dtype=torch.long, device=value.device))
+    return next((len(v) for v in tensors_in(inputs).values() if v.dim()), None)
 
 
 def _site() -> Site:

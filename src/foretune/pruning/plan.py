@@ -7,7 +7,6 @@ can thus prune the same model in the same way.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import nn
+from typing_extensions import TypedDict
 
 from foretune.errors import UserError
-from foretune.formats import check_format
+from foretune.formats import damage_named, load_tensors, read_json
 from foretune.pruning import FORMAT, PLAN_FILE
 from foretune.pruning.alignment import merge_networks
 from foretune.pruning.experts import (
@@ -362,6 +362,14 @@ def save_for_foretune(model: nn.Module, folder: Path) -> None:
     safetensors.torch.save_model(model, str(folder / WEIGHTS_FILE))
 
 
+class PrunedRecord(TypedDict):
+    """The fields of `PLAN_FILE` that are read back."""
+
+    loads_with: str
+    dtype: str
+    blocks: dict[str, dict[str, Any]]
+
+
 def load_pruned(auto: Any, config: Any, folder: Path, dtype: Any) -> nn.Module | None:
     """Load a folder that `save_for_foretune` wrote; None for a folder that transformers loads.
 
@@ -375,32 +383,25 @@ def load_pruned(auto: Any, config: Any, folder: Path, dtype: Any) -> nn.Module |
         UserError: experts.json is not foretune's, or the weights are missing or do not fit it.
     """
     path = folder / PLAN_FILE
-    try:
-        record: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        check_format(path, record, FORMAT)
-        if record["loads_with"] == "transformers":
-            return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} was not written by foretune: {error!r}") from error
-    plan = {name: BlockPlan.from_dict(fields) for name, fields in record["blocks"].items()}
+    record = read_json(path, PrunedRecord, FORMAT)
+    if record["loads_with"] == "transformers":
+        return None
+    with damage_named(path):
+        plan = {name: BlockPlan.from_dict(fields) for name, fields in record["blocks"].items()}
     for name in COUNTS:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, next(iter(plan.values())).num_experts)
-    dtype = getattr(torch, str(record["dtype"])) if dtype == "auto" else dtype
+    if dtype == "auto":
+        with damage_named(path):
+            dtype = getattr(torch, record["dtype"])
     # A model class, as opposed to an auto class, calls the same function under a private name.
     build = auto.from_config if hasattr(auto, "from_config") else auto._from_config
-    model = build(config, dtype=dtype)
-    try:
+    with damage_named(path):
+        model: nn.Module = build(config, dtype=dtype)
         # The weights are overwritten below, so alignment would be wasted.
         apply_plan(model, {n: _unaligned(p) for n, p in plan.items()})
-        safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
-    except (OSError, RuntimeError, KeyError, IndexError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{folder / WEIGHTS_FILE} does not fit {folder / PLAN_FILE}: {reason}"
-        ) from error
-    loaded: nn.Module = model
-    return loaded
+    load_tensors(model, folder / WEIGHTS_FILE)
+    return model
 
 
 def _unaligned(plan: BlockPlan) -> BlockPlan:

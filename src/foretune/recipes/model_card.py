@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from foretune.models.loading_code import loading_code
+from foretune.printable import markdown
 
 
 def model_card(comparison: dict[str, Any]) -> str:
@@ -26,9 +27,9 @@ def model_card(comparison: dict[str, Any]) -> str:
         "tags: [foretune, meta-learning, peft]",
         "---",
         "",
-        f"# {comparison['title']}",
+        f"# {markdown(comparison['title'])}",
         "",
-        comparison["verdict"]["sentence"],
+        markdown(comparison["verdict"]["sentence"]),
         "",
         f"Bases{retrained} compared by adapting each to {number} {tasks} that were not part of "
         "any retraining. `report.html` shows few-shot curves, differences by task and costs; "
@@ -36,7 +37,10 @@ def model_card(comparison: dict[str, Any]) -> str:
         "",
         "| base | method | folder |",
         "|---|---|---|",
-        *(f"| {b['label']} | {b['method']} | `{b.get('path') or '-'}` |" for b in bases.values()),
+        *(
+            f"| {markdown(b['label'])} | {b['method']} | `{b.get('path') or '-'}` |"
+            for b in bases.values()
+        ),
         "",
         "```python",
         *loading_code(

@@ -12,7 +12,7 @@ import foretune
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.schema import MethodEntry, Recipe, takes_rate
 from foretune.recipes.setup import Setup, set_up
-from foretune.tasks.leakage import Leak, find_leaks
+from foretune.tasks.leakage import Leak, SharedInputs, find_overlaps
 from foretune.tasks.summary import describe
 from foretune.tasks.task import Task, TaskCollection
 
@@ -48,6 +48,7 @@ class Plan:
         seen: Task → number of examples per split.
         unseen: The same for unseen tasks; None if the recipe has none.
         leaks: Examples that occur both in training and in evaluation data.
+        shared_inputs: Inputs of unseen tasks that seen tasks have with answers of their own.
         retrain: Cost of each method.
         adapt: Cost of adapting all bases; None without unseen tasks.
     """
@@ -56,6 +57,7 @@ class Plan:
     seen: dict[str, dict[str, int]]
     unseen: dict[str, dict[str, int]] | None
     leaks: list[Leak]
+    shared_inputs: list[SharedInputs]
     retrain: list[Cost]
     adapt: Cost | None
 
@@ -96,11 +98,13 @@ def plan_recipe(recipe: Recipe, console: Console = SILENT) -> Plan:
     if setup.unseen is not None:
         console.say(f"{recipe.adapt.method}: timing {TIMED_STEPS} steps")
         adapt = _adapt_cost(setup, setup.unseen)
+    overlaps = find_overlaps(setup.seen, setup.unseen)
     return Plan(
         name=recipe.name,
         seen=describe(setup.seen),
         unseen=None if setup.unseen is None else describe(setup.unseen),
-        leaks=find_leaks(setup.seen, setup.unseen),
+        leaks=overlaps.leaks,
+        shared_inputs=overlaps.shared_inputs,
         retrain=costs,
         adapt=adapt,
     )

@@ -11,8 +11,8 @@ from foretune.errors import UserError
 from foretune.recipes.console import Console
 from foretune.recipes.schema import Recipe
 from foretune.tasks.example import SPLITS
+from foretune.tasks.file_formats import one_line
 from foretune.tasks.objectives import make_objective
-from foretune.tasks.readers import one_line
 from foretune.tasks.sources import load_tasks
 from foretune.tasks.task import Task, TaskCollection
 

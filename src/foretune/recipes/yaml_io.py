@@ -68,6 +68,8 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark is not None else ""
         raise UserError(f"{where}{line}: bad YAML: {error.problem or error.context}") from None
+    except RecursionError:
+        raise UserError(f"{where}: bad YAML: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{where}: bad YAML: {' '.join(str(error).split())}") from None
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import nn
+from typing_extensions import TypedDict
 
 from foretune.adapters.fingerprint import fingerprint
 from foretune.errors import UserError
 from foretune.files import CARD_FILE
-from foretune.formats import check_format, stamped
+from foretune.formats import read_json, read_tensors, stamped
 from foretune.source_free import STATE_FILE, STATE_WEIGHTS_FILE
 from foretune.source_free.tucker import tucker_layers, tuckerize
 
@@ -74,7 +74,15 @@ def write_core(
     )
 
 
-def read_metadata(folder: Path | str) -> dict[str, Any]:
+class Metadata(TypedDict):
+    """The fields of core.json that are read back."""
+
+    base: str
+    rest: str
+    factored: dict[str, list[int | None]]
+
+
+def read_metadata(folder: Path | str) -> Metadata:
     """The contents of core.json.
 
     Raises:
@@ -83,13 +91,7 @@ def read_metadata(folder: Path | str) -> dict[str, Any]:
     file = Path(folder) / STATE_FILE
     if not file.is_file():
         raise UserError(f"{folder} holds no adapted state: it has no {STATE_FILE}")
-    try:
-        metadata: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        check_format(file, metadata, FORMAT)
-        _ = metadata["rest"], metadata["factored"], metadata["method"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not readable: {' '.join(str(error).split())}") from error
-    return metadata
+    return read_json(file, Metadata, FORMAT)
 
 
 def load_core(base: nn.Module, folder: Path | str) -> nn.Module:
@@ -106,13 +108,7 @@ def load_core(base: nn.Module, folder: Path | str) -> nn.Module:
     model = copy.deepcopy(base)
     if metadata["factored"]:
         tuckerize(model, ranks=metadata["factored"], fit=False)
-    try:
-        tensors = safetensors.torch.load_file(str(Path(folder) / STATE_WEIGHTS_FILE))
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{Path(folder) / STATE_WEIGHTS_FILE} is not readable: "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error
+    tensors = read_tensors(Path(folder) / STATE_WEIGHTS_FILE)
     state = model.state_dict()
     unmatched = [k for k, v in tensors.items() if k not in state or state[k].shape != v.shape]
     factored = list(metadata["factored"])

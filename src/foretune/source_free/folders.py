@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ from foretune.source_free.windows import read_windows
 from foretune.tasks.task import Task, TaskCollection
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+    from foretune.source_free.tucker_format import Metadata
     from foretune.source_free.unlabelled import Unlabelled
 
 NEW = "new"  # a freshly initialised TimeSeriesCNN
@@ -174,8 +175,9 @@ def adapt_folder(
     from foretune.source_free.tucker_format import load_tucker
 
     model, metadata = load_tucker(base)
-    _check_shape(task, metadata, rows)
-    tasks = TaskCollection((Task(task.name, task.train),), _objective(metadata))
+    objective = _objective(base, metadata)
+    _check_fits(model, base, metadata, task, rows)
+    tasks = TaskCollection((Task(task.name, task.train),), objective)
     with console.bar(f"adapting to {task.name}") as progress:
         result = foretune.adapt(model, tasks, method, run, shots=max_rows, progress=progress)
     adapted = result.models[task.name, 0]
@@ -228,9 +230,11 @@ def eval_folder(
     windows = task.split(split)
     if not windows:
         raise UserError(f"{rows} has no {split} windows of {task.name}; choose another --split")
-    model, metadata = load_tucker(base or Path(recorded_base))
-    _check_shape(task, metadata, rows)
-    _objective(metadata).fit(TaskCollection((Task(task.name, (), (), windows),)))
+    base = base or Path(recorded_base)
+    model, metadata = load_tucker(base)
+    objective = _objective(base, metadata)
+    _check_fits(model, base, metadata, task, rows)
+    objective.fit(TaskCollection((Task(task.name, (), (), windows),)))
     adapted = load_core(model, folder)
     before, after = (_report(m, windows, metadata["labels"]) for m in (model, adapted))
     if report is not None:
@@ -295,37 +299,57 @@ def _trained(
     return trained
 
 
-def _objective(metadata: Mapping[str, Any]) -> Unlabelled:
+def _objective(folder: Path, metadata: Metadata) -> Unlabelled:
     from foretune.source_free.unlabelled import Unlabelled
     from foretune.tasks.objectives.classification import Classification
 
+    missing = [name for name in ("labels", "domain", "shape") if name not in metadata]
+    if missing:
+        raise UserError(f"{folder / MODEL_FILE} is damaged: {missing[0]}: field required")
     space = tuple(metadata["labels"])
     return Unlabelled(source=Classification(labels={metadata["domain"]: space}, space=space))
 
 
-def _check_shape(task: Task, metadata: Mapping[str, Any], rows: str) -> None:
+def _check_fits(model: nn.Module, folder: Path, metadata: Metadata, task: Task, rows: str) -> None:
+    """Checks a prepared model against the windows, and against its own labels.
+
+    Raises:
+        UserError: The channels differ, or the model has more or fewer outputs than labels.
+    """
     first = next(window for split in (task.train, task.validation, task.test) for window in split)
     if first["x"].shape[0] != metadata["shape"][0]:
         raise UserError(
             f"{rows} has windows of {first['x'].shape[0]} channels, but the source's have "
             f"{metadata['shape'][0]}; x must be (channels, length)"
         )
+    num_outputs, num_labels = _logits(model, [first]).shape[1], len(metadata["labels"])
+    if num_outputs != num_labels:
+        raise UserError(
+            f"{folder / MODEL_FILE} is damaged: labels: {num_labels} for a model with "
+            f"{num_outputs} outputs"
+        )
 
 
-def _report(model: nn.Module, windows: Sequence[Any], labels: Sequence[Any]) -> dict[str, Any]:
+def _logits(model: nn.Module, windows: Sequence[Any]) -> Tensor:
+    """(n, C) logits of n windows, in eval mode."""
     import numpy as np
     import torch
 
     from foretune.models.calls import eval_no_grad
-    from foretune.source_free.classes import class_report
     from foretune.tasks.objectives.text import logits_of
 
-    predicted: list[int] = []
+    x = np.stack([window["x"] for window in windows]).astype(np.float32)
     with eval_no_grad(model):
-        for start in range(0, len(windows), 64):
-            x = np.stack([window["x"] for window in windows[start : start + 64]])
-            logits = logits_of(model(torch.from_numpy(x.astype(np.float32))))
-            predicted += logits.argmax(1).tolist()
+        logits: Tensor = logits_of(model(torch.from_numpy(x)))
+    return logits
+
+
+def _report(model: nn.Module, windows: Sequence[Any], labels: Sequence[Any]) -> dict[str, Any]:
+    from foretune.source_free.classes import class_report
+
+    predicted: list[int] = []
+    for start in range(0, len(windows), 64):
+        predicted += _logits(model, windows[start : start + 64]).argmax(1).tolist()
     truth = [list(labels).index(window["y"]) for window in windows]
     return class_report(truth, predicted, labels)
 

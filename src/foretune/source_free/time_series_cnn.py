@@ -48,7 +48,8 @@ class TimeSeriesCNN(nn.Module):
         stride: int = 1,
         dropout: float = 0.5,
     ) -> None:
-        for name, value in (("channels", channels), ("classes", classes), ("mid", mid)):
+        sizes = {"channels": channels, "classes": classes, "mid": mid, "features": features}
+        for name, value in {**sizes, "kernel_size": kernel_size, "stride": stride}.items():
             check_int(name, value, 1)
         check_at_least("dropout", dropout, 0)
         super().__init__()

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import safetensors.torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
+from typing_extensions import TypedDict
 
 from foretune.errors import UserError
 from foretune.files import CARD_FILE, WEIGHTS_FILE
-from foretune.formats import check_format, stamped
+from foretune.formats import damage_named, load_tensors, read_json, stamped
 from foretune.models.loading import load_module
 from foretune.source_free import MODEL_FILE
 from foretune.source_free.imputer import Imputer
@@ -60,7 +60,18 @@ def write_tucker(model: nn.Module, folder: Path, metadata: dict[str, Any]) -> No
     )
 
 
-def load_tucker(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+class Metadata(TypedDict):
+    """The fields of sfda.json that are read back."""
+
+    architecture: dict[str, Any]
+    ranks: dict[str, list[int | None]]
+    imputer: int | None
+    labels: NotRequired[list[str | int]]
+    domain: NotRequired[str]
+    shape: NotRequired[list[int]]
+
+
+def load_tucker(folder: Path | str) -> tuple[nn.Module, Metadata]:
     """Loads a model written by `write_tucker`.
 
     Returns:
@@ -76,22 +87,15 @@ def load_tucker(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
             f"{folder} is not a prepared model: it has no {MODEL_FILE}; `foretune sfda prepare` "
             "writes one"
         )
-    try:
-        metadata: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        check_format(file, metadata, FORMAT)
+    metadata = read_json(file, Metadata, FORMAT)
+    with damage_named(file):
         model = _build(metadata["architecture"], folder)
         if metadata["ranks"]:
             tuckerize(model, ranks=metadata["ranks"], fit=False)
         if metadata["imputer"] is not None:
             model.imputer = Imputer(metadata["imputer"])
             model.imputer.requires_grad_(False)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not readable: {' '.join(str(error).split())[:200]}") from error
-    try:
-        safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / WEIGHTS_FILE} does not fit {file}: {reason}") from error
+    load_tensors(model, folder / WEIGHTS_FILE)
     model.name_or_path = str(folder)  # type: ignore[assignment]
     return model.eval(), metadata
 

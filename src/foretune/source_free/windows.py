@@ -101,14 +101,17 @@ def _read_pt(path: Path, split: str) -> list[Row]:
     try:
         stored = torch.load(path, weights_only=True, map_location="cpu")
         samples, labels = torch.as_tensor(stored["samples"]), torch.as_tensor(stored["labels"])
-    except (RuntimeError, EOFError, OSError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except (
+        *(RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError, IndexError),
+        pickle.UnpicklingError,
+    ) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"{path} is not a dict of tensors samples and labels: {type(error).__name__}: {reason}"
         ) from error
     if samples.dim() == 2:  # one channel
         samples = samples[:, None]
-    if samples.dim() != 3 or len(samples) != len(labels):
+    if samples.dim() != 3 or labels.dim() != 1 or len(samples) != len(labels):
         raise UserError(
             f"{path}: samples must be (windows, channels, length) with one label per window, got "
             f"samples {tuple(samples.shape)}, labels {tuple(labels.shape)}"

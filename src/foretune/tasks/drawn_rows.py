@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from foretune.tasks.example import Example
+from foretune.tasks.example import DrawnExample, Example, ReadExample
 from foretune.tasks.responses import Texts
 from foretune.tasks.row_store import View
 from foretune.tasks.scratch import ScratchFile
@@ -106,7 +106,10 @@ def complete(example: Example, drawn: Sequence[int], texts: Sequence[str] | Text
     candidates = [texts[number] for number in numbers]
     candidates.insert(place, example["response"])
     fields = {key: value for key, value in example.items() if key != "response"}
-    return {**fields, "candidates": candidates, "answer": place}
+    source, number = (
+        (example.source, example.number) if isinstance(example, ReadExample) else ("", 0)
+    )
+    return DrawnExample({**fields, "candidates": candidates, "answer": place}, source, number)
 
 
 def undrawn(examples: Sequence[Example]) -> Sequence[Example]:

@@ -1,36 +1,45 @@
-"""Find leaks: examples that occur in train and again in a split that is scored."""
+"""Find leaks: examples of one split that occur again in a split that is scored."""
 
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from foretune.tasks.drawn_rows import undrawn
-from foretune.tasks.example import Example
+from foretune.tasks.example import Example, place_of
 from foretune.tasks.responses import true_response
 from foretune.tasks.task import Task, TaskCollection
 
 if TYPE_CHECKING:
     import numpy as np
 
-# What the objectives read. That includes labels: the same text with another label is not a leak.
-FIELDS = ("context", "text", "label", "prompt", "completion", "x", "y")
+# What the objectives read: two examples are the same if inputs and answers are.
+INPUTS = ("context", "text", "prompt", "x")
+ANSWERS = ("label", "completion", "y")
+PAIRS = (("train", "validation"), ("train", "test"), ("validation", "test"))
+LEARNT = ("train", "validation")  # splits of seen tasks that a base depends on
+# Copies of rows agree with each other but for a few corrected labels; tasks that answer the same
+# inputs in their own way do not.
+CONTRADICTED = 0.05
 SAMPLE_LENGTH = 80
 
 
 @dataclass(frozen=True)
 class Leak:
-    """Examples that occur in two splits.
+    """Examples, input and answer alike, that occur in two splits.
 
     Args:
-        kind: "train and test" (or validation, within one task), or "seen and unseen" (train
-            examples of a seen task among the test examples of an unseen one).
-        task: Name of the task with the train examples.
-        other_task: Name of the task with the test examples; the same for "train and test".
-        count: Number of test (and validation) examples that also occur in train.
+        kind: "train and validation", "train and test" or "validation and test" within a task, or
+            "seen and unseen" (an unseen task's test examples among those of a seen task).
+        task: Name of the task that has the examples first.
+        other_task: Name of the task that has them again; within a task, the same.
+        count: Number of examples in the second split that are also in the first.
         sample: The beginning of one of them.
+        splits: The two splits.
+        places: Where the sample was read, once in each split; empty if it was made in Python.
     """
 
     kind: str
@@ -38,112 +47,247 @@ class Leak:
     other_task: str
     count: int
     sample: str
+    splits: tuple[str, str] = ("train", "test")
+    places: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SharedInputs:
+    """Test inputs of an unseen task that seen tasks have too, with answers of their own.
+
+    That is the design of many collections, such as votes of several people on the same texts.
+
+    Args:
+        task: Name of the unseen task.
+        count: Number of its test examples whose input is one of a seen task's train or validation
+            inputs.
+        same_answer: Number of these for which a seen task has the same answer.
+        total: Number of its test examples.
+        sample: The beginning of one of the inputs.
+    """
+
+    task: str
+    count: int
+    same_answer: int
+    total: int
+    sample: str
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """What occurs more than once in a collection.
+
+    Args:
+        leaks: Examples that occur in two splits.
+        shared_inputs: Inputs that several tasks answer in their own way.
+    """
+
+    leaks: list[Leak]
+    shared_inputs: list[SharedInputs]
 
 
 def find_leaks(seen: TaskCollection, unseen: TaskCollection | None = None) -> list[Leak]:
-    """Find all leaks within tasks and from seen to unseen tasks, in the order of the tasks.
+    """Find all leaks within tasks and from seen to unseen tasks; see `find_overlaps`."""
+    return find_overlaps(seen, unseen).leaks
+
+
+def find_overlaps(seen: TaskCollection, unseen: TaskCollection | None = None) -> Overlaps:
+    """Find all leaks within tasks and from seen to unseen tasks, and shared inputs.
 
     Two examples are the same if all that the objective reads is the same up to case and white
     space; for a choice example that is its context and its true response. An example of an unseen
-    task is counted once, for the first seen task that trains on it, so the time is linear in the
-    number of examples.
+    task is counted once, for the first seen task that has it, so the time is linear in the number
+    of examples.
+
+    An unseen task whose test inputs are in seen tasks leaks if the answers agree. If more than
+    5 % of these inputs have other answers there too, the tasks share their inputs instead.
     """
     import numpy as np
 
-    seen_digests = ((task, _digests(task.train)) for task in seen)
-    if unseen is None:
-        return [leak for task, train in seen_digests for leak in _within(task, train)]
-    tests = [_digests(task.test) for task in unseen]
-    test_digests = np.unique(np.concatenate(tests))
-    owner = np.full(len(test_digests), len(seen))  # index of the first seen task; none yet
+    empty = np.empty((0, 2), dtype=np.uint64)
+    tests = [] if unseen is None else [_digests(task.test) for task in unseen]
+    learnt = _Learnt(np.concatenate([empty, *tests]))
     leaks = []
-    for index, (task, train) in enumerate(seen_digests):
-        leaks += _within(task, train)
-        _assign_owner(owner, test_digests, train, index)
-    leaks += [leak for task in unseen for leak in _within(task, _digests(task.train))]
-    for task, test in zip(unseen, tests, strict=True):
-        leaks += _across(seen, task, owner[np.searchsorted(test_digests, test)])
-    return leaks
+    for index, task in enumerate(seen):
+        digests = {split: _digests(task.split(split)) for split in LEARNT}
+        leaks += _within(task, digests | {"test": _digests(task.test)})
+        for place, split in enumerate(LEARNT):
+            learnt.add(digests[split], index * len(LEARNT) + place)
+    shared_inputs = []
+    for task, test in zip(unseen or (), tests, strict=True):
+        leaks += _within(task, {s: _digests(task.split(s)) for s in LEARNT} | {"test": test})
+    for task, test in zip(unseen or (), tests, strict=True):
+        owners, places, matched, agreed = learnt.look_up(test)
+        if (matched & ~agreed).sum() > CONTRADICTED * matched.sum():
+            sample = _sample(task.test[int(np.flatnonzero(matched)[0])])
+            same_answer = int((owners >= 0).sum())
+            shared_inputs.append(
+                SharedInputs(task.name, int(matched.sum()), same_answer, len(test), sample)
+            )
+        else:
+            leaks += _across(seen, task, owners, places)
+    return Overlaps(leaks, shared_inputs)
 
 
-def content(example: Example) -> int:
-    """A 64-bit digest of the example: two different ones collide with probability 2^-64."""
-    parts = [(field, _normal(example[field])) for field in FIELDS if field in example]
+def content(example: Example) -> tuple[int, int]:
+    """64-bit digests of the input and of input with answer: two collide with probability 2^-64."""
+    inputs = [(field, _normal(example[field])) for field in INPUTS if field in example]
+    answers = [(field, _answer(example[field])) for field in ANSWERS if field in example]
     if "candidates" in example or "response" in example:
-        parts.append(("response", _normal(true_response(example))))
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+        answers.append(("response", _normal(true_response(example))))
+    return _digest(inputs), _digest([inputs, answers])
+
+
+def _digest(value: Any) -> int:
+    digest = hashlib.blake2b(repr(value).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _digests(examples: Sequence[Example]) -> np.ndarray:
-    """(n,) digests of the examples; eight bytes each, since there may be very many."""
+    """(n, 2) digests of the examples' inputs and contents; few bytes, as there may be very many."""
     import numpy as np
 
-    return np.fromiter(map(content, undrawn(examples)), dtype=np.uint64, count=len(examples))
+    numbers = (number for example in undrawn(examples) for number in content(example))
+    return np.fromiter(numbers, dtype=np.uint64, count=2 * len(examples)).reshape(-1, 2)
 
 
-def _within(task: Task, train: np.ndarray) -> list[Leak]:
-    """The leak, if any, from a task's train examples to its validation and test examples."""
-    import numpy as np
-
-    repeated = [
-        (examples, np.flatnonzero(np.isin(_digests(examples), train)))
-        for examples in (task.validation, task.test)
-    ]
-    count = sum(len(places) for _, places in repeated)
-    if not count:
-        return []
-    sample = next(examples[places[0]] for examples, places in repeated if len(places))
-    return [Leak("train and test", task.name, task.name, count, _sample(sample))]
-
-
-def _assign_owner(
-    owner: np.ndarray, test_digests: np.ndarray, train: np.ndarray, index: int
-) -> None:
-    """Set `owner` to a task's index, in place, for digests in its train split and in no earlier's.
+class _Learnt:
+    """What seen tasks have of the test examples of unseen tasks.
 
     Args:
-        owner: (n,) index of the first seen task that trains on each test example.
-        test_digests: (n,) ascending digests of the test examples.
-        train: (m,) digests of the task's train examples.
-        index: The task's index.
+        tests: (n, 2) digests of all these test examples.
+    """
+
+    def __init__(self, tests: np.ndarray) -> None:
+        import numpy as np
+
+        self.inputs, self.contents = np.unique(tests[:, 0]), np.unique(tests[:, 1])
+        # the lowest and highest content that seen tasks have with each input
+        self.lowest = np.full(len(self.inputs), np.iinfo(np.uint64).max, dtype=np.uint64)
+        self.highest = np.zeros(len(self.inputs), dtype=np.uint64)
+        # the first split of a seen task that has each content, and the example's place there
+        self.owner = np.full(len(self.contents), -1)
+        self.place = np.zeros(len(self.contents), dtype=np.int64)
+
+    def add(self, digests: np.ndarray, owner: int) -> None:
+        """Note the examples of the split of this index, in ascending order of the indices.
+
+        Args:
+            digests: (m, 2) digests of the examples.
+            owner: The index.
+        """
+        import numpy as np
+
+        inside, places = _search(self.inputs, digests[:, 0])
+        np.minimum.at(self.lowest, places, digests[inside, 1])
+        np.maximum.at(self.highest, places, digests[inside, 1])
+        inside, places = _search(self.contents, digests[:, 1])
+        places, first = np.unique(places, return_index=True)
+        new = self.owner[places] < 0
+        self.owner[places[new]] = owner
+        self.place[places[new]] = np.flatnonzero(inside)[first[new]]
+
+    def look_up(self, test: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What seen tasks have of the test examples of one task.
+
+        Args:
+            test: (n, 2) digests.
+
+        Returns:
+            (n,) index of the split that has the example, or -1; (n,) its place there; (n,) whether
+            a seen task has the input; (n,) whether all of them give it this example's answer.
+        """
+        import numpy as np
+
+        contents = np.searchsorted(self.contents, test[:, 1])
+        inputs = np.searchsorted(self.inputs, test[:, 0])
+        lowest, highest = self.lowest[inputs], self.highest[inputs]
+        agreed = (lowest == test[:, 1]) & (highest == test[:, 1])
+        return self.owner[contents], self.place[contents], lowest <= highest, agreed
+
+
+def _search(values: np.ndarray, sought: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(m,) which are among the ascending values, and the place of each that is."""
+    import numpy as np
+
+    places = np.searchsorted(values, sought)
+    inside = places < len(values)
+    inside[inside] = values[places[inside]] == sought[inside]
+    return inside, places[inside]
+
+
+def _within(task: Task, digests: dict[str, np.ndarray]) -> list[Leak]:
+    """The leaks from a split of a task to another.
+
+    Args:
+        task: The task.
+        digests: (n, 2) digests of the examples of each split.
     """
     import numpy as np
 
-    places = np.searchsorted(test_digests, train)
-    inside = places < len(test_digests)
-    places, train = places[inside], train[inside]
-    np.minimum.at(owner, places[test_digests[places] == train], index)
+    leaks = []
+    for first, second in PAIRS:
+        contents, again = digests[first][:, 1], digests[second][:, 1]
+        repeated = np.flatnonzero(np.isin(again, contents))
+        if len(repeated):
+            place = int(np.flatnonzero(contents == again[repeated[0]])[0])
+            examples = task.split(first)[place], task.split(second)[int(repeated[0])]
+            kind = f"{first} and {second}"
+            leaks.append(_leak(kind, (task, task), (first, second), len(repeated), examples))
+    return leaks
 
 
-def _across(seen: TaskCollection, task: Task, owner: np.ndarray) -> list[Leak]:
+def _across(seen: TaskCollection, task: Task, owners: np.ndarray, places: np.ndarray) -> list[Leak]:
     """The leaks into an unseen task.
 
     Args:
         seen: Seen tasks.
         task: The unseen task.
-        owner: (n,) index of the seen task that trains on each of the n test examples.
+        owners: (n,) index of the split of a seen task that has each of the n test examples, or -1.
+        places: (n,) its place in that split.
     """
-    first: dict[int, int] = {}
-    for place, index in enumerate(owner.tolist()):
-        if index < len(seen):
-            first.setdefault(index, place)
-    return [
-        Leak(
-            "seen and unseen",
-            seen.tasks[index].name,
-            task.name,
-            int((owner == index).sum()),
-            _sample(task.test[place]),
-        )
-        for index, place in first.items()
-    ]
+    import numpy as np
+
+    distinct, first, counts = np.unique(owners, return_index=True, return_counts=True)
+    leaks = []
+    for i in np.argsort(first):
+        if distinct[i] < 0:
+            continue
+        index, split = divmod(int(distinct[i]), len(LEARNT))
+        seen_task, splits = seen.tasks[index], (LEARNT[split], "test")
+        place = int(first[i])
+        examples = seen_task.split(splits[0])[int(places[place])], task.test[place]
+        leaks.append(_leak("seen and unseen", (seen_task, task), splits, int(counts[i]), examples))
+    return leaks
+
+
+def _leak(
+    kind: str,
+    tasks: tuple[Task, Task],
+    splits: tuple[str, str],
+    count: int,
+    examples: tuple[Example, Example],
+) -> Leak:
+    places = tuple(place_of(example)[2:-1] for example in examples if place_of(example))
+    sample = _sample(examples[1])
+    return Leak(kind, tasks[0].name, tasks[1].name, count, sample, splits, places)
+
+
+def _answer(value: Any) -> Any:
+    """As `_normal`, but a label 1 is the label "1", and an array of one number is the number."""
+    value = value.item() if getattr(value, "size", 0) == 1 else value
+    return _normal(str(value) if isinstance(value, int) else value)
 
 
 def _normal(value: Any) -> Any:
     """Text in lower case with single spaces, arrays as shape and digest, lists elementwise."""
     if isinstance(value, str):
-        return " ".join(value.lower().split())
+        text = value if value.isascii() else unicodedata.normalize("NFC", value)
+        return " ".join(text.lower().split())
     if hasattr(value, "tobytes"):
+        # npz files keep the dtype of their arrays, rows of lists become float32
+        kinds = {"f": "f4", "i": "i8", "u": "i8", "b": "i8"}
+        value = value.astype(kinds.get(value.dtype.kind, value.dtype))
         return value.shape, hashlib.blake2b(value.tobytes(), digest_size=16).hexdigest()
     if isinstance(value, (list, tuple)):
         return [_normal(item) for item in value]

@@ -1,33 +1,28 @@
-"""Read rows from files and HF datasets; each row knows where it came from.
-
-Rows are read one at a time, so a source may be larger than memory; only `.json` lists and `.npz`
-files are read at once.
-"""
+"""Read rows from files, folders and HF datasets; each row knows where it came from."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import gzip
-import json
 import re
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from foretune.errors import UserError, did_you_mean
+from foretune.errors import UserError, did_you_mean, printable
+from foretune.tasks.data_folder import (
+    SAVED_DATASET,
+    DataFile,
+    check_saved_dataset,
+    data_files,
+    has_dataset_card,
+)
+from foretune.tasks.file_formats import one_line, read_cells, rows_of_table, short, suffix_of
+from foretune.tasks.split_names import LEFT_OUT, SplitNames
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".npz")
-SPLIT_NAMES = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "dev": "validation",
-    "test": "test",
-}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-CHUNK = 1000  # rows of a columnar file that become Python objects at once
-PARQUET_BUFFER = 2**20  # bytes; without a buffer a column of a row group is read at once
+CHUNK = 1000  # rows of a dataset that become Python objects at once
 
 
 class Row(NamedTuple):
@@ -38,8 +33,7 @@ class Row(NamedTuple):
         unit: "line" or "row".
         number: Number of the line or row, from 1.
         fields: The row's columns.
-        split: The split that the file's name or the HF dataset implies, if any; a split column in
-            the row takes precedence.
+        split: The split that the file's or folder's name or the HF dataset says, if any.
     """
 
     file: str
@@ -54,157 +48,73 @@ class Row(NamedTuple):
         return f"{self.file} {self.unit} {self.number}"
 
 
-def read_rows(source: str) -> Iterator[Row]:
+def read_rows(source: str, splits: SplitNames | None = None) -> Iterator[Row]:
     """Iterate over the rows of a file, of the data files in a folder, or of an HF dataset.
 
-    In a folder with a `train` file, the names of files give the split of rows without a split
-    column.
+    Args:
+        source: A path, or the name of a dataset.
+        splits: The names of splits; None for the usual ones.
 
     Raises:
         UserError: There is no such source, or (while iterating) it cannot be read; the message
             names file and line.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _read_file(path)
-    if path.is_dir():
-        return _read_folder(path)
-    if HUB_ID.fullmatch(source) and not source.endswith(SUFFIXES):
-        return _read_dataset(source)
-    raise UserError(f"no such file or folder: {source}.{_near(source)}")
-
-
-def _read_file(path: Path, split: str | None = None) -> Iterator[Row]:
-    readers: dict[str, Callable[[Path], Iterator[tuple[str, int, dict[str, Any]]]]] = {
-        ".jsonl": _json_lines,
-        ".jsonl.gz": _json_lines,
-        ".json": _json,
-        ".parquet": _parquet,
-        ".npz": _npz,
-    }
-    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
-    if suffix is None:
-        raise UserError(f"{path} is not a data file: its name must end in {', '.join(SUFFIXES)}")
-    number, file = None, str(path)
+    splits = splits or SplitNames()
+    path = Path(source)
     try:
-        for unit, number, fields in readers[suffix](path):
-            yield Row(file, unit, number, fields, split)
-    except (OSError, EOFError) as error:  # a broken gzip raises one or the other
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
-    if number is None:
-        raise UserError(f"{path} is empty: it needs at least one row")
-
-
-def _read_folder(folder: Path) -> Iterator[Row]:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _read_dataset(str(folder), saved_to_disk=True)
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(SUFFIXES))
-    if files:
-        names = {p: p.name.split(".")[0] for p in files}
-        has_train = "train" in names.values()
-        split = {p: SPLIT_NAMES.get(name) if has_train else None for p, name in names.items()}
-        return (row for p in files for row in _read_file(p, split[p]))
-    library_suffixes = (".csv", ".tsv", ".arrow", ".parquet", ".jsonl")
-    if any(p.suffix in library_suffixes for p in folder.rglob("*")):
-        return _read_dataset(str(folder))
-    names_shown = sorted(p.name for p in folder.iterdir())[:5]
-    raise UserError(
-        f"no data file in folder {folder}: it needs one that ends in {', '.join(SUFFIXES)}; "
-        f"it holds {', '.join(names_shown) if names_shown else 'nothing'}"
-    )
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield "line", number, _parse(line.rstrip(), f"{path} line {number}")
-
-
-def _json(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """The objects of a JSON list; a `.json` file of JSON lines is read as such."""
-    content = path.read_bytes()
-    if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from _json_lines(path)
-        return
-    for number, item in enumerate(_load(content, str(path)), start=1):
-        yield "row", number, _an_object(item, f"{path} row {number}")
-
-
-def _parse(content: bytes, place: str) -> dict[str, Any]:
-    return _an_object(_load(content, place), place)
-
-
-def _load(content: bytes, place: str) -> Any:
-    try:
-        # as the codec utf-8-sig, in a quarter of the time
-        return json.loads(content.decode().removeprefix("\ufeff"))
-    except UnicodeDecodeError as error:
+        path = path.expanduser()
+        mode = path.stat().st_mode if path.exists() else None
+        link = path.readlink() if mode is None and path.is_symlink() else None
+        if mode is not None and stat.S_ISDIR(mode):
+            return _read_folder(path, splits)
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, too long, no such user
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise UserError(f"{printable(source)} cannot be read: {reason}") from error
+    if link is not None:
+        raise UserError(f"{source} is a link to {link}, which does not exist")
+    if mode is None:
+        if HUB_ID.fullmatch(source) and suffix_of(path) is None:
+            return _read_dataset(source, splits)
+        raise UserError(f"no such file or folder: {source}.{_near(source)}")
+    if not stat.S_ISREG(mode):
         raise UserError(
-            f"{place}: byte {error.object[error.start]:#04x} is not UTF-8: save it as UTF-8"
-        ) from error
-    except json.JSONDecodeError as error:
-        line = f" of line {error.lineno}" if error.lineno > 1 else ""
-        raise UserError(
-            f"{place}: malformed JSON: {error.msg} at character {error.colno}{line}"
-        ) from error
-    except RecursionError as error:
-        raise UserError(f"{place}: malformed JSON: nested too deeply") from error
-
-
-def _an_object(item: Any, place: str) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise UserError(
-            f'{place}: a row must be a JSON object such as {{"task": …}}, got {_short(item)}'
+            f"{source} is a pipe or a device, which cannot be read: write the rows to a file"
         )
-    return item
+    return _read_file(DataFile(path))
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER) as stored:
-            rows = (fields for chunk in stored.iter_batches(CHUNK) for fields in chunk.to_pylist())
-            for number, fields in enumerate(rows, start=1):
-                yield "row", number, fields
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
-        raise UserError(f"{path} is not a readable Parquet file: {one_line(error)}") from error
+def _read_folder(folder: Path, splits: SplitNames) -> Iterator[Row]:
+    if any((folder / name).is_file() for name in SAVED_DATASET):
+        check_saved_dataset(folder)
+        return _read_dataset(str(folder), splits, saved_to_disk=True)
+    if has_dataset_card(folder):
+        return _read_dataset(str(folder), splits)
+    return (row for file in data_files(folder, splits) for row in _read_file(file))
 
 
-def _npz(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    import zipfile
+def _read_file(file: DataFile) -> Iterator[Row]:
+    """The rows of a file, with the columns that its folders name.
 
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} is not a readable .npz file of plain arrays: {one_line(error)}"
-        ) from error
-    lengths = {name: a.shape[0] if a.ndim else None for name, a in arrays.items()}
-    if len(set(lengths.values())) > 1 or None in lengths.values():
-        shapes = ", ".join(f"{name} {a.shape}" for name, a in arrays.items())
-        raise UserError(
-            f"{path}: row i of each array belongs to example i, but lengths differ: {shapes}"
-        )
-    for i in range(next(iter(lengths.values()), 0) or 0):
-        yield "row", i + 1, {name: _plain(a[i]) for name, a in arrays.items()}
+    Raises:
+        UserError: The file cannot be read, or a row has another value in such a column.
+    """
+    name = str(file.path)
+    for unit, number, fields in read_cells(file.path):
+        for column, value in file.columns.items():
+            if str(fields.get(column) or value) != value:
+                raise UserError(
+                    f"{name} {unit} {number}: {column} is {short(fields[column])}, "
+                    f'but the folder says "{column}={value}"'
+                )
+            fields[column] = value
+        yield Row(name, unit, number, fields, file.split)
 
 
-def _plain(value: Any) -> Any:
-    """A NumPy scalar as a Python value; arrays and text unchanged."""
-    value = value.item() if getattr(value, "shape", None) == () else value
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-
-
-def _read_dataset(source: str, saved_to_disk: bool = False) -> Iterator[Row]:
+def _read_dataset(source: str, splits: SplitNames, saved_to_disk: bool = False) -> Iterator[Row]:
     import datasets
 
-    name, _, config = source.partition(":") if HUB_ID.fullmatch(source) else (source, "", "")
+    is_hub_id = HUB_ID.fullmatch(source) and not Path(source).is_dir()
+    name, _, config = source.partition(":") if is_hub_id else (source, "", "")
     try:
         if saved_to_disk:
             loaded = datasets.load_from_disk(source)
@@ -217,12 +127,16 @@ def _read_dataset(source: str, saved_to_disk: bool = False) -> Iterator[Row]:
         raise UserError(
             f'HF dataset "{source}" could not be loaded: {one_line(error)}{missing}.{hint}'
         ) from error
-    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-    if not any(map(len, splits.values())):
+    tables = loaded if isinstance(loaded, dict) else {"train": loaded}
+    if not any(map(len, tables.values())):
         raise UserError(f"{source} is empty: it needs at least one row")
-    for split, table in splits.items():
-        for number, fields in enumerate(_table_rows(table), start=1):
-            yield Row(f"{source} ({split})", "row", number, fields, split)
+    split_of = {name: splits.split_of(name, source) for name in tables}
+    # `datasets` calls train what has no splits; its rows may name their own.
+    has_splits = split_of != {"train": "train"}
+    for name, table in tables.items():
+        split = split_of[name] if has_splits else None
+        for number, fields in enumerate([] if split == LEFT_OUT else _table_rows(table), start=1):
+            yield Row(f"{source} ({name})", "row", number, fields, split)
 
 
 def _table_rows(table: Any) -> Iterator[dict[str, Any]]:
@@ -236,16 +150,16 @@ def _table_rows(table: Any) -> Iterator[dict[str, Any]]:
         elif getattr(feature, "decode", False):
             # An image or a sound, which no objective reads: decoding it would cost time.
             table = table.cast_column(key, dataclasses.replace(feature, decode=False))
-    for chunk in table.iter(CHUNK):
-        for values in zip(*chunk.values(), strict=True):
-            yield _named(dict(zip(chunk, values, strict=True)), labels)
+    for chunk in table.with_format("arrow").iter(CHUNK):
+        for fields in rows_of_table(chunk):
+            yield _named(fields, labels)
 
 
 def _named(fields: dict[str, Any], labels: dict[str, list[str]]) -> dict[str, Any]:
     """The fields with class names instead of numbers; an unnamed number (-1) is not a label."""
     for key, names in labels.items():
         number = fields[key]
-        has_name = number is not None and 0 <= number < len(names)
+        has_name = isinstance(number, int) and 0 <= number < len(names)
         fields[key] = names[number] if has_name else None
     return fields
 
@@ -255,7 +169,10 @@ def _near(source: str) -> str:
     path = Path(source).expanduser()
     if not path.parent.is_dir():
         return f" Its folder {path.parent} does not exist either."
-    names = sorted(p.name for p in path.parent.iterdir())
+    try:
+        names = sorted(p.name for p in path.parent.iterdir())
+    except OSError:  # a folder that may be entered, but not listed
+        return ""
     if str(path.parent) == ".":
         names.append("python-docs")
     hint = did_you_mean(path.name, names)
@@ -264,14 +181,3 @@ def _near(source: str) -> str:
         near = [n for n in names if n.split(".")[0] in stems][:3]
         hint = f" In that folder: {', '.join(near)}." if near else ""
     return hint
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 60 else text[:57] + "…"

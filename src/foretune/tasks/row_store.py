@@ -1,7 +1,7 @@
 """`RowStore`: examples in memory, or on disk if they are many. `StoredRows`: a view of some.
 
 Examples that together exceed `IN_MEMORY_BYTES` go to an unnamed temporary file and are read back
-one at a time; memory then holds two integers per example. Only this process can see the file, and
+one at a time; memory then holds four integers per example. Only this process can see the file, and
 it vanishes with the process, even after a crash: unlike a cache it cannot be stale, fill the disk
 over time or be shared by accident, and writing it costs about as much as validating a cache.
 
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from typing_extensions import override
 
-from foretune.tasks.example import Example
+from foretune.tasks.example import Example, ReadExample
 from foretune.tasks.scratch import ScratchFile
 
 if TYPE_CHECKING:
@@ -32,32 +32,43 @@ IN_MEMORY_BYTES = 2**26
 
 
 class RowStore:
-    """Examples in the order in which they were added."""
+    """Examples in the order in which they were added; each remembers where it was read."""
 
     def __init__(self) -> None:
         self._rows: list[Example] = []
+        self._sources: list[str] = []
+        self._source_of, self._number_of = array("i"), array("q")
         self._ends = array("q")
         self._file: ScratchFile | None = None
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    def add(self, example: Example) -> None:
+    def add(self, example: Example, source: str = "", number: int = 0) -> None:
         """Append an example; it must not be changed afterwards.
+
+        Args:
+            example: The example.
+            source: What it was read from, as in `ReadExample`.
+            number: Number of its line or row.
 
         Raises:
             ForetuneError: The disk is full.
         """
         pickled = pickle.dumps(example, protocol=pickle.HIGHEST_PROTOCOL)
         self._ends.append(len(pickled) + (self._ends[-1] if self._ends else 0))
+        if source not in self._sources[-1:]:
+            self._sources.append(source)
+        self._source_of.append(len(self._sources) - 1)
+        self._number_of.append(number)
         if self._file is not None:
             self._file.append(pickled)
             return
-        self._rows.append(example)
+        self._rows.append(ReadExample(example, source, number))
         if self._ends[-1] > IN_MEMORY_BYTES:
             self._file = ScratchFile()
             for stored in self._rows:
-                self._file.append(pickle.dumps(stored, protocol=pickle.HIGHEST_PROTOCOL))
+                self._file.append(pickle.dumps(dict(stored), protocol=pickle.HIGHEST_PROTOCOL))
             self._rows = []
 
     def read(self, index: int) -> Example:
@@ -66,7 +77,7 @@ class RowStore:
             return self._rows[index]
         start = self._ends[index - 1] if index else 0
         example: Example = pickle.loads(self._file.read(start, self._ends[index] - start))
-        return example
+        return ReadExample(example, self._sources[self._source_of[index]], self._number_of[index])
 
     def rows(self, numbers: Sequence[int]) -> Sequence[Example]:
         """The examples of these indices: a tuple, or a view if they are on disk.

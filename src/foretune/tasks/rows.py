@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from typing import Any
 
-from foretune.errors import UserError, did_you_mean
-from foretune.tasks.readers import SPLIT_NAMES, Row
+from foretune.errors import UserError, did_you_mean, printable
+from foretune.tasks.file_formats import Unreadable, short
+from foretune.tasks.readers import Row
+from foretune.tasks.split_names import SplitNames
 
 NEEDS = {
     "choice": "context with candidates and answer, or context with response",
@@ -26,7 +28,7 @@ def task_of(row: Row, task_column: str) -> str:
     Raises:
         UserError: The row has no such column, or it holds no name.
     """
-    value = row.fields.get(task_column)
+    value = readable(row, task_column)
     if value is None:
         raise UserError(
             f'{row.place}: no "{task_column}" column; it has {_names(row.fields)}. '
@@ -34,33 +36,56 @@ def task_of(row: Row, task_column: str) -> str:
             f"{did_you_mean(task_column, row.fields)}"
         )
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise UserError(f"{row.place}: {task_column} must be text, got {_short(value)}")
+        raise UserError(f"{row.place}: {task_column} must be text, got {short(value)}")
+    check_unicode(str(value), f"{row.place}, {task_column}")
     if not str(value).strip():
         raise UserError(f"{row.place}: {task_column} is empty: each row needs a task name")
     return str(value)
 
 
-def split_of(row: Row) -> str:
-    """The split of the row's split column, else of its file, else "train".
+def split_of(row: Row, splits: SplitNames | None = None) -> str:
+    """The split that the row's split column and its file name, else "train".
+
+    Args:
+        row: The row.
+        splits: The names of splits; None for the usual ones.
+
+    Returns:
+        One of `SPLITS`, or `LEFT_OUT`.
 
     Raises:
-        UserError: The column holds no name of a split.
+        UserError: The column holds no name of a split, or another than the file's.
     """
-    value = row.fields.get("split")
-    value = row.split if value is None else value
+    value = readable(row, "split")
     if value is None:
-        return "train"
-    split = SPLIT_NAMES.get(value) if isinstance(value, str) else None
-    if split is None:
+        return row.split or "train"
+    if not isinstance(value, str):
+        value = short(value)
+    split = (splits or SplitNames()).split_of(value, row.place)
+    if row.split not in (None, split):
         raise UserError(
-            f"{row.place}: split must be train, validation (or valid, dev) or test; "
-            f"got {_short(value)}"
+            f'{row.place}: the row says split "{value}", but its file is of {row.split}: '
+            "correct the row, or rename the file"
         )
     return split
 
 
+def readable(row: Row, column: str) -> Any:
+    """The cell of a column that is read; None if there is none.
+
+    Raises:
+        UserError: The cell could not be decoded.
+    """
+    cell = row.fields.get(column)
+    if isinstance(cell, Unreadable):
+        raise UserError(f"{row.place}: {column}: {cell.reason}")
+    return cell
+
+
 def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> dict[str, Any]:
     """The row as a checked example of `kind`, without null fields and the columns in `drop`.
+
+    Cells that could not be decoded are left out too, where `kind` does not read their columns.
 
     Raises:
         UserError: The row lacks a field, or a field holds something that `kind` cannot read.
@@ -71,7 +96,7 @@ def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> dict[str, Any]:
     elif kind == "causal-lm":
         _check_language(example, row)
     elif kind in CLASSES and "text" in example:
-        _need(example, ("label",), row, kind)
+        _need(example, ("text", "label"), row, kind)
         _check_text(example["text"], "text", row)
         _check_label(example["label"], "label", row)
     elif kind == "denoising":
@@ -80,14 +105,12 @@ def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> dict[str, Any]:
     else:
         _need(example, ("x",) if kind == "unlabelled" else ("x", "y"), row, kind)
         example["x"] = _array(example["x"], "x", row)
-        if "y" not in example:
-            return example
-        if kind in (*CLASSES, "unlabelled"):
+        if "y" in example and kind in (*CLASSES, "unlabelled"):
             example["y"] = _scalar(example["y"])
             _check_label(example["y"], "y", row)
-        else:
+        elif "y" in example:
             example["y"] = _target(example["y"], row)
-    return example
+    return {k: v for k, v in example.items() if not isinstance(v, Unreadable)}
 
 
 def _check_choice(example: dict[str, Any], row: Row) -> None:
@@ -106,18 +129,22 @@ def _check_choice(example: dict[str, Any], row: Row) -> None:
         return
     candidates, answer = example["candidates"], example["answer"]
     if not isinstance(candidates, list):
-        raise UserError(f"{row.place}: candidates must be a list, got {_short(candidates)}")
+        raise UserError(
+            f"{row.place}: candidates must be a list, got {short(candidates)}"
+            f"{_text_only(candidates, row)}"
+        )
     if len(candidates) < 2:
         raise UserError(f"{row.place}: at least 2 candidates are needed, got {len(candidates)}")
     for candidate in candidates:
         _check_text(candidate, "a candidate", row)
     if isinstance(answer, bool) or not isinstance(answer, int):
         raise UserError(
-            f"{row.place}: answer is the position of the correct candidate, got {_short(answer)}"
+            f"{row.place}: answer is the position of the correct candidate, got {short(answer)}"
+            f"{_text_only(answer, row)}"
         )
     if not 0 <= answer < len(candidates):
         raise UserError(
-            f"{row.place}: answer is outside the candidates: got answer={answer} "
+            f"{row.place}: answer is outside the candidates: got answer={short(answer)} "
             f"with {len(candidates)} candidates (counted from 0)"
         )
 
@@ -130,11 +157,13 @@ def _check_language(example: dict[str, Any], row: Row) -> None:
 
 
 def _need(example: dict[str, Any], fields: tuple[str, ...], row: Row, kind: str) -> None:
-    """Check that the example has all these fields.
+    """Check that the example has all these fields, and that they could be decoded.
 
     Raises:
-        UserError: It lacks some.
+        UserError: It lacks some, or one could not.
     """
+    for field in fields:
+        readable(row, field)
     missing = [field for field in fields if field not in example]
     if missing:
         present = {k: v for k, v in row.fields.items() if v is not None}
@@ -145,9 +174,30 @@ def _need(example: dict[str, Any], fields: tuple[str, ...], row: Row, kind: str)
         )
 
 
+def check_unicode(text: str, where: str) -> None:
+    """Check that a text can be written as UTF-8, which no tokenizer or file can do without.
+
+    Args:
+        text: The text.
+        where: What and where it is, for the message.
+
+    Raises:
+        UserError: It holds half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise UserError(
+            f"{where}: character {error.start + 1} is half of a surrogate pair ({half}), which is "
+            "no text: write the whole character"
+        ) from error
+
+
 def _check_text(value: Any, field: str, row: Row) -> None:
     if not isinstance(value, str):
-        raise UserError(f"{row.place}: {field} must be text, got {_short(value)}")
+        raise UserError(f"{row.place}: {field} must be text, got {short(value)}")
+    check_unicode(value, f"{row.place}, {field}")
     if not value.strip():
         raise UserError(f"{row.place}: {field} is empty")
 
@@ -155,8 +205,9 @@ def _check_text(value: Any, field: str, row: Row) -> None:
 def _check_label(value: Any, field: str, row: Row) -> None:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise UserError(
-            f"{row.place}: {field} must be a class (text or a whole number), got {_short(value)}"
+            f"{row.place}: {field} must be a class (text or a whole number), got {short(value)}"
         )
+    check_unicode(str(value), f"{row.place}, {field}")
     if not str(value).strip():
         raise UserError(f"{row.place}: {field} is empty")
 
@@ -175,9 +226,13 @@ def _target(value: Any, row: Row) -> Any:
 
     value = _scalar(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise UserError(f"{row.place}: y must be a finite number, got {value}")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise UserError(f"{row.place}: y must be a finite number, got {short(value)}")
+        return number
     return _array(value, "y", row)
 
 
@@ -190,15 +245,18 @@ def _array(value: Any, field: str, row: Row) -> Any:
     import numpy as np
 
     if not isinstance(value, (list, np.ndarray)):
-        raise UserError(f"{row.place}: {field} must be an array of numbers, got {_short(value)}")
+        raise UserError(
+            f"{row.place}: {field} must be an array of numbers, got {short(value)}"
+            f"{_text_only(value, row)}"
+        )
     try:
         array = value if isinstance(value, np.ndarray) else np.asarray(value, dtype=np.float32)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         array = np.asarray("no numbers")
     if array.dtype.kind not in "fiub":
         raise UserError(
             f"{row.place}: {field} must be an array of numbers with rows of equal length, "
-            f"got {_short(value)}"
+            f"got {short(value)}"
         )
     if not array.size:
         raise UserError(f"{row.place}: {field} is empty")
@@ -207,10 +265,11 @@ def _array(value: Any, field: str, row: Row) -> Any:
     return array
 
 
-def _names(fields: dict[str, Any]) -> str:
-    return ", ".join(sorted(fields)) if fields else "no fields"
+def _names(fields: Mapping[str, Any]) -> str:
+    return printable(", ".join(sorted(fields))) if fields else "no fields"
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "…"
+def _text_only(value: Any, row: Row) -> str:
+    """A hint for rows of a format without numbers and lists."""
+    is_table = isinstance(value, str) and any(s in row.file.casefold() for s in (".csv", ".tsv"))
+    return " (a CSV or TSV file holds text only: write .jsonl or .parquet)" if is_table else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,10 @@ from foretune.run import check_at_least, check_one_of
 from foretune.tasks.candidates import draw_candidates
 from foretune.tasks.example import SPLITS
 from foretune.tasks.readers import HUB_ID, Row, read_rows
+from foretune.tasks.responses import GROUP_COLUMNS
 from foretune.tasks.row_store import RowStore
-from foretune.tasks.rows import CLASSES, NEEDS, example_of, split_of, task_of
+from foretune.tasks.rows import CLASSES, NEEDS, example_of, readable, split_of, task_of
+from foretune.tasks.split_names import LEFT_OUT, SplitNames, check_renames
 from foretune.tasks.splits import carve, cut_train, draw_tasks
 from foretune.tasks.task import Task, TaskCollection
 
@@ -26,9 +29,9 @@ class Source:
     """Where tasks come from and how they are split: the `tasks:` block of a recipe.
 
     Args:
-        source: A file or folder (.jsonl, .jsonl.gz, .json, .parquet, .npz), "python-docs" (the
-            documentation of the installed Python modules), or an HF dataset ("owner/name", with
-            ":config" if it has several).
+        source: A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .npz) or a folder of those,
+            "python-docs" (the documentation of the installed Python modules), or an HF dataset
+            ("owner/name", with ":config" if it has several).
         task_column: The column that names a row's task.
         group_column: The column that names a row's group, so that splits keep groups together;
             None for "dialogue" or "group" if a row has one.
@@ -51,6 +54,8 @@ class Source:
             from other examples of the same task.
         candidate_seed: Random seed of the distractors.
         columns: Columns to rename: name in the source → name that foretune expects.
+        splits: Names of splits: name in the source → "train", "validation" or "test", or None to
+            leave its rows out. The usual names need no entry.
         seed: Random seed of the draws of tasks, splits and train examples.
 
     Raises:
@@ -72,6 +77,7 @@ class Source:
     candidates_from: Literal["others", "own"] = "others"
     candidate_seed: int = 0
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    splits: dict[str, str | None] = dataclasses.field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -108,6 +114,10 @@ class Source:
             raise UserError(
                 f"columns must map names in the source to new names, got {self.columns!r}"
             )
+        repeated = [n for n, count in Counter(self.columns.values()).items() if count > 1]
+        if repeated:
+            raise UserError(f'columns renames two columns to "{repeated[0]}"')
+        check_renames(self.splits)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields; `Source(**source.to_dict())` restores the source."""
@@ -128,10 +138,12 @@ def load_tasks(source: Source, kind: str) -> tuple[TaskCollection, TaskCollectio
         UserError: Bad data; the message names the file and the line, or the task.
     """
     check_one_of("kind", kind, tuple(NEEDS))
-    tasks = _read_tasks(source, kind)
+    splits = SplitNames(source.splits, "tasks.splits")
+    tasks = _read_tasks(source, kind, splits)
     if isinstance(source.unseen, str):
         second = dataclasses.replace(source, source=source.unseen, unseen=None)
-        unseen = _read_second(second, kind, tasks)
+        unseen = _read_second(second, kind, tasks, splits)
+        splits.check_used(f"{source.source} and {second.source}")
         both = sorted({t.name for t in tasks} & {t.name for t in unseen})
         if both:
             raise UserError(
@@ -145,6 +157,7 @@ def load_tasks(source: Source, kind: str) -> tuple[TaskCollection, TaskCollectio
             kind,
             unseen=True,
         )
+    splits.check_used(source.source)
     named = source.unseen if isinstance(source.unseen, list) else []
     _check_named(named, tasks, source)
     tasks = draw_tasks(tasks, source.max_tasks, source.seed, keep=named)
@@ -160,13 +173,13 @@ def load_tasks(source: Source, kind: str) -> tuple[TaskCollection, TaskCollectio
     return _finish(seen, source, kind), _finish(held_out, source, kind, unseen=True)
 
 
-def _read_tasks(source: Source, kind: str) -> list[Task]:
+def _read_tasks(source: Source, kind: str, splits: SplitNames) -> list[Task]:
     """All tasks of the source with at least `min_rows` examples, in the order of the data.
 
     Raises:
         UserError: Bad data, or no task has enough examples.
     """
-    store, numbers = _read(source, kind)
+    store, numbers = _read(source, kind, splits)
     tasks = [
         Task(
             name,
@@ -184,7 +197,9 @@ def _read_tasks(source: Source, kind: str) -> list[Task]:
     return tasks
 
 
-def _read(source: Source, kind: str) -> tuple[RowStore, dict[str, tuple[array[int], ...]]]:
+def _read(
+    source: Source, kind: str, splits: SplitNames
+) -> tuple[RowStore, dict[str, tuple[array[int], ...]]]:
     """All examples of the source, and for each task the indices of those in each of `SPLITS`.
 
     The first faulty row is reported only after all rows are read: errors of the file or of its
@@ -197,15 +212,20 @@ def _read(source: Source, kind: str) -> tuple[RowStore, dict[str, tuple[array[in
     numbers: dict[str, tuple[array[int], ...]] = {}
     columns: set[str] = set()
     drop = (source.task_column, "split")
+    group_columns = (source.group_column,) if source.group_column else GROUP_COLUMNS
     fault: UserError | None = None
-    for row in _rows(source, kind):
+    for row in _rows(source, kind, splits):
         columns.update(row.fields)
         if fault is not None:
             continue
         if source.columns:
             row = _renamed(row, source.columns)
         try:
-            name, split = task_of(row, source.task_column), split_of(row)
+            if (split := split_of(row, splits)) == LEFT_OUT:
+                continue
+            name = task_of(row, source.task_column)
+            for column in group_columns:
+                readable(row, column)
             example = example_of(row, kind, drop)
         except UserError as error:
             fault = error
@@ -213,7 +233,7 @@ def _read(source: Source, kind: str) -> tuple[RowStore, dict[str, tuple[array[in
         if name not in numbers:
             numbers[name] = tuple(array("q") for _ in SPLITS)
         numbers[name][SPLITS.index(split)].append(len(store))
-        store.add(example)
+        store.add(example, f"{row.file} {row.unit}", row.number)
     _check_renames(source, sorted(columns))
     if fault is not None:
         raise fault
@@ -221,7 +241,7 @@ def _read(source: Source, kind: str) -> tuple[RowStore, dict[str, tuple[array[in
     return store, numbers
 
 
-def _read_second(second: Source, kind: str, seen: list[Task]) -> list[Task]:
+def _read_second(second: Source, kind: str, seen: list[Task], splits: SplitNames) -> list[Task]:
     """The tasks of the source of unseen tasks.
 
     Raises:
@@ -231,23 +251,30 @@ def _read_second(second: Source, kind: str, seen: list[Task]) -> list[Task]:
     guess = did_you_mean(second.source, names)
     if HUB_ID.fullmatch(second.source) or second.source == PYTHON_DOCS:
         guess = ""  # it may well be a source
-    if (guess or second.source in names) and not Path(second.source).exists():
+    if (guess or second.source in names) and not _exists(second.source):
         raise UserError(
             f'unseen="{second.source}" is read as a second source, but there is none; to hold out '
             f'tasks by name write a list, such as unseen=["{second.source}"].'
             + ("" if second.source in names else guess)
         )
-    return _read_tasks(second, kind)
+    return _read_tasks(second, kind, splits)
 
 
-def _rows(source: Source, kind: str) -> Iterable[Row]:
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).exists()
+    except OSError:  # such as a name that is too long
+        return False
+
+
+def _rows(source: Source, kind: str, splits: SplitNames) -> Iterable[Row]:
     """The rows of a source.
 
     Raises:
         UserError: There is no such source, or it cannot be read as `kind`.
     """
     if source.source != PYTHON_DOCS:
-        return read_rows(source.source)
+        return read_rows(source.source, splits)
     if kind != "choice":
         raise UserError(f"{PYTHON_DOCS} is a collection of choice tasks; got objective kind {kind}")
     from foretune.tasks.python_docs import read_python_docs

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from foretune.files import CARD_FILE, write_whole
-from foretune.formats import stamped, unstamped
+from foretune.formats import read_json, stamped
 from foretune.theory.panel import Panel, Settings, Table
 
 RESULT_FILE = "result.json"
@@ -61,7 +61,7 @@ def run_panels(
             seconds = round(time.process_time() - start, 1)
             write_whole(path, json.dumps(stamped({"cpu_seconds": seconds, "rows": rows}, FORMAT)))
             say(f"{panel.name}: {seconds:.0f} s of CPU time")
-        panel_results[panel.name] = unstamped(path, json.loads(path.read_text("utf-8")), FORMAT)
+        panel_results[panel.name] = read_json(path, dict[str, Any], FORMAT)
     result = {
         "title": settings["name"],
         **{key: settings[key] for key in ("experiment", "scale")},

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from foretune.files import write_whole
+from foretune.formats import read_json
 from foretune.theory import figures, shallow
 from foretune.theory.panel import Panel, PanelRows, Settings, Table, median, numbers, short, spread
 
@@ -34,8 +35,7 @@ def _stored_cell(settings: Settings, d: int, num_tasks: int) -> PanelRows:
     if not path.is_file():
         settings["say"](f"d={d} T={num_tasks}")
         write_whole(path, json.dumps(_cell(settings, d, num_tasks)))
-    rows: PanelRows = json.loads(path.read_text("utf-8"))
-    return rows
+    return read_json(path, PanelRows)
 
 
 def _cell(settings: Settings, d: int, num_tasks: int) -> PanelRows:

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from foretune.errors import UserError
 from foretune.files import CHECKPOINT, UNFINISHED, whole_folder
 from foretune.formats import CHECKPOINT as FORMAT
-from foretune.formats import stamped, unstamped
+from foretune.formats import read_json, read_tensors, stamped
 from foretune.training.process_group import Partition
 
 STATE_FILE, STATE_WEIGHTS_FILE = "state.json", "state.safetensors"  # in a checkpoint's folder
@@ -98,11 +97,10 @@ class CheckpointStore:
 
     def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
-            record = path / STATE_FILE
-            meta = unstamped(record, json.loads(record.read_text()), FORMAT)
-            tensors = load_file(path / STATE_WEIGHTS_FILE)
+            meta = read_json(path / STATE_FILE, dict[str, Any], FORMAT)
+            tensors = read_tensors(path / STATE_WEIGHTS_FILE)
             return tensors if self.partition is None else self.partition.local_state(tensors), meta
-        except (OSError, ValueError, SafetensorError) as error:
+        except UserError as error:
             raise UserError(
                 f"{path} is not a readable checkpoint ({error}); remove that folder to continue "
                 "from an older one, or start again with --overwrite"

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from foretune.adapters.bank import AdapterBank
-from foretune.adapters.fingerprint import fingerprint
+from foretune.adapters.fingerprint import base_record, fingerprint
 from foretune.adapters.peft_format import peft_config, peft_tensors, write_adapter
 from foretune.files import (
     BASE_FILE,
@@ -89,11 +89,11 @@ class Outcome:
         if self.bank is None:
             return
         config = peft_config(self.bank, self.model, str(folder / "base"))
-        base_fingerprint = fingerprint(self.model, self.bank.head_names)
+        base = base_record(self.model, self.bank.head_names)
         labels = labels_of(self.objective, self.bank.keys)
         for slot, task in enumerate(self.bank.keys):
             with whole_folder(folder / "adapters" / folder_name(task)) as part:
-                write_adapter(part, config, peft_tensors(self.bank, slot), base_fingerprint)
+                write_adapter(part, config, peft_tensors(self.bank, slot), base)
                 _write_labels(part, labels.get(task))
 
     def record(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class Adapted:
         tensors: The adapters, under PEFT's tensor names (methods that train adapters).
         config: PEFT's adapter_config.json of the adapters.
         models: The adapted models (methods that train the whole model).
-        base_fingerprint: Fingerprint of the base that the adapters belong to.
+        base_fingerprint: What the adapters record of their base, as `base_record`.
         cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, trainable_parameters (per
             task).
         stopped: Step at which a task stopped early: {(task, draw): step}.
@@ -167,7 +167,7 @@ class Adapted:
     num_rows: dict[tuple[str, int], int]
     tensors: dict[tuple[str, int], dict[str, Tensor]]
     config: dict[str, Any]
-    base_fingerprint: str
+    base_fingerprint: dict[str, Any]
     models: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     stopped: dict[tuple[str, int], int] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foretune.adapters.fingerprint import fingerprint
+from foretune.adapters.fingerprint import base_record
 from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
 from foretune.files import RUN_FILE, claim_folder, write_whole
@@ -273,7 +273,7 @@ def adapt(
     partition = partition_slots(
         group, TaskData(slots, objective), run.batch_size, len(slots), pooled=False
     )
-    result = Adapted({}, {}, {}, {}, "")
+    result = Adapted({}, {}, {}, {}, {})
     result.labels = labels_of(objective, tasks.names)
     # Whole models have their own head; adapters are loaded onto the base's.
     if method.shares_base and objective.num_outputs() is not None:
@@ -338,7 +338,7 @@ def _adapt_wave(
         result.num_rows[wave[slot].task, wave[slot].draw] = data.num_rows(slot, split)
     if learner.bank is not None:
         result.config = peft_config(learner.bank, base, getattr(base, "name_or_path", None) or None)
-        result.base_fingerprint = fingerprint(base, learner.bank.head_names)
+        result.base_fingerprint = base_record(base, learner.bank.head_names)
         for slot, rows in enumerate(wave):
             result.tensors[rows.task, rows.draw] = peft_tensors(learner.bank, slot)
     else:

@@ -16,8 +16,9 @@ from foretune.evaluation.report.svg import DARK, LIGHT, PAGE, Ink
 from foretune.evaluation.report.view import View
 from foretune.evaluation.verdict import Contrast
 from foretune.evaluation.wording import choice_sentences, counted, p_text, shots_phrase
-from foretune.files import REPORT_FILE
+from foretune.files import REPORT_FILE, write_whole
 from foretune.models.loading_code import loading_code
+from foretune.printable import printable
 
 WIDE_PX, NARROW_PX = 720, 340  # The page shows the one that fits, so that text stays readable.
 
@@ -34,19 +35,22 @@ def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
     """
     view = View(comparison)
     folder = Path(folder)
-    figures = folder / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
+    texts = {REPORT_FILE: _page(view)}  # all of them before the first is written
     for name, figure in all_figures(view, WIDE_PX, LIGHT).items():
-        (figures / f"{name}.svg").write_text(figure.standalone(LIGHT), encoding="utf-8")
-    page = folder / REPORT_FILE
-    page.write_text(_page(view), encoding="utf-8")
-    return page
+        texts[f"figures/{name}.svg"] = figure.standalone(LIGHT)
+    for name, text in texts.items():
+        write_whole(folder / name, text)
+    return folder / REPORT_FILE
 
 
 def _page(view: View) -> str:
     here = resources.files("foretune.evaluation.report")
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     template = environment.from_string((here / "template.html.j2").read_text(encoding="utf-8"))
     style = (here / "style.css").read_text(encoding="utf-8")

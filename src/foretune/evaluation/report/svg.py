@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from xml.sax.saxutils import escape, quoteattr
 
-# Characters that XML forbids even when escaped; names of tasks come from the user's data.
-FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+from foretune.printable import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +56,9 @@ MARKERS = ("circle", "square", "diamond", "up", "down", "plus", "cross", "bar")
 FONT = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 
-def clean(text: object) -> str:
-    """Text with the characters that XML forbids replaced."""
-    return FORBIDDEN.sub("�", str(text))
-
-
 def content(text: object) -> str:
     """Text escaped as markup."""
-    return escape(clean(text))
+    return escape(printable(str(text)))
 
 
 def tag(name: str, *children: str, **attributes: object) -> str:
@@ -79,7 +72,11 @@ def tag(name: str, *children: str, **attributes: object) -> str:
 
 
 def _value(value: object) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else clean(value)
+    return (
+        f"{value:.2f}".rstrip("0").rstrip(".")
+        if isinstance(value, float)
+        else printable(str(value))
+    )
 
 
 def text(

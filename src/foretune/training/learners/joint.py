@@ -16,6 +16,7 @@ from transformers import Conv1D
 
 from foretune.adapters.bank import AdapterBank
 from foretune.errors import UserError
+from foretune.models.calls import eval_no_grad
 from foretune.models.frozen_prefix import frozen_prefix
 from foretune.models.loading import save_base
 from foretune.models.packing import packed
@@ -93,15 +94,42 @@ class Learner:
         return self.partition is not None and self.partition.sharded
 
     def place(self, device: torch.device, partition: Partition) -> None:
-        """Moves everything to the device; shards the base if the partition says so."""
+        """Moves everything to the device; shards the base if the partition says so.
+
+        Raises:
+            UserError: The base is sharded, and must be called for each task of a batch on its own.
+        """
         self.partition = partition
         if partition.sharded:
+            if self.bank is not None and len(partition.local_data) > 1:
+                self._check_mixing(self.bank, partition.local_data)
             shard(self.model, device, partition.group.size)
             self.dropout = RowDropout(self.model, tries=False)  # all processes call equally often
             self.base = [p for p in self.model.parameters() if p.requires_grad]
         self.model.to(device)
         if self.bank is not None:
             self.bank.to(device)
+
+    def _check_mixing(self, bank: AdapterBank, data: TaskData) -> None:
+        """Lets the bank learn from two rows of two tasks, while the base is not sharded yet.
+
+        Once it is, the processes must call it equally often.
+
+        Raises:
+            UserError: The base must be called for each task of a batch on its own.
+        """
+        device = next(self.model.parameters()).device
+        step = data.step([(0, 0), (1, 0)], "train", train=True, seed=[0])
+        bank.to(device)
+        with torch.random.fork_rng(devices=[]), self.ready(), eval_no_grad(self.model):
+            self.objective.losses(self.model, step.chunks[0].to(device))
+            self.objective.scores(self.model, step.chunks[0].to(device))
+        reason = bank.settle()
+        if reason is not None:
+            raise UserError(
+                f"{type(self.model).__name__} cannot be sharded (FSDP) with adapters, as it must "
+                f"be called for each task of a batch on its own: {reason}"
+            )
 
     def start(self, run: Run) -> None:
         """Makes the optimisers; called once, when everything is on its device.
