@@ -37,6 +37,7 @@ from foretune.source_free.learner import SourceFreeLearner, add_imputer
 from foretune.source_free.losses import Shot
 from foretune.source_free.time_series_cnn import TimeSeriesCNN
 from foretune.source_free.tucker import core_parameters, count_macs, tuckerize
+from foretune.tasks.objectives.accuracy import picks
 from foretune.training.record import environment
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "subspace_sfda.json"
@@ -117,8 +118,8 @@ class Lora:
 def report(model: nn.Module, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Accuracy and macro-F1 on labelled rows."""
     x = torch.from_numpy(np.stack([row["x"] for row in rows]).astype(np.float32))
-    said = torch.cat([model.eval()(part).argmax(1) for part in x.split(64)])
-    found = class_report([row["y"] for row in rows], said.tolist(), range(CLASSES))
+    picked = torch.cat([picks(model.eval()(part)) for part in x.split(64)])
+    found = class_report([row["y"] for row in rows], picked.tolist(), range(CLASSES))
     return {key: round(found[key], 5) for key in ("accuracy", "macro_f1")}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from foretune.printable import printable
+
 
 class ForetuneError(Exception):
     """An expected failure: training diverged, the disk is full.
@@ -13,6 +15,10 @@ class ForetuneError(Exception):
     """
 
     exit_code = 1
+
+
+class DivergedError(ForetuneError):
+    """The loss, the weights or a score are no longer finite."""
 
 
 class UserError(ForetuneError):
@@ -33,12 +39,3 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1)
     return f' Did you mean "{printable(close[0])}"?' if close else ""
-
-
-def printable(text: str) -> str:
-    """The text with escapes for what a terminal would not show as it is, or obey.
-
-    >>> printable("caf\u00e9 \x1b[2J")
-    'café \\x1b[2J'
-    """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import foretune
+from foretune.errors import DivergedError
 from foretune.evaluation.held_out import best, build_search_tasks, try_rates
 from foretune.run import Run
-from foretune.training.loop import DivergedError
 from linear_tasks import Net, family
 
 

@@ -16,14 +16,13 @@ from typer.testing import CliRunner
 import foretune
 from foretune.cli import app
 from foretune.cli.output import comparison_text
-from foretune.errors import ForetuneError, UserError
+from foretune.errors import DivergedError, ForetuneError, UserError
 from foretune.recipes.console import SILENT
 from foretune.recipes.plan import Plan, Stopwatch, plan_recipe
 from foretune.recipes.runner import find_entry, retrain_one, run_recipe
 from foretune.recipes.schema import Recipe, load_recipe
 from foretune.recipes.setup import set_up
 from foretune.recipes.templates import template_text
-from foretune.training.loop import DivergedError
 
 MODEL = """
 from torch import nn

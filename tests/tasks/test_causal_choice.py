@@ -152,8 +152,8 @@ def test_truncation_and_end_of_text():
     before = TOKENIZER("a")["input_ids"][:1]
     remaining = TOKENIZER("c d", add_special_tokens=False)["input_ids"]
     assert encoded["context"] == [*before, *remaining]
-    cut = TOKENIZER("a b", add_special_tokens=False)["input_ids"]
-    assert encoded["candidates"][0] == [*cut, TOKENIZER.eos_token_id]
+    cut, whole = TOKENIZER(["a b c", "e"], add_special_tokens=False)["input_ids"]
+    assert encoded["candidates"] == [cut, [*whole, TOKENIZER.eos_token_id]]
 
 
 def test_peft_ml_learns_by_it():

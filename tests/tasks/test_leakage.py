@@ -131,6 +131,8 @@ def test_a_plan_tells_leaks_from_shared_inputs() -> None:
         "unseen": None,
         "retrain": [],
         "adapt": None,
+        "labels": {},
+        "drawn": [],
     }
     plan |= {"seconds": 0, "peak_memory_mb": None}
     text = plan_text(plan | {"leaks": leaks, "shared_inputs": []})

@@ -129,7 +129,7 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
         ({"group_column": "talk"}, 'no column "talk" .group_column.; it has label, task, text'),
         ({"columns": {"txt": "text"}}, 'renames "txt", which .*Did you mean "text"'),
         ({"columns": {"task": "text"}}, 'already has a column "text"'),
-        ({"unseen": 1, "test": 0.0}, "unseen task .* has no test examples"),
+        ({"unseen": 1, "test": 0.0}, "unseen task .* has no rows of split test and test=0"),
         ({"unseen": ["alpha", "beta"], "max_tasks": 1}, "max_tasks=1 is less than the 2 unseen"),
         ({"validation": 0.5, "test": 0.5}, "must leave rows for train"),
         ({"num_candidates": 1}, "num_candidates must be a number not below 2"),

@@ -26,7 +26,8 @@ def choices(names=("a", "b", "c"), rows=6) -> TaskCollection:
         return {
             "context": " ".join(words),
             "candidates": [
-                " ".join(WORDS[(i + k) % 11 : (i + 2 * k) % 11 + 1] or ["a"]) for k in range(6)
+                " ".join(WORDS[k : k + 1] + WORDS[(i + k) % 11 : (i + 2 * k) % 11 + 1])
+                for k in range(6)
             ],
             "answer": (t + i) % 6,
         }

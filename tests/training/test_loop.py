@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import foretune
-from foretune.errors import ForetuneError, UserError
+from foretune.errors import DivergedError, ForetuneError, UserError
 from foretune.run import Run
 from foretune.tasks.objectives.regression import Regression
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import PerTaskSampler, PooledSampler, TaskData, sampler_for
 from foretune.training.learners.joint import Learner
-from foretune.training.loop import DivergedError, fit, schedule
+from foretune.training.loop import fit, schedule
 from linear_tasks import Net, copy_of, equal_bits, family
 
 PEFT_ML = foretune.PEFTML(learning_rate=0.02, adapter_learning_rate=0.02, lora={"r": 2})

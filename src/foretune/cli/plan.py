@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from foretune.cli.output import Json, Overrides, emit, emit_json, quiet_stdout, table
+from foretune.tasks.labels import shown
 
 
 def plan(
@@ -35,6 +36,10 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     parts = [_tasks("seen", plan["seen"])]
     if plan["unseen"]:
         parts.append(_tasks("unseen", plan["unseen"]))
+    if plan["labels"]:
+        parts.append(_labels(plan["labels"]))
+    if plan["drawn"]:
+        parts.append("rows to adapt on\n" + "\n".join(f"  {line}" for line in plan["drawn"]))
     parts.append(_leaks(plan["leaks"]))
     if plan["shared_inputs"]:
         parts.append(_shared_inputs(plan["shared_inputs"]))
@@ -65,6 +70,26 @@ def _tasks(side: str, tasks: Mapping[str, Mapping[str, int]], most: int = 12) ->
         rest = list(tasks.values())[most:]
         rows.append([f"and {len(rest)} more", *(sum(task[s] for task in rest) for s in splits)])
     return f"{len(tasks)} {side} tasks\n" + table([f"{side} task", *splits], rows)
+
+
+def _labels(labels: Mapping[str, list[Any]], most: int = 8) -> str:
+    """The label sets, the most frequent first, and the tasks that have them.
+
+    >>> print(_labels({"a": ["no", "yes"], "b": ["no", "yes"], "c": [1, 2]}))
+    labels
+      2 tasks, such as a: 'no', 'yes'
+      c: 1, 2
+    """
+    tasks: dict[str, list[str]] = {}
+    for name, of_task in labels.items():
+        tasks.setdefault(shown(of_task), []).append(name)
+    sets = sorted(tasks.items(), key=lambda item: -len(item[1]))
+    lines = [
+        f"  {names[0] if len(names) == 1 else f'{len(names)} tasks, such as {names[0]}'}: {text}"
+        for text, names in sets[:most]
+    ]
+    more = [f"  and {len(sets) - most} other sets of labels"] if len(sets) > most else []
+    return "\n".join(["labels", *lines, *more])
 
 
 def _leaks(leaks: list[Mapping[str, Any]], most: int = 8) -> str:

@@ -104,6 +104,8 @@ def adapt(
         emit(table(["task", result["metric"]], [*rows, ["mean", f"{result['mean']:.3f}"]]))
     else:
         emit("No task has test examples, so nothing was scored.")
+    for line in result["drawn"]:
+        emit(f"Adapted on {line}")
     emit(f"Adapters: {out}")
     if result["num_labels"] is not None:
         emit("The adapters of some tasks have a wider head than the base; load them like this:")

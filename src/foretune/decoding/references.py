@@ -13,7 +13,8 @@ from torch import Tensor
 
 from foretune.decoding.generation import prompt_ids
 from foretune.errors import UserError
-from foretune.tasks.objectives.text import plain_ids
+from foretune.tasks.labels import label_text
+from foretune.tasks.objectives.text import ended, plain_ids
 
 KINDS = {
     "label": "prompt (or text) and label",
@@ -141,7 +142,7 @@ def prompt_and_label(row: Mapping[str, Any], kind: str, turn: int = 0) -> tuple[
     """(prompt, label) of a row of kind "label" or "choice"."""
     if kind == "choice":
         return choice_prompt(row, turn)
-    return _prompt(row), str(row["label"])
+    return _prompt(row), label_text(row["label"])
 
 
 def _prompt(row: Mapping[str, Any]) -> str:
@@ -166,8 +167,8 @@ def _add(
             references.add(piece[:-1], list(range(len(piece) - 1)), piece[1:], source)
     elif references.kind == "completion":
         ids = prompt_ids(tokenizer, row["prompt"])
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        after = [*plain_ids(tokenizer, [row["completion"]])[0], *end]
+        completion = plain_ids(tokenizer, [row["completion"]])[0]
+        after = ended(completion, tokenizer.eos_token_id)
         places = list(range(len(ids) - 1, len(ids) + len(after) - 1))
         references.add([*ids, *after][:-1], places, after, source)
     else:
@@ -236,7 +237,7 @@ def _label_ids(rows: Sequence[Mapping[str, Any]], kind: str, tokenizer: Any) -> 
         UserError: Two labels begin with the same token.
     """
     if kind == "label":
-        names = {str(row["label"]): _prompt(row) for row in rows}
+        names = {label_text(row["label"]): _prompt(row) for row in rows}
     elif kind == "choice":
         num_letters = max(len(row["candidates"]) for row in rows)
         names = dict.fromkeys(LETTERS[:num_letters], "Answer:")

@@ -18,7 +18,8 @@ from foretune.decoding.reference_store import ReferenceStore
 from foretune.decoding.references import References, prompt_and_label, read_references
 from foretune.decoding.side_models import bare_model
 from foretune.decoding.store_controls import calibrated, states_and_log_probs, train_lora
-from foretune.errors import UserError
+from foretune.errors import ForetuneError, UserError
+from foretune.tasks.objectives.accuracy import accuracies
 from foretune.training.loop import Progress
 
 
@@ -188,9 +189,11 @@ class _Table:
         row: dict[str, Any] = {"method": method, "trains": trains, "seconds": seconds}
         if self.labels is not None:
             classes = self.class_of(self.answers)
-            right = (log_p.argmax(-1) == classes).float()
+            right = accuracies(log_p, classes)
             loss = -log_p.gather(1, classes[:, None])[:, 0].double()
             row["score"] = float(right.mean())
+            if math.isnan(row["score"]):
+                raise ForetuneError(f"{method} gives log-probabilities that are nan: try float32")
             row["standard_error"] = float(right.std(correction=0)) / math.sqrt(len(right))
         else:
             loss = -log_p[:, 0].double()

@@ -34,6 +34,8 @@ from foretune.training.data import TaskData, slot_of
 from foretune.training.loop import Progress
 from foretune.training.outcome import Outcome
 from foretune.training.scoring import score_slots
+from foretune.training.shots import draw_shots
+from foretune.training.text_limits import TextLimits
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ def compare(
             adapted = verbs.adapt(
                 model, unseen, method, run, shots=k, draws=draws, progress=progress
             )
+            drawn = draw_shots(unseen, objective.kind, k, draws, run.seed)
+            num_train = {(slot.task, slot.draw): len(slot.train) for slot in drawn}
             scores += [
                 {
                     "base": name,
@@ -134,6 +138,7 @@ def compare(
                     "seed": draw,
                     "score": score,
                     "num_rows": adapted.num_rows[task, draw],
+                    "num_train": num_train[task, draw],
                 }
                 for (task, draw), score in adapted.scores.items()
             ]
@@ -210,7 +215,8 @@ def zero_shot(
     objective = verbs.objective_of(unseen)
     if objective.num_outputs() is not None and objective.shared() is not objective:
         return []
-    data = TaskData([slot_of(task) for task in unseen], objective.bind(model))
+    limits = TextLimits.of(model, objective)
+    data = TaskData([slot_of(task) for task in unseen], objective.bind(model), limits)
     with frozen_prefix(model, []):
         scores = score_slots(model, data, "test")
     return [

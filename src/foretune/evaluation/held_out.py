@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import nn
 
-from foretune.errors import UserError
+from foretune.errors import DivergedError, UserError
 from foretune.run import Run
 from foretune.tasks.row_store import join
 from foretune.tasks.splits import carve
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training import verbs
-from foretune.training.loop import DivergedError, Progress
+from foretune.training.loop import Progress
 from foretune.training.methods import AdaptMethod
 from foretune.training.shots import draw_shots
 

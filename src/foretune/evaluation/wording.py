@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 MINUS = "−"
@@ -88,6 +88,29 @@ def shots_phrase(shots: int | None, unit: str = "rows") -> str:
     if shots == 0:
         return label
     return f"with {label}" if " per " in label else f"with {label} per task"
+
+
+def rows_drawn(numbers: Mapping[int | None, Collection[int]], unit: str = "rows") -> list[str]:
+    """What each number of shots came to, where that is not the number itself.
+
+    A task with fewer rows than asked for gives all that it has.
+
+    Args:
+        numbers: Training rows of a task in each draw, by the number of shots; None for all rows.
+        unit: What shots count.
+
+    >>> rows_drawn({1: [4, 6], 40: [40, 12], 8: [8]}, "rows per class")[0]
+    '1 row per class: 4 to 6 rows of a task'
+    >>> rows_drawn({40: [40, 12], 8: [8, 8]})
+    ['40 rows: 12 to 40 rows of a task']
+    """
+    parts = []
+    for shots, counts in numbers.items():
+        low, high = min(counts), max(counts)
+        if (low, high) != (shots, shots):
+            span = counted(high, "row") if low == high else f"{low} to {counted(high, 'row')}"
+            parts.append(f"{shots_label(shots, unit)}: {span} of a task")
+    return parts
 
 
 def choice_sentences(bases: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from foretune.errors import UserError, did_you_mean
+from foretune.errors import DivergedError, UserError, did_you_mean
 from foretune.evaluation.verdict import CONTROLS
 from foretune.formats import CHOICE, stamped
 from foretune.methods import make
@@ -197,7 +197,6 @@ class Auto(RetrainMethod):
         progress: Any,
     ) -> list[Trial]:
         """Retrains once for candidates that differ only in `interpolate`; scores each of them."""
-        from foretune.training.loop import DivergedError
         from foretune.training.model_copies import interpolate
         from foretune.training.verbs import retrain
 
@@ -224,7 +223,6 @@ class Auto(RetrainMethod):
     ) -> Trial:
         """Adapts a base to the held-out tasks at every number of shots; the best rate's scores."""
         from foretune.evaluation.held_out import best, try_rates
-        from foretune.training.loop import DivergedError
 
         run = Run(**self.adapt_run).replace(seed=seed, out=None, resume=False, overwrite=False)
         method = _record(self.adapt)

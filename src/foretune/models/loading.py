@@ -18,6 +18,7 @@ from foretune.entry_points import entry_point
 from foretune.errors import UserError, did_you_mean
 from foretune.files import BASE_FILE, CONFIG_FILE, MODULE_FILE, WEIGHTS_FILE
 from foretune.formats import BASE, MODULE, check_format, stamped
+from foretune.models.capacity import pad_within
 from foretune.models.surgery import freeze_lower, has_fresh_head, head_modules
 
 Head = Literal["none", "classification", "causal-lm", "seq2seq", "image-classification"]
@@ -132,6 +133,7 @@ def _load_pretrained(
         auto = getattr(transformers, AUTO_CLASSES[head])
         model = _build(auto, where, config, trust_remote_code, seed, dtype)
         tokenizer = _load_tokenizer(where, trust_remote_code)
+    pad_within(model, tokenizer)
     if tokenizer is not None and head == "classification":
         # decoders find a row's last token by this id, so it must be the id that pads the rows
         fill = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
@@ -307,7 +309,9 @@ def load_base(
         name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
         auto = getattr(transformers, name, transformers.AutoModel)
         model = _build(auto, where, config, trust_remote_code, 0, dtype)
-        return _freeze_as_saved(model, Path(where)), _load_tokenizer(where, trust_remote_code)
+        tokenizer = _load_tokenizer(where, trust_remote_code)
+    pad_within(model, tokenizer)
+    return _freeze_as_saved(model, Path(where)), tokenizer
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:

@@ -10,6 +10,7 @@ from foretune.printable import markdown
 
 def model_card(comparison: dict[str, Any]) -> str:
     """The model card in Markdown, with the front matter that the Hugging Face Hub reads."""
+    from foretune.evaluation.report.view import View
     from foretune.training.outcome import folder_name
 
     best = comparison["verdict"]["best"]
@@ -21,6 +22,7 @@ def model_card(comparison: dict[str, Any]) -> str:
     tasks = "task" if number == 1 else "tasks"
     example_task = folder_name(comparison["scores"][-1]["task"])
     retrained = "" if seen is None else f" retrained on {seen} tasks and"
+    drawn = "".join(f"; {part}" for part in View(comparison).rows_drawn())
     lines = [
         "---",
         "library_name: transformers",
@@ -32,8 +34,8 @@ def model_card(comparison: dict[str, Any]) -> str:
         markdown(comparison["verdict"]["sentence"]),
         "",
         f"Bases{retrained} compared by adapting each to {number} {tasks} that were not part of "
-        "any retraining. `report.html` shows few-shot curves, differences by task and costs; "
-        "`comparison.json` has all scores; `foretune run config.yaml` repeats the run.",
+        f"any retraining{drawn}. `report.html` shows few-shot curves, differences by task and "
+        "costs; `comparison.json` has all scores; `foretune run config.yaml` repeats the run.",
         "",
         "| base | method | folder |",
         "|---|---|---|",

@@ -24,8 +24,9 @@ from foretune.recipes.objective_blocks import OBJECTIVES
 from foretune.recipes.overrides import override_keys
 from foretune.recipes.runner import finish
 from foretune.recipes.schema import Recipe, adapt_record, parse_block, run_of
-from foretune.recipes.setup import with_tokenizer
+from foretune.recipes.setup import check_sides, with_tokenizer
 from foretune.tasks.objectives import make_objective
+from foretune.tasks.rows import CLASSES
 from foretune.tasks.sources import Source, load_tasks
 
 
@@ -127,12 +128,15 @@ def adapt_folder(
         console: Receives the progress.
 
     Returns:
-        Scores per task, their mean, the cost, and Python code that loads the first adapter.
+        Scores and training examples per task, the mean score, the cost, and Python code that loads
+        the first adapter.
 
     Raises:
         UserError: The folder is not a base, or the data, a setting or `out` is not acceptable.
     """
+    from foretune.evaluation.wording import rows_drawn
     from foretune.training.outcome import folder_name
+    from foretune.training.shots import draw_shots
 
     block, source = settings(tasks, changes)
     saved = find_base(base)
@@ -142,21 +146,28 @@ def adapt_folder(
     collection, _ = load_tasks(source, str(kind))
     model, tokenizer = saved.load()
     fitted = saved.objective(objective, tokenizer).fit(collection)
+    collection = collection.with_objective(fitted)
+    check_sides(model, collection, None, console)
     run = run_of(block, seed=seed, out=out, resume=resume, overwrite=overwrite)
     with console.bar(f"adapting {saved.folder} to {len(collection)} tasks") as progress:
         adapted = foretune.adapt(
             model,
-            collection.with_objective(fitted),
+            collection,
             adapt_record(block, _fixed_rate(block)),
             run,
             shots=shots,
             progress=progress,
         )
     scores = {task: score for (task, _), score in adapted.scores.items()}
+    drawn = draw_shots(collection, fitted.kind, shots, 1, seed)
+    num_train = {slot.task: len(slot.train) for slot in drawn}
+    unit = "rows per class" if fitted.kind in CLASSES else "rows"
     return {
         "out": str(out),
         "metric": fitted.metric,
         "scores": scores,
+        "num_train": num_train,
+        "drawn": rows_drawn({shots: num_train.values()}, unit) if shots else [],
         "mean": sum(scores.values()) / len(scores) if scores else None,
         "num_labels": adapted.num_labels,
         "code": loading_code(
@@ -242,13 +253,16 @@ def compare_folders(
     first = next(iter(bases.values()))
     loaded = _Loaded(bases)
     fitted = first.objective(objective, _one_tokenizer(loaded)).fit(collection)
+    collection = collection.with_objective(fitted)
+    for name in bases:
+        check_sides(loaded[name], collection, None, console)
     prepare_folder(out, resume=resume, overwrite=overwrite)
     with console.bar(
         f"adapting {len(bases)} bases to {len(collection)} tasks", rounds=len(bases) * len(shots)
     ) as progress:
         comparison: dict[str, Any] = foretune.compare(
             loaded,
-            collection.with_objective(fitted),
+            collection,
             adapt=adapt_record(block, _fixed_rate(block)),
             run=run_of(block),
             shots=tuple(shots),

@@ -47,6 +47,8 @@ class Plan:
         name: Name of the recipe.
         seen: Task → number of examples per split.
         unseen: The same for unseen tasks; None if the recipe has none.
+        labels: Task → its labels, of seen and unseen tasks; empty where examples have none.
+        drawn: What the numbers of shots come to, where a task has other numbers of rows.
         leaks: Examples that occur both in training and in evaluation data.
         shared_inputs: Inputs of unseen tasks that seen tasks have with answers of their own.
         retrain: Cost of each method.
@@ -56,6 +58,8 @@ class Plan:
     name: str
     seen: dict[str, dict[str, int]]
     unseen: dict[str, dict[str, int]] | None
+    labels: dict[str, list[Any]]
+    drawn: list[str]
     leaks: list[Leak]
     shared_inputs: list[SharedInputs]
     retrain: list[Cost]
@@ -105,9 +109,36 @@ def plan_recipe(recipe: Recipe, console: Console = SILENT) -> Plan:
         unseen=None if setup.unseen is None else describe(setup.unseen),
         leaks=overlaps.leaks,
         shared_inputs=overlaps.shared_inputs,
+        labels=_labels(setup),
+        drawn=[] if setup.unseen is None else _drawn(setup, setup.unseen),
         retrain=costs,
         adapt=adapt,
     )
+
+
+def _labels(setup: Setup) -> dict[str, list[Any]]:
+    """Task → its labels, for tasks whose outputs are labels."""
+    labels: dict[str, list[Any]] = {}
+    for tasks in (setup.seen, setup.unseen):
+        if tasks is not None and tasks.objective is not None:
+            for name in tasks.names:
+                names = tasks.objective.local().output_labels(name)
+                labels |= {} if names is None else {name: list(names)}
+    return labels
+
+
+def _drawn(setup: Setup, unseen: TaskCollection) -> list[str]:
+    """What the recipe's numbers of shots come to in the unseen tasks."""
+    from foretune.evaluation.wording import rows_drawn
+    from foretune.tasks.rows import CLASSES
+    from foretune.training.shots import draw_shots
+
+    kind, block = setup.recipe.objective.kind, setup.recipe.adapt
+    numbers = {
+        shots: {len(slot.train) for slot in draw_shots(unseen, kind, shots, 1, 0)}
+        for shots in block.row_counts
+    }
+    return rows_drawn(numbers, "rows per class" if kind in CLASSES else "rows")
 
 
 def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:

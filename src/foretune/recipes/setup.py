@@ -10,6 +10,7 @@ from typing import Any
 from foretune.errors import UserError
 from foretune.recipes.console import Console
 from foretune.recipes.schema import Recipe
+from foretune.recipes.text_checks import Alike, check_texts
 from foretune.tasks.example import SPLITS
 from foretune.tasks.file_formats import one_line
 from foretune.tasks.objectives import make_objective
@@ -78,6 +79,7 @@ def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
         _check_forward(model, seen)
     if unseen is not None:
         unseen = unseen.with_objective(with_tokenizer(objective.fit(unseen), tokenizer))
+    check_sides(model, seen, unseen, console)
     search = seen
     if searched:
         source, shots = recipe.source(repeat), recipe.adapt.row_counts
@@ -91,6 +93,20 @@ def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
             f"be a multiple of {setup.turns}, got {recipe.seeds}"
         )
     return setup
+
+
+def check_sides(
+    model: Any, seen: TaskCollection, unseen: TaskCollection | None, console: Console
+) -> None:
+    """Checks all texts of both sides; says in how many rows candidates cannot be told apart.
+
+    Raises:
+        UserError: The model cannot read a text.
+    """
+    for tasks in (seen, unseen):
+        alike = Alike() if tasks is None else check_texts(tasks, model)
+        if alike.count:
+            console.say(str(alike))
 
 
 def read_tasks(recipe: Recipe, repeat: int = 0) -> tuple[TaskCollection, TaskCollection | None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import foretune
-from foretune.errors import UserError
+from foretune.errors import DivergedError, UserError
 from foretune.formats import STAGE, stamped, unstamped
 from foretune.processes import process_rank
 from foretune.recipes.console import Console
@@ -120,7 +120,6 @@ def retrain(
 def _trial(setup: Setup, entry: MethodEntry, rate: float, console: Console) -> float | None:
     from foretune.evaluation import held_out
     from foretune.evaluation.wording import counted
-    from foretune.training.loop import DivergedError
 
     recipe, search = setup.recipe, setup.search
     full_run = recipe.retrain_run()

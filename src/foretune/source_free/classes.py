@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
 def class_report(
-    truth: Sequence[int], predicted: Sequence[int], labels: Sequence[object]
+    truth: Sequence[int], picked: Sequence[Sequence[float]], labels: Sequence[object]
 ) -> dict[str, Any]:
     """Accuracy, macro-F1 and the scores of each class.
 
@@ -16,22 +17,23 @@ def class_report(
 
     Args:
         truth: True class of each example, as an index into `labels`.
-        predicted: Predicted class of each example, likewise.
+        picked: The share of each class in the prediction of each example, as `accuracy.picks` gives
+            it: 1 for the predicted class, 1/k for each of k that are tied.
         labels: The classes.
 
     Returns:
         "accuracy", "macro_f1", "rows" (the number of examples) and "classes": for each class its
         label, rows, predicted (how often it was), precision, recall and f1.
 
-    >>> class_report([0, 0, 1], [0, 1, 1], ["walk", "sit"])["macro_f1"]
+    >>> class_report([0, 0, 1], [[1, 0], [0, 1], [0, 1]], ["walk", "sit"])["macro_f1"]
     0.6666666666666666
     """
-    pairs = list(zip(truth, predicted, strict=True))
+    pairs = list(zip(truth, picked, strict=True))
     classes: list[dict[str, Any]] = []
     for index, label in enumerate(labels):
-        hits = sum(t == p == index for t, p in pairs)
+        hits = _total(shares[index] for t, shares in pairs if t == index)
         num_true = sum(t == index for t, _ in pairs)
-        num_predicted = sum(p == index for _, p in pairs)
+        num_predicted = _total(shares[index] for shares in picked)
         classes.append(
             {
                 "label": label,
@@ -44,8 +46,14 @@ def class_report(
         )
     f1_scores = [c["f1"] for c in classes if c["f1"] is not None]
     return {
-        "accuracy": sum(t == p for t, p in pairs) / len(pairs) if pairs else None,
+        "accuracy": _total(shares[t] for t, shares in pairs) / len(pairs) if pairs else None,
         "macro_f1": sum(f1_scores) / len(f1_scores) if f1_scores else None,
         "rows": len(pairs),
         "classes": classes,
     }
+
+
+def _total(shares: Iterable[float]) -> int | float:
+    """The sum of the shares, an int unless ties make it a fraction."""
+    total = math.fsum(shares)
+    return int(total) if total.is_integer() else total

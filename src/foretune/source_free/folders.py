@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foretune.errors import UserError
+from foretune.errors import DivergedError, UserError
 from foretune.files import claim_model_folder, whole_folder
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import method_and_run
@@ -341,17 +341,21 @@ def _logits(model: nn.Module, windows: Sequence[Any]) -> Tensor:
     x = np.stack([window["x"] for window in windows]).astype(np.float32)
     with eval_no_grad(model):
         logits: Tensor = logits_of(model(torch.from_numpy(x)))
+    if logits.isnan().any():
+        raise DivergedError("the model's outputs are nan, so its windows have no class")
     return logits
 
 
 def _report(model: nn.Module, windows: Sequence[Any], labels: Sequence[Any]) -> dict[str, Any]:
     from foretune.source_free.classes import class_report
+    from foretune.tasks.labels import label_of, label_places
+    from foretune.tasks.objectives.accuracy import picks
 
-    predicted: list[int] = []
+    picked: list[list[float]] = []
     for start in range(0, len(windows), 64):
-        predicted += _logits(model, windows[start : start + 64]).argmax(1).tolist()
-    truth = [list(labels).index(window["y"]) for window in windows]
-    return class_report(truth, predicted, labels)
+        picked += picks(_logits(model, windows[start : start + 64])).tolist()
+    truth = [label_places(tuple(labels))[label_of(window)] for window in windows]
+    return class_report(truth, picked, labels)
 
 
 def _macs(model: nn.Module, task: Task) -> int:

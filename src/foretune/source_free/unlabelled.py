@@ -13,7 +13,10 @@ from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.tasks.batch import Batch
-from foretune.tasks.objectives.classification import Classification, Label, shown
+from foretune.tasks.example import row_name
+from foretune.tasks.labels import Label, label_places, label_text, shown
+from foretune.tasks.objectives.accuracy import accuracies
+from foretune.tasks.objectives.classification import Classification
 from foretune.tasks.objectives.regression import check_arrays
 from foretune.tasks.objectives.text import IGNORED
 from foretune.tasks.task import Objective, Task, TaskCollection
@@ -79,9 +82,9 @@ class Unlabelled(Objective):
     def _check(self, task: Task, split: str) -> None:
         for i, row in enumerate(task.split(split)):
             label = _label(row)
-            if label not in self.labels:
+            if label is None or label_text(label) not in label_places(self.labels):
                 raise UserError(
-                    f'task "{task.name}", {split} row {i + 1}: scoring needs a label of the source '
+                    f"{row_name(task.name, split, i, row)}: scoring needs a label of the source "
                     f"({shown(self.labels)}); got {label!r}"
                 )
 
@@ -91,7 +94,8 @@ class Unlabelled(Objective):
         placeholder = {**example, "y": self.labels[0], "label": self.labels[0]}
         encoded = self._classification(task).encode(placeholder, task)
         # Only scoring reads the label; `fit` has checked that scored examples have one.
-        encoded["label"] = self.labels.index(label) if label in self.labels else IGNORED
+        places = label_places(self.labels)
+        encoded["label"] = IGNORED if label is None else places.get(label_text(label), IGNORED)
         return encoded
 
     def _classification(self, task: str) -> Classification:
@@ -124,7 +128,7 @@ class Unlabelled(Objective):
 
     @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
-        return (self.logits(model, batch).argmax(1) == batch.inputs["label"]).float()
+        return accuracies(self.logits(model, batch), batch.inputs["label"])
 
     @override
     def to_dict(self) -> dict[str, Any]:

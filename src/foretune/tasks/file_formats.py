@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from foretune.errors import UserError, printable
+from foretune.errors import UserError
+from foretune.printable import printable
 
 CHUNK = 1000  # rows of a columnar file that become Python objects at once
 PARQUET_BUFFER = 2**20  # bytes; without a buffer a column of a row group is read at once

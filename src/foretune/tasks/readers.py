@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from foretune.errors import UserError, did_you_mean, printable
+from foretune.errors import UserError, did_you_mean
+from foretune.printable import printable
 from foretune.tasks.data_folder import (
     SAVED_DATASET,
     DataFile,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from foretune.errors import UserError, did_you_mean, printable
+from foretune.errors import UserError, did_you_mean
+from foretune.printable import printable
 from foretune.tasks.file_formats import Unreadable, short
 from foretune.tasks.readers import Row
 from foretune.tasks.split_names import SplitNames
@@ -137,6 +138,7 @@ def _check_choice(example: dict[str, Any], row: Row) -> None:
         raise UserError(f"{row.place}: at least 2 candidates are needed, got {len(candidates)}")
     for candidate in candidates:
         _check_text(candidate, "a candidate", row)
+    check_repeats(candidates, row.place)
     if isinstance(answer, bool) or not isinstance(answer, int):
         raise UserError(
             f"{row.place}: answer is the position of the correct candidate, got {short(answer)}"
@@ -147,6 +149,21 @@ def _check_choice(example: dict[str, Any], row: Row) -> None:
             f"{row.place}: answer is outside the candidates: got answer={short(answer)} "
             f"with {len(candidates)} candidates (counted from 0)"
         )
+
+
+def check_repeats(candidates: Sequence[str], where: str) -> None:
+    """Check that no candidate of a choice is given twice, as the right one and a wrong one perhaps.
+
+    Raises:
+        UserError: One is.
+    """
+    first: dict[str, int] = {}
+    for i, candidate in enumerate(candidates):
+        if first.setdefault(candidate, i) != i:
+            raise UserError(
+                f"{where}: candidates {first[candidate] + 1} and {i + 1} are the same "
+                f"({short(candidate)}): remove one"
+            )
 
 
 def _check_language(example: dict[str, Any], row: Row) -> None:

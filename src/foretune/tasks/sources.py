@@ -13,6 +13,7 @@ from foretune.errors import UserError, did_you_mean
 from foretune.run import check_at_least, check_one_of
 from foretune.tasks.candidates import draw_candidates
 from foretune.tasks.example import SPLITS
+from foretune.tasks.labels import label_of
 from foretune.tasks.readers import HUB_ID, Row, read_rows
 from foretune.tasks.responses import GROUP_COLUMNS
 from foretune.tasks.row_store import RowStore
@@ -326,16 +327,13 @@ def _finish(
             seed=source.seed,
             group_column=source.group_column,
             labelled=kind in CLASSES,
+            scored=unseen,
         )
         if not task.train:
             raise UserError(f'task "{task.name}" has no train examples, only {_counts(task)}')
         if unseen and not task.test:
-            raise UserError(
-                f'unseen task "{task.name}" has no test examples and too few train examples to '
-                f"carve any: got {_counts(task)}, test={source.test}; add examples, or drop the "
-                f"task with min_rows"
-            )
-        finished.append(cut_train(task, source.max_rows, source.seed))
+            raise UserError(f'unseen task "{task.name}" {_why_no_test(task, source, kind)}')
+        finished.append(cut_train(task, source.max_rows, source.seed, labelled=kind in CLASSES))
     collection = TaskCollection(tuple(finished))
     if kind != "choice":
         return collection
@@ -346,6 +344,27 @@ def _finish(
         source.candidate_pool,
         source.group_column,
         source.candidates_from == "own",
+    )
+
+
+def _why_no_test(task: Task, source: Source, kind: str) -> str:
+    """Why an unseen task has no test rows, and what would give it some."""
+    if not source.test:
+        return (
+            "has no rows of split test and test=0 moves none there: set test to a share such as "
+            "0.2, or give rows of that split"
+        )
+    rows = len(task.train)
+    drop = f"or leave out tasks this small with min_rows={len(task) + 1}"
+    if kind in CLASSES and rows > 1:
+        labels = len({label_of(example) for example in task.train})
+        return (
+            f"has {rows} rows with {labels} labels, so none can be held out for test: a test row "
+            f"needs a label that training rows have too. Add rows, {drop}"
+        )
+    return (
+        f"has {rows} training row{'s' * (rows > 1)}, too few to hold one (or one group) out for "
+        f"test: add rows, {drop}"
     )
 
 

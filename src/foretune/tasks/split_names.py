@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from foretune.errors import UserError, did_you_mean, printable
+from foretune.errors import UserError, did_you_mean
+from foretune.printable import printable
 from foretune.tasks.example import SPLITS
 
 SPELLINGS = {

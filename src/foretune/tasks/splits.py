@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from foretune.errors import UserError
 from foretune.tasks.example import Example
+from foretune.tasks.labels import label_of
 from foretune.tasks.responses import group_of
 from foretune.tasks.row_store import select
 from foretune.tasks.seeds import seed_for
@@ -23,6 +24,7 @@ def carve(
     seed: int = 0,
     group_column: str | None = None,
     labelled: bool = False,
+    scored: bool = False,
 ) -> Task:
     """The task with validation and test examples moved out of train, if it has none.
 
@@ -38,6 +40,8 @@ def carve(
         seed: Random seed of the draw, combined with the task's name.
         group_column: As in `draw_candidates`.
         labelled: Whether each example has a label.
+        scored: Whether the task needs test examples: with labels, if any example can be held out,
+            one is for test.
     """
     units = _units(task, group_column, seed)
     num_test = 0 if task.test else _share(len(units), test, len(units) - 1)
@@ -50,6 +54,8 @@ def carve(
     train, between, last = units[:middle], units[middle:end], units[end:]
     if labelled:
         _keep_labels(task, train, [between, last])
+        if scored and num_test and not last:
+            last = [between.pop()] if between else _spare(task, train)
 
     def examples(of_units: list[Sequence[int]]) -> Sequence[Example]:
         return select(task.train, sorted(i for unit in of_units for i in unit))
@@ -76,20 +82,54 @@ def _keep_labels(
                 train_labels |= new
 
 
-def label_of(example: Example) -> Any:
-    """The label of a labelled example."""
-    import numpy as np
+def _spare(task: Task, train: list[Sequence[int]]) -> list[Sequence[int]]:
+    """A unit whose labels other units have too, moved out of train, in place; none if none has."""
+    counts = Counter(label_of(task.train[i]) for unit in train for i in unit)
+    for unit in reversed(train):
+        in_unit = Counter(label_of(task.train[i]) for i in unit)
+        if all(counts[label] > number for label, number in in_unit.items()):
+            train.remove(unit)
+            return [unit]
+    return []
 
-    return example["label"] if "label" in example else np.asarray(example["y"]).item()
 
+def cut_train(task: Task, max_rows: int | None, seed: int = 0, *, labelled: bool = False) -> Task:
+    """The task with at most `max_rows` train examples, drawn with the seed, order preserved.
 
-def cut_train(task: Task, max_rows: int | None, seed: int = 0) -> Task:
-    """The task with at most `max_rows` train examples, drawn with the seed, order preserved."""
+    Where examples have labels, one of each is kept.
+
+    Raises:
+        UserError: There are more labels than `max_rows`.
+    """
     if max_rows is None or len(task.train) <= max_rows:
         return task
     rng = random.Random(seed_for(seed, task.name, "rows"))
-    places = sorted(rng.sample(range(len(task.train)), max_rows))
-    return replace(task, train=select(task.train, places))
+    places = rng.sample(range(len(task.train)), max_rows)
+    if labelled:
+        places = _with_all_labels([label_of(example) for example in task.train], places)
+        if len(places) > max_rows:
+            raise UserError(
+                f'task "{task.name}" has {len(places)} labels, of which max_rows={max_rows} leaves '
+                f"some without a training row: set max_rows to {len(places)} or more"
+            )
+    return replace(task, train=select(task.train, sorted(places)))
+
+
+def _with_all_labels(labels: Sequence[str], places: Sequence[int]) -> list[int]:
+    """The places, of which some give way to the first example of each label that they lack."""
+    counts = Counter(labels[place] for place in places)
+    lacking = [place for label, place in reversed(_first(labels)) if not counts[label]]
+    chosen = list(places)
+    for place in reversed(places):
+        if len(chosen) + len(lacking) > len(places) and counts[labels[place]] > 1:
+            counts[labels[place]] -= 1
+            chosen.remove(place)
+    return chosen + lacking
+
+
+def _first(labels: Sequence[str]) -> list[tuple[str, int]]:
+    """Each distinct label, and the first place that has it."""
+    return list({label: place for place, label in reversed(list(enumerate(labels)))}.items())
 
 
 def _units(task: Task, group_column: str | None, seed: int) -> list[Sequence[int]]:

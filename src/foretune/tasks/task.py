@@ -133,6 +133,12 @@ class Objective(Protocol):
         """The encoded example after the random draws that training makes for it."""
         return row
 
+    def token_ids(
+        self, row: Mapping[str, Any], *, encoder_decoder: bool = False
+    ) -> Iterable[Sequence[int]]:
+        """The token ids of each text of an encoded example, as the model reads it at once."""
+        return [row["input_ids"]] if "input_ids" in row else []
+
     def size(self, row: Mapping[str, Any]) -> int:
         """The number of tokens of an encoded example; 1 for an example of arrays."""
         return 1

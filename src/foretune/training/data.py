@@ -18,7 +18,9 @@ from typing_extensions import override
 from foretune.errors import UserError
 from foretune.run import Run
 from foretune.tasks.batch import Batch
+from foretune.tasks.example import row_name
 from foretune.tasks.task import Objective, Task, TaskCollection
+from foretune.training.text_limits import TextLimits
 
 Pick = tuple[int, int]  # (slot, index of an example in it)
 
@@ -75,18 +77,22 @@ class TaskData:
     Args:
         slots: The examples, not yet encoded.
         objective: Encodes and collates them.
+        limits: What the model can read; None if examples are not checked against it.
         max_cached_tokens: Encoded examples are cached up to this many tokens (about 36 bytes
             each); beyond it the oldest are dropped and encoded again when needed.
     """
 
     slots: Sequence[SlotRows]
     objective: Objective
+    limits: TextLimits | None = None
     max_cached_tokens: int = 5_000_000
     _encoded: OrderedDict[tuple[int, int], dict[str, Any]] = field(default_factory=OrderedDict)
     _cached_tokens: int = 0
 
     @classmethod
-    def of(cls, tasks: TaskCollection, objective: Objective) -> TaskData:
+    def of(
+        cls, tasks: TaskCollection, objective: Objective, limits: TextLimits | None = None
+    ) -> TaskData:
         """One slot per task.
 
         Raises:
@@ -97,7 +103,7 @@ class TaskData:
                 raise UserError(
                     f'task "{task.name}" has no training examples; add rows of split "train"'
                 )
-        return cls([slot_of(task) for task in tasks], objective)
+        return cls([slot_of(task) for task in tasks], objective, limits)
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -111,6 +117,11 @@ class TaskData:
         """Number of examples of a slot in "train", "validation" or "test"."""
         return len(getattr(self.slots[slot], split))
 
+    def name_of(self, slot: int, split: str, i: int) -> str:
+        """The name of an example for messages: its task, split, number, and where it was read."""
+        source = self.slots[slot]
+        return row_name(source.task or source.key, split, i, getattr(source, split)[i])
+
     def row(self, slot: int, split: str, i: int) -> dict[str, Any]:
         """An encoded example; slots with the same sequence of examples (draws) share its cache."""
         source = self.slots[slot]
@@ -118,7 +129,10 @@ class TaskData:
         key = (id(rows), i)
         encoded = self._encoded.get(key)
         if encoded is None:
-            encoded = self.objective.encode(rows[i], source.task or source.key)
+            example, task = rows[i], source.task or source.key
+            encoded = self.objective.encode(example, task)
+            if self.limits is not None:
+                self.limits.check(encoded, self.objective, row_name(task, split, i, example))
             self._encoded[key] = encoded
             self._cached_tokens += self.objective.size(encoded)
             while self._cached_tokens > self.max_cached_tokens:

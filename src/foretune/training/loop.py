@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from foretune.errors import ForetuneError, UserError
+from foretune.errors import DivergedError, UserError
 from foretune.run import Run
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import Sampler, TaskData
@@ -20,10 +20,6 @@ from foretune.training.sharding import local_tensor, unsharded
 from foretune.training.stopping import EarlyStopping
 
 Progress = Callable[[int, int, dict[str, Any]], None]  # (update, num_updates, latest figures)
-
-
-class DivergedError(ForetuneError):
-    """The loss or the weights are no longer finite."""
 
 
 def fit(
@@ -107,7 +103,10 @@ def fit(
                 _validate_and_keep(learner, partition, run, store, record, losses, validate)
                 losses = []
                 if stopping is not None:
-                    stopping.update(update + 1, learner.score(data, "validation", run.eval_rows))
+                    scores = scores_after(
+                        update + 1, learner, data, "validation", run.eval_rows, run
+                    )
+                    stopping.update(update + 1, scores)
             if progress is not None:
                 progress(
                     update + 1,
@@ -116,7 +115,7 @@ def fit(
                 )
         if learner.average:
             learner.take_mean()
-            scores = _scores(learner, partition, run) if validate else {}
+            scores = _scores(learner, partition, run, num_updates) if validate else {}
             mean = sum(scores.values()) / len(scores) if scores else None
             record |= {"best_step": num_updates, "best_score": mean}
     if stopping is not None:
@@ -182,7 +181,7 @@ def _validate_and_keep(
 ) -> None:
     _check_weights(learner, partition, record["step"], run)
     entry: dict[str, Any] = {"step": record["step"], "loss": sum(losses) / len(losses)}
-    scores = _scores(learner, partition, run) if validate else {}
+    scores = _scores(learner, partition, run, record["step"]) if validate else {}
     if scores:
         entry["score"] = sum(scores.values()) / len(scores)
         if record["best_score"] is None or entry["score"] > record["best_score"]:
@@ -192,12 +191,14 @@ def _validate_and_keep(
         store.save(record["step"], learner.state(optimizers=run.out is not None), record)
 
 
-def _scores(learner: Learner, partition: Partition, run: Run) -> dict[int, float]:
+def _scores(learner: Learner, partition: Partition, run: Run, step: int) -> dict[int, float]:
     """The validation scores of all slots; each process scores its own."""
     local_scores = {}
-    with unsharded(learner.model):
+    with partition.group.raise_together(), unsharded(learner.model):
         if partition.slots:
-            local_scores = learner.score(partition.local_data, "validation", run.eval_rows)
+            local_scores = scores_after(
+                step, learner, partition.local_data, "validation", run.eval_rows, run
+            )
     return partition.gather_scores(local_scores)
 
 
@@ -208,6 +209,20 @@ def _check_finite(
         if not math.isfinite(loss):
             what = f"the loss is {loss} at step {update + 1}, task {data.slots[slot].key!r}"
             raise _diverged(what, learner, run)
+
+
+def scores_after(
+    step: int, learner: Learner, data: TaskData, split: str, max_rows: int | None, run: Run
+) -> dict[int, float]:
+    """The scores of all slots after so many steps of training.
+
+    Raises:
+        DivergedError: A score is not finite; the message names task, row and step.
+    """
+    try:
+        return learner.score(data, split, max_rows)
+    except DivergedError as error:
+        raise _diverged(f"{error} after step {step}", learner, run) from error
 
 
 def _check_weights(learner: Learner, partition: Partition, step: int, run: Run) -> None:

@@ -207,7 +207,8 @@ class Partition:
         """The examples of the slots in this process's bank."""
         if self.group.size == 1:
             return self.data
-        return TaskData([self.data.slots[slot] for slot in self.bank_slots], self.data.objective)
+        slots = [self.data.slots[slot] for slot in self.bank_slots]
+        return TaskData(slots, self.data.objective, self.data.limits)
 
     @cached_property
     def slots(self) -> list[int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
 from torch import nn
 
+from foretune.errors import DivergedError
 from foretune.models.packing import packed
 from foretune.training.data import TaskData
 
@@ -36,6 +38,9 @@ def score_slots(
 
     Returns:
         Mean score by slot; a slot without examples is left out.
+
+    Raises:
+        DivergedError: A score is not finite; the message names task and row.
     """
     chosen = range(len(data)) if only is None else [only]
     picks = [(s, i) for s in chosen for i in spread(data.num_rows(s, split), max_rows)]
@@ -47,10 +52,16 @@ def score_slots(
         with packed(model):
             for start in range(0, len(picks), batch_size):
                 part = picks[start : start + batch_size]
-                for chunk in data.step(part, split, train=False, seed=[0], budget=budget).chunks:
-                    scores = data.objective.scores(model, chunk.to(device))
-                    for slot, score in zip(chunk.slots, scores.tolist(), strict=True):
-                        scores_by_slot[slot].append(score)
+                step = data.step(part, split, train=False, seed=[0], budget=budget)
+                scores = [
+                    score
+                    for chunk in step.chunks
+                    for score in data.objective.scores(model, chunk.to(device)).tolist()
+                ]
+                for slot, i, score in zip(step.slots, step.rows, scores, strict=True):
+                    if not math.isfinite(score):
+                        raise DivergedError(f"{data.name_of(slot, split, i)}: the score is {score}")
+                    scores_by_slot[slot].append(score)
     finally:
         model.train(was_training)
     return {slot: sum(values) / len(values) for slot, values in scores_by_slot.items()}

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from foretune.errors import UserError
+from foretune.tasks.labels import label_of
 from foretune.tasks.row_store import select
 from foretune.tasks.rows import CLASSES
-from foretune.tasks.splits import label_of
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training.data import SlotRows, stable_hash
 

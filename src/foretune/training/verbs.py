@@ -25,7 +25,7 @@ from foretune.tasks.task import Objective, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import SlotRows, TaskData, sampler_for
 from foretune.training.learners.joint import Learner
-from foretune.training.loop import Progress, fit
+from foretune.training.loop import Progress, fit, scores_after
 from foretune.training.methods import AdaptMethod, RetrainMethod
 from foretune.training.model_copies import copy_to_adapt, fresh_copy, interpolate
 from foretune.training.outcome import Adapted, Outcome, labels_of
@@ -50,6 +50,7 @@ from foretune.training.scoring import score_slots
 from foretune.training.sharding import load_full_weights
 from foretune.training.shots import draw_shots
 from foretune.training.stopping import EarlyStopping
+from foretune.training.text_limits import TextLimits
 
 
 def retrain(
@@ -86,7 +87,7 @@ def retrain(
     if method.chooses:
         return _retrain_chosen(model, tasks, method, run, tokenizer, progress)
     objective = method.objective_for(objective_of(tasks).fit(tasks).bind(model))
-    data = TaskData.of(tasks, objective)
+    data = TaskData.of(tasks, objective, TextLimits.of(model, objective))
     share = method.interpolate
     pretrained, model = model, fresh_copy(model, objective, run.seed)
     check_model(group, model)
@@ -261,6 +262,7 @@ def adapt(
     base = model
     model, objective = copy_to_adapt(base, objective, run.seed)
     check_model(group, model)
+    limits = TextLimits.of(base, objective)
     slots = list(draw_shots(tasks, objective.kind, shots, draws, run.seed))
     task_draws = [(slot.task, slot.draw) for slot in slots]
     done: dict[TaskDraw, tuple[float, int]] = {}
@@ -271,7 +273,7 @@ def adapt(
         done = group.on_first_process(lambda: _begin_adapting(out, method, run, inputs))
         slots = [slot for slot in slots if (slot.task, slot.draw) not in done]
     partition = partition_slots(
-        group, TaskData(slots, objective), run.batch_size, len(slots), pooled=False
+        group, TaskData(slots, objective, limits), run.batch_size, len(slots), pooled=False
     )
     result = Adapted({}, {}, {}, {}, {})
     result.labels = labels_of(objective, tasks.names)
@@ -314,7 +316,7 @@ def _adapt_wave(
     result: Adapted,
     progress: Progress | None,
 ) -> None:
-    data = TaskData(wave, objective)
+    data = TaskData(wave, objective, TextLimits.of(model, objective))
     base = model if method.shares_base else copy.deepcopy(model)
     requires_grad = {p: p.requires_grad for p in base.parameters()}
     torch.manual_seed(run.seed)
@@ -332,7 +334,7 @@ def _adapt_wave(
     for slot, step in stopping.stopped.items() if stopping else ():
         result.stopped[wave[slot].task, wave[slot].draw] = step
     with learner.ready():
-        scores = learner.score(data, split, None)
+        scores = scores_after(run.steps, learner, data, split, None, run)
     for slot, score in scores.items():
         result.scores[wave[slot].task, wave[slot].draw] = score
         result.num_rows[wave[slot].task, wave[slot].draw] = data.num_rows(slot, split)

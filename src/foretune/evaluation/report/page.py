@@ -117,7 +117,7 @@ def _facts(view: View) -> str:
     repeats = {row["seed"] for row in comparison["scores"]}
     steps = f" for {counted(adapt['steps'], 'step')}" if adapt.get("steps") else ""
     parts.append(f"each adapted with {adapt['method']}{steps}, {counted(len(repeats), 'repeat')}")
-    text = "; ".join(parts)
+    text = "; ".join([*parts, *view.rows_drawn()])
     return f"{text[:1].upper()}{text[1:]}."
 
 

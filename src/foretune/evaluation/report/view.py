@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foretune.evaluation.verdict import CONTROLS, Contrast, contrast
-from foretune.evaluation.wording import AS_IT_IS, Scale, shots_label, shots_order
+from foretune.evaluation.wording import AS_IT_IS, Scale, rows_drawn, shots_label, shots_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,15 @@ class View:
     def shots_label(self, shots: int | None) -> str:
         """The title of the column for a number of shots."""
         return shots_label(shots, self.shots_unit)
+
+    def rows_drawn(self) -> list[str]:
+        """What the numbers of shots came to; empty where they are the rows of every task."""
+        numbers: dict[int | None, set[int]] = defaultdict(set)
+        for row in self.comparison["scores"]:
+            if "num_train" in row:
+                numbers[row["shots"]].add(row["num_train"])
+        in_order = {shots: numbers[shots] for shots in self.shots if shots in numbers}
+        return rows_drawn(in_order, self.shots_unit)
 
     def leader(self, shots: int | None) -> str | None:
         """The base with the highest mean at `shots`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -63,15 +63,16 @@ class CausalLM(Objective):
     @override
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
         single = text.single_template(self.tokenizer)
-        room = single.room(self.max_tokens, "max_tokens")
+        single.room(self.max_tokens, "max_tokens")
         if "prompt" in example:
             return self._encode_prompt(example, task, single)
-        ids = text.plain_ids(self.tokenizer, [text.text_of(example, "text", task)])[0]
-        ids = single.fill(ids[:room])
+        ids = text.field_ids(self.tokenizer, example, "text", task)
+        after = [] if tuple(ids[-len(single.after) :]) == single.after else single.after
+        ids = [*single.before, *ids, *after][: self.max_tokens]  # no closing token after a cut
         if len(ids) < 2:
             raise UserError(
-                f'task "{task}": a text needs two tokens or more, to predict one from another; '
-                f"got {example['text']!r:.60}"
+                f"{text.name_of(example, task)}: a text needs two tokens or more, to predict one "
+                f"from another; got {example['text']!r:.60}"
             )
         return {"input_ids": ids, "num_prompt": 1}
 
@@ -83,20 +84,21 @@ class CausalLM(Objective):
         Raises:
             UserError: The prompt or the completion has no token.
         """
-        texts = [text.text_of(example, name, task) for name in ("prompt", "completion")]
-        prompt, completion = text.plain_ids(self.tokenizer, texts)
-        end = getattr(self.tokenizer, "eos_token_id", None)
-        if end is not None:
-            completion = [*completion, end]
+        # an empty prompt leaves the leading special tokens, an empty completion the end of text
+        prompt, completion = (
+            text.field_ids(self.tokenizer, example, name, task) if example.get(name) != "" else []
+            for name in ("prompt", "completion")
+        )
         # the leading special tokens go before the prompt, which keeps at least one token
         before = list(single.before)
-        completion = completion[: self.max_tokens - max(len(before), 1)]
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        completion = text.ended(completion, end, self.max_tokens - max(len(before), 1))
         room = self.max_tokens - len(before) - len(completion)
         prompt = prompt[-room:] if room else []
         if not completion or (not before and not prompt):
             raise UserError(
-                f'task "{task}": a row needs tokens in "prompt" and in "completion", got '
-                f"{texts[0]!r:.40} and {texts[1]!r:.40}"
+                f'{text.name_of(example, task)}: a row needs tokens in "prompt" and in '
+                f'"completion", got {example["prompt"]!r:.40} and {example["completion"]!r:.40}'
             )
         return {
             "input_ids": [*before, *prompt, *completion],
@@ -104,6 +106,14 @@ class CausalLM(Objective):
             "source": single.fill(prompt),
             "target": completion,
         }
+
+    @override
+    def token_ids(
+        self, row: Mapping[str, Any], *, encoder_decoder: bool = False
+    ) -> Iterable[Sequence[int]]:
+        if encoder_decoder and "source" in row:
+            return [row["source"], row["target"]]
+        return [row["input_ids"]]
 
     @override
     def size(self, row: Mapping[str, Any]) -> int:

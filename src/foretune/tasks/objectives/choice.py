@@ -8,7 +8,7 @@ gives the likelihood of each candidate as the continuation of the context.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -23,9 +23,11 @@ from foretune.models.routing import route
 from foretune.run import check_at_least, check_one_of
 from foretune.tasks.batch import Batch
 from foretune.tasks.drawn_rows import DrawnRows
-from foretune.tasks.example import SPLITS
+from foretune.tasks.example import SPLITS, DrawnExample, row_name
 from foretune.tasks.objectives import text
+from foretune.tasks.objectives.accuracy import accuracies
 from foretune.tasks.objectives.shared_context import log_likelihoods, shared_rows
+from foretune.tasks.rows import check_repeats
 from foretune.tasks.task import Objective, Task, TaskCollection
 
 
@@ -108,11 +110,28 @@ class Choice(Objective):
         turns = example["context"]
         if not isinstance(turns, str):
             turns = " ".join(turns if self.context_turns is None else turns[-self.context_turns :])
-        context = text.plain_ids(self.tokenizer, [turns])[0]
-        candidates = [text.cached_ids(self.tokenizer, c) for c in example["candidates"]]
+        where = text.name_of(example, task)
+        context = text.token_ids(self.tokenizer, turns, where)
+        candidates = [text.token_ids(self.tokenizer, c, where) for c in example["candidates"]]
         encoded: dict[str, Any] = {"answer": int(example["answer"])}
+        encoded |= self._encode_texts(context, candidates, where)
+        if not isinstance(example, DrawnExample):
+            self._check_distinct(encoded["candidates"], example["candidates"], where)
+        return encoded
+
+    def _encode_texts(
+        self, context: list[int], candidates: Sequence[list[int]], where: str
+    ) -> dict[str, Any]:
+        """The context and the candidates, cut and with their special tokens.
+
+        Raises:
+            UserError: A text has no token.
+        """
         if self.scoring == "causal":
-            return encoded | self._encode_causal(context, candidates)
+            return self._encode_causal(context, candidates, where)
+        if not context or not all(candidates):
+            raise UserError(f"{where}: the tokenizer makes no token of the context or a candidate")
+        encoded: dict[str, Any] = {}
         if self.scoring == "bi-encoder":
             single = text.single_template(self.tokenizer)
             room = single.room(self.max_context_tokens, "max_context_tokens")
@@ -128,8 +147,27 @@ class Choice(Objective):
         encoded["second"] = len(pair.before) + len(context) + len(pair.between)
         return encoded
 
+    def _check_distinct(
+        self, encoded: Sequence[Sequence[int]], candidates: Sequence[str], where: str
+    ) -> None:
+        """Checks that no two candidates are the same once encoded.
+
+        Raises:
+            UserError: Two are, so that no model could tell them apart.
+        """
+        first: dict[tuple[int, ...], int] = {}
+        for i, ids in enumerate(encoded):
+            other = first.setdefault(tuple(ids), i)
+            if other != i:
+                raise UserError(
+                    f"{where}: candidates {other + 1} and {i + 1} are the same to the model "
+                    f"({candidates[other]!r:.40} and {candidates[i]!r:.40}): set "
+                    f"max_response_tokens above {self.max_response_tokens} if they differ further "
+                    "on, or remove one"
+                )
+
     def _encode_causal(
-        self, context: Sequence[int], candidates: Sequence[Sequence[int]]
+        self, context: Sequence[int], candidates: Sequence[Sequence[int]], where: str
     ) -> dict[str, Any]:
         """The context after the tokenizer's leading special tokens, candidates with end of text.
 
@@ -142,17 +180,12 @@ class Choice(Objective):
         context_ids = [*before, *(context[-room:] if room > 0 else [])]
         if not context_ids:
             raise UserError(
-                f"max_context_tokens={self.max_context_tokens} or an empty context leaves no token "
-                "to predict a candidate from"
+                f"{where}: max_context_tokens={self.max_context_tokens} or an empty context leaves "
+                "no token to predict a candidate from"
             )
-        room = self.max_response_tokens - (end is not None)
-        ends = [] if end is None else [end]
-        truncated = [[*ids[: max(room, 0)], *ends] for ids in candidates]
+        truncated = [text.ended(ids, end, self.max_response_tokens) for ids in candidates]
         if not all(truncated):
-            raise UserError(
-                f"max_response_tokens={self.max_response_tokens} or an empty candidate leaves no "
-                "token to score"
-            )
+            raise UserError(f"{where}: an empty candidate leaves no token to score")
         return {"context": context_ids, "candidates": truncated}
 
     @override
@@ -165,6 +198,14 @@ class Choice(Objective):
         indices = sorted([row["answer"], *drawn])
         candidates = [row["candidates"][i] for i in indices]
         return {**row, "candidates": candidates, "answer": indices.index(row["answer"])}
+
+    @override
+    def token_ids(
+        self, row: Mapping[str, Any], *, encoder_decoder: bool = False
+    ) -> Iterable[Sequence[int]]:
+        if self.scoring == "causal":
+            return [[*row["context"], *ids] for ids in row["candidates"]]
+        return [*([row["context"]] if "context" in row else []), *row["candidates"]]
 
     @override
     def size(self, row: Mapping[str, Any]) -> int:
@@ -266,8 +307,8 @@ class Choice(Objective):
     @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
         values = self._candidate_scores(model, batch)
-        picked = values.masked_fill(~batch.inputs["present"], -torch.inf).argmax(1)
-        return (picked == batch.inputs["answer"]).float()
+        present = batch.inputs["present"]
+        return accuracies(values.masked_fill(~present, -torch.inf), batch.inputs["answer"])
 
     def _candidate_scores(self, model: Any, batch: Batch) -> Tensor:
         """(n, candidates) cosines, class-1 logits or log-likelihoods, depending on `scoring`."""
@@ -330,7 +371,7 @@ def _candidate_counts(task: Task, split: str) -> Iterator[int]:
         yield from rows.candidate_counts()
         return
     for i, row in enumerate(rows):
-        check_row(row, f'task "{task.name}", {split} row {i + 1}')
+        check_row(row, row_name(task.name, split, i, row))
         yield len(row["candidates"])
 
 
@@ -350,6 +391,7 @@ def check_row(row: Mapping[str, Any], where: str) -> None:
     candidates, answer = row["candidates"], row["answer"]
     if isinstance(candidates, str) or len(candidates) < 2:
         raise UserError(f"{where}: candidates must be two texts or more, got {candidates!r:.60}")
+    check_repeats(candidates, where)
     if not isinstance(answer, (int, np.integer)) or not 0 <= answer < len(candidates):
         raise UserError(
             f"{where}: answer must be the index of one of the {len(candidates)} candidates "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -17,12 +17,13 @@ from foretune.errors import UserError, did_you_mean
 from foretune.models.routing import route
 from foretune.run import check_at_least
 from foretune.tasks.batch import Batch
-from foretune.tasks.example import SPLITS
+from foretune.tasks.example import SPLITS, place_of, row_name
+from foretune.tasks.labels import Label, label_places, label_text, shown, sort_labels
 from foretune.tasks.objectives import text
+from foretune.tasks.objectives.accuracy import accuracies
 from foretune.tasks.objectives.regression import check_arrays, stack
 from foretune.tasks.task import Objective, Task, TaskCollection
 
-Label = str | int | float
 LEARNT = {"learnt": True}
 
 
@@ -101,7 +102,8 @@ class Classification(Objective):
         labels = self.labels[task]
         if self.space is None:
             return labels
-        return tuple(label if label in labels else None for label in self.space)
+        places = label_places(labels)
+        return tuple(label if label_text(label) in places else None for label in self.space)
 
     @override
     def fit(self, tasks: TaskCollection) -> Self:
@@ -118,7 +120,7 @@ class Classification(Objective):
         texts = any("text" in row for task in tasks for row in task.train)
         if self.tokenizer is None and not texts:
             check_arrays(tasks, ("x",))
-        labels = {task.name: self._task_labels(task) for task in tasks}
+        labels = one_form({task.name: self._task_labels(task) for task in tasks}, self.space or ())
         union = set().union(*labels.values())
         space = self.space
         if not self.labels:
@@ -134,7 +136,7 @@ class Classification(Objective):
             UserError: There are no training examples, or a label is missing in them.
         """
         labels = sort_labels(
-            self._label_of(row, f'task "{task.name}", train row {i + 1}')
+            self._label_of(row, row_name(task.name, "train", i, row))
             for i, row in enumerate(task.train)
         )
         if not labels:
@@ -144,12 +146,12 @@ class Classification(Objective):
             )
         for split in SPLITS[1:]:
             for i, row in enumerate(task.split(split)):
-                label = self._label_of(row, f'task "{task.name}", {split} row {i + 1}')
-                if label not in labels:
+                label = self._label_of(row, row_name(task.name, split, i, row))
+                if label_text(label) not in label_places(labels):
                     raise UserError(
-                        f'task "{task.name}": label {label!r} of {split} row {i + 1} is missing in '
-                        f"its training rows, which have {shown(labels)}: add a training row with "
-                        "it, or leave this one out"
+                        f'task "{task.name}": label {label!r} of {split} row {i + 1}'
+                        f"{place_of(row)} is missing in its training rows, which have "
+                        f"{shown(labels)}: add a training row with it, or leave this one out"
                     )
         return labels
 
@@ -176,13 +178,15 @@ class Classification(Objective):
             raise UserError(
                 f'the objective was not fitted on task "{task}".{did_you_mean(task, self.labels)}'
             )
-        label = self._label_of(example, f'task "{task}"')
-        if label not in labels:
-            raise UserError(f'task "{task}": label {label!r} is not one of {shown(labels)}')
-        space = labels if self.space is None else self.space
+        where = text.name_of(example, task)
+        label = self._label_of(example, where)
+        places = label_places(labels)
+        if label_text(label) not in places:
+            raise UserError(f"{where}: label {label!r} is not one of {shown(labels)}")
+        outputs = places if self.space is None else label_places(self.space)
         encoded: dict[str, Any] = {
-            "label": space.index(label),
-            "valid": [i for i, output_label in enumerate(space) if output_label in labels],
+            "label": outputs[label_text(label)],
+            "valid": sorted(outputs[name] for name in places),
         }
         if self.tokenizer is None:
             if "text" in example:
@@ -190,7 +194,7 @@ class Classification(Objective):
             encoded["x"] = np.asarray(example["x"], dtype=np.float32)
             return encoded
         single = text.single_template(self.tokenizer)
-        ids = text.plain_ids(self.tokenizer, [text.text_of(example, "text", task)])[0]
+        ids = text.field_ids(self.tokenizer, example, "text", task)
         encoded["input_ids"] = single.fill(ids[: single.room(self.max_tokens, "max_tokens")])
         return encoded
 
@@ -222,8 +226,7 @@ class Classification(Objective):
 
     @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
-        picked = self.logits(model, batch).argmax(1)
-        return (picked == batch.inputs["label"]).float()
+        return accuracies(self.logits(model, batch), batch.inputs["label"])
 
     def logits(self, model: Any, batch: Batch) -> Tensor:
         """(n, outputs) logits, −inf where an output is not a label of the example's task.
@@ -259,12 +262,18 @@ class Classification(Objective):
         }
 
 
-def sort_labels(labels: Iterable[Label]) -> tuple[Label, ...]:
-    """The distinct labels: numbers by value, then texts in alphabetical order."""
-    return tuple(sorted(set(labels), key=lambda v: (isinstance(v, str), v)))
+def one_form(
+    labels: Mapping[str, tuple[Label, ...]], space: Sequence[Label]
+) -> dict[str, tuple[Label, ...]]:
+    """The labels of each task with one form of a label in all of them.
 
-
-def shown(labels: Sequence[Label], most: int = 10) -> str:
-    """The first `most` labels and the number of further ones, for an error message."""
-    more = f" and {len(labels) - most} more" if len(labels) > most else ""
-    return ", ".join(map(repr, labels[:most])) + more
+    Args:
+        labels: The labels of each task.
+        space: Labels whose form takes precedence: those of a head that is there already.
+    """
+    union = sort_labels(label for of_task in labels.values() for label in of_task)
+    forms = {label_text(label): label for label in (*union, *space)}
+    return {
+        task: sort_labels(forms[label_text(label)] for label in of_task)
+        for task, of_task in labels.items()
+    }

@@ -32,8 +32,10 @@ from foretune.models.dual_encoder import (
 from foretune.models.routing import route
 from foretune.run import check_at_least
 from foretune.tasks.batch import Batch
+from foretune.tasks.labels import label_places, label_text, shown
 from foretune.tasks.objectives import text
-from foretune.tasks.objectives.classification import LEARNT, Classification, shown
+from foretune.tasks.objectives.accuracy import accuracies
+from foretune.tasks.objectives.classification import LEARNT, Classification
 from foretune.tasks.objectives.regression import check_arrays, stack
 from foretune.tasks.task import TaskCollection
 
@@ -171,14 +173,16 @@ class PromptClassification(Classification):
         labels = self.labels.get(task)
         if labels is None:
             raise UserError(f'the objective was not fitted on task "{task}"')
-        label = self._label_of(example, f'task "{task}"')
-        if label not in labels:
-            raise UserError(f'task "{task}": label {label!r} is not one of {shown(labels)}')
-        encoded: dict[str, Any] = {"label": labels.index(label), "task": task}
+        where = text.name_of(example, task)
+        label = self._label_of(example, where)
+        places = label_places(labels)
+        if label_text(label) not in places:
+            raise UserError(f"{where}: label {label!r} is not one of {shown(labels)}")
+        encoded: dict[str, Any] = {"label": places[label_text(label)], "task": task}
         if "text" not in example:
             return {**encoded, "x": np.asarray(example["x"], dtype=np.float32)}
         single = text.single_template(self.tokenizer)
-        ids = text.plain_ids(self.tokenizer, [text.text_of(example, "text", task)])[0]
+        ids = text.field_ids(self.tokenizer, example, "text", task)
         ids = single.fill(ids[: single.room(self.max_tokens, "max_tokens")])
         return {**encoded, "input_ids": ids}
 
@@ -210,8 +214,9 @@ class PromptClassification(Classification):
 
     @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
-        picked = self._class_logits(self.features(model, batch), batch).argmax(1)
-        return (picked == batch.inputs["label"]).float()
+        return accuracies(
+            self._class_logits(self.features(model, batch), batch), batch.inputs["label"]
+        )
 
     def _class_logits(self, features: Tensor, batch: Batch) -> Tensor:
         """(n, most labels of a task) logits, −inf beyond the labels of an example's task.

@@ -14,7 +14,7 @@ from typing_extensions import override
 from foretune.errors import UserError
 from foretune.models.routing import route
 from foretune.tasks.batch import Batch
-from foretune.tasks.example import SPLITS
+from foretune.tasks.example import SPLITS, row_name
 from foretune.tasks.objectives.text import logits_of
 from foretune.tasks.task import Objective, TaskCollection
 
@@ -82,7 +82,7 @@ def check_arrays(tasks: TaskCollection, names: Sequence[str]) -> None:
     for task in tasks:
         for split in SPLITS:
             for i, row in enumerate(task.split(split)):
-                where = f'task "{task.name}", {split} row {i + 1}'
+                where = row_name(task.name, split, i, row)
                 for name in names:
                     if row.get(name) is None:
                         raise UserError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from array import array
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 from foretune.errors import UserError
+from foretune.tasks.example import place_of
+from foretune.tasks.rows import check_unicode
 
 IGNORED = -100  # the label that torch's cross-entropy ignores
 
@@ -62,10 +66,36 @@ def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return ids
 
 
-@functools.lru_cache(maxsize=2**16)
-def cached_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """The token ids of one text that is likely to recur: distractors are other rows' answers."""
-    return tuple(plain_ids(tokenizer, [text])[0])
+CACHED_TOKENS = 5_000_000  # of four bytes
+_cache: OrderedDict[tuple[Any, int, str], array[int]] = OrderedDict()
+_cached_tokens = 0
+
+
+def token_ids(tokenizer: Any, text: str, where: str) -> list[int]:
+    """The token ids of one text, without special tokens and truncation.
+
+    The latest ones are remembered: rows are checked before they are trained on, and the distractors
+    of one row are the answers of others.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+        where: Its row, for the message.
+
+    Raises:
+        UserError: There is no tokenizer, or it makes no token of the text.
+    """
+    global _cached_tokens
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else 0  # tokens may be added
+    key = (tokenizer, size, text)
+    ids = _cache.get(key)
+    if ids is None:
+        check_unicode(text, where)
+        ids = _cache[key] = array("i", plain_ids(tokenizer, [text])[0])
+        _cached_tokens += len(ids)
+        while _cached_tokens > CACHED_TOKENS:
+            _cached_tokens -= len(_cache.popitem(last=False)[1])
+    return ids.tolist()
 
 
 @functools.lru_cache(maxsize=16)
@@ -108,6 +138,23 @@ def _index_of(ids: Sequence[int], part: Sequence[int], start: int) -> int:
     raise UserError("the tokenizer changes a text's ids when it adds special tokens")
 
 
+def ended(ids: Sequence[int], end: int | None, max_tokens: int | None = None) -> list[int]:
+    """The ids of a text that is predicted, closed by the end-of-text token where it really ends.
+
+    A text that ends with the token gets no second one, and one that is cut gets none.
+
+    Args:
+        ids: The whole text.
+        end: The end-of-text token; None if there is none.
+        max_tokens: Most ids to return; None for all.
+
+    >>> ended([5, 6], 2, 4), ended([5, 2], 2, 4), ended([5, 6, 7], 2, 3)
+    ([5, 6, 2], [5, 2], [5, 6, 7])
+    """
+    closed = [*ids] if end is None or ids[-1:] == [end] else [*ids, end]
+    return closed[:max_tokens]
+
+
 def pad_id(tokenizer: Any) -> int:
     """The id used for padding; attention masks make the choice irrelevant to the result."""
     for name in ("pad_token_id", "eos_token_id"):
@@ -148,10 +195,37 @@ def text_of(example: Any, field: str, task: str) -> str:
     value = example.get(field)
     if not isinstance(value, str):
         raise UserError(
-            f'task "{task}": a row needs text in "{field}", got {value!r:.60}; '
+            f'{name_of(example, task)}: a row needs text in "{field}", got {value!r:.60}; '
             f"the row has {', '.join(map(str, example)) or 'no fields'}"
         )
     return value
+
+
+def name_of(example: Any, task: str) -> str:
+    """The task of an example and where it was read, for a message."""
+    return f'task "{task}"{place_of(example)}'
+
+
+def field_ids(tokenizer: Any, example: Any, field: str, task: str) -> list[int]:
+    """The token ids of the text in a field, without special tokens and truncation.
+
+    Raises:
+        UserError: There is no text, no tokenizer, or no token.
+    """
+    value = text_of(example, field, task)
+    where = name_of(example, task)
+    return need_tokens(token_ids(tokenizer, value, where), value, where)
+
+
+def need_tokens(ids: list[int], text: str, where: str) -> list[int]:
+    """The ids, one or more.
+
+    Raises:
+        UserError: The tokenizer makes no token of the text.
+    """
+    if not ids:
+        raise UserError(f"{where}: the tokenizer makes no token of {text!r:.60}: leave the row out")
+    return ids
 
 
 def logits_of(output: Any) -> Tensor:
