@@ -278,7 +278,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "OLMoE": _mixture("OlmoeForCausalLM", "OlmoeConfig", num_experts=4, num_experts_per_tok=2),
     "PhiMoE": _mixture("PhimoeForCausalLM", "PhimoeConfig", **GROUPED, num_local_experts=4),
     "GPT-OSS": _mixture(
-        "GptOssForCausalLM", "GptOssConfig", **HEADS_OF_8, num_local_experts=4, sliding_window=4
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        **{**HEADS_OF_8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
     ),
     "Llama 4": _mixture(
         "Llama4ForCausalLM",
@@ -322,11 +324,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Mamba2ForCausalLM", "Mamba2Config", state_size=4, num_heads=4, head_dim=8, n_groups=1
     ),
     "Falcon-Mamba": _state("FalconMambaForCausalLM", "FalconMambaConfig", state_size=4),
-    "RWKV": _state("RwkvForCausalLM", "RwkvConfig", attention_hidden_size=16),
+    "RWKV": _state("RwkvForCausalLM", "RwkvConfig", attention_hidden_size=16, use_cache=False),
     "Jamba": _state(
         "JambaForCausalLM",
         "JambaConfig",
-        **{**GROUPED, "num_experts": 2, "use_mamba_kernels": False, "mamba_d_state": 4},
+        **{
+            **GROUPED,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "use_mamba_kernels": False,
+            "mamba_d_state": 4,
+        },
         **{"mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
         **{"expert_layer_period": 2, "expert_layer_offset": 1},
     ),

@@ -293,7 +293,7 @@ class FrozenPrefix:
                 with recorded_reads(self.model, block_list_name) as reads:
                     fresh = self._compute(inputs, [0], self._padded(int(inputs[MASK][0].sum())))
             except ERRORS:
-                return "its blocks cannot be called for hidden states alone"
+                return "they cannot be computed from token ids alone"
             moving = [name for name, tensor in reads.tensors.items() if tensor.requires_grad]
             moving += [name for name in reads.modules if name in self.adapted]
             if moving:
@@ -302,7 +302,7 @@ class FrozenPrefix:
                 self.cache = prefix_cache(self.model, self.first_block, reads.tensors)
             if self._agrees(inputs, fresh[0]):
                 return None
-            return "what is above them depends on more than their last hidden states"
+            return "their hidden states alone do not give the model's output"
 
     def _agrees(self, inputs: Mapping[str, np.ndarray], first: Tensor) -> bool:
         """Whether the model gives the same output for these rows with and without the cache.
@@ -315,14 +315,16 @@ class FrozenPrefix:
         reference = self.model(**batch)
         try:
             self._states = self._look_up(inputs)
-            if not torch.allclose(self._states[0, : len(first)], first, rtol=1e-2, atol=1e-5):
-                return False
+            change = (self._states[0, : len(first)] - first).abs().max()
+            if change > 1e-4 * first.abs().max():
+                return False  # cached for a model that differs in what is no tensor
             output = self.model(**batch)
         except ERRORS:
             return False
         finally:
             self._states = None
-        return agree(reference, output, batch[MASK], tolerance=1e-3)
+        exact = first.dtype in (torch.float32, torch.float64)
+        return agree(reference, output, batch[MASK], tolerance=1e-4 if exact else 5e-2)
 
 
 class PrefixForward:

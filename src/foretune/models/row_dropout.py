@@ -304,10 +304,9 @@ def captured_draws() -> Callable[[], AbstractContextManager[None]]:
 
 
 def _token_dims(shape: tuple[int, ...], num_tokens: int) -> int:
-    """Leading dimensions of a shape (1, N, …) or (N, …) of tokens without padding; 0 for others."""
-    if shape[:2] == (1, num_tokens):
-        return 2
-    return int(shape[:1] == (num_tokens,))
+    """Leading dimensions of a shape (N, …), (1, N, …) or (1, 1, N, …) of tokens; 0 for others."""
+    dim = next((i for i, size in enumerate(shape) if size != 1), None)
+    return 0 if dim is None or shape[dim] != num_tokens else dim + 1
 
 
 def _num_rows(inputs: Mapping[str, Any]) -> int | None:
