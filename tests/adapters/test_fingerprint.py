@@ -10,7 +10,7 @@ import torch
 
 import tiny_models
 from foretune.adapters.fingerprint import base_record, fingerprint, is_base
-from foretune.adapters.peft_format import FINGERPRINT_FILE, check_base
+from foretune.adapters.stored_adapter import FINGERPRINT_FILE, check_base
 from foretune.errors import UserError
 
 HALVES = ["bfloat16", "float16"]
@@ -63,7 +63,9 @@ def test_records_of_the_first_version_are_read_by_their_rule(heads, tmp_path):
     """They hold one digest, exact in the dtype of the base, without the adapter's own modules."""
     model = tiny_models.bert(num_labels=3)
     half = tiny_models.bert(num_labels=3).bfloat16()
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"modules_to_save": heads or None}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "modules_to_save": heads or None})
+    )
     for record, base in (
         ({"base": fingerprint(model, heads)}, model),
         ({"format": "foretune-adapter-1", "base": fingerprint(model, heads)}, model),

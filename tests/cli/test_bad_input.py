@@ -131,7 +131,7 @@ def arrays() -> None:
 def test_target_modules_that_match_nothing(write: Any) -> None:
     arrays()
     line = run("retrain.methods=[{peft-ml: {lora: {target_modules: [q_proj]}}}]")
-    assert "no module matches target_modules=['q_proj']" in line
+    assert "no module matches target_modules='q_proj'" in line
     assert "Sequential has: 0, 2" in line
 
 

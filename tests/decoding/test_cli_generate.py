@@ -15,6 +15,7 @@ from torch import nn
 
 import command_line
 import tiny_models
+from foretune.adapters.fingerprint import base_record
 
 HEAVY = ("torch", "transformers", "peft")
 
@@ -44,6 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             nn.init.normal_(parameter)
     adapted.peft_config["default"].base_model_name_or_path = str(root / "untuned")
     adapted.save_pretrained(root / "adapter")
+    record = json.dumps(base_record(tiny_models.llama(seed=3, **sharp)))
+    (root / "adapter" / "base_fingerprint.json").write_text(record)
     (root / "p.txt").write_text("the cat sat\na dog\n")
     (root / "side.txt").write_text("red the cat sat\nblue a dog\n")
     (root / "one.txt").write_text("red\n")

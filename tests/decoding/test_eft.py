@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import foretune
 import tiny_models
 from foretune import EFT, UserError
+from foretune.adapters.fingerprint import base_record
 from foretune.decoding.token_distributions import before_cap, in_nucleus
 
 WIDE: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "initializer_range": 0.3}
@@ -538,6 +540,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     adapted = with_lora(copy.deepcopy(untuned))
     adapted.peft_config["default"].base_model_name_or_path = str(root / "untuned")
     adapted.save_pretrained(root / "adapter")
+    record = json.dumps(base_record(untuned))
+    (root / "adapter" / "base_fingerprint.json").write_text(record)
     return root
 
 
@@ -687,5 +691,5 @@ def test_an_adapter_of_another_base_is_refused(folders: Any, tmp_path: Any) -> N
     with pytest.raises(UserError, match="names no base_model_name_or_path"):
         foretune.decode(*call, tuned=adapter, **GREEDY)
     (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no adapter_model.safetensors; other formats"):
-        foretune.decode(*call, tuned=adapter, **GREEDY)
+    with pytest.raises(UserError, match=r"no adapter_model.safetensors; only safetensors"):
+        foretune.decode(*call, tuned=adapter, untuned=small(3), **GREEDY)

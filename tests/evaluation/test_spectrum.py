@@ -9,7 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+import foretune
+from foretune.adapters.config import lora_scale
+from foretune.evaluation import spectrum
 from foretune.evaluation.spectrum import MAX_VALUES, changes
+from linear_tasks import Net, family
 
 
 def small_network() -> nn.Module:
@@ -47,3 +51,26 @@ def test_a_head_of_another_width_is_left_out():
     with torch.no_grad():
         wider[0].weight += 1
     assert list(changes(base, wider)) == ["0"]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_scale_is_the_same_at_every_rank(monkeypatch, rslora):
+    scales = []
+
+    def adapt(model, tasks, method, run, **options):
+        if isinstance(method, foretune.LoRA):
+            scales.append(lora_scale(method.lora))
+        return foretune.Adapted({}, {}, {}, {}, "")
+
+    monkeypatch.setattr(spectrum.verbs, "adapt", adapt)
+    lora = {"r": 4, "lora_alpha": 16, "use_rslora": rslora}
+    spectrum.measure(
+        {"base": Net()},
+        family(),
+        adapt=foretune.LoRA(lora=lora),
+        full=foretune.Full(),
+        run=foretune.Run(),
+        shots=None,
+        ranks=(1, 2, 8),
+    )
+    assert scales == [8.0 if rslora else 4.0] * 3

@@ -68,7 +68,10 @@ def test_static_merge_is_a_plain_folder(folders: Path, method: str) -> None:
 
 
 def test_loras_bring_their_heads_and_a_warning(folders: Path) -> None:
-    result = call("smile", "base", "one=one", "lora=lora", "--out", "out")
+    loras = ("smile", "base", "one=one", "lora=lora", "--out", "out")
+    assert "lora does not record which base" in the_error(*loras)
+    result = call(*loras, "--allow-unverified")
+    assert "Note: lora does not record its base" in result.stdout
     assert "Each task keeps its own head: choose one with set_task(NAME)" in result.stdout
     assert "Note: lora: LoRA. On LoRA experts the gate from weights did worse" in result.stdout
 

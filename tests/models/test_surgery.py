@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import tiny_models
@@ -105,3 +106,69 @@ def test_block_list_of_an_encoder_decoder_is_none():
 def test_linear_modules_finds_each_kind():
     assert set(surgery.linear_modules(tiny_models.plain())) == {"conv", "body", "out"}
     assert "transformer.h.0.attn.c_attn" in surgery.linear_modules(tiny_models.gpt2())
+
+
+def gemma3(vision_blocks):
+    """A vision-language model of two text blocks."""
+    heads = {"num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    text = {**heads, "vocab_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 1}
+    vision = {**heads, "num_hidden_layers": vision_blocks, "image_size": 8, "patch_size": 4}
+    config = transformers.Gemma3Config(
+        text_config={**text, "head_dim": 8, "pad_token_id": 0},
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=20,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("vision_blocks", [1, 2, 3])
+def test_the_blocks_of_a_vision_language_model_are_the_text_decoders(vision_blocks):
+    model = gemma3(vision_blocks)
+    assert surgery.block_list(model)[0] == "model.language_model.layers"
+    surgery.freeze_lower(model, 1)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n in trainable if ".layers." in n} == {
+        n for n, _ in model.named_parameters() if "language_model.layers.1." in n
+    }
+
+
+def test_the_blocks_of_an_audio_model_are_not_its_convolutions():
+    config = transformers.Wav2Vec2Config(
+        **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+        intermediate_size=32,
+        conv_dim=(8,) * 3,
+        conv_stride=(2,) * 3,
+        conv_kernel=(3,) * 3,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    assert surgery.block_list(transformers.Wav2Vec2Model(config))[0] == "encoder.layers"
+
+
+class Parallel(nn.Module):
+    """Blocks whose parts are in two lists, as in XLM."""
+
+    def __init__(self):
+        super().__init__()
+        self.attentions = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.feed_forwards = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.heads = nn.ModuleList([nn.Linear(4, 2)])
+
+
+@pytest.mark.parametrize(
+    ("model", "behind"),
+    [(tiny_models.clip(), "vision_model.encoder.layers"), (Parallel(), "feed_forwards")],
+    ids=["dual encoder", "parallel lists"],
+)
+def test_trainable_layers_of_two_lists_side_by_side_is_refused(model, behind):
+    with pytest.raises(UserError, match=f"ambiguous.* behind it, {behind}"):
+        surgery.freeze_lower(model, 1)
+
+
+def test_a_list_of_heads_behind_the_blocks_is_no_second_list_of_blocks():
+    model = Parallel()
+    del model.feed_forwards
+    model.head_modules = ["heads.0"]
+    surgery.freeze_lower(model, 1)
+    assert [p.requires_grad for p in model.parameters()] == [False] * 4 + [True] * 4

@@ -125,6 +125,24 @@ def _targets() -> bool:
     return bool(answers[0]) and not answers[1]
 
 
+def _all_linear() -> bool:
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+
+    config: Any = LoraConfig(target_modules="all-linear")
+    model = tiny_models.llama()
+    names = _maybe_include_all_linear_layers(config, model).target_modules
+    return "model.layers.0.self_attn.q_proj" in names and "lm_head" not in names
+
+
+def _mamba() -> bool:
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    with pytest.raises(ValueError, match="incompatible"):
+        _check_lora_target_modules_mamba(LoraConfig(), tiny_models.mamba2(), "out_proj")
+    _check_lora_target_modules_mamba(LoraConfig(), tiny_models.llama(), "out_proj")
+    return True
+
+
 def _pattern() -> bool:
     from peft.utils.other import get_pattern_key
 
@@ -146,6 +164,14 @@ STILL: dict[str, Callable[[], bool]] = {
         "reset_partial_state" in inspect.signature(AcceleratorState._reset_state).parameters
     ),
     "peft.tuners.tuners_utils.check_target_module_exists": _targets,
+    "peft.tuners.tuners_utils._maybe_include_all_linear_layers": _all_linear,
+    "peft.tuners.tuners_utils._check_lora_target_modules_mamba": _mamba,
+    "peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers": lambda: (
+        _takes(
+            "peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers",
+            *("peft_config", "model", "conversions"),
+        )
+    ),
     "peft.utils.other.get_pattern_key": _pattern,
     "peft.utils.constants.DUMMY_TARGET_MODULES": _dummy,
     "peft.utils.merge_utils.task_arithmetic": lambda: _takes(

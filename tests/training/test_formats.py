@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import foretune
 from foretune import formats
-from foretune.adapters.peft_format import check_base
+from foretune.adapters.stored_adapter import check_base
 from foretune.errors import UserError
 from foretune.formats import check_format, unstamped
 from foretune.methods import make

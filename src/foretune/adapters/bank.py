@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foretune.adapters.config import matching_modules
 from foretune.adapters.head_copies import HeadCopies, escaped, unescaped
 from foretune.adapters.layers import LoRALayer, SparseLayer, stacked_layers
 from foretune.adapters.lora import index_of
 from foretune.adapters.mixing import MixedCalls
+from foretune.adapters.targets import copied_modules, matching_modules
 from foretune.errors import UserError
 from foretune.models.position_tables import table_per_slot
 from foretune.models.routing import recomputed_on_route
@@ -41,7 +41,8 @@ class AdapterBank(nn.Module):
             the adapted layers' entries, those that are smallest in the model as it is now, the
             same for all slots; `lora` then only selects the layers.
         heads: Names of modules of which each slot has a full copy (PEFT's `modules_to_save`).
-        fresh_heads: Whether the copies are initialised randomly; False copies the base's weights.
+        fresh_heads: Whether the copies of `heads` are initialised randomly; False copies the base's
+            weights, from which the `modules_to_save` of `lora` always start.
         seed: Random seed of the initial values.
 
     Raises:
@@ -63,16 +64,11 @@ class AdapterBank(nn.Module):
         super().__init__()
         self.keys = tuple(keys)
         self.lora = None if lora is None else dict(lora)
-        self.head_names = tuple(heads) + tuple((lora or {}).get("modules_to_save") or ())
-        self.fresh_heads = fresh_heads
+        saved = copied_modules(model, heads, (lora or {}).get("modules_to_save") or ())
+        self.head_names = (*heads, *saved)
+        self._fresh = frozenset(heads if fresh_heads else ())
         self._seed = seed
         modules = dict(model.named_modules())
-        missing = [name for name in self.head_names if name not in modules]
-        if missing:
-            raise UserError(
-                f"no module {missing[0]!r} to copy for each task; the model has: "
-                f"{', '.join(n for n in modules if n)[:400]}"
-            )
         self.layers = nn.ModuleDict()
         if self.lora is not None:
             targets = {n: modules[n] for n in matching_modules(model, self.lora, self.head_names)}
@@ -113,7 +109,7 @@ class AdapterBank(nn.Module):
             self._layer(name).reset(slots, rngs)
         for name in self.head_names:
             for slot, rng in zip(slots, rngs, strict=True):
-                self._head(name).reset(slot, self._modules_of[name], self.fresh_heads, rng)
+                self._head(name).reset(slot, self._modules_of[name], name in self._fresh, rng)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[AdapterBank]:

@@ -150,7 +150,8 @@ class LoRALayer(_AdaptedLayer):
             return self._linear(x, None, None, module.training, rows)
         channels_last = getattr(module, "channels_last", False)
         x = x.mT if channels_last else x
-        change = lora_conv1d(x, module, self.a, self.b, self.scale, rows)  # type: ignore[arg-type]
+        dropout = self.dropout if module.training else 0.0
+        change = lora_conv1d(x, module, self.a, self.b, self.scale, rows, dropout)  # type: ignore[arg-type]
         return change.mT if channels_last else change
 
     def _linear(self, x: Tensor, weight: Any, bias: Any, training: bool, rows: RowSlots) -> Tensor:

@@ -290,26 +290,36 @@ def lora_linear(
 
 
 def lora_conv1d(
-    x: Tensor, conv: torch.nn.Conv1d, a: Tensor, b: Tensor, scale: float, rows: RowSlots
+    x: Tensor,
+    conv: torch.nn.Conv1d,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    rows: RowSlots,
+    dropout: float = 0.0,
 ) -> Tensor:
     """The adapters' part of a one-dimensional convolution.
 
     Args:
         x: (rows · m, in, length).
-        conv: The convolution, whose stride, padding and dilation the first factor takes over.
+        conv: The convolution, whose stride and padding the first factor takes over.
         a: (slots, r, in, k), a leaf.
         b: (slots, out, r), a leaf.
         scale: Factor of the adapter's part.
         rows: Which slot owns each row.
+        dropout: Dropout probability of the adapter's input, as in PEFT.
 
     Returns:
         (rows · m, out, length'), to be added to `conv(x)`.
     """
     sorted_x = x if rows.order is None else by_rows(x, rows.order, len(rows.slots))
+    if dropout:
+        sorted_x = F.dropout(sorted_x, dropout)
+    a, b = a.to(x.dtype), b.to(x.dtype)
     parts = []
     counts = Layout.of(rows, len(x), 0).counts
     for slot, part in zip(rows.present, sorted_x.split(counts), strict=True):
-        h = F.conv1d(part, a[slot], None, conv.stride, conv.padding, conv.dilation)
+        h = F.conv1d(part, a[slot], None, conv.stride, conv.padding)
         parts.append(torch.einsum("or,...rl->...ol", b[slot], h))
     delta = torch.cat(parts) * scale
     return delta if rows.inverse is None else by_rows(delta, rows.inverse, len(rows.slots))

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from typing_extensions import TypedDict
 
 from foretune.adapters.bank import AdapterBank
-from foretune.adapters.fingerprint import base_record, is_base
+from foretune.adapters.peft_names import (
+    PREFIX,
+    auto_fields,
+    renamed_targets,
+    stored_heads,
+    stored_targets,
+)
+from foretune.adapters.stored_adapter import FINGERPRINT_FILE, read_adapter
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
-from foretune.formats import ADAPTER, read_json, stamped
-
-PREFIX = "base_model.model."
-FINGERPRINT_FILE = "base_fingerprint.json"
+from foretune.formats import ADAPTER, stamped
 
 
 def peft_config(bank: AdapterBank, model: nn.Module, base: str | None) -> dict[str, Any]:
@@ -28,21 +32,26 @@ def peft_config(bank: AdapterBank, model: nn.Module, base: str | None) -> dict[s
     The adapted modules are listed by their full names, so that PEFT adapts on loading exactly the
     modules that were trained.
     """
-    from peft import LoraConfig
-    from peft.utils.constants import DUMMY_TARGET_MODULES  # not exported; its word for none
-
     lora = dict(bank.lora or {})
     modules = dict(model.named_modules())
+    heads = stored_heads(bank.head_names, modules)
+    renamed = renamed_targets(bank.layer_names, model)
+    parameters = [f"{name}.weight" for name in bank.layer_names if name in renamed]
     config = LoraConfig(
         r=lora.get("r", 8),
         lora_alpha=lora.get("lora_alpha", 8),
-        lora_dropout=lora.get("lora_dropout", 0.0),
+        # PEFT takes no dropout beside target_parameters; it only matters to further training.
+        lora_dropout=0.0 if parameters else lora.get("lora_dropout", 0.0),
         use_rslora=lora.get("use_rslora", False),
-        target_modules=bank.layer_names or DUMMY_TARGET_MODULES,
-        modules_to_save=list(bank.head_names) or None,
+        target_modules=stored_targets(
+            [name for name in bank.layer_names if name not in renamed], modules, heads
+        ),
+        target_parameters=parameters or None,
+        modules_to_save=heads or None,
         fan_in_fan_out=any(type(modules[n]).__name__ == "Conv1D" for n in bank.layer_names),
         inference_mode=True,
         base_model_name_or_path=base,
+        **auto_fields(model, bank.head_names),
     )
     fields = config.to_dict()
     return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
@@ -83,15 +92,10 @@ def load_adapter(bank: AdapterBank, slot: int, folder: Path, model: nn.Module) -
         model: The base; if the folder records a fingerprint, it must be this model's.
 
     Raises:
-        UserError: The folder holds no adapter, or one of another base, other modules or another
-            rank.
+        UserError: As `read_adapter`, or the adapter has other modules or another rank.
     """
     folder = Path(folder)
-    file = folder / ADAPTER_WEIGHTS_FILE
-    if not file.is_file():
-        raise UserError(f"{folder} is not an adapter: it has no {ADAPTER_WEIGHTS_FILE}")
-    check_base(folder, model)
-    tensors = load_file(file)
+    tensors = read_adapter(folder, model).tensors
     slot_tensors = peft_tensors(bank, slot)
     if set(slot_tensors) != set(tensors):
         odd = sorted(set(slot_tensors) ^ set(tensors))[0]
@@ -117,56 +121,3 @@ def load_adapter(bank: AdapterBank, slot: int, folder: Path, model: nn.Module) -
         for name in bank.head_names:
             for key, value in bank.head_state(name, slot).items():
                 value.copy_(tensors[f"{PREFIX}{name}.{key}"])
-
-
-class BaseRecord(TypedDict):
-    """The content of `base_fingerprint.json`; see `foretune.adapters.fingerprint`.
-
-    The first version holds only `base`, one digest.
-    """
-
-    base: dict[str, str] | str
-    dtypes: NotRequired[list[str]]
-    without: NotRequired[list[str]]
-    model_class: NotRequired[str]
-
-
-class _Heads(TypedDict):
-    modules_to_save: NotRequired[list[str] | None]
-
-
-def read_base_record(folder: Path) -> BaseRecord | None:
-    """What an adapter's folder records of its base; None where it records nothing.
-
-    Raises:
-        UserError: The record is damaged, or a newer foretune wrote it.
-    """
-    file = folder / FINGERPRINT_FILE
-    if not file.is_file():
-        return None
-    record = read_json(file, BaseRecord, ADAPTER)
-    if "without" not in record:
-        heads = read_json(folder / ADAPTER_CONFIG_FILE, _Heads)
-        record["without"] = heads.get("modules_to_save") or []
-    return record
-
-
-def check_base(folder: Path, model: nn.Module) -> None:
-    """Refuses an adapter that was trained on another base.
-
-    All retrained bases of one model have the same shapes, so no other check would detect it.
-
-    Raises:
-        UserError: The folder records a fingerprint that is not that of `model`.
-    """
-    record = read_base_record(Path(folder))
-    if record is None or is_base(model, record):
-        return
-    expected = record["base"]
-    if isinstance(expected, dict):
-        expected = expected.get("float32", "")
-    actual = base_record(model, record["without"])["base"]["float32"]
-    raise UserError(
-        f"{folder} was trained on another base (fingerprint {expected[:12]}, this base has "
-        f"{actual[:12]}); load the base that it was adapted from"
-    )

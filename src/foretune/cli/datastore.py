@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
+from foretune.cli.output import AllowUnverified, Json, emit, emit_json, quiet_stdout, table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,6 +39,7 @@ def build(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing store.")
     ] = False,
+    allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
     """Run a model on rows and store its states."""
@@ -58,6 +59,7 @@ def build(
             permute_options=permute_options,
             key_type=key_type,
             overwrite=overwrite,
+            allow_unverified=allow_unverified,
         )
     if json:
         emit_json(result)
@@ -122,6 +124,7 @@ def evaluate(
         int, typer.Option(min=0, help="Steps in each of LoRA's three training runs; 0 skips LoRA.")
     ] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of shots and LoRA.")] = 0,
+    allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
     """Score the store on held-out rows, beside baselines that use the store's rows."""
@@ -142,6 +145,7 @@ def evaluate(
             shots=shots,
             lora_steps=lora_steps,
             seed=seed,
+            allow_unverified=allow_unverified,
             console=StderrConsole(),
         )
     emit_json(result) if json else emit(evaluation_text(result))

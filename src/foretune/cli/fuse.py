@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foretune.cli.output import Json, emit, emit_json, quiet_stdout
+from foretune.cli.output import AllowUnverified, Json, emit, emit_json, quiet_stdout
 
 
 def fuse(
@@ -32,6 +32,7 @@ def fuse(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier fused model in --out.")
     ] = False,
+    allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
     """Fuse fine-tuned models over one base, without training."""
@@ -40,7 +41,13 @@ def fuse(
     request = parse_request(method, arguments)
     with quiet_stdout():
         result = fuse_folders(
-            base, request, out, samples=samples, num_samples=num_samples, overwrite=overwrite
+            base,
+            request,
+            out,
+            samples=samples,
+            num_samples=num_samples,
+            overwrite=overwrite,
+            allow_unverified=allow_unverified,
         )
     if json:
         emit_json(result)

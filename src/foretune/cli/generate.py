@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
+from foretune.cli.output import AllowUnverified, Json, emit, emit_json, quiet_stdout, table
 from foretune.errors import UserError
 from foretune.files import claim_file
 
@@ -74,6 +74,7 @@ def generate(
         Path | None, typer.Option(help="With --beta-sweep: write the frontier to this .svg file.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the --out file.")] = False,
+    allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
     """Continue prompts with a model, plain or steered by EFT or RTD."""
@@ -98,6 +99,7 @@ def generate(
         if betas is not None:
             from foretune.decoding.beta_sweep import figure, sweep, table_rows
 
+            options["allow_unverified"] = allow_unverified
             rows = sweep(model, texts, record, betas, resources, oracle, **options)
         else:
             from foretune.decoding.prompts import generate as run
@@ -109,6 +111,7 @@ def generate(
                 record,
                 resources,
                 batch_size=batch_size,
+                allow_unverified=allow_unverified,
                 **options,
                 **side_prompts,
                 **drafting,

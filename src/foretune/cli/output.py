@@ -19,6 +19,13 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")
 ]
+AllowUnverified = Annotated[
+    bool,
+    typer.Option(
+        "--allow-unverified",
+        help="Take adapters that do not record their base, as those that PEFT wrote.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(

@@ -29,6 +29,8 @@ def sweep(
     betas: Sequence[float],
     resources: Mapping[str, Any],
     oracle: str | None = None,
+    *,
+    allow_unverified: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """One row per beta, one for the small tuned model, and one for the fine-tuned large model.
@@ -40,6 +42,7 @@ def sweep(
         betas: Values to try; 0, the model alone, is added.
         resources: `tuned` and `untuned`, as `EFT.load` takes them.
         oracle: Folder of the fine-tuned large model; None if there is none.
+        allow_unverified: Whether to take adapters that do not record their base.
         options: Options of `generate_texts`.
 
     Returns:
@@ -50,7 +53,7 @@ def sweep(
     """
     if not resources.get("tuned"):
         raise UserError("--beta-sweep needs --tuned, and --untuned unless it is an adapter")
-    large, tokenizer, parts = method.load(model, **resources)
+    large, tokenizer, parts = method.load(model, **resources, allow_unverified=allow_unverified)
     rows = []
     for beta in sorted({0.0, *betas}):
         record = dataclasses.replace(method, beta=beta)
@@ -62,7 +65,8 @@ def sweep(
     if oracle is not None:
         from foretune.decoding.peft_model import load_generator
 
-        comparisons.append(("large truly tuned", load_generator(oracle)[0]))
+        tuned, _ = load_generator(oracle, allow_unverified=allow_unverified)
+        comparisons.append(("large truly tuned", tuned))
     for who, author in comparisons:
         texts = generate_texts(author, tokenizer, prompts, **options)
         rows.append(_row(who, None, texts))

@@ -55,7 +55,8 @@ def build_folder(
         out: The store's folder.
         task: Only rows of this task; None for all.
         split: Only rows of this split; None for all.
-        options: `overwrite`, and the options of `ReferenceStore.build`.
+        options: `overwrite`, `allow_unverified` (whether to take an adapter that does not record
+            its base), and the options of `ReferenceStore.build`.
 
     Returns:
         JSON-able: out, kind, rows, entries, hidden_size, labels, megabytes, seconds.
@@ -64,9 +65,10 @@ def build_folder(
     from foretune.decoding.reference_store import ReferenceStore
 
     overwrite = options.pop("overwrite")
+    allow_unverified = options.pop("allow_unverified", False)
     claim_model_folder(out, STORE_FILE, overwrite=overwrite)
     selected = rows_of(rows, task=task, split=split)
-    loaded, tokenizer = load_generator(model)
+    loaded, tokenizer = load_generator(model, allow_unverified=allow_unverified)
     began = time.perf_counter()
     store = ReferenceStore.build(loaded, selected, tokenizer=tokenizer, **options)
     seconds = time.perf_counter() - began
@@ -105,6 +107,7 @@ def evaluate_folder(
     task: str | None = None,
     split: str | None = None,
     console: Console = SILENT,
+    allow_unverified: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Scores a store and its baselines on held-out rows; see `evaluate_store`.
@@ -117,6 +120,7 @@ def evaluate_folder(
         task: Only rows of this task; None for all.
         split: Only rows of this split; None for all.
         console: Shows the progress of training LoRA.
+        allow_unverified: Whether to take an adapter that does not record its base.
         options: Options of `evaluate_store`.
 
     Raises:
@@ -133,7 +137,7 @@ def evaluate_folder(
     name = model if model is not None else store.name
     if name is None:
         raise UserError(f"{folder} does not name the model that it was built with: give --model")
-    loaded, tokenizer = load_generator(name)
+    loaded, tokenizer = load_generator(name, allow_unverified=allow_unverified)
     with console.bar("training LoRA, a baseline", rounds=3) as progress:
         return evaluate_store(
             loaded,

@@ -243,6 +243,7 @@ class EFT(Method):
         speculative: bool = False,
         batch_size: int = 8,
         seed: int = 0,
+        allow_unverified: bool = False,
         **options: Any,
     ) -> list[Generated]:
         """Continues each prompt with the steered model.
@@ -260,6 +261,7 @@ class EFT(Method):
                 once: the output distribution is unchanged, the large model is called less often.
             batch_size: Prompts per call.
             seed: Random seed of sampling.
+            allow_unverified: Whether to take adapters that do not record their base.
             options: Options of `generate`: `max_new_tokens`, `do_sample`, `num_beams`, …
 
         Returns:
@@ -283,7 +285,11 @@ class EFT(Method):
             if len(texts) != len(prompts):
                 raise UserError(f"{len(prompts)} prompts but {len(texts)} {kind}_prompts")
         large, tokenizer, resources = self.load(
-            model, tuned=tuned, untuned=untuned, tokenizer=tokenizer
+            model,
+            tuned=tuned,
+            untuned=untuned,
+            tokenizer=tokenizer,
+            allow_unverified=allow_unverified,
         )
         if speculative:
             drafter = bare_model(_listed(resources["tuned"])[0])
@@ -309,9 +315,15 @@ class EFT(Method):
         return continuations
 
     def load(
-        self, model: Any, *, tuned: Any, untuned: Any = None, tokenizer: Any = None
+        self,
+        model: Any,
+        *,
+        tuned: Any,
+        untuned: Any = None,
+        tokenizer: Any = None,
+        allow_unverified: bool = False,
     ) -> tuple[Any, Any, dict[str, Any]]:
-        """Loads folders: (model, tokenizer, the resources that `steer` takes).
+        """Loads folders: (model, tokenizer, the resources that `steer` takes); see `decode`.
 
         Raises:
             UserError: The tuned model is missing, the numbers of models do not match, or the
@@ -324,21 +336,22 @@ class EFT(Method):
                 "EFT needs a tuned model: tuned=FOLDER, and unless that is a PEFT folder, "
                 "untuned=FOLDER of the model that it was tuned from"
             )
-        large, own_tokenizer = _loaded(model)
+        options = {"allow_unverified": allow_unverified}
+        large, own_tokenizer = _loaded(model, **options)
         tokenizer = tokenizer if tokenizer is not None else own_tokenizer
         names, bases = _listed(tuned), [] if untuned is None else _listed(untuned)
         if len(bases) not in (0, 1, len(names)):
             raise UserError(
                 f"{len(names)} tuned models but {len(bases)} untuned: give one, or one for each"
             )
-        loaded = [_loaded(base) for base in bases]
+        loaded = [_loaded(base, **options) for base in bases]
         ups, downs, tokenizers = [], [], [base_tokenizer for _, base_tokenizer in loaded]
         for k, name in enumerate(names):
             base = loaded[k if len(loaded) > 1 else 0][0] if loaded else None
             if _is_adapter(name) and base is not None:
                 # peft injects the adapter into the base, so each adapter needs its own copy
                 base = copy.deepcopy(base)
-            up, side_tokenizer = _loaded(name, base)
+            up, side_tokenizer = _loaded(name, base, **options)
             ups.append(up)
             tokenizers.append(side_tokenizer)
             downs.append(up if base is None or _is_adapter(name) else base)
@@ -394,12 +407,13 @@ def _check_drafter(drafter: Any, large: Any) -> None:
         )
 
 
-def _loaded(source: Any, base: Any = None) -> tuple[Any, Any]:
+def _loaded(source: Any, base: Any = None, *, allow_unverified: bool) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder; (model, None) of a model."""
     from foretune.decoding.peft_model import load_generator
 
     if isinstance(source, str | PathLike):
-        return load_generator(Path(source) if _is_adapter(source) else str(source), base)
+        name = Path(source) if _is_adapter(source) else str(source)
+        return load_generator(name, base, allow_unverified=allow_unverified)
     return source, None
 
 

@@ -2,63 +2,109 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from foretune.adapters.peft_format import check_base
+from foretune.adapters.stored_adapter import StoredAdapter, read_adapter, read_config
 from foretune.errors import UserError
-from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from foretune.files import ADAPTER_CONFIG_FILE
 from foretune.models.loading import load_model
 
 
-def load_generator(name: str | Path, base: nn.Module | None = None) -> tuple[nn.Module, Any]:
+def load_generator(
+    name: str | Path, base: nn.Module | None = None, *, allow_unverified: bool = False
+) -> tuple[nn.Module, Any]:
     """Loads a causal language model, or a base with the adapter of a PEFT folder.
 
     Args:
         name: A model folder, a hub id, or a PEFT folder.
         base: The base of an adapter; None for the one that its folder names.
+        allow_unverified: Whether to take an adapter that does not record its base.
 
     Returns:
         (model in eval mode, its tokenizer or None). With an adapter the model is a `PeftModel`,
         whose `disable_adapter()` restores the base.
 
     Raises:
-        UserError: The model does not exist, or the adapter has no safetensors file or belongs to
-            another base.
+        UserError: The model does not exist, or as `with_adapter`.
     """
     folder = Path(name).expanduser()
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         return load_model(name, head="causal-lm")
-    if not (folder / ADAPTER_WEIGHTS_FILE).is_file():
-        raise UserError(f"{folder} has no {ADAPTER_WEIGHTS_FILE}; other formats are not supported")
     tokenizer = None
     if base is None:
         base, tokenizer = load_model(_base_of(folder), head="causal-lm")
-    return with_adapter(base, folder), tokenizer
+    return with_adapter(base, folder, allow_unverified=allow_unverified), tokenizer
 
 
-def with_adapter(base: nn.Module, folder: Path) -> nn.Module:
+def with_adapter(base: nn.Module, folder: Path, *, allow_unverified: bool = False) -> nn.Module:
     """A PeftModel in eval mode: `base` with the adapter of a folder.
 
-    Raises:
-        UserError: The adapter belongs to another base, or does not fit it.
-    """
-    from peft import PeftModel
+    Warns of an adapter that does not record its base, and of one that changes no output.
 
-    check_base(folder, base)
+    Raises:
+        UserError: The adapter is damaged, is of a kind that PEFT itself would not load from its
+            folder alone, does not fit its base, or belongs to another one.
+    """
+    stored = read_adapter(folder, base, allow_unverified=allow_unverified)
     try:
-        return PeftModel.from_pretrained(base, str(folder)).eval()
-    except (ValueError, RuntimeError, KeyError) as error:
+        model = _wrapped(base, folder, stored)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the adapter {folder} does not fit its base: {reason}") from error
+    notes = stored.notes if stored.is_zero else [*stored.notes, *_notes_on_effect(model, folder)]
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return model
+
+
+def _wrapped(base: nn.Module, folder: Path, stored: StoredAdapter) -> Any:
+    """The base with the adapter's layers, which hold its tensors.
+
+    Raises:
+        UserError: The adapter has tensors that the base does not have, or lacks some, or is no
+            change of weights.
+    """
+    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    if config.is_prompt_learning or config.peft_type == "XLORA":
+        raise UserError(f"{folder} is a {config.peft_type.value} adapter, which is not supported")
+    config.inference_mode = True
+    model = PeftModel(base, config)
+    result: Any = set_peft_model_state_dict(model, stored.tensors)
+    parts = (model.base_model.prefix, ".modules_to_save.")
+    missing = [key for key in result.missing_keys if any(part in key for part in parts)]
+    if missing or result.unexpected_keys:
+        what = "has no" if missing else "has, unlike its base,"
+        name = (missing or result.unexpected_keys)[0].replace(".default", "")
+        raise UserError(f"{folder} is not an adapter of this base: it {what} {name}")
+    return model.eval()
+
+
+@torch.no_grad()
+def _notes_on_effect(model: Any, folder: Path) -> list[str]:
+    """What to say of an adapter that changes no output for a few tokens."""
+    embeddings = model.get_input_embeddings().weight
+    ids = torch.arange(min(8, len(embeddings)), device=embeddings.device)[None]
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    adapted = model(**inputs).logits
+    with model.disable_adapter():
+        plain = model(**inputs).logits
+    if not adapted.equal(plain):
+        return []
+    return [f"{folder}: the adapter has no effect: it changes no output for {ids.numel()} tokens"]
 
 
 def _base_of(folder: Path) -> str:
-    file = folder / ADAPTER_CONFIG_FILE
-    base = json.loads(file.read_text("utf-8")).get("base_model_name_or_path")
+    base = read_config(folder).get("base_model_name_or_path")
     if not base:
+        file = folder / ADAPTER_CONFIG_FILE
         raise UserError(f"{file} names no base_model_name_or_path: give the base")
-    return str(base)
+    return base

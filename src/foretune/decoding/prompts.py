@@ -88,6 +88,8 @@ def generate(
     prompts: Sequence[str],
     method: Any,
     resources: Mapping[str, Any],
+    *,
+    allow_unverified: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Continues each prompt.
@@ -97,6 +99,7 @@ def generate(
         prompts: Prompts to continue.
         method: The record of a decode method; None for the model alone.
         resources: The method's side models or store.
+        allow_unverified: Whether to take adapters that do not record their base.
         options: `max_new_tokens`, `batch_size`, `seed`, and options of the model's `generate`.
 
     Returns:
@@ -108,9 +111,10 @@ def generate(
         from foretune.decoding.generation import generate_texts
         from foretune.decoding.peft_model import load_generator
 
-        loaded, tokenizer = load_generator(model)
+        loaded, tokenizer = load_generator(model, allow_unverified=allow_unverified)
         texts = generate_texts(loaded, tokenizer, prompts, **options)
     else:
+        options["allow_unverified"] = allow_unverified
         texts = method.decode(model, prompts, **resources, **options)
     return {
         "model": model,

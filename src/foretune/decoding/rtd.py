@@ -150,6 +150,7 @@ class RTD(Method):
         tokenizer: Any = None,
         store: Any = None,
         neighbours_shown: int = 3,
+        allow_unverified: bool = False,
         **options: Any,
     ) -> list[Generated]:
         """Continues each prompt, and lists the references behind each token.
@@ -161,6 +162,7 @@ class RTD(Method):
             store: A `ReferenceStore` built with this model, or its folder.
             neighbours_shown: Number of entries to list per token, those with the largest weights;
                 0 for none, which saves a forward call over the text.
+            allow_unverified: Whether to take an adapter that does not record its base.
             options: Options of `generate_texts`: `max_new_tokens`, `seed`, `do_sample`, …
 
         Returns:
@@ -174,7 +176,9 @@ class RTD(Method):
         from foretune.decoding.generation import generate_texts
 
         check_int("neighbours_shown", neighbours_shown, 0)
-        model, tokenizer, resources = self.load(model, store=store, tokenizer=tokenizer)
+        model, tokenizer, resources = self.load(
+            model, store=store, tokenizer=tokenizer, allow_unverified=allow_unverified
+        )
         with self.steer(model, **resources) as loaded:
             texts = generate_texts(model, tokenizer, prompts, **options)
         if not neighbours_shown:
@@ -186,9 +190,9 @@ class RTD(Method):
         ]
 
     def load(
-        self, model: Any, *, store: Any, tokenizer: Any = None
+        self, model: Any, *, store: Any, tokenizer: Any = None, allow_unverified: bool = False
     ) -> tuple[Any, Any, dict[str, Any]]:
-        """Loads folders: (model, tokenizer, the resources that `steer` takes).
+        """Loads folders: (model, tokenizer, the resources that `steer` takes); see `decode`.
 
         Raises:
             UserError: The store is missing, or the folder is not one.
@@ -202,7 +206,7 @@ class RTD(Method):
             )
         loaded = _store(store)  # before the model, which takes longer to load
         if isinstance(model, str | PathLike):
-            model, own_tokenizer = load_generator(model)  # type: ignore[arg-type]
+            model, own_tokenizer = load_generator(model, allow_unverified=allow_unverified)  # type: ignore[arg-type]
             tokenizer = tokenizer if tokenizer is not None else own_tokenizer
         return model, tokenizer, {"store": loaded}
 

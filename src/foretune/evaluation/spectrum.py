@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from foretune.adapters.config import lora_scale
 from foretune.models.surgery import linear_modules
 from foretune.run import Run
 from foretune.tasks.task import TaskCollection
@@ -44,7 +45,7 @@ def measure(
     Args:
         bases: Name → base.
         unseen: Tasks that no base was retrained on.
-        adapt: A LoRA method; its rank is replaced, its scale lora_alpha / r is kept.
+        adapt: A LoRA method; its rank is replaced, its scale is kept (`lora_scale`).
         full: A full fine-tuning method.
         run: Random seed and budget of each adaptation.
         shots: Training examples per task; None for all.
@@ -61,13 +62,14 @@ def measure(
     rows: list[dict[str, Any]] = []
     costs: list[dict[str, Any]] = []
     singular_values: list[dict[str, Any]] = []
-    scale = adapt.lora.get("lora_alpha", 8) / adapt.lora.get("r", 8)
+    scale = lora_scale(adapt.lora)
     for name in bases:
         base = bases[name]
         model = base.model if isinstance(base, Outcome) else base
         rate = (rates or {}).get(name, adapt.learning_rate)
         for rank in ranks:
-            lora = {**adapt.lora, "r": rank, "lora_alpha": scale * rank}
+            alpha = scale * (rank**0.5 if adapt.lora.get("use_rslora") else rank)
+            lora = {**adapt.lora, "r": rank, "lora_alpha": alpha}
             method = dataclasses.replace(adapt, lora=lora, learning_rate=rate)
             adapted = verbs.adapt(model, unseen, method, run, shots=shots, progress=progress)
             rows += [

@@ -43,8 +43,10 @@ class Average(Method):
     verb: ClassVar[str] = "fuse"
     paper: ClassVar[dict[str, Any] | None] = PAPER
 
-    def fuse(self, base: Source, finetuned: Mapping[str, Source]) -> Fused:
-        """Fuse models over one base; the inputs are left unchanged."""
+    def fuse(
+        self, base: Source, finetuned: Mapping[str, Source], *, allow_unverified: bool = False
+    ) -> Fused:
+        """Fuse models over one base; see `fusion.merging.merge`."""
         from foretune.fusion.merging import merge
 
         return merge(
@@ -52,4 +54,5 @@ class Average(Method):
             finetuned,
             self.to_dict(),
             lambda changes: sum(changes[1:], changes[0]) / len(changes),
+            allow_unverified=allow_unverified,
         )

@@ -100,6 +100,7 @@ def fuse_folders(
     samples: Path | None = None,
     num_samples: int = 16,
     overwrite: bool = False,
+    allow_unverified: bool = False,
 ) -> dict[str, Any]:
     """Fuse the models of some folders and save the result.
 
@@ -110,6 +111,7 @@ def fuse_folders(
         samples: For gate=activations: a file of rows with `task` and `text`.
         num_samples: Texts per task read from `samples`.
         overwrite: Replace a fused model in `out`.
+        allow_unverified: Whether to take adapters that do not record their base.
 
     Returns:
         out, method, names, own_heads, seconds, and the fields of the method's report.
@@ -122,7 +124,7 @@ def fuse_folders(
 
     _check_not_an_input(out, [Path(base), *request.finetuned.values()])
     claim_model_folder(out, RECORD_FILE, overwrite=overwrite)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"allow_unverified": allow_unverified}
     if samples is not None:
         if request.method.name != "smile":
             raise UserError(f"--samples is for smile; {request.method.name} takes none")

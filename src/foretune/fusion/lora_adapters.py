@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Conv1D
 
-from foretune.adapters.peft_format import PREFIX, check_base
+from foretune.adapters.peft_names import PREFIX
+from foretune.adapters.stored_adapter import read_adapter
 from foretune.errors import UserError
-from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, LABELS_FILE
-from foretune.formats import read_json, read_tensors
+from foretune.files import LABELS_FILE
 from foretune.fusion.finetuned import Finetuned, LowRank
 from foretune.fusion.full_models import adapter_labels, spellings
 
@@ -39,21 +39,17 @@ VARIANTS = {
 }
 
 
-def adapter_folder(name: str, folder: Path, skeleton: nn.Module) -> Finetuned:
+def adapter_folder(
+    name: str, folder: Path, skeleton: nn.Module, *, allow_unverified: bool
+) -> Finetuned:
     """The adapter of a PEFT folder.
 
     Raises:
-        UserError: It belongs to another base, is not plain LoRA, or is damaged.
+        UserError: As `read_adapter`, or it is not plain LoRA.
     """
-    config = read_json(folder / ADAPTER_CONFIG_FILE, dict[str, Any])
-    file = folder / ADAPTER_WEIGHTS_FILE
-    if not file.is_file():
-        raise UserError(
-            f"{folder} has no {ADAPTER_WEIGHTS_FILE}; only safetensors are read: save the "
-            "adapter again with save_pretrained"
-        )
-    check_base(folder, skeleton)
-    adapter = _adapter(name, config, read_tensors(file), skeleton)
+    stored = read_adapter(folder, skeleton, allow_unverified=allow_unverified)
+    adapter = _adapter(name, stored.config, stored.tensors, skeleton)
+    adapter.notes += stored.notes
     if (folder / LABELS_FILE).is_file():
         adapter.labels = adapter_labels(folder / LABELS_FILE)
     return adapter

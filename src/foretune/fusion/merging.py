@@ -20,7 +20,12 @@ Combine = Callable[[list[Tensor]], Tensor]
 
 
 def merge(
-    base: Source, finetuned: Mapping[str, Source], method: dict[str, Any], combine: Combine
+    base: Source,
+    finetuned: Mapping[str, Source],
+    method: dict[str, Any],
+    combine: Combine,
+    *,
+    allow_unverified: bool = False,
 ) -> Fused:
     """Add to each parameter of the base the combined change of the fine-tuned models.
 
@@ -30,6 +35,7 @@ def merge(
         method: The method's record as a mapping, kept in the result.
         combine: Maps the changes of one parameter, one per model and all of its shape, to a single
             change.
+        allow_unverified: Whether to take adapters that do not record their base.
 
     Returns:
         A plain model, with one head per task where the heads differ.
@@ -44,7 +50,10 @@ def merge(
     routing = Routing(list(finetuned))
     total = sum(p.numel() for p in model.parameters())
     with torch.no_grad():
-        experts = [open_finetuned(name, source, model) for name, source in finetuned.items()]
+        experts = [
+            open_finetuned(name, source, model, allow_unverified=allow_unverified)
+            for name, source in finetuned.items()
+        ]
         heads = keep_heads(model, experts, routing)
         untie(model, changed_apart(model, experts))
         num_merged = _merge_parameters(model, experts, heads, combine)

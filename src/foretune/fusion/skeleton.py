@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import nn
 
-from foretune.adapters.peft_format import read_base_record
 from foretune.adapters.sparse import FILE as SPARSE_FILE
 from foretune.adapters.sparse import load_sparse
+from foretune.adapters.stored_adapter import read_base_record
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE
 from foretune.fusion.finetuned import Finetuned, Source
@@ -68,24 +68,27 @@ def make_skeleton(base: Source, finetuned: Mapping[str, Source]) -> tuple[nn.Mod
     return with_head, tokenizer
 
 
-def open_finetuned(name: str, source: Source, skeleton: nn.Module) -> Finetuned:
+def open_finetuned(
+    name: str, source: Source, skeleton: nn.Module, *, allow_unverified: bool = False
+) -> Finetuned:
     """Open one fine-tuned model.
 
     Args:
         name: Name of its task.
         source: A model, a model folder, a PEFT model, a PEFT folder, or a folder of SaRA.
         skeleton: The base, from `make_skeleton`.
+        allow_unverified: Whether to take an adapter that does not record its base.
 
     Raises:
         UserError: There is no model, its class is not the skeleton's, it belongs to another base,
             or its adapter is not plain LoRA.
     """
-    expert = _open(name, source, skeleton)
+    expert = _open(name, source, skeleton, allow_unverified)
     expert.vocabulary = _vocabulary(skeleton)
     return expert
 
 
-def _open(name: str, source: Source, skeleton: nn.Module) -> Finetuned:
+def _open(name: str, source: Source, skeleton: nn.Module, allow_unverified: bool) -> Finetuned:
     if isinstance(source, nn.Module):
         if getattr(source, "peft_config", None):
             return live_adapter(name, source, skeleton)
@@ -94,7 +97,7 @@ def _open(name: str, source: Source, skeleton: nn.Module) -> Finetuned:
     if not folder.is_dir():
         raise UserError(f"{name}={source}: no such folder")
     if (folder / ADAPTER_CONFIG_FILE).is_file():
-        return adapter_folder(name, folder, skeleton)
+        return adapter_folder(name, folder, skeleton, allow_unverified=allow_unverified)
     if (folder / SPARSE_FILE).is_file():
         return live_model(name, load_sparse(skeleton, folder), skeleton)
     return model_folder(name, folder, skeleton)

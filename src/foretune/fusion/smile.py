@@ -125,6 +125,8 @@ class SMILE(Method):
         finetuned: Mapping[str, Source],
         samples: Mapping[str, Sequence[Any]] | None = None,
         tokenizer: Any = None,
+        *,
+        allow_unverified: bool = False,
     ) -> Fused:
         """Fuse models over one base; the inputs are left unchanged.
 
@@ -134,6 +136,7 @@ class SMILE(Method):
             samples: For gate="activations": name → a few texts of the task, or batches (mappings
                 that the model is called with).
             tokenizer: Tokenizer of the sample texts, where the base's folder has none.
+            allow_unverified: Whether to take adapters that do not record their base.
 
         Raises:
             UserError: The models do not fit the base, a layer cannot be fused, no layer changed, or
@@ -154,7 +157,10 @@ class SMILE(Method):
         routing = Routing(list(finetuned), self.routing, self.top_k, causal=_generates(model))
         total = sum(p.numel() for p in model.parameters())
         with torch.no_grad():
-            experts = [open_finetuned(n, source, model) for n, source in finetuned.items()]
+            experts = [
+                open_finetuned(name, source, model, allow_unverified=allow_unverified)
+                for name, source in finetuned.items()
+            ]
             heads = keep_heads(model, experts, routing)
             report = {"base_parameters": total, **self._fuse_all(model, experts, heads, routing)}
         check_all_used(experts)

@@ -60,11 +60,19 @@ class TIES(Method):
             raise UserError("density=0 keeps nothing; it must be above 0")
         check_positive("scale", self.scale)
 
-    def fuse(self, base: Source, finetuned: Mapping[str, Source]) -> Fused:
-        """Fuse models over one base; the inputs are left unchanged."""
+    def fuse(
+        self, base: Source, finetuned: Mapping[str, Source], *, allow_unverified: bool = False
+    ) -> Fused:
+        """Fuse models over one base; see `fusion.merging.merge`."""
         from foretune.fusion.merging import merge
 
-        return merge(base, finetuned, self.to_dict(), self._combine)
+        return merge(
+            base,
+            finetuned,
+            self.to_dict(),
+            self._combine,
+            allow_unverified=allow_unverified,
+        )
 
     def _combine(self, changes: list[Tensor]) -> Tensor:
         import warnings

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Conv1D
+from transformers import Conv1D, PreTrainedConfig, PreTrainedModel
 
 from foretune.errors import UserError
 
@@ -161,21 +161,45 @@ def _reset_linear(layer: nn.Linear, outputs: int, spread: float | None) -> None:
 
 
 def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """(name, list) of the model's transformer blocks: the longest outermost list of modules.
+    """(name, list) of the model's transformer blocks.
+
+    Of several lists of modules that are not inside one another, it is one in the text decoder,
+    where the model has one; of these one as long as the config's `num_hidden_layers`; of these the
+    longest; of these the first.
 
     None for a model without one, and for an encoder-decoder, which has two.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
         return None
-    best: tuple[str, nn.ModuleList] | None = None
-    inside: list[str] = []
+    lists = _outermost_lists(model)
+    if len(lists) > 1:
+        lists = _in_decoder(model, lists) or lists
+        depth = getattr(_text_config(config), "num_hidden_layers", None)
+        lists = {n: blocks for n, blocks in lists.items() if len(blocks) == depth} or lists
+    return max(lists.items(), key=lambda pair: len(pair[1]), default=None)
+
+
+def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Name → list of modules, without lists inside a list (experts) and empty ones."""
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(p) for p in inside):
-            continue
-        inside.append(f"{name}.")  # a list inside a block (experts) is not a list of blocks
-        if len(module) and (best is None or len(module) > len(best[1])):
-            best = (name, module)
-    return best
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            lists[name] = module
+    return lists
+
+
+def _in_decoder(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
+    """Those of the lists that are inside the model's text decoder."""
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    within = set() if decoder is None else set(decoder.modules())
+    return {name: blocks for name, blocks in lists.items() if blocks in within}
+
+
+def _text_config(config: Any) -> Any:
+    """The config of the text decoder of a model of several kinds of input, else the config."""
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
 
 
 def skips_blocks(model: nn.Module) -> bool:
@@ -247,7 +271,8 @@ def freeze_lower(model: nn.Module, trainable_layers: int) -> None:
         trainable_layers: Number of last blocks that stay trainable.
 
     Raises:
-        UserError: The model has no single list of blocks, or fewer blocks than that.
+        UserError: The model has no single list of blocks (`block_list`), a second one beside or
+            behind it, which would stay trainable as a whole, or fewer blocks than that.
     """
     named_blocks = block_list(model)
     if named_blocks is None:
@@ -256,6 +281,14 @@ def freeze_lower(model: nn.Module, trainable_layers: int) -> None:
             f"which {type(model).__name__} does not have"
         )
     name, blocks = named_blocks
+    lists = list(_outermost_lists(model))
+    behind = [n for n in lists[lists.index(name) + 1 :] if not _in_head(model, n)]
+    if behind:
+        raise UserError(
+            f"trainable_layers={trainable_layers} is ambiguous: {type(model).__name__} has "
+            f"{name} and, behind it, {behind[0]}; leave trainable_layers out, or set "
+            "requires_grad on a model of your own"
+        )
     if not 0 <= trainable_layers <= len(blocks):
         raise UserError(
             f"trainable_layers must be between 0 and the {len(blocks)} blocks of "
@@ -265,6 +298,12 @@ def freeze_lower(model: nn.Module, trainable_layers: int) -> None:
         parameter.requires_grad_(False)
     for block in blocks[: len(blocks) - trainable_layers]:
         block.requires_grad_(False)
+
+
+def _in_head(model: nn.Module, name: str) -> bool:
+    """Whether a list is inside a declared head, or holds heads."""
+    heads = _declared_head(model)
+    return any(f"{name}.".startswith(f"{h}.") or h.startswith(f"{name}.") for h in heads)
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
