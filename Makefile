@@ -84,7 +84,7 @@ imports: setup
 docs: setup
 	$(BIN)/python benchmarks/publish.py --check
 	$(BIN)/python benchmarks/speed/page.py --check
-	$(BIN)/python benchmarks/architectures.py --check
+	$(BIN)/python benchmarks/architecture_table.py --check
 	$(PYTEST) -m "not slow" tests/promises
 
 format: setup
@@ -126,7 +126,7 @@ bench-speed: setup
 	$(BIN)/python benchmarks/speed/page.py
 
 architectures: setup
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/architectures.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/architecture_table.py
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

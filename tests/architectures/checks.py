@@ -149,9 +149,10 @@ def outcome(check: str, architecture: Architecture, folder: Path) -> str:
     """What a check says; an error of the user is a refusal."""
     mixing._WARNED.clear()
     try:
-        return CHECKS[check](architecture, folder)
+        return CHECKS[check](architecture, folder).replace(architecture.model, "this model")
     except UserError as error:
-        return NOTHING if "no mixture of experts" in str(error) else f"refused: {error}"
+        text = str(error).replace(architecture.model, "this model")
+        return NOTHING if "no mixture of experts" in text else f"refused: {text}"
 
 
 def random_bank(model: Any) -> AdapterBank:

@@ -312,9 +312,9 @@ def lora_conv1d(
     Returns:
         (rows · m, out, length'), to be added to `conv(x)`.
     """
-    sorted_x = x if rows.order is None else by_rows(x, rows.order, len(rows.slots))
     if dropout:
-        sorted_x = F.dropout(sorted_x, dropout)
+        x = F.dropout(x, dropout)  # before rows are permuted, as above
+    sorted_x = x if rows.order is None else by_rows(x, rows.order, len(rows.slots))
     a, b = a.to(x.dtype), b.to(x.dtype)
     parts = []
     counts = Layout.of(rows, len(x), 0).counts

@@ -1,7 +1,7 @@
 """Tries every architecture of the catalogue and writes the table of docs/architectures.md.
 
-python benchmarks/architectures.py            # try all of them, write the results and the page
-python benchmarks/architectures.py --check    # is the page that of the committed results?
+python benchmarks/architecture_table.py            # try all of them, write the results and the page
+python benchmarks/architecture_table.py --check    # is the page that of the committed results?
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ HEADER = """\
 # Architectures
 
 What works with which architecture of transformers, tried on microscopic models with random weights
-{versions}. Written by `make architectures`; a test compares it with what happens.
+({versions}). Written by `make architectures`; a test compares
+the table with what happens.
 
-| column | tried |
-|---|---|
-| bank = one by one | a batch that mixes three tasks, padding removed, adapters on all layers: outputs and gradients equal those of each task alone |
-| stock PEFT | `peft.PeftModel` loads an adapter folder, reads every tensor of it and gives the same outputs |
-| prune | with all experts kept nothing changes; half of the experts are saved and load with the same outputs |
-| frozen prefix | all blocks but the last frozen: their cached states give the model's own outputs, also after all that trains has moved |
+- **bank = one by one**: a batch that mixes three tasks, padding removed, adapters on all layers:
+  outputs and gradients equal those of each task alone.
+- **stock PEFT**: `peft.PeftModel` loads an adapter folder, reads every tensor of it and gives the
+  same outputs.
+- **prune**: with all experts kept nothing changes; half of the experts are saved and load with the
+  same outputs.
+- **frozen prefix**: all blocks but the last are frozen; their cached states give the model's own
+  outputs, also after everything that trains has moved.
 
 "by task": tasks are computed one after the other, which is slower and gives the same. "no": refused
-or not done, with a message; numbers refer to the reasons below. "–": nothing to prune. Other
+or not done, with a message; the numbers refer to the reasons below. "–": nothing to prune. Other
 architectures are checked in the same ways when they are used, before any result is trusted.
 """
 
@@ -54,7 +57,7 @@ def tried() -> dict[str, Any]:
 def page(results: dict[str, Any]) -> str:
     """The page of these results."""
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    lines = [HEADER.format(versions=f"({versions})")]
+    lines = [HEADER.format(versions=versions)]
     reasons: dict[str, int] = {}
     for group, rows in results["groups"].items():
         checks = list(next(iter(rows.values())))
