@@ -27,15 +27,18 @@ SIZES: dict[str, Any] = {
 DECODER: dict[str, Any] = {**SIZES, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def tokenizer(*, pad: bool = True, special: bool = True) -> Any:
+def tokenizer(*, pad: bool = True, special: bool = True, unknown: bool = True) -> Any:
     """One id a word, split at blanks.
 
     Args:
         pad: Whether it has a pad token.
         special: Whether it puts [CLS] and [SEP] around texts.
+        unknown: Whether a word that it does not know becomes [UNK]; else it is left out.
     """
     made = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate((*SPECIAL, *WORDS))}, unk_token="[UNK]")
+        models.WordLevel(
+            {w: i for i, w in enumerate((*SPECIAL, *WORDS))}, unk_token="[UNK]" if unknown else None
+        )
     )
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if special:

@@ -38,4 +38,4 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     ' Did you mean "steps"?'
     """
     close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1)
-    return f' Did you mean "{printable(close[0])}"?' if close else ""
+    return f' Did you mean "{printable(" ".join(close[0].split()))}"?' if close else ""

@@ -269,10 +269,10 @@ def test_frozen_layers_are_not_adapted_by_default():
     assert names and not any(name.startswith("encoder.layer.0.") for name in names)
 
 
-def test_a_model_that_drops_rows_is_refused():
+def test_a_call_with_another_number_of_rows_than_the_route_is_refused():
     model = tiny_models.plain().double()
     bank = _bank(model)
-    with pytest.raises(ValueError, match="mixes or drops rows"), bank.attached(), route((0, 1)):
+    with pytest.raises(UserError, match="the route has 2 rows"), bank.attached(), route((0, 1)):
         model(torch.randn(3, 3, 8, dtype=torch.float64))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 
 import numpy as np
@@ -382,3 +383,11 @@ def test_a_truncated_file_is_one_line(cut, tmp_path):
     (tmp_path / "x.npz").write_bytes(content[:cut])
     with pytest.raises(UserError, match=r"x\.npz is damaged"):
         read_npz(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.parquet", "x.txt", "x.txt.gz", "tracks/x.txt"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=r"no file|cannot (be )?read"):
+        load_scenes(tmp_path / name.partition("/")[0], **LOAD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -293,6 +294,12 @@ def test_a_pickle_that_runs_code_is_refused(place, tmp_path):
     torch.save({"samples": LABELS, "labels": [print]}, tmp_path / "train_1.pt")
     line = the_error("sfda", "prepare", "new", "--rows", tmp_path, "--out", tmp_path / "p")
     assert "is not a dict of tensors samples and labels" in line
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "train_1.pt")
+    line = the_error("sfda", "prepare", "new", "--rows", tmp_path, "--out", tmp_path / "p")
+    assert "train_1.pt is a pipe" in line
 
 
 def test_bad_options_are_refused(place, tmp_path):

@@ -270,4 +270,4 @@ def test_any_bytes_are_rows_or_one_line(tmp_path, suffix):
         try:
             load(path)
         except UserError as error:
-            assert "\n" not in str(error) and str(error).isprintable()
+            assert "\n" not in str(error)

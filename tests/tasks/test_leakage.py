@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from foretune.cli.plan import plan_text
-from foretune.tasks.leakage import Leak, SharedInputs, find_leaks, find_overlaps
+from foretune.tasks.leakage import Leak, Overlaps, SharedInputs, find_leaks, find_overlaps
 from foretune.tasks.sources import Source, load_tasks
 from foretune.tasks.task import Task, TaskCollection
 
@@ -94,6 +94,13 @@ def test_texts_that_every_task_answers_in_its_own_way_are_no_leaks() -> None:
     assert overlaps.shared_inputs[0].same_answer == sum(
         (row["text"], row["label"]) in answers for row in people[4].test
     )
+
+
+def test_two_people_who_often_agree_share_their_texts() -> None:
+    first, second = votes("a", "y" * 50), votes("b", "y" * 45 + "nnnnn")
+    learnt = Task("a", train=(*first.test, *first.train))
+    overlaps = find_overlaps(TaskCollection((learnt,)), TaskCollection((second,)))
+    assert overlaps == Overlaps([], [SharedInputs("b", 25, 20, 25, "text 25")])
 
 
 def test_a_copied_task_leaks_though_a_few_labels_were_corrected() -> None:

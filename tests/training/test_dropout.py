@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import foretune
 import tiny_models
+from foretune.errors import UserError
 from foretune.run import Run
 from foretune.tasks.objectives.causal_lm import CausalLM
 from foretune.tasks.task import Task, TaskCollection
@@ -113,6 +115,39 @@ def test_a_task_does_not_depend_on_neighbours_waves_and_token_budget(kind):
     assert_same(adapt(kind, token_budget=1), together)
     recomputes = kind != "convolution"
     assert_same(adapt(kind, token_budget=40, gradient_checkpointing=recomputes), together)
+
+
+@pytest.mark.parametrize("method", ["lora", "standard"])
+def test_what_transformers_recomputes_has_the_same_masks(method):
+    results = []
+    for recomputes in (False, True):
+        model = tiny_models.llama(**LLAMA)
+        if recomputes:
+            model.gradient_checkpointing_enable()
+        run = Run(steps=3, batch_size=3, device="cpu", eval_every=0)
+        if method == "lora":
+            made = foretune.LoRA(learning_rate=0.02, lora=LORA)
+            results.append(foretune.adapt(model, KINDS["llama"][1](), made, run).tensors["t1", 0])
+        else:
+            outcome = foretune.retrain(model, KINDS["llama"][1](), METHODS[method], run)
+            results.append(outcome.model.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_dropout_that_a_model_recomputes_on_its_own_is_refused():
+    class Recomputing(tiny_models.Plain):
+        def forward(self, x):
+            hidden = torch.relu(self.conv(x)).mean(-1)
+            return self.out(checkpoint(self.drop, hidden, use_reentrant=False))
+
+        def drop(self, hidden):
+            return torch.nn.functional.dropout(self.body(hidden), P, self.training)
+
+    with pytest.raises(UserError, match="recomputed in the backward pass"):
+        foretune.retrain(
+            Recomputing(), windows(), foretune.Standard(), Run(steps=1, device="cpu", eval_every=0)
+        )
 
 
 def test_the_seed_decides_the_masks():

@@ -184,30 +184,26 @@ class _Entry:
 
     def _probe(self, args: Any, kwargs: Any, num_rows: int) -> str | None:
         """Why tasks cannot share a call of this method; None if they can."""
-        few, many, owners = _probe_sizes(num_rows)
+        few, many = _probe_sizes(num_rows)
         with self._random_adapters() as stand_ins:
-            shapes = []
+            outputs, shapes = [], []
             with unpacked():
-                outputs = []
-                for size in (few, many):
-                    outputs.append(self._rows_of(args, kwargs, range(size), [0] * size))
+                for size, slot in ((few, 0), (many, 0), (many, 1)):
+                    outputs.append(self._rows_of(args, kwargs, range(size), [slot] * size))
                     shapes.append([part.rows.take_calls() for part in stand_ins.values()])
-                self._learn_output_dims(outputs[0], outputs[1], few, many)
-                alone = []
-                for slot in (0, 1):
-                    index = [i for i in range(many) if owners[i] == slot]
-                    alone.append(self._rows_of(args, kwargs, index, [slot] * len(index)))
-            for part, *calls in zip(stand_ins.values(), *shapes, strict=True):
+            self._learn_output_dims(outputs[0], outputs[1], few, many)
+            for part, *calls in zip(stand_ins.values(), *shapes[:2], strict=True):
                 reason = part.rows.learn(*calls)
                 if reason is not None:
                     return reason
-            for context in (unpacked(), contextlib.nullcontext()):
+            for probe in range(4):
+                order, owners = _probe_rows(many, probe)
                 try:
-                    with context:
-                        mixed = self._rows_of(args, kwargs, range(many), owners)
+                    with unpacked() if probe else contextlib.nullcontext():
+                        mixed = self._rows_of(args, kwargs, order, owners)
                 except UnknownRowsError as error:
                     return str(error)
-                if not self._agrees(mixed, alone, owners):
+                if not self._agrees(mixed, outputs[1:], order, owners):
                     return "it mixes the rows of a batch"
         for name, part in self.calls.parts.items():
             part.rows.learnt |= stand_ins[name].rows.learnt
@@ -282,17 +278,29 @@ class _Entry:
         self,
         mixed: Mapping[Path, Tensor],
         alone: Sequence[Mapping[Path, Tensor]],
+        order: Sequence[int],
         owners: Sequence[int],
     ) -> bool:
-        """Whether each task's rows of a mixed batch are what the task alone gives."""
+        """Whether a mixed batch gives each row what it gets where all rows are of its slot.
+
+        Args:
+            mixed: The outputs of the mixed batch.
+            alone: The outputs for each of two slots.
+            order: The rows of the mixed batch, as indices of those of `alone`.
+            owners: The slot of each row of the mixed batch.
+        """
         compared = False
         for path, x in mixed.items():
             dim = self._output_dims.get((path, x.dim()))
             if dim is None or not x.is_floating_point():
                 continue
             for slot in (0, 1):
-                index = [i for i, owner in enumerate(owners) if owner == slot]
-                if not _close(_rows(x, dim, len(owners), index), alone[slot][path]):
+                places = [i for i, owner in enumerate(owners) if owner == slot]
+                part = _rows(x, dim, len(owners), places)
+                reference = _rows(alone[slot][path], dim, len(owners), [order[i] for i in places])
+                if part.shape == reference.shape:  # zero at padding that was removed
+                    reference = reference.masked_fill(part == 0, 0)
+                if not _close(part, reference):
                     return False
             compared = True
         return compared
@@ -370,7 +378,7 @@ def _input_dims(call: Any, num_rows: int) -> dict[tuple[Path, int], int]:
     dims = {}
     for path, x in tensors_in(call).items():
         matching = [d for d in range(x.dim()) if x.shape[d] == num_rows]
-        if matching and (matching[0] == 0 or len(matching) == 1):
+        if matching:
             dims[path, x.dim()] = matching[0]
     return dims
 
@@ -388,18 +396,31 @@ def _rows(x: Tensor, dim: int, num_rows: int, index: Sequence[int]) -> Tensor:
     return x.unflatten(dim, (num_rows, -1)).index_select(dim, torch.tensor(index, device=x.device))
 
 
-def _probe_sizes(num_rows: int) -> tuple[int, int, list[int]]:
-    """The rows of two probes, and the owner of each row of the second: unsorted and unequal.
+def _probe_sizes(num_rows: int) -> tuple[int, int]:
+    """The numbers of rows of two probes.
 
-    Neither they nor the rows of one owner are as many as in the batch at hand: what is prepared for
-    that batch recognises it by its shape.
+    Not those of the batch at hand: what is prepared for that batch recognises it by its shape.
 
-    >>> _probe_sizes(8), _probe_sizes(2)
-    ((3, 5, [1, 1, 0, 1, 0]), (3, 5, [1, 1, 1, 1, 0]))
+    >>> _probe_sizes(8), _probe_sizes(3)
+    ((3, 5), (5, 7))
     """
-    few, many = [n for n in SIZES if n != num_rows][:2]
-    first = next(n for n in (2, 1) if num_rows not in (n, many - n))
-    return few, many, [0 if (i + 1) * first % many < first else 1 for i in range(many)]
+    few, many, *_ = (n for n in SIZES if n != num_rows)
+    return few, many
+
+
+def _probe_rows(size: int, probe: int) -> tuple[list[int], list[int]]:
+    """The order of up to seven rows in one of four mixed probes, and the owner of each place.
+
+    No two places have the same owner in each of the first three, so no row can take another's place
+    unnoticed. The last has the rows in reverse, for models that sort what was sorted already.
+
+    >>> [_probe_rows(5, probe)[1] for probe in range(4)]
+    [[1, 0, 1, 0, 1], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1], [0, 1, 1, 0, 0]]
+    """
+    order = list(range(size))
+    if probe == 3:
+        return order[::-1], _probe_rows(size, 1)[1]
+    return order, [(i + 1) >> probe & 1 for i in range(size)]
 
 
 def _close(x: Tensor, y: Tensor, tolerance: float | None = None) -> bool:

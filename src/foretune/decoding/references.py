@@ -15,6 +15,7 @@ from foretune.decoding.generation import prompt_ids
 from foretune.errors import UserError
 from foretune.tasks.labels import label_text
 from foretune.tasks.objectives.text import ended, plain_ids
+from foretune.tasks.rows import check_unicode
 
 KINDS = {
     "label": "prompt (or text) and label",
@@ -198,6 +199,7 @@ def _kind(row: Mapping[str, Any], place: int) -> str:
     for name in ("prompt", "completion", "text"):
         if row.get(name) is not None and (not isinstance(row[name], str) or not row[name].strip()):
             raise UserError(f"row {place + 1}: {name} must be text, got {row[name]!r:.40}")
+        check_unicode(row.get(name) or "", f"row {place + 1}, {name}")
     label = row.get("label")
     if kind == "label" and (
         isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip()

@@ -2,7 +2,7 @@
 
 symbol  shape          meaning
 traj    (n, K, F, 2)   forecasts in m
-scores  (n, K)         logits of the modes
+scores  (n, K)         logits of the modes; of equally likely ones the first counts as likelier
 truth   (n, F, 2)      true positions in m
 valid   (n, F)         which steps were observed
 """
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foretune.errors import DivergedError
 from foretune.forecasting.displacement import displacements
 from foretune.tasks.task import Objective
 
@@ -98,6 +99,9 @@ def forecast_rows(
 
     Returns:
         traj (n, K, F, 2), scores (n, K), truth (n, F, 2), valid (n, F).
+
+    Raises:
+        DivergedError: A forecast is not finite.
     """
     if model is not None:
         model.eval()
@@ -115,4 +119,8 @@ def forecast_rows(
             traj, scores = forecasts.trajectories.float().cpu(), forecasts.scores.float().cpu()
         parts.append((traj, scores, future[..., :2], future[..., 2] > 0))
     traj, scores, truth, valid = (torch.cat(column) for column in zip(*parts, strict=True))
+    finite = torch.isfinite(traj).flatten(1).all(1) & torch.isfinite(scores).all(1)
+    if not finite.all():
+        scene = int((~finite).nonzero()[0]) + 1
+        raise DivergedError(f"the forecasts of scene {scene} are not finite: retrain the model")
     return traj, scores, truth, valid

@@ -147,6 +147,8 @@ def _points(file: Path) -> np.ndarray:
     Raises:
         UserError: The file cannot be read, is empty or has a line that is not four numbers.
     """
+    if not file.is_file():
+        raise UserError(f"{file} is a pipe or a device, which cannot be read")
     opener = gzip.open if file.suffix == ".gz" else open
     points = []
     try:

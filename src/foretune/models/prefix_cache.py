@@ -84,8 +84,8 @@ def _fingerprint(model: nn.Module, first_block: int, outside: Mapping[str, Tenso
     fields = config.to_dict() if hasattr(config, "to_dict") else {}
     settings = {k: v for k, v in fields.items() if k not in SKIPPED_CONFIG}
     device = next(model.parameters()).device
-    about = [type(model).__qualname__, first_block, str(device), settings, sorted(outside)]
-    digest.update(json.dumps(about, default=str).encode())
+    described = [type(model).__qualname__, first_block, str(device), settings, sorted(outside)]
+    digest.update(json.dumps(described, default=str).encode())
     digest.update(repr(blocks[:first_block]).encode())
     tensors = [outside[name] for name in sorted(outside)]
     for block in blocks[:first_block]:

@@ -20,7 +20,7 @@ Drawn = Callable[[Sequence[int], Callable[[Tensor], Tensor]], Tensor]
 def dropout(
     drawn: Drawn, x: Tensor, p: float, inplace: bool = False, dims: int | None = None
 ) -> Tensor:
-    """Dropout of x with probability p; of whole channels if the mask has only its first `dims`."""
+    """Dropout of x (…), with a mask of its first `dims` dimensions, (…) of all of them for None."""
     shape = x.shape if dims is None else (*x.shape[:dims], *[1] * (x.dim() - dims))
     if p >= 1:
         dropped = x * 0
@@ -32,12 +32,12 @@ def dropout(
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """Random bits as float32 in (0, 1)."""
+    """Random bits (…) as float32 (…) in (0, 1)."""
     return ((bits >> 40 & 2**24 - 1).float() + 0.5) * 2**-24
 
 
 def normal(bits: Tensor) -> Tensor:
-    """Random bits as float32 from a standard normal distribution."""
+    """Random bits (…) as float32 (…) from a standard normal distribution."""
     return torch.special.ndtri(uniform(bits))
 
 

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import inspect
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from foretune.errors import UserError
 from foretune.models.calls import output_tensors
 from foretune.models.nested import tensors_in, with_tensors
 from foretune.models.random_functions import REPLACED
@@ -245,19 +246,44 @@ _CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("foretune_d
 
 
 class _Mode(TorchFunctionMode):
-    """While active, random functions inside a call of a model draw as the call says."""
+    """While active, random functions inside a call of a model draw as the call says.
+
+    Args:
+        outside: Called for what is drawn outside any call; None lets torch draw it.
+    """
+
+    def __init__(self, outside: Any = None) -> None:
+        super().__init__()
+        self.outside = outside
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call, kwargs = _CALL.get(), kwargs or {}
-        replacement = None if call is None else REPLACED.get(func)
-        if call is None or replacement is None or kwargs.get("generator") is not None:
+        drawn = self.outside if call is None else call.drawn
+        replacement = REPLACED.get(func)
+        if drawn is None or replacement is None or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
         kwargs = {"x" if name == "input" else name: v for name, v in kwargs.items()}
         if func is F.multi_head_attention_forward:
             with self:
-                return replacement(call.drawn, *args, **kwargs)
-        return replacement(call.drawn, *args, **kwargs)
+                return replacement(drawn, *args, **kwargs)
+        return replacement(drawn, *args, **kwargs)
+
+
+def only_known_recomputation() -> TorchFunctionMode:
+    """A context for the backward pass of calls whose dropout was drawn row by row.
+
+    Recomputed by something that does not know of it, dropout would be drawn anew, and gradients
+    would be those of no model: that raises a UserError.
+    """
+    return _Mode(_refuse)
+
+
+def _refuse(*_: Any) -> Tensor:
+    raise UserError(
+        "dropout is recomputed in the backward pass by something that foretune does not know of; "
+        "for less memory use Run(gradient_checkpointing=True), or turn the dropout off"
+    )
 
 
 def draws_of_parts() -> Callable[[Any], AbstractContextManager[None]]:
@@ -319,7 +345,7 @@ def _num_rows(inputs: Mapping[str, Any]) -> int | None:
 
 def _site() -> Site:
     """What tells the places in the model's code apart from which a random function is called."""
-    frame: Any = sys._getframe(1)
+    frame: Any = inspect.currentframe()
     site: list[Any] = []
     while frame is not None and len(site) < FRAMES:
         site.append((frame.f_code, frame.f_lineno))

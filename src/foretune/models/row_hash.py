@@ -29,16 +29,17 @@ def wrapped(value: int) -> int:
 
 
 def mixed(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64, element by element: int64 → int64, a bijection."""
+    """The finaliser of splitmix64, element by element: int64 (…) → int64 (…), a bijection."""
     x = (x ^ (x >> 30 & 2**34 - 1)) * FIRST
     x = (x ^ (x >> 27 & 2**37 - 1)) * SECOND
     return x ^ (x >> 31 & 2**33 - 1)
 
 
 def placed(keys: Tensor, places: Tensor, axis: int) -> Tensor:
-    """Hash of keys and of places along an axis, counted from the last; place 0 leaves a key alone.
+    """Hash of keys (n, …) and of places (L,) or (n,) along an axis; place 0 leaves a key alone.
 
-    So an axis of size 1 makes no difference, as where tokens are run together with rows.
+    Axes are counted from the last. So an axis of size 1 makes no difference, as where tokens are run
+    together with rows.
     """
     return torch.where(places == 0, keys, mixed(keys + places * STEP + wrapped(axis * SECOND)))
 
@@ -97,8 +98,3 @@ def content_hash(
         total = total + (values * weights).reshape(len(x), -1).sum(1)
     assert isinstance(total, Tensor), "no tensors"
     return mixed(total)
-
-
-def uniform(bits: Tensor) -> Tensor:
-    """Random bits as float32 in [0, 1)."""
-    return (bits >> 40 & 2**24 - 1).float() * 2**-24

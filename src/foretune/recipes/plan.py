@@ -118,13 +118,16 @@ def plan_recipe(recipe: Recipe, console: Console = SILENT) -> Plan:
 
 def _labels(setup: Setup) -> dict[str, list[Any]]:
     """Task → its labels, for tasks whose outputs are labels."""
-    labels: dict[str, list[Any]] = {}
+    from foretune.tasks.objectives.classification import one_form
+
+    labels: dict[str, tuple[Any, ...]] = {}
     for tasks in (setup.seen, setup.unseen):
         if tasks is not None and tasks.objective is not None:
             for name in tasks.names:
                 names = tasks.objective.local().output_labels(name)
-                labels |= {} if names is None else {name: list(names)}
-    return labels
+                if names is not None:
+                    labels[name] = tuple(label for label in names if label is not None)
+    return {name: list(names) for name, names in one_form(labels).items()}
 
 
 def _drawn(setup: Setup, unseen: TaskCollection) -> list[str]:

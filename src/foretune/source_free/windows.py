@@ -98,6 +98,8 @@ def _read_pt(path: Path, split: str) -> list[Row]:
     """
     import torch
 
+    if not path.is_file():
+        raise UserError(f"{path} is a pipe, a device or a folder, which cannot be read")
     try:
         stored = torch.load(path, weights_only=True, map_location="cpu")
         samples, labels = torch.as_tensor(stored["samples"]), torch.as_tensor(stored["labels"])

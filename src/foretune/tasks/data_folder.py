@@ -24,7 +24,6 @@ METADATA = {"dataset_infos.json", "dataset_info.json"}  # of the hub and of `dat
 TEXTS = {"readme", "license", "licence", "notice", "citation", "changelog", "makefile"}
 CONTAINERS = {"data", "default"}  # folders whose name says nothing
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
-MOST_LEVELS = 20  # of folders in folders, where links lead in a circle
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,8 @@ def _walk(
         if path.name.startswith(".") or path.name == "__pycache__":
             continue
         if path.is_dir():
-            if len(path.relative_to(root).parts) > MOST_LEVELS:
-                raise UserError(f"{path}: more than {MOST_LEVELS} folders deep")
+            if folder.resolve().is_relative_to(path.resolve()):
+                raise UserError(f"{path} is a link to a folder that it is in: remove it")
             inner = _inside(path, relative, splits, outer)
             if inner is not None:
                 yield from _walk(path, root, splits, inner)

@@ -202,7 +202,7 @@ def _header(cells: list[str], path: Path, line: int) -> list[str]:
     _check_unique([name for name in names if name], path)
     if len(names) == 1 and any(c in names[0] for c in ",;\t|"):
         raise UserError(
-            f'{place}: the header has a single column, "{names[0]}": '
+            f'{place}: the header has a single column, "{in_one_line(names[0])}": '
             "separate columns by commas in a .csv file, by tabs in a .tsv file"
         )
     return names
@@ -345,7 +345,9 @@ def _check_unique(names: Sequence[str], path: Path) -> None:
     """
     name, count = Counter(names).most_common(1)[0] if names else ("", 1)
     if count > 1:
-        raise UserError(f'{path} has {count} columns "{name}": rename or remove all but one')
+        raise UserError(
+            f'{path} has {count} columns "{in_one_line(name)}": rename or remove all but one'
+        )
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
@@ -355,13 +357,18 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 def one_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
     lines = str(error).strip().splitlines()
-    return printable(lines[0].strip()) if lines else type(error).__name__
+    return in_one_line(lines[0]) if lines else type(error).__name__
 
 
 def short(value: Any) -> str:
     """The beginning of a value as JSON, for a message."""
-    text = printable(json.dumps(value, ensure_ascii=False, default=str))
+    text = in_one_line(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+def in_one_line(text: str) -> str:
+    """A text from a file, for a message."""
+    return printable(" ".join(text.split()))
 
 
 READERS: dict[str, Callable[[Path], Cells]] = {

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from foretune.errors import UserError, did_you_mean
-from foretune.printable import printable
 from foretune.tasks.data_folder import (
     SAVED_DATASET,
     DataFile,
@@ -19,7 +18,14 @@ from foretune.tasks.data_folder import (
     data_files,
     has_dataset_card,
 )
-from foretune.tasks.file_formats import one_line, read_cells, rows_of_table, short, suffix_of
+from foretune.tasks.file_formats import (
+    in_one_line,
+    one_line,
+    read_cells,
+    rows_of_table,
+    short,
+    suffix_of,
+)
 from foretune.tasks.split_names import LEFT_OUT, SplitNames
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -70,7 +76,7 @@ def read_rows(source: str, splits: SplitNames | None = None) -> Iterator[Row]:
             return _read_folder(path, splits)
     except (OSError, ValueError, RuntimeError) as error:  # no permission, too long, no such user
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
-        raise UserError(f"{printable(source)} cannot be read: {reason}") from error
+        raise UserError(f"{in_one_line(source)} cannot be read: {reason}") from error
     if link is not None:
         raise UserError(f"{source} is a link to {link}, which does not exist")
     if mode is None:

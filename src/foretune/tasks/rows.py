@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
-from foretune.printable import printable
-from foretune.tasks.file_formats import Unreadable, short
+from foretune.tasks.file_formats import Unreadable, in_one_line, short
 from foretune.tasks.readers import Row
 from foretune.tasks.split_names import SplitNames
 
@@ -283,7 +282,7 @@ def _array(value: Any, field: str, row: Row) -> Any:
 
 
 def _names(fields: Mapping[str, Any]) -> str:
-    return printable(", ".join(sorted(fields))) if fields else "no fields"
+    return in_one_line(", ".join(sorted(fields))) if fields else "no fields"
 
 
 def _text_only(value: Any, row: Row) -> str:

@@ -15,7 +15,7 @@ from foretune.tasks.candidates import draw_candidates
 from foretune.tasks.example import SPLITS
 from foretune.tasks.labels import label_of
 from foretune.tasks.readers import HUB_ID, Row, read_rows
-from foretune.tasks.responses import GROUP_COLUMNS
+from foretune.tasks.responses import GROUP_COLUMNS, group_of
 from foretune.tasks.row_store import RowStore
 from foretune.tasks.rows import CLASSES, NEEDS, example_of, readable, split_of, task_of
 from foretune.tasks.split_names import LEFT_OUT, SplitNames, check_renames
@@ -355,17 +355,20 @@ def _why_no_test(task: Task, source: Source, kind: str) -> str:
             "0.2, or give rows of that split"
         )
     rows = len(task.train)
-    drop = f"or leave out tasks this small with min_rows={len(task) + 1}"
-    if kind in CLASSES and rows > 1:
+    drop = f"add rows, or leave out tasks this small with min_rows={len(task) + 1}"
+    groups = {repr(group_of(example, source.group_column)) for example in task.train}
+    if rows > 1 and len(groups) == 1 and groups != {"None"}:
+        return (
+            f"has {rows} rows of one group, which stays together, so none can be held out for "
+            f"test: {drop}"
+        )
+    if rows > 1 and kind in CLASSES:
         labels = len({label_of(example) for example in task.train})
         return (
-            f"has {rows} rows with {labels} labels, so none can be held out for test: a test row "
-            f"needs a label that training rows have too. Add rows, {drop}"
+            f"has {rows} rows with {labels} labels, so none can be held out for test, where a row "
+            f"needs a label that training rows have too: {drop}"
         )
-    return (
-        f"has {rows} training row{'s' * (rows > 1)}, too few to hold one (or one group) out for "
-        f"test: add rows, {drop}"
-    )
+    return f"has {rows} training row{'s' * (rows > 1)}, too few to hold one out for test: {drop}"
 
 
 def _counts(task: Task) -> str:

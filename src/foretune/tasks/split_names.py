@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
-from foretune.printable import printable
 from foretune.tasks.example import SPLITS
+from foretune.tasks.file_formats import in_one_line
 
 SPELLINGS = {
     "train": "train",
@@ -61,7 +61,7 @@ class SplitNames:
         """
         split = self.lookup(name) if isinstance(name, str) else None
         if split is None:
-            name = printable(str(name))[:60]
+            name = in_one_line(str(name))[:60]
             two_meanings = name.casefold() in TWO_MEANINGS
             reason = " (validation to some tools, test to others)" if two_meanings else ""
             raise UserError(

@@ -26,8 +26,8 @@ class CausalLM(Objective):
 
     The loss of an example is the mean negative log-likelihood of its tokens, or only of the
     completion's tokens if there is a prompt; the score is its negative. A completion ends with the
-    tokenizer's end-of-text token, so that a model learns where to stop. Prompt and completion are
-    tokenised separately, so that no token spans both.
+    tokenizer's end-of-text token, so that a model learns where to stop; one that is cut does not.
+    Prompt and completion are tokenised separately, so that no token spans both.
 
     A decoder reads prompt and completion as one text. An encoder-decoder reads the prompt in its
     encoder and generates the completion; it cannot learn from examples with `text`.

@@ -51,7 +51,7 @@ class Choice(Objective):
         max_context_tokens: Maximum length of a context, special tokens included; longer ones lose
             their beginning.
         max_response_tokens: Maximum length of a candidate, special tokens included; longer ones
-            lose their end.
+            lose their end, and with "causal" the end-of-text token that closes the others.
         context_turns: Number of turns to keep of a context that is a list, the last ones; None
             keeps all.
         train_candidates: Number of candidates in training: the right one and a fresh draw of the

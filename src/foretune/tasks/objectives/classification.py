@@ -120,7 +120,8 @@ class Classification(Objective):
         texts = any("text" in row for task in tasks for row in task.train)
         if self.tokenizer is None and not texts:
             check_arrays(tasks, ("x",))
-        labels = one_form({task.name: self._task_labels(task) for task in tasks}, self.space or ())
+        known = self.shared().space or ()
+        labels = one_form({task.name: self._task_labels(task) for task in tasks}, known)
         union = set().union(*labels.values())
         space = self.space
         if not self.labels:
@@ -263,16 +264,16 @@ class Classification(Objective):
 
 
 def one_form(
-    labels: Mapping[str, tuple[Label, ...]], space: Sequence[Label]
+    labels: Mapping[str, tuple[Label, ...]], known: Sequence[Label] = ()
 ) -> dict[str, tuple[Label, ...]]:
     """The labels of each task with one form of a label in all of them.
 
     Args:
         labels: The labels of each task.
-        space: Labels whose form takes precedence: those of a head that is there already.
+        known: Labels whose form takes precedence, such as those of a head.
     """
     union = sort_labels(label for of_task in labels.values() for label in of_task)
-    forms = {label_text(label): label for label in (*union, *space)}
+    forms = {label_text(label): label for label in (*union, *known)}
     return {
         task: sort_labels(forms[label_text(label)] for label in of_task)
         for task, of_task in labels.items()

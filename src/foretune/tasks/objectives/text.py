@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foretune.errors import UserError
 from foretune.tasks.example import place_of
+from foretune.tasks.readers import one_line
 from foretune.tasks.rows import check_unicode
 
 IGNORED = -100  # the label that torch's cross-entropy ignores
@@ -83,7 +84,7 @@ def token_ids(tokenizer: Any, text: str, where: str) -> list[int]:
         where: Its row, for the message.
 
     Raises:
-        UserError: There is no tokenizer, or it makes no token of the text.
+        UserError: There is no tokenizer, or it does not take the text.
     """
     global _cached_tokens
     size = len(tokenizer) if hasattr(tokenizer, "__len__") else 0  # tokens may be added
@@ -91,7 +92,15 @@ def token_ids(tokenizer: Any, text: str, where: str) -> list[int]:
     ids = _cache.get(key)
     if ids is None:
         check_unicode(text, where)
-        ids = _cache[key] = array("i", plain_ids(tokenizer, [text])[0])
+        try:
+            ids = array("i", plain_ids(tokenizer, [text])[0])
+        except UserError:
+            raise
+        except Exception as error:  # a tokenizer without a token for unknown words raises it
+            raise UserError(
+                f"{where}: the tokenizer does not take {text!r:.60}: {one_line(error)}"
+            ) from error
+        _cache[key] = ids
         _cached_tokens += len(ids)
         while _cached_tokens > CACHED_TOKENS:
             _cached_tokens -= len(_cache.popitem(last=False)[1])

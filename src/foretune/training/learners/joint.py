@@ -20,8 +20,8 @@ from foretune.models.calls import eval_no_grad
 from foretune.models.frozen_prefix import frozen_prefix
 from foretune.models.loading import save_base
 from foretune.models.packing import packed
-from foretune.models.recompute import recomputed
-from foretune.models.row_dropout import RowDropout
+from foretune.models.recompute import recomputed, recomputed_on_route
+from foretune.models.row_dropout import RowDropout, only_known_recomputation
 from foretune.models.surgery import batch_norms, head_modules, name_outputs
 from foretune.run import Run
 from foretune.tasks.batch import Batch
@@ -280,7 +280,8 @@ class Learner:
                 losses = self.row_losses(chunk, device)
             losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
             weights = losses.new_tensor([self._weight(slot, counts, step) for slot in chunk.slots])
-            (losses @ weights).backward()
+            with self._backward_of_draws():
+                (losses @ weights).backward()
             index = torch.tensor([place[slot] for slot in chunk.slots], device=device)
             sums.index_add_(0, index, losses.detach().float())
         for chunk in step.fillers:
@@ -291,12 +292,19 @@ class Learner:
             slot: total / counts[slot] for slot, total in zip(place, sums.tolist(), strict=True)
         }
 
-    def _draws_of(self, step: Step) -> AbstractContextManager[None]:
+    def _draws_of(self, step: Step) -> AbstractContextManager[Any]:
         """A context in which dropout is seeded by task and step, where the model has any."""
         lora_dropout = 0 if self.bank is None else (self.bank.lora or {}).get("lora_dropout", 0)
         if self.dropout.drew is False and not lora_dropout:  # adapters are left out of some steps
             return contextlib.nullcontext()
-        return self.dropout.seeded(step.slot_seeds, step.seed)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(recomputed_on_route(self.model))
+            stack.enter_context(self.dropout.seeded(step.slot_seeds, step.seed))
+            return stack.pop_all()
+
+    def _backward_of_draws(self) -> AbstractContextManager[Any]:
+        """A context for the backward pass of what was drawn in `_draws_of`."""
+        return only_known_recomputation() if self.dropout.drew else contextlib.nullcontext()
 
     def row_losses(self, chunk: Batch, device: torch.device) -> Tensor:
         """(n,) the loss of each example; a method may add terms to it."""
