@@ -23,7 +23,7 @@ class Run:
     Args:
         seed: Random seed of the order of the examples, fresh adapters and heads, and dropout.
         steps: Total number of batches. A method that needs several per update of the model
-            (Reptile, FOMAML) makes fewer updates.
+            (Reptile, FOMAML) makes fewer updates, the last with fewer batches if need be.
         tasks_per_step: Tasks per batch; None for all of them (the joint step), 1 for round robin.
             The adapter of a task that is absent from a step does not move.
         batch_size: Examples of each task per batch.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import foretune
 import tiny_models
 from foretune import SMILE, TIES, Average, TaskArithmetic, UserError
+from foretune.fusion.finetuned import Finetuned, check_all_used
 from fusion.fused_models import adapted, ids, linears, nudged, output, saved, text_input
 
 IDENTITIES = [
@@ -374,3 +375,13 @@ def test_plain_module_is_verified_by_its_first_call(part: str, tmp_path: Any) ->
     fused.model.train()
     fused.model(torch.randn(2, 4, requires_grad=True) * 2).sum().backward()
     assert fused.report["verified"] is True and fused.model[1].training
+
+
+def test_tensor_that_nothing_used_is_refused() -> None:
+    value = torch.ones(2)
+    expert = Finetuned("a", {"x": value, "y": value}.get, frozenset("xy"))
+    expert.change("x", torch.zeros(2))
+    with pytest.raises(UserError, match="a changes y, which cannot be fused"):
+        check_all_used([expert])
+    expert.value("y", value)
+    check_all_used([expert])

@@ -11,6 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_model
 from torch import Tensor
 
@@ -79,6 +80,20 @@ def tied() -> Any:
     return tiny_models.llama(tie_word_embeddings=True)
 
 
+def mixture() -> Any:
+    """The experts are one tensor; the shared expert has layers of its own."""
+    config = transformers.Qwen2MoeConfig(
+        **tiny_models.DECODER,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.Qwen2MoeForCausalLM(config).eval()
+
+
 def classifier(num_labels: int = 2) -> Any:
     return tiny_models.bert(num_labels=num_labels)
 
@@ -107,6 +122,13 @@ CASES: dict[str, Case] = {
         LORA,
         signals,
     ),
+    "mixture with a shared expert": (mixture, completions, LORA, texts),
+    "plain module whose head's name is an ending": (
+        lambda: tiny_models.plain(outputs=3),
+        lambda: signals_with([0, 1, 2], [0, 2, 3]),
+        LORA,
+        signals,
+    ),
     "plain module, own heads": (
         convolutions,
         lambda: signals_with([0, 1], [1, 2]),
@@ -115,6 +137,12 @@ CASES: dict[str, Case] = {
     ),
     "heads alone": (lambda: classifier(3), other_labels, foretune.Head(learning_rate=0.05), texts),
     "whole models": (classifier, same_labels, foretune.Full(learning_rate=0.01), texts),
+    "whole models, own heads": (
+        lambda: classifier(3),
+        other_labels,
+        foretune.Full(learning_rate=0.01),
+        texts,
+    ),
     "whole plain modules": (
         tiny_models.plain,
         lambda: signals_with([0, 1, 2, 3], [0, 1, 2, 3]),

@@ -15,6 +15,7 @@ from foretune.run import Run
 from foretune.tasks.objectives.regression import Regression
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training import verbs
+from foretune.training.learners.joint import Learner
 from linear_tasks import Net, equal_bits, family
 
 RUN = Run(steps=60, batch_size=8, eval_every=0, device="cpu", weight_decay=0.0)
@@ -326,3 +327,31 @@ def test_a_task_held_out_twice_counts_once():
     choice = verbs.retrain(Net(), family(2), auto(rounds=3), RUN.replace(steps=4)).choice
     assert choice["num_held_out"] == 2
     assert all(above["num_tasks"] <= 2 for above in choice["above"])
+
+
+def test_cost_counts_all_that_went_through_backward_passes(monkeypatch):
+    """Retrainings, adaptations at every rate, validations that adapt, and trials that diverge."""
+    passed = []
+    real = Learner.backward
+
+    def backward(self, step):
+        passed.append(step.num_tokens)
+        return real(self, step)
+
+    monkeypatch.setattr(Learner, "backward", backward)
+    wild = {"name": "standard", "learning_rate": 1e38, "as": "diverges"}
+    reptile = {"name": "reptile", **FAST, "inner_steps": 2}
+    method = auto(candidates=[*CONTROLS, reptile, wild], rounds=2, adapt_rates=(0.02, 1e38))
+    outcome = foretune.retrain(Net(), family(6), method, RUN.replace(eval_every=20))
+    assert any(trial["score"] is None for trial in outcome.choice["trials"])
+    trained = outcome.cost["tokens"] + outcome.cost["validation_tokens"]
+    assert outcome.choice["cost"]["tokens"] + trained == sum(passed)
+    assert outcome.choice["cost"]["examples"] == outcome.choice["cost"]["tokens"]  # one a row
+
+
+def test_validations_that_adapt_are_counted_apart():
+    run = RUN.replace(steps=10, eval_every=5)
+    reptile = foretune.retrain(Net(), family(4), foretune.Reptile(inner_steps=2), run).cost
+    # Two validations, in each two inner steps of four examples for each of four tasks.
+    assert reptile["validation_tokens"] == 2 * 2 * 4 * 4
+    assert foretune.retrain(Net(), family(4), foretune.PEFTML(), run).cost["validation_tokens"] == 0

@@ -105,6 +105,12 @@ def _stateful() -> bool:
     return bool(tiny_models.mamba2()._is_stateful and not tiny_models.llama()._is_stateful)
 
 
+def _checkpointing() -> bool:
+    model = tiny_models.llama()
+    model.gradient_checkpointing_enable()
+    return "_gradient_checkpointing_func" in vars(model.model.layers[0])
+
+
 def _from_config() -> bool:
     config = tiny_models.llama().config
     built = transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
@@ -159,6 +165,7 @@ STILL: dict[str, Callable[[], bool]] = {
     "_attn_implementation": _implementation,
     "_is_stateful": _stateful,
     "_from_config": _from_config,
+    "_gradient_checkpointing_func": _checkpointing,
     "_name_or_path": lambda: hasattr(transformers.BertConfig(), "_name_or_path"),
     "AcceleratorState._reset_state": lambda: (
         "reset_partial_state" in inspect.signature(AcceleratorState._reset_state).parameters

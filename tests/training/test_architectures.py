@@ -37,7 +37,24 @@ def distilbert() -> transformers.PreTrainedModel:
     return transformers.DistilBertForSequenceClassification(config).eval()
 
 
+def llama4() -> transformers.PreTrainedModel:
+    """Its routers are linear layers that return tuples."""
+    sizes = {**tiny_models.DECODER, "num_hidden_layers": 2, "head_dim": 8, "num_local_experts": 2}
+    config = transformers.Llama4TextConfig(**sizes, intermediate_size_mlp=16)
+    return transformers.Llama4ForCausalLM(config).eval()
+
+
+def deberta() -> transformers.PreTrainedModel:
+    sizes = {**tiny_models.SIZES, "num_hidden_layers": 2, "position_buckets": 8}
+    config = transformers.DebertaV2Config(
+        **sizes, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True
+    )
+    return transformers.DebertaV2ForSequenceClassification(config).eval()
+
+
 CASES = {
+    "llama4": (llama4, CausalLM, prompts, "AutoModelForCausalLM"),
+    "deberta": (deberta, Classification, labels, "AutoModelForSequenceClassification"),
     "gpt2": (tiny_models.gpt2, CausalLM, prompts, "AutoModelForCausalLM"),
     "llama": (tiny_models.llama, CausalLM, prompts, "AutoModelForCausalLM"),
     "qwen2": (tiny_models.qwen2, CausalLM, prompts, "AutoModelForCausalLM"),

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from typing import ClassVar
 
 import pytest
@@ -17,7 +18,13 @@ from foretune.run import Run
 from foretune.tasks.objectives.regression import Regression
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training.checkpoint import CheckpointStore
-from foretune.training.data import PerTaskSampler, PooledSampler, TaskData, sampler_for
+from foretune.training.data import (
+    PerTaskSampler,
+    PooledSampler,
+    TaskData,
+    episodes,
+    sampler_for,
+)
 from foretune.training.learners.joint import Learner
 from foretune.training.loop import fit, schedule
 from linear_tasks import Net, copy_of, equal_bits, family
@@ -291,6 +298,61 @@ def test_standard_retraining_draws_from_all_rows_alike():
     for method, expected in ((STANDARD, {0: 30, 1: 10, 2: 20}), (PEFT_ML, {0: 20, 1: 20, 2: 20})):
         sampler = sampler_for(data, _run(), pooled=method.pooled)
         assert Counter(s for step in range(5) for s, _ in sampler.picks(step)) == expected
+
+
+BUDGETS = {
+    "whole episodes": ([20] * 4, {"steps": 60}),
+    "unlike tasks": ([3, 20, 100], {"steps": 60, "batch_size": 8}),
+    "two tasks at a time": ([20] * 5, {"steps": 60, "tasks_per_step": 2}),
+    "unlike tasks, one at a time": (
+        [2, 2, 50],
+        {"steps": 30, "batch_size": 16, "tasks_per_step": 1},
+    ),
+    "fewer steps than an episode": ([20] * 4, {"steps": 4}),
+    "no multiple of an episode": ([20, 2, 20, 9], {"steps": 59}),
+    "a single step": ([20, 2, 20], {"steps": 1}),
+}
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_method_sees_equally_many_examples(budget):
+    sizes, fields = BUDGETS[budget]
+    tasks = family(len(sizes), rows=sizes)
+    run = _run(**{"batch_size": 4, "eval_every": 0, **fields})
+    methods = [STANDARD, PEFT_ML]
+    for inner in ("all", "adapter"):
+        lora = {"r": 1, "lora_alpha": 1}
+        methods += [
+            episodic(inner=inner, lora=lora, learning_rate=1e-3)
+            for episodic in (foretune.Reptile, foretune.FOMAML)
+        ]
+    examples = [foretune.retrain(Net(), tasks, method, run).cost["examples"] for method in methods]
+    assert set(examples) == {examples[0]}
+
+
+@pytest.mark.parametrize(("num_tasks", "tasks_per_step"), [(4, None), (4, 1), (5, 2), (6, 4)])
+@pytest.mark.parametrize("steps", [1, 7, 40, 59])
+@pytest.mark.parametrize("length", [1, 5])
+def test_episodes_give_each_task_as_many_batches_as_single_steps(
+    num_tasks, tasks_per_step, steps, length
+):
+    run = _run(steps=steps, tasks_per_step=tasks_per_step)
+    sizes, keys = [100] * num_tasks, [f"t{i}" for i in range(num_tasks)]
+    counts = []
+    for repeat in (1, length):
+        sampler = PerTaskSampler(sizes, 1, tasks_per_step, 0, keys, repeat)
+        numbers = [n for batches in episodes(run, num_tasks, repeat) for n in batches]
+        assert len(numbers) == steps
+        counts.append(Counter(slot for n in numbers for slot, _ in sampler.picks(n)))
+    assert counts[0] == counts[1]
+    whole = [*range(0, steps, length)]
+    if steps % (length * num_tasks) == 0:
+        assert [batches.start for batches in episodes(run, num_tasks, length)] == whole
+
+
+def test_mean_of_a_pooled_batch_may_be_a_fraction():
+    drawn = [len(PooledSampler((5, 3, 8), Fraction(20, 3), 0).picks(step)) for step in range(6)]
+    assert drawn == [6, 7, 7, 6, 7, 7]
 
 
 def test_a_task_without_training_rows_is_refused():

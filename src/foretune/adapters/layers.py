@@ -142,10 +142,12 @@ class LoRALayer(_AdaptedLayer):
         return pair
 
     def adapted(self, x: Tensor, module: nn.Module, rows: RowSlots) -> Tensor:
+        """(rows, …, out) output of the layer for x (rows, …, in)."""
         weight: Any = module.weight.T if self.transposed else module.weight
         return self._linear(x, weight, module.bias, module.training, rows)
 
     def change(self, x: Tensor, module: nn.Module, rows: RowSlots) -> Tensor:
+        """(rows, …, out) the adapters' part for x (rows, …, in); (rows, out, length) of a conv."""
         if not self.is_conv:
             return self._linear(x, None, None, module.training, rows)
         channels_last = getattr(module, "channels_last", False)
@@ -208,10 +210,12 @@ class SparseLayer(_AdaptedLayer):
         return pair
 
     def adapted(self, x: Tensor, module: nn.Module, rows: RowSlots) -> Tensor:
+        """(rows, …, out) output of the layer for x (rows, …, in)."""
         weight: Any = module.weight.T if self.transposed else module.weight
         return sparse_linear(x, weight, module.bias, self.values, self.positions, rows)  # type: ignore[arg-type]
 
     def change(self, x: Tensor, module: nn.Module, rows: RowSlots) -> Tensor:
+        """(rows, …, out) the adapters' part for x (rows, …, in)."""
         weight: Any = module.weight.T if self.transposed else module.weight
         nothing = torch.zeros_like(weight)
         return sparse_linear(x, nothing, None, self.values, self.positions, rows)  # type: ignore[arg-type]

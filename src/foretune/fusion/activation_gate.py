@@ -33,7 +33,7 @@ def set_gates(fused: Fused, samples: Mapping[str, Sequence[Any]], rank: int, rid
     for task, recorder in recorders.items():
         fused.set_task(task).set_experts(task)
         with torch.no_grad(), observe(fused.model, recorder):
-            for batch in batches(fused, samples[task]):
+            for batch in batches(fused.tokenizer, samples[task]):
                 fused.model(**batch)
     fused.set_experts(None)
     for head in fused.heads.values():
@@ -47,7 +47,7 @@ def set_gates(fused: Fused, samples: Mapping[str, Sequence[Any]], rank: int, rid
         layer.gate = nn.Parameter(gate.to(layer.gate))
 
 
-def batches(fused: Fused, samples: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
+def batches(tokenizer: Any, samples: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
     """A task's samples as batches that the model can be called with.
 
     Raises:
@@ -55,10 +55,10 @@ def batches(fused: Fused, samples: Sequence[Any]) -> Iterator[Mapping[str, Any]]
     """
     texts = [sample for sample in samples if isinstance(sample, str)]
     yield from (sample for sample in samples if not isinstance(sample, str))
-    if texts and fused.tokenizer is None:
+    if texts and tokenizer is None:
         raise UserError("samples are texts and the base has no tokenizer: give tokenizer=")
     for start in range(0, len(texts), BATCH_SIZE):
-        yield fused.tokenizer(
+        yield tokenizer(
             texts[start : start + BATCH_SIZE], padding=True, truncation=True, return_tensors="pt"
         )
 

@@ -29,6 +29,7 @@ from foretune.fusion.mixture import (
     expert_layers,
     replace_module,
 )
+from foretune.fusion.verification import verify_on_first_call
 from foretune.models.loading import load_base, save_base
 
 EXPERTS_FILE, HEADS_FILE = "experts.safetensors", "heads.safetensors"
@@ -210,9 +211,7 @@ def load_fused(folder: str | Path) -> Fused:
     )
     watch_mask(model, routing)
     if record["layers"] and record["report"].get("verified") is not True:
-        from foretune.fusion.verification import verify_on_first_call
-
-        verify_on_first_call(fused)
+        verify_on_first_call(model, routing, fused.report)
     return fused
 
 

@@ -80,7 +80,7 @@ def merge(
 
 
 def add_change(name: str, parameter: Tensor, change: Tensor) -> None:
-    """Add a change to a parameter in place, rounding once to the parameter's dtype.
+    """Add a change to a parameter of the same shape (any) in place, rounding once to its dtype.
 
     Raises:
         UserError: The sum does not fit the dtype.
@@ -93,7 +93,7 @@ def add_change(name: str, parameter: Tensor, change: Tensor) -> None:
 def average_buffer(
     name: str, buffer: Tensor, experts: Sequence[Finetuned], *, keep: bool = False
 ) -> bool:
-    """Set a buffer, such as a batch norm's statistics, to the models' mean; `keep` leaves it.
+    """Set a buffer (any shape), such as batch statistics, to the models' mean; `keep` leaves it.
 
     Returns:
         Whether a model has another value than the base.

@@ -44,7 +44,7 @@ def change_rest(
     apart = {n: first for n, first in changed_apart(model, experts).items() if n in names}
     if average:
         untie(model, apart)
-    aliases = {other for _, *others in tied_names(model) for other in others} - set(apart)
+    aliases = {alias for group in tied_names(model) for alias in group[1:]} - set(apart)
     buffers = persistent_buffers(model)
     differing = []
     for name in names:

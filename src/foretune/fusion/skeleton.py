@@ -19,8 +19,18 @@ from foretune.files import ADAPTER_CONFIG_FILE
 from foretune.fusion.finetuned import Finetuned, Source
 from foretune.fusion.full_models import class_of_folder, live_model, model_folder, spellings
 from foretune.fusion.lora_adapters import adapter_folder, live_adapter
-from foretune.models.loading import AUTO_CLASSES, load_base, load_model
+from foretune.models.loading import load_base, load_model
 from foretune.models.surgery import has_fresh_head, head_modules
+
+# End of the name of a class of transformers → head of `load_model`.
+HEADS_BY_CLASS = {
+    "ForSequenceClassification": "classification",
+    "ForImageClassification": "image-classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForConditionalGeneration": "seq2seq",
+    "Model": "none",
+}
 
 
 def make_skeleton(base: Source, finetuned: Mapping[str, Source]) -> tuple[nn.Module, Any]:
@@ -105,8 +115,9 @@ def _open(name: str, source: Source, skeleton: nn.Module, allow_unverified: bool
 
 def _vocabulary(skeleton: nn.Module) -> frozenset[str]:
     """Names of the parameters whose rows are tokens."""
-    getters = (getattr(skeleton, f"get_{side}_embeddings", None) for side in ("input", "output"))
-    embeddings = [getter() for getter in getters if getter is not None]
+    if not isinstance(skeleton, transformers.PreTrainedModel):
+        return frozenset()
+    embeddings = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
     rows = {id(getattr(module, "weight", None)) for module in embeddings if module is not None}
     named = skeleton.named_parameters(remove_duplicate=False)
     return frozenset(name for name, parameter in named if id(parameter) in rows)
@@ -121,13 +132,16 @@ def _in_class_of_adapters(
     if not needed:
         return model, tokenizer
     class_name = min(needed)
-    head = next((h for h in AUTO_CLASSES if _class_for(model, h) == class_name), None)
-    if isinstance(base, nn.Module) or head is None or len(classes) > 1:
+    head = next((head for end, head in HEADS_BY_CLASS.items() if class_name.endswith(end)), None)
+    if not isinstance(base, nn.Module) and len(classes) == 1 and head is not None:
+        where = base if str(base) == "minilm" else Path(base)
+        model, tokenizer = load_model(where, head=head, dtype="auto")  # type: ignore[arg-type]
+    if type(model).__name__ != class_name:
         raise UserError(
             f"the base is a {type(model).__name__}, but the adapters were trained on a "
             f"{', '.join(sorted(classes))}: give the base that they were trained on"
         )
-    return load_model(base if str(base) == "minilm" else Path(base), head=head, dtype="auto")  # type: ignore[arg-type]
+    return model, tokenizer
 
 
 def _class_of_base(adapter: Source) -> str | None:
@@ -136,13 +150,6 @@ def _class_of_base(adapter: Source) -> str | None:
         return type(adapter.get_base_model()).__name__  # type: ignore[operator]
     record = read_base_record(Path(adapter).expanduser())
     return None if record is None else record.get("model_class")
-
-
-def _class_for(model: nn.Module, head: str) -> str | None:
-    """The name of transformers' class for the model's architecture with a head."""
-    classes = getattr(transformers, AUTO_CLASSES[head])._model_mapping
-    config = type(getattr(model, "config", None))
-    return classes[config].__name__ if config in classes else None
 
 
 def _loaded_copy(source: Source) -> tuple[nn.Module, Any]:

@@ -144,6 +144,7 @@ class SMILE(Method):
         """
         import torch
 
+        from foretune.fusion.activation_gate import batches
         from foretune.fusion.finetuned import check_all_used
         from foretune.fusion.fused import Fused, watch_mask
         from foretune.fusion.heads import keep_heads
@@ -174,7 +175,10 @@ class SMILE(Method):
             report,
             base_tokenizer or tokenizer,
         )
-        verify(fused, samples)
+        batch = None
+        if samples is not None:
+            batch = next(batches(fused.tokenizer, next(iter(samples.values()))))
+        verify(model, routing, report, batch)
         if samples is not None and self.gate == "activations":
             from foretune.fusion.activation_gate import set_gates
 

@@ -28,11 +28,11 @@ def tied_names(model: nn.Module) -> list[list[str]]:
 def changed_apart(model: nn.Module, experts: Sequence[Finetuned]) -> dict[str, str]:
     """Name → name that it is tied to, where a fine-tuned model changes the two differently."""
     apart = {}
-    for first, *others in tied_names(model):
+    for first, *aliases in tied_names(model):
         parameter = model.get_parameter(first)
-        for other in others:
-            if not all(_same_change(expert, first, other, parameter) for expert in experts):
-                apart[other] = first
+        for alias in aliases:
+            if not all(_same_change(expert, first, alias, parameter) for expert in experts):
+                apart[alias] = first
     return apart
 
 
@@ -48,10 +48,10 @@ def untie(model: nn.Module, apart: dict[str, str]) -> None:
     """
     if not apart:
         return
-    other, first = next(iter(apart.items()))
+    alias, first = next(iter(apart.items()))
     if not isinstance(model, transformers.PreTrainedModel):
         raise UserError(
-            f"{type(model).__name__} ties {other} to {first}, but the fine-tuned models change "
+            f"{type(model).__name__} ties {alias} to {first}, but the fine-tuned models change "
             "them differently: build the base with a tensor for each"
         )
     for name in apart:
@@ -75,8 +75,8 @@ def untie(model: nn.Module, apart: dict[str, str]) -> None:
     model.all_tied_weights_keys = reloaded.all_tied_weights_keys
 
 
-def _same_change(expert: Finetuned, first: str, other: str, parameter: Tensor) -> bool:
-    if expert.has_other_shape(first, parameter) or expert.has_other_shape(other, parameter):
+def _same_change(expert: Finetuned, first: str, alias: str, parameter: Tensor) -> bool:
+    if expert.has_other_shape(first, parameter) or expert.has_other_shape(alias, parameter):
         return True  # refused, or reported as a whole, elsewhere
-    a, b = expert.change(first, parameter), expert.change(other, parameter)
+    a, b = expert.change(first, parameter), expert.change(alias, parameter)
     return a is b if a is None or b is None else torch.equal(a, b)

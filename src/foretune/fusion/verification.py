@@ -11,64 +11,69 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
 from foretune.errors import UserError
-from foretune.fusion.mixture import LowRankExperts, expert_layers
-
-if TYPE_CHECKING:
-    from foretune.fusion.fused import Fused
+from foretune.fusion.mixture import LowRankExperts, Routing, TaskHeads, expert_layers
 
 
-def verify(fused: Fused, samples: Mapping[str, Sequence[Any]] | None = None) -> None:
+def verify(
+    model: nn.Module, routing: Routing, report: dict[str, Any], batch: Mapping[str, Any] | None
+) -> None:
     """Check a fused model: now if an input for it is known, else when it is called first.
 
-    Sets `verified` in its report.
-
     Args:
-        fused: A fused model.
-        samples: Task → batches (mappings that the model is called with) or texts.
+        model: A fused model.
+        routing: Shared by its layers with experts.
+        report: The model's report, in which `verified` is set.
+        batch: What the model can be called with; None for an input that it may accept.
 
     Raises:
         UserError: The model reads a layer's weights instead of calling the layer.
     """
-    for batch in _inputs(fused, samples):
-        with _answering(fused):
+    for inputs in [batch] if batch is not None else _inputs(model):
+        with _answering(model, routing):
             try:
-                with torch.no_grad():
-                    fused.model(**_copied(dict(batch)))
+                _not_a_number(model, (), inputs)
             except Exception:  # not an input of this model after all
                 continue
-        _check(fused, (), batch)
+        _check(model, routing, report, (), inputs)
         return
-    verify_on_first_call(fused)
+    verify_on_first_call(model, routing, report)
 
 
-def verify_on_first_call(fused: Fused) -> None:
+def verify_on_first_call(model: nn.Module, routing: Routing, report: dict[str, Any]) -> None:
     """Check a fused model with the inputs of its first call, before it answers."""
-    fused.report["verified"] = False
+    report["verified"] = False
 
     def check_once(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         handle.remove()
-        _check(fused, args, kwargs)
+        if not report["verified"]:  # a copy of the model keeps the hook
+            _check(model, routing, report, args, kwargs)
 
-    handle = fused.model.register_forward_pre_hook(check_once, with_kwargs=True)
+    handle = model.register_forward_pre_hook(check_once, with_kwargs=True)
 
 
-def _check(fused: Fused, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    layers = expert_layers(fused.model)
-    with _answering(fused):
-        clean = _not_a_number(fused.model, args, kwargs)
+def _check(
+    model: nn.Module,
+    routing: Routing,
+    report: dict[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> None:
+    layers = expert_layers(model)
+    with _answering(model, routing):
+        clean = _not_a_number(model, args, kwargs)
 
         def is_read(poisoned: Sequence[LowRankExperts]) -> bool:
             for layer in poisoned:
                 layer.poisoned = True
             try:
-                return _not_a_number(fused.model, args, kwargs) != clean
+                return _not_a_number(model, args, kwargs) != clean
             except Exception:  # torch's fused kernels refuse some weights
                 return True
             finally:
@@ -81,50 +86,44 @@ def _check(fused: Fused, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> No
     if names:
         ends = sorted({name.rpartition(".")[2] for name in names})
         raise UserError(
-            f"{type(fused.model).__name__} reads the weight of {names[0]} instead of calling the "
+            f"{type(model).__name__} reads the weight of {names[0]} instead of calling the "
             f"layer, so its experts would be ignored; exclude_modules={ends} leaves it as in the "
             "base"
         )
-    fused.report["verified"] = True
+    report["verified"] = True
 
 
-def _inputs(
-    fused: Fused, samples: Mapping[str, Sequence[Any]] | None
-) -> Iterator[Mapping[str, Any]]:
-    """Inputs that the model may accept."""
-    from foretune.fusion.activation_gate import batches
-
-    for task_samples in (samples or {}).values():
-        yield next(iter(batches(fused, task_samples)))
-    if not isinstance(fused.model, transformers.PreTrainedModel):
+def _inputs(model: nn.Module) -> Iterator[Mapping[str, Any]]:
+    """Inputs that a model of transformers may accept."""
+    if not isinstance(model, transformers.PreTrainedModel):
         return
-    device = fused.model.device
-    config: Any = fused.model.config
-    if fused.model.main_input_name == "pixel_values":
+    config: Any = model.config
+    if model.main_input_name == "pixel_values":
         channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", 224)
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        yield {"pixel_values": torch.ones(1, channels, height, width, device=device)}
+        yield {"pixel_values": torch.ones(1, channels, height, width, device=model.device)}
     else:
-        yield {key: value.to(device) for key, value in fused.model.dummy_inputs.items()}
+        yield {key: value.to(model.device) for key, value in model.dummy_inputs.items()}
 
 
 @contextmanager
-def _answering(fused: Fused) -> Iterator[None]:
+def _answering(model: nn.Module, routing: Routing) -> Iterator[None]:
     """Inside the block the model is in eval mode, and answers with all experts and some head."""
-    modes = {module: module.training for module in fused.model.modules()}
-    weights, mask = fused.routing.weights, fused.routing.mask
-    selected = [head.selected for head in fused.heads.values()]
-    fused.model.eval()
-    fused.routing.weights = torch.full((len(fused.names),), 1 / len(fused.names))
-    for head in fused.heads.values():
+    modes = {module: module.training for module in model.modules()}
+    weights, mask = routing.weights, routing.mask
+    heads = [module for module in model.modules() if isinstance(module, TaskHeads)]
+    selected = [head.selected for head in heads]
+    model.eval()
+    routing.weights = torch.full((len(routing.names),), 1 / len(routing.names))
+    for head in heads:
         head.selected = head.selected or 0
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-        fused.routing.weights, fused.routing.mask = weights, mask
-        for head, index in zip(fused.heads.values(), selected, strict=True):
+        routing.weights, routing.mask = weights, mask
+        for head, index in zip(heads, selected, strict=True):
             head.selected = index
 
 

@@ -150,7 +150,7 @@ class Auto(RetrainMethod):
         """
         from foretune.evaluation.held_out import build_search_tasks
         from foretune.training.process_group import process_group
-        from foretune.training.record import metered
+        from foretune.training.record import counted, metered
 
         if tasks.objective is not None:
             tasks = tasks.with_objective(tasks.objective.fit(tasks))
@@ -173,7 +173,7 @@ class Auto(RetrainMethod):
                 finished = {(trial["candidate"], trial["round"]) for trial in trials}
                 if all((label(candidate), number) in finished for candidate in group):
                     continue
-                with metered() as cost:
+                with metered() as cost, counted() as spent:
                     scores = self._train_and_score(
                         model, seen, held_out, group, round_run, progress
                     )
@@ -181,7 +181,7 @@ class Auto(RetrainMethod):
                     trials.append(
                         {"candidate": label(candidate), "round": number, "steps": steps, **score}
                     )
-                trials[-1]["cost"] = cost | trials[-1].get("cost", {})
+                trials[-1]["cost"] = process_group().total_cost(cost | spent)
                 _write(file, inputs, trials)
             ranked = _ranked(remaining, trials)
             remaining = _better_half(ranked)
@@ -215,7 +215,6 @@ class Auto(RetrainMethod):
                 base = copy.deepcopy(base)
                 interpolate(base, model, alpha)
             scores.append(self._adapt_and_score(base, held_out, run.seed, progress))
-        scores[-1]["cost"] = {"tokens": outcome.cost.get("tokens", 0)}
         return scores
 
     def _adapt_and_score(
@@ -364,7 +363,7 @@ def _summary(
         "num_seen": len(tasks),
         "cost": {
             key: round(sum(cost.get(key) or 0 for cost in costs), 3)
-            for key in ("seconds", "cpu_seconds", "tokens")
+            for key in ("seconds", "cpu_seconds", "tokens", "examples")
         },
         "trials": list(trials),
     }

@@ -38,8 +38,8 @@ def mixed(x: Tensor) -> Tensor:
 def placed(keys: Tensor, places: Tensor, axis: int) -> Tensor:
     """Hash of keys (n, …) and of places (L,) or (n,) along an axis; place 0 leaves a key alone.
 
-    Axes are counted from the last. So an axis of size 1 makes no difference, as where tokens are run
-    together with rows.
+    Axes are counted from the last. So an axis of size 1 makes no difference, as where tokens are
+    run together with rows.
     """
     return torch.where(places == 0, keys, mixed(keys + places * STEP + wrapped(axis * SECOND)))
 

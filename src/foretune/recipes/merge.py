@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-AVERAGED = ("seconds", "cpu_seconds", "tokens", "examples")
+AVERAGED = ("seconds", "cpu_seconds", "tokens", "examples", "validation_tokens")
 
 
 def merge_repeats(repeats: Sequence[dict[str, Any]], turns: int = 1) -> dict[str, Any]:

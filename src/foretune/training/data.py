@@ -10,6 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
@@ -270,10 +271,13 @@ class PerTaskSampler(Sampler):
 
 @dataclass
 class PooledSampler(Sampler):
-    """The next `count` examples of all tasks, shuffled together, in a new order each epoch."""
+    """The next `count` examples of all tasks, shuffled together, in a new order each epoch.
+
+    Of a fraction the batches hold the whole numbers around it, so that it is their mean.
+    """
 
     sizes: Sequence[int]
-    count: int
+    count: int | Fraction
     seed: int
     _order: tuple[int, np.ndarray] | None = None
 
@@ -284,8 +288,9 @@ class PooledSampler(Sampler):
     @override
     def picks(self, step: int) -> list[Pick]:
         total = int(self._ends[-1])
+        start, end = (math.floor(i * self.count) for i in (step, step + 1))
         picks: list[Pick] = []
-        for epoch, part in _by_epoch(step * self.count, self.count, total):
+        for epoch, part in _by_epoch(start, end - start, total):
             if self._order is None or self._order[0] != epoch:
                 rng = np.random.default_rng([self.seed, epoch])
                 self._order = (epoch, rng.permutation(total))
@@ -315,6 +320,25 @@ def stable_hash(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big")
 
 
+def episodes(run: Run, num_tasks: int, batches_per_update: int) -> list[range]:
+    """The batches of each update, by their numbers for `PerTaskSampler`; `run.steps` in all.
+
+    Batches of the same tasks form episodes of `batches_per_update`. A task is in as many batches as
+    it is for a method that needs one per update, so its last episode may be shorter.
+    """
+    tasks_per_step = min(run.tasks_per_step or num_tasks, num_tasks)
+    num_groups = num_tasks // math.gcd(num_tasks, tasks_per_step)  # of tasks that share a batch
+    visits = [len(range(group, run.steps, num_groups)) for group in range(num_groups)]
+    num_rounds = -(-visits[0] // batches_per_update)
+    lengths = [
+        min(batches_per_update, left - done)
+        for done in range(0, num_rounds * batches_per_update, batches_per_update)
+        for left in visits
+    ]
+    starts = range(0, len(lengths) * batches_per_update, batches_per_update)
+    return [range(s, s + n) for s, n in zip(starts, lengths, strict=True) if n > 0]
+
+
 def sampler_for(data: TaskData, run: Run, *, pooled: bool, batches_per_update: int = 1) -> Sampler:
     """The sampler of the training examples; the budget is the same for all methods.
 
@@ -326,11 +350,12 @@ def sampler_for(data: TaskData, run: Run, *, pooled: bool, batches_per_update: i
     """
     sizes = [len(slot.train) for slot in data.slots]
     if pooled:
-        tasks_per_step = min(run.tasks_per_step or len(data), len(data))
         # As many examples as the other sampler draws, which never repeats one within a batch.
-        per_round = sum(min(run.batch_size, size) for size in sizes)
-        count = max(1, round(per_round * tasks_per_step / len(sizes)))
-        return PooledSampler(sizes, count, run.seed)
+        per_task = [min(run.batch_size, size) for size in sizes]
+        turns = run.steps * min(run.tasks_per_step or len(sizes), len(sizes))
+        rounds, rest = divmod(turns, len(sizes))
+        num_examples = rounds * sum(per_task) + sum(per_task[:rest])
+        return PooledSampler(sizes, Fraction(num_examples, run.steps), run.seed)
     return PerTaskSampler(
         sizes, run.batch_size, run.tasks_per_step, run.seed, data.keys, batches_per_update
     )

@@ -13,9 +13,10 @@ from accelerate.state import AcceleratorState
 from foretune.errors import DivergedError, UserError
 from foretune.run import Run
 from foretune.training.checkpoint import CheckpointStore
-from foretune.training.data import Sampler, TaskData
+from foretune.training.data import Sampler, TaskData, episodes
 from foretune.training.learners.joint import Learner
 from foretune.training.process_group import Partition
+from foretune.training.record import counted
 from foretune.training.sharding import local_tensor, unsharded
 from foretune.training.stopping import EarlyStopping
 
@@ -49,7 +50,8 @@ def fit(
 
     Returns:
         "history": one dict per validation (step, loss, score); "best_step", "best_score": None
-        without validation examples; "tokens", "examples": totals of the training.
+        without validation examples; "tokens", "examples": totals of the training;
+        "validation_tokens": those of backward passes in validations that adapt (Reptile, FOMAML).
 
     Raises:
         DivergedError: A loss is not finite; names the step and task. The checkpoints stay.
@@ -61,7 +63,8 @@ def fit(
     learner.start(run)
     store = CheckpointStore(run.out, partition)
     per_update = learner.batches_per_update
-    num_updates = max(1, run.steps // per_update)
+    batches = episodes(run, len(data), per_update)
+    num_updates = len(batches)
     period = max(1, round((run.eval_every or math.ceil(run.steps / 10)) / per_update))
     validate = validate and run.eval_every != 0
     record: dict[str, Any] = {
@@ -70,6 +73,7 @@ def fit(
         "best_score": None,
         "tokens": 0,
         "examples": 0,
+        "validation_tokens": 0,
         "step": 0,
     }
     record |= _restored(learner, store) if run.resume else {}
@@ -79,7 +83,7 @@ def fit(
         for update in range(record["step"], num_updates):
             seed = run.seed * 1_000_003 + update
             torch.manual_seed(seed)
-            numbers = range(update * per_update, (update + 1) * per_update)
+            numbers = batches[update]
             picks = [sampler.picks(number) for number in numbers]
             if stopping is not None:
                 picks = [stopping.active(part) for part in picks]
@@ -115,7 +119,7 @@ def fit(
                 )
         if learner.average:
             learner.take_mean()
-            scores = _scores(learner, partition, run, num_updates) if validate else {}
+            scores = _scores(learner, partition, run, record) if validate else {}
             mean = sum(scores.values()) / len(scores) if scores else None
             record |= {"best_step": num_updates, "best_score": mean}
     if stopping is not None:
@@ -181,7 +185,7 @@ def _validate_and_keep(
 ) -> None:
     _check_weights(learner, partition, record["step"], run)
     entry: dict[str, Any] = {"step": record["step"], "loss": sum(losses) / len(losses)}
-    scores = _scores(learner, partition, run, record["step"]) if validate else {}
+    scores = _scores(learner, partition, run, record) if validate else {}
     if scores:
         entry["score"] = sum(scores.values()) / len(scores)
         if record["best_score"] is None or entry["score"] > record["best_score"]:
@@ -191,14 +195,17 @@ def _validate_and_keep(
         store.save(record["step"], learner.state(optimizers=run.out is not None), record)
 
 
-def _scores(learner: Learner, partition: Partition, run: Run, step: int) -> dict[int, float]:
+def _scores(
+    learner: Learner, partition: Partition, run: Run, record: dict[str, Any]
+) -> dict[int, float]:
     """The validation scores of all slots; each process scores its own."""
-    local_scores = {}
-    with partition.group.raise_together(), unsharded(learner.model):
+    local_scores, group = {}, partition.group
+    with group.raise_together(), unsharded(learner.model), counted() as spent:
         if partition.slots:
             local_scores = scores_after(
-                step, learner, partition.local_data, "validation", run.eval_rows, run
+                record["step"], learner, partition.local_data, "validation", run.eval_rows, run
             )
+    record["validation_tokens"] += int(group.sum(torch.tensor(spent["tokens"])))
     return partition.gather_scores(local_scores)
 
 

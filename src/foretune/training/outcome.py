@@ -48,7 +48,8 @@ class Outcome:
         history: One dict per validation.
         validation_score: The best mean score on the validation examples of the seen tasks; None
             without such examples.
-        cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, trainable_parameters.
+        cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, validation_tokens,
+            trainable_parameters.
         tasks: Names of the seen tasks.
         choice: For `auto`, the candidates with scores and costs, and the confidence; else None.
         inputs: With a folder, what must be the same when the run is resumed: tasks, objective,

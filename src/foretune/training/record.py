@@ -7,7 +7,9 @@ import importlib.metadata
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,30 @@ def metered() -> Iterator[dict[str, Any]]:
             cost["peak_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
         else:
             cost["peak_memory_mb"] = _peak_mb() if can_reset else None
+
+
+_open_counts: ContextVar[tuple[Counter[str], ...]] = ContextVar("open_counts", default=())
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Yields the tokens and examples that go through a forward and a backward pass in the block.
+
+    Whatever they serve: training, validation that adapts, or a trial that diverges.
+    """
+    counts: Counter[str] = Counter(tokens=0, examples=0)
+    before = _open_counts.get()
+    _open_counts.set((*before, counts))
+    try:
+        yield counts
+    finally:
+        _open_counts.set(before)
+
+
+def count(tokens: int, examples: int) -> None:
+    """Adds a backward pass to the counts of the blocks that it is in."""
+    for counts in _open_counts.get():
+        counts.update(tokens=tokens, examples=examples)
 
 
 def free_memory(device: str | None) -> int:

@@ -198,7 +198,7 @@ def _train(
             local_scores = score_slots(model, partition.local_data, "validation", run.eval_rows)
         scores = partition.gather_scores(local_scores)
         best = sum(scores.values()) / len(scores) if scores else None
-        cost = {"tokens": 0, "examples": 0, "trainable_parameters": 0}
+        cost = {"tokens": 0, "examples": 0, "validation_tokens": 0, "trainable_parameters": 0}
         return {"history": [], "validation_score": best, "cost": cost}
     budget = method.run_for(run, len(data))
     sampler = sampler_for(
@@ -211,7 +211,7 @@ def _train(
     partition = replace(partition, by_rows=by_rows, sharded=base_is_sharded())
     record = fit(learner, data, sampler, budget, progress=progress, partition=partition)
     adapters = 0 if learner.bank is None else learner.bank.parameters_per_slot * len(data)
-    cost = {key: record[key] for key in ("tokens", "examples")}
+    cost = {key: record[key] for key in ("tokens", "examples", "validation_tokens")}
     cost["trainable_parameters"] = adapters + sum(p.numel() for p in learner.base)
     return {"history": record["history"], "validation_score": record["best_score"], "cost": cost}
 

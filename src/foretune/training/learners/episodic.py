@@ -73,7 +73,9 @@ class EpisodicLearner(Learner):
     @override
     def gradients(self, steps: Sequence[Step], seed: int = 0) -> dict[int, float]:
         before = [p.detach().clone() for p in self.base] if self.inner_all else []
-        by_slot = self._adapt(steps[: self.inner_steps], seed)
+        # The last episode of a task may be shorter than the others.
+        inner = steps[: len(steps) - self.query]
+        by_slot = self._adapt(inner, sorted(set(steps[0].slots)), seed)
         if self.query:
             by_slot = self.backward(steps[-1])
             if self.bank is not None:
@@ -86,9 +88,8 @@ class EpisodicLearner(Learner):
         _restore(self.base, before)
         return by_slot
 
-    def _adapt(self, steps: Sequence[Step], seed: int) -> dict[int, float]:
-        """Runs the inner loop; leaves the adapted values in place."""
-        present = sorted(set(steps[0].slots))
+    def _adapt(self, steps: Sequence[Step], present: Sequence[int], seed: int) -> dict[int, float]:
+        """Runs the inner loop for the slots in `present`; leaves the adapted values in place."""
         inner: list[torch.optim.AdamW] = []
         slots: SlotAdamW | None = None
         if self.bank is not None:
@@ -141,7 +142,7 @@ class EpisodicLearner(Learner):
                 )
             with torch.enable_grad(), torch.random.fork_rng():
                 torch.manual_seed(0)
-                self._adapt(steps, seed=0)
+                self._adapt(steps, sorted(set(steps[0].slots)), seed=0)
             only = group[0] if self.inner_all else None
             scores |= score_slots(
                 self.model, data, split, max_rows, budget=self.token_budget, only=only

@@ -29,6 +29,7 @@ from foretune.tasks.task import Objective
 from foretune.training.data import Step, TaskData
 from foretune.training.optim import SlotAdamW, is_8bit, make_adamw
 from foretune.training.process_group import Partition
+from foretune.training.record import count
 from foretune.training.scoring import score_slots
 from foretune.training.sharding import place_like, shard
 
@@ -269,6 +270,7 @@ class Learner:
 
     def backward(self, step: Step) -> dict[int, float]:
         """Adds the gradient of the step's loss to `.grad`; returns each slot's mean loss."""
+        count(step.num_tokens, len(step.slots))
         counts = Counter(step.slots)
         place = {slot: i for i, slot in enumerate(sorted(counts))}
         device = next(self.model.parameters()).device
