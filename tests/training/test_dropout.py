@@ -135,16 +135,17 @@ def test_what_transformers_recomputes_has_the_same_masks(method):
         torch.testing.assert_close(results[1][name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_dropout_that_a_model_recomputes_on_its_own_is_refused():
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_dropout_that_a_model_recomputes_on_its_own_is_refused(reentrant):
     class Recomputing(tiny_models.Plain):
         def forward(self, x):
             hidden = torch.relu(self.conv(x)).mean(-1)
-            return self.out(checkpoint(self.drop, hidden, use_reentrant=False))
+            return self.out(checkpoint(self.drop, hidden, use_reentrant=reentrant))
 
         def drop(self, hidden):
             return torch.nn.functional.dropout(self.body(hidden), P, self.training)
 
-    with pytest.raises(UserError, match="recomputed in the backward pass"):
+    with pytest.raises(UserError, match="recomputes dropout in the backward pass"):
         foretune.retrain(
             Recomputing(), windows(), foretune.Standard(), Run(steps=1, device="cpu", eval_every=0)
         )

@@ -20,24 +20,25 @@ Drawn = Callable[[Sequence[int], Callable[[Tensor], Tensor]], Tensor]
 def dropout(
     drawn: Drawn, x: Tensor, p: float, inplace: bool = False, dims: int | None = None
 ) -> Tensor:
-    """Dropout of x (…), with a mask of its first `dims` dimensions, (…) of all of them for None."""
+    """Dropout of x, whose shape the mask has; with `dims` only its first dimensions."""
     shape = x.shape if dims is None else (*x.shape[:dims], *[1] * (x.dim() - dims))
     if p >= 1:
         dropped = x * 0
     else:
         quantile = round(p * 2**64) - 2**63
         keep = drawn(shape, lambda bits: bits >= quantile)
-        dropped = torch.where(keep, x * (1 / (1 - p)), 0)
+        # uint8: torch.utils.checkpoint then notices that torch's own dropout recomputes it
+        dropped = x * keep.view(torch.uint8) * (1 / (1 - p))
     return x.copy_(dropped) if inplace else dropped
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """Random bits (…) as float32 (…) in (0, 1)."""
+    """Random bits as float32 of the same shape, from a uniform distribution."""
     return ((bits >> 40 & 2**24 - 1).float() + 0.5) * 2**-24
 
 
 def normal(bits: Tensor) -> Tensor:
-    """Random bits (…) as float32 (…) from a standard normal distribution."""
+    """Random bits as float32 of the same shape from a standard normal distribution."""
     return torch.special.ndtri(uniform(bits))
 
 
@@ -138,6 +139,7 @@ def _multi_head_attention(_: Drawn, *args: Any, **kwargs: Any) -> Any:
     return _unwatched(*args, **kwargs)
 
 
+DROPOUT = (F.dropout, torch.dropout, F.scaled_dot_product_attention)
 REPLACED: dict[Any, Callable[..., Any]] = {
     F.dropout: _dropout,
     torch.dropout: _torch_dropout,

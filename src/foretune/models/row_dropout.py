@@ -31,12 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.models.calls import output_tensors
 from foretune.models.nested import tensors_in, with_tensors
-from foretune.models.random_functions import REPLACED
+from foretune.models.random_functions import DROPOUT, REPLACED
 from foretune.models.routing import current_packing, current_rows, route
 from foretune.models.row_hash import content_hash, hashed_bits, mixed, wrapped
 
@@ -48,6 +49,12 @@ NOT_CONTENT = (
 FRAMES = 12  # as many frames up the stack tell two calls of the same function apart
 
 MOST = 2**22  # random bits are drawn for this many elements at a time, which bounds the memory
+
+RECOMPUTED = (
+    "the model recomputes dropout in the backward pass with torch.utils.checkpoint (or computes it "
+    "without gradients), where its masks would differ: leave that to "
+    "Run(gradient_checkpointing=True), or turn the dropout off (eval() for a part that is frozen)"
+)
 
 Site = tuple[Any, ...]
 logger = logging.getLogger("foretune")
@@ -143,7 +150,7 @@ class RowDropout:
         row_seeds = [wrapped(seeds.get(slot, shared_seed)) for slot in slots]
         keys = mixed(keys + torch.tensor(row_seeds, device=keys.device))
         shared = mixed(torch.tensor([wrapped(shared_seed)], device=keys.device))
-        return _Call(self, keys, shared)
+        return _Call(self, keys, shared, has_gradients=torch.is_grad_enabled())
 
     @torch.no_grad()
     def _try_copies(self, num_args: int, inputs: Mapping[str, Any], num_rows: int) -> None:
@@ -209,6 +216,7 @@ class _Call:
         keys: (n,) key of each row.
         shared: (1,) key of what the rows share.
         is_part: Whether the rows are a part of the batch; these are padded even if it is packed.
+        has_gradients: Whether gradients are recorded where the call begins.
         draws: Number of draws so far.
         row_dims: For each draw, by its number, the dimension that runs over rows.
     """
@@ -217,6 +225,7 @@ class _Call:
     keys: Tensor
     shared: Tensor
     is_part: bool = False
+    has_gradients: bool = False
     draws: int = 0
     row_dims: dict[int, int | None] = field(default_factory=dict)
 
@@ -246,44 +255,39 @@ _CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("foretune_d
 
 
 class _Mode(TorchFunctionMode):
-    """While active, random functions inside a call of a model draw as the call says.
-
-    Args:
-        outside: Called for what is drawn outside any call; None lets torch draw it.
-    """
-
-    def __init__(self, outside: Any = None) -> None:
-        super().__init__()
-        self.outside = outside
+    """While active, random functions inside a call of a model draw as the call says."""
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call, kwargs = _CALL.get(), kwargs or {}
-        drawn = self.outside if call is None else call.drawn
-        replacement = REPLACED.get(func)
-        if drawn is None or replacement is None or kwargs.get("generator") is not None:
+        replacement = None if call is None else REPLACED.get(func)
+        if call is None or replacement is None or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
         kwargs = {"x" if name == "input" else name: v for name, v in kwargs.items()}
+        drawn: Any = call.drawn
+        if func in DROPOUT and call.has_gradients and not torch.is_grad_enabled():
+            drawn = _refuse  # torch.utils.checkpoint(use_reentrant=True), which will not notice
         if func is F.multi_head_attention_forward:
             with self:
                 return replacement(drawn, *args, **kwargs)
         return replacement(drawn, *args, **kwargs)
 
 
-def only_known_recomputation() -> TorchFunctionMode:
+@contextlib.contextmanager
+def only_known_recomputation() -> Iterator[None]:
     """A context for the backward pass of calls whose dropout was drawn row by row.
 
-    Recomputed by something that does not know of it, dropout would be drawn anew, and gradients
-    would be those of no model: that raises a UserError.
+    Raises:
+        UserError: Something recomputes dropout that does not know of it: masks would differ.
     """
-    return _Mode(_refuse)
+    try:
+        yield
+    except CheckpointError as error:
+        raise UserError(RECOMPUTED) from error
 
 
 def _refuse(*_: Any) -> Tensor:
-    raise UserError(
-        "dropout is recomputed in the backward pass by something that foretune does not know of; "
-        "for less memory use Run(gradient_checkpointing=True), or turn the dropout off"
-    )
+    raise UserError(RECOMPUTED)
 
 
 def draws_of_parts() -> Callable[[Any], AbstractContextManager[None]]:
@@ -319,12 +323,14 @@ def captured_draws() -> Callable[[], AbstractContextManager[None]]:
 
     @contextlib.contextmanager
     def again() -> Iterator[None]:
-        token = _CALL.set(replace(call, draws=start))
+        repeated = replace(call, draws=start, has_gradients=False)
+        token = _CALL.set(repeated)
         try:
             with _Mode():
                 yield
         finally:
             _CALL.reset(token)
+            call.draws = max(call.draws, repeated.draws)
 
     return again
 

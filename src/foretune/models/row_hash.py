@@ -29,14 +29,14 @@ def wrapped(value: int) -> int:
 
 
 def mixed(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64, element by element: int64 (…) → int64 (…), a bijection."""
+    """The finaliser of splitmix64, a bijection of int64, for each element of any shape."""
     x = (x ^ (x >> 30 & 2**34 - 1)) * FIRST
     x = (x ^ (x >> 27 & 2**37 - 1)) * SECOND
     return x ^ (x >> 31 & 2**33 - 1)
 
 
 def placed(keys: Tensor, places: Tensor, axis: int) -> Tensor:
-    """Hash of keys (n, …) and of places (L,) or (n,) along an axis; place 0 leaves a key alone.
+    """Hash of keys and of places along an axis, of a common shape; place 0 leaves a key alone.
 
     Axes are counted from the last. So an axis of size 1 makes no difference, as where tokens are
     run together with rows.
