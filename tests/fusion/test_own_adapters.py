@@ -50,6 +50,13 @@ def choices() -> TaskCollection:
     return of_rows(row, Choice(tiny_models.tokenizer()))
 
 
+def plain_with_labels() -> torch.nn.Module:
+    """A module whose head has learnt four labels."""
+    model = tiny_models.plain()
+    model.head_labels = ["0", "1", "2", "3"]
+    return model
+
+
 def signals_with(*labels: list[int]) -> TaskCollection:
     generator = np.random.default_rng(0)
     tasks = []
@@ -117,7 +124,7 @@ CASES: dict[str, Case] = {
         texts,
     ),
     "plain module": (
-        tiny_models.plain,
+        plain_with_labels,
         lambda: signals_with([0, 1, 2, 3], [0, 1, 2, 3]),
         LORA,
         signals,

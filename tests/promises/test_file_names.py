@@ -11,14 +11,14 @@ from collections import defaultdict
 from pathlib import Path
 
 from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CONFIG_FILE, WEIGHTS_FILE
-from foretune.models.loading import LOADERS
+from foretune.models.pretrained import LOADERS
 from foretune.pruning import PLAN_FILE
 
 SRC = Path(__file__).parents[2] / "src/foretune"
 FILE_NAME = re.compile(r"[\w.-]+\.(json|jsonl|safetensors|yaml|html|npz|md)")
 IN_TWO_MODULES = {
     # The core imports no wing: its table of loaders names the wing's marker file itself.
-    "experts.json": ["models/loading.py", "pruning/__init__.py"],
+    "experts.json": ["models/pretrained.py", "pruning/__init__.py"],
     # A data set on disk, in the format of the library datasets; a checkpoint of a training.
     "state.json": ["tasks/data_folder.py", "training/checkpoint.py"],
 }

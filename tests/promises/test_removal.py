@@ -21,7 +21,7 @@ TABLES = (
     "src/foretune/__init__.py",
     "src/foretune/__init__.pyi",
     "src/foretune/methods/__init__.py",
-    "src/foretune/models/loading.py",
+    "src/foretune/models/pretrained.py",
     "src/foretune/recipes/schema.py",
     "src/foretune/tasks/objectives/__init__.py",
 )

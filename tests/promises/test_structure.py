@@ -36,7 +36,7 @@ WINGS = ("fusion", "pruning", "decoding", "forecasting", "source_free", "theory"
 # What names a wing for the core: tables of entry points, and the command line above both.
 TABLES = (
     "methods/__init__.py",
-    "models/loading.py",
+    "models/pretrained.py",
     "recipes/schema.py",
     "tasks/objectives/__init__.py",
 )

@@ -52,6 +52,17 @@ def run(line: str, code: int = 0) -> Any:
     return result
 
 
+def test_a_record_of_other_experts_than_the_config_is_refused(place: Path) -> None:
+    run("uncurl mix experts=4 --rows task.jsonl --out small")
+    record = json.loads(Path("small", PLAN_FILE).read_text())
+    for block in record["blocks"].values():
+        block["groups"].append([0])
+        block["weights"].append([1.0])
+    Path("small", PLAN_FILE).write_text(json.dumps(record))
+    with pytest.raises(foretune.errors.UserError, match=r"experts.json leaves 5 experts in"):
+        foretune.load_model("small", head="causal-lm")
+
+
 def test_a_mixture_is_pruned_and_transformers_loads_it(place: Path) -> None:
     said = run("uncurl mix experts=4 --rows task.jsonl --out small").stdout
     assert "as given" in said and "21,120" in said and "11,776" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import Regex, normalizers
 
 import tiny_models
 from foretune.decoding.references import read_references
@@ -11,6 +12,7 @@ from foretune.tasks.objectives.causal_lm import CausalLM
 from foretune.tasks.objectives.choice import Choice
 from foretune.tasks.objectives.classification import Classification
 from foretune.tasks.objectives.prompts import PromptClassification
+from foretune.tasks.objectives.text import pair_template, single_template
 
 TOKENIZER = tiny_models.tokenizer()
 END = TOKENIZER.eos_token_id
@@ -90,3 +92,18 @@ def test_tokens_added_later_count():
     after = CausalLM(tokenizer).encode({"text": "the cow"}, "t")["input_ids"]
     assert before[2] == tokenizer.unk_token_id
     assert after[2] == len(tokenizer) - 1
+
+
+@pytest.mark.parametrize("unknown", [True, False])
+def test_special_tokens_are_found_where_the_tokenizer_does_not_know_a(unknown):
+    tokenizer = tiny_models.tokenizer(unknown=unknown)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("a", "" if unknown else "zz")
+    for template in (single_template(tokenizer), pair_template(tokenizer)):
+        assert (template.before, template.after) == ((1,), (2,))
+
+
+def test_a_tokenizer_without_a_word_is_refused():
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("."), "")
+    with pytest.raises(UserError, match="makes no token of any of 100 words"):
+        single_template(tokenizer)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Conv1D
+from typing_extensions import override
 
 from foretune.adapters.config import lora_scale
 from foretune.adapters.entries import smallest_entries
@@ -79,11 +80,11 @@ class _AdaptedLayer(nn.Module):
         return forward
 
     def adapted(self, x: Tensor, module: nn.Module, rows: RowSlots) -> Tensor:
-        """The output of an adapted linear layer for x, whose rows lie along the first dimension."""
+        """The output (n, …, out) of an adapted linear layer for x (n, …, in)."""
         raise NotImplementedError
 
     def change(self, x: Tensor, module: nn.Module, rows: RowSlots) -> Tensor:
-        """What the adapters add to the module's own output."""
+        """What the adapters add to the module's own output, of its shape; x is (n, …, in)."""
         raise NotImplementedError
 
 
@@ -141,11 +142,13 @@ class LoRALayer(_AdaptedLayer):
         pair.rows.calls = []
         return pair
 
+    @override
     def adapted(self, x: Tensor, module: nn.Module, rows: RowSlots) -> Tensor:
         """(rows, …, out) output of the layer for x (rows, …, in)."""
         weight: Any = module.weight.T if self.transposed else module.weight
         return self._linear(x, weight, module.bias, module.training, rows)
 
+    @override
     def change(self, x: Tensor, module: nn.Module, rows: RowSlots) -> Tensor:
         """(rows, …, out) the adapters' part for x (rows, …, in); (rows, out, length) of a conv."""
         if not self.is_conv:
@@ -209,11 +212,13 @@ class SparseLayer(_AdaptedLayer):
         pair.rows.calls = []
         return pair
 
+    @override
     def adapted(self, x: Tensor, module: nn.Module, rows: RowSlots) -> Tensor:
         """(rows, …, out) output of the layer for x (rows, …, in)."""
         weight: Any = module.weight.T if self.transposed else module.weight
         return sparse_linear(x, weight, module.bias, self.values, self.positions, rows)  # type: ignore[arg-type]
 
+    @override
     def change(self, x: Tensor, module: nn.Module, rows: RowSlots) -> Tensor:
         """(rows, …, out) the adapters' part for x (rows, …, in)."""
         weight: Any = module.weight.T if self.transposed else module.weight

@@ -14,6 +14,7 @@ from foretune.cli.output import (
     Json,
     Overwrite,
     Resume,
+    TrustRemoteCode,
     comparison_text,
     emit,
     emit_json,
@@ -22,6 +23,7 @@ from foretune.cli.output import (
 from foretune.errors import UserError
 from foretune.files import COMPARISON_FILE, REPORT_FILE
 from foretune.formats import COMPARISON, damage_named, read_json, shortened, stamped
+from foretune.models.trusted_code import trusted_code
 
 
 def compare(
@@ -43,12 +45,13 @@ def compare(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/compare"),
     resume: Resume = False,
     overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Adapt bases to the same unseen tasks and compare their scores."""
     counts = parse_shots(shots)
     changes, folders = _changes_and_folders(bases)
-    with quiet_stdout():
+    with quiet_stdout(), trusted_code(trust_remote_code):
         from foretune.cli.progress import StderrConsole
         from foretune.recipes.on_folders import compare_folders
 

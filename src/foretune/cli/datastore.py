@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from foretune.cli.output import AllowUnverified, Json, emit, emit_json, quiet_stdout, table
+from foretune.cli.output import (
+    AllowUnverified,
+    Json,
+    TrustRemoteCode,
+    emit,
+    emit_json,
+    quiet_stdout,
+    table,
+)
+from foretune.models.trusted_code import trusted_code
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,6 +48,7 @@ def build(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing store.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
@@ -46,7 +56,7 @@ def build(
     from foretune.run import check_one_of
 
     check_one_of("--key-type", key_type, ("float32", "float16", "bfloat16"))
-    with quiet_stdout():
+    with quiet_stdout(), trusted_code(trust_remote_code):
         from foretune.decoding.datastore_folders import build_folder
 
         result = build_folder(
@@ -124,6 +134,7 @@ def evaluate(
         int, typer.Option(min=0, help="Steps in each of LoRA's three training runs; 0 skips LoRA.")
     ] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of shots and LoRA.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
     allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
@@ -131,7 +142,7 @@ def evaluate(
     from foretune.decoding.prompts import decode_method
 
     decode_method("rtd", changes or [])
-    with quiet_stdout():
+    with quiet_stdout(), trusted_code(trust_remote_code):
         from foretune.cli.progress import StderrConsole
         from foretune.decoding.datastore_folders import evaluate_folder
 

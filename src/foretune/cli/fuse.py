@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from foretune.cli.output import AllowUnverified, Json, emit, emit_json, quiet_stdout
+from foretune.cli.output import (
+    AllowUnverified,
+    Json,
+    TrustRemoteCode,
+    emit,
+    emit_json,
+    quiet_stdout,
+)
+from foretune.models.trusted_code import trusted_code
 
 
 def fuse(
@@ -32,6 +40,7 @@ def fuse(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier fused model in --out.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
@@ -39,7 +48,7 @@ def fuse(
     from foretune.fusion.folders import fuse_folders, parse_request, settings_of
 
     request = parse_request(method, arguments)
-    with quiet_stdout():
+    with quiet_stdout(), trusted_code(trust_remote_code):
         result = fuse_folders(
             base,
             request,

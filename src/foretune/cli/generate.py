@@ -11,9 +11,18 @@ from typing import Annotated, Any
 
 import typer
 
-from foretune.cli.output import AllowUnverified, Json, emit, emit_json, quiet_stdout, table
+from foretune.cli.output import (
+    AllowUnverified,
+    Json,
+    TrustRemoteCode,
+    emit,
+    emit_json,
+    quiet_stdout,
+    table,
+)
 from foretune.errors import UserError
 from foretune.files import claim_file
+from foretune.models.trusted_code import trusted_code
 
 
 def generate(
@@ -74,6 +83,7 @@ def generate(
         Path | None, typer.Option(help="With --beta-sweep: write the frontier to this .svg file.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the --out file.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
@@ -89,7 +99,7 @@ def generate(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
     options |= _sampling(sample, temperature, beams)
     _check_figure(out, betas, oracle, overwrite)
-    with quiet_stdout(), _warnings_as_lines():
+    with quiet_stdout(), trusted_code(trust_remote_code), _warnings_as_lines():
         from foretune.decoding.generation import read_prompts
 
         texts = [prompt] if prompt is not None else _read(prompts)

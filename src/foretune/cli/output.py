@@ -33,6 +33,13 @@ Overrides = Annotated[
     ),
 ]
 
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that comes with a model or is named beside it."
+    ),
+]
+
 
 def emit(value: Any) -> None:
     """Prints a result; of several processes only the first prints."""

@@ -16,7 +16,7 @@ def plan(
     changes: Overrides = None,
     json: Json = False,
 ) -> None:
-    """Show a recipe's tasks, labels, leaks, parameters, memory and time.
+    """Show a recipe's tasks, leaks, parameters, memory and time.
 
     Times two training steps of each method and saves nothing.
     """

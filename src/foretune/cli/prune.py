@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
+from foretune.cli.output import Json, TrustRemoteCode, emit, emit_json, quiet_stdout, table
 from foretune.errors import UserError
+from foretune.models.trusted_code import trusted_code
 
 
 def prune(
@@ -38,6 +39,7 @@ def prune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier pruned model in --out.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Prune a mixture of experts for one task."""
@@ -47,7 +49,7 @@ def prune(
     record = prune_method(method, changes or [])
     check_positive("--learning-rate", learning_rate)
     _check_out(out, compare)
-    with quiet_stdout():
+    with quiet_stdout(), trusted_code(trust_remote_code):
         from foretune.cli.progress import StderrConsole
 
         result = prune_folder(

@@ -12,11 +12,13 @@ from foretune.cli.output import (
     Overrides,
     Overwrite,
     Resume,
+    TrustRemoteCode,
     emit,
     emit_json,
     quiet_stdout,
     table,
 )
+from foretune.models.trusted_code import trusted_code
 
 
 def retrain(
@@ -77,10 +79,11 @@ def adapt(
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Adapt a base to new tasks and save one adapter per task."""
-    with quiet_stdout():
+    with quiet_stdout(), trusted_code(trust_remote_code):
         from foretune.cli.progress import StderrConsole
         from foretune.recipes.on_folders import adapt_folder
 
@@ -108,5 +111,5 @@ def adapt(
         emit(f"Adapted on {line}")
     emit(f"Adapters: {out}")
     if result["num_labels"] is not None:
-        emit("The adapters of some tasks have a wider head than the base; load them like this:")
+        emit("The adapters have a head that the base lacks, or a wider one; load them like this:")
         emit("\n".join(result["code"]))

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
+from foretune.cli.output import Json, TrustRemoteCode, emit, emit_json, quiet_stdout, table
 from foretune.files import claim_file
+from foretune.models.trusted_code import trusted_code
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,6 +57,7 @@ def prepare(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a prepared model in the output folder.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Factorise a source model and train it on labelled windows."""
@@ -63,7 +65,7 @@ def prepare(
 
     check_positive("--learning-rate", learning_rate)
     check_one_of("--layers", layers, ("all", "convolutions", "linear"))
-    with quiet_stdout():
+    with quiet_stdout(), trusted_code(trust_remote_code):
         from foretune.cli.progress import StderrConsole
         from foretune.source_free.folders import prepare_folder
 
@@ -117,10 +119,11 @@ def adapt(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an adapted state in the output folder.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Tune the cores on windows of a target; labels are not read."""
-    with quiet_stdout():
+    with quiet_stdout(), trusted_code(trust_remote_code):
         from foretune.cli.progress import StderrConsole
         from foretune.source_free.folders import adapt_folder
 
@@ -160,11 +163,12 @@ def evaluate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing report.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Score labelled windows before and after adapting, per class."""
     _check_report(report, overwrite)
-    with quiet_stdout():
+    with quiet_stdout(), trusted_code(trust_remote_code):
         from foretune.source_free.folders import eval_folder
 
         result: dict[str, Any] = eval_folder(

@@ -16,7 +16,11 @@ from foretune.models.loading import load_model
 
 
 def load_generator(
-    name: str | Path, base: nn.Module | None = None, *, allow_unverified: bool = False
+    name: str | Path,
+    base: nn.Module | None = None,
+    *,
+    allow_unverified: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Loads a causal language model, or a base with the adapter of a PEFT folder.
 
@@ -24,6 +28,7 @@ def load_generator(
         name: A model folder, a hub id, or a PEFT folder.
         base: The base of an adapter; None for the one that its folder names.
         allow_unverified: Whether to take an adapter that does not record its base.
+        trust_remote_code: Run Python code that comes with the model.
 
     Returns:
         (model in eval mode, its tokenizer or None). With an adapter the model is a `PeftModel`,
@@ -34,10 +39,12 @@ def load_generator(
     """
     folder = Path(name).expanduser()
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
-        return load_model(name, head="causal-lm")
+        return load_model(name, head="causal-lm", trust_remote_code=trust_remote_code)
     tokenizer = None
     if base is None:
-        base, tokenizer = load_model(_base_of(folder), head="causal-lm")
+        base, tokenizer = load_model(
+            _base_of(folder), head="causal-lm", trust_remote_code=trust_remote_code
+        )
     return with_adapter(base, folder, allow_unverified=allow_unverified), tokenizer
 
 

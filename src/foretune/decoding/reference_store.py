@@ -29,6 +29,7 @@ from foretune.decoding.nearest import ExactIndex, FaissIndex, Index, neighbour_w
 from foretune.decoding.output_states import read_states
 from foretune.decoding.references import References, read_references
 from foretune.decoding.side_models import bare_model
+from foretune.decoding.store_checks import check_heads, check_tensors
 from foretune.decoding.store_folder import (
     read_store,
     write_metadata,
@@ -100,8 +101,8 @@ class ReferenceStore:
         self.name = name
         self.tuned = dict(tuned) if tuned is not None else None
         self.lookup = lookup or Lookup()
-        _check_tensors(self)
-        _check_heads(self.lookup.heads, keys.shape[1])
+        check_tensors(*_tensors(self), num_rows=len(self.rows))
+        check_heads(self.lookup.heads, keys.shape[1])
         self._indices: dict[tuple[int, str, str], list[Index]] = {}
         self._automatic: dict[tuple[int, int], float] = {}
 
@@ -185,7 +186,7 @@ class ReferenceStore:
             for source, text_values in zip(references.sources, references.values, strict=True)
             for _ in text_values
         ]
-        _check_heads(heads, keys.shape[1])
+        check_heads(heads, keys.shape[1])
         max_neighbours = len(keys)
         if references.has_labels:
             # K near half of a small store mixes in other labels.
@@ -405,7 +406,7 @@ class ReferenceStore:
     def _index(self, heads: int, search: Search, device: torch.device) -> list[Index]:
         key = (heads, search, str(device))
         if key not in self._indices:
-            _check_heads(heads, self.keys.shape[1])
+            check_heads(heads, self.keys.shape[1])
             check_one_of("search", search, ("exact", "faiss"))
             index: type = ExactIndex if search == "exact" else FaissIndex
             parts = self.keys.to(device).chunk(heads, dim=1)
@@ -414,7 +415,7 @@ class ReferenceStore:
 
     def _nearest_in_other_rows(self, entries: Tensor, k: int, heads: int) -> tuple[Tensor, Tensor]:
         """(squared distances, indices) of their nearest entries from other rows, (H, S, K) each."""
-        _check_heads(heads, self.keys.shape[1])
+        check_heads(heads, self.keys.shape[1])
         per_head = [
             ExactIndex(part, self.sources).search(part[entries], k, self.sources[entries])
             for part in self.keys.chunk(heads, dim=1)
@@ -425,26 +426,6 @@ class ReferenceStore:
 def _tensors(store: ReferenceStore) -> tuple[Tensor, ...]:
     """The tensors of a store in the order of `TENSOR_NAMES`."""
     return store.keys, store.values, store.model_log_probs, store.sources
-
-
-def _check_tensors(store: ReferenceStore) -> None:
-    shapes = [tuple(tensor.shape) for tensor in _tensors(store)]
-    n = len(store.keys)
-    if store.keys.ndim != 2 or n == 0 or shapes[1:] != [(n,)] * 3:
-        raise UserError(f"a store needs keys (N, d) and three tensors (N,), got {shapes}")
-    if any(tensor.is_floating_point() for tensor in (store.values, store.sources)):
-        raise UserError("a store's values and sources are whole numbers, got fractions")
-    first, last = int(store.sources.min()), int(store.sources.max())
-    if first < 0 or (store.rows and last >= len(store.rows)):
-        row = first if first < 0 else last
-        raise UserError(f"an entry names row {row}, counted from 0, of {len(store.rows)}")
-    if int(store.values.min()) < 0:
-        raise UserError(f"a store's values are token ids, got {int(store.values.min())}")
-
-
-def _check_heads(heads: int, width: int) -> None:
-    if heads < 1 or width % heads:
-        raise UserError(f"heads must divide the width of a state, {width}, got {heads}")
 
 
 def _sample(count: int, size: int, seed: int) -> Tensor:

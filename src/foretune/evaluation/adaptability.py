@@ -32,6 +32,7 @@ from foretune.tasks.task import TaskCollection
 from foretune.training import verbs
 from foretune.training.data import TaskData, slot_of
 from foretune.training.loop import Progress
+from foretune.training.model_copies import answers
 from foretune.training.outcome import Outcome
 from foretune.training.scoring import score_slots
 from foretune.training.shots import draw_shots
@@ -211,12 +212,13 @@ def search_rate(
 def zero_shot(
     name: str, model: nn.Module, unseen: TaskCollection, draws: int
 ) -> list[dict[str, Any]]:
-    """Scores of the base on the unseen tasks before adapting; none where heads are per task."""
-    objective = verbs.objective_of(unseen)
-    if objective.num_outputs() is not None and objective.shared() is not objective:
+    """Scores of the base on the unseen tasks before adapting; none where its head is for others."""
+    objective = verbs.objective_of(unseen).bind(model)
+    has_outputs = objective.num_outputs() is not None
+    if has_outputs and (objective.shared() is not objective or not answers(model, objective)):
         return []
     limits = TextLimits.of(model, objective)
-    data = TaskData([slot_of(task) for task in unseen], objective.bind(model), limits)
+    data = TaskData([slot_of(task) for task in unseen], objective, limits)
     with frozen_prefix(model, []):
         scores = score_slots(model, data, "test")
     return [

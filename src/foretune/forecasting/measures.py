@@ -121,6 +121,6 @@ def forecast_rows(
     traj, scores, truth, valid = (torch.cat(column) for column in zip(*parts, strict=True))
     finite = torch.isfinite(traj).flatten(1).all(1) & torch.isfinite(scores).all(1)
     if not finite.all():
-        scene = int((~finite).nonzero()[0]) + 1
-        raise DivergedError(f"the forecasts of scene {scene} are not finite: retrain the model")
+        first = int((~finite).nonzero()[0]) + 1
+        raise DivergedError(f"the forecasts of scene {first} are not finite: retrain the model")
     return traj, scores, truth, valid

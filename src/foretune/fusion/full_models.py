@@ -19,6 +19,7 @@ from foretune.files import CONFIG_FILE, LABELS_FILE, WEIGHTS_FILE
 from foretune.formats import read_json
 from foretune.fusion.finetuned import Finetuned, persistent_buffers
 from foretune.fusion.tied_weights import tied_names
+from foretune.models.checkpoint import INDEX_FILE, shards_of
 from foretune.models.loading import load_base
 
 # Fields of a config that do not change what a model computes, or that are compared elsewhere.
@@ -117,14 +118,12 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     Raises:
         UserError: A file is missing or damaged, or outside the folder.
     """
-    index = folder / f"{WEIGHTS_FILE}.index.json"
+    index = folder / INDEX_FILE
     if not index.is_file():
         single = folder / WEIGHTS_FILE
         return dict.fromkeys(_keys(single), single) if single.is_file() else {}
-    weight_map = read_json(index, _Index)["weight_map"]
+    weight_map = shards_of(index)
     for file in set(weight_map.values()):
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise UserError(f"{index} names {file!r}, which is no safetensors file of its folder")
         if not (folder / file).is_file():
             raise UserError(f"{index} names {file}, but there is no such file")
     held = {file: _keys(folder / file) for file in set(weight_map.values())}
@@ -132,10 +131,6 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         if tensor not in held[file]:
             raise UserError(f"{index} names {tensor} in {file}, which does not hold it")
     return {tensor: folder / file for tensor, file in weight_map.items()}
-
-
-class _Index(TypedDict):
-    weight_map: dict[str, str]
 
 
 def _keys(file: Path) -> set[str]:

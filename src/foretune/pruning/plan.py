@@ -20,6 +20,7 @@ from torch import nn
 from typing_extensions import TypedDict
 
 from foretune.errors import UserError
+from foretune.files import CONFIG_FILE
 from foretune.formats import damage_named, load_tensors, read_json
 from foretune.pruning import FORMAT, PLAN_FILE
 from foretune.pruning.alignment import merge_networks
@@ -384,10 +385,11 @@ def load_pruned(auto: Any, config: Any, folder: Path, dtype: Any) -> nn.Module |
     """
     path = folder / PLAN_FILE
     record = read_json(path, PrunedRecord, FORMAT)
-    if record["loads_with"] == "transformers":
-        return None
     with damage_named(path):
         plan = {name: BlockPlan.from_dict(fields) for name, fields in record["blocks"].items()}
+    if record["loads_with"] == "transformers":
+        _check_counts(path, plan, config.get_text_config())
+        return None
     for name in COUNTS:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, next(iter(plan.values())).num_experts)
@@ -402,6 +404,21 @@ def load_pruned(auto: Any, config: Any, folder: Path, dtype: Any) -> nn.Module |
         apply_plan(model, {n: _unaligned(p) for n, p in plan.items()})
     load_tensors(model, folder / WEIGHTS_FILE)
     return model
+
+
+def _check_counts(path: Path, plan: Plan, config: Any) -> None:
+    """Checks that the config of a folder has the experts that the record says.
+
+    Raises:
+        UserError: It has another number.
+    """
+    stated = {v for name in COUNTS if isinstance(v := getattr(config, name, None), int)}
+    for name, block in plan.items():
+        if stated and len(block.groups) not in stated:
+            raise UserError(
+                f"{path} leaves {len(block.groups)} experts in {name}, but {CONFIG_FILE} beside it "
+                f"says {min(stated)}: one of the two files is of another model"
+            )
 
 
 def _unaligned(plan: BlockPlan) -> BlockPlan:

@@ -14,7 +14,8 @@ from typing import Any
 import foretune
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE, BASE_FILE, CONFIG_FILE, MODULE_FILE, RUN_FILE
-from foretune.formats import BASE, RUN, check_format
+from foretune.formats import RUN, check_format
+from foretune.models.base_record import read_base_record
 from foretune.models.loading_code import class_name, loading_code
 from foretune.recipes.blocks import AdaptBlock, TasksBlock
 from foretune.recipes.console import SILENT, Console
@@ -24,7 +25,8 @@ from foretune.recipes.objective_blocks import OBJECTIVES
 from foretune.recipes.overrides import override_keys
 from foretune.recipes.runner import finish
 from foretune.recipes.schema import Recipe, adapt_record, parse_block, run_of
-from foretune.recipes.setup import check_sides, with_tokenizer
+from foretune.recipes.setup import check_sides, check_tokenizer, head_of, with_tokenizer
+from foretune.tasks.file_formats import one_line
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.rows import CLASSES
 from foretune.tasks.sources import Source, load_tasks
@@ -62,14 +64,29 @@ class SavedBase:
                 f"{self.folder} does not name its objective (no {BASE_FILE}): add --objective with "
                 f"one of {', '.join(OBJECTIVES)}"
             )
-        objective = make_objective(tokenizer=None, **self.metadata["objective"])
+        try:
+            objective = make_objective(tokenizer=None, **self.metadata["objective"])
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{self.folder / BASE_FILE} is damaged: objective: {one_line(error)}"
+            ) from error
         return with_tokenizer(objective, tokenizer)
 
-    def load(self) -> tuple[Any, Any]:
-        """(model, tokenizer), read from the folder; the tokenizer may be None."""
-        from foretune.models.loading import load_base
+    def load(self, objective: Any = None, tasks: Any = None) -> tuple[Any, Any]:
+        """(model, tokenizer), read from the folder; the tokenizer may be None.
 
-        return load_base(self.folder)
+        Args:
+            objective: The fitted objective of the tasks; a classification gives an encoder without
+                a head a fresh one. None loads the model as it was saved.
+            tasks: The tasks, beside an objective.
+        """
+        from foretune.models.loading import has_classifier, load_base, load_model
+
+        if objective is None or objective.kind != "classification" or has_classifier(self.folder):
+            return load_base(self.folder)
+        return load_model(
+            self.folder, head=head_of(objective, tasks), num_labels=objective.num_outputs()
+        )
 
 
 def find_base(folder: Path) -> SavedBase:
@@ -78,16 +95,17 @@ def find_base(folder: Path) -> SavedBase:
     Raises:
         UserError: There is no such folder, or it is not a base.
     """
+    if not folder.is_dir() and str(folder) == "minilm":
+        from foretune.models.loading import locate
+
+        return SavedBase("minilm", Path(locate("minilm")), {})
     if not folder.is_dir():
         raise UserError(f"no base in {folder}: no such folder")
     place = folder / "base" if (folder / "base").is_dir() else folder
     if not any((place / file).is_file() for file in (CONFIG_FILE, MODULE_FILE, BASE_FILE)):
         raise UserError(_no_base(place))
-    metadata_file = place / BASE_FILE
     name = folder.resolve().parent.name if folder.name == "base" else folder.resolve().name
-    metadata = json.loads(metadata_file.read_text("utf-8")) if metadata_file.is_file() else {}
-    check_format(metadata_file, metadata, BASE)
-    return SavedBase(name, place, metadata)
+    return SavedBase(name, place, dict(read_base_record(place) or {}))
 
 
 def _no_base(folder: Path) -> str:
@@ -144,8 +162,10 @@ def adapt_folder(
     if kind is None:
         saved.objective(None, None)  # raises
     collection, _ = load_tasks(source, str(kind))
-    model, tokenizer = saved.load()
-    fitted = saved.objective(objective, tokenizer).fit(collection)
+    fitted = saved.objective(objective, None).fit(collection)
+    model, tokenizer = saved.load(fitted, collection)
+    check_tokenizer(saved.folder, tokenizer, fitted, collection)
+    fitted = with_tokenizer(fitted, tokenizer)
     collection = collection.with_objective(fitted)
     check_sides(model, collection, None, console)
     run = run_of(block, seed=seed, out=out, resume=resume, overwrite=overwrite)
@@ -253,7 +273,7 @@ def compare_folders(
     first = next(iter(bases.values()))
     loaded = _Loaded(bases)
     fitted = first.objective(objective, _one_tokenizer(loaded)).fit(collection)
-    collection = collection.with_objective(fitted)
+    collection = loaded.tasks = collection.with_objective(fitted)
     for name in bases:
         check_sides(loaded[name], collection, None, console)
     prepare_folder(out, resume=resume, overwrite=overwrite)
@@ -320,9 +340,10 @@ class _Loaded(Mapping[str, Any]):
 
     def __init__(self, bases: Mapping[str, SavedBase]) -> None:
         self.bases = bases
+        self.tasks: Any = None  # with their objective, once the tokenizer is known
 
     def __getitem__(self, name: str) -> Any:
-        return self.bases[name].load()[0]
+        return self.bases[name].load(self.tasks.objective, self.tasks)[0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.bases)

@@ -188,7 +188,7 @@ def compare_repeat(
         rounds=len(entries) * len(block.shots) * (1 + trials),
     ) as progress:
         comparison: dict[str, Any] = foretune.compare(
-            SavedBases(out, entries, seed),
+            SavedBases(setup.recipe, out, seed),
             need_unseen(setup),
             adapt=setup.recipe.adapt_record(),
             run=setup.recipe.adapt_run(seed=seed),
@@ -228,7 +228,7 @@ def spectrum_stage(
     trainings = len(block.ranks) + min(spectrum.FULL_TASKS, len(need_unseen(setup)))
     with console.bar("spectrum", rounds=len(setup.recipe.entries) * trainings) as progress:
         measured = spectrum.measure(
-            SavedBases(out, setup.recipe.entries, 0),
+            SavedBases(setup.recipe, out, 0),
             need_unseen(setup),
             adapt=make("lora", **({} if lora is None else {"lora": lora})),
             full=make("full"),
@@ -245,13 +245,14 @@ def spectrum_stage(
 class SavedBases(Mapping[str, Any]):
     """Name → retrained model, loaded from its folder on access: one in memory at a time."""
 
-    def __init__(self, out: Path, entries: list[MethodEntry], seed: int) -> None:
-        self.folders = {e.name: base_folder(out, e, seed) / "base" for e in entries}
+    def __init__(self, recipe: Recipe, out: Path, seed: int) -> None:
+        self.folders = {e.name: base_folder(out, e, seed) / "base" for e in recipe.entries}
+        self.trust_remote_code = recipe.model.trust_remote_code
 
     def __getitem__(self, name: str) -> Any:
         from foretune.models.loading import load_base
 
-        model, _ = load_base(self.folders[name])
+        model, _ = load_base(self.folders[name], trust_remote_code=self.trust_remote_code)
         return model
 
     def __iter__(self) -> Iterator[str]:

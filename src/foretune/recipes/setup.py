@@ -74,6 +74,7 @@ def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
     fitted = objective.fit(seen)
     model, tokenizer = load(recipe, fitted, seen)
     console.say(f"model: {recipe.model.name or recipe.model.file}")
+    check_tokenizer(recipe.model.name or recipe.model.file, tokenizer, fitted, seen)
     seen = seen.with_objective(with_tokenizer(fitted, tokenizer))
     if recipe.model.file is not None:
         _check_forward(model, seen)
@@ -155,6 +156,7 @@ def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, An
         block.name,
         head=head_of(objective, tasks),
         num_labels=objective.num_outputs(),
+        labels=objective.shared().space or (),
         trainable_layers=block.trainable_layers,
         trust_remote_code=block.trust_remote_code,
     )
@@ -193,6 +195,21 @@ def head_of(objective: Any, tasks: TaskCollection) -> Any:
         row = next(row for task in tasks for split in SPLITS for row in task.split(split))
         return "classification" if "text" in row else "image-classification"
     return objective.head
+
+
+def check_tokenizer(model: Any, tokenizer: Any, objective: Any, tasks: TaskCollection) -> None:
+    """Checks that there is a tokenizer for texts.
+
+    Raises:
+        UserError: The rows are texts, and the model came without a tokenizer.
+    """
+    reads_text = "tokenizer" in {field.name for field in dataclasses.fields(objective)}
+    rows = (row for task in tasks for split in SPLITS for row in task.split(split))
+    if tokenizer is None and reads_text and not any("x" in row for row in rows):
+        raise UserError(
+            f"{model} comes without a tokenizer, and the rows are texts: save the tokenizer in the "
+            "model's folder, with tokenizer.save_pretrained(folder)"
+        )
 
 
 def with_tokenizer(objective: Any, tokenizer: Any) -> Any:

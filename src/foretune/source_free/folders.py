@@ -96,10 +96,11 @@ def prepare_folder(
     from foretune.tasks.objectives.classification import Classification
 
     fitted = Classification().fit(TaskCollection((task,)))
-    source = TaskCollection((task,), fitted)
     run = Run(seed=seed, batch_size=batch_size, eval_every=0, weight_decay=0.0)
     source_steps = (300 if model == NEW else 0) if steps is None else steps
     original = _source_model(model, task, fitted, seed)
+    fitted = fitted.bind(original)  # a base's outputs are in an order of their own
+    source = TaskCollection((task,), fitted)
     label = "training the source model"
     original = _trained(original, source, run, source_steps, learning_rate, console, label)
     import copy
@@ -258,11 +259,10 @@ def _read_training(rows: str, domain: str | None, *, labelled: bool) -> Task:
 def _source_model(name: str, task: Task, objective: Any, seed: int) -> nn.Module:
     if name != NEW:
         from foretune.models.loading import load_base
-        from foretune.models.surgery import match_head
+        from foretune.training.model_copies import fresh_copy
 
         model = load_base(name)[0]
-        match_head(model, objective.num_outputs(), seed)
-        return model
+        return fresh_copy(model, objective.bind(model), seed)
     import torch
 
     from foretune.source_free.time_series_cnn import TimeSeriesCNN

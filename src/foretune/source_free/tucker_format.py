@@ -15,12 +15,14 @@ from typing import Any, NotRequired
 import safetensors.torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 from typing_extensions import TypedDict
 
 from foretune.errors import UserError
 from foretune.files import CARD_FILE, WEIGHTS_FILE
 from foretune.formats import damage_named, load_tensors, read_json, stamped
-from foretune.models.loading import load_module
+from foretune.models.loading import load_named_module
+from foretune.models.surgery import match_head
 from foretune.source_free import MODEL_FILE
 from foretune.source_free.imputer import Imputer
 from foretune.source_free.time_series_cnn import TimeSeriesCNN
@@ -71,8 +73,14 @@ class Metadata(TypedDict):
     shape: NotRequired[list[int]]
 
 
-def load_tucker(folder: Path | str) -> tuple[nn.Module, Metadata]:
+def load_tucker(
+    folder: Path | str, *, trust_remote_code: bool = False
+) -> tuple[nn.Module, Metadata]:
     """Loads a model written by `write_tucker`.
+
+    Args:
+        folder: The folder.
+        trust_remote_code: Run the Python file that the folder names, if it names one.
 
     Returns:
         (model, contents of sfda.json).
@@ -89,7 +97,9 @@ def load_tucker(folder: Path | str) -> tuple[nn.Module, Metadata]:
         )
     metadata = read_json(file, Metadata, FORMAT)
     with damage_named(file):
-        model = _build(metadata["architecture"], folder)
+        model = _build(metadata["architecture"], folder, trust_remote_code)
+        if metadata["architecture"]["kind"] == "module" and "labels" in metadata:
+            match_head(model, len(metadata["labels"]), 0)  # preparing fits the head to the labels
         if metadata["ranks"]:
             tuckerize(model, ranks=metadata["ranks"], fit=False)
         if metadata["imputer"] is not None:
@@ -115,15 +125,17 @@ def _architecture(model: nn.Module, folder: Path) -> dict[str, Any]:
     return {"kind": "module", **origin}
 
 
-def _build(architecture: dict[str, Any], folder: Path) -> nn.Module:
+def _build(architecture: dict[str, Any], folder: Path, trust_remote_code: bool) -> nn.Module:
     fields = dict(architecture)
     kind = fields.pop("kind")
     if kind == "time-series-cnn":
         return TimeSeriesCNN(**fields)
     if kind == "module":
-        return load_module(fields["file"], fields["factory"], **fields["args"])
-    if kind != "transformers" or not hasattr(transformers, str(fields["class"])):
+        return load_named_module(folder / MODEL_FILE, fields, trust_remote_code=trust_remote_code)
+    model_class = getattr(transformers, str(fields.get("class")), None)
+    is_model = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
+    if kind != "transformers" or not is_model:
         raise ValueError(f"unknown architecture {architecture}")
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model: nn.Module = getattr(transformers, fields["class"])(config)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model: nn.Module = model_class(config)  # type: ignore[misc]
     return model

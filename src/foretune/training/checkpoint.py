@@ -14,7 +14,7 @@ from torch import Tensor
 from foretune.errors import UserError
 from foretune.files import CHECKPOINT, UNFINISHED, whole_folder
 from foretune.formats import CHECKPOINT as FORMAT
-from foretune.formats import read_json, read_tensors, stamped
+from foretune.formats import read_json, read_tensors, stamped, unstamped
 from foretune.training.process_group import Partition
 
 STATE_FILE, STATE_WEIGHTS_FILE = "state.json", "state.safetensors"  # in a checkpoint's folder
@@ -97,11 +97,12 @@ class CheckpointStore:
 
     def _load(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
-            meta = read_json(path / STATE_FILE, dict[str, Any], FORMAT)
+            record = read_json(path / STATE_FILE, dict[str, Any])
             tensors = read_tensors(path / STATE_WEIGHTS_FILE)
-            return tensors if self.partition is None else self.partition.local_state(tensors), meta
         except UserError as error:
             raise UserError(
                 f"{path} is not a readable checkpoint ({error}); remove that folder to continue "
                 "from an older one, or start again with --overwrite"
             ) from error
+        meta = unstamped(path / STATE_FILE, record, FORMAT)
+        return tensors if self.partition is None else self.partition.local_state(tensors), meta

@@ -26,7 +26,7 @@ from foretune.files import (
 from foretune.formats import BASE, RUN, stamped
 from foretune.models.loading import save_base
 from foretune.models.loading_code import class_name, loading_code
-from foretune.models.surgery import name_outputs
+from foretune.models.surgery import head_labels, name_outputs
 from foretune.run import Run
 from foretune.tasks.task import Objective
 from foretune.training.learners.joint import Learner
@@ -76,7 +76,6 @@ class Outcome:
         """
         folder = Path(folder)
         with whole_folder(folder / "base") as part:
-            name_outputs(self.model, self.objective.space or ())
             save_base(self.model, self.tokenizer, part)
             (part / BASE_FILE).write_text(json.dumps(self._base_record(), indent=1))
         self.save_adapters(folder)
@@ -118,6 +117,7 @@ class Outcome:
             "method": self.method.to_dict(),
             "objective": self.objective.to_dict(),
             "fingerprint": fingerprint(self.model),
+            "head_labels": head_labels(self.model),
             "trainable": sorted(n for n, p in self.model.named_parameters() if p.requires_grad),
         }
         return stamped(record, BASE)
@@ -159,8 +159,9 @@ class Adapted:
             task).
         stopped: Step at which a task stopped early: {(task, draw): step}.
         labels: Labels of each task in the order of its outputs; empty where outputs are not labels.
-        num_labels: Width of the heads where a task has more labels than the base's head has
-            outputs, so that the base must be loaded with this many labels; else None.
+        num_labels: Width of the heads where the base's checkpoint has no head, or a task has more
+            labels than it has outputs, so that the base must be loaded with this many labels; else
+            None.
         learners: The learner that trained each of `models`, which writes it.
     """
 

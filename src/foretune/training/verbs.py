@@ -17,7 +17,8 @@ from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
 from foretune.files import RUN_FILE, claim_folder, write_whole
 from foretune.method import check_verb
-from foretune.models.surgery import head_width
+from foretune.models.checkpoint import unstored_modules
+from foretune.models.surgery import head_width, name_outputs
 from foretune.processes import base_is_sharded
 from foretune.run import Run
 from foretune.tasks.objectives import settings_of
@@ -27,7 +28,14 @@ from foretune.training.data import SlotRows, TaskData, sampler_for
 from foretune.training.learners.joint import Learner
 from foretune.training.loop import Progress, fit, scores_after
 from foretune.training.methods import AdaptMethod, RetrainMethod
-from foretune.training.model_copies import copy_to_adapt, fresh_copy, interpolate
+from foretune.training.model_copies import (
+    answers,
+    copy_to_adapt,
+    fresh_copy,
+    has_drawn_head,
+    has_other_labels,
+    interpolate,
+)
 from foretune.training.outcome import Adapted, Outcome, labels_of
 from foretune.training.process_group import (
     Partition,
@@ -107,12 +115,17 @@ def retrain(
                 model = load_full_weights(fresh_copy(pretrained, objective, run.seed), model)
                 if learner is not None and learner.bank is not None:
                     learner.bank.onto(model)
-            interpolate(model, pretrained, share)
+            fresh_head = has_other_labels(pretrained, objective)
+            interpolate(model, pretrained, share, fresh_head=fresh_head)
         else:
             assert run.out is not None
             record = {**finished, "history": load_finished(run.out, learner, model)}
     if hasattr(model, "name_or_path"):  # what adapters name as their base
         model.name_or_path = "" if run.out is None else str(run.out / "base")  # type: ignore[assignment]
+    # A head that was not trained stands for the labels only if it did before or was drawn for them.
+    is_named = learner is not None or answers(model, objective) or has_drawn_head(pretrained)
+    if objective.shared().space is not None and is_named:
+        name_outputs(model, objective.space or ())
     outcome = Outcome(
         model=model.eval(),
         bank=learner.bank if learner and method.keeps_adapters and partition.slots else None,
@@ -280,7 +293,8 @@ def adapt(
     # Whole models have their own head; adapters are loaded onto the base's.
     if method.shares_base and objective.num_outputs() is not None:
         width = head_width(model)
-        result.num_labels = None if width == head_width(base) else width
+        is_stored = width == head_width(base) and not unstored_modules(base)
+        result.num_labels = None if is_stored else width
     with torch.random.fork_rng(), metered() as cost, group.raise_together():
         for wave in _waves(partition, _wave_size(model, slots, objective, method, run)):
             _adapt_wave(model, wave, objective, method, run, split, result, progress)

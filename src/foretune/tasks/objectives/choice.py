@@ -157,11 +157,11 @@ class Choice(Objective):
         """
         first: dict[tuple[int, ...], int] = {}
         for i, ids in enumerate(encoded):
-            other = first.setdefault(tuple(ids), i)
-            if other != i:
+            equal = first.setdefault(tuple(ids), i)
+            if equal != i:
                 raise UserError(
-                    f"{where}: candidates {other + 1} and {i + 1} are the same to the model "
-                    f"({candidates[other]!r:.40} and {candidates[i]!r:.40}): set "
+                    f"{where}: candidates {equal + 1} and {i + 1} are the same to the model "
+                    f"({candidates[equal]!r:.40} and {candidates[i]!r:.40}): set "
                     f"max_response_tokens above {self.max_response_tokens} if they differ further "
                     "on, or remove one"
                 )

@@ -10,11 +10,13 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from foretune.errors import UserError, did_you_mean
 from foretune.models.routing import route
+from foretune.models.surgery import has_fresh_head, head_labels
 from foretune.run import check_at_least
 from foretune.tasks.batch import Batch
 from foretune.tasks.example import SPLITS, place_of, row_name
@@ -118,10 +120,10 @@ class Classification(Objective):
         """
         # A recipe fits before it has a tokenizer, so only the rows tell whether they are texts.
         texts = any("text" in row for task in tasks for row in task.train)
-        if self.tokenizer is None and not texts:
+        if not texts and any("x" in row for task in tasks for row in task.train):
             check_arrays(tasks, ("x",))
-        known = self.shared().space or ()
-        labels = one_form({task.name: self._task_labels(task) for task in tasks}, known)
+        earlier = self.shared().space or ()
+        labels = one_form({task.name: self._task_labels(task) for task in tasks}, earlier)
         union = set().union(*labels.values())
         space = self.space
         if not self.labels:
@@ -129,6 +131,33 @@ class Classification(Objective):
         elif space is not None and not union <= set(space):
             space = None
         return dataclasses.replace(self, labels=labels, space=space)
+
+    @override
+    def bind(self, model: nn.Module) -> Self:
+        """The form whose ids are the outputs of the model's head.
+
+        They are if the head's outputs are named (`head_labels`), and each label of each task is
+        among the names, as text. Otherwise nothing changes: the head has learnt other labels, or
+        nobody knows which.
+
+        Raises:
+            UserError: The model is one of transformers and has no classification head.
+        """
+        if isinstance(model, PreTrainedModel) and not has_fresh_head(model):
+            raise UserError(
+                f"{type(model).__name__} has no classification head: load the model with "
+                'foretune.load_model(folder, head="classification"), or with '
+                "AutoModelForSequenceClassification.from_pretrained(folder)"
+            )
+        names = head_labels(model)
+        if names is None:
+            return self
+        texts = [f"LABEL_{i}" if n is None else label_text(n) for i, n in enumerate(names)]
+        answered = {text for text, name in zip(texts, names, strict=True) if name is not None}
+        by_text = {label_text(v): v for task_labels in self.labels.values() for v in task_labels}
+        if not by_text.keys() <= answered or len(set(texts)) < len(texts):
+            return self
+        return dataclasses.replace(self, space=tuple(by_text.get(text, text) for text in texts))
 
     def _task_labels(self, task: Task) -> tuple[Label, ...]:
         """The sorted labels of a task's training examples; checks those of the other splits.
@@ -162,7 +191,7 @@ class Classification(Objective):
         Raises:
             UserError: It has none.
         """
-        name = "y" if self.tokenizer is None and "text" not in row else "label"
+        name = "label" if "text" in row or "x" not in row else "y"
         value = row.get(name)
         value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
         if not isinstance(value, (str, int, float)):
@@ -189,11 +218,14 @@ class Classification(Objective):
             "label": outputs[label_text(label)],
             "valid": sorted(outputs[name] for name in places),
         }
-        if self.tokenizer is None:
-            if "text" in example:
-                raise UserError("a text needs a tokenizer: Classification(tokenizer)")
+        if "text" not in example:
             encoded["x"] = np.asarray(example["x"], dtype=np.float32)
             return encoded
+        if self.tokenizer is None:
+            raise UserError(
+                "a text needs a tokenizer, and the model came without one: "
+                "Classification(tokenizer), or save the tokenizer in the model's folder"
+            )
         single = text.single_template(self.tokenizer)
         ids = text.field_ids(self.tokenizer, example, "text", task)
         encoded["input_ids"] = single.fill(ids[: single.room(self.max_tokens, "max_tokens")])
@@ -213,7 +245,7 @@ class Classification(Objective):
             "valid": torch.from_numpy(valid),
             "label": torch.tensor([row["label"] for row in rows]),
         }
-        if self.tokenizer is None:
+        if "x" in rows[0]:
             inputs["x"] = stack([row["x"] for row in rows])
             return Batch(inputs, tuple(slots), len(rows), {})
         ids = [row["input_ids"] for row in rows]
@@ -237,7 +269,7 @@ class Classification(Objective):
         """
         inputs = batch.inputs
         with route(batch.slots):
-            if self.tokenizer is None:
+            if "x" in inputs:
                 output = model(inputs["x"])
             else:
                 output = model(
@@ -264,16 +296,16 @@ class Classification(Objective):
 
 
 def one_form(
-    labels: Mapping[str, tuple[Label, ...]], known: Sequence[Label] = ()
+    labels: Mapping[str, tuple[Label, ...]], earlier: Sequence[Label] = ()
 ) -> dict[str, tuple[Label, ...]]:
     """The labels of each task with one form of a label in all of them.
 
     Args:
         labels: The labels of each task.
-        known: Labels whose form takes precedence, such as those of a head.
+        earlier: Labels whose form takes precedence, such as those of a head.
     """
     union = sort_labels(label for of_task in labels.values() for label in of_task)
-    forms = {label_text(label): label for label in (*union, *known)}
+    forms = {label_text(label): label for label in (*union, *earlier)}
     return {
         task: sort_labels(forms[label_text(label)] for label in of_task)
         for task, of_task in labels.items()

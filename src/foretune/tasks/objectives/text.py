@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from foretune.errors import UserError
 from foretune.tasks.example import place_of
-from foretune.tasks.readers import one_line
+from foretune.tasks.file_formats import one_line
 from foretune.tasks.rows import check_unicode
 
 IGNORED = -100  # the label that torch's cross-entropy ignores
@@ -56,17 +58,30 @@ def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """The token ids of each text, without special tokens and truncation.
 
     Raises:
-        UserError: There is no tokenizer.
+        UserError: There is no tokenizer, or it does not take the texts.
     """
-    if tokenizer is None:
-        raise UserError("this objective reads text and needs a tokenizer, got tokenizer=None")
     if not texts:
         return []
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)
-    ids: list[list[int]] = encoded["input_ids"]
+    ids: list[list[int]] = _encoded(tokenizer, list(texts), add_special_tokens=False)["input_ids"]
     return ids
 
 
+def _encoded(tokenizer: Any, *texts: Any, **options: Any) -> Any:
+    """What the tokenizer makes of texts.
+
+    Raises:
+        UserError: There is no tokenizer, or it does not take them.
+    """
+    if tokenizer is None:
+        raise UserError("this objective reads text and needs a tokenizer, got tokenizer=None")
+    try:
+        return tokenizer(*texts, verbose=False, **options)
+    except Exception as error:  # of the tokenizers library: it has no class of its own
+        sample = texts[0] if isinstance(texts[0], str) else texts[0][0]
+        raise UserError(f"the tokenizer does not take {sample!r:.60}: {one_line(error)}") from error
+
+
+TRIED_WORDS = 100
 CACHED_TOKENS = 5_000_000  # of four bytes
 _cache: OrderedDict[tuple[Any, int, str], array[int]] = OrderedDict()
 _cached_tokens = 0
@@ -93,14 +108,9 @@ def token_ids(tokenizer: Any, text: str, where: str) -> list[int]:
     if ids is None:
         check_unicode(text, where)
         try:
-            ids = array("i", plain_ids(tokenizer, [text])[0])
-        except UserError:
-            raise
-        except Exception as error:  # a tokenizer without a token for unknown words raises it
-            raise UserError(
-                f"{where}: the tokenizer does not take {text!r:.60}: {one_line(error)}"
-            ) from error
-        _cache[key] = ids
+            ids = _cache[key] = array("i", plain_ids(tokenizer, [text])[0])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         _cached_tokens += len(ids)
         while _cached_tokens > CACHED_TOKENS:
             _cached_tokens -= len(_cache.popitem(last=False)[1])
@@ -114,8 +124,9 @@ def single_template(tokenizer: Any) -> Template:
     They are read off an example: truncating with the tokenizer itself would change its state
     (`truncation_side`), which belongs to the caller.
     """
-    probe = plain_ids(tokenizer, ["a"])[0]
-    ids = tokenizer("a", verbose=False)["input_ids"]
+    word = _known_word(tokenizer)
+    probe = plain_ids(tokenizer, [word])[0]
+    ids = _encoded(tokenizer, word)["input_ids"]
     start = _index_of(ids, probe, 0)
     return Template(tuple(ids[:start]), (), tuple(ids[start + len(probe) :]), None)
 
@@ -123,16 +134,36 @@ def single_template(tokenizer: Any) -> Template:
 @functools.lru_cache(maxsize=16)
 def pair_template(tokenizer: Any) -> Template:
     """The special tokens that the tokenizer puts around and between two texts."""
-    a, b = plain_ids(tokenizer, ["a", "b"])
-    encoded = tokenizer("a", "b", verbose=False)
+    word = _known_word(tokenizer)
+    [probe] = plain_ids(tokenizer, [word])
+    encoded = _encoded(tokenizer, word, word)
     ids = encoded["input_ids"]
-    start = _index_of(ids, a, 0)
-    middle = start + len(a)
-    second = _index_of(ids, b, middle)
-    end = second + len(b)
+    start = _index_of(ids, probe, 0)
+    middle = start + len(probe)
+    second = _index_of(ids, probe, middle)
+    end = second + len(probe)
     types = encoded.get("token_type_ids")
     segments = None if types is None else (types[start], types[second])
     return Template(tuple(ids[:start]), tuple(ids[middle:second]), tuple(ids[end:]), segments)
+
+
+def _known_word(tokenizer: Any) -> str:
+    """A text that the tokenizer makes a token of: "a", or else a word of its vocabulary.
+
+    Raises:
+        UserError: There is none.
+    """
+    special = set(getattr(tokenizer, "all_special_tokens", ()))
+    words = itertools.chain(["a"], (w for w in _vocabulary(tokenizer) if w not in special))
+    for word in itertools.islice(words, TRIED_WORDS):
+        with contextlib.suppress(UserError):
+            if plain_ids(tokenizer, [word])[0]:
+                return word
+    raise UserError(f"the tokenizer makes no token of any of {TRIED_WORDS} words that it knows")
+
+
+def _vocabulary(tokenizer: Any) -> Iterable[str]:
+    return tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else ()
 
 
 def _index_of(ids: Sequence[int], part: Sequence[int], start: int) -> int:

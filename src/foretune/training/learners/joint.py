@@ -405,7 +405,8 @@ def make_bank(
 ) -> AdapterBank:
     """A bank with adapters, with one head per slot, or with both.
 
-    Where the label sets of the tasks differ, each slot has its own, freshly initialised head.
+    Where the label sets of the tasks differ, each slot has its own, freshly initialised head. One
+    that the base's checkpoint lacks (`copy_to_adapt`) is copied too.
 
     Args:
         model: The base.
@@ -418,6 +419,7 @@ def make_bank(
             as a copy of the base's.
     """
     labels_differ = objective.num_outputs() is not None and objective.shared() is not objective
+    head_copies = head_copies or getattr(model, "head_per_task", False)
     heads = head_modules(model) if labels_differ or head_copies else []
     return AdapterBank(
         model, keys, lora=lora, sparse=sparse, heads=heads, fresh_heads=labels_differ, seed=seed

@@ -1,0 +1,79 @@
+"""`foretune.json`, the record beside a retrained base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from typing_extensions import TypedDict
+
+from foretune.entry_points import entry_point
+from foretune.errors import UserError
+from foretune.files import BASE_FILE
+from foretune.formats import BASE, read_json
+from foretune.models.checkpoint import stored_dtypes
+from foretune.models.surgery import name_outputs
+
+
+class BaseRecord(TypedDict, total=False):
+    """How the base was retrained, and what its weights do not say."""
+
+    method: dict[str, Any]
+    objective: dict[str, Any]
+    fingerprint: str
+    trainable: list[str]
+    head_labels: list[str | None] | None
+
+
+def read_base_record(folder: Path) -> BaseRecord | None:
+    """The record in the folder of a base; None where there is none.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    file = folder / BASE_FILE
+    return read_json(file, BaseRecord, BASE) if file.is_file() else None
+
+
+def restore(folder: Path, model: nn.Module) -> None:
+    """Gives the model what its record says: which parameters are trained, its head's labels.
+
+    Raises:
+        UserError: The record is damaged.
+    """
+    record = read_base_record(folder)
+    if record is None:
+        return
+    if "trainable" in record:
+        trainable = set(record["trainable"])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trainable)
+    # Earlier versions recorded the labels as the objective's.
+    labels = record.get("head_labels", record.get("objective", {}).get("space"))
+    if isinstance(labels, list):
+        name_outputs(model, labels)
+
+
+def check_fingerprint(folder: Path, model: nn.Module) -> None:
+    """Checks that the weights of a retrained base are those that were saved.
+
+    Args:
+        folder: The folder of the base; without a record in it nothing is checked.
+        model: The model with the weights of the folder, in any precision.
+
+    Raises:
+        UserError: They differ, or the record is damaged.
+    """
+    saved = (read_base_record(folder) or {}).get("fingerprint")
+    halves = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    if saved is None or (halves and "F32" in stored_dtypes(folder)):  # rounded on loading
+        return
+    is_base: Any = entry_point("foretune.adapters.fingerprint:is_base")
+    if not is_base(model, {"base": saved, "without": ()}):
+        raise UserError(
+            f"the weights in {folder} are not those that were retrained: {folder / BASE_FILE} "
+            f"records the fingerprint {saved[:12]}; retrain again, or remove that file to load the "
+            "folder as any other model"
+        )
