@@ -6,6 +6,7 @@
 # make lock          regenerate constraints.txt, constraints-oldest.txt and the versions that doctor calls tested
 # make bench-quickstart | bench-convai2 DATA=path | bench-speed DATA=path   reproduce benchmarks/results
 # make bench-theory | bench-claims DATA=folder                              and docs/reproduce.md
+# make architectures   try every architecture of the catalogue and write docs/architectures.md
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -19,7 +20,7 @@ PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS
 EVERY_METHOD := retrain.methods=[none, standard, {standard: {heads: per-task, as: standard-heads}}, peft-ml, reptile, fomaml]
 
 .PHONY: setup lock quickstart test test-oldest test-newest fuzz fast check lint types imports docs format bench-quickstart \
-	bench-convai2 bench-speed bench-theory bench-claims clean
+	bench-convai2 bench-speed bench-theory bench-claims architectures clean
 
 setup: $(INSTALLED)
 
@@ -83,6 +84,7 @@ imports: setup
 docs: setup
 	$(BIN)/python benchmarks/publish.py --check
 	$(BIN)/python benchmarks/speed/page.py --check
+	$(BIN)/python benchmarks/architecture_table.py --check
 	$(PYTEST) -m "not slow" tests/promises
 
 format: setup
@@ -122,6 +124,9 @@ bench-speed: setup
 	$(SPEED)/pipeline.py
 	$(SPEED)/gpu.py
 	$(BIN)/python benchmarks/speed/page.py
+
+architectures: setup
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/architecture_table.py
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -16,6 +16,7 @@ import tiny_models
 from foretune.adapters import mixing
 from foretune.adapters.bank import AdapterBank
 from foretune.errors import UserError
+from foretune.models.packing import packed
 from foretune.models.routing import route
 
 LENGTH = 6
@@ -400,3 +401,19 @@ def test_another_thread_has_no_route_and_may_have_one_of_its_own():
                 expected = model(x)
             assert all(torch.equal(y, expected) for y in results[slots])
     assert "outside route" in results["without"]
+
+
+def test_a_decoder_whose_output_is_not_zero_at_padding_shares_its_calls(caplog, monkeypatch):
+    """Where padding is removed, its last norm still has a bias."""
+    monkeypatch.setattr(mixing, "_WARNED", set())
+    model = tiny_models.gpt2()
+    torch.nn.init.normal_(model.transformer.ln_f.bias)
+    bank = AdapterBank(model, ["a", "b"], lora={"r": 2})
+    with torch.no_grad():
+        for p in bank.parameters():
+            p.normal_()
+    mask = torch.tensor([[1] * 9, [1] * 2 + [0] * 7, [1] * 3 + [0] * 6, [1] * 4 + [0] * 5])
+    ids = torch.randint(3, tiny_models.VOCABULARY, (4, 9)) * mask
+    with packed(model), bank.attached(), route([0, 1, 0, 1]):
+        model(input_ids=ids, attention_mask=mask)
+    assert not caplog.records

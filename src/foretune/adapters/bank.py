@@ -24,7 +24,7 @@ from foretune.adapters.mixing import MixedCalls
 from foretune.adapters.targets import copied_modules, matching_modules
 from foretune.errors import UserError
 from foretune.models.position_tables import table_per_slot
-from foretune.models.routing import recomputed_on_route
+from foretune.models.recompute import recomputed_on_route
 from foretune.models.unadaptable import unadaptable
 
 

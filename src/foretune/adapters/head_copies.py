@@ -16,6 +16,7 @@ from foretune.models.layout import RowSlots
 from foretune.models.nested import Path, tensors_in, with_tensors
 from foretune.models.routing import rows_for_adapters
 from foretune.models.row_dims import RowDims
+from foretune.models.row_dropout import draws_of_parts
 
 _LOCK = threading.RLock()  # a call exchanges the module's parameters for those of a slot
 
@@ -94,14 +95,15 @@ class HeadCopies(nn.Module):
             return list(_sorted(x, rows.order, dim, len(rows.slots)).split(counts, dim))
 
         split = {path: parts(x) for path, x in tensors_in((args, kwargs)).items()}
-        outputs = []
-        for i, params in enumerate(copies):
+        outputs, part_of = [], draws_of_parts()
+        for i, (params, index) in enumerate(zip(copies, rows.places.values(), strict=True)):
 
             def part(path: Path, _: Tensor, i: int = i) -> Tensor:
                 return split[path][i]
 
             inputs = with_tensors((args, kwargs), part)
-            outputs.append(torch.func.functional_call(module, params, *inputs))
+            with part_of(index):
+                outputs.append(torch.func.functional_call(module, params, *inputs))
         return _sorted(torch.cat(outputs, dim), rows.inverse, dim, len(rows.slots))
 
     def _copies(self, rows: RowSlots) -> list[dict[str, Tensor]]:

@@ -279,8 +279,10 @@ def lora_linear(
         flat = x.reshape(-1, x.shape[-1])
         y: Tensor = _LoRALinear.apply(flat, weight, bias, a, bt, scale, layout)
         return y.view(*x.shape[:-1], -1)
-    delta = x if rows.order is None else by_rows(x, rows.order, len(rows.slots))
-    delta = F.dropout(delta, dropout).reshape(-1, x.shape[-1])
+    delta = F.dropout(x, dropout)  # before rows are permuted: it tells them apart by their place
+    if rows.order is not None:
+        delta = by_rows(delta, rows.order, len(rows.slots))
+    delta = delta.reshape(-1, x.shape[-1])
     delta = _LoRALinear.apply(delta, None, None, a, bt, scale, layout).view(*x.shape[:-1], -1)
     if rows.inverse is not None:
         delta = by_rows(delta, rows.inverse, len(rows.slots))
@@ -310,9 +312,9 @@ def lora_conv1d(
     Returns:
         (rows · m, out, length'), to be added to `conv(x)`.
     """
-    sorted_x = x if rows.order is None else by_rows(x, rows.order, len(rows.slots))
     if dropout:
-        sorted_x = F.dropout(sorted_x, dropout)
+        x = F.dropout(x, dropout)  # before rows are permuted, as above
+    sorted_x = x if rows.order is None else by_rows(x, rows.order, len(rows.slots))
     a, b = a.to(x.dtype), b.to(x.dtype)
     parts = []
     counts = Layout.of(rows, len(x), 0).counts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,18 @@ from transformers import Cache
 
 # What a decoder's forward calls its KV cache: transformers from 5.24 on, and before.
 CACHE_NAMES = ("cache", "past_key_values")
+
+
+def dummy_rows(model: nn.Module) -> dict[str, Tensor]:
+    """Arguments of a call with three rows of different lengths, padded to (3, 7)."""
+    config: Any = model.config
+    fill = getattr(config, "pad_token_id", None)
+    vocabulary = [i for i in range(min(config.vocab_size, 64)) if i != fill]
+    ids = torch.tensor(vocabulary).repeat(21)[:21].view(3, 7)
+    mask = torch.tensor([[1] * 3 + [0] * 4, [1] * 7, [1] * 2 + [0] * 5])
+    device = next(model.parameters()).device
+    ids = torch.where(mask > 0, ids, fill or 0)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 @contextlib.contextmanager
@@ -70,17 +82,25 @@ def agree(reference: Any, output: Any, mask: Tensor, *, tolerance: float = 1e-3)
         mask: Zero at padding, where the outputs may differ.
         tolerance: Largest difference allowed, relative to the reference's largest absolute value.
     """
-    pairs = zip(_tensors(reference, mask > 0), _tensors(output, mask > 0), strict=True)
+    pairs = zip(_tokens(reference, mask > 0), _tokens(output, mask > 0), strict=True)
     return all(
         a.shape == b.shape and bool((a - b).abs().max() <= tolerance * a.abs().max())
         for a, b in pairs
     )
 
 
-def _tensors(output: Any, mask: Tensor) -> list[Tensor]:
-    """The floating-point tensors of an output, (n, L, d) ones only where the mask is set."""
-    values = [output] if isinstance(output, Tensor) else list(dict(output).values())
-    tensors = [v.float() for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+def output_tensors(output: Any) -> list[Tensor]:
+    """The floating-point tensors that a model returned, alone, in a tuple or in a mapping."""
+    if isinstance(output, Tensor):
+        values = [output]
+    else:
+        values = list(output.values() if isinstance(output, Mapping) else output)
+    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def _tokens(output: Any, mask: Tensor) -> list[Tensor]:
+    """The tensors of an output in float32, (n, L, d) ones only where the mask is set."""
     return [
-        v[mask.to(v.device)] if v.dim() == 3 and v.shape[:2] == mask.shape else v for v in tensors
+        v[mask.to(v.device)] if v.dim() == 3 and v.shape[:2] == mask.shape else v
+        for v in (tensor.float() for tensor in output_tensors(output))
     ]

@@ -4,6 +4,10 @@ Where the embeddings and the lowest blocks neither train nor carry adapters, the
 text is the same in every step, task and run with that prefix. `FrozenPrefix` lets a model start at
 its lowest moving block: the first one that trains or carries adapters.
 
+What the prefix reads is recorded in a call of the model. Nothing of it may train or carry adapters,
+wherever in the model it is registered; the states are cached under a digest of it; and the model is
+called both ways before it is served. A model that fails is left as it is, and a warning says why.
+
 Dropout in the frozen prefix is off by construction. The model's own forward still looks up the
 embeddings and builds the masks, which is cheap; its result is discarded.
 """
@@ -11,6 +15,7 @@ embeddings and builds the masks, which is cheap; its result is discarded.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,10 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from foretune.models.calls import agree, eval_no_grad, replaced_forward
+from foretune.models.calls import agree, dummy_rows, eval_no_grad, replaced_forward
 from foretune.models.prefix_cache import PrefixCache, prefix_cache
-from foretune.models.routing import current_rows, route
-from foretune.models.surgery import block_list, first_moving_block
+from foretune.models.prefix_reads import recorded_reads
+from foretune.models.routing import route, routed
+from foretune.models.surgery import block_list, first_moving_block, skips_blocks
 
 __all__ = [
     "FrozenPrefix",
@@ -33,9 +39,16 @@ __all__ = [
     "prefix_cache",
 ]
 
+ERRORS = (
+    *(AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
+)  # what a model raises whose blocks pass on more than hidden states
 ROWS = 16  # missing rows are computed in batches of this many …
 STEP = 8  # … padded to a multiple of this length, see `FrozenPrefix._compute`
-TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+MASK = "attention_mask"
+TOKEN_INPUTS = ("input_ids", MASK, "token_type_ids")
+
+logger = logging.getLogger("foretune")
+_WARNED: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -50,7 +63,12 @@ def frozen_prefix(model: nn.Module, adapted: Iterable[str]) -> Iterator[None]:
     if not first:
         yield
         return
-    with FrozenPrefix(model, first, prefix_cache(model, first)):
+    with FrozenPrefix(model, first, adapted=adapted) as prefix:
+        if prefix.obstacle is not None:
+            _warn_once(
+                f"the frozen blocks of {type(model).__name__} are computed in every step: "
+                f"{prefix.obstacle}"
+            )
         yield
 
 
@@ -65,30 +83,41 @@ class FrozenPrefix:
     """While installed, a model starts at `first_block`; the states below it come from a cache.
 
     A call that it cannot serve (left padding, hidden states or a key-value cache requested, inputs
-    other than token ids) runs as if nothing were installed. So does every call of a model whose
-    blocks pass on more than hidden states: the first rows are computed both ways and compared.
+    other than token ids) runs as if nothing were installed. So does every call of a model that has
+    an `obstacle`.
 
     Args:
         model: The model; nothing below `first_block` may change while this is installed.
         first_block: The result of `first_moving_block`; with None or 0 nothing is ever patched.
-        cache: Cache of the states, usually from `prefix_cache`; None for a new one.
+        cache: Cache of the states; None for the one of all models with an equal prefix.
+        adapted: Names of modules that carry adapters.
+
+    Attributes:
+        obstacle: Why the model cannot be served; None if it can, or has no frozen block.
 
     Example:
-        with FrozenPrefix(model, first_block, prefix_cache(model, first_block)):
+        with FrozenPrefix(model, first_block):
             train(model)
     """
 
     def __init__(
-        self, model: nn.Module, first_block: int | None, cache: PrefixCache | None = None
+        self,
+        model: nn.Module,
+        first_block: int | None,
+        cache: PrefixCache | None = None,
+        *,
+        adapted: Iterable[str] = (),
     ) -> None:
         self.model = model
         self.first_block = first_block or 0
         self.cache = PrefixCache() if cache is None else cache
-        self.usable = self.first_block > 0
+        self.shared = cache is None
+        self.adapted = frozenset(adapted)
+        self.obstacle: str | None = None
         self._states: Tensor | None = None  # of the forward pass in progress
         self._busy = False  # an internal pass is in progress, which must not be served
         self._stop = False  # … and it ends after the prefix
-        self._in_tuple = False  # whether the blocks return 1-tuples
+        self._rest: tuple[None, ...] | None = None  # what follows the states in a block's tuple
         self._patches: contextlib.ExitStack | None = None  # while installed
 
     def __enter__(self) -> FrozenPrefix:
@@ -105,9 +134,11 @@ class FrozenPrefix:
             RuntimeError: A prefix that reaches above this one is installed already.
         """
         named_blocks = block_list(self.model)
-        if named_blocks is None or not self.usable or self._patches is not None:
+        if named_blocks is None or not self.first_block or self._patches is not None:
             return
-        blocks = named_blocks[1]
+        if getattr(_config(self.model), "vocab_size", None) is None:
+            return  # only tokens are served
+        name, blocks = named_blocks
         outer = blocks[0].forward
         if isinstance(outer, PrefixForward):  # it serves the blocks, and must not serve too many
             if outer.prefix.first_block > self.first_block:
@@ -122,6 +153,9 @@ class FrozenPrefix:
             patches.callback(before.remove)
             patches.callback(after.remove)
             self._patches = patches.pop_all()
+        self.obstacle = self._find_obstacle(name)
+        if self.obstacle is not None:
+            self.remove()
 
     def remove(self) -> None:
         """Restore the model as it was before `install`."""
@@ -144,18 +178,14 @@ class FrozenPrefix:
                 raise _Reached(output)
             return output
         hidden = self._states if last else (*args, *kwargs.values())[0]
-        return (hidden,) if self._in_tuple else hidden
+        return hidden if self._rest is None else (hidden, *self._rest)
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._busy:
             return
         self._states = None
-        inputs = _token_inputs(args, kwargs) if self.usable else None
-        if inputs is None or getattr(_config(self.model), "output_hidden_states", False):
-            return
-        if not self.cache.verified:
-            self.cache.verified = self.usable = self._verify(inputs)
-        if self.usable:
+        inputs = _token_inputs(args, kwargs)
+        if inputs is not None and not getattr(_config(self.model), "output_hidden_states", False):
             self._states = self._look_up(inputs)
 
     def _after(self, *_: Any) -> None:
@@ -212,8 +242,11 @@ class FrozenPrefix:
         try:
             with self._unserved(), route(None):
                 output = self._bottom(self._tensors(cut))
-                self._in_tuple = isinstance(output, tuple)
                 states = output[0] if isinstance(output, tuple) else output
+                if isinstance(
+                    output, tuple
+                ):  # tensors that follow are left out, as if not asked for
+                    self._rest = tuple(value for value in output[1:] if value is None)
                 # copies, so that a short row does not keep its whole batch alive
                 return [row[:n].clone() for row, n in zip(states, lengths, strict=False)]
         finally:
@@ -245,22 +278,53 @@ class FrozenPrefix:
         finally:
             self._busy = busy
 
-    def _verify(self, inputs: Mapping[str, np.ndarray], num_rows: int = 4) -> bool:
-        """Whether the model gives the same output for the first rows with and without the cache."""
-        first = {name: values[:num_rows] for name, values in inputs.items()}
-        rows = current_rows()
-        slots = None if rows is None else rows.slots[:num_rows]
-        with self._unserved(), route(slots):
-            reference = self.model(**self._tensors(first))
+    def _find_obstacle(self, block_list_name: str) -> str | None:
+        """Why this model cannot be served; chooses the cache if it can.
+
+        Dummy rows are computed both ways and compared, as are the cached and the fresh states of
+        one of them, if an equal prefix has been here before.
+        """
+        if skips_blocks(self.model):
+            return "it skips blocks at random (layerdrop)"
+        inputs = {k: v.cpu().numpy() for k, v in dummy_rows(self.model).items()}
+        # A row's dtype and rounding depend on autocast, under which the calls that are served run.
+        with self._unserved(), routed(None, None):
             try:
-                self._states = self._look_up(first)
-                output = self.model(**self._tensors(first))
-            except (ValueError, IndexError, TypeError, RuntimeError, AttributeError):
-                return False  # the blocks pass on more than hidden states
-            finally:
-                self._states = None
-        mask = torch.from_numpy(first["attention_mask"])
-        return agree(reference, output, mask, tolerance=5e-2 if _precision(self.model) else 1e-3)
+                with recorded_reads(self.model, block_list_name) as reads:
+                    fresh = self._compute(inputs, [0], self._padded(int(inputs[MASK][0].sum())))
+            except ERRORS:
+                return "they cannot be computed from token ids alone"
+            moving = [name for name, tensor in reads.tensors.items() if tensor.requires_grad]
+            moving += [name for name in reads.modules if name in self.adapted]
+            if moving:
+                return f"they read {moving[0]}, which is trained"
+            if self.shared:
+                self.cache = prefix_cache(self.model, self.first_block, reads.tensors)
+            if self._agrees(inputs, fresh[0]):
+                return None
+            return "their hidden states alone do not give the model's output"
+
+    def _agrees(self, inputs: Mapping[str, np.ndarray], first: Tensor) -> bool:
+        """Whether the model gives the same output for these rows with and without the cache.
+
+        Args:
+            inputs: Arguments of a call.
+            first: (L, d) the states of the first row, computed now.
+        """
+        batch = self._tensors(inputs)
+        reference = self.model(**batch)
+        try:
+            self._states = self._look_up(inputs)
+            change = (self._states[0, : len(first)] - first).abs().max()
+            if change > 1e-4 * first.abs().max():
+                return False  # cached for a model that differs in what is no tensor
+            output = self.model(**batch)
+        except ERRORS:
+            return False
+        finally:
+            self._states = None
+        exact = first.dtype in (torch.float32, torch.float64)
+        return agree(reference, output, batch[MASK], tolerance=1e-4 if exact else 5e-2)
 
 
 class PrefixForward:
@@ -300,6 +364,13 @@ def _token_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str,
     mask = arrays["attention_mask"]
     on_the_right = mask == (np.arange(mask.shape[1]) < mask.sum(1)[:, None])
     return arrays if mask.size and mask[:, 0].all() and on_the_right.all() else None
+
+
+def _warn_once(text: str) -> None:
+    """Warn once per process: each wave and each scoring pass calls this."""
+    if text not in _WARNED:
+        _WARNED.add(text)
+        logger.warning(text)
 
 
 def _config(model: nn.Module) -> Any:

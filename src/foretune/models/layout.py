@@ -138,6 +138,16 @@ class Packing:
         return self._index(np.concatenate(parts))
 
     @cached_property
+    def row_of_token(self) -> Tensor:
+        """(N,) index of each token's row in the padded batch."""
+        return self.tokens // self.width
+
+    @cached_property
+    def place_of_token(self) -> Tensor:
+        """(N,) place of each token in its row."""
+        return self.tokens % self.width
+
+    @cached_property
     def places(self) -> Tensor:
         """(n·width,) index among the tokens of each padded position; 0 for padding."""
         places = torch.zeros(len(self.lengths) * self.width, dtype=torch.long)

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from foretune.models.calls import agree, eval_no_grad, replaced_forward
+from foretune.models.calls import agree, dummy_rows, eval_no_grad, replaced_forward
 from foretune.models.frozen_prefix import PrefixForward
 from foretune.models.grouped_calls import PackedForward, grouped_calls, lengths_of
 from foretune.models.layout import MoveTokens, Packing
 from foretune.models.routing import current_packing, current_rows, routed, stays_padded
-from foretune.models.surgery import block_list
+from foretune.models.row_dropout import draws_of_parts
+from foretune.models.surgery import block_list, skips_blocks
 
 NAME = "foretune-packed"  # of the attention function registered with transformers
 DENSE = 0.9  # a batch in which at least this share of the positions are tokens stays padded
@@ -70,12 +71,13 @@ def packed_attention(
         ).split([len(g.take) for g in packing.groups])
         for x in (query, key, value)
     ]
-    outputs = []
+    outputs, part_of = [], draws_of_parts()
     for i, (group, mask) in enumerate(
         zip(packing.groups, packing.masks(attention_mask), strict=True)
     ):
         q, k, v = (x[i].unflatten(0, (-1, group.length)).transpose(1, 2) for x in gathered)
-        y, _ = sdpa(module, q, k, v, mask, **kwargs)
+        with part_of(group.rows):
+            y, _ = sdpa(module, q, k, v, mask, **kwargs)
         outputs.append(y.flatten(0, 1))
     y = MoveTokens.apply(
         torch.cat(outputs), packing.group_places, packing.group_take, packing.group_padding, False
@@ -146,6 +148,8 @@ def _obstacle(model: nn.Module, copied: Collection[str]) -> str | None:
     if not _configs(model):
         used = getattr(model.config, "_attn_implementation", None)
         return f'{name} uses the attention "{used}", not "sdpa"'
+    if skips_blocks(model):
+        return f"{name} skips blocks at random (layerdrop)"
     modules = dict(model.named_modules())
     for module_name in copied:
         inside = module_name.startswith(f"{named_blocks[0]}.")
@@ -250,15 +254,3 @@ class _PackedCalls:
 
         with replaced_forward(block, PackedForward(forward)):
             yield
-
-
-def dummy_rows(model: nn.Module) -> dict[str, Tensor]:
-    """Arguments of a call with three rows of different lengths, padded to (3, 7)."""
-    config: Any = model.config
-    fill = getattr(config, "pad_token_id", None)
-    vocabulary = [i for i in range(min(config.vocab_size, 64)) if i != fill]
-    ids = torch.tensor(vocabulary).repeat(21)[:21].view(3, 7)
-    mask = torch.tensor([[1] * 3 + [0] * 4, [1] * 7, [1] * 2 + [0] * 5])
-    device = next(model.parameters()).device
-    ids = torch.where(mask > 0, ids, fill or 0)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

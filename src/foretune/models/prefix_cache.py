@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foretune.errors import UserError
-from foretune.models.surgery import block_list, parameters_before
+from foretune.models.surgery import block_list
 
 SKIPPED_CONFIG = frozenset(
     {
@@ -31,7 +32,6 @@ class PrefixCache:
     def __init__(self, max_bytes: int = 2 * 2**30) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self.verified = False
         self._states: dict[bytes, Tensor] = {}
 
     def __len__(self) -> int:
@@ -53,14 +53,15 @@ _CACHES: OrderedDict[str, PrefixCache] = OrderedDict()
 _MOST_CACHES = 2  # a third prefix evicts the least recently used one
 
 
-def prefix_cache(model: nn.Module, first_block: int) -> PrefixCache:
+def prefix_cache(model: nn.Module, first_block: int, outside: Mapping[str, Tensor]) -> PrefixCache:
     """The cache of this model's prefix, the same object for all models with an equal prefix.
 
     Args:
-        model: A model; the contents of the prefix's parameters are hashed.
+        model: A model; the contents of the tensors that its prefix reads are hashed.
         first_block: The lowest block that is not part of the prefix.
+        outside: What the prefix reads besides the blocks below it, by name.
     """
-    key = _fingerprint(model, first_block)
+    key = _fingerprint(model, first_block, outside)
     cache = _CACHES.setdefault(key, PrefixCache())
     _CACHES.move_to_end(key)
     while len(_CACHES) > _MOST_CACHES:
@@ -68,7 +69,7 @@ def prefix_cache(model: nn.Module, first_block: int) -> PrefixCache:
     return cache
 
 
-def _fingerprint(model: nn.Module, first_block: int) -> str:
+def _fingerprint(model: nn.Module, first_block: int, outside: Mapping[str, Tensor]) -> str:
     """Hexadecimal digest of all that the states depend on.
 
     Raises:
@@ -77,15 +78,16 @@ def _fingerprint(model: nn.Module, first_block: int) -> str:
     named_blocks = block_list(model)
     if named_blocks is None:
         raise UserError(f"{type(model).__name__} has no list of blocks, so no frozen prefix")
-    name, blocks = named_blocks
+    blocks = named_blocks[1]
     digest = hashlib.blake2b(digest_size=16)
     config: Any = getattr(model, "config", None)
     fields = config.to_dict() if hasattr(config, "to_dict") else {}
     settings = {k: v for k, v in fields.items() if k not in SKIPPED_CONFIG}
     device = next(model.parameters()).device
-    digest.update(json.dumps([first_block, str(device), settings], default=str).encode())
+    described = [type(model).__qualname__, first_block, str(device), settings, sorted(outside)]
+    digest.update(json.dumps(described, default=str).encode())
     digest.update(repr(blocks[:first_block]).encode())
-    tensors: list[Tensor] = [*parameters_before(model, name).values()]
+    tensors = [outside[name] for name in sorted(outside)]
     for block in blocks[:first_block]:
         tensors += [*block.parameters(), *block.buffers()]
     for tensor in tensors:

@@ -10,9 +10,7 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Final
-
-from torch import nn
+from typing import Final
 
 from foretune.errors import UserError
 from foretune.models.layout import Packing, RowSlots
@@ -107,38 +105,3 @@ def unpacked() -> Iterator[None]:
 def stays_padded() -> bool:
     """Whether calls are neither packed nor grouped by length at present."""
     return _PADDED.get()
-
-
-@contextlib.contextmanager
-def recomputed_on_route(model: nn.Module) -> Iterator[None]:
-    """Inside the block, what transformers recomputes in a backward pass sees its forward's route.
-
-    `gradient_checkpointing_enable` recomputes layers after the `route` of the forward has ended.
-    """
-    name = "_gradient_checkpointing_func"  # private: transformers has no other place for it
-    replaced: list[tuple[nn.Module, Any]] = []
-    try:
-        for module in model.modules():
-            checkpoint = vars(module).get(name)
-            if checkpoint is not None:
-                replaced.append((module, checkpoint))
-                setattr(module, name, _on_route(checkpoint))
-        yield
-    finally:
-        for module, checkpoint in replaced:
-            setattr(module, name, checkpoint)
-
-
-def _on_route(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """The same checkpoint function, which runs what it is passed on the route of its call."""
-
-    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        captured = captured_route()
-
-        def on_route(*inputs: Any, **options: Any) -> Any:
-            with captured():
-                return function(*inputs, **options)
-
-        return checkpoint(on_route, *args, **kwargs)
-
-    return call

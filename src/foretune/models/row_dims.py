@@ -53,7 +53,7 @@ class RowDims:
             return 0
         if rows.tokens is not None:
             num_tokens = sum(rows.tokens)
-            if shape[0] == num_tokens or (shape[0] == 1 and shape[1] == num_tokens):
+            if next((size for size in shape if size != 1), 1) == num_tokens:
                 return 0
             raise self._unknown(shape, rows)
         dim, run_together = self.learnt.get(len(shape), (-1, False))

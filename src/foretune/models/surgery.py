@@ -262,6 +262,16 @@ def _text_config(config: Any) -> Any:
     return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
 
 
+def skips_blocks(model: nn.Module) -> bool:
+    """Whether the model leaves out some of its blocks at random while it trains (LayerDrop)."""
+    return any(
+        isinstance(value, float) and value > 0
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name.endswith("layerdrop")
+    )
+
+
 def parameters_before(model: nn.Module, block_list_name: str) -> dict[str, nn.Parameter]:
     """The parameters registered before a list of blocks: embeddings and the like."""
     before: dict[str, nn.Parameter] = {}

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Conv1D
 
-from foretune.models.calls import eval_no_grad
+from foretune.models.calls import dummy_rows, eval_no_grad
 from foretune.models.nested import tensors_in
-from foretune.models.packing import dummy_rows
 from foretune.models.routing import routed
 
 _FAILED = (ValueError, IndexError, TypeError, RuntimeError, AttributeError, NotImplementedError)

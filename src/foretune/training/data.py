@@ -48,6 +48,8 @@ class Step:
         num_rows: Number of examples of the step in all processes.
         fillers: Batches of weight zero: they only match the model calls of other processes.
         rows: Index of each example of the chunks within its slot, chunk after chunk.
+        seed: Random seed of what all examples share.
+        slot_seeds: Random seed of each slot, which depends on its key but not on its number.
     """
 
     chunks: tuple[Batch, ...]
@@ -55,6 +57,8 @@ class Step:
     num_rows: int
     fillers: tuple[Batch, ...] = ()
     rows: tuple[int, ...] = ()
+    seed: int = 0
+    slot_seeds: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -181,7 +185,15 @@ class TaskData:
         for start, end in _chunks(sizes, budget):
             chunks.append(self.objective.collate(rows[start:end], slots[start:end]))
         num_slots = len({slot for slot, _ in picks})
-        return Step(tuple(chunks), num_slots, len(picks), rows=tuple(places))
+        keys = {slot: self.slots[slot].key for slot, _ in picks}
+        return Step(
+            tuple(chunks),
+            num_slots,
+            len(picks),
+            rows=tuple(places),
+            seed=stable_hash(f"{list(seed)}"),
+            slot_seeds={slot: stable_hash(f"{list(seed)} {key}") for slot, key in keys.items()},
+        )
 
 
 def _chunks(sizes: Sequence[int], budget: int | None) -> Iterator[tuple[int, int]]:

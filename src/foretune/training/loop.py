@@ -82,8 +82,7 @@ def fit(
     with learner.ready():
         for update in range(record["step"], num_updates):
             seed = run.seed * 1_000_003 + update
-            # Each process has its own dropout.
-            torch.manual_seed(seed * partition.group.size + partition.group.rank)
+            torch.manual_seed(seed)
             numbers = batches[update]
             picks = [sampler.picks(number) for number in numbers]
             if stopping is not None:

@@ -20,7 +20,8 @@ from foretune.models.calls import eval_no_grad
 from foretune.models.frozen_prefix import frozen_prefix
 from foretune.models.loading import save_base
 from foretune.models.packing import packed
-from foretune.models.recompute import recomputed
+from foretune.models.recompute import recomputed, recomputed_on_route
+from foretune.models.row_dropout import RowDropout, only_known_recomputation
 from foretune.models.surgery import batch_norms, head_modules, name_outputs
 from foretune.run import Run
 from foretune.tasks.batch import Batch
@@ -85,6 +86,7 @@ class Learner:
         self.autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
         self.token_budget: int | None = None
         self.recompute = False
+        self.dropout = RowDropout(model)
         self.partition: Partition | None = None
 
     @property
@@ -103,6 +105,7 @@ class Learner:
             if self.bank is not None and len(partition.local_data) > 1:
                 self._check_mixing(self.bank, partition.local_data)
             shard(self.model, device, partition.group.size)
+            self.dropout = RowDropout(self.model, tries=False)  # all processes call equally often
             self.base = [p for p in self.model.parameters() if p.requires_grad]
         self.model.to(device)
         if self.bank is not None:
@@ -275,11 +278,12 @@ class Learner:
         for module in self.frozen_norms:
             module.eval()
         for chunk in step.chunks:
-            with self.autocast():
+            with self.autocast(), self._draws_of(step):
                 losses = self.row_losses(chunk, device)
             losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
             weights = losses.new_tensor([self._weight(slot, counts, step) for slot in chunk.slots])
-            (losses @ weights).backward()
+            with self._backward_of_draws():
+                (losses @ weights).backward()
             index = torch.tensor([place[slot] for slot in chunk.slots], device=device)
             sums.index_add_(0, index, losses.detach().float())
         for chunk in step.fillers:
@@ -289,6 +293,20 @@ class Learner:
         return {
             slot: total / counts[slot] for slot, total in zip(place, sums.tolist(), strict=True)
         }
+
+    def _draws_of(self, step: Step) -> AbstractContextManager[Any]:
+        """A context in which dropout is seeded by task and step, where the model has any."""
+        lora_dropout = 0 if self.bank is None else (self.bank.lora or {}).get("lora_dropout", 0)
+        if self.dropout.drew is False and not lora_dropout:  # adapters are left out of some steps
+            return contextlib.nullcontext()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(recomputed_on_route(self.model))
+            stack.enter_context(self.dropout.seeded(step.slot_seeds, step.seed))
+            return stack.pop_all()
+
+    def _backward_of_draws(self) -> AbstractContextManager[Any]:
+        """A context for the backward pass of what was drawn in `_draws_of`."""
+        return only_known_recomputation() if self.dropout.drew else contextlib.nullcontext()
 
     def row_losses(self, chunk: Batch, device: torch.device) -> Tensor:
         """(n,) the loss of each example; a method may add terms to it."""
