@@ -293,8 +293,8 @@ def _refuse(*_: Any) -> Tensor:
 def draws_of_parts() -> Callable[[Any], AbstractContextManager[None]]:
     """A factory of contexts for a module that is called for some of the rows at a time.
 
-    It takes the index of a part's rows. All parts repeat the same draws, so that a row's draws do
-    not depend on the number of parts.
+    It takes the index of a part's rows, None for what is computed for no row but is shared. All
+    parts repeat the same draws, so that a row's draws do not depend on the number of parts.
     """
     call = _CALL.get()
     if call is None:
@@ -303,7 +303,8 @@ def draws_of_parts() -> Callable[[Any], AbstractContextManager[None]]:
 
     @contextlib.contextmanager
     def part_of(rows: Any) -> Iterator[None]:
-        part = replace(call, keys=call.keys[rows], is_part=True, draws=start)
+        keys = call.shared if rows is None else call.keys[rows]
+        part = replace(call, keys=keys, is_part=True, draws=start)
         token = _CALL.set(part)
         try:
             yield
