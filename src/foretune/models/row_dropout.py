@@ -238,6 +238,8 @@ class _Call:
             keys, places = self.keys[packing.row_of_token], packing.place_of_token
             bits = hashed_bits(keys, shape[tokens:], self.draws, places)
             return function(bits).view(shape)
+        if self.keys is self.shared:
+            return self._drawn_for_table(shape, function)
         if self.draws not in self.row_dims:  # else a block is recomputed
             self.row_dims[self.draws] = self.dropout.row_dim(shape, n)
         dim = self.row_dims[self.draws]
@@ -249,6 +251,15 @@ class _Call:
         rows = max(1, MOST // max(1, math.prod(sizes)))
         parts = [function(hashed_bits(k, sizes, self.draws)) for k in self.keys.split(rows)]
         return torch.cat(parts).movedim(0, dim).reshape(shape)
+
+    def _drawn_for_table(
+        self, shape: tuple[int, ...], function: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Like `drawn`, for a table (1, m, …) of which longer rows read more around its middle."""
+        size = shape[1]
+        places = torch.arange(size, device=self.shared.device) - size // 2
+        bits = hashed_bits(self.shared.expand(size), shape[2:], self.draws, places)
+        return function(bits).view(shape)
 
 
 _CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("foretune_draws", default=None)
