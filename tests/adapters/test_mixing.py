@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -308,6 +309,28 @@ def test_a_linear_layer_with_a_forward_of_its_own_keeps_it():
     expected = model.out(F.linear(model.doubled(h) + 2 * h @ a.T @ b.T, model.read.weight))
     with bank.attached(), route([1, 1, 1]):
         torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("heads", [[], ["out"]])
+def test_a_layer_keeps_a_forward_of_the_instance(heads):
+    """As accelerate sets it, to move a layer's input."""
+    model = built(lambda: Encoder(False))
+    bank = AdapterBank(model, ["a", "b", "c"], lora={"r": 2}, heads=heads).double()
+    own = nn.Linear.forward.__get__(model.out)
+    model.out.forward = lambda x: 2 * own(x)
+    check(model, bank, torch.randn(4, LENGTH, 4, dtype=torch.float64), [0, 2, 1, 0])
+    x = torch.randn(2, LENGTH, 4, dtype=torch.float64)
+    with bank.attached(), route(None):
+        doubled = model(x)
+    assert model(x).equal(doubled)
+    del model.out.forward
+    torch.testing.assert_close(doubled, 2 * model(x))
+
+
+def test_a_model_with_an_adapter_of_peft_is_refused():
+    config = peft.LoraConfig(r=2, target_modules=["inp"])
+    with pytest.raises(UserError, match="carries an adapter of PEFT already"):
+        AdapterBank(peft.get_peft_model(built(lambda: Encoder(False)), config), ["a"])
 
 
 def test_a_router_that_returns_a_tuple_is_left_out_unless_it_is_named():

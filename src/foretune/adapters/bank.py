@@ -46,8 +46,8 @@ class AdapterBank(nn.Module):
         seed: Random seed of the initial values.
 
     Raises:
-        UserError: `target_modules` or `heads` match nothing, or a layer that would have a sparse
-            change is a convolution.
+        UserError: `target_modules` or `heads` match nothing, a layer that would have a sparse
+            change is a convolution, or the model carries an adapter already.
     """
 
     def __init__(
@@ -62,6 +62,11 @@ class AdapterBank(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if getattr(model, "peft_config", None):
+            raise UserError(
+                f"the model carries an adapter of PEFT already ({type(model).__name__}): merge it "
+                "into the weights first (merge_and_unload), or take it off (unload)"
+            )
         self.keys = tuple(keys)
         self.lora = None if lora is None else dict(lora)
         saved = copied_modules(model, heads, (lora or {}).get("modules_to_save") or ())
@@ -118,18 +123,21 @@ class AdapterBank(nn.Module):
         Raises:
             RuntimeError: Another bank is attached to one of the modules.
         """
-        patched: list[nn.Module] = []
+        before: list[tuple[nn.Module, Any]] = []
         stack = contextlib.ExitStack()
         # torch's fused encoder layer reads its linear layers' weights instead of calling them.
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             for name, module in self._modules_of.items():
-                if "forward" in vars(module):
+                own = vars(module).get("forward")  # such as accelerate's, that moves the input
+                if hasattr(own, "is_of_a_bank"):
                     raise RuntimeError(f"another bank is attached to {name}")
                 owner = self._head(name) if name in self.head_names else self._layer(name)
-                module.forward = owner.forward_of(module)
-                patched.append(module)
+                forward: Any = owner.forward_of(module)
+                forward.is_of_a_bank = True
+                module.forward = forward
+                before.append((module, own))
             stack.enter_context(table_per_slot(self._calls.model))
             stack.enter_context(recomputed_on_route(self._calls.model))
             stack.enter_context(self._calls.installed())
@@ -137,8 +145,10 @@ class AdapterBank(nn.Module):
         finally:
             stack.close()
             torch.backends.mha.set_fastpath_enabled(fused)
-            for module in patched:
+            for module, own in before:
                 del module.forward
+                if own is not None:
+                    module.forward = own
 
     @contextlib.contextmanager
     def bare(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from foretune.adapters.layers import in_use, spread
 from foretune.adapters.lora import Layout, by_rows
+from foretune.models.calls import forward_of
 from foretune.models.layout import RowSlots
 from foretune.models.nested import Path, tensors_in, with_tensors
 from foretune.models.routing import rows_for_adapters
@@ -60,7 +61,7 @@ class HeadCopies(nn.Module):
 
     def forward_of(self, module: nn.Module) -> Callable[..., Tensor]:
         """The forward that replaces the module's own."""
-        plain = type(module).forward
+        plain = forward_of(module)
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             rows = rows_for_adapters()

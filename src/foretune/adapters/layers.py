@@ -20,6 +20,7 @@ from foretune.adapters.entries import smallest_entries
 from foretune.adapters.lora import lora_conv1d, lora_linear
 from foretune.adapters.sparse_slots import sparse_linear
 from foretune.errors import UserError
+from foretune.models.calls import forward_of
 from foretune.models.layout import RowSlots
 from foretune.models.routing import rows_for_adapters
 from foretune.models.row_dims import RowDims
@@ -54,7 +55,7 @@ class _AdaptedLayer(nn.Module):
 
     def forward_of(self, module: nn.Module) -> Callable[..., Tensor]:
         """The forward that replaces the module's own."""
-        plain = type(module).forward
+        plain = forward_of(module)
         only_multiplies = plain in (nn.Linear.forward, Conv1D.forward)
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:

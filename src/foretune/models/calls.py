@@ -104,3 +104,11 @@ def _tokens(output: Any, mask: Tensor) -> list[Tensor]:
         v[mask.to(v.device)] if v.dim() == 3 and v.shape[:2] == mask.shape else v
         for v in (tensor.float() for tensor in output_tensors(output))
     ]
+
+
+def forward_of(module: nn.Module) -> Callable[..., Any]:
+    """What a call of the module computes, as a function of the module and its arguments."""
+    own = vars(module).get("forward")
+    if own is None:
+        return type(module).forward
+    return lambda _, *args, **kwargs: own(*args, **kwargs)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Conv1D
 
-from foretune.models.calls import dummy_rows, eval_no_grad
+from foretune.models.calls import dummy_rows, eval_no_grad, forward_of
 from foretune.models.nested import tensors_in
 from foretune.models.routing import routed
 
@@ -49,7 +49,7 @@ def unadaptable(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, 
 
 def _fits(module: nn.Module) -> bool | None:
     """Whether a layer returns a tensor of the shape that its kind returns; None where unknown."""
-    if type(module).forward in (nn.Linear.forward, nn.Conv1d.forward, Conv1D.forward):
+    if forward_of(module) in (nn.Linear.forward, nn.Conv1d.forward, Conv1D.forward):
         return True
     weight: Any = module.weight
     if isinstance(module, nn.Conv1d):
