@@ -17,7 +17,7 @@ from foretune.errors import UserError
 from foretune.files import CONFIG_FILE
 from foretune.formats import shortened
 from foretune.models.base_record import check_fingerprint
-from foretune.models.checkpoint import check_files, check_fit
+from foretune.models.checkpoint import check_files, check_fit, check_numbers
 from foretune.models.surgery import is_in_head, name_outputs
 from foretune.models.trusted_code import HOW
 
@@ -144,6 +144,8 @@ def build(
     if getattr(model, "peft_config", None):
         raise UserError(f"{where} is an adapter, not a model: give the model it was trained on")
     check_fit(where, model, info, fresh_head=fresh_head)
+    if getattr(config, "quantization_config", None) is None and Path(where).is_dir():
+        check_numbers(Path(where))
     for name, p in model.named_parameters():
         if p.is_floating_point() and p.numel() and not all(x.isfinite() for x in p.aminmax()):
             raise UserError(f"{where} holds NaN or infinite numbers in {name}")
