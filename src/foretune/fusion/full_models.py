@@ -238,8 +238,11 @@ def adapter_labels(file: Path) -> dict[int, str]:
     Raises:
         UserError: The file is damaged.
     """
-    labels = read_json(file, list[Any])
-    return {i: str(label) for i, label in enumerate(labels) if label is not None}
+    labels = read_json(file, list[str | int | float | None])
+    names = {i: str(label) for i, label in enumerate(labels) if label is not None}
+    if not names or len({*names.values()}) < len(names):
+        raise UserError(f"{file} is damaged: it names no label, or one twice")
+    return names
 
 
 def _config_notes(name: str, config: Any, base: Any) -> list[str]:

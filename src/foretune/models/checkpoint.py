@@ -222,6 +222,6 @@ def _is_of_base(model: nn.Module, name: str) -> bool:
         inside = dict(module.named_children()).get(part)
         if inside is None:
             # such as layer 5 of a list of four; another head is no module of the body at all
-            return isinstance(module, nn.ModuleList) and part.isdigit() and len(module) > 0
+            return isinstance(module, nn.ModuleList) and part.isdigit()
         module = inside
     return leaf in ("weight", "bias") and isinstance(getattr(module, "weight", None), nn.Parameter)
