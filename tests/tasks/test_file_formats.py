@@ -81,7 +81,7 @@ def test_empty_cells_and_nameless_columns_are_missing(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (HEADER + 'a,"two\nlines",x\na,,x\n', "d.csv line 4: x and y missing"),
+        (HEADER + 'a,"two\nlines",x\na,,x\n', "d.csv line 4: text missing"),
         (HEADER + "a,one, two,x\n", "d.csv line 2: 4 cells, but the header has 3"),
         (HEADER + "a,t\n", "d.csv line 2: 2 cells, but the header has 3"),
         (HEADER + 'a,"never closed,x\nb,t,x\n', "d.csv line 2: malformed CSV"),
