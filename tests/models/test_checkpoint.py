@@ -207,8 +207,9 @@ def test_a_base_may_be_held_in_another_precision(folder):
 
 
 @pytest.fixture
-def built(tmp_path: Path) -> tuple[Path, Path]:
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A base from a Python file that nobody has asked to run, and the mark of running it."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "user.py").write_text(CODE.format(mark=str(tmp_path / "mark")))
     (tmp_path / "asked.py").write_text((tmp_path / "user.py").read_text())
     save_base(load_module(tmp_path / "asked.py"), None, tmp_path / "base")

@@ -33,9 +33,11 @@ def adapt_command(recipe: Recipe, comparison: Mapping[str, Any]) -> str:
     if base["adapt"]["learning_rate"] is not None:
         changes["learning_rate"] = base["adapt"]["learning_rate"]
     reading = {"task_column", "group_column", "columns", "num_candidates", "candidate_pool"}
-    reading |= {"candidates_from", "candidate_seed"}
+    reading |= {"candidates_from", "candidate_seed", "splits"}
     data = recipe.tasks.model_dump(mode="json", exclude_defaults=True, include=reading)
     changes |= {f"tasks.{key}": value for key, value in data.items()}
     settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
     words = [str(recipe.folder / base["path"]), "--tasks", "NEW.jsonl", "--out", "adapters"]
+    if recipe.model.file or recipe.model.trust_remote_code:
+        words.append("--trust-remote-code")  # as the recipe did, by naming the file
     return shlex.join(["foretune", "adapt", *words, *settings])
