@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from foretune.errors import UserError
-from foretune.printable import printable
+from foretune.printable import in_one_line
 
 CHUNK = 1000  # rows of a columnar file that become Python objects at once
 PARQUET_BUFFER = 2**20  # bytes; without a buffer a column of a row group is read at once
@@ -364,11 +364,6 @@ def short(value: Any) -> str:
     """The beginning of a value as JSON, for a message."""
     text = in_one_line(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-def in_one_line(text: str) -> str:
-    """A text from a file, for a message."""
-    return printable(" ".join(text.split()))
 
 
 READERS: dict[str, Callable[[Path], Cells]] = {

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
-from foretune.tasks.file_formats import Unreadable, in_one_line, short
+from foretune.printable import in_one_line
+from foretune.tasks.file_formats import Unreadable, short
 from foretune.tasks.readers import Row
 from foretune.tasks.split_names import SplitNames
 
