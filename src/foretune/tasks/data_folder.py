@@ -94,7 +94,7 @@ def _walk(
         if path.is_dir():
             if folder.resolve().is_relative_to(path.resolve()):
                 raise UserError(f"{path} is a link to a folder that it is in: remove it")
-            inner = _inside(path, relative, splits, outer)
+            inner = _inside(path, splits, outer)
             if inner is not None:
                 yield from _walk(path, root, splits, inner)
             elif any(not _holds_no_rows(p) for p in path.rglob("*") if not p.is_dir()):
@@ -108,11 +108,11 @@ def _walk(
         elif suffix_of(path) is None:
             yield relative
         else:
-            named = splits.split_in(stem_of(path), relative)
-            yield DataFile(path, _same(outer.split, named, relative), outer.columns)
+            named = splits.split_in(stem_of(path), str(path))
+            yield DataFile(path, _same(outer.split, named, path), outer.columns)
 
 
-def _inside(path: Path, relative: str, splits: SplitNames, outer: DataFile) -> DataFile | None:
+def _inside(path: Path, splits: SplitNames, outer: DataFile) -> DataFile | None:
     """What a folder's name says of the files in it; None if it could mean anything."""
     key, is_partition, value = path.name.partition("=")
     key, value = unquote(key), unquote(value)
@@ -120,17 +120,17 @@ def _inside(path: Path, relative: str, splits: SplitNames, outer: DataFile) -> D
         columns = {} if value == NULL_PARTITION else {key: value}
         return DataFile(path, outer.split, outer.columns | columns)
     if is_partition:
-        named: str | None = splits.split_of(value, relative)
+        named: str | None = splits.split_of(value, str(path))
     else:
-        named = splits.split_in(stem_of(path), relative)
+        named = splits.split_in(stem_of(path), str(path))
         if named is None and path.name.casefold() not in CONTAINERS and suffix_of(path) is None:
             return None
-    return DataFile(path, _same(outer.split, named, relative), outer.columns)
+    return DataFile(path, _same(outer.split, named, path), outer.columns)
 
 
-def _same(outer: str | None, named: str | None, relative: str) -> str | None:
+def _same(outer: str | None, named: str | None, path: Path) -> str | None:
     if outer is not None and named is not None and outer != named:
-        raise UserError(f"{relative} names two splits, {outer} and {named}: rename or move it")
+        raise UserError(f"{path} names two splits, {outer} and {named}: rename or move it")
     return outer or named
 
 
