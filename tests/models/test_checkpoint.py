@@ -81,6 +81,10 @@ def refused(folder: Path) -> str:
         ({"max_position_embeddings": 4}, "one of the two files is of another model"),
         ({"id2label": {"0": "a"}}, "classifier.bias has shape (2,)"),
         ({"num_hidden_layers": 2}, "does not describe, so BertForSequenceClassification would run"),
+        ({"num_hidden_layers": 0}, "does not describe, so BertForSequenceClassification would run"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, above 10000"),
+        ({"num_labels": 10**14}, "num_labels is 100000000000000, above 1000000"),
+        ({"num_experts_per_tok": 9, "num_experts": 8}, "there are 8 experts"),
         ({"num_hidden_layers": 6}, "lacks weights that BertForSequenceClassification needs"),
         ({"model_type": "nope", "auto_map": {"AutoConfig": "x.Y"}}, "--trust-remote-code"),
         ({"attn_implementation": "owner/kernel"}, "--trust-remote-code"),
@@ -219,8 +223,9 @@ def test_a_base_may_be_held_in_another_precision(folder):
 
 
 @pytest.fixture
-def built(tmp_path: Path) -> tuple[Path, Path]:
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A base from a Python file that nobody has asked to run, and the mark of running it."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "user.py").write_text(CODE.format(mark=str(tmp_path / "mark")))
     (tmp_path / "asked.py").write_text((tmp_path / "user.py").read_text())
     save_base(load_module(tmp_path / "asked.py"), None, tmp_path / "base")

@@ -242,7 +242,7 @@ def _is_of_base(model: nn.Module, name: str) -> bool:
         inside = dict(module.named_children()).get(part)
         if inside is None:
             # such as layer 5 of a list of four; another head is no module of the body at all
-            return isinstance(module, nn.ModuleList) and part.isdigit() and len(module) > 0
+            return isinstance(module, nn.ModuleList) and part.isdigit()
         module = inside
     changes = leaf in ("weight", "bias") or leaf.startswith("weight_")
     return changes and isinstance(getattr(module, "weight", None), nn.Parameter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt"),
     *("spiece.model", "spm.model", "tokenizer.model", "sentencepiece.bpe.model"),
 )
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+MOST = {"layers?$|blocks?$|experts$|depth$|groups$": 10_000, "labels$": 1_000_000}
+"""The end of a config's key → the largest number of modules or names that it may ask for."""
 
 
 @contextlib.contextmanager
@@ -58,7 +62,7 @@ def user_errors(where: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # a config may hold anything, and so may the errors that it causes
-        reason = one_line(error)
+        reason = reason_of(error)
         if "trust_remote_code" in str(error):
             raise UserError(
                 f'model "{where}" needs Python code of its own (auto_map in {CONFIG_FILE}), which '
@@ -78,7 +82,7 @@ def user_errors(where: str) -> Iterator[None]:
         ) from error
 
 
-def one_line(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The reason in at most 300 characters; with the type of an error that has few words."""
     text = " ".join(str(error).split())[:300].rstrip(".")
     says_enough = isinstance(error, (OSError, ImportError, ValueError, safetensors.SafetensorError))
@@ -93,6 +97,7 @@ def read_config(where: str, trusted: bool) -> Any:
     """
     check_files(where)
     fields, _ = transformers.PreTrainedConfig.get_config_dict(where)
+    _check_counts(where, fields)
     for name, kernel in _kernels(fields):
         if not trusted:
             raise UserError(
@@ -100,6 +105,29 @@ def read_config(where: str, trusted: bool) -> Any:
                 f"it with {HOW}, or remove {name} from the file"
             )
     return transformers.AutoConfig.from_pretrained(where, trust_remote_code=trusted)
+
+
+def _check_counts(where: str, fields: Any) -> None:
+    """Checks that a config does not ask for so many modules that building them never ends.
+
+    Raises:
+        UserError: It does.
+    """
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        for ending, most in MOST.items():
+            if isinstance(value, int) and value > most and re.search(ending, name):
+                raise UserError(
+                    f"{CONFIG_FILE} of {where} is damaged: {name} is {shortened(value)}, above "
+                    f"{most}"
+                )
+        _check_counts(where, value)
+    if isinstance(fields, dict) and isinstance(used := fields.get("num_experts_per_tok"), int):
+        numbers = [n for key in EXPERTS if isinstance(n := fields.get(key), int) and n > 0]
+        if numbers and not 1 <= used <= max(numbers):
+            raise UserError(
+                f"{CONFIG_FILE} of {where} is damaged: num_experts_per_tok is {shortened(used)}, "
+                f"and there are {max(numbers)} experts"
+            )
 
 
 def _kernels(fields: Any) -> Iterator[tuple[str, str]]:
@@ -197,7 +225,7 @@ def load_tokenizer(where: str, trusted: bool, *, reads_text: bool = True) -> Any
         if not files or not reads_text:
             return None
         raise UserError(
-            f"cannot load the tokenizer of {where} ({', '.join(files)}): {one_line(error)}"
+            f"cannot load the tokenizer of {where} ({', '.join(files)}): {reason_of(error)}"
         ) from error
     # without its files a tokenizer class may still load, with special tokens only
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
