@@ -130,14 +130,14 @@ class AdapterBank(nn.Module):
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             for name, module in self._modules_of.items():
-                own = vars(module).get("forward")  # such as accelerate's, that moves the input
-                if hasattr(own, "is_of_a_bank"):
+                replaced = vars(module).get("forward")  # such as accelerate's, that moves the input
+                if hasattr(replaced, "is_of_a_bank"):
                     raise RuntimeError(f"another bank is attached to {name}")
                 owner = self._head(name) if name in self.head_names else self._layer(name)
                 forward: Any = owner.forward_of(module)
                 forward.is_of_a_bank = True
                 module.forward = forward
-                before.append((module, own))
+                before.append((module, replaced))
             stack.enter_context(table_per_slot(self._calls.model))
             stack.enter_context(recomputed_on_route(self._calls.model))
             stack.enter_context(self._calls.installed())
@@ -145,10 +145,10 @@ class AdapterBank(nn.Module):
         finally:
             stack.close()
             torch.backends.mha.set_fastpath_enabled(fused)
-            for module, own in before:
+            for module, replaced in before:
                 del module.forward
-                if own is not None:
-                    module.forward = own
+                if replaced is not None:
+                    module.forward = replaced
 
     @contextlib.contextmanager
     def bare(self) -> Iterator[None]:

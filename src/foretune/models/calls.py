@@ -108,7 +108,7 @@ def _tokens(output: Any, mask: Tensor) -> list[Tensor]:
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
     """What a call of the module computes, as a function of the module and its arguments."""
-    own = vars(module).get("forward")
-    if own is None:
+    of_instance = vars(module).get("forward")
+    if of_instance is None:
         return type(module).forward
-    return lambda _, *args, **kwargs: own(*args, **kwargs)
+    return lambda _, *args, **kwargs: of_instance(*args, **kwargs)
