@@ -27,6 +27,7 @@ from foretune.manifest import (
     append,
     foreign_files,
     read_manifest,
+    root_of,
 )
 
 try:
@@ -132,6 +133,8 @@ def is_used(folder: Path) -> bool:
     """Whether a folder holds a result, or anything that foretune did not write."""
     if not folder.is_dir() or not any(path.name != MARKER_FILE for path in folder.iterdir()):
         return False
+    if read_manifest(folder) is None:  # the user's, an earlier foretune's, or a part of a result
+        return True
     return bool(foreign_files(folder)) or _holds_results(folder)
 
 
@@ -260,6 +263,9 @@ def _check_used(
     Raises:
         UserError: It may not, or the user has not asked.
     """
+    root = root_of(out)
+    if root is not None and read_manifest(out) is None and not foreign_files(out):
+        raise UserError(f"{out} is a part of the result in {root}: choose another folder")
     if not (resume or overwrite):
         place = out if interrupted is None else interrupted
         continuing = "" if at_once else "--resume to continue its run, "

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 T = TypeVar("T")
+M = TypeVar("M", bound="nn.Module")
 
 FIELD = "format"
 ADAPTER = "foretune-adapter-2"  # base_fingerprint.json
@@ -135,6 +136,32 @@ def load_tensors(model: nn.Module, path: Path) -> None:
     except RuntimeError as error:
         reason = shortened_text(" ".join(str(error).split()))
         raise UserError(f"{path} does not fit the files beside it: {reason}") from error
+
+
+def build_for(path: Path, build: Callable[[], M]) -> M:
+    """Builds a model whose sizes a file gives, once they are those of its weights.
+
+    It is built without memory first: sizes in a damaged file may be larger than all memory.
+
+    Args:
+        path: The safetensors file of its weights.
+        build: Makes the model with random weights.
+
+    Raises:
+        UserError: A tensor of the model and of the file have different shapes.
+    """
+    import torch
+
+    stored = {name: tensor.shape for name, tensor in read_tensors(path).items()}
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}
+    for name, shape in shapes.items():
+        if stored.get(name, shape) != shape:
+            raise UserError(
+                f"{path} does not fit the files beside it: {name} has shape "
+                f"{tuple(stored[name])}, not {tuple(shape)}"
+            )
+    return build()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +26,9 @@ out: out
 """
 ADAPT = ("adapt", "base", "--tasks", "rows.jsonl", "--out", OUT, "steps=1", "batch_size=2")
 FUSE = ("fuse", "average", "base", "a=adapters/t0", "b=adapters/t1", "--out", OUT)
+FUSE_FULL = ("fuse", "average", "base", "a=full", "b=base", "--out", OUT)
+GENERATE = ("generate", "adlm/l0", "the cat", "--max-new-tokens", "2")
+COMPARE = ("compare", "retrained", "--tasks", "rows.jsonl", "--out", OUT, "--shots", "1", "steps=1")
 RETRAIN = ("retrain", "recipe.yaml", "--method", "standard", "--out", OUT)
 
 
@@ -46,7 +50,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         tasks = ("--tasks", "rows.jsonl", "--objective", "classification")
+        pandas.DataFrame(rows).to_csv("rows.csv", index=False)
+        pandas.DataFrame(rows).to_parquet("rows.parquet")
+        tiny_models.bert(num_labels=2, num_hidden_layers=1, seed=1).save_pretrained("full")
+        tiny_models.llama(num_hidden_layers=1).save_pretrained("llama")
+        tiny_models.tokenizer(special=False).save_pretrained("llama")
+        lines = [{"task": "l0", "prompt": row["text"], "completion": row["label"]} for row in rows]
+        (folder / "lm.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        texts = ("--tasks", "lm.jsonl", "--objective", "causal-lm")
         for command in (
+            ("adapt", "llama", *texts, "--out", "adlm", "steps=1"),
             ("retrain", "recipe.yaml", "--method", "standard", "--out", "retrained"),
             ("adapt", "retrained", *tasks, "--out", "adapters", "steps=1"),
             ("compare", "retrained", *tasks, "--out", "compared", "--shots", "1", "steps=1"),
@@ -60,7 +73,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("file", "command"),
     [
         ("rows.jsonl", ADAPT),
+        ("rows.csv", ("adapt", "base", "--tasks", "rows.csv", *ADAPT[4:])),
+        ("rows.parquet", ("adapt", "base", "--tasks", "rows.parquet", *ADAPT[4:])),
         ("recipe.yaml", RETRAIN),
+        ("recipe.yaml", ("plan", "recipe.yaml")),
+        ("llama/config.json", GENERATE),
+        ("adlm/l0/adapter_config.json", GENERATE),
+        ("adlm/l0/adapter_model.safetensors", GENERATE),
+        ("adlm/l0/base_fingerprint.json", GENERATE),
+        ("full/config.json", FUSE_FULL),
+        ("full/model.safetensors", FUSE_FULL),
+        ("retrained/base/foretune.json", COMPARE),
         ("base/config.json", ADAPT),
         ("base/model.safetensors", ADAPT),
         ("base/tokenizer.json", ADAPT),
@@ -139,6 +162,38 @@ def test_any_setting_of_adapt_runs_or_is_one_line(key: str, value: Any, world: P
             return
         setting = f"{key}={as_setting(value)}"
         check_command(folder, (*arguments, "--objective", "classification", setting))
+
+
+RECIPE_SETTINGS = [
+    *("name", "out", "repeats", "precision", "device", "model", "model.name", "model.file"),
+    *("tasks.source", "tasks.unseen", "tasks.validation", "tasks.test", "tasks.seed", "tasks.x"),
+    *("objective", "objective.kind", "objective.max_tokens", "retrain", "retrain.methods"),
+    *("retrain.learning_rate", "retrain.learning_rates", "retrain.search_tasks", "retrain.warmup"),
+    *("retrain.optimizer", "retrain.tasks_per_step", "retrain.schedule", "retrain.token_budget"),
+    *("adapt", "adapt.method", "adapt.shots", "adapt.draws", "adapt.lora", "adapt.patience"),
+    *("spectrum", "compare", "none", "standard", "peft-ml.lora"),
+]
+
+
+@given(key=st.sampled_from(RECIPE_SETTINGS), value=st.sampled_from(VALUES))
+def test_any_setting_of_a_recipe_is_retrained_with_or_is_one_line(
+    key: str, value: Any, world: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = copied(world, world.with_name("copy"))
+        patch.chdir(folder)
+        check_command(folder, (*RETRAIN, f"{key}={as_setting(value)}"))
+
+
+GENERATE_OPTIONS = ("--seed", "--temperature", "--beams", "--batch-size", "--max-new-tokens")
+
+
+@given(option=st.sampled_from(GENERATE_OPTIONS), value=st.sampled_from(VALUES))
+def test_any_option_of_generate_runs_or_is_one_line(option: str, value: Any, world: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = copied(world, world.with_name("copy"))
+        patch.chdir(folder)
+        check_command(folder, (*GENERATE, option, as_setting(value)))
 
 
 OPTIONS = ("--tasks", "--out", "--shots", "--seed", "--objective")

@@ -101,6 +101,18 @@ def test_a_folder_with_a_config_of_the_users_alone_is_in_use(tmp_path: Path, nam
     assert contents(tmp_path) == {name: "mine"}
 
 
+@both
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_part_of_a_result_is_no_output_folder(
+    tmp_path: Path, options: dict[str, Any], at_once: bool
+) -> None:
+    out = make(tmp_path / "out")
+    with pytest.raises(UserError, match="is a part of the result in"):
+        make(out / "base", "new", at_once=at_once, **options)
+    assert contents(out) == OLD
+    assert not (out / "base" / MARKER_FILE).exists()
+
+
 def test_a_folder_of_the_users_is_not_resumed(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "weights").write_text("mine")

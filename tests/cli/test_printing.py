@@ -43,6 +43,13 @@ def test_a_closed_pipe_ends_a_command_quietly() -> None:
     assert (result.stdout, result.stderr) == (b"", b"")
 
 
+@pytest.mark.parametrize("closed", [">&-", "<&-", ">&- 2>&-"])
+def test_a_stream_that_is_closed_is_no_error(closed: str) -> None:
+    line = f"{sys.executable} -m foretune ls {closed}"
+    result = subprocess.run(line, shell=True, capture_output=True, timeout=60, check=False)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+
+
 def test_control_characters_are_printed_as_escapes(capsys: pytest.CaptureFixture[str]) -> None:
     emit(HOSTILE)
     assert capsys.readouterr().out == "red\\x1b]0;owned\\x07\\x9b31m\\u202e\\ud800\n"

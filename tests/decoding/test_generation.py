@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from foretune.decoding.generation import (
     read_prompts,
     shared_tokens,
 )
-from foretune.errors import UserError
+from foretune.errors import DivergedError, UserError
 
 PROMPTS = ["the cat sat", "a dog", "one two three red blue"]
 
@@ -75,6 +76,14 @@ def test_drafting_goes_row_by_row(model: Any) -> None:
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
     drafted = generate_texts(model, TOKENIZER, PROMPTS, assistant_model=model, **options)
     assert drafted == generate_texts(model, TOKENIZER, PROMPTS, **options)
+
+
+def test_scores_that_are_not_finite_are_no_text(model: Any) -> None:
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    with pytest.raises(DivergedError, match="not finite"):
+        generate_texts(broken, tiny_models.tokenizer(special=False), "the cat", max_new_tokens=1)
 
 
 def test_a_prompt_stays_open_at_its_end() -> None:

@@ -157,6 +157,17 @@ def test_mistakes_are_one_line(world, tmp_path, args, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_sizes_larger_than_any_memory_are_compared_with_the_weights_first(world, tmp_path):
+    folder = shutil.copytree(world / "base", tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    config["sizes"]["width"] = 2**17
+    (folder / "config.json").write_text(json.dumps(config))
+    error = the_error(
+        *("forecast", "adapt", folder, "--scenes", world / "s.npz", "--out", tmp_path / "out")
+    )
+    assert "does not fit the files beside it" in error
+
+
 def test_scenes_that_do_not_fit_the_model_are_named(world, tmp_path):
     settings = [t for t in TINY if not t.startswith("future")]
     message = the_error(

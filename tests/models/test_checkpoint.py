@@ -81,6 +81,10 @@ def refused(folder: Path) -> str:
         ({"max_position_embeddings": 4}, "one of the two files is of another model"),
         ({"id2label": {"0": "a"}}, "classifier.bias has shape (2,)"),
         ({"num_hidden_layers": 2}, "does not describe, so BertForSequenceClassification would run"),
+        ({"num_hidden_layers": 0}, "does not describe, so BertForSequenceClassification would run"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, above 10000"),
+        ({"num_labels": 10**14}, "num_labels is 100000000000000, above 1000000"),
+        ({"num_experts_per_tok": 9, "num_experts": 8}, "there are 8 experts"),
         ({"num_hidden_layers": 6}, "lacks weights that BertForSequenceClassification needs"),
         ({"model_type": "nope", "auto_map": {"AutoConfig": "x.Y"}}, "--trust-remote-code"),
         ({"attn_implementation": "owner/kernel"}, "--trust-remote-code"),
@@ -119,6 +123,18 @@ def test_heads_of_other_tasks_and_old_buffers_are_left_out(tmp_path):
     model.save_pretrained(tmp_path, state_dict=tensors)
     load_model(tmp_path)
     load_model(tmp_path, head="classification", num_labels=2)
+
+
+def test_quantized_weights_without_their_scales(folder):
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    scaled = {**tensors, f"{name}_scale_inv": torch.ones(1)}
+    safetensors.torch.save_file(scaled, file, {"format": "pt"})
+    assert f"{name}_scale_inv" in refused(folder)
+    whole = {**tensors, name: (tensors[name] * 100).to(torch.int8)}
+    safetensors.torch.save_file(whole, file, {"format": "pt"})
+    assert f"{name} as integers (I8)" in refused(folder)
 
 
 def shards(file: str) -> Callable[[Path], None]:

@@ -97,6 +97,7 @@ def test_convai2_has_forty_unseen_personas() -> None:
             "adapt.method: standard is a method for retrain, not for adapt; methods for ",
         ),
         ("adapt.shots=[0]", "at least 1 row"),
+        ("adapt.shots=[2, 2]", "shots that differ"),
         ("adapt.lora.rank=3", 'lora field "rank"'),
         ("objective.kind=choise", 'Did you mean "choice"?'),
         (

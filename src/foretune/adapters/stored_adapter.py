@@ -143,6 +143,8 @@ def read_config(folder: Path) -> AdapterConfig:
     for name, value in ((n, fields.get(n)) for n in names):
         if value:  # PEFT also writes empty lists
             check_names(f"{file}: {name}", value, pattern=True)
+    check_names(f"{file}: rank_pattern", list(fields.get("rank_pattern") or ()), pattern=True)
+    check_names(f"{file}: alpha_pattern", list(fields.get("alpha_pattern") or ()), pattern=True)
     numbers = {"r": fields.get("r", 8), "lora_alpha": fields.get("lora_alpha", 8)}
     numbers |= {f"rank_pattern {k!r}": v for k, v in (fields.get("rank_pattern") or {}).items()}
     numbers |= {f"alpha_pattern {k!r}": v for k, v in (fields.get("alpha_pattern") or {}).items()}

@@ -92,7 +92,7 @@ def parse_shots(text: str) -> list[int | None]:
     """Numbers of shots from `1,5,all`; None stands for all.
 
     Raises:
-        UserError: A part is neither a number above 0 nor "all".
+        UserError: A part is neither a number above 0 nor "all", or two are equal.
 
     >>> parse_shots("1,5,all")
     [1, 5, None]
@@ -106,6 +106,8 @@ def parse_shots(text: str) -> list[int | None]:
                 f"{shortened(text)}"
             )
         counts.append(None if word == "all" else int(word))
+    if len({*counts}) < len(counts):
+        raise UserError(f"--shots must be numbers that differ, got {shortened(text)}")
     return counts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -175,8 +176,11 @@ def _check_side_options(method: str | None, betas: list[float] | None, side_opti
 
 
 def _sampling(sample: bool, temperature: float | None, beams: int) -> dict[str, Any]:
-    if temperature is not None and not temperature > 0:
-        raise UserError(f"--temperature must be above 0, got {temperature:g}")
+    if temperature is not None and not 1e-6 <= temperature < math.inf:
+        raise UserError(
+            f"--temperature must be a number from 0.000001 on, got {temperature:g}; leave it and "
+            "--sample out to take the likeliest token"
+        )
     do_sample = sample or temperature is not None
     options: dict[str, Any] = {"do_sample": do_sample, "num_beams": beams}
     # From the full distribution, without the truncation that a generation config may set.

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from foretune.errors import UserError, did_you_mean
+from foretune.errors import DivergedError, UserError, did_you_mean
 
 # What `generate` takes besides the fields of a GenerationConfig.
 GENERATE_TAKES = ("assistant_model", "logits_processor", "stopping_criteria", "streamer")
@@ -67,11 +67,13 @@ def generate_texts(
         UserError: The tokenizer is missing, a prompt is empty and the tokenizer has no
             beginning-of-text token, a prompt exceeds the model's positions, or `generate` has no
             such option.
+        DivergedError: The model's score of a token is NaN or infinite.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     check_options(options)
     if options.get("assistant_model") is not None:
         batch_size = 1  # transformers drafts for one prompt at a time
+    options["logits_processor"] = [_check_scores, *(options.get("logits_processor") or ())]
     repeats = options.get("num_return_sequences") or 1
     pad, end = pad_id(tokenizer), end_ids(model, tokenizer)
     continuations = []
@@ -95,6 +97,24 @@ def generate_texts(
                     Generated(prompt=prompt, text=text, token_ids=tuple(ids_of_text))
                 )
     return continuations
+
+
+def _check_scores(ids: Tensor, scores: Tensor) -> Tensor:
+    """The scores, once they are checked; −∞ rules a token out.
+
+    Args:
+        ids: (n, tokens) ids so far.
+        scores: (n, vocabulary) scores of the next token.
+
+    Raises:
+        DivergedError: A score is NaN or +∞, of which the largest would say nothing.
+    """
+    if not bool((scores < torch.inf).all()):
+        raise DivergedError(
+            f"a score after {ids.shape[1]} tokens is not finite: the model or its adapter holds "
+            "numbers that are too large"
+        )
+    return scores
 
 
 def encode(

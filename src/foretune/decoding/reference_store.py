@@ -395,6 +395,7 @@ class ReferenceStore:
             "name": self.name,
             "lookup": dataclasses.asdict(self.lookup),
             "tuned": self.tuned,
+            "rows": len(self.rows),
             "entries": len(self),
             "hidden_size": self.keys.shape[1],
         }

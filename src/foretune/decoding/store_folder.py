@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,12 +30,13 @@ class ModelFingerprints(TypedDict):
 class Metadata(TypedDict):
     """The fields of store.json that are read back."""
 
-    kind: str
+    kind: Literal["label", "choice", "completion", "text"]
     labels: dict[str, int]
     model: ModelFingerprints | None
     name: str | None
     lookup: dict[str, Any]
     tuned: dict[str, Any] | None
+    rows: NotRequired[int]
 
 
 def write_store(
@@ -71,6 +72,10 @@ def read_store(folder: Path) -> tuple[dict[str, Tensor], list[Any], Metadata]:
     with damage_named(folder / ROWS_FILE):
         lines = (folder / ROWS_FILE).read_text("utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line]
+    if metadata.get("rows", len(rows)) != len(rows):
+        raise UserError(
+            f"{folder / ROWS_FILE} is damaged: it has {len(rows)} rows of {metadata['rows']}"
+        )
     return read_tensors(folder / TENSORS_FILE), rows, metadata
 
 

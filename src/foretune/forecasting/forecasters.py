@@ -34,7 +34,7 @@ from foretune.forecasting.model import (
     Scene,
     remove_parts,
 )
-from foretune.formats import damage_named, load_tensors, read_json
+from foretune.formats import build_for, damage_named, load_tensors, read_json
 
 PRETEXT_ONLY = (
     "future_embed",
@@ -260,9 +260,14 @@ def load_forecast_mae(folder: Path | str) -> ForecastMAE:
             f"{file} does not describe a Forecast-MAE: its architecture is {architecture!r}"
         )
     config = read_json(file, Config, FORMAT)
-    with damage_named(file):
+
+    def build() -> ForecastMAE:
         model = ForecastMAE(ForecastMAEConfig(**config["sizes"]))
         add_forecaster(model, config["forecaster"])
+        return model
+
+    with damage_named(file):
+        model = build_for(folder / WEIGHTS_FILE, build)
     load_tensors(model, folder / WEIGHTS_FILE)
     return model.eval()
 

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from foretune.errors import UserError
 from foretune.files import CONFIG_FILE, LABELS_FILE, WEIGHTS_FILE
-from foretune.formats import read_json
+from foretune.formats import damage_named, read_json
 from foretune.fusion.finetuned import Finetuned, persistent_buffers
 from foretune.fusion.tied_weights import tied_names
 from foretune.models.checkpoint import INDEX_FILE, tensor_files
@@ -215,11 +215,8 @@ def _config(file: Path, skeleton: Any) -> Any:
     Raises:
         UserError: It cannot be read as a config.
     """
-    try:
+    with damage_named(file):
         return type(skeleton.config).from_dict(read_json(file, dict[str, Any]))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} is damaged: {reason}") from error
 
 
 def _labels(config: Path) -> dict[int, str]:
@@ -236,8 +233,11 @@ def adapter_labels(file: Path) -> dict[int, str]:
     Raises:
         UserError: The file is damaged.
     """
-    labels = read_json(file, list[Any])
-    return {i: str(label) for i, label in enumerate(labels) if label is not None}
+    labels = read_json(file, list[str | int | float | None])
+    names = {i: str(label) for i, label in enumerate(labels) if label is not None}
+    if not names or len({*names.values()}) < len(names):
+        raise UserError(f"{file} is damaged: it names no label, or one twice")
+    return names
 
 
 def _config_notes(name: str, config: Any, base: Any) -> list[str]:

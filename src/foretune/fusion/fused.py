@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from foretune.claims import output_folder
 from foretune.errors import UserError
-from foretune.formats import read_json, read_tensors
+from foretune.formats import damage_named, read_json, read_tensors
 from foretune.fusion import FORMAT, RECORD_FILE
 from foretune.fusion.mixture import (
     LowRankExperts,
@@ -193,12 +193,9 @@ def load_fused(folder: str | Path) -> Fused:
     routing = Routing(
         record["names"], record["granularity"], record["top_k"], causal=record["causal"]
     )
-    try:
+    with damage_named(folder / RECORD_FILE):
         _replace_layers(model, record, routing, folder)
-    except (AttributeError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} is damaged: {RECORD_FILE} does not fit: {reason}") from error
-    labels = {task: {int(k): v for k, v in m.items()} for task, m in record["labels"].items()}
+        labels = {task: {int(k): v for k, v in m.items()} for task, m in record["labels"].items()}
     fused = Fused(
         model.eval(),
         record["names"],

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, with_config
 from torch import nn
 from typing_extensions import TypedDict
 
@@ -14,14 +15,24 @@ from foretune.errors import UserError
 from foretune.files import BASE_FILE
 from foretune.formats import BASE, read_json
 from foretune.models.checkpoint import stored_dtypes
-from foretune.models.surgery import name_outputs
+from foretune.models.surgery import head_width, name_outputs
+
+
+@with_config(ConfigDict(extra="allow"))
+class ObjectiveRecord(TypedDict, total=False):
+    """The objective's settings, by the names of its fields, and what it learnt of the tasks."""
+
+    kind: str
+    labels: dict[str, list[str | int | float]]
+    space: list[str | int | float] | None
+    guess: float | None
 
 
 class BaseRecord(TypedDict, total=False):
     """How the base was retrained, and what its weights do not say."""
 
     method: dict[str, Any]
-    objective: dict[str, Any]
+    objective: ObjectiveRecord
     fingerprint: str
     trainable: list[str]
     head_labels: list[str | None] | None
@@ -53,6 +64,13 @@ def restore(folder: Path, model: nn.Module) -> None:
     # Earlier versions recorded the labels as the objective's.
     labels = record.get("head_labels", record.get("objective", {}).get("space"))
     if isinstance(labels, list):
+        with_meaning = [str(label) for label in labels if label is not None]
+        width = head_width(model)
+        if len({*with_meaning}) < len(with_meaning) or (width is not None and len(labels) > width):
+            raise UserError(
+                f"{folder / BASE_FILE} is damaged: head_labels: {len(labels)} labels, of which "
+                f"{len({*with_meaning})} differ, for {width} outputs"
+            )
         name_outputs(model, labels)
 
 

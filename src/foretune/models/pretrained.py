@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from foretune.errors import UserError
 from foretune.files import CONFIG_FILE
 from foretune.formats import shortened
 from foretune.models.base_record import check_fingerprint
-from foretune.models.checkpoint import check_files, check_fit
+from foretune.models.checkpoint import check_files, check_fit, check_numbers
 from foretune.models.surgery import is_in_head, name_outputs
 from foretune.models.trusted_code import HOW
 
@@ -29,6 +30,9 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt"),
     *("spiece.model", "spm.model", "tokenizer.model", "sentencepiece.bpe.model"),
 )
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+MOST = {"layers?$|blocks?$|experts$|depth$|groups$": 10_000, "labels$": 1_000_000}
+"""The end of a config's key → the largest number of modules or names that it may ask for."""
 
 
 @contextlib.contextmanager
@@ -93,6 +97,7 @@ def read_config(where: str, trusted: bool) -> Any:
     """
     check_files(where)
     fields, _ = transformers.PreTrainedConfig.get_config_dict(where)
+    _check_counts(where, fields)
     for name, kernel in _kernels(fields):
         if not trusted:
             raise UserError(
@@ -100,6 +105,29 @@ def read_config(where: str, trusted: bool) -> Any:
                 f"it with {HOW}, or remove {name} from the file"
             )
     return transformers.AutoConfig.from_pretrained(where, trust_remote_code=trusted)
+
+
+def _check_counts(where: str, fields: Any) -> None:
+    """Checks that a config does not ask for so many modules that building them never ends.
+
+    Raises:
+        UserError: It does.
+    """
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        for ending, most in MOST.items():
+            if isinstance(value, int) and value > most and re.search(ending, name):
+                raise UserError(
+                    f"{CONFIG_FILE} of {where} is damaged: {name} is {shortened(value)}, above "
+                    f"{most}"
+                )
+        _check_counts(where, value)
+    if isinstance(fields, dict) and isinstance(used := fields.get("num_experts_per_tok"), int):
+        numbers = [n for key in EXPERTS if isinstance(n := fields.get(key), int) and n > 0]
+        if numbers and not 1 <= used <= max(numbers):
+            raise UserError(
+                f"{CONFIG_FILE} of {where} is damaged: num_experts_per_tok is {shortened(used)}, "
+                f"and there are {max(numbers)} experts"
+            )
 
 
 def _kernels(fields: Any) -> Iterator[tuple[str, str]]:
@@ -144,6 +172,8 @@ def build(
     if getattr(model, "peft_config", None):
         raise UserError(f"{where} is an adapter, not a model: give the model it was trained on")
     check_fit(where, model, info, fresh_head=fresh_head)
+    if getattr(config, "quantization_config", None) is None and Path(where).is_dir():
+        check_numbers(Path(where))
     for name, p in model.named_parameters():
         if p.is_floating_point() and p.numel() and not all(x.isfinite() for x in p.aminmax()):
             raise UserError(f"{where} holds NaN or infinite numbers in {name}")

@@ -198,6 +198,8 @@ class AdaptBlock(_AdaptRunBlock):
     def _shots_are_positive(self) -> AdaptBlock:
         if any(shots != "all" and shots < 1 for shots in self.shots):
             raise ValueError("must have shots of at least 1 row (0 is always measured)")
+        if len({*self.shots}) < len(self.shots):
+            raise ValueError(f"must have shots that differ, got {self.shots}")
         if self.lora is not None and self.method != "lora":
             raise ValueError(f"may have lora only with method: lora, not with {self.method}")
         return self

@@ -79,7 +79,7 @@ class SavedBase:
             )
         try:
             objective = make_objective(tokenizer=None, **self.metadata["objective"])
-        except (TypeError, ValueError, AttributeError) as error:
+        except (UserError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{self.folder / BASE_FILE} is damaged: objective: {one_line(error)}"
             ) from error

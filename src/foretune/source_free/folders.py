@@ -323,10 +323,11 @@ def _check_fits(model: nn.Module, folder: Path, metadata: Metadata, task: Task, 
             f"{metadata['shape'][0]}; x must be (channels, length)"
         )
     num_outputs, num_labels = _logits(model, [first]).shape[1], len(metadata["labels"])
-    if num_outputs != num_labels:
+    num_distinct = len({str(label) for label in metadata["labels"]})
+    if num_outputs != num_labels or num_distinct != num_labels:
         raise UserError(
-            f"{folder / MODEL_FILE} is damaged: labels: {num_labels} for a model with "
-            f"{num_outputs} outputs"
+            f"{folder / MODEL_FILE} is damaged: labels: {num_labels}, of which {num_distinct} "
+            f"differ, for a model with {num_outputs} outputs"
         )
 
 

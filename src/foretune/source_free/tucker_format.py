@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from foretune.errors import UserError
 from foretune.files import CARD_FILE, WEIGHTS_FILE
-from foretune.formats import damage_named, load_tensors, read_json, stamped
+from foretune.formats import build_for, damage_named, load_tensors, read_json, stamped
 from foretune.models.loading import load_named_module
 from foretune.models.surgery import match_head
 from foretune.source_free import MODEL_FILE
@@ -96,7 +96,10 @@ def load_tucker(
             "writes one"
         )
     metadata = read_json(file, Metadata, FORMAT)
-    with damage_named(file):
+    if "shape" in metadata and len(metadata["shape"]) != 2:
+        raise UserError(f"{file} is damaged: shape: {metadata['shape']} is not channels and length")
+
+    def build() -> nn.Module:
         model = _build(metadata["architecture"], folder, trust_remote_code)
         if metadata["architecture"]["kind"] == "module" and "labels" in metadata:
             match_head(model, len(metadata["labels"]), 0)  # preparing fits the head to the labels
@@ -105,6 +108,11 @@ def load_tucker(
         if metadata["imputer"] is not None:
             model.imputer = Imputer(metadata["imputer"])
             model.imputer.requires_grad_(False)
+        return model
+
+    with damage_named(file):
+        by_user = metadata["architecture"]["kind"] == "module"  # its code may need real tensors
+        model = build() if by_user else build_for(folder / WEIGHTS_FILE, build)
     load_tensors(model, folder / WEIGHTS_FILE)
     model.name_or_path = str(folder)  # type: ignore[assignment]
     return model.eval(), metadata

@@ -13,7 +13,7 @@ from typing_extensions import override
 from foretune.errors import UserError
 from foretune.models.counted import logits_at
 from foretune.models.routing import route
-from foretune.run import check_at_least
+from foretune.run import check_int
 from foretune.tasks.batch import Batch
 from foretune.tasks.example import SPLITS
 from foretune.tasks.objectives import text
@@ -48,7 +48,7 @@ class CausalLM(Objective):
     head: ClassVar[str] = "causal-lm"
 
     def __post_init__(self) -> None:
-        check_at_least("max_tokens", self.max_tokens, 2)
+        check_int("max_tokens", self.max_tokens, 2)
 
     @override
     def fit(self, tasks: TaskCollection) -> Self:

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.models.routing import route
-from foretune.run import check_at_least, check_one_of
+from foretune.run import check_at_least, check_int, check_one_of, check_positive
 from foretune.tasks.batch import Batch
 from foretune.tasks.drawn_rows import DrawnRows
 from foretune.tasks.example import SPLITS, DrawnExample, row_name
@@ -74,11 +74,12 @@ class Choice(Objective):
 
     def __post_init__(self) -> None:
         check_one_of("scoring", self.scoring, ("bi-encoder", "cross-encoder", "causal"))
+        check_positive("temperature", self.temperature)
         check_at_least("temperature", self.temperature, 1e-6)
-        check_at_least("max_context_tokens", self.max_context_tokens, 1)
-        check_at_least("max_response_tokens", self.max_response_tokens, 1)
-        check_at_least("context_turns", self.context_turns, 1)
-        check_at_least("train_candidates", self.train_candidates, 2)
+        check_int("max_context_tokens", self.max_context_tokens, 1)
+        check_int("max_response_tokens", self.max_response_tokens, 1)
+        check_int("context_turns", self.context_turns, 1, optional=True)
+        check_int("train_candidates", self.train_candidates, 2, optional=True)
 
     @property
     @override

@@ -17,7 +17,7 @@ from typing_extensions import override
 from foretune.errors import UserError, did_you_mean
 from foretune.models.routing import route
 from foretune.models.surgery import has_fresh_head, head_labels
-from foretune.run import check_at_least
+from foretune.run import check_int
 from foretune.tasks.batch import Batch
 from foretune.tasks.example import SPLITS, place_of, row_name
 from foretune.tasks.labels import Label, label_places, label_text, shown, sort_labels
@@ -58,7 +58,7 @@ class Classification(Objective):
     metric: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
-        check_at_least("max_tokens", self.max_tokens, 1)
+        check_int("max_tokens", self.max_tokens, 1)
         labels = {task: tuple(task_labels) for task, task_labels in self.labels.items()}
         object.__setattr__(self, "labels", labels)
         if self.space is not None:
