@@ -28,6 +28,7 @@ from foretune.manifest import (
     foreign_files,
     read_manifest,
     root_of,
+    root_of,
 )
 
 try:
