@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import foretune
 import tiny_models
 from foretune.errors import UserError
+from foretune.models import row_dropout
+from foretune.models.surgery import freeze_lower
 from foretune.run import Run
 from foretune.tasks.objectives.causal_lm import CausalLM
 from foretune.tasks.task import Task, TaskCollection
@@ -213,3 +216,15 @@ def test_retraining_does_not_depend_on_the_token_budget(name):
     ):
         torch.testing.assert_close(value, other, rtol=1e-3, atol=3e-4, msg=lambda m, k=key: k + m)
     assert first.validation_score == pytest.approx(second.validation_score, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", [foretune.Standard(), foretune.PEFTML(lora=LORA)])
+def test_the_first_step_uses_packing_and_frozen_states_as_later_ones_do(
+    method, monkeypatch, caplog
+):
+    model = tiny_models.bert(num_labels=2, **HIDDEN)
+    freeze_lower(model, 1)
+    monkeypatch.setattr(row_dropout, "_WARNED", set())
+    with caplog.at_level(logging.WARNING, logger="foretune"):
+        foretune.retrain(model, tasks(classification()), method, Run(steps=1, device="cpu"))
+    assert not [r for r in caplog.records if "depend on the whole" in r.message]

@@ -108,8 +108,10 @@ class RowDropout:
             if self._expected and not tokens and self._shapes is None:
                 self._compare(output)
 
+        # First of the hooks: the calls of copies would end what packing and cached prefixes, which
+        # are set up by hooks of their own, have prepared for the batch.
         hooks = [
-            self.model.register_forward_pre_hook(before, with_kwargs=True),
+            self.model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
             self.model.register_forward_hook(after, always_call=True),
         ]
         try:
