@@ -28,7 +28,6 @@ from foretune.manifest import (
     foreign_files,
     read_manifest,
     root_of,
-    root_of,
 )
 
 try:
@@ -103,8 +102,6 @@ def output_folder(
                     overwrite=overwrite,
                     at_once=at_once,
                 )
-            elif not (target / MARKER_FILE).is_file() and _is_inside_a_result(target):
-                raise UserError(f"{out} is part of the result in a folder above: choose another")
             in_place = not (at_once or interrupted or (used and not resume))
             folder = target if in_place else beside
             continued = resume and (used or interrupted)
@@ -124,10 +121,6 @@ def output_folder(
                 present = {path.relative_to(folder).as_posix() for path in all_files(folder)}
                 append(folder, sorted(present - {MARKER_FILE} - _files_of(folder)))
                 put_in_place(folder, target)
-
-
-def _is_inside_a_result(folder: Path) -> bool:
-    return root_of(folder.absolute()) is not None and any(all_files(folder))
 
 
 def is_used(folder: Path) -> bool:

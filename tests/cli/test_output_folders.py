@@ -457,15 +457,3 @@ def in_a_fork(work: object) -> None:
         finally:
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
-
-
-@both
-@pytest.mark.parametrize("options", OPTIONS)
-def test_a_folder_inside_a_result_is_no_place_for_another(
-    tmp_path: Path, options: dict[str, Any], at_once: bool
-) -> None:
-    make(tmp_path / "out")
-    with pytest.raises(UserError, match="part of the result in a folder above"):
-        make(tmp_path / "out" / "base", at_once=at_once, **options)
-    assert contents(tmp_path / "out") == OLD
-    assert not (tmp_path / "out" / "base" / MARKER_FILE).exists()
