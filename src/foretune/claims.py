@@ -257,9 +257,9 @@ def _check_used(
     Raises:
         UserError: It may not, or the user has not asked.
     """
-    whole = root_of(out)
-    if whole is not None and read_manifest(out) is None and not foreign_files(out):
-        raise UserError(f"{out} is a part of the result in {whole}: choose another folder")
+    root = root_of(out)
+    if root is not None and read_manifest(out) is None and not foreign_files(out):
+        raise UserError(f"{out} is a part of the result in {root}: choose another folder")
     if not (resume or overwrite):
         place = out if interrupted is None else interrupted
         continuing = "" if at_once else "--resume to continue its run, "

@@ -29,13 +29,22 @@ def printable_json(text: str) -> str:
     return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
+def in_one_line(text: str) -> str:
+    r"""The text with each stretch of white space as one blank, for a message or a cell of a table.
+
+    >>> in_one_line("two\nlines")
+    'two lines'
+    """
+    return printable(" ".join(text.split()))
+
+
 def markdown(text: str) -> str:
     r"""The text as one line of Markdown that shows it as it is, also in a cell of a table.
 
     >>> markdown("a|b <script>")
     'a\\|b &lt;script>'
     """
-    line = printable(" ".join(text.split()))
+    line = in_one_line(text)
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;"))
 
 

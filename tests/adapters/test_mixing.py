@@ -96,6 +96,17 @@ class Experts(nn.Module):
         return self.out(torch.tanh(y).mean(1))
 
 
+class ByKeyword(nn.Module):
+    """Calls its linear layers with a keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(input=torch.tanh(self.inp(input=x)).mean(1))
+
+
 class Sorted(nn.Module):
     """Reorders its rows inside."""
 
@@ -128,6 +139,7 @@ MIXABLE = {
     "time first": lambda: Encoder(True),
     "time first throughout": TimeFirst,
     "flattened by row": lambda: Flattened(False),
+    "called by keyword": ByKeyword,
     "deberta": lambda: deberta(1),
     "deberta v3": lambda: deberta(3),
 }

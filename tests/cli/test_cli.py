@@ -200,6 +200,13 @@ def test_adapt_needs_a_base(tmp_path: Path) -> None:
     assert "no such folder" in line
 
 
+@pytest.mark.parametrize("setting", ["shots=[2,4]", "draws=3", "search_tasks=2"])
+@pytest.mark.parametrize("command", ["adapt", "compare"])
+def test_a_setting_that_only_recipes_have_is_not_passed_over(command: str, setting: str) -> None:
+    line = the_error(call(command, "minilm", setting, "--tasks", "x.jsonl"))
+    assert f"{setting.split('=')[0]} is a setting of recipes" in line
+
+
 def test_compare_refuses_odd_shots() -> None:
     assert "--shots" in the_error(call("compare", "a", "--tasks", "x.jsonl", "--shots", "1,x"))
 

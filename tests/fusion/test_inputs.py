@@ -334,6 +334,16 @@ def test_index_that_names_other_files_is_refused(file: str, tmp_path: Any) -> No
         foretune.fuse(base, {"a": tmp_path / "a"}, Average())
 
 
+def test_an_index_beside_whole_weights_is_of_no_account(tmp_path: Any) -> None:
+    base, model = tiny_models.bert(), tiny_models.bert(seed=1)
+    model.save_pretrained(tmp_path / "a")
+    names = dict.fromkeys(model.state_dict(), "old.safetensors")
+    index = tmp_path / "a" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    safetensors.torch.save_file(base.state_dict(), tmp_path / "a" / "old.safetensors")
+    assert_returns(base, tmp_path / "a", model, lambda m: m(**text_input()).last_hidden_state)
+
+
 def test_model_that_reads_a_weight_instead_of_calling_the_layer_is_refused() -> None:
     import transformers
 

@@ -125,6 +125,18 @@ def test_heads_of_other_tasks_and_old_buffers_are_left_out(tmp_path):
     load_model(tmp_path, head="classification", num_labels=2)
 
 
+def test_quantized_weights_without_their_scales(folder):
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    scaled = {**tensors, f"{name}_scale_inv": torch.ones(1)}
+    safetensors.torch.save_file(scaled, file, {"format": "pt"})
+    assert f"{name}_scale_inv" in refused(folder)
+    whole = {**tensors, name: (tensors[name] * 100).to(torch.int8)}
+    safetensors.torch.save_file(whole, file, {"format": "pt"})
+    assert f"{name} as integers (I8)" in refused(folder)
+
+
 def shards(file: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         tensors = safetensors.torch.load_file(folder / "model.safetensors")
@@ -211,8 +223,9 @@ def test_a_base_may_be_held_in_another_precision(folder):
 
 
 @pytest.fixture
-def built(tmp_path: Path) -> tuple[Path, Path]:
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A base from a Python file that nobody has asked to run, and the mark of running it."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "user.py").write_text(CODE.format(mark=str(tmp_path / "mark")))
     (tmp_path / "asked.py").write_text((tmp_path / "user.py").read_text())
     save_base(load_module(tmp_path / "asked.py"), None, tmp_path / "base")

@@ -137,6 +137,30 @@ def test_a_row_is_the_same_in_any_batch(name, without_padding):
     assert not torch.allclose(together[0], plain[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("version", ["Deberta", "DebertaV2"])
+def test_a_table_that_rows_share_has_the_same_masks_in_any_batch(version):
+    model = built(
+        f"{version}Model",
+        f"{version}Config",
+        relative_attention=True,
+        position_biased_input=False,
+        pos_att_type=["p2c", "c2p"],
+        max_position_embeddings=16,
+        **HIDDEN,
+    )
+    model.double().train()
+    bank = AdapterBank(model, ["a", "b", "c"], lora={"r": 2, "lora_dropout": 0.5}).double()
+    with torch.no_grad():
+        for p in bank.parameters():
+            p.normal_(std=0.3)
+    with bank.attached(), torch.no_grad():
+        dropout = RowDropout(model)
+        together = answers(model, dropout, range(7))
+        for batch in BATCHES:
+            for i, row in answers(model, dropout, batch).items():
+                torch.testing.assert_close(row, together[i], atol=1e-10, rtol=1e-9)
+
+
 def test_packed_rows_have_the_masks_of_padded_ones():
     model = tiny_models.bert(**HIDDEN).train()
     padded = answers(model, RowDropout(model), range(7))

@@ -61,7 +61,7 @@ def test_the_rest_works_without_a_wing(wing, tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     remove(wing, tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"}
-    options = ["-n", "2", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider"]
+    options = ["-n", "2", "-q", "-x", "-m", "not slow and not hypothesis", "-p", "no:cacheprovider"]
     left_out = [f"--ignore={folder}" for folder in ABOUT_ALL]
     command = [sys.executable, "-m", "pytest", *options, *left_out]
     done = subprocess.run(

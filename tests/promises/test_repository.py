@@ -18,7 +18,9 @@ from foretune.recipes.schema import load_any, load_recipe, packaged_recipes
 from foretune.recipes.templates import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[2]
-SKIPPED = re.compile(r"\.git|\.venv[-\w]*|runs|build|dist|\w*_*cache_*|\.\w+_cache|.*\.egg-info")
+SKIPPED = re.compile(
+    r"\.git|\.venv[-\w]*|runs|build|dist|\w*_*cache_*|\.\w+_cache|\.hypothesis|.*\.egg-info"
+)
 TEXT = {".py", ".md", ".yaml", ".toml", ".txt", ".json", ".j2", ".css", ""}
 # Spelt in halves, or this file would be the first to be found.
 FORBIDDEN = re.compile("/wo" + "rk/|iss" + "ue #|/ro" + "ot/", re.IGNORECASE)

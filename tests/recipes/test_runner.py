@@ -509,7 +509,7 @@ def test_run_prints_a_table_and_the_verdict(recipe: Recipe) -> None:
     last_line = shown.stdout.splitlines()[-1]
     write_data(Path("new.npz"), ["a"])
     command = shlex.split(last_line.partition(": ")[2].replace("NEW.jsonl", "new.npz"))
-    assert {"steps=3", "max_grad_norm=null"} <= set(command)  # as in the run
+    assert {"steps=3", "max_grad_norm=null", "--trust-remote-code"} <= set(command)  # as in the run
     done = call(*command[1:])
     assert done.exit_code == 0, done.output
     assert (Path("adapters") / "a" / "adapter_config.json").is_file()

@@ -158,3 +158,24 @@ def test_the_plan_shows_labels_and_how_many_rows_the_shots_come_to(place, caplog
     assert {row["num_train"] for row in comparison["scores"] if row["shots"] == 40} == {7}
     assert "40 rows per class: 7 rows of a task" in Path("run/README.md").read_text()
     assert "40 rows per class: 7 rows of a task" in Path("run/report.html").read_text()
+
+
+def test_a_single_label_is_said(place):
+    write([{**row, "label": "x"} for row in labelled()], "classification")
+    assert 'all rows have the label "x"' in call("plan", "r.yaml").stderr
+
+
+def test_compare_takes_the_objective_from_the_base_that_records_it(place):
+    write(labelled(rows=20), "classification")
+    call("retrain", "r.yaml", "--method", "standard", "--out", "standard")
+    settings = ("--tasks", "rows.jsonl", "--shots", "2", "steps=1")
+    result = call("compare", "model", "standard", *settings, "--out", "c")
+    assert result.exit_code == 0, result.output
+    assert "max_tokens" in Path("standard/base/foretune.json").read_text()
+
+
+def test_adapt_names_the_tasks_that_it_could_not_score(place):
+    alone = [{"task": "b/c", "text": "the dog", "label": i} for i in range(2)]
+    write(labelled(names="a") + alone, "classification")
+    settings = ("--tasks", "rows.jsonl", "--objective", "classification", "steps=1")
+    assert "Not scored, without test examples: b/c" in call("adapt", "model", *settings).stdout

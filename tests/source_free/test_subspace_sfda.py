@@ -175,7 +175,7 @@ def test_adapting_lowers_its_own_loss(prepared):
     run = RUN.replace(steps=60, batch_size=18)
     method = SubspaceSFDA(learning_rate=1e-2, pseudo_labels=0.0)
     foretune.adapt(prepared, tasks, method, run, progress=seen)
-    assert np.mean([v for v in history[-6:] if v is not None]) < history[0] - 0.02
+    assert np.mean([v for v in history[-6:] if v is not None]) < history[0] - 0.01
 
 
 @pytest.mark.parametrize("loss", ["shot", "nrc", "aad", "mapu"])

@@ -129,7 +129,9 @@ def test_what_holds_no_rows_is_passed_over(tmp_path):
         ("test_train.jsonl", r'which split is "test_train"'),
         ("train/test.jsonl", "train/test.jsonl names two splits, train and test"),
         ("more.jsonl", r"train.jsonl name a split, more.jsonl none.*tasks.splits.more=train"),
-        ("train.csv", r"train.csv and train.jsonl may be the same rows in two formats"),
+        ("train.csv", r"train.csv and train.jsonl may be the same rows twice"),
+        ("train (1).jsonl", r"train \(1\).jsonl and train.jsonl may be the same rows twice"),
+        ("Copy of train.csv", r"Copy of train.csv and train.jsonl may be the same rows twice"),
         ("test-00001-of-00003.jsonl", r"has 1 of the 3 files test-…-of-00003"),
     ],
 )

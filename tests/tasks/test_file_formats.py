@@ -81,7 +81,7 @@ def test_empty_cells_and_nameless_columns_are_missing(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (HEADER + 'a,"two\nlines",x\na,,x\n', "d.csv line 4: x and y missing"),
+        (HEADER + 'a,"two\nlines",x\na,,x\n', "d.csv line 4: text missing"),
         (HEADER + "a,one, two,x\n", "d.csv line 2: 4 cells, but the header has 3"),
         (HEADER + "a,t\n", "d.csv line 2: 2 cells, but the header has 3"),
         (HEADER + 'a,"never closed,x\nb,t,x\n', "d.csv line 2: malformed CSV"),
@@ -92,7 +92,8 @@ def test_empty_cells_and_nameless_columns_are_missing(tmp_path):
         (HEADER, "d.csv is empty"),
         ("", "d.csv is empty"),
         ("task,text,label\na,t,x\n".encode("utf-16"), "the header: byte 0xff is not UTF-8"),
-        (HEADER.encode() + b"a,caf\xe9,x\n", "d.csv line 2: text: byte 0xe9 is not UTF-8"),
+        (HEADER.encode() + b"a,caf\xe9,x\n", "d.csv line 2: text: byte 0xe9 is not UTF-8: save"),
+        ("sep=,\n" + HEADER + "a,t,x\n", "d.csv line 1: a line for Excel (sep=…): remove it"),
     ],
 )
 def test_faults_of_a_table_are_named_by_line(tmp_path, content, message):
@@ -129,6 +130,8 @@ BAD_CELLS: dict[str, tuple[str, Callable[[Path, str], Path], str]] = {
     "list": ("d.json", lambda p, c: write_json(p, c, "[" * 200 + "]" * 200, "[%s]"), "row 1"),
 }
 REASONS = {
+    "csv": "byte 0xe9 is not UTF-8: save the file as UTF-8",
+    "tsv": "byte 0xe9 is not UTF-8: save the file as UTF-8",
     "integer": "an integer of 5000 digits",
     "negative": "an integer of 5000 digits",
     "nested": "nested more than 100 levels deep",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,11 @@ def test_statistics_stay_where_each_task_has_an_adapter(base, method, stay):
     """Also after a validation in between, which calls `train()` on the whole model."""
     retrained = foretune.retrain(base, tasks("one", "two"), method, RUN).model
     assert torch.equal(statistics(retrained), statistics(base)) == stay
+
+
+def test_statistics_of_instances_stay_too(base):
+    model = copy.deepcopy(base)
+    model.norm = nn.InstanceNorm1d(8, track_running_stats=True)
+    method = foretune.PEFTML(lora=LORA)
+    retrained = foretune.retrain(model, tasks("one", "two"), method, RUN).model
+    assert torch.equal(retrained.norm.running_mean, model.norm.running_mean)

@@ -308,7 +308,15 @@ def test_the_first_process_alone_speaks(place: Path) -> None:
         "error: out is not empty: use --resume to continue its run, --overwrite to replace it, "
         "or another folder"
     ]
-    source = ("adapt", "out/base", "--tasks", "data.npz", "steps=3", "--json")
+    source = (
+        "adapt",
+        "out/base",
+        "--tasks",
+        "data.npz",
+        "steps=3",
+        "--json",
+        "--trust-remote-code",
+    )
     two = launch(place, *source, "--out", "two")
     assert two.returncode == 0, two.stderr
     alone = launch(place, *source, "--out", "one", processes=1)

@@ -57,17 +57,18 @@ class _AdaptedLayer(nn.Module):
         plain = type(module).forward
         only_multiplies = plain in (nn.Linear.forward, Conv1D.forward)
 
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
             rows = rows_for_adapters()
+            x = args[0] if args else next(iter(kwargs.values()))  # named `input` or otherwise
             if rows is None or self.off or not x.numel():
-                return plain(module, x, *args, **kwargs)
+                return plain(module, *args, **kwargs)
             layer = in_use(self)
             dim = layer.rows.of(x.shape, rows)
             if only_multiplies:
                 if not dim:
                     return layer.adapted(x, module, rows)
                 return layer.adapted(x.movedim(dim, 0), module, rows).movedim(0, dim)
-            y = plain(module, x, *args, **kwargs)
+            y = plain(module, *args, **kwargs)
             change = layer.change(x.movedim(dim, 0), module, rows).movedim(0, dim)
             if not isinstance(y, Tensor) or y.shape != change.shape:
                 raise UserError(

@@ -114,6 +114,9 @@ def adapt(
         emit(table(["task", result["metric"]], [*rows, ["mean", f"{result['mean']:.3f}"]]))
     else:
         emit("No task has test examples, so nothing was scored.")
+    unscored = [task for task in result["num_train"] if task not in result["scores"]]
+    if rows and unscored:
+        emit(f"Not scored, without test examples: {', '.join(unscored)}")
     for line in result["drawn"]:
         emit(f"Adapted on {line}")
     emit(f"Adapters: {out}")

@@ -49,7 +49,7 @@ def run(
         return
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
-        from foretune.recipes.on_folders import adapt_command
+        from foretune.recipes.adapt_command import adapt_command
         from foretune.recipes.runner import run_recipe
 
         comparison = run_recipe(

@@ -19,7 +19,7 @@ from foretune.files import CONFIG_FILE, LABELS_FILE, WEIGHTS_FILE
 from foretune.formats import damage_named, read_json
 from foretune.fusion.finetuned import Finetuned, persistent_buffers
 from foretune.fusion.tied_weights import tied_names
-from foretune.models.checkpoint import INDEX_FILE, shards_of
+from foretune.models.checkpoint import INDEX_FILE, tensor_files
 from foretune.models.loading import load_base
 
 # Fields of a config that do not change what a model computes, or that are compared elsewhere.
@@ -75,7 +75,7 @@ def model_folder(name: str, folder: Path, skeleton: nn.Module) -> Finetuned:
     Raises:
         UserError: It has another class or other tensors than the base, or a file is damaged.
     """
-    files = tensor_files(folder)
+    files = stored_tensors(folder)
     if not isinstance(skeleton, transformers.PreTrainedModel) and files:
         return _plain_folder(name, folder, files, skeleton)
     class_name = class_of_folder(folder)
@@ -112,25 +112,23 @@ def class_of_folder(folder: Path) -> str:
     return (read_json(config, ModelConfig).get("architectures") or ["AutoModel"])[0]
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
+def stored_tensors(folder: Path) -> dict[str, Path]:
     """Tensor → safetensors file of the folder that holds it; empty where there is none.
 
     Raises:
         UserError: A file is missing or damaged, or outside the folder.
     """
+    files = tensor_files(folder)
     index = folder / INDEX_FILE
-    if not index.is_file():
-        single = folder / WEIGHTS_FILE
-        return dict.fromkeys(_keys(single), single) if single.is_file() else {}
-    weight_map = shards_of(index)
-    for file in set(weight_map.values()):
-        if not (folder / file).is_file():
-            raise UserError(f"{index} names {file}, but there is no such file")
-    held = {file: _keys(folder / file) for file in set(weight_map.values())}
-    for tensor, file in weight_map.items():
+    for file in set(files.values()):
+        if not file.is_file():
+            raise UserError(f"{index} names {file.name}, but there is no such file")
+    held = {file: _keys(file) for file in set(files.values())}
+    for tensor, file in files.items():
         if tensor not in held[file]:
-            raise UserError(f"{index} names {tensor} in {file}, which does not hold it")
-    return {tensor: folder / file for tensor, file in weight_map.items()}
+            raise UserError(f"{index} names {tensor} in {file.name}, which does not hold it")
+    single = folder / WEIGHTS_FILE
+    return dict.fromkeys(held[single], single) if single in held else files
 
 
 def _keys(file: Path) -> set[str]:

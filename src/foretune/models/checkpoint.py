@@ -129,6 +129,26 @@ def stored_dtypes(folder: Path) -> set[str]:
     return dtypes
 
 
+def check_numbers(folder: Path) -> None:
+    """Checks that the weights are numbers, not the integers of a quantized model.
+
+    transformers casts such integers to numbers, without the scales that belong to them.
+
+    Raises:
+        UserError: Weights are integers, or a file is damaged.
+    """
+    for file in dict.fromkeys(tensor_files(folder).values()):
+        with safetensors.safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118
+                dtype = stored.get_slice(name).get_dtype()
+                if name.endswith("weight") and dtype[0] in "IU":
+                    raise UserError(
+                        f"{file} holds {name} as integers ({dtype}), as quantized models do, but "
+                        f"{CONFIG_FILE} describes no quantization: give the model in float32, "
+                        "float16 or bfloat16"
+                    )
+
+
 def unstored_modules(model: nn.Module) -> list[str]:
     """The head modules and poolers that the checkpoint which the model names does not hold.
 
@@ -212,7 +232,7 @@ def _listed(names: list[str]) -> str:
 def _is_of_base(model: nn.Module, name: str) -> bool:
     """Whether an unused tensor changes what the model's body computes.
 
-    Heads of other tasks, and buffers that old versions saved, do not.
+    Heads of other tasks, and buffers that old versions saved, do not; a weight's scale does.
     """
     base: Any = getattr(model, "base_model", model)
     name = name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
@@ -224,4 +244,5 @@ def _is_of_base(model: nn.Module, name: str) -> bool:
             # such as layer 5 of a list of four; another head is no module of the body at all
             return isinstance(module, nn.ModuleList) and part.isdigit()
         module = inside
-    return leaf in ("weight", "bias") and isinstance(getattr(module, "weight", None), nn.Parameter)
+    changes = leaf in ("weight", "bias") or leaf.startswith("weight_")
+    return changes and isinstance(getattr(module, "weight", None), nn.Parameter)

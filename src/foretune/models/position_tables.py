@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from foretune.models.layout import RowSlots
 from foretune.models.routing import current_packing, current_rows, routed
+from foretune.models.row_dropout import draws_of_parts
 
 # Methods (queries, keys, …) → scores. DeBERTa has the first; v2, v3 and SEW-D have the second.
 METHODS = ("disentangled_att_bias", "disentangled_attention_bias")
@@ -45,13 +46,13 @@ def _per_slot(scores: Callable[..., Any]) -> Callable[..., Any]:
         if rows is None or current_packing() is not None:
             return scores(queries, keys, *args, **kwargs)
         if len(rows.present) == 1:
-            with routed(RowSlots(rows.present), None):
+            with routed(RowSlots(rows.present), None), draws_of_parts()(None):
                 return scores(queries, keys, *args, **kwargs)
         queries, keys = (x.unflatten(0, (len(rows.slots), -1)) for x in (queries, keys))
-        outputs = []
+        outputs, part_of = [], draws_of_parts()
         for slot, index in rows.places.items():
             part = index.to(queries.device)
-            with routed(RowSlots((slot,)), None):
+            with routed(RowSlots((slot,)), None), part_of(None):
                 outputs.append(
                     scores(queries[part].flatten(0, 1), keys[part].flatten(0, 1), *args, **kwargs)
                 )

@@ -18,7 +18,7 @@ from foretune.errors import UserError
 from foretune.files import CONFIG_FILE
 from foretune.formats import shortened
 from foretune.models.base_record import check_fingerprint
-from foretune.models.checkpoint import check_files, check_fit
+from foretune.models.checkpoint import check_files, check_fit, check_numbers
 from foretune.models.surgery import is_in_head, name_outputs
 from foretune.models.trusted_code import HOW
 
@@ -62,7 +62,7 @@ def user_errors(where: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # a config may hold anything, and so may the errors that it causes
-        reason = one_line(error)
+        reason = reason_of(error)
         if "trust_remote_code" in str(error):
             raise UserError(
                 f'model "{where}" needs Python code of its own (auto_map in {CONFIG_FILE}), which '
@@ -82,7 +82,7 @@ def user_errors(where: str) -> Iterator[None]:
         ) from error
 
 
-def one_line(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The reason in at most 300 characters; with the type of an error that has few words."""
     text = " ".join(str(error).split())[:300].rstrip(".")
     says_enough = isinstance(error, (OSError, ImportError, ValueError, safetensors.SafetensorError))
@@ -172,6 +172,8 @@ def build(
     if getattr(model, "peft_config", None):
         raise UserError(f"{where} is an adapter, not a model: give the model it was trained on")
     check_fit(where, model, info, fresh_head=fresh_head)
+    if getattr(config, "quantization_config", None) is None and Path(where).is_dir():
+        check_numbers(Path(where))
     for name, p in model.named_parameters():
         if p.is_floating_point() and p.numel() and not all(x.isfinite() for x in p.aminmax()):
             raise UserError(f"{where} holds NaN or infinite numbers in {name}")
@@ -223,7 +225,7 @@ def load_tokenizer(where: str, trusted: bool, *, reads_text: bool = True) -> Any
         if not files or not reads_text:
             return None
         raise UserError(
-            f"cannot load the tokenizer of {where} ({', '.join(files)}): {one_line(error)}"
+            f"cannot load the tokenizer of {where} ({', '.join(files)}): {reason_of(error)}"
         ) from error
     # without its files a tokenizer class may still load, with special tokens only
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None

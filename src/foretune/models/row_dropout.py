@@ -238,6 +238,8 @@ class _Call:
             keys, places = self.keys[packing.row_of_token], packing.place_of_token
             bits = hashed_bits(keys, shape[tokens:], self.draws, places)
             return function(bits).view(shape)
+        if self.keys is self.shared:
+            return self._drawn_for_table(shape, function)
         if self.draws not in self.row_dims:  # else a block is recomputed
             self.row_dims[self.draws] = self.dropout.row_dim(shape, n)
         dim = self.row_dims[self.draws]
@@ -249,6 +251,15 @@ class _Call:
         rows = max(1, MOST // max(1, math.prod(sizes)))
         parts = [function(hashed_bits(k, sizes, self.draws)) for k in self.keys.split(rows)]
         return torch.cat(parts).movedim(0, dim).reshape(shape)
+
+    def _drawn_for_table(
+        self, shape: tuple[int, ...], function: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Like `drawn`, for a table (1, m, …) of which longer rows read more around its middle."""
+        size = shape[1]
+        places = torch.arange(size, device=self.shared.device) - size // 2
+        bits = hashed_bits(self.shared.expand(size), shape[2:], self.draws, places)
+        return function(bits).view(shape)
 
 
 _CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("foretune_draws", default=None)
@@ -293,8 +304,8 @@ def _refuse(*_: Any) -> Tensor:
 def draws_of_parts() -> Callable[[Any], AbstractContextManager[None]]:
     """A factory of contexts for a module that is called for some of the rows at a time.
 
-    It takes the index of a part's rows. All parts repeat the same draws, so that a row's draws do
-    not depend on the number of parts.
+    It takes the index of a part's rows, None for what is computed for no row but is shared. All
+    parts repeat the same draws, so that a row's draws do not depend on the number of parts.
     """
     call = _CALL.get()
     if call is None:
@@ -303,7 +314,8 @@ def draws_of_parts() -> Callable[[Any], AbstractContextManager[None]]:
 
     @contextlib.contextmanager
     def part_of(rows: Any) -> Iterator[None]:
-        part = replace(call, keys=call.keys[rows], is_part=True, draws=start)
+        keys = call.shared if rows is None else call.keys[rows]
+        part = replace(call, keys=keys, is_part=True, draws=start)
         token = _CALL.set(part)
         try:
             yield

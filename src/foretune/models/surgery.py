@@ -14,6 +14,7 @@ from foretune.errors import UserError
 HEADS = ("classifier", "score", "classification_head")  # what transformers calls a task head
 CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -373,5 +374,9 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Name → layer of all batch normalisations."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, BATCH_NORMS)}
+    """Name → layer of all batch normalisations, and of what else keeps statistics of batches."""
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, BATCH_NORMS) or (isinstance(m, INSTANCE_NORMS) and m.track_running_stats)
+    }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from foretune.recipes.merge import merge_repeats
 from foretune.recipes.objective_blocks import OBJECTIVES
 from foretune.recipes.overrides import override_keys
 from foretune.recipes.runner import finish
-from foretune.recipes.schema import Recipe, adapt_record, parse_block, run_of
+from foretune.recipes.schema import adapt_record, parse_block, run_of
 from foretune.recipes.setup import check_sides, check_tokenizer, head_of, with_tokenizer
 from foretune.tasks.file_formats import one_line
 from foretune.tasks.objectives import make_objective
@@ -36,6 +35,14 @@ from foretune.tasks.sources import Source, load_tasks
 
 class _RunRecord(TypedDict, total=False):
     cost: dict[str, Any] | None
+
+
+# Keys of a recipe's `adapt:` block that mean nothing where one set of bases is adapted.
+RECIPE_ONLY = {
+    "shots": "use --shots",
+    "draws": "only `compare` draws its shots several times, with --seeds",
+    "search_tasks": "learning rates are searched by `foretune run` only",
+}
 
 
 @dataclass(frozen=True)
@@ -203,36 +210,6 @@ def adapt_folder(
     }
 
 
-def adapt_command(recipe: Recipe, comparison: Mapping[str, Any]) -> str:
-    """The `foretune adapt` command that adapts the best base of a run to new tasks as the run did.
-
-    The best base is that of the verdict or, without one, that with the highest mean at its shots.
-    """
-    verdict = comparison["verdict"]
-    best = (
-        verdict["best"]
-        or max(
-            (row for row in comparison["means"] if row["shots"] == verdict["shots"]),
-            key=lambda row: row["mean"],
-        )["base"]
-    )
-    base = next(base for base in comparison["bases"] if base["name"] == best)
-    changes = recipe.adapt.model_dump(
-        mode="json",
-        exclude_defaults=True,
-        exclude={"shots", "draws", "search_tasks", "learning_rates", "learning_rate"},
-    )
-    if base["adapt"]["learning_rate"] is not None:
-        changes["learning_rate"] = base["adapt"]["learning_rate"]
-    reading = {"task_column", "group_column", "columns", "num_candidates", "candidate_pool"}
-    reading |= {"candidates_from", "candidate_seed"}
-    data = recipe.tasks.model_dump(mode="json", exclude_defaults=True, include=reading)
-    changes |= {f"tasks.{key}": value for key, value in data.items()}
-    settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-    words = [str(recipe.folder / base["path"]), "--tasks", "NEW.jsonl", "--out", "adapters"]
-    return shlex.join(["foretune", "adapt", *words, *settings])
-
-
 def compare_folders(
     folders: Sequence[Path],
     tasks: str,
@@ -271,14 +248,16 @@ def compare_folders(
     block, source = settings(tasks, changes)
     method, run = adapt_record(block, _fixed_rate(block)), run_of(block)
     bases = _named([find_base(folder) for folder in folders])
-    kind = _one_kind(bases, objective)
+    reference = _with_objective(bases, objective)
+    kind = objective or reference.kind
+    if kind is None:
+        reference.objective(None, None)  # raises
     reads: list[Path | str] = [*folders, *read_by(source)]
     reads += [base.folder for base in bases.values()]
     with run_folder(out, "compare", resume=resume, overwrite=overwrite, reads=reads) as folder:
-        collection, _ = load_tasks(source, kind)
-        first = next(iter(bases.values()))
+        collection, _ = load_tasks(source, str(kind))
         loaded = _Loaded(bases)
-        fitted = first.objective(objective, _one_tokenizer(loaded)).fit(collection)
+        fitted = reference.objective(objective, _one_tokenizer(loaded)).fit(collection)
         collection = loaded.tasks = collection.with_objective(fitted)
         for name in bases:
             check_sides(loaded[name], collection, None, console)
@@ -333,7 +312,7 @@ def settings(tasks: str, changes: Sequence[str]) -> tuple[AdaptBlock, Source]:
         changes: The changes.
 
     Raises:
-        UserError: An unknown key, a bad value, or tasks.unseen: bases are adapted to all tasks.
+        UserError: An unknown key, a bad value, or a key that only a recipe has.
     """
     of_tasks = [c.removeprefix("tasks.") for c in changes if c.startswith("tasks.")]
     for key in ("unseen", "rotate"):
@@ -341,7 +320,10 @@ def settings(tasks: str, changes: Sequence[str]) -> tuple[AdaptBlock, Source]:
             raise UserError(
                 f"tasks.{key} is not used here, because the base is adapted to all tasks: remove it"
             )
-    block = parse_block(AdaptBlock, [c for c in changes if not c.startswith("tasks.")])
+    of_block = [c for c in changes if not c.startswith("tasks.")]
+    for key in override_keys(of_block) & RECIPE_ONLY.keys():
+        raise UserError(f"{key} is a setting of recipes: {RECIPE_ONLY[key]}")
+    block = parse_block(AdaptBlock, of_block)
     data = parse_block(TasksBlock, [f"source={json.dumps(tasks)}", *of_tasks])
     return block, Source(**data.model_dump(exclude={"rotate"}))
 
@@ -419,17 +401,21 @@ def _vocabulary(tokenizer: Any) -> Any:
     return None if tokenizer is None else tokenizer.get_vocab()
 
 
-def _one_kind(bases: Mapping[str, SavedBase], objective: str | None) -> str:
-    if objective is not None:
-        return objective
-    kinds = {name: base.kind for name, base in bases.items()}
-    if len(set(kinds.values())) > 1:
+def _with_objective(bases: Mapping[str, SavedBase], objective: str | None) -> SavedBase:
+    """The base whose objective all are compared by: the first that records one, of this kind.
+
+    Raises:
+        UserError: `objective` is None, and the bases record different ones.
+    """
+    kinds = {name: base.kind for name, base in bases.items() if base.kind is not None}
+    if objective is None and len(set(kinds.values())) > 1:
         listed = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
-        raise UserError(f"the bases were retrained with different objectives ({listed})")
-    first = next(iter(bases.values()))
-    if first.kind is None:
-        first.objective(None, None)  # raises
-    return str(first.kind)
+        raise UserError(
+            f"the bases were retrained with different objectives ({listed}): choose one with "
+            "--objective"
+        )
+    recorded = [bases[name] for name, kind in kinds.items() if objective in (None, kind)]
+    return next(iter(recorded or bases.values()))
 
 
 def _describe(base: dict[str, Any], saved: SavedBase) -> None:

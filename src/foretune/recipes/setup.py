@@ -13,6 +13,7 @@ from foretune.recipes.schema import Recipe
 from foretune.recipes.text_checks import Alike, check_texts
 from foretune.tasks.example import SPLITS
 from foretune.tasks.file_formats import one_line
+from foretune.tasks.labels import label_text
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.sources import load_tasks
 from foretune.tasks.task import Task, TaskCollection
@@ -101,7 +102,7 @@ def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
 def check_sides(
     model: Any, seen: TaskCollection, unseen: TaskCollection | None, console: Console
 ) -> None:
-    """Checks all texts of both sides; says in how many rows candidates cannot be told apart.
+    """Checks all texts of both sides; says where there is nothing to tell apart.
 
     Raises:
         UserError: The model cannot read a text.
@@ -110,6 +111,16 @@ def check_sides(
         alike = Alike() if tasks is None else check_texts(tasks, model)
         if alike.count:
             console.say(str(alike))
+    labels = {
+        label_text(label)
+        for tasks in (seen, unseen)
+        if tasks is not None and tasks.objective is not None
+        for name in tasks.names
+        for label in tasks.objective.local().output_labels(name) or ()
+        if label is not None
+    }
+    if len(labels) == 1:
+        console.say(f'all rows have the label "{labels.pop()}": there is nothing to learn')
 
 
 def read_tasks(recipe: Recipe, repeat: int = 0) -> tuple[TaskCollection, TaskCollection | None]:

@@ -7,6 +7,7 @@ What is neither data nor known to hold no rows is refused, and so is what has tw
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ SAVED_DATASET = ("dataset_dict.json", "state.json")  # of a dataset or its split
 WITHOUT_ROWS = (".md", ".rst", ".py", ".ipynb", ".sh", ".yaml", ".yml")
 METADATA = {"dataset_infos.json", "dataset_info.json"}  # of the hub and of `datasets`
 TEXTS = {"readme", "license", "licence", "notice", "citation", "changelog", "makefile"}
+HIDDEN = (".", "~$")  # `~$train.xlsx`: an office program's lock of an open file
+COPY = re.compile(r"^copy of | - copy( \(\d+\))?$| copy( \d+)?$| \(\d+\)$")  # as systems name them
 CONTAINERS = {"data", "default"}  # folders whose name says nothing
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
@@ -86,12 +89,12 @@ def _walk(
     """
     for path in sorted(folder.iterdir()):
         relative = str(path.relative_to(root))
-        if path.name.startswith(".") or path.name == "__pycache__":
+        if path.name.startswith(HIDDEN) or path.name == "__pycache__":
             continue
         if path.is_dir():
             if folder.resolve().is_relative_to(path.resolve()):
                 raise UserError(f"{path} is a link to a folder that it is in: remove it")
-            inner = _inside(path, relative, splits, outer)
+            inner = _inside(path, splits, outer)
             if inner is not None:
                 yield from _walk(path, root, splits, inner)
             elif any(not _holds_no_rows(p) for p in path.rglob("*") if not p.is_dir()):
@@ -105,11 +108,11 @@ def _walk(
         elif suffix_of(path) is None:
             yield relative
         else:
-            named = splits.split_in(stem_of(path), relative)
-            yield DataFile(path, _same(outer.split, named, relative), outer.columns)
+            named = splits.split_in(stem_of(path), str(path))
+            yield DataFile(path, _same(outer.split, named, path), outer.columns)
 
 
-def _inside(path: Path, relative: str, splits: SplitNames, outer: DataFile) -> DataFile | None:
+def _inside(path: Path, splits: SplitNames, outer: DataFile) -> DataFile | None:
     """What a folder's name says of the files in it; None if it could mean anything."""
     key, is_partition, value = path.name.partition("=")
     key, value = unquote(key), unquote(value)
@@ -117,17 +120,17 @@ def _inside(path: Path, relative: str, splits: SplitNames, outer: DataFile) -> D
         columns = {} if value == NULL_PARTITION else {key: value}
         return DataFile(path, outer.split, outer.columns | columns)
     if is_partition:
-        named: str | None = splits.split_of(value, relative)
+        named: str | None = splits.split_of(value, str(path))
     else:
-        named = splits.split_in(stem_of(path), relative)
+        named = splits.split_in(stem_of(path), str(path))
         if named is None and path.name.casefold() not in CONTAINERS and suffix_of(path) is None:
             return None
-    return DataFile(path, _same(outer.split, named, relative), outer.columns)
+    return DataFile(path, _same(outer.split, named, path), outer.columns)
 
 
-def _same(outer: str | None, named: str | None, relative: str) -> str | None:
+def _same(outer: str | None, named: str | None, path: Path) -> str | None:
     if outer is not None and named is not None and outer != named:
-        raise UserError(f"{relative} names two splits, {outer} and {named}: rename or move it")
+        raise UserError(f"{path} names two splits, {outer} and {named}: rename or move it")
     return outer or named
 
 
@@ -136,26 +139,26 @@ def _holds_no_rows(path: Path) -> bool:
     return (
         name in METADATA
         or name.endswith(WITHOUT_ROWS)
-        or name.startswith(".")
+        or name.startswith(HIDDEN)
         # Spark marks its files with an underscore
         or (suffix_of(path) is None and (name.startswith("_") or name.split(".")[0] in TEXTS))
     )
 
 
 def _check_copies(files: Iterable[DataFile], folder: Path) -> None:
-    """Check that no two files differ in their format only: they may be copies.
+    """Check that no two files differ only in format, or as a copy's name does from the original's.
 
     Raises:
         UserError: Two do.
     """
     by_name: dict[tuple[Path, str], Path] = {}
     for file in files:
-        first = by_name.setdefault((file.path.parent, stem_of(file.path).casefold()), file.path)
+        name = COPY.sub("", stem_of(file.path).casefold())
+        first = by_name.setdefault((file.path.parent, name), file.path)
         if first != file.path:
             names = " and ".join(str(p.relative_to(folder)) for p in (first, file.path))
             raise UserError(
-                f"folder {folder}: {names} may be the same rows in two formats: keep one, or "
-                "rename one"
+                f"folder {folder}: {names} may be the same rows twice: keep one, or rename one"
             )
 
 

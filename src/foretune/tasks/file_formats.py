@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from foretune.errors import UserError
-from foretune.printable import printable
+from foretune.printable import in_one_line
 
 CHUNK = 1000  # rows of a columnar file that become Python objects at once
 PARQUET_BUFFER = 2**20  # bytes; without a buffer a column of a row group is read at once
@@ -198,7 +198,9 @@ def _header(cells: list[str], path: Path, line: int) -> list[str]:
     names = [cell.strip() for cell in cells]
     for name in names:
         if isinstance(cell := _csv_cell(name), Unreadable):
-            raise UserError(f"{place}: the header: {cell.reason}: save it as UTF-8")
+            raise UserError(f"{place}: the header: {cell.reason}")
+    if names[0].casefold().startswith("sep="):
+        raise UserError(f"{place}: a line for Excel ({in_one_line(names[0])}…): remove it")
     _check_unique([name for name in names if name], path)
     if len(names) == 1 and any(c in names[0] for c in ",;\t|"):
         raise UserError(
@@ -220,7 +222,8 @@ def _csv_cell(cell: str) -> str | Unreadable:
         if not cell.isascii():
             cell.encode()
     except UnicodeEncodeError as error:  # a byte that `surrogateescape` has kept
-        return Unreadable(f"byte {ord(cell[error.start]) - 0xDC00:#04x} is not UTF-8")
+        byte = ord(cell[error.start]) - 0xDC00
+        return Unreadable(f"byte {byte:#04x} is not UTF-8: save the file as UTF-8")
     return cell
 
 
@@ -364,11 +367,6 @@ def short(value: Any) -> str:
     """The beginning of a value as JSON, for a message."""
     text = in_one_line(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-def in_one_line(text: str) -> str:
-    """A text from a file, for a message."""
-    return printable(" ".join(text.split()))
 
 
 READERS: dict[str, Callable[[Path], Cells]] = {

@@ -1,8 +1,8 @@
 """Which labels are the same, and in which order they are numbered.
 
 A label is identified by its text, as a task is by its name: 1, 1.0, True and "1" are one label, and
-so are two Unicode spellings (NFC and NFD) of the same letters. A set of labels holds each of them
-once, as a number if any row has it as a number.
+so are two Unicode spellings (NFC and NFD) of the same letters; white space around it does not
+count. A set of labels holds each of them once, as a number if any row has it as a number.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Label = str | int | float
 
 
 def plain_label(label: Label) -> Label:
-    """The label without what does not tell it from others: a whole number, or text in NFC.
+    """The label without what does not tell it from others: a whole number, or stripped text in NFC.
 
-    >>> plain_label(True), plain_label(2.0), plain_label("cafe\\u0301") == "caf\\u00e9"
+    >>> plain_label(True), plain_label(2.0), plain_label("cafe\\u0301 ") == "caf\\u00e9"
     (1, 2, True)
     """
     if isinstance(label, str):
-        return unicodedata.normalize("NFC", label)
+        return unicodedata.normalize("NFC", label.strip())
     return int(label) if float(label).is_integer() else label
 
 

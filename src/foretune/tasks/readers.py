@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from foretune.errors import UserError, did_you_mean
+from foretune.printable import in_one_line
 from foretune.tasks.data_folder import (
     SAVED_DATASET,
     DataFile,
@@ -19,7 +20,6 @@ from foretune.tasks.data_folder import (
     has_dataset_card,
 )
 from foretune.tasks.file_formats import (
-    in_one_line,
     one_line,
     read_cells,
     rows_of_table,

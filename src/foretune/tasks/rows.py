@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
-from foretune.tasks.file_formats import Unreadable, in_one_line, short
+from foretune.printable import in_one_line
+from foretune.tasks.file_formats import Unreadable, short
 from foretune.tasks.readers import Row
 from foretune.tasks.split_names import SplitNames
 
@@ -29,6 +30,8 @@ def task_of(row: Row, task_column: str) -> str:
         UserError: The row has no such column, or it holds no name.
     """
     value = readable(row, task_column)
+    if value is None and task_column in row.fields:
+        raise UserError(f"{row.place}: {task_column} is empty: each row needs a task name")
     if value is None:
         raise UserError(
             f'{row.place}: no "{task_column}" column; it has {_names(row.fields)}. '
@@ -95,7 +98,7 @@ def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> dict[str, Any]:
         _check_choice(example, row)
     elif kind == "causal-lm":
         _check_language(example, row)
-    elif kind in CLASSES and "text" in example:
+    elif kind in CLASSES and ("text" in example or not {"x", "y"} & example.keys()):
         _need(example, ("text", "label"), row, kind)
         _check_text(example["text"], "text", row)
         _check_label(example["label"], "label", row)
@@ -220,8 +223,10 @@ def _check_text(value: Any, field: str, row: Row) -> None:
 
 def _check_label(value: Any, field: str, row: Row) -> None:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
+        hint = ": write it as text or as a whole number" if isinstance(value, (bool, float)) else ""
         raise UserError(
-            f"{row.place}: {field} must be a class (text or a whole number), got {short(value)}"
+            f"{row.place}: {field} must be a class (text or a whole number), got "
+            f"{short(value)}{hint}"
         )
     check_unicode(str(value), f"{row.place}, {field}")
     if not str(value).strip():

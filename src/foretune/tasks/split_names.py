@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
+from foretune.printable import in_one_line
 from foretune.tasks.example import SPLITS
-from foretune.tasks.file_formats import in_one_line
 
 SPELLINGS = {
     "train": "train",
