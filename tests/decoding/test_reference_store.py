@@ -386,7 +386,7 @@ def test_a_damaged_store_is_one_line(tmp_path, name):
 def test_entries_beyond_the_rows_are_refused(tmp_path):
     built().save(tmp_path / "s")
     (tmp_path / "s" / "rows.jsonl").write_text(json.dumps(LABELLED[0]) + "\n")
-    with pytest.raises(UserError, match="an entry names row 23, counted from 0, of 1"):
+    with pytest.raises(UserError, match="it has 1 rows of 24"):
         ReferenceStore.load(tmp_path / "s")
 
 

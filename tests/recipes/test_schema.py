@@ -98,6 +98,7 @@ def test_convai2_has_forty_unseen_personas() -> None:
         ),
         ("adapt.shots=[0]", "at least 1 row"),
         ("adapt.shots=[2, 2]", "shots that differ"),
+        ("objective.kind=[]", "must be one of"),
         ("adapt.lora.rank=3", 'lora field "rank"'),
         ("objective.kind=choise", 'Did you mean "choice"?'),
         (

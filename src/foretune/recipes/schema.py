@@ -330,8 +330,9 @@ def _key_lookup(raw: dict[str, Any]) -> Callable[[Sequence[str]], list[str]]:
         "spectrum": SpectrumBlock,
     }
     objective = raw.get("objective")
-    if isinstance(objective, dict) and objective.get("kind") in OBJECTIVES:
-        blocks["objective"] = OBJECTIVES[objective["kind"]]
+    kind = objective.get("kind") if isinstance(objective, dict) else None
+    if isinstance(kind, str) and kind in OBJECTIVES:
+        blocks["objective"] = OBJECTIVES[kind]
 
     def valid_keys(path: Sequence[str]) -> list[str]:
         block = blocks.get(path[0]) if path else Recipe
