@@ -93,6 +93,11 @@ def test_the_interval_of_a_mean_stays_within_zero_and_one():
     assert mean_interval([[1.0], [1.0], [-0.1]])[2] > 1
 
 
+def test_the_interval_of_a_difference_of_shares_stays_within_one() -> None:
+    paired = paired_difference([[1.0], [0.0]], [[0.0], [0.5]])
+    assert (paired.low, paired.high) == (-1.0, 1.0)
+
+
 def null_scores(rng, num_tasks, num_seeds, *, luck, noise=0.03, steps=0):
     """Scores (num_tasks, num_seeds) of a base that is no better than another, in accuracy.
 

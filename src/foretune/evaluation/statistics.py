@@ -92,6 +92,8 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -
         )
     difference = left - right
     low, high = _crossed_interval(difference, confidence)
+    if min(left.min(), right.min()) >= 0 and max(left.max(), right.max()) <= 1:
+        low, high = max(low, -1.0), min(high, 1.0)  # such as accuracies, with very few tasks
     # Means of equal scores over seeds can differ in the last bits; such tasks are ties.
     scale = max(np.abs(left).max(), np.abs(right).max()) or 1.0
     per_task = difference.mean(axis=1) / scale
