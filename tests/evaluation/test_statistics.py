@@ -54,7 +54,7 @@ def judge(effects, *, bases=BASES, shots=None, metric="accuracy", **fields):
 
 
 def test_interval_equals_the_two_way_layout_by_hand():
-    values = np.array([[0.5, 0.7], [0.4, 0.5], [0.9, 1.0], [0.2, 0.5]])
+    values = np.array([[5.0, 7.0], [4.0, 5.0], [9.0, 10.0], [2.0, 5.0]])
     tasks = 2 * np.var(values.mean(axis=1), ddof=1)  # mean squares of the two-way layout
     seeds = 4 * np.var(values.mean(axis=0), ddof=1)
     rest = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
