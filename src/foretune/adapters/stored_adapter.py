@@ -53,6 +53,8 @@ class AdapterConfig(TypedDict):
     lora_alpha: NotRequired[float | None]
     lora_dropout: NotRequired[float]
     use_rslora: NotRequired[bool]
+    bias: NotRequired[str]
+    fan_in_fan_out: NotRequired[bool]
     target_modules: NotRequired[str | list[str] | None]
     target_parameters: NotRequired[list[str] | None]
     exclude_modules: NotRequired[str | list[str] | None]
