@@ -53,14 +53,16 @@ class AdapterConfig(TypedDict):
     lora_alpha: NotRequired[float | None]
     lora_dropout: NotRequired[float]
     use_rslora: NotRequired[bool]
+    bias: NotRequired[str]
+    fan_in_fan_out: NotRequired[bool]
     target_modules: NotRequired[str | list[str] | None]
     target_parameters: NotRequired[list[str] | None]
     exclude_modules: NotRequired[str | list[str] | None]
     modules_to_save: NotRequired[list[str] | None]
     layers_to_transform: NotRequired[int | list[int] | None]
     layers_pattern: NotRequired[str | list[str] | None]
-    rank_pattern: NotRequired[dict[str, int] | None]
-    alpha_pattern: NotRequired[dict[str, float] | None]
+    rank_pattern: NotRequired[dict[str, int]]
+    alpha_pattern: NotRequired[dict[str, float]]
     megatron_config: NotRequired[dict[str, Any] | None]
 
 
@@ -143,11 +145,11 @@ def read_config(folder: Path) -> AdapterConfig:
     for name, value in ((n, fields.get(n)) for n in names):
         if value:  # PEFT also writes empty lists
             check_names(f"{file}: {name}", value, pattern=True)
-    check_names(f"{file}: rank_pattern", list(fields.get("rank_pattern") or ()), pattern=True)
-    check_names(f"{file}: alpha_pattern", list(fields.get("alpha_pattern") or ()), pattern=True)
+    check_names(f"{file}: rank_pattern", list(fields.get("rank_pattern", ())), pattern=True)
+    check_names(f"{file}: alpha_pattern", list(fields.get("alpha_pattern", ())), pattern=True)
     numbers = {"r": fields.get("r", 8), "lora_alpha": fields.get("lora_alpha", 8)}
-    numbers |= {f"rank_pattern {k!r}": v for k, v in (fields.get("rank_pattern") or {}).items()}
-    numbers |= {f"alpha_pattern {k!r}": v for k, v in (fields.get("alpha_pattern") or {}).items()}
+    numbers |= {f"rank_pattern {k!r}": v for k, v in (fields.get("rank_pattern", {})).items()}
+    numbers |= {f"alpha_pattern {k!r}": v for k, v in (fields.get("alpha_pattern", {})).items()}
     for name, number in numbers.items():
         if number is not None and not (math.isfinite(number) and number > 0):
             raise UserError(f"{file}: {name} must be a number above 0, got {number!r}")
@@ -220,7 +222,7 @@ def _check_ranks(
     Raises:
         UserError: Those of a layer do not.
     """
-    patterns = fields.get("rank_pattern") or {}
+    patterns = fields.get("rank_pattern", {})
     experts = [p for p in fields.get("target_parameters") or () if not p.endswith(".weight")]
     for layer, (a, b) in layers.items():
         if a.dim() < 2 or b.dim() < 2 or len(a) != b.shape[1]:
