@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -106,6 +107,8 @@ def explain(error: Exception) -> tuple[str, int]:
 
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     # On the CPU torch raises a RuntimeError.
     return isinstance(error, RuntimeError) and "you tried to allocate" in str(error)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from foretune.adapters.stored_adapter import StoredAdapter, read_adapter, read_config
-from foretune.errors import UserError
+from foretune.errors import ForetuneError, UserError
 from foretune.files import ADAPTER_CONFIG_FILE
 from foretune.models.loading import load_model
 
@@ -60,7 +60,9 @@ def with_adapter(base: nn.Module, folder: Path, *, allow_unverified: bool = Fals
     stored = read_adapter(folder, base, allow_unverified=allow_unverified)
     try:
         model = _wrapped(base, folder, stored)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+    except ForetuneError:
+        raise
+    except Exception as error:  # whatever a value in its config makes of PEFT
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the adapter {folder} does not fit its base: {reason}") from error
     notes = stored.notes if stored.is_zero else [*stored.notes, *_notes_on_effect(model, folder)]
