@@ -172,3 +172,15 @@ def test_a_list_of_heads_behind_the_blocks_is_no_second_list_of_blocks():
     model.head_modules = ["heads.0"]
     surgery.freeze_lower(model, 1)
     assert [p.requires_grad for p in model.parameters()] == [False] * 4 + [True] * 4
+
+
+def test_projections_and_parametrizations_are_no_blocks():
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
+    model.projections = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    model.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 2, 1))
+    assert surgery.block_list(model)[0] == "layers"
+    surgery.freeze_lower(model, 1)
+    assert not model.layers[0][0].weight.requires_grad and model.layers[1][0].weight.requires_grad
+    alone = nn.Sequential(nn.ModuleList(nn.Linear(2, 2) for _ in range(3)))
+    assert surgery.block_list(alone)[0] == "0"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import Conv1D, PreTrainedConfig, PreTrainedModel
 
 from foretune.errors import UserError
@@ -242,13 +243,18 @@ def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
 
 def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Name → list of modules, without lists inside a list (experts) and empty ones."""
+    """Name → list of modules, without lists inside a list (experts) and empty ones.
+
+    Lists of single layers, such as projections, count only where there are no others.
+    """
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+        is_list = isinstance(module, nn.ModuleList) and not isinstance(module, ParametrizationList)
+        if is_list and len(module) and not inside:
             lists[name] = module
-    return lists
+    of_blocks = {n: m for n, m in lists.items() if any([*child.children()] for child in m)}
+    return of_blocks or lists
 
 
 def _in_decoder(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
