@@ -352,6 +352,7 @@ def _kept_or_removed(
     try:
         yield
     except BaseException:
+        _held.discard(folder.resolve())  # what follows is not to be interrupted
         if not continued and (at_once or not _holds_results(folder)):
             with contextlib.suppress(OSError):
                 for path in sorted(folder.iterdir(), key=lambda path: path.name == MARKER_FILE):

@@ -71,3 +71,32 @@ def test_a_signal_before_the_first_result_leaves_no_folder(
     assert process.returncode == 128 + number
     assert errors.splitlines()[-1].endswith(LINE)
     assert not (tmp_path / "deep").exists()
+
+
+SWALLOWED = """
+import os, signal, time
+from foretune import claims
+from foretune.cli import signals
+
+signals.install()
+claims._held.add("a folder")
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:  # as a callback of a library does
+    pass
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("again")
+claims._held.clear()
+time.sleep(1.5)
+print("given back in peace")
+"""
+
+
+def test_an_interrupt_that_a_library_swallows_comes_again() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "again\ngiven back in peace\n", done.stderr

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from foretune.processes import process_rank
 
+AGAIN_S = 1.0  # seconds after which an exception that was swallowed is raised again
 received: list[int] = []  # signals that came while a folder was claimed
 
 
@@ -30,13 +31,22 @@ def message(number: int) -> str:
 def _end(number: int, _frame: FrameType | None) -> None:
     """Unwinds if a folder is claimed, so that nothing unfinished stays in it; else ends at once.
 
-    An exception alone would not do: raised within an import or a callback, it may be swallowed.
+    An exception alone would not do: raised within an import or a callback, it may be swallowed. So
+    it is raised again until the folder is being given back.
     """
     claims = sys.modules.get("foretune.claims")
     if claims is not None and claims.held() and not received:
         received.append(number)
+        signal.signal(signal.SIGALRM, _again)
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_S, AGAIN_S)
         raise KeyboardInterrupt
     leave(number)
+
+
+def _again(_number: int, _frame: FrameType | None) -> None:
+    claims = sys.modules.get("foretune.claims")
+    if claims is not None and claims.held():
+        raise KeyboardInterrupt
 
 
 def leave(number: int) -> NoReturn:
