@@ -196,7 +196,7 @@ def shortened(value: Any, length: int = 60) -> str:
     """A value for a message, cut after `length` characters.
 
     >>> shortened(list(range(100)), 12)
-    '[0, 1, 2, 3, …'
+    '[0, 1, 2, 3,…'
     """
     return shortened_text(ascii(value) if isinstance(value, str) else repr(value), length)
 

@@ -180,7 +180,10 @@ class TestGenerate:
             (("large", "--prompts", "nowhere.txt"), "no file nowhere.txt with prompts"),
             (("large", "--prompts", "p.txt", *EFT, "--tuned-prompts", "one.txt"), "but 1 tuned_pr"),
             (("large", "a dog", "--speculative"), "need --method eft"),
-            (("large", "a dog", "--temperature", "0"), "--temperature must be above 0, got 0"),
+            (
+                ("large", "a dog", "--temperature", "0"),
+                "--temperature must be a number from 0.000001 on, got 0",
+            ),
             (("large", "a dog", "--beta-sweep", "1"), "--beta-sweep needs --method eft"),
             (("large", "a dog", *EFT, "--beta-sweep", "1;2"), "takes numbers such as 0.5,1,2"),
             (("large", "a dog", "--method", "eft", "--beta-sweep", "1"), "needs --tuned"),

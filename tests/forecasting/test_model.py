@@ -281,7 +281,7 @@ def test_a_folder_that_is_no_forecast_mae_is_refused(tmp_path):
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     config["sizes"]["width"] = 32
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"does not fit the files beside it: .*size mismatch"):
+    with pytest.raises(UserError, match=r"does not fit the files beside it: .* has shape"):
         load_forecast_mae(tmp_path / "m")
 
 

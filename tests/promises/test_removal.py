@@ -1,6 +1,7 @@
 """A wing is one folder: without it, its command, its tests and its rows the rest still works.
 
-Each test copies the tree, removes a wing and runs the fast tests of what is left.
+Without all of them the core's fast tests pass. Without one of them every module of the rest and of
+its tests is imported, and the command line works; that no wing knows another is import-linter's.
 """
 
 from __future__ import annotations
@@ -45,26 +46,47 @@ def remove(wing: str, tree: Path) -> None:
         (tree / "src/foretune/cli" / f"{command}.py").unlink()
     patterns = dict.fromkeys(TABLES, rf"\bforetune\.{wing}\b")
     modules = "|".join(commands)
-    patterns["src/foretune/cli/__init__.py"] = rf"^\s*({modules}),$|[(]({modules})\."
+    patterns["src/foretune/cli/commands.py"] = rf"^\s*({modules}),$|[(]({modules})\."
     for table, pattern in patterns.items():
         lines = (tree / table).read_text("utf-8").splitlines(keepends=True)
         left = [line for line in lines if not re.search(pattern, line.rstrip("\n"))]
         (tree / table).write_text("".join(left), "utf-8")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("wing", WINGS)
-def test_the_rest_works_without_a_wing(wing, tmp_path):
-    for folder in COPIED:
+def copy_of_the_tree(folder: Path) -> None:
+    for part in COPIED:
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    remove(wing, tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"}
-    options = ["-n", "2", "-q", "-x", "-m", "not slow and not hypothesis", "-p", "no:cacheprovider"]
-    left_out = [f"--ignore={folder}" for folder in ABOUT_ALL]
-    command = [sys.executable, "-m", "pytest", *options, *left_out]
+        shutil.copytree(ROOT / part, folder / part, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def check_tests(folder: Path, *options: str) -> None:
+    """Runs pytest in the copy."""
+    environment = {**os.environ, "PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1"}
+    left_out = [f"--ignore={path}" for path in ABOUT_ALL]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *left_out],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wing", WINGS)
+def test_the_rest_works_without_a_wing(wing: str, tmp_path: Path) -> None:
+    copy_of_the_tree(tmp_path)
+    remove(wing, tmp_path)
+    check_tests(tmp_path, "-n", "0", "--collect-only", "tests", "src")
+    check_tests(tmp_path, "-n", "0", "-x", "-m", "not slow", "tests/cli/test_cli.py")
+
+
+@pytest.mark.slow
+def test_the_core_works_without_all_wings(tmp_path: Path) -> None:
+    copy_of_the_tree(tmp_path)
+    for wing in WINGS:
+        remove(wing, tmp_path)
+    check_tests(tmp_path, "-n", "2", "-x", "-m", "not slow and not hypothesis")

@@ -72,7 +72,7 @@ def generate(
     temperature: Annotated[
         float | None, typer.Option(help="Sampling temperature; implies --sample.")
     ] = None,
-    beams: Annotated[int, typer.Option(min=1, help="Number of beams.")] = 1,
+    beams: Annotated[int, typer.Option(min=1, max=1024, help="Number of beams.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed of sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
     beta_sweep: Annotated[

@@ -152,7 +152,7 @@ class AgentEncoder(nn.Module):
     def __init__(self, channels: int, width: int, drop_path: float) -> None:
         super().__init__()
         widths = [width // 4, width // 2, width]
-        rates = torch.linspace(0, drop_path, sum(DEPTHS)).split(DEPTHS)
+        rates = torch.linspace(0, drop_path, sum(DEPTHS), device="cpu").split(DEPTHS)
         self.proj = Conv3(channels, widths[0])
         self.levels = nn.ModuleList(
             nn.Sequential(*(NeighbourLayer(w, h, k, float(r)) for r in part))

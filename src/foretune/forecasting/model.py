@@ -256,7 +256,7 @@ def _position_mlp(width: int) -> nn.Sequential:
 
 
 def _blocks(config: ForecastMAEConfig, depth: int) -> nn.ModuleList:
-    rates = torch.linspace(0, config.drop_path, depth).tolist()
+    rates = torch.linspace(0, config.drop_path, depth, device="cpu").tolist()
     return nn.ModuleList(Block(config, rate) for rate in rates)
 
 
