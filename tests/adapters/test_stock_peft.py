@@ -257,6 +257,7 @@ def test_dense_layers_of_a_mixture_are_listed_as_modules_again(tmp_path):
     stored = read_adapter(tmp_path, model)
     assert "model.layers.0.mlp.up_proj" in stored.config["target_modules"]
     assert not stored.config["target_parameters"]
+    pytest.importorskip("foretune.fusion")
     fused = foretune.fuse(model, {"a": tmp_path}, foretune.Average()).model
     assert not fused.model.layers[0].mlp.up_proj.weight.equal(
         model.model.layers[0].mlp.up_proj.weight

@@ -19,8 +19,10 @@ from foretune.adapters.peft_format import (
     peft_tensors,
     write_adapter,
 )
-from foretune.decoding.peft_model import with_adapter
 from foretune.errors import UserError
+
+pytest.importorskip("foretune.fusion")
+peft_model = pytest.importorskip("foretune.decoding.peft_model")
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
 WEIGHTS, CONFIG, RECORD = (
@@ -48,7 +50,7 @@ def folder(tmp_path):
 
 
 def by_decoding(folder, **options):
-    return with_adapter(tiny_models.llama(), folder, **options)
+    return peft_model.with_adapter(tiny_models.llama(), folder, **options)
 
 
 def by_fusing(folder, **options):
@@ -189,7 +191,7 @@ def test_an_adapter_of_what_the_model_does_not_use_is_reported(tmp_path):
         tmp_path, peft_config(bank, model, None), peft_tensors(bank, 0), base_record(model)
     )
     with pytest.warns(UserWarning, match="no effect: it changes no output for 8 tokens"):
-        with_adapter(model, tmp_path)
+        peft_model.with_adapter(model, tmp_path)
 
 
 def test_fields_that_name_code_are_never_imported(tmp_path, folder):
@@ -210,4 +212,4 @@ def test_an_adapter_of_an_encoder_decoder_is_taken(tmp_path):
     write_adapter(
         tmp_path, peft_config(bank, model, None), peft_tensors(bank, 0), base_record(model)
     )
-    with_adapter(model, tmp_path)
+    peft_model.with_adapter(model, tmp_path)

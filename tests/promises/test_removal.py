@@ -28,7 +28,7 @@ TABLES = (
 )
 COPIED = ("src", "tests", "docs", "benchmarks", "examples")
 # What is about all methods at once: pages, tables of results, and this file.
-ABOUT_ALL = ("tests/promises", "tests/claims")
+ABOUT_ALL = ("tests/promises", "tests/claims", "tests/architectures")
 
 
 def commands_of(wing: str) -> list[str]:

@@ -9,7 +9,6 @@ import pytest
 
 import foretune
 import tiny_models
-from foretune.source_free.unlabelled import Unlabelled
 from foretune.tasks.objectives.classification import Classification
 from foretune.tasks.objectives.prompts import PromptClassification
 from foretune.tasks.splits import carve
@@ -87,8 +86,12 @@ def test_prompts_and_source_free_labels_have_the_same_rule():
     objective = PromptClassification(TOKENIZER).fit(tasks)
     assert objective.labels["a"] == (NFC,)
     assert objective.encode(rows(NFD)[0], "a")["label"] == 0
+
+
+def test_windows_without_training_labels_know_them_by_their_text():
+    unlabelled = pytest.importorskip("foretune.source_free.unlabelled")
     source = Classification(labels={"s": (0, 1)}, space=(0, 1))
-    target = Unlabelled(source=source)
+    target = unlabelled.Unlabelled(source=source)
     row = {"x": [1.0], "y": "1"}
     target.fit(TaskCollection((Task("t", [row], (), [row]),)))
     assert target.encode(row, "t")["label"] == 1

@@ -6,7 +6,6 @@ import pytest
 from tokenizers import Regex, normalizers
 
 import tiny_models
-from foretune.decoding.references import read_references
 from foretune.errors import UserError
 from foretune.tasks.objectives.causal_lm import CausalLM
 from foretune.tasks.objectives.choice import Choice
@@ -24,8 +23,14 @@ def test_a_completion_that_ends_with_the_end_of_text_gets_no_second_one():
         encoded = CausalLM(TOKENIZER).encode(row, "t")
         assert encoded["target"] == TOKENIZER("the cat")["input_ids"][1:]
         assert encoded["target"].count(END) == 1
-        [values] = read_references([row], TOKENIZER).values
-        assert values == encoded["target"]
+
+
+def test_a_completion_of_a_store_ends_alike():
+    references = pytest.importorskip("foretune.decoding.references")
+    for completion in ("the cat", "the cat [SEP]"):
+        row = {"prompt": "a", "completion": completion}
+        [values] = references.read_references([row], TOKENIZER).values
+        assert values == CausalLM(TOKENIZER).encode(row, "t")["target"]
 
 
 def test_a_text_that_ends_with_the_end_of_text_gets_no_second_one():
