@@ -253,8 +253,12 @@ def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
         is_list = isinstance(module, nn.ModuleList) and not isinstance(module, ParametrizationList)
         if is_list and len(module) and not inside:
             lists[name] = module
-    of_blocks = {n: m for n, m in lists.items() if any([*child.children()] for child in m)}
+    of_blocks = {n: m for n, m in lists.items() if any(map(_has_children, m))}
     return of_blocks or lists
+
+
+def _has_children(module: nn.Module | None) -> bool:
+    return module is not None and next(module.children(), None) is not None  # diffusers lists None
 
 
 def _in_decoder(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
