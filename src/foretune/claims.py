@@ -187,7 +187,12 @@ def held() -> bool:
 
 
 def _check_path(out: Path) -> Path:
-    """The folder that `out` names, without links; the folder need not exist."""
+    """The folder that `out` names, without links; the folder need not exist.
+
+    Raises:
+        UserError: It is a link to nothing, a link in a circle, or no folder.
+        OSError: The path cannot be read for another reason.
+    """
     _check_name(out)
     if out.is_symlink() and not out.exists():
         raise UserError(f"{out} is a symbolic link to nothing: remove it, or choose another --out")
@@ -395,7 +400,11 @@ def _lock(folder: Path, out: Path) -> Iterator[None]:
 
 
 def _check_still_there(descriptor: int, folder: Path, out: Path) -> None:
-    """Checks that the marker file was not removed between opening and locking it."""
+    """Checks that the marker file was not removed between opening and locking it.
+
+    Raises:
+        UserError: It was.
+    """
     marker = folder / MARKER_FILE
     if not marker.exists() or marker.stat().st_ino != os.fstat(descriptor).st_ino:
         raise UserError(f"another process has just used {out}: try again")

@@ -209,9 +209,9 @@ def check_file_names(what: str, names: Iterable[str]) -> None:
 
 
 def same_on_disk(name: str) -> str:
-    """A form of a name that is equal for names which some file systems do not tell apart.
+    r"""A form of a name that is equal for names which some file systems do not tell apart.
 
-    >>> same_on_disk("Caf\\u00e9") == same_on_disk("cafe\\u0301")
+    >>> same_on_disk("Caf\u00e9") == same_on_disk("cafe\u0301")
     True
     """
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())

@@ -173,6 +173,7 @@ def damage_named(path: Path) -> Iterator[None]:
 
     Raises:
         UserError: The block raised an exception that is not a `ForetuneError`.
+        ForetuneError: The block raised it.
     """
     try:
         yield

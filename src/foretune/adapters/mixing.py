@@ -132,7 +132,11 @@ class MixedCalls:
     def _mixed(
         self, name: str, again: Call, real: Call, args: Any, kwargs: Any, rows: RowSlots
     ) -> Any:
-        """The output of a call whose rows are of several tasks."""
+        """The output of a call whose rows are of several tasks.
+
+        Raises:
+            UnknownRowsError: A layer does not know which task its rows belong to.
+        """
         entry = self._entries.get(name)
         if entry is None and self._settled:
             return real(*args, **kwargs)
@@ -225,6 +229,7 @@ class _Entry:
 
         Raises:
             UserError: The model cannot be called with them.
+            OutOfMemoryError: The device has too little memory.
         """
         (path, _), dim = next(iter(self._input_dims.items()))
         num_rows = tensors_in((args, kwargs))[path].shape[dim]

@@ -33,6 +33,9 @@ def _end(number: int, _frame: FrameType | None) -> None:
 
     An exception alone would not do: raised within an import or a callback, it may be swallowed. So
     it is raised again until the folder is being given back.
+
+    Raises:
+        KeyboardInterrupt: A folder is claimed.
     """
     claims = sys.modules.get("foretune.claims")
     if claims is not None and claims.held() and not received:

@@ -56,6 +56,7 @@ def with_adapter(base: nn.Module, folder: Path, *, allow_unverified: bool = Fals
     Raises:
         UserError: The adapter is damaged, is of a kind that PEFT itself would not load from its
             folder alone, does not fit its base, or belongs to another one.
+        ForetuneError: As `read_adapter`.
     """
     stored = read_adapter(folder, base, allow_unverified=allow_unverified)
     try:

@@ -185,7 +185,11 @@ class _Table:
         return (tokens[:, None] == self.labels[None]).long().argmax(-1)
 
     def add(self, method: str, log_p: Tensor, seconds: float, *, trains: bool = False) -> None:
-        """Adds the scores of log-probabilities: (n, labels), or (n, 1) of the next token."""
+        """Adds the scores of log-probabilities: (n, labels), or (n, 1) of the next token.
+
+        Raises:
+            ForetuneError: A score is not finite.
+        """
         row: dict[str, Any] = {"method": method, "trains": trains, "seconds": seconds}
         if self.labels is not None:
             classes = self.class_of(self.answers)

@@ -132,7 +132,11 @@ def stored_tensors(folder: Path) -> dict[str, Path]:
 
 
 def _keys(file: Path) -> set[str]:
-    """The names of a file's tensors, and the names that were tied to them on saving."""
+    """The names of a file's tensors, and the names that were tied to them on saving.
+
+    Raises:
+        UserError: It is not a readable safetensors file.
+    """
     try:
         with safetensors.safe_open(file, framework="pt") as stored:
             keys = set(stored.keys())
@@ -158,7 +162,11 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
 def _plain_folder(
     name: str, folder: Path, files: Mapping[str, Path], skeleton: nn.Module
 ) -> Finetuned:
-    """A folder with the weights of a module that is not of transformers; its code is not run."""
+    """A folder with the weights of a module that is not of transformers; its code is not run.
+
+    Raises:
+        UserError: Its weights or its record cannot be read.
+    """
     expected = set(_tensors_of(skeleton))
     for key in (*(expected - set(files)), *(set(files) - expected)):
         where = "it has no" if key in expected else "the base has no"

@@ -226,7 +226,11 @@ class FusedRecord(TypedDict):
 
 
 def _replace_layers(model: nn.Module, record: FusedRecord, routing: Routing, folder: Path) -> None:
-    """Put the layers with experts and the heads of a folder into its base."""
+    """Put the layers with experts and the heads of a folder into its base.
+
+    Raises:
+        ValueError: The record does not fit the base or the tensors.
+    """
     experts = read_tensors(folder / EXPERTS_FILE) if record["layers"] else {}
     heads = read_tensors(folder / HEADS_FILE) if record["heads"] else {}
     num_experts = len(record["names"])

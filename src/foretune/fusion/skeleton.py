@@ -126,7 +126,11 @@ def _vocabulary(skeleton: nn.Module) -> frozenset[str]:
 def _in_class_of_adapters(
     model: nn.Module, tokenizer: Any, base: Source, adapters: Mapping[str, Source]
 ) -> tuple[nn.Module, Any]:
-    """The model, loaded again with a head where the adapters were trained with one."""
+    """The model, loaded again with a head where the adapters were trained with one.
+
+    Raises:
+        UserError: The folder cannot be loaded with that head.
+    """
     classes = {c for source in adapters.values() for c in [_class_of_base(source)] if c is not None}
     needed = classes - {type(model).__name__}
     if not needed:

@@ -72,5 +72,6 @@ def check_texts(tasks: TaskCollection, model: nn.Module) -> Alike:
                     longest = text, row_name(task.name, split, i, example)
     text, where = longest
     if limits.positions is None and text and not reads(model, text) and reads(model, text[:2]):
-        raise too_long(where, len(text), limits.model, None, objective)
+        refusal = too_long(where, len(text), limits.model, None, objective)
+        raise refusal
     return alike

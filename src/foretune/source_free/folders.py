@@ -332,7 +332,11 @@ def _check_fits(model: nn.Module, folder: Path, metadata: Metadata, task: Task, 
 
 
 def _logits(model: nn.Module, windows: Sequence[Any]) -> Tensor:
-    """(n, C) logits of n windows, in eval mode."""
+    """(n, C) logits of n windows, in eval mode.
+
+    Raises:
+        DivergedError: An output is NaN.
+    """
     import numpy as np
     import torch
 

@@ -86,6 +86,9 @@ def _walk(
         root: The folder that the user named.
         splits: The names of splits.
         outer: What the folders above say.
+
+    Raises:
+        UserError: Folders contradict one another, or cannot be read.
     """
     for path in sorted(folder.iterdir()):
         relative = str(path.relative_to(root))

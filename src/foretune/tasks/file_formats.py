@@ -166,7 +166,11 @@ def _shallow(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _separated(path: Path) -> Cells:
-    """The rows of a CSV or TSV file; cells are text, and empty ones are left out."""
+    """The rows of a CSV or TSV file; cells are text, and empty ones are left out.
+
+    Raises:
+        UserError: The file is not one, or a record is malformed; the message names the line.
+    """
     csv.field_size_limit(2**31 - 1)  # the default refuses documents of more than 131,072 characters
     delimiter, kind = ("\t", "TSV") if ".tsv" in path.name.casefold()[-7:] else (",", "CSV")
     with _open(path) as stream:
@@ -260,6 +264,7 @@ def _columnar(batches: Iterator[Any], fault: str) -> Cells:
 
     Raises:
         UserError: Arrow cannot read them; the message begins with `fault`.
+        OSError: The file cannot be read.
     """
     number = 0
     try:

@@ -18,9 +18,9 @@ Label = str | int | float
 
 
 def plain_label(label: Label) -> Label:
-    """The label without what does not tell it from others: a whole number, or stripped text in NFC.
+    r"""The label in the form that tells it from others: a whole number, or stripped text in NFC.
 
-    >>> plain_label(True), plain_label(2.0), plain_label("cafe\\u0301 ") == "caf\\u00e9"
+    >>> plain_label(True), plain_label(2.0), plain_label("cafe\u0301 ") == "caf\u00e9"
     (1, 2, True)
     """
     if isinstance(label, str):

@@ -247,7 +247,8 @@ def scores_after(
     try:
         return learner.score(data, split, max_rows)
     except DivergedError as error:
-        raise _diverged(f"{error} after step {step}", learner, run) from error
+        diverged = _diverged(f"{error} after step {step}", learner, run)
+        raise diverged from error
 
 
 def _check_weights(learner: Learner, partition: Partition, step: int, run: Run) -> None:

@@ -69,7 +69,8 @@ class TextLimits:
         """
         for ids in self.texts(row, objective):
             if self.positions is not None and len(ids) > self.positions:
-                raise too_long(where, len(ids), self.model, self.positions, objective)
+                refusal = too_long(where, len(ids), self.model, self.positions, objective)
+                raise refusal
             if self.embeddings is not None and max(ids, default=0) >= self.embeddings:
                 token = max(ids)
                 named = objective.tokenizer.convert_ids_to_tokens(token)
