@@ -91,7 +91,8 @@ def output_folder(
             for place in (beside, target):
                 if (place / MARKER_FILE).is_file():
                     locks.enter_context(_lock(place, out))
-            used, interrupted = is_used(out), _is_interrupted(beside, kind, at_once=at_once)
+            used = is_used(out)
+            interrupted = _is_interrupted(beside, kind, resume=resume, at_once=at_once)
             if used or (interrupted and not resume):
                 _check_used(
                     out,
@@ -234,10 +235,13 @@ def _recover(target: Path) -> None:
                 aside.rename(target)
 
 
-def _is_interrupted(beside: Path, kind: str, *, at_once: bool) -> bool:
-    """Whether an interrupted overwriting left results that may still be wanted."""
+def _is_interrupted(beside: Path, kind: str, *, resume: bool, at_once: bool) -> bool:
+    """Whether an interrupted overwriting left what is to be continued, or results.
+
+    Before its first result there is nothing to lose, but `--resume` means it, not the older result.
+    """
     manifest = read_manifest(beside)
-    if manifest is None or not _holds_results(beside):
+    if manifest is None or not (resume or _holds_results(beside)):
         return False
     return not at_once or manifest.kind != kind
 

@@ -263,6 +263,22 @@ def test_interrupted_overwriting_leaves_the_old_result_and_is_resumed(tmp_path: 
     assert contents(tmp_path) == {f"out/{name}": text for name, text in NEW.items()}
 
 
+def test_overwriting_killed_before_its_first_result_is_what_resume_continues(
+    tmp_path: Path,
+) -> None:
+    out = make(tmp_path / "out")
+
+    def begin() -> None:
+        with output_folder(out, "run", overwrite=True) as folder:
+            write_whole(folder / "config.yaml", "x")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    in_a_fork(begin)
+    assert contents(out) == OLD
+    with output_folder(out, "run", resume=True) as folder:
+        assert contents(folder) == {"config.yaml": "x"}  # not the older result
+
+
 @both
 def test_overwriting_again_after_an_interruption_starts_over(tmp_path: Path, at_once: bool) -> None:
     out = make(tmp_path / "out", at_once=at_once)

@@ -107,9 +107,6 @@ def kill(number: int, moment: float, seconds: float, undisturbed: dict[str, Any]
     left = sorted(path.name for path in (beside if beside.is_dir() else out).glob("*"))
     again = {"overwrite": True} if overwrite and not beside.is_dir() else {"resume": True}
     resumed = child(lambda: run_recipe(recipe(str(out)), **again))
-    if overwrite and not resumed and result(out) == old:
-        # Killed before its first result: --resume refuses the older one, which had other settings.
-        resumed = child(lambda: run_recipe(recipe(str(out)), overwrite=True))
     same = resumed and result(out) == undisturbed
     clean = not beside.exists() and not list(out.rglob(".unfinished-*"))
     shutil.rmtree(out)
