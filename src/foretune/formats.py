@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from foretune.errors import ForetuneError, UserError
+from foretune.printable import in_one_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -114,7 +115,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (SafetensorError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = in_one_line(str(error))
         raise UserError(f"{path} is not a readable safetensors file: {reason}") from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -134,7 +135,7 @@ def load_tensors(model: nn.Module, path: Path) -> None:
     try:
         load_model(model, str(path))
     except RuntimeError as error:
-        reason = shortened_text(" ".join(str(error).split()))
+        reason = shortened_text(in_one_line(str(error)))
         raise UserError(f"{path} does not fit the files beside it: {reason}") from error
 
 
@@ -180,7 +181,7 @@ def damage_named(path: Path) -> Iterator[None]:
     except ForetuneError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = in_one_line(str(error))
         if "allocate" in reason or isinstance(error, MemoryError):
             reason = "it asks for more memory than there is"
         raise UserError(

@@ -13,6 +13,7 @@ from foretune.adapters.stored_adapter import StoredAdapter, read_adapter, read_c
 from foretune.errors import ForetuneError, UserError
 from foretune.files import ADAPTER_CONFIG_FILE
 from foretune.models.loading import load_model
+from foretune.printable import in_one_line
 
 
 def load_generator(
@@ -64,7 +65,7 @@ def with_adapter(base: nn.Module, folder: Path, *, allow_unverified: bool = Fals
     except ForetuneError:
         raise
     except Exception as error:  # whatever a value in its config makes of PEFT
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(str(error))[:200]
         raise UserError(f"the adapter {folder} does not fit its base: {reason}") from error
     notes = stored.notes if stored.is_zero else [*stored.notes, *_notes_on_effect(model, folder)]
     for note in notes:

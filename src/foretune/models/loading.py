@@ -38,6 +38,7 @@ from foretune.models.surgery import (
     named_labels,
 )
 from foretune.models.trusted_code import check_named_file, is_trusted, remember
+from foretune.printable import in_one_line
 
 Head = Literal["none", "classification", "causal-lm", "seq2seq", "image-classification"]
 AUTO_CLASSES = {
@@ -334,7 +335,7 @@ def _load_plain(folder: Path, trusted: bool) -> nn.Module:
     try:
         safetensors.torch.load_model(model, str(weights))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(str(error))[:200]
         raise UserError(f"{weights} does not fit {fields['file']}: {reason}") from error
     check_fingerprint(folder, model)
     return model

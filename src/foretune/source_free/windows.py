@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
+from foretune.printable import in_one_line
 from foretune.tasks.example import SPLITS
 from foretune.tasks.readers import Row, read_rows
 from foretune.tasks.rows import example_of, split_of
@@ -107,7 +108,7 @@ def _read_pt(path: Path, split: str) -> list[Row]:
         *(RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError, IndexError),
         pickle.UnpicklingError,
     ) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = in_one_line(str(error))[:160]
         raise UserError(
             f"{path} is not a dict of tensors samples and labels: {type(error).__name__}: {reason}"
         ) from error
