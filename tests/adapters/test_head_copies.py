@@ -232,6 +232,37 @@ def test_the_head_of_an_absent_task_does_not_move():
         assert not any(moved) if slot == 1 else all(moved)
 
 
+def test_heads_in_one_pass_follow_autocast():
+    model = built(ONE_PASS["linear"]).float()
+    bank = bank_of(model).float()
+    inputs = {"x": inputs_for(model, 5)["x"].float()}
+    outputs = []
+    for one_pass in (True, False):
+        if not one_pass:
+            bank._head("head").inner = {}
+        with bank.attached(), route((0, 1, 1, 2, 1)), torch.autocast("cpu", torch.bfloat16):
+            outputs.append(model(**inputs))
+    assert outputs[0].dtype == torch.bfloat16
+    torch.testing.assert_close(*outputs)
+
+
+def test_gradients_of_parts_of_a_batch_add_up():
+    model = built(ONE_PASS["RoBERTa"])
+    bank = bank_of(model)
+    inputs, slots = inputs_for(model, 6), (2, 0, 0, 2, 2, 0)
+    grads = []
+    for parts in ([slice(6)], [slice(3), slice(3, 6)], [slice(1), slice(1, 6)]):
+        bank.zero_grad()
+        for part in parts:
+            with bank.attached(), route(slots[part]):
+                output = outputs_of(model, {k: v[part] for k, v in inputs.items()})
+            output.square().sum().backward()
+        grads.append([p.grad for p in bank.parameters()])
+    for whole, *split in zip(*grads, strict=True):
+        for grad in split:
+            torch.testing.assert_close(grad, whole)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_padded_blocks_give_each_vector_its_own_product(seed):
     rng = np.random.default_rng(seed)

@@ -28,7 +28,7 @@ from foretune.models.row_dims import RowDims
 from foretune.models.row_dropout import draws_of_parts
 from foretune.models.surgery import batch_norms
 
-_LOCK = threading.RLock()  # a call exchanges the module's parameters for those of a slot
+_LOCK = threading.RLock()  # a call exchanges the module's parameters or its layers' forwards
 
 
 class HeadCopies(nn.Module):
@@ -91,10 +91,8 @@ class HeadCopies(nn.Module):
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             rows = rows_for_adapters()
-            if rows is None:
-                return plain(module, *args, **kwargs)
             with _LOCK:
-                if self._running:
+                if rows is None or self._running:
                     return plain(module, *args, **kwargs)
                 self._running = True
                 try:
