@@ -8,8 +8,8 @@ arXiv:2410.22264.
 
     symbol   here           meaning
     W        model          weights that all tasks share, all of them trained
-    θ_t      bank slot t    adapter of task t: LoRA factors (A_t, B_t), the task's own head, or a
-                            sparse change S_t
+    θ_t      bank slot t    adapter of task t: LoRA factors (A_t, B_t), the task's own head, both,
+                            or a sparse change S_t
 
 W and all θ_t descend together. By the envelope theorem the gradient of the inner minimum with
 respect to W is the partial gradient at the current θ_t, so there is no second-order term. θ_t
@@ -20,6 +20,8 @@ Deviations:
       takes one task after the other, their vision code sums over the tasks; the round robin is
       `tasks_per_step=1`.
     - The adapters have a separate learning rate; the authors' code has one for both.
+    - A step's loss weights its tasks equally, not their examples (Σ_j): a task with many rows does
+      not pull the base harder than one with few. With equally many rows per task it is the same.
     - A step on one task moves only that task's adapter.
 Beyond the paper, all off by default:
     - `penalty` (λ ‖B_t A_t‖²; λ → ∞ is standard retraining) and `adapter_dropout` (a share of the
@@ -37,8 +39,9 @@ Beyond the paper, all off by default:
       The selection is SaRA's (Hu et al., arXiv:2409.06633, eq. 2), without its nuclear term and its
       reselection. S_t starts at zero.
 Silent in the paper:
-    - Whether heads are shared; the authors' language code has one per task. Here each task has its
-      own head where the tasks' label sets differ, and with `heads="per-task"`.
+    - Whether heads are shared beside LoRA adapters; the authors' language code has one per task.
+      Here each task has its own head where the tasks' label sets differ, and with forms
+      "last-layer" (the paper's Last-Layer-ML) and "both".
 """
 
 from __future__ import annotations
@@ -83,12 +86,10 @@ class PEFTML(RetrainMethod):
 
     Args:
         learning_rate: Learning rate of the base.
-        adapter_learning_rate: Learning rate of the adapters and of per-task heads.
-        form: Kind of adapter: "lora"; "last-layer" for one head per task; "sparse" for a change
-            per task at the smallest entries.
-        heads: "shared" for one head over the labels of all tasks, where their label sets are the
-            same; "per-task" for one head per task in addition to its adapter (where the model has
-            no head, a copy of its last linear layer).
+        adapter_learning_rate: Learning rate of the adapters and of the tasks' own heads.
+        form: What a task has of its own: "lora" adapters; "last-layer" for a head (where the model
+            has none, a copy of its last linear layer); "both"; "sparse" for a change at the
+            smallest entries.
         lora: A `peft.LoraConfig` or a mapping of its fields. Without `target_modules`, every
             trainable linear layer of the model is adapted. With form "sparse" it only selects the
             layers.
@@ -106,8 +107,7 @@ class PEFTML(RetrainMethod):
 
     learning_rate: float = 1e-4
     adapter_learning_rate: float = 1e-3
-    form: Literal["lora", "last-layer", "sparse"] = "lora"
-    heads: Literal["shared", "per-task"] = "shared"
+    form: Literal["lora", "last-layer", "both", "sparse"] = "lora"
     lora: Any = field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
     fraction: float = 0.1
     penalty: float = 0.0
@@ -123,8 +123,7 @@ class PEFTML(RetrainMethod):
     def __post_init__(self) -> None:
         check_positive("learning_rate", self.learning_rate)
         check_positive("adapter_learning_rate", self.adapter_learning_rate)
-        check_one_of("form", self.form, ("lora", "last-layer", "sparse"))
-        check_one_of("heads", self.heads, ("shared", "per-task"))
+        check_one_of("form", self.form, ("lora", "last-layer", "both", "sparse"))
         object.__setattr__(self, "lora", lora_fields(self.lora))
         check_positive("fraction", self.fraction)
         check_fraction("fraction", self.fraction)
@@ -152,8 +151,6 @@ class PEFTML(RetrainMethod):
         from foretune.training.learners.joint import make_bank
         from foretune.training.learners.peft_ml import PEFTMLLearner
 
-        lora = None if self.form == "last-layer" else self.lora
-        per_task_heads = lora is None or self.heads == "per-task"
         return PEFTMLLearner(
             model,
             objective,
@@ -162,9 +159,9 @@ class PEFTML(RetrainMethod):
                 objective,
                 keys,
                 run.seed,
-                lora=lora,
+                lora=None if self.form == "last-layer" else self.lora,
                 sparse=self.fraction if self.form == "sparse" else None,
-                head_copies=per_task_heads,
+                head_copies=self.form in ("last-layer", "both"),
             ),
             learning_rate=self.learning_rate,
             bank_learning_rate=self.adapter_learning_rate,
