@@ -201,7 +201,7 @@ ADAPTED: Cases = {
 RESUMED: dict[str, Callable[..., Any]] = {
     "resumed": lambda **more: retrain(PEFT, **more),
     "resumed-one-a-step": lambda **more: retrain(PEFT, tasks_per_step=1, **more),
-    "resumed-pooled": lambda **more: retrain(PER_TASK, **more),
+    "resumed-pooled": lambda **more: retrain(POOLED, **more),
     "sharded-resumed": lambda **more: retrain(PEFT, **more),
     "resumed-adapt": lambda **more: adapt(LORA_ADAPT, tasks_per_wave=2, **more),
 }

@@ -158,7 +158,8 @@ def test_the_network_itself_is_routed_again_after_a_bare_step():
         ({"adapter_dropout": 1.5}, "adapter_dropout"),
         ({"restart_every": 0}, "restart_every"),
         ({"interpolate": "half"}, "interpolate"),
-        ({"form": "last-layer", "penalty": 1.0}, "last-layer"),
+        ({"form": "last-layer", "adapter_dropout": 0.5}, "last-layer"),
+        ({"penalty_towards": "median"}, "penalty_towards must be one of zero, mean"),
     ],
 )
 def test_bad_values_are_named(fields, word):

@@ -24,9 +24,13 @@ Deviations:
       not pull the base harder than one with few. With equally many rows per task it is the same.
     - A step on one task moves only that task's adapter.
 Beyond the paper, all off by default:
-    - `penalty` (λ ‖B_t A_t‖²; λ → ∞ is standard retraining) and `adapter_dropout` (a share of the
-      steps trains the base without adapters; 1 is standard retraining) lead from PEFT-ML to its
-      control.
+    - `penalty` (λ ‖B_t A_t − C‖², and λ ‖w_t − c‖² for the weights of a task's own head, not its
+      biases) and `adapter_dropout` (a share of the steps trains the base without adapters; 1 is
+      standard retraining) lead from PEFT-ML to its control. The centres C and c are zero, or with
+      `penalty_towards="mean"` the means over the seen tasks; then, and for LoRA with either, λ → ∞
+      is standard retraining.
+    - After retraining with a head per task and the same labels, the base's head is the mean of the
+      tasks' heads, so that the base answers before it is adapted.
     - `restart_every`: an unseen task starts from a fresh adapter and takes few steps, so the seen
       tasks do too.
     - `interpolate`: W + α (W_ML − W), which keeps more of the pretrained model (Wortsman et al.,
@@ -95,8 +99,10 @@ class PEFTML(RetrainMethod):
             layers.
         fraction: With form "sparse", share of the adapted layers' entries, the smallest in
             absolute value, that a task changes.
-        penalty: λ of λ · Σ ‖s·B_t A_t‖²_F over the adapted layers, added to each task's loss;
-            with form "sparse" of λ · Σ ‖S_t‖²_F.
+        penalty: λ of λ · Σ ‖s·B_t A_t − C‖²_F over the adapted layers, added to each task's loss;
+            with form "sparse" of λ · Σ ‖S_t − C‖²_F, with a head of λ · Σ ‖w_t − c‖²_F over its
+            weight matrices, with "both" of both.
+        penalty_towards: "zero" for C = 0 and c = 0; "mean" for the means over the seen tasks.
         adapter_dropout: Share of the steps that train the base without LoRA or sparse adapters.
         restart_every: Mean number of steps after which a task's adapter is re-initialised; the
             adapters then keep their full learning rate, as in adapting. None for never.
@@ -111,6 +117,7 @@ class PEFTML(RetrainMethod):
     lora: Any = field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
     fraction: float = 0.1
     penalty: float = 0.0
+    penalty_towards: Literal["zero", "mean"] = "zero"
     adapter_dropout: float = 0.0
     restart_every: int | None = None
     interpolate: float = 1.0
@@ -128,14 +135,15 @@ class PEFTML(RetrainMethod):
         check_positive("fraction", self.fraction)
         check_fraction("fraction", self.fraction)
         check_at_least("penalty", self.penalty, 0)
+        check_one_of("penalty_towards", self.penalty_towards, ("zero", "mean"))
         check_fraction("adapter_dropout", self.adapter_dropout)
         check_int("restart_every", self.restart_every, 1, optional=True)
         check_fraction("interpolate", self.interpolate)
         check_fraction("average", self.average)
-        if self.form == "last-layer" and (self.penalty or self.adapter_dropout):
+        if self.form == "last-layer" and self.adapter_dropout:
             raise UserError(
-                "penalty and adapter_dropout apply to LoRA or sparse adapters, which form "
-                "last-layer does not have: leave them at 0, or use form lora"
+                "adapter_dropout applies to LoRA or sparse adapters, which form last-layer does "
+                "not have: leave it at 0, or use form lora or both"
             )
 
     @property
@@ -148,9 +156,16 @@ class PEFTML(RetrainMethod):
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        from foretune.training.learners.joint import make_bank
+        from foretune.training.learners.joint import labels_differ, make_bank
         from foretune.training.learners.peft_ml import PEFTMLLearner
 
+        own_heads = self.form in ("last-layer", "both")
+        towards_mean = self.penalty_towards == "mean"
+        if self.penalty and towards_mean and own_heads and labels_differ(objective):
+            raise UserError(
+                "penalty_towards mean pulls the tasks' heads to their mean, but the tasks have "
+                "different labels: use penalty_towards zero, or form lora"
+            )
         return PEFTMLLearner(
             model,
             objective,
@@ -161,11 +176,13 @@ class PEFTML(RetrainMethod):
                 run.seed,
                 lora=None if self.form == "last-layer" else self.lora,
                 sparse=self.fraction if self.form == "sparse" else None,
-                head_copies=self.form in ("last-layer", "both"),
+                head_copies=own_heads,
             ),
             learning_rate=self.learning_rate,
             bank_learning_rate=self.adapter_learning_rate,
             penalty=self.penalty,
+            penalised_heads=own_heads,
+            towards_mean=towards_mean,
             adapter_dropout=self.adapter_dropout,
             restart_every=self.restart_every,
         )

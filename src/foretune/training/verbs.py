@@ -134,6 +134,8 @@ def _retrain_in(
                 model = load_full_weights(fresh_copy(pretrained, objective, run.seed), model)
                 if learner is not None and learner.bank is not None:
                     learner.bank.onto(model)
+            if learner is not None:
+                learner.settle(model)
             fresh_head = has_other_labels(pretrained, objective)
             interpolate(model, pretrained, share, fresh_head=fresh_head)
         else:
