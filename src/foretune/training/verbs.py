@@ -134,6 +134,8 @@ def _retrain_in(
                 model = load_full_weights(fresh_copy(pretrained, objective, run.seed), model)
                 if learner is not None and learner.bank is not None:
                     learner.bank.onto(model)
+            if learner is not None:
+                learner.settle(model)
             fresh_head = has_other_labels(pretrained, objective)
             interpolate(model, pretrained, share, fresh_head=fresh_head)
         else:
@@ -236,8 +238,7 @@ def _train(
     learner.average = method.average
     if learner.average:  # the averaged weights must still move: the rate must not fall to zero
         budget = budget.replace(schedule="constant")
-    by_rows = method.pooled and learner.bank is None
-    partition = replace(partition, by_rows=by_rows, sharded=base_is_sharded())
+    partition = replace(partition, by_rows=method.pooled, sharded=base_is_sharded())
     record = fit(learner, data, sampler, budget, progress=progress, partition=partition)
     adapters = 0 if learner.bank is None else learner.bank.parameters_per_slot * len(data)
     cost = {key: record[key] for key in ("tokens", "examples", "validation_tokens")}

@@ -157,6 +157,15 @@ class Learner:
                 weight_decay=run.weight_decay,
             )
 
+    def settle(self, model: nn.Module) -> None:
+        """Puts into the base what the tasks' own parameters leave there; by default nothing.
+
+        All processes call it.
+
+        Args:
+            model: The base, or a copy of it.
+        """
+
     def stop(self) -> None:
         """Frees what only training needs: optimisers, mean weights, and the tasks' examples."""
         self.base_optimizer = self.bank_optimizer = None
@@ -418,9 +427,14 @@ def make_bank(
         head_copies: Also give each slot a head where the label sets are the same; it then starts
             as a copy of the base's.
     """
-    labels_differ = objective.num_outputs() is not None and objective.shared() is not objective
+    fresh = labels_differ(objective)
     head_copies = head_copies or getattr(model, "head_per_task", False)
-    heads = head_modules(model) if labels_differ or head_copies else []
+    heads = head_modules(model) if fresh or head_copies else []
     return AdapterBank(
-        model, keys, lora=lora, sparse=sparse, heads=heads, fresh_heads=labels_differ, seed=seed
+        model, keys, lora=lora, sparse=sparse, heads=heads, fresh_heads=fresh, seed=seed
     )
+
+
+def labels_differ(objective: Objective) -> bool:
+    """Whether the outputs of a head stand for other labels in each task."""
+    return objective.num_outputs() is not None and objective.shared() is not objective
