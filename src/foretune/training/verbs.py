@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from foretune.adapters.basis_file import load_basis, set_basis
 from foretune.adapters.fingerprint import base_record
 from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
@@ -59,6 +60,7 @@ from foretune.training.resume import (
     save_wave,
 )
 from foretune.training.scoring import score_slots
+from foretune.training.seen_basis import basis_of_bank
 from foretune.training.sharding import load_full_weights
 from foretune.training.shots import draw_shots
 from foretune.training.stopping import EarlyStopping
@@ -145,9 +147,15 @@ def _retrain_in(
     is_named = learner is not None or answers(model, objective) or has_drawn_head(pretrained)
     if objective.shared().space is not None and is_named:
         name_outputs(model, objective.space or ())
+    bank = learner.bank if learner and method.keeps_adapters else None
+    if finished is not None and run.out is not None:
+        basis = load_basis(run.out / "base")
+    else:
+        basis = None if bank is None else basis_of_bank(bank, partition, objective)
+    set_basis(model, basis)
     outcome = Outcome(
         model=model.eval(),
-        bank=learner.bank if learner and method.keeps_adapters and partition.slots else None,
+        bank=bank if partition.slots else None,
         method=method,
         run=run if run.out is None else run.replace(out=Path(final_path(run.out))),
         objective=objective,
@@ -157,6 +165,7 @@ def _retrain_in(
         validation_score=record["validation_score"] if share == 1 else None,
         cost=record["cost"] if finished is not None else group.total_cost(cost) | record["cost"],
         tasks=data.keys,
+        basis=basis,
         inputs=inputs,
     )
     if run.out is not None:
@@ -370,11 +379,7 @@ def _adapt_wave(
     requires_grad = {p: p.requires_grad for p in base.parameters()}
     torch.manual_seed(run.seed)
     learner: Learner = method.learner(base, objective, data.keys, run)
-    per_task = (
-        sum(p.numel() for p in learner.base)
-        if learner.bank is None
-        else (learner.bank.parameters_per_slot)
-    )
+    per_task = learner.parameters_per_task
     stopping = EarlyStopping(learner, run.patience) if run.patience else None
     sampler = sampler_for(data, run, pooled=method.pooled)
     record = fit(learner, data, sampler, run, validate=False, stopping=stopping, progress=progress)
