@@ -108,6 +108,11 @@ class Classification(Objective):
         return tuple(label if label_text(label) in places else None for label in self.space)
 
     @override
+    def common_labels(self) -> tuple[str, ...] | None:
+        label_sets = {self.space} if self.space is not None else set(self.labels.values())
+        return tuple(map(label_text, *label_sets)) if len(label_sets) == 1 else None
+
+    @override
     def fit(self, tasks: TaskCollection) -> Self:
         """Learns each task's labels from its training examples.
 

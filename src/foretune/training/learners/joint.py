@@ -94,6 +94,13 @@ class Learner:
         """Whether the base is sharded over the processes."""
         return self.partition is not None and self.partition.sharded
 
+    @property
+    def parameters_per_task(self) -> int:
+        """Number of parameters that are trained for each task, or for the only one."""
+        if self.bank is not None:
+            return self.bank.parameters_per_slot
+        return sum(p.numel() for p in self.base)
+
     def place(self, device: torch.device, partition: Partition) -> None:
         """Moves everything to the device; shards the base if the partition says so.
 
