@@ -22,6 +22,7 @@ from foretune.models.loading import save_base
 from foretune.models.packing import packed
 from foretune.models.recompute import recomputed, recomputed_on_route
 from foretune.models.row_dropout import RowDropout, only_known_recomputation
+from foretune.models.sentence_cache import embedding_with
 from foretune.models.surgery import batch_norms, head_modules, name_outputs
 from foretune.run import Run
 from foretune.tasks.batch import Batch
@@ -210,6 +211,7 @@ class Learner:
         """
         adapted = [] if self.bank is None else self.bank.adapted_names
         with contextlib.ExitStack() as stack:
+            stack.enter_context(embedding_with(self.model))
             if not self.sharded:  # it calls the model more often in some processes
                 stack.enter_context(frozen_prefix(self.model, adapted))
             if self.recompute:
