@@ -12,19 +12,13 @@ from foretune.files import CARD_FILE, COMPARISON_FILE, write_whole
 from foretune.formats import COMPARISON, SPECTRUM, damage_named, read_json, stamped
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.folder import check_inputs, run_folder, write_run_record
+from foretune.recipes.adapting import choose_adapting, plan_of
+from foretune.recipes.folder import check_inputs, run_folder, write_json, write_run_record
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.model_card import model_card
 from foretune.recipes.schema import MethodEntry, Recipe
 from foretune.recipes.setup import Setup, need_unseen, set_up
-from foretune.recipes.stages import (
-    base_folder,
-    retrain,
-    retrain_stage,
-    search_rate,
-    total_cost,
-    write_json,
-)
+from foretune.recipes.stages import base_folder, base_stage, make_base, total_cost
 
 SPECTRUM_FILE = "spectrum.json"
 
@@ -68,14 +62,11 @@ def run_recipe(
 
 
 def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
-    first = setup = set_up(recipe, console)
-    tasks = [*first.all_seen, *need_unseen(first)]
-    check_inputs(out, first.model, tasks, first.tokenizer)
+    first = set_up(recipe, console)
+    check_inputs(out, first.model, [*first.all_seen, *need_unseen(first)], first.tokenizer)
     repeats: list[dict[str, Any]] = []
-    for seed in range(recipe.seeds):
-        if seed and recipe.tasks.rotate:
-            setup = set_up(recipe, console, repeat=seed)
-        stages = retrain_all(setup, out, seed, console)
+    for seed, setup in enumerate(_setups(first, console)):
+        stages = {e.name: base_stage(setup, e, seed, out, console) for e in recipe.entries}
         repeats.append(compare_repeat(setup, out, seed, stages, console))
     with damage_named(out / "repeats"):
         comparison = merge_repeats(repeats, first.turns)
@@ -89,15 +80,16 @@ def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
     return comparison
 
 
-def retrain_all(setup: Setup, out: Path, seed: int, console: Console) -> dict[str, dict[str, Any]]:
-    """Retrains with all methods under one random seed: {name: record of the stage}."""
-    stages = {}
-    for entry in setup.recipe.entries:
-        # With tasks.rotate, each turn has its own search: its unseen tasks must not choose a rate.
-        turn = f"turn-{seed}" if setup.recipe.tasks.rotate else ""
-        rate, searched = search_rate(setup, entry, out / "bases" / entry.name / turn, console)
-        stages[entry.name] = retrain_stage(setup, entry, seed, out, rate, searched, console)
-    return stages
+def _setups(first: Setup, console: Console) -> Iterator[Setup]:
+    """The setup of each repeat, after that of the first."""
+    seeds = range(1, first.recipe.seeds)
+    if first.recipe.tasks.rotate:
+        yield first
+        for seed in seeds:
+            yield set_up(first.recipe, console, turn=seed)
+        return
+    # All at once, so that mistakes are reported before anything is trained.
+    yield from [first, *(first.for_repeat(seed) for seed in seeds)]
 
 
 def retrain_one(
@@ -138,15 +130,13 @@ def retrain_one(
     ) as folder:
         setup = set_up(recipe, console)
         check_inputs(folder, setup.model, setup.all_seen, setup.tokenizer)
-        rate, searched = search_rate(setup, entry, folder, console)
-        record = entry.record(rate)
-        run = recipe.retrain_run(out=folder, resume=True)
-        outcome = retrain(setup, setup.seen, record, run, console, name)
+        outcome, _, trials = make_base(setup, entry, 0, folder, console)
+        choose_adapting(setup, name, 0, folder, console)
     return {
         "base": str(out / "base"),
-        "method": record.to_dict(),
+        "method": outcome.method.to_dict(),
         "validation_score": outcome.validation_score,
-        "searched": searched,
+        "searched": trials,
         "cost": total_cost(outcome),
     }
 
