@@ -33,6 +33,7 @@ def fit(
     stopping: EarlyStopping | None = None,
     progress: Progress | None = None,
     partition: Partition | None = None,
+    at_step: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Trains the learner and leaves it in its best validated state.
 
@@ -47,6 +48,7 @@ def fit(
         stopping: Stops slots, each by its own validation examples.
         progress: Called after every update.
         partition: This process's part of the training; None for all of it.
+        at_step: Called with the number of updates so far: before the first, and after each.
 
     Returns:
         "history": one dict per validation (step, loss, score); "best_step", "best_score": None
@@ -80,6 +82,8 @@ def fit(
     losses: list[float] = []
     learner.model.train()
     with learner.ready():
+        if at_step is not None and record["step"] == 0:
+            at_step(0)
         for update in range(record["step"], num_updates):
             seed = run.seed * 1_000_003 + update
             torch.manual_seed(seed)
@@ -111,6 +115,8 @@ def fit(
                         update + 1, learner, data, "validation", run.eval_rows, run
                     )
                     stopping.update(update + 1, scores)
+            if at_step is not None:
+                at_step(update + 1)
             if progress is not None:
                 progress(
                     update + 1,

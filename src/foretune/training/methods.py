@@ -90,10 +90,16 @@ class AdaptMethod(Method, Protocol):
 
     Attributes:
         pooled: As `RetrainMethod`; a method that adapts draws from each task separately.
+        starts_at_base: Whether a task that has taken 0 steps gets the base's own predictions.
     """
 
     verb: ClassVar[str] = "adapt"
     pooled: ClassVar[bool] = False
+    starts_at_base: ClassVar[bool] = True
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the base has what the method adapts with, beside its weights."""
+        return True
 
     @property
     def learning_rate(self) -> float | None:

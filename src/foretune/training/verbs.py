@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,32 +11,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from foretune.adapters.fingerprint import base_record
-from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
 from foretune.files import RUN_FILE, write_whole
 from foretune.manifest import final_path
 from foretune.method import check_verb
-from foretune.models.checkpoint import unstored_modules
-from foretune.models.surgery import head_width, name_outputs
+from foretune.models.surgery import name_outputs
 from foretune.processes import base_is_sharded
 from foretune.run import Run
-from foretune.tasks.objectives import settings_of
 from foretune.tasks.task import Objective, TaskCollection
+from foretune.training.adapting import Adaptation, adapt_in, check_path
 from foretune.training.checkpoint import CheckpointStore
-from foretune.training.data import SlotRows, TaskData, sampler_for
+from foretune.training.data import TaskData, sampler_for
 from foretune.training.learners.joint import Learner
-from foretune.training.loop import Progress, check_device, fit, scores_after
+from foretune.training.loop import Progress, check_device, fit
 from foretune.training.methods import AdaptMethod, RetrainMethod
 from foretune.training.model_copies import (
     answers,
-    copy_to_adapt,
     fresh_copy,
     has_drawn_head,
     has_other_labels,
     interpolate,
 )
-from foretune.training.outcome import Adapted, Outcome, folder_names, labels_of
+from foretune.training.outcome import Adapted, Outcome
 from foretune.training.process_group import (
     Partition,
     check_layers,
@@ -46,22 +41,15 @@ from foretune.training.process_group import (
     peer_errors,
     process_group,
 )
-from foretune.training.record import free_memory, metered
+from foretune.training.record import metered
 from foretune.training.resume import (
-    SavedTask,
-    TaskDraw,
     begin,
     claimed,
-    collect_scores,
     inputs_of,
-    inputs_to_adapt,
     load_finished,
-    save_wave,
 )
 from foretune.training.scoring import score_slots
 from foretune.training.sharding import load_full_weights
-from foretune.training.shots import draw_shots
-from foretune.training.stopping import EarlyStopping
 from foretune.training.text_limits import TextLimits
 
 
@@ -98,6 +86,8 @@ def retrain(
     check_verb(method, "retrain")
     check_device(run.device)
     objective_of(tasks)
+    if run.steps < 1:
+        raise UserError(f"steps must be at least 1 to retrain, got {run.steps}")
     retrain_in = _retrain_chosen if method.chooses else _retrain_in
     with claimed(run, "retrain", group) as run:
         return retrain_in(model, tasks, method, run, tokenizer, progress)
@@ -254,6 +244,7 @@ def adapt(
     shots: int | None = None,
     draws: int = 1,
     split: str = "test",
+    score_at: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> Adapted:
     """Adapts the model to each of many unseen tasks; adapters of many tasks train at once.
@@ -267,10 +258,14 @@ def adapt(
         method: An adapting method such as `foretune.LoRA()`.
         run: Random seed, budget, precision, folder; None for the defaults of `Run`.
             `tasks_per_wave` limits how many tasks are adapted at the same time; all of these are
-            in every step, `tasks_per_step` is ignored.
+            in every step, `tasks_per_step` is ignored. 0 steps leave every task where the method
+            starts.
         shots: Training examples per task (per class for a classification); None for all.
         draws: Independent draws of the shots, with one adapter each.
         split: The split that the adapted models are scored on.
+        score_at: Steps after which all tasks are also scored (`Adapted.path`), 0 for before the
+            first; this changes nothing else. With a constant learning rate and no warmup, the score
+            after s steps is that of a run of s steps.
         progress: Called with (update, num_updates, figures) after every update, wave by wave.
 
     Returns:
@@ -285,122 +280,19 @@ def adapt(
     run, group = run or Run(), process_group()
     check_verb(method, "adapt")
     check_device(run.device)
+    check_path(score_at, run)
     objective = objective_of(tasks).fit(tasks).bind(model)
     with claimed(run, "adapt", group) as run:
-        return _adapt_in(
-            model, tasks.with_objective(objective), method, run, shots, draws, split, progress
+        how = Adaptation(
+            method=method,
+            run=run,
+            shots=shots,
+            draws=draws,
+            split=split,
+            score_at=score_at,
+            progress=progress,
         )
-
-
-def _adapt_in(
-    model: nn.Module,
-    tasks: TaskCollection,
-    method: AdaptMethod,
-    run: Run,
-    shots: int | None,
-    draws: int,
-    split: str,
-    progress: Progress | None,
-) -> Adapted:
-    """Adapts in a folder that is claimed, or in memory."""
-    group, out = process_group(), run.out
-    eval_every = run.eval_every if run.patience else 0
-    run = run.replace(out=None, eval_every=eval_every, tasks_per_step=None)
-    base = model
-    model, objective = copy_to_adapt(base, objective_of(tasks), run.seed)
-    check_model(group, model)
-    limits = TextLimits.of(base, objective)
-    slots = list(draw_shots(tasks, objective.kind, shots, draws, run.seed))
-    task_draws = [(slot.task, slot.draw) for slot in slots]
-    saved: dict[TaskDraw, SavedTask] = {}
-    if out is not None:
-        # Tasks may be added later, and labels with them, so the settings leave labels out.
-        inputs = {"shots": shots, "split": split, "objective": settings_of(objective)}
-        inputs |= inputs_to_adapt(base, model, tasks, objective)
-        saved = group.on_first_process(lambda: _begin_adapting(out, method, run, inputs))
-        slots = [slot for slot in slots if (slot.task, slot.draw) not in saved]
-    partition = partition_slots(
-        group, TaskData(slots, objective, limits), run.batch_size, len(slots), pooled=False
-    )
-    result = Adapted({}, {}, {}, {}, {})
-    result.labels = labels_of(objective, tasks.names)
-    result.folders = folder_names(task_draws, {key: task.folder for key, task in saved.items()})
-    # Whole models have their own head; adapters are loaded onto the base's.
-    if method.shares_base and objective.num_outputs() is not None:
-        width = head_width(model)
-        is_stored = width == head_width(base) and not unstored_modules(base)
-        result.num_labels = None if is_stored else width
-    with torch.random.fork_rng(), metered() as cost, group.raise_together():
-        for wave in _waves(partition, _wave_size(model, slots, objective, method, run)):
-            _adapt_wave(model, wave, objective, method, run, split, result, progress)
-            if out is not None:
-                save_wave(result, [(rows.task, rows.draw) for rows in wave], out, group)
-    result.cost = group.total_cost(result.cost | cost)
-    for key, task in saved.items():
-        if task.score is not None:
-            result.scores[key], result.num_rows[key] = task.score, task.num_rows
-    result.scores = group.merge(result.scores, task_draws)
-    result.num_rows = group.merge(result.num_rows, task_draws)
-    result.stopped = group.merge(result.stopped, task_draws)
-    if out is not None:
-        group.on_first_process(lambda: collect_scores(out))
-    return result
-
-
-def _begin_adapting(
-    out: Path, method: AdaptMethod, run: Run, inputs: dict[str, Any]
-) -> dict[TaskDraw, SavedTask]:
-    """Records what begins in the folder; returns the tasks that have finished there."""
-    begin(out, method, run, inputs)
-    return collect_scores(out)
-
-
-def _adapt_wave(
-    model: nn.Module,
-    wave: Sequence[SlotRows],
-    objective: Objective,
-    method: AdaptMethod,
-    run: Run,
-    split: str,
-    result: Adapted,
-    progress: Progress | None,
-) -> None:
-    data = TaskData(wave, objective, TextLimits.of(model, objective))
-    base = model if method.shares_base else copy.deepcopy(model)
-    requires_grad = {p: p.requires_grad for p in base.parameters()}
-    torch.manual_seed(run.seed)
-    learner: Learner = method.learner(base, objective, data.keys, run)
-    per_task = (
-        sum(p.numel() for p in learner.base)
-        if learner.bank is None
-        else (learner.bank.parameters_per_slot)
-    )
-    stopping = EarlyStopping(learner, run.patience) if run.patience else None
-    sampler = sampler_for(data, run, pooled=method.pooled)
-    record = fit(learner, data, sampler, run, validate=False, stopping=stopping, progress=progress)
-    if base is not model:
-        interpolate(base, model, method.interpolate)
-    for slot, step in stopping.stopped.items() if stopping else ():
-        result.stopped[wave[slot].task, wave[slot].draw] = step
-    with learner.ready():
-        scores = scores_after(run.steps, learner, data, split, None, run)
-    for slot, score in scores.items():
-        result.scores[wave[slot].task, wave[slot].draw] = score
-        result.num_rows[wave[slot].task, wave[slot].draw] = data.num_rows(slot, split)
-    if learner.bank is not None:
-        result.config = peft_config(learner.bank, base, getattr(base, "name_or_path", None) or None)
-        result.base_fingerprint = base_record(base, learner.bank.head_names)
-        for slot, rows in enumerate(wave):
-            result.tensors[rows.task, rows.draw] = peft_tensors(learner.bank, slot)
-    else:
-        learner.stop()
-        result.models[wave[0].task, wave[0].draw] = base
-        result.learners[wave[0].task, wave[0].draw] = learner
-    result.cost["trainable_parameters"] = per_task
-    for key in ("tokens", "examples"):
-        result.cost[key] = result.cost.get(key, 0) + record[key]
-    for p, trained in requires_grad.items():  # the method may have added parameters
-        p.requires_grad_(trained)
+        return adapt_in(model, tasks.with_objective(objective), how)
 
 
 def objective_of(tasks: TaskCollection) -> Objective:
@@ -420,26 +312,3 @@ def objective_of(tasks: TaskCollection) -> Objective:
             "foretune.tasks.task.Objective"
         )
     return objective
-
-
-def _wave_size(
-    model: nn.Module, slots: list[SlotRows], objective: Objective, method: AdaptMethod, run: Run
-) -> int:
-    """Number of tasks that are adapted at the same time."""
-    if not method.shares_base:
-        return 1
-    if run.tasks_per_wave is not None or not slots:
-        return run.tasks_per_wave or 1
-    requires_grad = [p.requires_grad for p in model.parameters()]
-    bank = method.learner(model, objective, [slots[0].key], run).bank
-    for p, trained in zip(model.parameters(), requires_grad, strict=True):
-        p.requires_grad_(trained)
-    assert bank is not None  # a method that shares its base trains a bank
-    bytes_per_task = 4 * 4 * bank.parameters_per_slot  # float32 value, gradient and two moments
-    return max(1, free_memory(run.device) // 2 // bytes_per_task)
-
-
-def _waves(partition: Partition, size: int) -> Iterator[list[SlotRows]]:
-    slots = [partition.data.slots[slot] for slot in partition.slots]
-    for start in range(0, len(slots), size):
-        yield slots[start : start + size]
