@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import foretune
 from foretune.errors import UserError, did_you_mean
@@ -12,13 +12,16 @@ from foretune.files import CARD_FILE, COMPARISON_FILE, write_whole
 from foretune.formats import COMPARISON, SPECTRUM, damage_named, read_json, stamped
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.adapting import choose_adapting, plan_of
+from foretune.recipes.adapting import candidates_of, choose_adapting
 from foretune.recipes.folder import check_inputs, run_folder, write_json, write_run_record
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.model_card import model_card
-from foretune.recipes.schema import MethodEntry, Recipe
+from foretune.recipes.schema import MethodEntry, Recipe, adapt_record
 from foretune.recipes.setup import Setup, need_unseen, set_up
 from foretune.recipes.stages import base_folder, base_stage, make_base, total_cost
+
+if TYPE_CHECKING:
+    from foretune.training.adapt_plan import AdaptPlan
 
 SPECTRUM_FILE = "spectrum.json"
 
@@ -74,7 +77,7 @@ def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
         "title": recipe.name,
         "recipe": recipe.to_yaml(),
         "collection": _counts(first),
-        "spectrum": spectrum_stage(first, out, adapt_rates(repeats[0]), console),
+        "spectrum": spectrum_stage(first, out, lora_rates(repeats[0]), console),
     }
     finish(out, comparison)
     return comparison
@@ -171,8 +174,8 @@ def compare_repeat(
 ) -> dict[str, Any]:
     """The comparison of one repeat: adapts the bases of one random seed to the unseen tasks.
 
-    Adapt learning rates are searched again in each repeat, so that the variance between repeats
-    includes that of the search.
+    Each base is adapted as the held-out tasks of its repeat chose, so that the variance between
+    repeats includes that of the choice.
 
     Args:
         setup: Tasks and model.
@@ -187,32 +190,51 @@ def compare_repeat(
         return stamped(read_json(path, dict[str, Any], COMPARISON), COMPARISON)
     block = setup.recipe.adapt
     entries = setup.recipe.entries
-    trials = len(block.rates) if len(block.rates) > 1 else 0
+    plans = plans_of(stages)
     with console.bar(
-        f"adapting {len(entries)} bases, seed {seed}",
-        rounds=len(entries) * len(block.shots) * (1 + trials),
+        f"adapting {len(entries)} bases, seed {seed}", rounds=len(entries) * len(block.shots)
     ) as progress:
         comparison: dict[str, Any] = foretune.compare(
             SavedBases(setup.recipe, out, seed),
             need_unseen(setup),
-            adapt=setup.recipe.adapt_record(),
+            adapt=adapt_record(block) if plans is None else candidates_of(setup.recipe),
             run=setup.recipe.adapt_run(seed=seed),
             shots=tuple(block.row_counts),
             draws=block.draws,
-            seen=setup.search,
-            learning_rates=tuple(block.rates),
+            plans=plans,
             keep=out / "adapters" if seed == 0 else None,
             progress=progress,
         ).to_dict()
     for base in comparison["bases"]:
-        base |= {**stages[base["name"]], "adapt": base["adapt"]}
+        stage = {**stages[base["name"]]}
+        searched = stage.pop("adapting", {})
+        searched.pop("plan", None)
+        base |= {**stage, "adapt": {**base["adapt"], **searched}}
     write_json(path, comparison)
     return comparison
 
 
-def adapt_rates(repeat: Mapping[str, Any]) -> dict[str, float]:
-    """The adapt learning rate of each base of a repeat."""
-    return {base["name"]: base["adapt"]["learning_rate"] for base in repeat["bases"]}
+def plans_of(stages: Mapping[str, dict[str, Any]]) -> dict[str, AdaptPlan] | None:
+    """How to adapt each base, as was chosen; None where the recipe fixes it."""
+    from foretune.training.adapt_plan import AdaptPlan
+
+    plans = {
+        name: AdaptPlan.from_dict(stage["adapting"]["plan"])
+        for name, stage in stages.items()
+        if "adapting" in stage
+    }
+    return plans or None
+
+
+def lora_rates(repeat: Mapping[str, Any]) -> dict[str, float]:
+    """The learning rate of LoRA on each base of a repeat that is adapted by LoRA."""
+    rates = {}
+    for base in repeat["bases"]:
+        fixed = {**base["adapt"], "method": repeat["adapt"]["method"]}
+        for row in base["adapt"].get("by_shots", [fixed]):
+            if row["method"] == "lora":
+                rates[base["name"]] = row["learning_rate"]
+    return rates
 
 
 def spectrum_stage(
@@ -240,7 +262,7 @@ def spectrum_stage(
             run=setup.recipe.adapt_run(),
             shots=block.shots,
             ranks=tuple(block.ranks),
-            rates=rates if setup.recipe.adapt.method == "lora" else None,
+            rates=rates,
             progress=progress,
         )
     write_json(path, stamped(measured, SPECTRUM))

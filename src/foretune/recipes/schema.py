@@ -197,9 +197,7 @@ class Recipe(Block):
             class_of(entry.method)  # raises for an unknown one
             for settings in entry.trials:
                 fields = entry.fields_with(settings)
-                candidates.append(
-                    {"name": entry.method, "as": entry.name_with(settings), **fields}
-                )
+                candidates.append({"name": entry.method, "as": entry.name_with(settings), **fields})
         name, fields = adapt_methods(self.adapt)[0]
         adapting: dict[str, Any] = {
             "adapt": {"name": name, **fields},
@@ -385,7 +383,9 @@ def _entry(item: Any, rates: list[float]) -> MethodEntry:
     if "learning_rate" in fields:
         method_rates = [fields.pop("learning_rate")]
     search = fields.pop("search", None) or {}
-    if not isinstance(search, dict) or any(not isinstance(v, list) or not v for v in search.values()):
+    if not isinstance(search, dict) or any(
+        not isinstance(v, list) or not v for v in search.values()
+    ):
         raise UserError(
             f"{name}.search must map fields to lists of values, such as {{penalty: [0, 0.1]}}; got "
             f"{search!r}"

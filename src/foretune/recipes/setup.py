@@ -15,6 +15,7 @@ from foretune.tasks.example import SPLITS
 from foretune.tasks.file_formats import one_line
 from foretune.tasks.labels import label_text
 from foretune.tasks.objectives import make_objective
+from foretune.tasks.rows import CLASSES
 from foretune.tasks.sources import load_tasks
 from foretune.tasks.task import Task, TaskCollection
 
@@ -52,6 +53,11 @@ class Setup:
         size = self.recipe.tasks.unseen
         assert isinstance(size, int)  # checked by Source
         return -(-(len(self.all_seen) + len(self.unseen)) // size)
+
+    @property
+    def shots_unit(self) -> str:
+        """What a number of shots counts."""
+        return "rows per class" if self.recipe.objective.kind in CLASSES else "rows"
 
     def for_repeat(self, repeat: int) -> Setup:
         """The same inputs with the held-out tasks of another repeat, drawn by its seed.

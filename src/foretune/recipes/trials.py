@@ -6,6 +6,7 @@ adaptation to these tasks. With all steps, the best trial is the base itself.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from foretune.errors import DivergedError, UserError
 from foretune.files import RUN_FILE, put_in_place, remove
 from foretune.formats import read_json
 from foretune.manifest import TRIAL, all_files, record_files
+from foretune.recipes.adapting import held_out_of
 from foretune.recipes.console import Console
 from foretune.recipes.folder import on_first_process, write_json
 from foretune.recipes.schema import MethodEntry
@@ -64,7 +66,7 @@ def best_trial(
         raise UserError(f"{path} has other settings than the recipe: remove it")
     block = setup.recipe.retrain
     for number in range(len(trials), len(settings)):
-        on_first_process(lambda best=_best(trials), next=number: _remove_all_but(folder, best, next))
+        on_first_process(functools.partial(_remove_all_but, folder, _best(trials), number))
         run = setup.recipe.retrain_run(seed=seed, out=folder / f"{TRIAL}{number}", resume=True)
         if block.search_steps is not None and block.search_steps < block.steps:
             run = run.replace(steps=block.search_steps, out=None, resume=False)
@@ -86,15 +88,15 @@ def retrain(
     """The outcome of `foretune.retrain` on the seen tasks of a repeat, with a progress bar."""
     from foretune.evaluation.wording import counted
 
-    label = f"{entry.name_with(settings)}, seed {run.seed}"
+    record, label = entry.record(settings), f"{entry.name_with(settings)}, seed {run.seed}"
     with console.bar(label) as progress:
         outcome = foretune.retrain(
             setup.model,
             setup.seen,
-            entry.record(settings),
+            record,
             run,
             tokenizer=setup.tokenizer,
-            held_out=setup.held_out,
+            held_out=held_out_of(setup, record),
             progress=progress,
         )
     score = outcome.validation_score
