@@ -18,6 +18,7 @@ Successive halving: Jamieson and Talwalkar, AISTATS 2016, arXiv:1502.07943.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ from foretune.tasks.task import TaskCollection
 from foretune.training import verbs
 from foretune.training.adapt_plan import AdaptPlan, PlannedSetting, Setting
 from foretune.training.loop import Progress
-from foretune.training.methods import AdaptMethod
+from foretune.training.methods import AdaptMethod, RetrainMethod
 from foretune.training.process_group import process_group
 from foretune.training.record import counted, metered
 from foretune.training.shots import draw_shots
@@ -77,29 +78,34 @@ class Search:
     cost: dict[str, Any] = field(default_factory=dict)
 
 
+Entry = str | Mapping[str, Mapping[str, Any] | None] | AdaptMethod
+
+
 def candidates(
-    methods: Sequence[str | Mapping[str, Mapping[str, Any] | None]],
+    methods: Sequence[Entry],
     learning_rates: Sequence[float] = (),
     lora: Mapping[str, Any] | None = None,
 ) -> list[AdaptMethod]:
     """The records to choose among, the simplest first: basis, head, LoRA, all others.
 
     Args:
-        methods: Names of adapt methods, or one-key mappings of a name to its fields. A field
-            `search` maps fields to the values to try, as `learning_rate` or `lora.r`; without it
-            those of `GRIDS` that are not set are tried.
+        methods: Names of adapt methods, one-key mappings of a name to its fields, or records. A
+            field `search` maps fields to the values to try, as `learning_rate` or `lora.r`; without
+            it those of `GRIDS` that are not set are tried. A record is tried as it is.
         learning_rates: Learning rates of all methods without one of their own.
         lora: Fields of `peft.LoraConfig` for all that train one.
 
     Raises:
         UserError: An unknown method or field, or a value out of range.
     """
-    records = [
-        record
-        for entry in methods
-        for name, fields in ([(entry, None)] if isinstance(entry, str) else entry.items())
-        for record in _grid(name, dict(fields or {}), learning_rates, lora)
-    ]
+    records: list[AdaptMethod] = []
+    for entry in methods:
+        if isinstance(entry, (str, Mapping)):
+            named = {entry: None} if isinstance(entry, str) else entry
+            for name, fields in named.items():
+                records += _grid(name, dict(fields or {}), learning_rates, lora)
+        else:
+            records.append(entry)
     names = list(dict.fromkeys([*SIMPLEST, *(record.name for record in records)]))
     return sorted(records, key=lambda record: (names.index(record.name), *_strength(record)))
 
@@ -142,6 +148,18 @@ def _grid(
     return records
 
 
+def at_rates(
+    adapt: AdaptMethod | Sequence[AdaptMethod], learning_rates: Sequence[float]
+) -> AdaptMethod | Sequence[AdaptMethod]:
+    """What `search` takes for a method and learning rates: one rate is fixed, several are tried."""
+    if isinstance(adapt, Sequence) or not learning_rates:
+        return adapt
+    record: Any = adapt
+    rates = sorted(learning_rates)
+    records = [dataclasses.replace(record, learning_rate=rate) for rate in rates]
+    return records if len(records) > 1 else records[0]
+
+
 def _strength(record: Any) -> tuple[float, ...]:
     """Sorts the records of one method: what leaves the start less freedom comes later."""
     lora = getattr(record, "lora", None) or {}
@@ -154,7 +172,7 @@ def _strength(record: Any) -> tuple[float, ...]:
     )
 
 
-def validation_method(methods: Sequence[AdaptMethod], form: str | None) -> AdaptMethod:
+def validation_method(methods: Sequence[AdaptMethod], retrain: RetrainMethod) -> AdaptMethod:
     """The candidate by which a base is validated while it is retrained: one that costs little.
 
     It is the middle one of the plain method's: of the heads for a base whose tasks differ in the
@@ -162,9 +180,10 @@ def validation_method(methods: Sequence[AdaptMethod], form: str | None) -> Adapt
 
     Args:
         methods: The candidates, the simplest first.
-        form: The field `form` of the retraining method, if it has one.
+        retrain: The retraining method.
     """
-    names = ("head", "lora") if form == "last-layer" else ("lora", "head")
+    last_layer = getattr(retrain, "form", None) == "last-layer"
+    names = ("head", "lora") if last_layer else ("lora", "head")
     for name in names:
         plain = [method for method in methods if method.name == name]
         if plain:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foretune.errors import UserError
+from foretune.errors import DivergedError, UserError
 from foretune.files import RUN_FILE, write_whole
 from foretune.manifest import final_path
 from foretune.method import check_verb
@@ -22,6 +23,7 @@ from foretune.tasks.task import Objective, TaskCollection
 from foretune.training.adapting import Adaptation, adapt_in, check_path
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import TaskData, sampler_for
+from foretune.training.held_out import HeldOut, best_mean
 from foretune.training.learners.joint import Learner
 from foretune.training.loop import Progress, check_device, fit
 from foretune.training.methods import AdaptMethod, RetrainMethod
@@ -41,7 +43,7 @@ from foretune.training.process_group import (
     peer_errors,
     process_group,
 )
-from foretune.training.record import metered
+from foretune.training.record import counted, metered
 from foretune.training.resume import (
     begin,
     claimed,
@@ -59,6 +61,7 @@ def retrain(
     method: RetrainMethod,
     run: Run | None = None,
     *,
+    held_out: HeldOut | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -70,6 +73,9 @@ def retrain(
         tasks: Seen tasks, with an objective.
         method: A retraining method such as `foretune.PEFTML()`.
         run: Random seed, budget, precision, folder; None for the defaults of `Run`.
+        held_out: Tasks by which the base is validated after adapting to them, which also says
+            before the first update how well the model adapts; None validates it by the validation
+            examples of the seen tasks.
         tokenizer: Saved beside the base; None for the objective's.
         progress: Called with (update, num_updates, figures) after every update.
 
@@ -89,8 +95,15 @@ def retrain(
     if run.steps < 1:
         raise UserError(f"steps must be at least 1 to retrain, got {run.steps}")
     retrain_in = _retrain_chosen if method.chooses else _retrain_in
+    if held_out is not None:
+        held_out.check_apart(tasks)
+        if base_is_sharded():
+            raise UserError(
+                "held-out tasks need the whole base in every process: leave held_out out, or train "
+                "without FSDP"
+            )
     with claimed(run, "retrain", group) as run:
-        return retrain_in(model, tasks, method, run, tokenizer, progress)
+        return retrain_in(model, tasks, method, run, held_out, tokenizer, progress)
 
 
 def _retrain_in(
@@ -98,6 +111,7 @@ def _retrain_in(
     tasks: TaskCollection,
     method: RetrainMethod,
     run: Run,
+    held_out: HeldOut | None,
     tokenizer: Any,
     progress: Progress | None,
 ) -> Outcome:
@@ -110,7 +124,7 @@ def _retrain_in(
     check_model(group, model)
     check_layers(group, model)
     inputs, finished = group.on_first_process(
-        lambda: _begin_retraining(method, run, model, tasks, objective)
+        lambda: _begin_retraining(method, run, model, tasks, objective, held_out)
     )
     partition = partition_slots(
         group, data, run.batch_size, run.tasks_per_step, pooled=method.pooled
@@ -119,22 +133,27 @@ def _retrain_in(
         torch.manual_seed(run.seed)
         learner: Learner | None = method.learner(model, objective, partition.local_data.keys, run)
         if finished is None:
-            record = _train(method, learner, model, partition, run, progress)
+            adapted_score = None
+            if held_out is not None:
+                held_out_rows = held_out.with_rows(run.eval_rows, objective_of(tasks).fit(tasks))
+
+                def adapted_score() -> float | None:
+                    base = copy.deepcopy(model)
+                    _settle(base, pretrained, learner, method, objective)
+                    return _adapted_score(base, held_out_rows, held_out, run)
+
+            record = _train(method, learner, model, partition, run, adapted_score, progress)
             if base_is_sharded():
                 model = load_full_weights(fresh_copy(pretrained, objective, run.seed), model)
                 if learner is not None and learner.bank is not None:
                     learner.bank.onto(model)
-            fresh_head = has_other_labels(pretrained, objective)
-            interpolate(model, pretrained, share, fresh_head=fresh_head)
+            _settle(model, pretrained, learner, method, objective)
         else:
             assert run.out is not None
             record = {**finished, "history": load_finished(run.out, learner, model, data.keys)}
-    if hasattr(model, "name_or_path"):  # what adapters name as their base
-        model.name_or_path = "" if run.out is None else final_path(run.out / "base")  # type: ignore[assignment]
-    # A head that was not trained stands for the labels only if it did before or was drawn for them.
-    is_named = learner is not None or answers(model, objective) or has_drawn_head(pretrained)
-    if objective.shared().space is not None and is_named:
-        name_outputs(model, objective.space or ())
+            _name(model, pretrained, learner, objective)
+    if run.out is not None and hasattr(model, "name_or_path"):  # what adapters name as their base
+        model.name_or_path = final_path(run.out / "base")  # type: ignore[assignment]
     outcome = Outcome(
         model=model.eval(),
         bank=learner.bank if learner and method.keeps_adapters and partition.slots else None,
@@ -143,8 +162,8 @@ def _retrain_in(
         objective=objective,
         tokenizer=tokenizer or objective.tokenizer,
         history=record["history"],
-        # The score is that of the base before the interpolation.
-        validation_score=record["validation_score"] if share == 1 else None,
+        # On the seen tasks the base is scored before the interpolation.
+        validation_score=record["validation_score"] if share == 1 or held_out else None,
         cost=record["cost"] if finished is not None else group.total_cost(cost) | record["cost"],
         tasks=data.keys,
         inputs=inputs,
@@ -154,18 +173,68 @@ def _retrain_in(
     return outcome
 
 
+def _settle(
+    model: nn.Module,
+    pretrained: nn.Module,
+    learner: Learner | None,
+    method: RetrainMethod,
+    objective: Objective,
+) -> None:
+    """Makes of a trained model, in place, the base that is returned."""
+    if learner is not None:
+        learner.settle(model)
+    fresh_head = has_other_labels(pretrained, objective)
+    interpolate(model, pretrained, method.interpolate, fresh_head=fresh_head)
+    _name(model, pretrained, learner, objective)
+
+
+def _name(
+    model: nn.Module, pretrained: nn.Module, learner: Learner | None, objective: Objective
+) -> None:
+    """Names the outputs of a base by the labels that they stand for; it is no stored model's."""
+    # A head that was not trained stands for the labels only if it did before or was drawn for them.
+    is_named = learner is not None or answers(model, objective) or has_drawn_head(pretrained)
+    if objective.shared().space is not None and is_named:
+        name_outputs(model, objective.space or ())
+    if hasattr(model, "name_or_path"):
+        model.name_or_path = ""  # type: ignore[assignment]
+
+
+def _adapted_score(
+    base: nn.Module, tasks: TaskCollection, held_out: HeldOut, run: Run
+) -> float | None:
+    """The best mean score along the path of one adaptation; None if that diverges."""
+    try:
+        adapted = adapt(
+            base,
+            tasks,
+            held_out.method,
+            held_out.run_in(run),
+            shots=held_out.shots,
+            draws=held_out.draws,
+            split="validation",
+            score_at=held_out.score_at,
+        )
+    except DivergedError:
+        return None
+    return best_mean(adapted.path)
+
+
 def _retrain_chosen(
     model: nn.Module,
     tasks: TaskCollection,
     method: RetrainMethod,
     run: Run,
+    held_out: HeldOut | None,
     tokenizer: Any,
     progress: Progress | None,
 ) -> Outcome:
     """Lets the method choose another method, and retrains with that one."""
     group, out = process_group(), run.out
-    chosen, choice = method.choose(model, tasks, run, progress)
-    outcome = retrain(model, tasks, chosen, run, tokenizer=tokenizer, progress=progress)
+    chosen, choice = method.choose(model, tasks, run, progress, held_out)
+    outcome = retrain(
+        model, tasks, chosen, run, held_out=held_out, tokenizer=tokenizer, progress=progress
+    )
     outcome.choice = choice
     if out is not None:
         text = json.dumps(outcome.record(), indent=1)
@@ -174,7 +243,12 @@ def _retrain_chosen(
 
 
 def _begin_retraining(
-    method: RetrainMethod, run: Run, model: nn.Module, tasks: TaskCollection, objective: Objective
+    method: RetrainMethod,
+    run: Run,
+    model: nn.Module,
+    tasks: TaskCollection,
+    objective: Objective,
+    held_out: HeldOut | None,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Returns the run's inputs, and its record if it has finished in its folder."""
     if run.out is None:
@@ -183,6 +257,7 @@ def _begin_retraining(
         "tasks": tasks.names,
         "objective": objective.to_dict(),
         **inputs_of(model, tasks, objective.tokenizer),
+        "held_out": None if held_out is None else held_out.to_dict(),
     }
     return inputs, begin(run.out, method, run, inputs)
 
@@ -207,18 +282,13 @@ def _train(
     model: nn.Module,
     partition: Partition,
     run: Run,
+    adapted_score: Callable[[], float | None] | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Trains; returns history, validation score and cost. Without a learner it only scores."""
     data = partition.data
     if learner is None:
-        local_scores = {}
-        if partition.slots:
-            local_scores = score_slots(model, partition.local_data, "validation", run.eval_rows)
-        scores = partition.gather_scores(local_scores)
-        best = sum(scores.values()) / len(scores) if scores else None
-        cost = {"tokens": 0, "examples": 0, "validation_tokens": 0, "trainable_parameters": 0}
-        return {"history": [], "validation_score": best, "cost": cost}
+        return _scored(model, partition, run, adapted_score)
     budget = method.run_for(run, len(data))
     sampler = sampler_for(
         data, budget, pooled=method.pooled, batches_per_update=learner.batches_per_update
@@ -228,11 +298,43 @@ def _train(
         budget = budget.replace(schedule="constant")
     by_rows = method.pooled and learner.bank is None
     partition = replace(partition, by_rows=by_rows, sharded=base_is_sharded())
-    record = fit(learner, data, sampler, budget, progress=progress, partition=partition)
+    record = fit(
+        learner,
+        data,
+        sampler,
+        budget,
+        adapted_score=adapted_score,
+        progress=progress,
+        partition=partition,
+    )
     adapters = 0 if learner.bank is None else learner.bank.parameters_per_slot * len(data)
     cost = {key: record[key] for key in ("tokens", "examples", "validation_tokens")}
     cost["trainable_parameters"] = adapters + sum(p.numel() for p in learner.base)
     return {"history": record["history"], "validation_score": record["best_score"], "cost": cost}
+
+
+def _scored(
+    model: nn.Module,
+    partition: Partition,
+    run: Run,
+    adapted_score: Callable[[], float | None] | None,
+) -> dict[str, Any]:
+    """The record of a retraining that trains nothing."""
+    history = []
+    with counted() as spent:
+        if adapted_score is not None:
+            best = adapted_score()
+            history = [{"step": 0, "adapted_score": best}]
+        else:
+            local_scores = {}
+            if partition.slots:
+                local_scores = score_slots(model, partition.local_data, "validation", run.eval_rows)
+            scores = partition.gather_scores(local_scores)
+            best = sum(scores.values()) / len(scores) if scores else None
+    validation_tokens = int(partition.group.sum(torch.tensor(spent["tokens"])))
+    cost = {"tokens": 0, "examples": 0, "trainable_parameters": 0}
+    cost["validation_tokens"] = validation_tokens
+    return {"history": history, "validation_score": best, "cost": cost}
 
 
 def adapt(

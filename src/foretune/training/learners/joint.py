@@ -163,6 +163,15 @@ class Learner:
         self.mean = []
         self.partition = None
 
+    def settle(self, model: nn.Module) -> None:
+        """Sets what a base has from its training beside the weights that were trained.
+
+        A learner whose bank says something about new tasks overrides this.
+
+        Args:
+            model: A copy of the base with its weights, or the base itself; changed in place.
+        """
+
     def write(self, folder: Path, labels: Sequence[Any] | None) -> None:
         """Writes the model that was adapted to one task, as a plain model folder.
 
