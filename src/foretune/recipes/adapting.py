@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
-from foretune.files import BASIS_FILE
 from foretune.formats import ADAPTING, read_json, stamped
 from foretune.recipes.console import Console
 from foretune.recipes.folder import on_first_process, write_json
@@ -15,6 +14,8 @@ from foretune.recipes.schema import Recipe, adapt_methods
 from foretune.recipes.setup import Setup
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from foretune.training.held_out import HeldOut
 
 ADAPTING_FILE = "adapting.json"  # the search of how to adapt, in the folder of the base
@@ -67,11 +68,10 @@ def _search(setup: Setup, name: str, seed: int, base: Path, console: Console) ->
 
     recipe = setup.recipe
     assert setup.held_out is not None  # checked by `choose_adapting`
-    trusted = recipe.model.trust_remote_code
+    model, _ = load_base(base, trust_remote_code=recipe.model.trust_remote_code)
     methods = candidates_of(recipe)
-    if any(method.name == "basis" for method in methods) and not (base / BASIS_FILE).is_file():
-        _add_basis(setup, name, seed, base, console)
-    model, _ = load_base(base, trust_remote_code=trusted)
+    if any(method.name == "basis" for method in methods):
+        _add_basis(setup, name, seed, base, model, console)
     run, shots = recipe.adapt_run(seed=seed), recipe.adapt.row_counts
     with console.bar(f"{name}, seed {seed}: how to adapt", rounds=len(shots)) as progress:
         result = search(model, setup.held_out, methods, run, shots, progress=progress)
@@ -79,23 +79,25 @@ def _search(setup: Setup, name: str, seed: int, base: Path, console: Console) ->
     return {"plan": result.plan.to_dict(), "trials": result.trials, "search": result.cost}
 
 
-def _add_basis(setup: Setup, name: str, seed: int, base: Path, console: Console) -> None:
-    """Fits adapters to the seen tasks and saves their basis beside a base that has none."""
-    from foretune.adapters.basis_file import save_basis
+def _add_basis(
+    setup: Setup, name: str, seed: int, base: Path, model: nn.Module, console: Console
+) -> None:
+    """Gives a base without one the basis of adapters to the seen tasks, and saves it beside it."""
+    from foretune.adapters.basis_file import basis_of, save_basis, set_basis
     from foretune.evaluation.adapt_search import candidates
-    from foretune.models.loading import load_base
     from foretune.training.fit_basis import fit_basis
     from foretune.training.verbs import objective_of
 
-    if len(setup.seen) < 2:
+    if basis_of(model) is not None or len(setup.seen) < 2:
         return
-    recipe = setup.recipe
-    model, _ = load_base(base, trust_remote_code=recipe.model.trust_remote_code)
-    kind = "lora" if objective_of(setup.seen).fit(setup.seen).common_labels() is None else "head"
-    plain = candidates([kind], recipe.adapt.rates, recipe.adapt.lora)
-    console.say(f"{name}, seed {seed}: adapting to {len(setup.seen)} seen tasks for the basis")
-    run = recipe.adapt_run(seed=seed)
-    basis = fit_basis(model, setup.seen, plain[(len(plain) - 1) // 2], run)
+    block = setup.recipe.adapt
+    objective = objective_of(setup.seen).fit(setup.seen).bind(model)
+    kind = "lora" if objective.common_labels() is None else "head"
+    plain = candidates([kind], block.rates, block.lora)
+    run = setup.recipe.adapt_run(seed=seed)
+    with console.bar(f"{name}, seed {seed}: adapting to the seen tasks for a basis"):
+        basis = fit_basis(model, setup.seen, plain[(len(plain) - 1) // 2], run)
+    set_basis(model, basis)
     on_first_process(lambda: save_basis(basis, base))
 
 
@@ -118,10 +120,10 @@ def held_out_of(setup: Setup, record: Any) -> HeldOut | None:
         return None
     block, run = setup.recipe.adapt, setup.recipe.adapt_run()
     if block.searches:
-        named = {name: fields for name, fields in adapt_methods(block) if name != "basis"}
-        items = [{name: fields} for name, fields in named.items()] or ["head", "lora"]
+        plain = [(name, fields) for name, fields in adapt_methods(block) if name != "basis"]
+        items = [{name: fields} for name, fields in plain or [("head", {}), ("lora", {})]]
         method = validation_method(candidates(items, block.rates, block.lora), record)
-        run = run.replace(steps=min(block.steps, VALIDATION_STEPS))
+        run = run.replace(steps=min(run.steps, VALIDATION_STEPS))
     else:
         method = adapt_record(block)
     finite = [shots for shots in block.row_counts if shots is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -68,7 +68,7 @@ def run_folder(
         yield on_first_process(begin)
 
 
-def check_inputs(folder: Path, model: nn.Module, tasks: Sequence[Task], tokenizer: Any) -> None:
+def check_inputs(folder: Path, model: nn.Module, tasks: Iterable[Task], tokenizer: Any) -> None:
     """Records what identifies the inputs of a run, or compares it when the run is resumed.
 
     The recipe alone is not enough: the content of a file may have changed.
@@ -77,6 +77,8 @@ def check_inputs(folder: Path, model: nn.Module, tasks: Sequence[Task], tokenize
         UserError: The run was started with another model or tokenizer, or other examples of a task.
     """
     from foretune.training.resume import check_same, inputs_of, read_record
+
+    tasks = list(tasks)
 
     def check() -> None:
         names = sorted(task.name for task in tasks)

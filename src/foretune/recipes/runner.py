@@ -11,8 +11,8 @@ from foretune.errors import UserError, did_you_mean
 from foretune.files import CARD_FILE, COMPARISON_FILE, write_whole
 from foretune.formats import COMPARISON, SPECTRUM, damage_named, read_json, stamped
 from foretune.processes import num_processes, process_rank
-from foretune.recipes.console import SILENT, Console
 from foretune.recipes.adapting import candidates_of, choose_adapting
+from foretune.recipes.console import SILENT, Console
 from foretune.recipes.folder import check_inputs, run_folder, write_json, write_run_record
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.model_card import model_card

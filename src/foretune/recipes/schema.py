@@ -16,7 +16,6 @@ from foretune import methods
 from foretune.entry_points import entry_point
 from foretune.errors import UserError, did_you_mean
 from foretune.files import check_file_name, same_on_disk
-from foretune.methods import METHODS
 from foretune.recipes.blocks import (
     AdaptBlock,
     Block,
@@ -211,12 +210,9 @@ class Recipe(Block):
 
     @property
     def holds_out(self) -> bool:
-        """Whether seen tasks are held out of retraining, to choose among retrainings or how to adapt.
-
-        `auto` holds out tasks of its own.
-        """
+        """Whether seen tasks are held out to choose retrainings, their ends or how to adapt."""
         searched = any(len(entry.trials) > 1 for entry in self.entries)
-        return searched or self.adapt.searches or self.retrain.patience is not None
+        return searched or self.adapt.searches or self.retrain_run().patience is not None
 
     def source(self, repeat: int = 0) -> Source:
         """The `tasks:` block as a `Source`, for `load_tasks` in this repeat."""
@@ -458,11 +454,11 @@ def _check_adapt_methods(block: AdaptBlock) -> None:
         if label in names:
             raise UserError(f'adapt.methods names "{name}" twice with the same fields: remove one')
         names.add(label)
-        for rate in block.rates or [None]:
-            if rate is None or not takes_rate(name):
-                methods.make(name, **fields)
-            else:
-                methods.make(name, **{"learning_rate": rate, **fields})
+        # The values to try are checked when the candidates are made, which needs numpy and torch.
+        fields = {key: value for key, value in fields.items() if key != "search"}
+        for rate in block.rates if takes_rate(name) else ():
+            methods.make(name, **{"learning_rate": rate, **fields})
+        methods.make(name, **fields)
 
 
 def takes_rate(method: str) -> bool:

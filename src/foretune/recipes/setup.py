@@ -17,7 +17,7 @@ from foretune.tasks.labels import label_text
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.rows import CLASSES
 from foretune.tasks.sources import load_tasks
-from foretune.tasks.task import Task, TaskCollection
+from foretune.tasks.task import TaskCollection
 
 
 @dataclass(frozen=True)

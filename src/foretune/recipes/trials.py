@@ -64,12 +64,12 @@ def best_trial(
     recorded = [(trial["learning_rate"], trial["fields"]) for trial in trials]
     if recorded != [_rate_and_fields(tried) for tried in settings[: len(trials)]]:
         raise UserError(f"{path} has other settings than the recipe: remove it")
-    block = setup.recipe.retrain
+    steps, all_steps = setup.recipe.retrain.search_steps, setup.recipe.retrain_run().steps
     for number in range(len(trials), len(settings)):
         on_first_process(functools.partial(_remove_all_but, folder, _best(trials), number))
         run = setup.recipe.retrain_run(seed=seed, out=folder / f"{TRIAL}{number}", resume=True)
-        if block.search_steps is not None and block.search_steps < block.steps:
-            run = run.replace(steps=block.search_steps, out=None, resume=False)
+        if steps is not None and steps < all_steps:
+            run = run.replace(steps=steps, out=None, resume=False)
         score = _score(setup, entry, settings[number], run, console)
         rate, fields = _rate_and_fields(settings[number])
         trials.append({"learning_rate": rate, "fields": fields, "score": score})
