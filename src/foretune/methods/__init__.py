@@ -20,6 +20,7 @@ METHODS = {
     "full": "foretune.methods.full:Full",
     "head": "foretune.methods.head:Head",
     "lora": "foretune.methods.lora:LoRA",
+    "basis": "foretune.methods.basis:FromBasis",
     "fd-align": "foretune.methods.fd_align:FDAlign",
     "subspace-sfda": "foretune.source_free.subspace_sfda:SubspaceSFDA",
     "sara": "foretune.methods.sara:SaRA",

@@ -65,7 +65,7 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {"name": "peft-ml", "interpolate": 0.5},
     {"name": "peft-ml", "average": 0.5},
 )
-VARIANTS = {"heads", "interpolate", "average"}  # fields that make standard no longer a control
+VARIANTS = {"interpolate", "average"}  # fields that make standard no longer a control
 Trial = dict[str, Any]
 
 

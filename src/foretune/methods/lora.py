@@ -39,7 +39,7 @@ class LoRA(AdaptMethod):
     """Train one LoRA adapter per task on the frozen base, all tasks in one batch.
 
     Args:
-        learning_rate: Learning rate of the adapters and of per-task heads.
+        learning_rate: Learning rate of the adapters and of the tasks' own heads.
         lora: A `peft.LoraConfig` or a mapping of its fields. Without `target_modules`, every
             trainable linear layer of the model is adapted.
         pull: Strength p of ½ p ‖θ − θ₀‖², added to each task's loss: it pulls the adapter (and a

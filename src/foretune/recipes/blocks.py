@@ -153,7 +153,7 @@ class RetrainBlock(_RetrainRunBlock):
 
     Args:
         methods: Names, or one-key mappings of a name to its fields:
-            `{peft-ml: {form: last-layer, as: peft-ml-last}}`. `as` is the displayed name;
+            `{peft-ml: {form: last-layer, as: peft-ml-last-layer}}`. `as` is the displayed name;
             `learning_rates` there replaces that of the block; `search: {penalty: [0, 0.1]}` tries
             several values of other fields, with each learning rate.
         search_steps: Steps of each trial; None for `steps`: the best trial is then the base. The

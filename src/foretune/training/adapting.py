@@ -152,11 +152,7 @@ def _adapt_wave(
     requires_grad = {p: p.requires_grad for p in base.parameters()}
     torch.manual_seed(run.seed)
     learner: Learner = method.learner(base, objective, data.keys, run)
-    per_task = (
-        sum(p.numel() for p in learner.base)
-        if learner.bank is None
-        else (learner.bank.parameters_per_slot)
-    )
+    per_task = learner.parameters_per_task
 
     path: dict[int, dict[int, float]] = {}
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from foretune.adapters.basis_file import load_basis, set_basis
 from foretune.errors import DivergedError, UserError
 from foretune.files import RUN_FILE, write_whole
 from foretune.manifest import final_path
@@ -51,6 +52,7 @@ from foretune.training.resume import (
     load_finished,
 )
 from foretune.training.scoring import score_slots
+from foretune.training.seen_basis import basis_of_bank
 from foretune.training.sharding import load_full_weights
 from foretune.training.text_limits import TextLimits
 
@@ -154,9 +156,15 @@ def _retrain_in(
             _name(model, pretrained, learner, objective)
     if run.out is not None and hasattr(model, "name_or_path"):  # what adapters name as their base
         model.name_or_path = final_path(run.out / "base")  # type: ignore[assignment]
+    bank = learner.bank if learner and method.keeps_adapters else None
+    if finished is not None and run.out is not None:
+        basis = load_basis(run.out / "base")
+    else:
+        basis = None if bank is None else basis_of_bank(bank, partition, objective)
+    set_basis(model, basis)
     outcome = Outcome(
         model=model.eval(),
-        bank=learner.bank if learner and method.keeps_adapters and partition.slots else None,
+        bank=bank if partition.slots else None,
         method=method,
         run=run if run.out is None else run.replace(out=Path(final_path(run.out))),
         objective=objective,
@@ -166,6 +174,7 @@ def _retrain_in(
         validation_score=record["validation_score"] if share == 1 or held_out else None,
         cost=record["cost"] if finished is not None else group.total_cost(cost) | record["cost"],
         tasks=data.keys,
+        basis=basis,
         inputs=inputs,
     )
     if run.out is not None:
@@ -296,8 +305,7 @@ def _train(
     learner.average = method.average
     if learner.average:  # the averaged weights must still move: the rate must not fall to zero
         budget = budget.replace(schedule="constant")
-    by_rows = method.pooled and learner.bank is None
-    partition = replace(partition, by_rows=by_rows, sharded=base_is_sharded())
+    partition = replace(partition, by_rows=method.pooled, sharded=base_is_sharded())
     record = fit(
         learner,
         data,
