@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,26 @@ class HeadCopies(nn.Module):
                 target.copy_(torch.from_numpy(drawn))
             else:  # biases start at zero, the weights of norms at one
                 target.fill_(1.0 if name.endswith("weight") else 0.0)
+
+    @torch.no_grad()
+    def add_penalty(
+        self, index: slice | list[int], weight: float, centre: Mapping[str, Tensor]
+    ) -> None:
+        """Adds the gradient of weight · ‖w − c‖² over the slots' weight matrices, not their biases.
+
+        Args:
+            index: The slots.
+            weight: λ.
+            centre: c, by name in the module; zero where there is none.
+        """
+        for name, p in self.stacked.items():
+            if p.dim() > 2 and p.grad is not None:
+                p.grad[index] += 2 * weight * (p[index] - centre.get(unescaped(name), 0))
+
+    @torch.no_grad()
+    def mean(self) -> dict[str, Tensor]:
+        """The mean of each parameter over all slots, by its name in the module."""
+        return {unescaped(name): p.mean(0) for name, p in self.stacked.items()}
 
     @torch.no_grad()
     def stand_in(self, module: nn.Module, generator: torch.Generator) -> HeadCopies:
