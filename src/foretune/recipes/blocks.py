@@ -149,7 +149,7 @@ class RetrainBlock(_RetrainRunBlock):
 
     Args:
         methods: Names, or one-key mappings of a name to its fields:
-            `{peft-ml: {form: last-layer, as: peft-ml-last}}`. `as` is the displayed name;
+            `{peft-ml: {form: last-layer, as: peft-ml-last-layer}}`. `as` is the displayed name;
             `learning_rates` there replaces that of the block.
         search_steps: Steps of each trial of the learning-rate search; None for `steps`. The base of
             a trial is adapted to the `adapt.search_tasks`, on which it is not retrained; the method

@@ -178,6 +178,8 @@ class Adapted:
             None.
         learners: The learner that trained each of `models`, which writes it.
         folders: Names of the folders that `save` writes; empty for those of `folder_names`.
+        path: Scores after the steps of `score_at`: {step: {(task, draw): score}}; of the tasks that
+            were adapted in this call.
     """
 
     scores: dict[tuple[str, int], float]
@@ -192,6 +194,7 @@ class Adapted:
     num_labels: int | None = None
     learners: dict[tuple[str, int], Learner] = field(default_factory=dict)
     folders: dict[tuple[str, int], str] = field(default_factory=dict)
+    path: dict[int, dict[tuple[str, int], float]] = field(default_factory=dict)
 
     def first_draw(self) -> Adapted:
         """The part of the result of each task's first draw."""
