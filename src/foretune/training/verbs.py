@@ -123,6 +123,7 @@ def _retrain_in(
     data = TaskData.of(tasks, objective, TextLimits.of(model, objective))
     share = method.interpolate
     pretrained, model = model, fresh_copy(model, objective, run.seed)
+    set_basis(model, None)  # that of the input describes other adapters
     check_model(group, model)
     check_layers(group, model)
     inputs, finished = group.on_first_process(
