@@ -53,6 +53,11 @@ class _AdaptedLayer(nn.Module):
     rows: RowDims
     off: bool
 
+    @property
+    def row_dims(self) -> list[RowDims]:
+        """The rows in the input of the layer."""
+        return [self.rows]
+
     def forward_of(self, module: nn.Module) -> Callable[..., Tensor]:
         """The forward that replaces the module's own."""
         plain = forward_of(module)

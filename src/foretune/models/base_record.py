@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from foretune.entry_points import entry_point
 from foretune.errors import UserError
-from foretune.files import BASE_FILE
+from foretune.files import BASE_FILE, BASIS_FILE
 from foretune.formats import BASE, read_json
 from foretune.models.checkpoint import stored_dtypes
 from foretune.models.surgery import head_width, name_outputs
@@ -49,11 +49,13 @@ def read_base_record(folder: Path) -> BaseRecord | None:
 
 
 def restore(folder: Path, model: nn.Module) -> None:
-    """Gives the model what its record says: which parameters are trained, its head's labels.
+    """Gives the model what lies beside it: parameters to train, its head's labels, its basis.
 
     Raises:
-        UserError: The record is damaged.
+        UserError: The record or the basis is damaged.
     """
+    if (folder / BASIS_FILE).is_file():
+        entry_point("foretune.adapters.basis_file:attach_basis")(folder, model)
     record = read_base_record(folder)
     if record is None:
         return

@@ -143,7 +143,8 @@ def retrain(
 
 
 def _trial(setup: Setup, entry: MethodEntry, rate: float, console: Console) -> float | None:
-    from foretune.evaluation import held_out
+    from foretune.evaluation.adapt_search import at_rates
+    from foretune.evaluation.adapt_search import search as search_adapting
     from foretune.evaluation.wording import counted
 
     recipe, search = setup.recipe, setup.search
@@ -157,11 +158,10 @@ def _trial(setup: Setup, entry: MethodEntry, rate: float, console: Console) -> f
         seen = setup.seen.without(search.names)
         outcome = retrain(setup, seen, entry.record(rate), run, console, label)
         with console.bar(f"{label}: adapting", rounds=rounds) as progress:
-            method = recipe.adapt_record()
-            trials = held_out.try_rates(
-                outcome.model, search, method, block.rates, adapting, block.row_counts, progress
-            )
-        score = float(held_out.best(trials)["score"])
+            methods = at_rates(recipe.adapt_record(), block.rates)
+            score = search_adapting(
+                outcome.model, search, methods, adapting, block.row_counts, progress=progress
+            ).score
     except DivergedError as error:
         console.say(f"{entry.name}: {error}")
         return None

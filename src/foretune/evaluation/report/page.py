@@ -119,7 +119,10 @@ def _facts(view: View) -> str:
         parts.append(f"measured on {counted(collection['num_unseen'], 'unseen task')}{turns}")
     repeats = {row["seed"] for row in comparison["scores"]}
     steps = f" for {counted(adapt['steps'], 'step')}" if adapt.get("steps") else ""
-    parts.append(f"each adapted with {adapt['method']}{steps}, {counted(len(repeats), 'repeat')}")
+    how = f"with {adapt['method']}{steps}"
+    if "methods" in adapt:  # each base in its own way
+        how = f"as was best on held-out tasks, in at most {counted(adapt['steps'], 'step')}"
+    parts.append(f"each adapted {how}, {counted(len(repeats), 'repeat')}")
     text = "; ".join([*parts, *view.rows_drawn()])
     return f"{text[:1].upper()}{text[1:]}."
 
@@ -197,6 +200,7 @@ def _costs(base: Mapping[str, Any]) -> dict[str, Any]:
 def _cost(base: Mapping[str, Any], stage: str) -> list[str]:
     cost = base.get(stage) or {}
     rates = cost.get("learning_rates") or [cost.get("learning_rate")]
+    rates = [*rates, *(row["learning_rate"] for row in cost.get("by_shots") or [])]
     distinct = dict.fromkeys(f"{rate:g}" for rate in rates if rate is not None)
     return [", ".join(distinct) or "–", *_cost_cells(cost)]
 

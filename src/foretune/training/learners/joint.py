@@ -22,6 +22,7 @@ from foretune.models.loading import save_base
 from foretune.models.packing import packed
 from foretune.models.recompute import recomputed, recomputed_on_route
 from foretune.models.row_dropout import RowDropout, only_known_recomputation
+from foretune.models.sentence_cache import embedding_with
 from foretune.models.surgery import batch_norms, head_modules, name_outputs
 from foretune.run import Run
 from foretune.tasks.batch import Batch
@@ -93,6 +94,13 @@ class Learner:
     def sharded(self) -> bool:
         """Whether the base is sharded over the processes."""
         return self.partition is not None and self.partition.sharded
+
+    @property
+    def parameters_per_task(self) -> int:
+        """Number of parameters that are trained for each task, or for the only one."""
+        if self.bank is not None:
+            return self.bank.parameters_per_slot
+        return sum(p.numel() for p in self.base)
 
     def place(self, device: torch.device, partition: Partition) -> None:
         """Moves everything to the device; shards the base if the partition says so.
@@ -203,6 +211,7 @@ class Learner:
         """
         adapted = [] if self.bank is None else self.bank.adapted_names
         with contextlib.ExitStack() as stack:
+            stack.enter_context(embedding_with(self.model))
             if not self.sharded:  # it calls the model more often in some processes
                 stack.enter_context(frozen_prefix(self.model, adapted))
             if self.recompute:
