@@ -21,8 +21,8 @@ from foretune.models.surgery import name_outputs
 from foretune.processes import base_is_sharded
 from foretune.run import Run
 from foretune.tasks.task import Objective, TaskCollection
-from foretune.training.adapting import Adaptation, adapt_in, check_path
 from foretune.training.adapt_plan import AdaptPlan, plan_of
+from foretune.training.adapting import Adaptation, adapt_in, check_path
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import TaskData, sampler_for
 from foretune.training.held_out import HeldOut, best_mean
