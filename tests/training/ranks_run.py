@@ -153,7 +153,7 @@ PEFT = foretune.PEFTML(learning_rate=0.02, adapter_learning_rate=0.05, lora=LORA
 SLOW = foretune.PEFTML(learning_rate=0.002, adapter_learning_rate=0.005, lora=LORA)
 HEADS = replace(PEFT, form="last-layer")
 POOLED = foretune.Standard(learning_rate=0.02)
-BOTH = replace(PEFT, form="both")
+PULLED = replace(PEFT, form="both", penalty=0.1, penalty_towards="mean")
 WILD = foretune.Standard(learning_rate=0.2)
 LORA_ADAPT = foretune.LoRA(learning_rate=0.05, lora=LORA)
 REPTILE, FOMAML = foretune.Reptile(**INNER), foretune.FOMAML(**INNER)
@@ -175,7 +175,7 @@ RETRAINED: Cases = {
     "clipped": lambda _: retrain(PEFT, max_grad_norm=0.01),
     "pooled": lambda _: retrain(POOLED),
     "pooled-chunks": lambda _: retrain(POOLED, token_budget=2, tasks_per_step=1),
-    "lora-and-head": lambda _: retrain(BOTH),
+    "towards-mean": lambda _: retrain(PULLED),
     "reptile": lambda _: retrain(REPTILE),
     "reptile-adapter": lambda _: retrain(replace(REPTILE, inner="adapter")),
     "fomaml": lambda _: retrain(FOMAML),

@@ -86,7 +86,9 @@ class TextTower(_Tower):
         super().__init__(config)
         if encoder is None:
             fields = dict(config.encoder or {})
-            encoder = AutoModel.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+            encoder = AutoModel.from_config(
+                AutoConfig.for_model(fields.pop("model_type"), **fields)
+            )
         self.encoder: Any = encoder.eval().requires_grad_(False)
         self.shared = Shared()
 
@@ -254,7 +256,9 @@ class TowerForArrays(_Tower):
         self.classifier = nn.Linear(config.widths[-1], config.num_labels)
         self.post_init()
 
-    def forward(self, x: Tensor, labels: Tensor | None = None, **_: Any) -> SequenceClassifierOutput:
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, **_: Any
+    ) -> SequenceClassifierOutput:
         """(n, num_labels) logits of (n, …) arrays.
 
         Args:
