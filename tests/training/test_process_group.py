@@ -275,7 +275,13 @@ def launch(place: Path, *args: str, processes: int = 2, interval_s: float = 0.1,
     )
 
 
-RETRAIN = ("retrain", "my.yaml", "tasks.unseen=2", "retrain.learning_rates=[1e-3]")
+RETRAIN = (
+    "retrain",
+    "my.yaml",
+    "model.file=my_model.py",
+    "tasks.unseen=2",
+    "retrain.learning_rates=[1e-3]",
+)
 RETRAIN += ("retrain.steps=60", "retrain.eval_every=10", "--out", "out")
 
 

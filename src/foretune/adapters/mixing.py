@@ -30,7 +30,10 @@ from foretune.models.routing import current_rows, routed, unpacked
 from foretune.models.row_dims import UnknownRowsError
 from foretune.models.unadaptable import read_without_call
 
-ENTRIES = ("get_image_features", "get_text_features")  # what is called besides `forward`
+ENTRIES = (
+    *("get_image_features", "get_text_features"),
+    *("get_context_features", "get_response_features"),
+)  # what is called besides `forward`
 SIZES = (3, 5, 7)  # numbers of rows of a probe: primes, to divide as little else as possible
 
 logger = logging.getLogger("foretune")

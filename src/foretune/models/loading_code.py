@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 
+# Classes of towers, whose code lies in their folder → the class of transformers that loads them.
+TOWERS = {
+    "TowerForSequenceClassification": "AutoModelForSequenceClassification",
+    "DualTower": "AutoModel",
+    "TowerForArrays": "AutoModel",
+}
+
 
 def class_name(model: object) -> str | None:
-    """The transformers class that loads the model; None where foretune's own loader is needed."""
-    package = type(model).__module__.partition(".")[0]
-    return type(model).__name__ if package == "transformers" else None
+    """The model's class if transformers loads it; None where foretune's own loader is needed."""
+    name, package = type(model).__name__, type(model).__module__.partition(".")[0]
+    return name if package == "transformers" or name in TOWERS else None
 
 
 def loading_code(
@@ -24,6 +31,8 @@ def loading_code(
 
     >>> loading_code("BertModel", "base")[1:]
     ['', 'base = BertModel.from_pretrained("base")']
+    >>> loading_code("DualTower", "base")[-1]
+    'base = AutoModel.from_pretrained("base", trust_remote_code=True)'
     """
     where = json.dumps(base, ensure_ascii=False)  # quoted as in Python
     if name is None:
@@ -33,9 +42,12 @@ def loading_code(
             imports.append("from foretune.models.surgery import match_head")
             lines.append(f"match_head(base, {num_labels}, seed=0)")
     else:
-        imports = [f"from transformers import {name}"]
+        loader = TOWERS.get(name, name)
+        imports = [f"from transformers import {loader}"]
         wide = f", num_labels={num_labels}, ignore_mismatched_sizes=True"
-        lines = [f"base = {name}.from_pretrained({where}{wide if num_labels is not None else ''})"]
+        options = wide if num_labels is not None else ""
+        options += ", trust_remote_code=True" if name in TOWERS else ""
+        lines = [f"base = {loader}.from_pretrained({where}{options})"]
     if adapter is not None:
         imports.insert(0, "from peft import PeftModel")
         shown = json.dumps(adapter, ensure_ascii=False)
