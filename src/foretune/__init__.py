@@ -31,6 +31,7 @@ _PUBLIC = {
     "Fused": "foretune.fusion.fused",
     "HCSMoE": "foretune.pruning.hc_smoe",
     "Head": "foretune.methods.head",
+    "HeldOut": "foretune.training.held_out",
     "LoRA": "foretune.methods.lora",
     "NoRetraining": "foretune.methods.none",
     "Outcome": "foretune.training.outcome",

@@ -52,6 +52,7 @@ from foretune.tasks.sources import Source as Source
 from foretune.tasks.sources import load_tasks as load_tasks
 from foretune.tasks.task import Task as Task
 from foretune.tasks.task import TaskCollection as TaskCollection
+from foretune.training.held_out import HeldOut as HeldOut
 from foretune.training.outcome import Adapted as Adapted
 from foretune.training.outcome import Outcome as Outcome
 from foretune.training.verbs import adapt as adapt

@@ -33,6 +33,7 @@ def build(width=8):
 SMALL = [
     "model.args={width: 6}",
     "tasks.unseen=2",
+    "retrain.methods=[none, standard, peft-ml]",
     "retrain.steps=4",
     "retrain.search_steps=2",
     "adapt.steps=3",

@@ -148,7 +148,7 @@ PEFT = foretune.PEFTML(learning_rate=0.02, adapter_learning_rate=0.05, lora=LORA
 SLOW = foretune.PEFTML(learning_rate=0.002, adapter_learning_rate=0.005, lora=LORA)
 HEADS = replace(PEFT, form="last-layer")
 POOLED = foretune.Standard(learning_rate=0.02)
-PER_TASK = replace(POOLED, heads="per-task")
+BOTH = replace(PEFT, form="both")
 WILD = foretune.Standard(learning_rate=0.2)
 LORA_ADAPT = foretune.LoRA(learning_rate=0.05, lora=LORA)
 REPTILE, FOMAML = foretune.Reptile(**INNER), foretune.FOMAML(**INNER)
@@ -165,7 +165,7 @@ RETRAINED: Cases = {
     "clipped": lambda _: retrain(PEFT, max_grad_norm=0.01),
     "pooled": lambda _: retrain(POOLED),
     "pooled-chunks": lambda _: retrain(POOLED, token_budget=2, tasks_per_step=1),
-    "per-task-heads": lambda _: retrain(PER_TASK),
+    "lora-and-head": lambda _: retrain(BOTH),
     "reptile": lambda _: retrain(REPTILE),
     "reptile-adapter": lambda _: retrain(replace(REPTILE, inner="adapter")),
     "fomaml": lambda _: retrain(FOMAML),
@@ -181,7 +181,7 @@ RETRAINED: Cases = {
     "sharded-one-task": lambda _: retrain(PEFT, rows=[9]),
     "sharded-one-a-step": lambda _: retrain(PEFT, tasks_per_step=1),
     "sharded-pooled": lambda _: retrain(POOLED, token_budget=3),
-    "sharded-heads": lambda _: retrain(PER_TASK),
+    "sharded-heads": lambda _: retrain(HEADS),
     "sharded-best": lambda _: retrain(WILD, **CONSTANT),
     "sharded-on-disk": lambda out: retrain(PEFT, out=out),
     "sharded-llama": lambda _: retrain(SLOW, tokens="llama", token_budget=40),
@@ -201,7 +201,7 @@ ADAPTED: Cases = {
 RESUMED: dict[str, Callable[..., Any]] = {
     "resumed": lambda **more: retrain(PEFT, **more),
     "resumed-one-a-step": lambda **more: retrain(PEFT, tasks_per_step=1, **more),
-    "resumed-pooled": lambda **more: retrain(PER_TASK, **more),
+    "resumed-pooled": lambda **more: retrain(POOLED, **more),
     "sharded-resumed": lambda **more: retrain(PEFT, **more),
     "resumed-adapt": lambda **more: adapt(LORA_ADAPT, tasks_per_wave=2, **more),
 }

@@ -187,17 +187,32 @@ class _Entry:
             logger.warning(text)
 
     def _probe(self, args: Any, kwargs: Any, num_rows: int) -> str | None:
-        """Why tasks cannot share a call of this method; None if they can."""
+        """Why tasks cannot share a call of this method; None if they can.
+
+        Raises:
+            UserError: The model cannot be called with part of the rows.
+        """
+        heads = [p for p in self.calls.parts.values() if isinstance(p, HeadCopies) and p.inner]
+        if heads:
+            with contextlib.suppress(UserError):
+                if self._probe_once(args, kwargs, num_rows) is None:
+                    return None
+            for head in heads:
+                head.inner = {}
+        return self._probe_once(args, kwargs, num_rows)
+
+    def _probe_once(self, args: Any, kwargs: Any, num_rows: int) -> str | None:
         few, many = _probe_sizes(num_rows)
         with self._random_adapters() as stand_ins:
             outputs, shapes = [], []
+            row_dims = [dims for part in stand_ins.values() for dims in part.row_dims]
             with unpacked():
                 for size, slot in ((few, 0), (many, 0), (many, 1)):
                     outputs.append(self._rows_of(args, kwargs, range(size), [slot] * size))
-                    shapes.append([part.rows.take_calls() for part in stand_ins.values()])
+                    shapes.append([dims.take_calls() for dims in row_dims])
             self._learn_output_dims(outputs[0], outputs[1], few, many)
-            for part, *calls in zip(stand_ins.values(), *shapes[:2], strict=True):
-                reason = part.rows.learn(*calls)
+            for dims, *calls in zip(row_dims, *shapes[:2], strict=True):
+                reason = dims.learn(*calls)
                 if reason is not None:
                     return reason
             for probe in range(4):
@@ -210,7 +225,8 @@ class _Entry:
                 if not self._agrees(mixed, outputs[1:], order, owners):
                     return "it mixes the rows of a batch"
         for name, part in self.calls.parts.items():
-            part.rows.learnt |= stand_ins[name].rows.learnt
+            for dims, probed in zip(part.row_dims, stand_ins[name].row_dims, strict=True):
+                dims.learnt |= probed.learnt
         return None
 
     @contextlib.contextmanager

@@ -20,6 +20,7 @@ from foretune.formats import shortened
 from foretune.models.base_record import check_fingerprint
 from foretune.models.checkpoint import check_files, check_fit, check_numbers
 from foretune.models.surgery import is_in_head, name_outputs
+from foretune.models.tower_classes import TOWERS
 from foretune.models.trusted_code import HOW
 
 LOADERS = {
@@ -196,6 +197,7 @@ def saved_class(where: str, config: Any, trusted: bool) -> Any:
         return transformers.AutoModel
     name = names[0] if isinstance(names, list) else names
     model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    model_class = model_class or TOWERS.get(str(name))
     if model_class is None and trusted and getattr(config, "auto_map", None):
         return transformers.AutoModel
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
