@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 
 
+# Classes of towers, whose code lies in their folder → the class of transformers that loads them.
+TOWERS = {
+    "TowerForSequenceClassification": "AutoModelForSequenceClassification",
+    "DualTower": "AutoModel",
+    "TowerForArrays": "AutoModel",
+}
+
+
 def class_name(model: object) -> str | None:
-    """The transformers class that loads the model; None where foretune's own loader is needed."""
-    package = type(model).__module__.partition(".")[0]
-    return type(model).__name__ if package == "transformers" else None
+    """The model's class if transformers loads it; None where foretune's own loader is needed."""
+    name, package = type(model).__name__, type(model).__module__.partition(".")[0]
+    return name if package == "transformers" or name in TOWERS else None
 
 
 def loading_code(

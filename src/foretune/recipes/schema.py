@@ -417,6 +417,7 @@ def _check(recipe: Recipe, where: str) -> None:
     """
     checks: dict[str, Callable[[], object]] = {
         "": lambda: _check_methods(recipe),
+        "model.": lambda: recipe.model.check_serves(recipe.objective),
         "retrain.": recipe.retrain_run,
         "adapt.": recipe.adapt_run,
         "tasks.": recipe.source,
