@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-
 # Classes of towers, whose code lies in their folder → the class of transformers that loads them.
 TOWERS = {
     "TowerForSequenceClassification": "AutoModelForSequenceClassification",
