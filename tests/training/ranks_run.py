@@ -99,6 +99,7 @@ def retrain(
         else {key: bank.slot_state(slot) for slot, key in enumerate(bank.keys)},
         "history": result.history,
         "score": result.validation_score,
+        "basis": None if result.basis is None else [*result.basis.explained, result.basis.in_span],
         "cost": {k: result.cost[k] for k in ("tokens", "examples", "trainable_parameters")},
     }
 

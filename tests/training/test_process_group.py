@@ -75,6 +75,7 @@ def same_retraining(
         assert rank["score"] == pytest.approx(expected["score"], abs=1e-5)
         steps = [{k: pytest.approx(v, abs=1e-5) for k, v in e.items()} for e in expected["history"]]
         assert rank["history"] == steps
+        assert rank["basis"] == pytest.approx(expected["basis"], abs=1e-2)
     adapters = {key: state for rank in ranks for key, state in rank["adapters"].items()}
     assert sum(len(rank["adapters"]) for rank in ranks) == len(adapters)
     assert adapters.keys() == expected["adapters"].keys()
