@@ -25,7 +25,15 @@ from foretune.training.process_group import Partition, ProcessGroup, partition_s
 BY_TASK = ("joint", "one-a-step", "two-a-step", "chunks", "last-layer", "clipped", "on-disk")
 BY_TASK += ("one-task", "choice", "llama")
 BY_ROW = ("pooled", "pooled-chunks", "pooled-choice", "best-in-memory", "best-on-disk")
-OTHERS = ("towards-mean", "reptile", "reptile-adapter", "fomaml", "fomaml-adapter", "none")
+OTHERS = (
+    "towards-mean",
+    "factorised",
+    "reptile",
+    "reptile-adapter",
+    "fomaml",
+    "fomaml-adapter",
+    "none",
+)
 SHARDED = ("", "-one-task", "-one-a-step", "-pooled", "-heads", "-best", "-on-disk", "-llama")
 SHARDED = tuple(f"sharded{name}" for name in (*SHARDED, "-gpt2", "-choice"))
 ADAPTED = ("adapt", "adapt-waves", "adapt-shots", "adapt-patience", "adapt-full")
