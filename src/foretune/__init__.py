@@ -13,6 +13,7 @@ _PUBLIC = {
     "AdapterBank": "foretune.adapters.bank",
     "Auto": "foretune.methods.auto",
     "Average": "foretune.fusion.average",
+    "Basis": "foretune.adapters.basis",
     "CausalLM": "foretune.tasks.objectives.causal_lm",
     "Choice": "foretune.tasks.objectives.choice",
     "Classification": "foretune.tasks.objectives.classification",
@@ -28,6 +29,7 @@ _PUBLIC = {
     "ForecastPEFT": "foretune.forecasting.forecast_peft",
     "ForetuneError": "foretune.errors",
     "Frequency": "foretune.pruning.frequency",
+    "FromBasis": "foretune.methods.basis",
     "Full": "foretune.methods.full",
     "Fused": "foretune.fusion.fused",
     "HCSMoE": "foretune.pruning.hc_smoe",
@@ -62,6 +64,7 @@ _PUBLIC = {
     "adapt": "foretune.training.verbs",
     "compare": "foretune.evaluation.adaptability",
     "decode": "foretune.verbs",
+    "fit_basis": "foretune.training.fit_basis",
     "fuse": "foretune.verbs",
     "load_fused": "foretune.fusion.fused",
     "load_model": "foretune.models.loading",
@@ -69,6 +72,8 @@ _PUBLIC = {
     "load_tasks": "foretune.tasks.sources",
     "prune": "foretune.verbs",
     "retrain": "foretune.training.verbs",
+    "save_basis": "foretune.adapters.basis_file",
+    "set_basis": "foretune.adapters.basis_file",
     "tuckerize": "foretune.source_free.tucker",
 }
 

@@ -27,6 +27,7 @@ T = TypeVar("T")
 M = TypeVar("M", bound="nn.Module")
 
 FIELD = "format"
+ADAPTING = "foretune-adapting-1"  # adapting.json, the search of how to adapt a base
 ADAPTER = "foretune-adapter-2"  # base_fingerprint.json
 BASE = "foretune-base-1"  # foretune.json
 BASIS = "foretune-basis-1"  # foretune_basis/basis.safetensors

@@ -45,7 +45,7 @@ from foretune.training.shots import draw_shots
 
 # What is tried of a method where nothing is set: field → values.
 GRIDS: Mapping[str, Mapping[str, Sequence[Any]]] = {
-    "basis": {"free": (0, 1), "strength": (3.0, 1.0, 0.3)},
+    "basis": {"free": (0, 1), "strength": (10.0, 3.0, 1.0, 0.3)},
     "head": {"learning_rate": (3e-3, 1e-2, 3e-2)},
     "lora": {"learning_rate": (1e-3, 3e-3, 1e-2)},
 }

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from foretune.entry_points import entry_point
+from foretune.files import BASE_FILE
+from foretune.formats import damage_named
 from foretune.run import Run
 from foretune.training.methods import AdaptMethod
 
@@ -148,3 +153,16 @@ class AdaptPlan:
         """
         settings = tuple(PlannedSetting.from_dict(planned) for planned in record["settings"])
         return cls(settings=settings, run=Run(**record["run"]))
+
+
+def plan_of(model: nn.Module) -> AdaptPlan | None:
+    """How held-out tasks chose to adapt a base that was loaded from a folder; None if they did not.
+
+    Raises:
+        UserError: What the folder records is damaged.
+    """
+    record = getattr(model, "foretune_adapting", None)
+    if record is None:
+        return None
+    with damage_named(Path(BASE_FILE)):
+        return AdaptPlan.from_dict(record)

@@ -19,6 +19,7 @@ from foretune.models.surgery import head_width
 from foretune.run import Run
 from foretune.tasks.objectives import settings_of
 from foretune.tasks.task import Objective, TaskCollection
+from foretune.training.adapt_plan import AdaptPlan, Setting
 from foretune.training.data import SlotRows, TaskData, sampler_for
 from foretune.training.learners.joint import Learner
 from foretune.training.loop import Progress, fit, scores_after
@@ -49,13 +50,22 @@ from foretune.training.text_limits import TextLimits
 class Adaptation:
     """What `adapt` was asked for, beside model and tasks; its arguments by their names."""
 
-    method: AdaptMethod
+    method: AdaptMethod | AdaptPlan
     run: Run
     shots: int | None
     draws: int
     split: str
     score_at: Sequence[int]
     progress: Progress | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A way to adapt, and the slots that are adapted in it."""
+
+    method: AdaptMethod
+    run: Run
+    slots: list[SlotRows]
 
 
 def check_path(score_at: Sequence[int], run: Run) -> None:
@@ -98,22 +108,31 @@ def adapt_in(model: nn.Module, tasks: TaskCollection, how: Adaptation) -> Adapte
         inputs |= inputs_to_adapt(base, model, tasks, objective)
         saved = group.on_first_process(lambda: _begin_adapting(out, how.method, run, inputs))
         slots = [slot for slot in slots if (slot.task, slot.draw) not in saved]
-    partition = partition_slots(
-        group, TaskData(slots, objective, limits), run.batch_size, len(slots), pooled=False
-    )
     result = Adapted({}, {}, {}, {}, {})
+    ways = _ways(how, run, slots)
+    if isinstance(how.method, AdaptPlan):
+        result.settings = {
+            (slot.task, slot.draw): Setting(method=way.method, steps=way.run.steps)
+            for way in ways
+            for slot in way.slots
+        }
     result.labels = labels_of(objective, tasks.names)
     result.folders = folder_names(task_draws, {key: task.folder for key, task in saved.items()})
     # Whole models have their own head; adapters are loaded onto the base's.
-    if how.method.shares_base and objective.num_outputs() is not None:
+    shares_base = any(way.method.shares_base for way in ways)
+    if shares_base and objective.num_outputs() is not None:
         width = head_width(model)
         is_stored = width == head_width(base) and not unstored_modules(base)
         result.num_labels = None if is_stored else width
     with torch.random.fork_rng(), metered() as cost, group.raise_together():
-        for wave in _waves(partition, _wave_size(model, slots, objective, how.method, run)):
-            _adapt_wave(model, wave, objective, run, how, result)
-            if out is not None:
-                save_wave(result, [(rows.task, rows.draw) for rows in wave], out, group)
+        for way in ways:
+            data = TaskData(way.slots, objective, limits)
+            batch_size, num_slots = way.run.batch_size, len(way.slots)
+            partition = partition_slots(group, data, batch_size, num_slots, pooled=False)
+            for wave in _waves(partition, _wave_size(model, objective, way)):
+                _adapt_wave(model, wave, objective, way, how, result)
+                if out is not None:
+                    save_wave(result, [(rows.task, rows.draw) for rows in wave], out, group)
     result.cost = group.total_cost(result.cost | cost)
     for key, task in saved.items():
         if task.score is not None:
@@ -129,8 +148,21 @@ def adapt_in(model: nn.Module, tasks: TaskCollection, how: Adaptation) -> Adapte
     return result
 
 
+def _ways(how: Adaptation, run: Run, slots: Sequence[SlotRows]) -> list[Way]:
+    """The ways in which the slots are adapted: a single one, or those of a plan by their rows."""
+    if not isinstance(how.method, AdaptPlan):
+        return [Way(method=how.method, run=run, slots=list(slots))]
+    plan, ways = how.method, dict[str, Way]()
+    for slot in slots:
+        setting = None if how.shots is None else plan.at_shots(how.shots)
+        setting = setting or plan.setting_for(len(slot.train))
+        way = Way(method=setting.method, run=plan.run_for(setting, run), slots=[])
+        ways.setdefault(repr(setting), way).slots.append(slot)
+    return list(ways.values())
+
+
 def _begin_adapting(
-    out: Path, method: AdaptMethod, run: Run, inputs: dict[str, Any]
+    out: Path, method: AdaptMethod | AdaptPlan, run: Run, inputs: dict[str, Any]
 ) -> dict[TaskDraw, SavedTask]:
     """Records what begins in the folder; returns the tasks that have finished there."""
     begin(out, method, run, inputs)
@@ -141,12 +173,12 @@ def _adapt_wave(
     model: nn.Module,
     wave: Sequence[SlotRows],
     objective: Objective,
-    run: Run,
+    way: Way,
     how: Adaptation,
     result: Adapted,
 ) -> None:
     """Adapts the tasks of one wave, and adds them to the result."""
-    method = how.method
+    method, run = way.method, way.run
     data = TaskData(wave, objective, TextLimits.of(model, objective))
     base = model if method.shares_base else copy.deepcopy(model)
     requires_grad = {p: p.requires_grad for p in base.parameters()}
@@ -197,21 +229,21 @@ def _adapt_wave(
         result.base_fingerprint = base_record(base, learner.bank.head_names)
         for slot, key in enumerate(keys):
             result.tensors[key] = peft_tensors(learner.bank, slot)
+            result.records[key] = (result.config, result.base_fingerprint)
     else:
         learner.stop()
         result.models[keys[0]] = base
         result.learners[keys[0]] = learner
-    result.cost["trainable_parameters"] = per_task
+    result.cost["trainable_parameters"] = max(per_task, result.cost.get("trainable_parameters", 0))
     for name in ("tokens", "examples"):
         result.cost[name] = result.cost.get(name, 0) + record[name]
     for p, trained in requires_grad.items():  # the method may have added parameters
         p.requires_grad_(trained)
 
 
-def _wave_size(
-    model: nn.Module, slots: list[SlotRows], objective: Objective, method: AdaptMethod, run: Run
-) -> int:
+def _wave_size(model: nn.Module, objective: Objective, way: Way) -> int:
     """Number of tasks that are adapted at the same time."""
+    method, run, slots = way.method, way.run, way.slots
     if not method.shares_base:
         return 1
     if run.tasks_per_wave is not None or not slots:

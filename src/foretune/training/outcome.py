@@ -34,6 +34,7 @@ from foretune.models.loading_code import class_name, loading_code
 from foretune.models.surgery import head_labels, name_outputs
 from foretune.run import Run
 from foretune.tasks.task import Objective
+from foretune.training.adapt_plan import Setting
 from foretune.training.learners.joint import Learner
 from foretune.training.methods import RetrainMethod
 from foretune.training.record import environment
@@ -178,6 +179,8 @@ class Adapted:
             None.
         learners: The learner that trained each of `models`, which writes it.
         folders: Names of the folders that `save` writes; empty for those of `folder_names`.
+        settings: How each task was adapted, where a plan says so by its rows; empty otherwise.
+        records: The `config` and `base_fingerprint` of each adapter, where a plan has them differ.
         path: Scores after the steps of `score_at`: {step: {(task, draw): score}}; of the tasks that
             were adapted in this call.
     """
@@ -194,6 +197,10 @@ class Adapted:
     num_labels: int | None = None
     learners: dict[tuple[str, int], Learner] = field(default_factory=dict)
     folders: dict[tuple[str, int], str] = field(default_factory=dict)
+    settings: dict[tuple[str, int], Setting] = field(default_factory=dict)
+    records: dict[tuple[str, int], tuple[dict[str, Any], dict[str, Any]]] = field(
+        default_factory=dict
+    )
     path: dict[int, dict[tuple[str, int], float]] = field(default_factory=dict)
 
     def first_draw(self) -> Adapted:
@@ -213,7 +220,8 @@ class Adapted:
         names = self.folders or folder_names([*self.tensors, *self.models])
         for (task, draw), tensors in self.tensors.items():
             with whole_folder(folder / names[task, draw]) as part:
-                write_adapter(part, self.config, tensors, self.base_fingerprint)
+                config, base = self.records.get((task, draw), (self.config, self.base_fingerprint))
+                write_adapter(part, config, tensors, base)
                 _write_labels(part, self.labels.get(task))
         for (task, draw), model in self.models.items():
             labels = self.labels.get(task)

@@ -21,6 +21,7 @@ from foretune.models.surgery import name_outputs
 from foretune.processes import base_is_sharded
 from foretune.run import Run
 from foretune.tasks.task import Objective, TaskCollection
+from foretune.training.adapt_plan import AdaptPlan, plan_of
 from foretune.training.adapting import Adaptation, adapt_in, check_path
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import TaskData, sampler_for
@@ -123,6 +124,8 @@ def _retrain_in(
     data = TaskData.of(tasks, objective, TextLimits.of(model, objective))
     share = method.interpolate
     pretrained, model = model, fresh_copy(model, objective, run.seed)
+    set_basis(model, None)  # that of the input describes other adapters
+    model.foretune_adapting = None  # type: ignore[assignment]  # that of another base
     check_model(group, model)
     check_layers(group, model)
     inputs, finished = group.on_first_process(
@@ -348,7 +351,7 @@ def _scored(
 def adapt(
     model: nn.Module,
     tasks: TaskCollection,
-    method: AdaptMethod,
+    method: AdaptMethod | AdaptPlan | None = None,
     run: Run | None = None,
     *,
     shots: int | None = None,
@@ -365,8 +368,10 @@ def adapt(
     Args:
         model: A base; it is not changed.
         tasks: Unseen tasks, with an objective.
-        method: An adapting method such as `foretune.LoRA()`.
-        run: Random seed, budget, precision, folder; None for the defaults of `Run`.
+        method: An adapting method such as `foretune.LoRA()`, or a plan. None for the plan of a base
+            that was loaded from its folder: as held-out tasks chose, by the task's number of rows.
+        run: Random seed, budget, precision, folder; None for the defaults of `Run`. A plan sets the
+            budget.
             `tasks_per_wave` limits how many tasks are adapted at the same time; all of these are
             in every step, `tasks_per_step` is ignored. 0 steps leave every task where the method
             starts.
@@ -388,7 +393,17 @@ def adapt(
         LostProcessError: Another process of the job has ended.
     """
     run, group = run or Run(), process_group()
-    check_verb(method, "adapt")
+    method = method or plan_of(model)
+    if method is None:
+        raise UserError(
+            "adapt needs a method, such as foretune.LoRA(): the base does not say how it is best "
+            "adapted, as those of `foretune run` do"
+        )
+    if isinstance(method, AdaptPlan):
+        if score_at:
+            raise UserError("score_at needs a method: a plan takes other steps for each task")
+    else:
+        check_verb(method, "adapt")
     check_device(run.device)
     check_path(score_at, run)
     objective = objective_of(tasks).fit(tasks).bind(model)
