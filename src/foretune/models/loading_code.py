@@ -19,7 +19,13 @@ def class_name(model: object) -> str | None:
 
 
 def loading_code(
-    name: str | None, base: str, adapter: str | None = None, num_labels: int | None = None
+    name: str | None,
+    base: str,
+    adapter: str | None = None,
+    num_labels: int | None = None,
+    *,
+    tokenizer: str | None = None,
+    labels: str | None = None,
 ) -> list[str]:
     """The lines of Python that load a base and, if given, an adapter on it.
 
@@ -28,28 +34,50 @@ def loading_code(
         base: Folder of the base.
         adapter: PEFT folder of an adapter on it.
         num_labels: Outputs of the adapter's head if more than the base's.
+        tokenizer: Folder of the tokenizer.
+        labels: File with the labels of the outputs, in order.
 
     >>> loading_code("BertModel", "base")[1:]
     ['', 'base = BertModel.from_pretrained("base")']
     >>> loading_code("DualTower", "base")[-1]
     'base = AutoModel.from_pretrained("base", trust_remote_code=True)'
     """
-    where = json.dumps(base, ensure_ascii=False)  # quoted as in Python
+    standard, others, classes = [], [], []
     if name is None:
-        imports = ["from foretune.models.loading import load_base"]
-        lines = [f"base, _ = load_base({where})"]
+        others.append("from foretune.models.loading import load_base")
+        lines = [f"base, _ = load_base({_quoted(base)})"]
         if num_labels is not None:
-            imports.append("from foretune.models.surgery import match_head")
+            others.append("from foretune.models.surgery import match_head")
             lines.append(f"match_head(base, {num_labels}, seed=0)")
     else:
-        loader = TOWERS.get(name, name)
-        imports = [f"from transformers import {loader}"]
+        classes.append(TOWERS.get(name, name))
         wide = f", num_labels={num_labels}, ignore_mismatched_sizes=True"
         options = wide if num_labels is not None else ""
         options += ", trust_remote_code=True" if name in TOWERS else ""
-        lines = [f"base = {loader}.from_pretrained({where}{options})"]
+        lines = [f"base = {classes[0]}.from_pretrained({_quoted(base)}{options})"]
+    model = "base"
     if adapter is not None:
-        imports.insert(0, "from peft import PeftModel")
-        shown = json.dumps(adapter, ensure_ascii=False)
-        lines.append(f"model = PeftModel.from_pretrained(base, {shown})")
+        model = "model"
+        others.append("from peft import PeftModel")
+        lines.append(f"model = PeftModel.from_pretrained(base, {_quoted(adapter)})")
+    if tokenizer is not None:
+        classes.append("AutoTokenizer")
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({_quoted(tokenizer)})")
+    if labels is not None:
+        standard += ["import json", "from pathlib import Path"]
+        lines.append(f'labels = json.loads(Path({_quoted(labels)}).read_text("utf-8"))')
+    if tokenizer is not None and labels is not None:
+        lines += [
+            "",
+            f'logits = {model}(**tokenizer("A text", return_tensors="pt")).logits',
+            "print(labels[int(logits[0, : len(labels)].argmax())])",
+        ]
+    if classes:
+        others.append(f"from transformers import {', '.join(sorted(classes))}")
+    imports = [*standard, *[""] * bool(standard), *sorted(others)]
     return [*imports, "", *lines]
+
+
+def _quoted(text: str) -> str:
+    """A string as Python writes it."""
+    return json.dumps(text, ensure_ascii=False)
