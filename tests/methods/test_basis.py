@@ -58,11 +58,11 @@ def base_with(theta):
     return model
 
 
-def labelled(theta, num_rows, seed=5):
-    """Tasks with these heads (tasks, 12); 200 test rows each."""
+def labelled(theta, num_rows, *, num_test=200, seed=5):
+    """Tasks with these heads (tasks, 12)."""
     rng, tasks = np.random.default_rng(seed), []
     for i, value in enumerate(theta):
-        x = rng.normal(size=(num_rows + 200, 5)).astype("f4")
+        x = rng.normal(size=(num_rows + num_test, 5)).astype("f4")
         logits = x @ value[:10].reshape(2, 5).T + value[10:]
         y = (rng.random(len(x)) < 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))).astype(int)
         y[:2] = 0, 1  # each class has a row
@@ -104,9 +104,10 @@ def test_the_adapter_is_the_posterior_mode(strength, free):
 
 
 def test_few_rows_recover_a_task_of_the_seen_plane_and_a_plain_head_does_not():
+    run = FULL.replace(steps=80)
     base, new = base_with(heads(40)[:30]), labelled(heads(40)[30:], 6)
-    basis = foretune.adapt(base, new, make("basis"), FULL)
-    head = foretune.adapt(base, new, make("head", learning_rate=0.1), FULL)
+    basis = foretune.adapt(base, new, make("basis"), run)
+    head = foretune.adapt(base, new, make("head", learning_rate=0.1), run)
     scores = [np.mean(list(a.scores.values())) for a in (basis, head)]
     assert scores[0] > scores[1] + 0.05
 
@@ -114,10 +115,9 @@ def test_few_rows_recover_a_task_of_the_seen_plane_and_a_plain_head_does_not():
 def test_a_task_outside_the_plane_needs_the_free_directions():
     noise = np.random.default_rng(4).normal(size=(20, 12))
     base, new = base_with(heads(20) + 0.1 * noise), labelled(heads(5, rank=8, seed=3), 80)
+    run = FULL.replace(steps=100)
     inside, beside = (
-        np.mean(
-            list(foretune.adapt(base, new, make("basis", free=f, rank=2), FULL).scores.values())
-        )
+        np.mean(list(foretune.adapt(base, new, make("basis", free=f, rank=2), run).scores.values()))
         for f in (0.0, 20.0)
     )
     assert beside > inside + 0.05
@@ -151,7 +151,7 @@ def test_without_steps_the_adapter_is_the_mean():
 
 
 def test_a_thousand_tasks_are_fitted_at_once():
-    base, new = base_with(heads(30)), labelled(np.repeat(heads(10), 100, 0), 4)
+    base, new = base_with(heads(30)), labelled(np.repeat(heads(10), 100, 0), 4, num_test=2)
     run = FULL.replace(steps=20)
     together = foretune.adapt(base, new, make("basis"), run)
     alone = foretune.adapt(base, new.subset(["new123"]), make("basis"), run)
