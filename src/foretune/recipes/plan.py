@@ -283,11 +283,12 @@ def _searches(setup: Setup) -> Iterator[tuple[float, list[Sequence[Any]]]]:
 
 def _tried(recipe: Recipe, num_tasks: int) -> int:
     """How often one search adapts to a task at one number of shots."""
-    from foretune.evaluation.adapt_search import halving
+    from foretune.evaluation.adapt_search import num_adaptations
     from foretune.evaluation.held_out import num_draws
 
-    methods = len(candidates_of(recipe)) if recipe.adapt.searches else 1
-    return num_draws(num_tasks) * sum(count * part for count, part in halving(methods, num_tasks))
+    if not recipe.adapt.searches:
+        return num_draws(num_tasks) * num_tasks
+    return num_adaptations(len(candidates_of(recipe)), num_tasks)
 
 
 class Stopwatch:
