@@ -36,7 +36,7 @@ class TaskRidge:
         """Mean (T, D, C) and covariance (T, D, D) of w after each task's rows."""
         residuals = moments.sums - moments.gram @ self.mean.T
         precision = moments.gram / self.noise + np.diag(1 / self.variances)
-        covariance: Array = np.linalg.inv(precision)
+        covariance = np.linalg.inv(precision).astype(np.float64, copy=False)
         return covariance @ residuals / self.noise, covariance
 
 
