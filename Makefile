@@ -17,7 +17,7 @@ FLAGS ?= --resume
 WORKERS ?= 2
 EXAMPLES ?= 500
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
-EVERY_METHOD := retrain.methods=[none, standard, {standard: {heads: per-task, as: standard-heads}}, peft-ml, reptile, fomaml]
+EVERY_METHOD := retrain.methods=[none, standard, {peft-ml: {form: last-layer, as: peft-ml-last-layer}}, peft-ml, reptile, fomaml]
 
 .PHONY: setup lock quickstart test test-oldest test-newest fuzz fast check lint types imports docs format bench-quickstart \
 	bench-convai2 bench-speed bench-theory bench-claims architectures clean

@@ -63,7 +63,7 @@ alone rates-clinc150 clinc150 tasks.source="$data/clinc150/clinc150.jsonl.gz" \
 alone spectrum-clinc150 clinc150 tasks.source="$data/clinc150/clinc150.jsonl.gz" tasks.rotate=false \
     seeds=1 retrain.learning_rate=6e-4 'adapt.shots=[5]' \
     'spectrum={shots: 5, ranks: [1, 2, 4, 8, 16, 32]}' \
-    'retrain.methods=[none, standard, {standard: {heads: per-task, as: standard-heads}}, peft-ml]'
+    'retrain.methods=[none, standard, {peft-ml: {form: last-layer, as: peft-ml-last-layer}}, peft-ml]'
 
 # Ranks in retraining by ranks in adapting: the spectrum is the grid.
 alone convai2-ranks convai2 tasks.source="$data/convai2/valid.jsonl.gz" 'adapt.shots=[40]' \
@@ -71,7 +71,7 @@ alone convai2-ranks convai2 tasks.source="$data/convai2/valid.jsonl.gz" 'adapt.s
     'retrain.methods=[none, standard, {peft-ml: {lora: {r: 1, lora_alpha: 2}, as: peft-ml-1}},
       {peft-ml: {lora: {r: 4, lora_alpha: 8}, as: peft-ml-4}}, peft-ml,
       {peft-ml: {lora: {r: 16, lora_alpha: 32}, as: peft-ml-16}},
-      {peft-ml: {form: last-layer, as: peft-ml-last}}]'
+      {peft-ml: {form: last-layer, as: peft-ml-last-layer}}]'
 
 # SaRA's entries as the adapters of PEFT-ML.
 alone sparse-convai2 sparse-convai2 tasks.source="$data/convai2/valid.jsonl.gz"

@@ -22,7 +22,7 @@ from foretune.evaluation.wording import counted
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 RIVALS = ("standard", "peft-ml", "reptile", "fomaml")
-PUBLISHED = {"none", "standard", "standard-heads", "peft-ml", "peft-ml-last", "reptile", "fomaml"}
+PUBLISHED = {"none", "standard", "peft-ml", "peft-ml-last-layer", "reptile", "fomaml"}
 RESAMPLES = 4000
 POWER = (1.96 + 0.84) ** 2  # of a two-sided test at 5 % with power 80 %
 Scores = dict[str, np.ndarray]  # base -> (tasks, seeds)

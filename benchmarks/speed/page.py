@@ -220,6 +220,25 @@ def adaptation(data: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def heads(data: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            "## A head per task\n",
+            "One training step with a classifier per task, compared with one with a LoRA adapter "
+            "of rank 8 per task: of a small network on arrays, and of the top layer of an encoder. "
+            "`slot by slot` calls each task's head on its own rows.\n",
+            table(
+                ["model", "tasks × examples × length", "heads / LoRA", "slot by slot / LoRA"],
+                [
+                    [row["model"], cell(row), shown(row["to_lora"]["heads"]),
+                     shown(row["to_lora"]["slot by slot"])]
+                    for row in data["rows"]
+                ],
+            ),
+        ]
+    )  # fmt: skip
+
+
 def bank(data: dict[str, Any]) -> str:
     return "\n".join(
         [
@@ -298,6 +317,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ragged": ragged,
     "memory": memory,
     "adaptation": adaptation,
+    "heads": heads,
     "bank": bank,
     "pipeline": pipeline,
     "gpu": gpu,

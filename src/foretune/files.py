@@ -17,6 +17,7 @@ from foretune.manifest import REPLACED, UNFINISHED, all_files, foreign_files, re
 # Names of files that several modules write or read; a name used by one module is defined there.
 RUN_FILE = "run.json"  # method, run and digests of what a folder was started with, then the outcome
 BASE_FILE = "foretune.json"  # beside a retrained base: its method, objective and fingerprint
+BASIS_FILE = "foretune_basis/basis.safetensors"  # beside a base: the basis of its adapters
 METRICS_FILE = "metrics.jsonl"  # the history of a training run
 COMPARISON_FILE = "comparison.json"
 REPORT_FILE = "report.html"

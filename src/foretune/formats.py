@@ -27,8 +27,10 @@ T = TypeVar("T")
 M = TypeVar("M", bound="nn.Module")
 
 FIELD = "format"
+ADAPTING = "foretune-adapting-1"  # adapting.json, the search of how to adapt a base
 ADAPTER = "foretune-adapter-2"  # base_fingerprint.json
 BASE = "foretune-base-1"  # foretune.json
+BASIS = "foretune-basis-1"  # foretune_basis/basis.safetensors
 CHECKPOINT = "foretune-checkpoint-1"  # checkpoint-N/state.json
 CHOICE = "foretune-choice-1"  # choice.json, the trials of `auto`
 COMPARISON = "foretune-comparison-1"  # comparison.json, repeats/seed-N.json

@@ -20,6 +20,8 @@ MARKER_FILE = ".foretune"
 FORMAT = "foretune-folder-1"
 # Folders and files under these names are ours: not whole yet, or just replaced by a new one.
 UNFINISHED, REPLACED = ".unfinished-", ".replaced-"
+# A folder inside that of a result: one of several attempts, the best of which becomes the result.
+TRIAL = ".trial-"
 
 
 @dataclass
@@ -130,11 +132,12 @@ def all_files(folder: Path) -> Iterator[Path]:
 def final_path(path: Path | str) -> str:
     """Where a file or folder will lie when the folder that it is in has its name.
 
-    >>> final_path("./runs/.unfinished-a/base")
-    './runs/a/base'
+    >>> final_path("./runs/.unfinished-a/base"), final_path("./runs/a/.trial-2/base")
+    ('./runs/a/base', './runs/a/base')
     """
-    return re.sub(rf"(^|[/\\\\]){re.escape(UNFINISHED)}", r"\1", str(path))
+    without_trial = re.sub(rf"([/\\\\]){re.escape(TRIAL)}[^/\\\\]*(?=[/\\\\]|$)", "", str(path))
+    return re.sub(rf"(^|[/\\\\]){re.escape(UNFINISHED)}", r"\1", without_trial)
 
 
 def _is_ours(name: str) -> bool:
-    return any(part.startswith((UNFINISHED, REPLACED)) for part in name.split("/"))
+    return any(part.startswith((UNFINISHED, REPLACED, TRIAL)) for part in name.split("/"))

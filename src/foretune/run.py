@@ -23,8 +23,9 @@ class Run:
 
     Args:
         seed: Random seed of the order of the examples, fresh adapters and heads, and dropout.
-        steps: Total number of batches. A method that needs several per update of the model
-            (Reptile, FOMAML) makes fewer updates, the last with fewer batches if need be.
+        steps: Total number of batches; adapting may take 0. A method that needs several per update
+            of the model (Reptile, FOMAML) makes fewer updates, the last with fewer batches if need
+            be.
         tasks_per_step: Tasks per batch; None for all of them (the joint step), 1 for round robin.
             The adapter of a task that is absent from a step does not move.
         batch_size: Examples of each task per batch.
@@ -48,9 +49,9 @@ class Run:
             rest in the backward pass: less memory, a third more time, the same result.
         tasks_per_wave: Unseen tasks that are adapted at the same time; None for as many as fit,
             with gradients and optimiser state, into half of the free memory.
-        patience: An unseen task stops adapting after this many validations in a row without a
-            better score on its validation examples, and keeps its best state; a task without
-            validation examples does not stop. None: no task stops early.
+        patience: A retraining ends after this many validations in a row without a better score.
+            An unseen task stops adapting likewise, by its validation examples, and keeps its best
+            state; a task without validation examples does not stop. None: all take all steps.
         out: Folder for checkpoints and results; None keeps everything in memory.
         resume: Continue from the newest checkpoint in `out` if there is one.
         overwrite: Empty `out` first if it is not empty.
@@ -84,7 +85,7 @@ class Run:
         if self.out is not None:
             object.__setattr__(self, "out", Path(self.out))
         check_seed("seed", self.seed)
-        check_int("steps", self.steps, 1)
+        check_int("steps", self.steps, 0)
         check_int("tasks_per_step", self.tasks_per_step, 1, optional=True)
         check_int("batch_size", self.batch_size, 1)
         check_int("eval_every", self.eval_every, 0, optional=True)
@@ -201,6 +202,16 @@ def check_positive(name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise UserError(f"{name} must be a number above 0, got {value!r}")
+
+
+def check_strength(name: str, value: Any) -> None:
+    """Checks that `value` is a finite number not below 0.
+
+    Raises:
+        UserError: It is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise UserError(f"{name} must be a number not below 0, got {value!r}")
 
 
 def check_fraction(name: str, value: Any) -> None:

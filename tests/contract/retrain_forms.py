@@ -7,17 +7,17 @@ import pytest
 EPISODIC = [{"inner": "all", "inner_steps": 3}, {"inner": "adapter", "inner_steps": 3}]
 FAST = {"learning_rate": 0.03}
 PEFT_ML = {**FAST, "adapter_learning_rate": 0.03, "lora": {"r": 1, "lora_alpha": 1}}
-PEFT_ML_WITH_HEADS = ("peft-ml", {**PEFT_ML, "heads": "per-task"})
+PEFT_ML_BOTH = ("peft-ml", {**PEFT_ML, "form": "both"})
 PEFT_ML_SPARSE = ("peft-ml", {**PEFT_ML, "form": "sparse", "fraction": 0.3})
 FORMS = [
     ("none", {}),
     ("standard", FAST),
-    ("standard", {**FAST, "heads": "per-task"}),
     ("peft-ml", {**FAST, "adapter_learning_rate": 0.03, "lora": {"r": 1, "lora_alpha": 1}}),
     ("peft-ml", {**FAST, "adapter_learning_rate": 0.03, "form": "last-layer"}),
-    PEFT_ML_WITH_HEADS,
+    PEFT_ML_BOTH,
     PEFT_ML_SPARSE,
     ("peft-ml", {**PEFT_ML, "penalty": 0.1}),
+    ("factorised-heads", {**FAST, "adapter_learning_rate": 0.03, "num_factors": 3}),
     ("peft-ml", {**PEFT_ML, "adapter_dropout": 0.5}),
     ("peft-ml", {**PEFT_ML, "restart_every": 3}),
     ("peft-ml", {**PEFT_ML, "interpolate": 0.5}),
@@ -51,7 +51,7 @@ def named(forms):
             name,
             fields,
             id="-".join(
-                [name, *[str(fields[k]) for k in ("heads", "form", "inner") if k in fields]]
+                [name, *[str(fields[k]) for k in ("form", "inner") if k in fields]]
                 + [k for k in VARIANTS if k in fields]
             ),
         )

@@ -109,11 +109,11 @@ def test_bad_lora_is_refused_by_name(name, fields, message):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("standard", {"heads": "many"}, "heads must be one of shared, per-task; got 'many'"),
+        ("standard", {"heads": "per-task"}, 'standard has no field "heads"'),
         (
             "peft-ml",
             {"form": "prefix"},
-            "form must be one of lora, last-layer, sparse; got 'prefix'",
+            "form must be one of lora, last-layer, both, sparse; got 'prefix'",
         ),
         ("peft-ml", {"fraction": 0}, "fraction must be a number above 0, got 0"),
         ("peft-ml", {"fraction": 1.5}, "fraction is a share between 0 and 1, got 1.5"),

@@ -18,6 +18,7 @@ SCRIPTS = [
     ("memory", [], 4),
     ("adaptation", [], 3),
     ("bank", [], 2),
+    ("heads", [], 2),
     ("gpu", ["--device", "cpu"], 5),
 ]
 

@@ -104,7 +104,8 @@ def kill(number: int, moment: float, seconds: float, undisturbed: dict[str, Any]
     ended = child(lambda: run_recipe(recipe(str(out)), overwrite=overwrite), moment * seconds)
     kept = not overwrite or result(out) in (old, undisturbed)
     beside = out.with_name(f".unfinished-{out.name}")
-    left = sorted(path.name for path in (beside if beside.is_dir() else out).glob("*"))
+    place = beside if beside.is_dir() else out
+    left = sorted({str(path.relative_to(place).parent) for path in place.rglob("*")})
     again = {"overwrite": True} if overwrite and not beside.is_dir() else {"resume": True}
     resumed = child(lambda: run_recipe(recipe(str(out)), **again))
     same = resumed and result(out) == undisturbed

@@ -70,6 +70,7 @@ def retrain(
     tokens: str | None = None,
     stops: bool = False,
     model: nn.Module | None = None,
+    held_out: foretune.HeldOut | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """What a retraining gave: base, adapters by task, record."""
@@ -89,7 +90,7 @@ def retrain(
         tasks = TaskCollection(tuple(words(3, 9)), objective)
         # Ties of scores are broken by rounding, so the last state is what is compared.
         run = run.replace(steps=6, eval_every=0)
-    result = foretune.retrain(model, tasks, method, run, progress=progress)
+    result = foretune.retrain(model, tasks, method, run, held_out=held_out, progress=progress)
     bank = result.bank
     return {
         "base": result.model.state_dict(),
@@ -98,6 +99,7 @@ def retrain(
         else {key: bank.slot_state(slot) for slot, key in enumerate(bank.keys)},
         "history": result.history,
         "score": result.validation_score,
+        "basis": None if result.basis is None else [*result.basis.explained, result.basis.in_span],
         "cost": {k: result.cost[k] for k in ("tokens", "examples", "trainable_parameters")},
     }
 
@@ -108,6 +110,7 @@ def adapt(
     num_tasks: int = 5,
     shots: int | None = None,
     stops: bool = False,
+    score_at: tuple[int, ...] = (),
     on_update: Callable[[], None] = lambda: None,
     **changes: Any,
 ) -> dict[str, Any]:
@@ -123,11 +126,14 @@ def adapt(
 
     run = RUN.replace(**changes)
     model = linear_tasks.Net()
-    result = foretune.adapt(model, tasks, method, run, shots=shots, draws=2, progress=progress)
+    result = foretune.adapt(
+        model, tasks, method, run, shots=shots, draws=2, score_at=score_at, progress=progress
+    )
     return {
         "scores": result.scores,
         "num_rows": result.num_rows,
         "stopped": result.stopped,
+        "path": result.path,
         "tensors": result.tensors,
         "models": {key: model.state_dict() for key, model in result.models.items()},
         "cost": {k: result.cost[k] for k in ("tokens", "examples", "trainable_parameters")},
@@ -148,10 +154,18 @@ PEFT = foretune.PEFTML(learning_rate=0.02, adapter_learning_rate=0.05, lora=LORA
 SLOW = foretune.PEFTML(learning_rate=0.002, adapter_learning_rate=0.005, lora=LORA)
 HEADS = replace(PEFT, form="last-layer")
 POOLED = foretune.Standard(learning_rate=0.02)
-PER_TASK = replace(POOLED, heads="per-task")
+FACTORISED = foretune.FactorisedHeads(
+    learning_rate=0.02, adapter_learning_rate=0.05, num_factors=2, penalty=0.1
+)
+PULLED = replace(PEFT, form="both", penalty=0.1, penalty_towards="mean")
 WILD = foretune.Standard(learning_rate=0.2)
 LORA_ADAPT = foretune.LoRA(learning_rate=0.05, lora=LORA)
 REPTILE, FOMAML = foretune.Reptile(**INNER), foretune.FOMAML(**INNER)
+HELD_OUT = foretune.HeldOut(
+    tasks=linear_tasks.family(3, prefix="held", seed=0),
+    method=LORA_ADAPT,
+    run=Run(steps=4, batch_size=4),
+)
 CONSTANT = {"schedule": "constant", "steps": 30}
 
 Cases = dict[str, Callable[[Path], Any]]
@@ -165,7 +179,8 @@ RETRAINED: Cases = {
     "clipped": lambda _: retrain(PEFT, max_grad_norm=0.01),
     "pooled": lambda _: retrain(POOLED),
     "pooled-chunks": lambda _: retrain(POOLED, token_budget=2, tasks_per_step=1),
-    "per-task-heads": lambda _: retrain(PER_TASK),
+    "towards-mean": lambda _: retrain(PULLED),
+    "factorised": lambda _: retrain(FACTORISED),
     "reptile": lambda _: retrain(REPTILE),
     "reptile-adapter": lambda _: retrain(replace(REPTILE, inner="adapter")),
     "fomaml": lambda _: retrain(FOMAML),
@@ -177,11 +192,14 @@ RETRAINED: Cases = {
     "choice": lambda _: retrain(SLOW, tokens="bert"),
     "pooled-choice": lambda _: retrain(replace(POOLED, learning_rate=0.002), tokens="bert"),
     "llama": lambda _: retrain(SLOW, tokens="llama", token_budget=40),
+    "held-out": lambda _: retrain(WILD, **CONSTANT, held_out=HELD_OUT, patience=3),
+    "held-out-last-layer": lambda _: retrain(HEADS, held_out=HELD_OUT),
+    "held-out-none": lambda _: retrain(foretune.NoRetraining(), held_out=HELD_OUT),
     "sharded": lambda _: retrain(PEFT),
     "sharded-one-task": lambda _: retrain(PEFT, rows=[9]),
     "sharded-one-a-step": lambda _: retrain(PEFT, tasks_per_step=1),
     "sharded-pooled": lambda _: retrain(POOLED, token_budget=3),
-    "sharded-heads": lambda _: retrain(PER_TASK),
+    "sharded-heads": lambda _: retrain(HEADS),
     "sharded-best": lambda _: retrain(WILD, **CONSTANT),
     "sharded-on-disk": lambda out: retrain(PEFT, out=out),
     "sharded-llama": lambda _: retrain(SLOW, tokens="llama", token_budget=40),
@@ -195,13 +213,14 @@ ADAPTED: Cases = {
     "adapt-waves": lambda out: adapt(LORA_ADAPT, tasks_per_wave=2, out=out),
     "adapt-shots": lambda _: adapt(LORA_ADAPT, shots=2, num_tasks=3),
     "adapt-patience": lambda _: adapt(LORA_ADAPT, patience=1, eval_every=2),
+    "adapt-path": lambda _: adapt(LORA_ADAPT, score_at=(0, 3, 12), num_tasks=3),
     "adapt-full": lambda _: adapt(foretune.Full(learning_rate=0.05), num_tasks=2),
 }
 # Each of them is stopped, and continued by another number of processes.
 RESUMED: dict[str, Callable[..., Any]] = {
     "resumed": lambda **more: retrain(PEFT, **more),
     "resumed-one-a-step": lambda **more: retrain(PEFT, tasks_per_step=1, **more),
-    "resumed-pooled": lambda **more: retrain(PER_TASK, **more),
+    "resumed-pooled": lambda **more: retrain(POOLED, **more),
     "sharded-resumed": lambda **more: retrain(PEFT, **more),
     "resumed-adapt": lambda **more: adapt(LORA_ADAPT, tasks_per_wave=2, **more),
 }

@@ -12,7 +12,7 @@ import tiny_models
 from foretune.errors import UserError
 from foretune.run import Run
 from foretune.tasks.task import Task, TaskCollection
-from foretune.training import verbs
+from foretune.training import adapting
 from foretune.training.data import TaskData
 from foretune.training.learners.joint import Learner, default_token_budget, make_bank
 from linear_tasks import Net, equal_bits, family
@@ -173,9 +173,9 @@ def test_patience_is_a_number_of_validations(bad):
 
 def test_waves_are_as_large_as_the_free_memory_allows(monkeypatch):
     sizes = []
-    plain = verbs._adapt_wave
+    plain = adapting._adapt_wave
     monkeypatch.setattr(
-        verbs, "_adapt_wave", lambda m, wave, *a: (sizes.append(len(wave)), plain(m, wave, *a))
+        adapting, "_adapt_wave", lambda m, wave, *a: (sizes.append(len(wave)), plain(m, wave, *a))
     )
     probe = (
         foretune.LoRA(lora={"r": 2})
@@ -183,10 +183,10 @@ def test_waves_are_as_large_as_the_free_memory_allows(monkeypatch):
         .bank
     )
     per_task = 16 * probe.parameters_per_slot
-    monkeypatch.setattr(verbs, "free_memory", lambda device: 2 * (2 * per_task) + 1)
+    monkeypatch.setattr(adapting, "free_memory", lambda device: 2 * (2 * per_task) + 1)
     small = _adapt(family(3))
     assert sizes == [2, 1]
-    monkeypatch.setattr(verbs, "free_memory", lambda device: 2**40)
+    monkeypatch.setattr(adapting, "free_memory", lambda device: 2**40)
     large = _adapt(family(3))
     assert sizes == [2, 1, 3]
     assert small.scores == pytest.approx(large.scores, rel=1e-5)

@@ -18,10 +18,11 @@ from foretune.adapters.stored_adapter import check_base
 from foretune.errors import UserError
 from foretune.formats import check_format, unstamped
 from foretune.methods import make
+from foretune.models.loading import load_base, load_module
 from foretune.run import Run
 from foretune.training.checkpoint import CheckpointStore
 from format_checks import assert_versions, newer
-from linear_tasks import Net, family
+from linear_tasks import Net, family, module_file
 
 RUN = {"steps": 4, "batch_size": 4, "eval_every": 2, "device": "cpu"}
 AUTO = {
@@ -113,6 +114,19 @@ def test_a_run_from_before_formats_is_resumed_to_the_same_weights(tmp_path):
     assert again.history == first.history
     pairs = zip(first.model.parameters(), again.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_base_from_when_heads_were_a_field_of_its_method_is_loaded(tmp_path):
+    model = load_module(module_file(tmp_path), hidden=6)
+    method = foretune.PEFTML(learning_rate=0.03)
+    run = Run(**RUN)
+    foretune.retrain(model, family(), method, run.replace(out=tmp_path / "out"))
+    file = tmp_path / "out" / "base" / "foretune.json"
+    record = json.loads(file.read_text())
+    for name in ("peft-ml", "standard"):
+        record["method"] = {"name": name, "heads": "per-task"}
+        file.write_text(json.dumps(record))
+        foretune.adapt(load_base(file.parent)[0], family(), foretune.Head(), run)
 
 
 @pytest.mark.parametrize(

@@ -440,7 +440,7 @@ def test_precision_of_one_run_does_not_stick():
 @pytest.mark.parametrize(
     ("field", "bad"),
     [
-        ("steps", 0), ("steps", 2.5), ("steps", None), ("batch_size", None), ("seed", -1),
+        ("steps", -1), ("steps", 2.5), ("steps", None), ("batch_size", None), ("seed", -1),
         ("seed", "x"), ("tasks_per_step", 0), ("eval_every", -1), ("eval_rows", 0),
         ("tasks_per_wave", 0), ("warmup", 1.5), ("warmup", "a lot"), ("weight_decay", -0.1),
         ("weight_decay", None), ("max_grad_norm", 0), ("schedule", "step"), ("precision", "fp16"),

@@ -158,7 +158,8 @@ def test_the_network_itself_is_routed_again_after_a_bare_step():
         ({"adapter_dropout": 1.5}, "adapter_dropout"),
         ({"restart_every": 0}, "restart_every"),
         ({"interpolate": "half"}, "interpolate"),
-        ({"form": "last-layer", "penalty": 1.0}, "last-layer"),
+        ({"form": "last-layer", "adapter_dropout": 0.5}, "last-layer"),
+        ({"penalty_towards": "median"}, "penalty_towards must be one of zero, mean"),
     ],
 )
 def test_bad_values_are_named(fields, word):
@@ -168,12 +169,12 @@ def test_bad_values_are_named(fields, word):
 
 def test_bare_steps_train_heads_but_no_adapters():
     tasks, run = family(3), RUN.replace(tasks_per_step=2)
-    fields = {**RATES, "heads": "per-task"}
+    fields = {**RATES, "form": "both"}
     bare = foretune.retrain(Net(), tasks, foretune.PEFTML(**fields, adapter_dropout=1.0), run)
     assert _products(bare.bank) == 0
     weights = [bare.bank.head_state("out", slot)["weight"] for slot in range(3)]
     assert all((w - Net().out.weight).abs().max() > 0.01 for w in weights)
-    # It is standard retraining with heads of their own, but for the rates and the weights of rows.
+    # Without LoRA, form both is form last-layer.
     method = foretune.PEFTML(learning_rate=0.02, adapter_learning_rate=0.05, form="last-layer")
     heads = foretune.retrain(Net(), tasks, method, run)
     for a, b in zip(bare.model.parameters(), heads.model.parameters(), strict=True):

@@ -25,10 +25,11 @@ from foretune.training.process_group import Partition, ProcessGroup, partition_s
 BY_TASK = ("joint", "one-a-step", "two-a-step", "chunks", "last-layer", "clipped", "on-disk")
 BY_TASK += ("one-task", "choice", "llama")
 BY_ROW = ("pooled", "pooled-chunks", "pooled-choice", "best-in-memory", "best-on-disk")
-OTHERS = ("per-task-heads", "reptile", "reptile-adapter", "fomaml", "fomaml-adapter", "none")
+OTHERS = ("towards-mean", "reptile", "reptile-adapter", "fomaml", "fomaml-adapter", "none")
+OTHERS += ("factorised", "held-out", "held-out-last-layer", "held-out-none")
 SHARDED = ("", "-one-task", "-one-a-step", "-pooled", "-heads", "-best", "-on-disk", "-llama")
 SHARDED = tuple(f"sharded{name}" for name in (*SHARDED, "-gpt2", "-choice"))
-ADAPTED = ("adapt", "adapt-waves", "adapt-shots", "adapt-patience", "adapt-full")
+ADAPTED = ("adapt", "adapt-waves", "adapt-shots", "adapt-patience", "adapt-full", "adapt-path")
 RESUMED = ("resumed", "resumed-one-a-step", "resumed-pooled", "sharded-resumed", "resumed-adapt")
 # The true gradient of a key's bias is zero; AdamW makes a step of the rounding error.
 NOISE = ("key.bias", "c_attn.bias")
@@ -74,6 +75,7 @@ def same_retraining(
         assert rank["score"] == pytest.approx(expected["score"], abs=1e-5)
         steps = [{k: pytest.approx(v, abs=1e-5) for k, v in e.items()} for e in expected["history"]]
         assert rank["history"] == steps
+        assert rank["basis"] == pytest.approx(expected["basis"], abs=1e-2)
     adapters = {key: state for rank in ranks for key, state in rank["adapters"].items()}
     assert sum(len(rank["adapters"]) for rank in ranks) == len(adapters)
     assert adapters.keys() == expected["adapters"].keys()
@@ -88,6 +90,8 @@ def same_adaptation(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> No
     for rank in ranks:
         assert rank["scores"] == pytest.approx(expected["scores"], abs=1e-5)
         assert list(rank["scores"]) == list(expected["scores"])
+        for step, scores in expected["path"].items():
+            assert rank["path"][step] == pytest.approx(scores, abs=1e-5)
         assert rank["num_rows"] == expected["num_rows"] and rank["stopped"] == expected["stopped"]
     for kind in ("tensors", "models"):
         assert sum(len(rank[kind]) for rank in ranks) <= len(expected[kind])
@@ -272,7 +276,13 @@ def launch(place: Path, *args: str, processes: int = 2, interval_s: float = 0.1,
     )
 
 
-RETRAIN = ("retrain", "my.yaml", "tasks.unseen=2", "retrain.learning_rates=[1e-3]")
+RETRAIN = (
+    "retrain",
+    "my.yaml",
+    "model.file=my_model.py",
+    "tasks.unseen=2",
+    "retrain.learning_rates=[1e-3]",
+)
 RETRAIN += ("retrain.steps=60", "retrain.eval_every=10", "--out", "out")
 
 

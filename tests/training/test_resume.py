@@ -28,7 +28,10 @@ from linear_tasks import Net, copy_of, equal_bits, family
 LORA = {"r": 2, "lora_dropout": 0.2}
 METHODS = {
     "peft-ml": foretune.PEFTML(learning_rate=0.05, adapter_learning_rate=0.05, lora=LORA),
-    "standard": foretune.Standard(learning_rate=0.05, heads="per-task"),
+    "standard": foretune.Standard(learning_rate=0.05),
+    "peft-ml-last-layer": foretune.PEFTML(
+        learning_rate=0.05, adapter_learning_rate=0.05, form="last-layer"
+    ),
     "peft-ml-sparse": foretune.PEFTML(
         learning_rate=0.05, adapter_learning_rate=0.05, form="sparse", restart_every=4
     ),

@@ -25,7 +25,7 @@ from foretune.adapters.targets import copied_modules, matching_modules
 from foretune.errors import UserError
 from foretune.models.position_tables import table_per_slot
 from foretune.models.recompute import recomputed_on_route
-from foretune.models.unadaptable import unadaptable
+from foretune.models.unadaptable import frozen_reasons, unadaptable
 
 
 class AdapterBank(nn.Module):
@@ -71,6 +71,8 @@ class AdapterBank(nn.Module):
         self.lora = None if lora is None else dict(lora)
         saved = copied_modules(model, heads, (lora or {}).get("modules_to_save") or ())
         self.head_names = (*heads, *saved)
+        for name, reason in frozen_reasons(model, self.head_names).items():
+            raise UserError(f"{name} cannot be copied for each task: {reason}")
         self._fresh = frozenset(heads if fresh_heads else ())
         self._seed = seed
         modules = dict(model.named_modules())
@@ -162,17 +164,54 @@ class AdapterBank(nn.Module):
             for layer in layers:
                 layer.off = False
 
-    def add_penalty(self, slots: Sequence[int], weight: float) -> None:
-        """Adds the gradient of weight · Σ ‖s·B A‖²_F over these slots and all layers to `.grad`.
+    def add_penalty(
+        self,
+        slots: Sequence[int],
+        weight: float,
+        *,
+        centre: Mapping[str, Tensor] | None = None,
+        heads: bool = False,
+    ) -> None:
+        """Adds to `.grad` that of weight · Σ ‖s·B A − C‖²_F over these slots and all layers.
 
-        For sparse changes it is the gradient of weight · Σ ‖S‖²_F.
+        For sparse changes it is that of weight · Σ ‖S − C‖²_F.
 
         Args:
             slots: The slots, in ascending order.
             weight: λ.
+            centre: C, as `mean` returns it; None for zero.
+            heads: Also weight · Σ ‖w − c‖²_F over the weight matrices of the heads.
         """
+        index = index_of(slots)
         for name in self.layer_names:
-            self._layer(name).add_penalty(index_of(slots), weight)
+            self._layer(name).add_penalty(index, weight, None if centre is None else centre[name])
+        for name in self.head_names if heads else ():
+            head = self._head(name)
+            names = {k: f"{name}.{k}" for k in map(unescaped, head.stacked)}
+            centres = {} if centre is None else {k: centre[full] for k, full in names.items()}
+            head.add_penalty(index, weight, centres)
+
+    def mean(self) -> dict[str, Tensor]:
+        """The mean over all slots of what `add_penalty` is about.
+
+        Returns:
+            Layer → (out, in) mean of s·B A, or (entries,) mean of S; parameter of a head, by its
+            full name → its mean.
+        """
+        of_layers = {name: self._layer(name).mean() for name in self.layer_names}
+        return of_layers | self.mean_heads()
+
+    def mean_heads(self) -> dict[str, Tensor]:
+        """Full name of each parameter of the heads → its mean over all slots.
+
+        Without heads whose outputs stand for other labels in each slot.
+        """
+        return {
+            f"{name}.{k}": mean
+            for name in self.head_names
+            if name not in self._fresh
+            for k, mean in self._head(name).mean().items()
+        }
 
     def onto(self, model: nn.Module) -> None:
         """Adapts this model from now on, which has modules of the same names."""

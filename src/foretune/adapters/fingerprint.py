@@ -15,7 +15,6 @@ still meant: where base or model is held in half precision, the values rounded t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from foretune.errors import UserError
+from foretune.models.digests import digest, text_tower
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,7 +39,7 @@ def fingerprint(model: nn.Module, leave_out: Sequence[str] = (), *, buffers: boo
         40 hexadecimal digits; equal for equal weights, whatever device they are on.
     """
     tensors = (*model.named_parameters(), *(model.named_buffers() if buffers else ()))
-    return _digest(_without(tensors, leave_out))
+    return digest(_without(tensors, leave_out), frozen=text_tower(model))
 
 
 def base_record(model: nn.Module, leave_out: Sequence[str] = ()) -> dict[str, Any]:
@@ -51,7 +51,10 @@ def base_record(model: nn.Module, leave_out: Sequence[str] = ()) -> dict[str, An
     """
     parameters = list(_without(model.named_parameters(), leave_out))
     return {
-        "base": {name: _digest(parameters, dtype=dtype) for name, dtype in PRECISIONS.items()},
+        "base": {
+            name: digest(parameters, dtype=dtype, frozen=text_tower(model))
+            for name, dtype in PRECISIONS.items()
+        },
         "dtypes": sorted(_dtypes(model)),
         "without": list(leave_out),
         "model_class": type(model).__name__,
@@ -67,10 +70,13 @@ def is_base(model: nn.Module, record: Mapping[str, Any]) -> bool:
     parameters = list(_without(model.named_parameters(), record["without"]))
     digests = record["base"]
     if isinstance(digests, str):
-        casts = (_cast(parameters, dtype) for dtype in (None, *PRECISIONS.values()))
-        return any(_digest(cast) == digests for cast in casts)
+        precisions = (None, *PRECISIONS.values())
+        return any(digest(parameters, dtype=dtype) == digests for dtype in precisions)
     held = ["float32", *_dtypes(model).union(record["dtypes"]).intersection(PRECISIONS)]
-    return any(_digest(parameters, dtype=PRECISIONS[name]) == digests.get(name) for name in held)
+    return any(
+        digest(parameters, dtype=PRECISIONS[name], frozen=text_tower(model)) == digests.get(name)
+        for name in held
+    )
 
 
 def base_and_adapter(model: Any) -> dict[str, str | None]:
@@ -97,7 +103,7 @@ def base_and_adapter(model: Any) -> dict[str, str | None]:
         else:
             base.append((name.replace(".base_layer.", ".").replace(".original_module.", "."), p))
     disabled = any(getattr(m, "disable_adapters", False) is True for m in model.modules())
-    return {"base": _digest(base), "adapter": None if disabled else _digest(adapter, active)}
+    return {"base": digest(base), "adapter": None if disabled else digest(adapter, active)}
 
 
 def _without(
@@ -114,34 +120,3 @@ def _dtypes(model: nn.Module) -> set[str]:
     """Names of the floating dtypes of a model's parameters."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     return {str(dtype).removeprefix("torch.") for dtype in dtypes}
-
-
-def _cast(
-    parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
-) -> Iterable[tuple[str, Tensor]]:
-    """The tensors, those of floating dtype cast to another; None leaves them as they are."""
-    return (
-        (name, p.detach().to(dtype) if dtype is not None and p.is_floating_point() else p)
-        for name, p in parameters
-    )
-
-
-def _digest(
-    parameters: Iterable[tuple[str, Tensor]],
-    removed: Sequence[str] = (),
-    dtype: torch.dtype | None = None,
-) -> str:
-    """The digest of named tensors.
-
-    Args:
-        parameters: (name, tensor) pairs, in any order.
-        removed: Parts of names that do not count.
-        dtype: Floating tensors are digested in this dtype; None digests each in its own.
-    """
-    digest = hashlib.blake2b(digest_size=20)
-    for name, p in _cast(sorted(parameters, key=lambda pair: pair[0]), dtype):
-        for part in removed:  # an adapter is the same under any name
-            name = f"{name}.".replace(f"{part}.", ".").rstrip(".")
-        digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
-        digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

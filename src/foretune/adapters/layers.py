@@ -53,6 +53,11 @@ class _AdaptedLayer(nn.Module):
     rows: RowDims
     off: bool
 
+    @property
+    def row_dims(self) -> list[RowDims]:
+        """The rows in the input of the layer."""
+        return [self.rows]
+
     def forward_of(self, module: nn.Module) -> Callable[..., Tensor]:
         """The forward that replaces the module's own."""
         plain = forward_of(module)
@@ -166,24 +171,43 @@ class LoRALayer(_AdaptedLayer):
         return lora_linear(x, weight, bias, self.a, self.b, self.scale, rows, dropout)
 
     @torch.no_grad()
-    def add_penalty(self, index: slice | list[int], weight: float) -> None:
-        """Adds ∇ ‖s·B A‖² = 2 s² (BᵀB A, B A Aᵀ), from products of rank × rank only."""
+    def add_penalty(
+        self, index: slice | list[int], weight: float, centre: Tensor | None = None
+    ) -> None:
+        """Adds the gradient of weight · ‖s·B A − C‖² in A and B, for each of these slots.
+
+        2 s² (BᵀB A, B A Aᵀ) − 2 s (Bᵀ C, C Aᵀ): of the slots' own, only products of rank × rank.
+
+        Args:
+            index: The slots.
+            weight: λ.
+            centre: C (out, in), or (out, in · k) of a convolution; None for zero.
+        """
         if self.a.grad is None or self.b.grad is None:
             return
         a, b = self.a[index].flatten(2), self.b[index]
         b = b.mT if self.is_conv else b  # (slots, r, out)
-        factor = 2 * weight * self.scale**2
-        grad_a, grad_b = factor * (b @ b.mT) @ a, factor * (a @ a.mT) @ b
-        self.a.grad[index] += grad_a.view_as(self.a[index])
-        self.b.grad[index] += grad_b.mT if self.is_conv else grad_b
+        grad_a, grad_b = self.scale * (b @ b.mT) @ a, self.scale * (a @ a.mT) @ b
+        if centre is not None:
+            grad_a -= b @ centre
+            grad_b -= a @ centre.T
+        factor = 2 * weight * self.scale
+        self.a.grad[index] += factor * grad_a.view_as(self.a[index])
+        self.b.grad[index] += factor * (grad_b.mT if self.is_conv else grad_b)
+
+    @torch.no_grad()
+    def mean(self, slots: slice | list[int] = slice(None)) -> Tensor:
+        """(out, in), or (out, in · k) of a convolution: the mean over slots of s·B A."""
+        a, b = self.a[slots].flatten(2), self.b[slots]
+        b = b.mT if self.is_conv else b
+        return b.flatten(0, 1).T @ a.flatten(0, 1) * (self.scale / len(a))
 
     def mean_delta(self, slots: list[int]) -> Tensor:
         """Mean over slots of s·B A, in the shape of the module's weight."""
-        a, b = self.a[slots], self.b[slots]
+        mean = self.mean(slots)
         if self.is_conv:
-            return torch.einsum("tor,trik->oik", b, a) * (self.scale / len(slots))
-        product = b.flatten(0, 1).T @ a.flatten(0, 1) * (self.scale / len(slots))
-        return product.T if self.transposed else product
+            return mean.unflatten(1, self.a.shape[2:])
+        return mean.T if self.transposed else mean
 
 
 class SparseLayer(_AdaptedLayer):
@@ -228,10 +252,18 @@ class SparseLayer(_AdaptedLayer):
         return sparse_linear(x, nothing, None, self.values, self.positions, rows)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def add_penalty(self, index: slice | list[int], weight: float) -> None:
-        """Adds ∇ ‖S‖² = 2 S."""
+    def add_penalty(
+        self, index: slice | list[int], weight: float, centre: Tensor | None = None
+    ) -> None:
+        """Adds the gradient of weight · ‖S − C‖², 2 (S − C); C (entries,) is zero for None."""
         if self.values.grad is not None:
-            self.values.grad[index] += 2 * weight * self.values[index]
+            change = self.values[index] if centre is None else self.values[index] - centre
+            self.values.grad[index] += 2 * weight * change
+
+    @torch.no_grad()
+    def mean(self) -> Tensor:
+        """(entries,) the mean change over all slots."""
+        return self.values.mean(0)
 
 
 def stacked_layers(

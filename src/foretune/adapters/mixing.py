@@ -22,7 +22,7 @@ from transformers import Cache
 from foretune.adapters.head_copies import HeadCopies
 from foretune.adapters.layers import LoRALayer, SparseLayer, replaced_by
 from foretune.errors import UserError
-from foretune.models.calls import eval_no_grad, replaced_forward
+from foretune.models.calls import eval_no_grad, replaced_forward, same_values
 from foretune.models.grouped_calls import PackedForward
 from foretune.models.layout import RowSlots
 from foretune.models.nested import Path, tensors_in, with_tensors
@@ -30,7 +30,10 @@ from foretune.models.routing import current_rows, routed, unpacked
 from foretune.models.row_dims import UnknownRowsError
 from foretune.models.unadaptable import read_without_call
 
-ENTRIES = ("get_image_features", "get_text_features")  # what is called besides `forward`
+ENTRIES = (
+    *("get_image_features", "get_text_features"),
+    *("get_context_features", "get_response_features"),
+)  # what is called besides `forward`
 SIZES = (3, 5, 7)  # numbers of rows of a probe: primes, to divide as little else as possible
 
 logger = logging.getLogger("foretune")
@@ -187,17 +190,32 @@ class _Entry:
             logger.warning(text)
 
     def _probe(self, args: Any, kwargs: Any, num_rows: int) -> str | None:
-        """Why tasks cannot share a call of this method; None if they can."""
+        """Why tasks cannot share a call of this method; None if they can.
+
+        Raises:
+            UserError: The model cannot be called with part of the rows.
+        """
+        heads = [p for p in self.calls.parts.values() if isinstance(p, HeadCopies) and p.inner]
+        if heads:
+            with contextlib.suppress(UserError):
+                if self._try_mixed(args, kwargs, num_rows) is None:
+                    return None
+            for head in heads:  # the reason may lie in a head that is run once for all tasks
+                head.inner = {}
+        return self._try_mixed(args, kwargs, num_rows)
+
+    def _try_mixed(self, args: Any, kwargs: Any, num_rows: int) -> str | None:
         few, many = _probe_sizes(num_rows)
         with self._random_adapters() as stand_ins:
             outputs, shapes = [], []
+            row_dims = [dims for part in stand_ins.values() for dims in part.row_dims]
             with unpacked():
                 for size, slot in ((few, 0), (many, 0), (many, 1)):
                     outputs.append(self._rows_of(args, kwargs, range(size), [slot] * size))
-                    shapes.append([part.rows.take_calls() for part in stand_ins.values()])
+                    shapes.append([dims.take_calls() for dims in row_dims])
             self._learn_output_dims(outputs[0], outputs[1], few, many)
-            for part, *calls in zip(stand_ins.values(), *shapes[:2], strict=True):
-                reason = part.rows.learn(*calls)
+            for dims, *calls in zip(row_dims, *shapes[:2], strict=True):
+                reason = dims.learn(*calls)
                 if reason is not None:
                     return reason
             for probe in range(4):
@@ -210,7 +228,8 @@ class _Entry:
                 if not self._agrees(mixed, outputs[1:], order, owners):
                     return "it mixes the rows of a batch"
         for name, part in self.calls.parts.items():
-            part.rows.learnt |= stand_ins[name].rows.learnt
+            for dims, probed in zip(part.row_dims, stand_ins[name].row_dims, strict=True):
+                dims.learnt |= probed.learnt
         return None
 
     @contextlib.contextmanager
@@ -303,7 +322,7 @@ class _Entry:
                 places = [i for i, owner in enumerate(owners) if owner == slot]
                 part = _rows(x, dim, len(owners), places)
                 reference = _rows(alone[slot][path], dim, len(owners), [order[i] for i in places])
-                if not _close(part, reference):
+                if not same_values(part, reference):
                     return False
             compared = True
         return compared
@@ -326,7 +345,7 @@ class _Entry:
             y = complete.get(path)
             if dim is None or y is None or y.dim() != x.dim() or not x.is_floating_point():
                 continue
-            if y.shape[dim] % num_rows or not _close(x, _rows(y, dim, num_rows, index), 0.3):
+            if y.shape[dim] % num_rows or not same_values(x, _rows(y, dim, num_rows, index), 0.3):
                 raise self._inseparable("it gives other outputs")
             compared = True
         if not compared:
@@ -424,18 +443,3 @@ def _probe_rows(size: int, probe: int) -> tuple[list[int], list[int]]:
     if probe == 3:
         return order[::-1], _probe_rows(size, 1)[1]
     return order, [(i + 1) >> probe & 1 for i in range(size)]
-
-
-def _close(x: Tensor, y: Tensor, tolerance: float | None = None) -> bool:
-    """Whether two outputs differ by no more than `tolerance` of the largest; None for rounding."""
-    if x.numel() != y.numel():
-        return False
-    if tolerance is None:
-        tolerance = 1e-4 if x.dtype in (torch.float32, torch.float64) else 3e-2
-    x, y = x.flatten().float(), y.flatten().float()
-    finite = torch.isfinite(y)
-    if not torch.equal(torch.isfinite(x), finite):
-        return False
-    if not bool(finite.any()):
-        return True
-    return bool((x - y)[finite].abs().max() <= tolerance * y[finite].abs().max())

@@ -1,18 +1,18 @@
 """`compare`: adapt several bases to the same unseen tasks; paired differences, verdict, costs.
 
-Fair by construction: every base gets the same examples, the same fresh adapters, the same number
-of steps and the same learning-rate search, which uses validation examples of *seen* tasks and
-nothing from the unseen ones. The unit of the statistics is the unseen task.
+Fair by construction: every base gets the same examples, the same fresh adapters and the same search
+of how to adapt, which uses validation examples of *seen* tasks and nothing from the unseen ones.
+The unit of the statistics is the unseen task.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from torch import nn
 import foretune
 from foretune.errors import UserError
 from foretune.evaluation import held_out
+from foretune.evaluation.adapt_search import Search, at_rates, search
 from foretune.evaluation.statistics import pairs_and_means
 from foretune.evaluation.verdict import verdict
 from foretune.files import COMPARISON_FILE, check_file_names, write_whole
@@ -30,6 +31,7 @@ from foretune.run import Run
 from foretune.tasks.rows import CLASSES
 from foretune.tasks.task import TaskCollection
 from foretune.training import verbs
+from foretune.training.adapt_plan import AdaptPlan
 from foretune.training.data import TaskData, slot_of
 from foretune.training.loop import Progress
 from foretune.training.model_copies import answers
@@ -78,6 +80,7 @@ def compare(
     draws: int = 1,
     seen: TaskCollection | None = None,
     learning_rates: Sequence[float] = (),
+    plans: Mapping[str, AdaptPlan] | None = None,
     keep: Path | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -86,12 +89,15 @@ def compare(
     Args:
         bases: Name → base. The mapping may load each base when it is looked up.
         unseen: Tasks that no base was retrained on, with an objective and test examples.
-        adapt: The adapt method, such as `foretune.LoRA()`.
-        run: Random seed and budget of each adaptation.
+        adapt: The adapt method, such as `foretune.LoRA()`; or several records, the simplest first,
+            among which `search` chooses for each base and number of shots, with a number of steps.
+        run: Random seed and budget of each adaptation; where it is searched, the largest one.
         shots: Numbers of training examples per task (per class for classification); None for all.
         draws: Independent draws of the shots.
-        seen: Tasks on whose validation examples the learning rate is searched.
-        learning_rates: Candidates, the same for every base; empty for the method's default.
+        seen: Tasks on whose validation examples is searched; no base was retrained on them.
+        learning_rates: Rates of a single `adapt`, to choose among as among several records; empty
+            for its own.
+        plans: How to adapt each base, where that was searched before; nothing is searched then.
         keep: Folder in which to save the adapters of the last of `shots` (first draw) as
             `<base>/<task>`; None does not save them.
         progress: Called with (update, updates, figures) during each adaptation.
@@ -101,17 +107,21 @@ def compare(
 
     Raises:
         UserError: No bases, or names that cannot be those of folders; an unseen task without test
-            examples, or a search without seen tasks.
+            examples, a search without seen tasks, or plans without one for each base.
     """
     run = run or Run()
     if not bases:
         raise UserError("compare needs at least one base, got none")
     if keep is not None:
         check_file_names("base", bases)
-    if learning_rates and seen is None:
+    ways = at_rates(adapt, learning_rates)
+    if plans is None and seen is None and isinstance(ways, Sequence):
         raise UserError(
-            "learning_rates are searched on seen tasks: pass seen=..., or a single rate"
+            "how to adapt is searched on seen tasks: pass seen=..., or a single method and rate"
         )
+    for name in () if plans is None else bases:
+        if plans is not None and name not in plans:
+            raise UserError(f'plans has none for base "{name}"; it has {", ".join(plans)}')
     for task in unseen:
         if not task.test:
             raise UserError(f'unseen task "{task.name}" has no test examples to score on')
@@ -125,12 +135,16 @@ def compare(
     for name in bases:
         base = bases[name]
         model = base.model if isinstance(base, Outcome) else base
-        method, searched = search_rate(model, seen, adapt, learning_rates, run, shots, progress)
         scores += zero_shot(name, model, unseen, draws)
+        plan, searched = None if plans is None else plans[name], None
+        if plan is None and seen is not None and isinstance(ways, Sequence):
+            searched = search(model, held_out.usable(seen), ways, run, shots, progress=progress)
+            plan = searched.plan
         cost: dict[str, Any] = {}
         for k in shots:
+            method, adapt_run = _way(ways, plan, k, unseen, run)
             adapted = verbs.adapt(
-                model, unseen, method, run, shots=k, draws=draws, progress=progress
+                model, unseen, method, adapt_run, shots=k, draws=draws, progress=progress
             )
             drawn = draw_shots(unseen, objective.kind, k, draws, run.seed)
             num_train = {(slot.task, slot.draw): len(slot.train) for slot in drawn}
@@ -139,6 +153,7 @@ def compare(
                     "base": name,
                     "task": task,
                     "shots": k,
+                    "repeat": 0,
                     "seed": draw,
                     "score": score,
                     "num_rows": adapted.num_rows[task, draw],
@@ -151,11 +166,7 @@ def compare(
             adapted.first_draw().save(keep / name)
         entry = {**_base_record(name, base), "model_class": class_name(model)}
         entry["num_labels"] = adapted.num_labels
-        entry["adapt"] = {
-            "learning_rate": method.learning_rate,
-            "searched": searched,
-            **cost,
-        }
+        entry["adapt"] = {**_adapt_record(ways, plan, searched), **cost}
         base_records.append(entry)
     pairs, means = pairs_and_means(scores, base_records)
     unit = "rows per class" if objective.kind in CLASSES else "rows"
@@ -167,8 +178,7 @@ def compare(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "metric": {"name": objective.metric, "chance": objective.chance()},
             "adapt": {
-                "method": adapt.name,
-                "config": adapt.to_dict(),
+                **_adapt_method(ways, plans),
                 "steps": run.steps,
                 "batch_size": run.batch_size,
                 "shots_unit": unit,
@@ -187,29 +197,40 @@ def compare(
     )
 
 
-def search_rate(
-    model: nn.Module,
-    seen: TaskCollection | None,
-    adapt: Any,
-    learning_rates: Sequence[float],
-    run: Run,
-    shots: Sequence[int | None],
-    progress: Progress | None,
-) -> tuple[Any, list[dict[str, Any]]]:
-    """The method with the best of several learning rates, and all trials.
+def _way(
+    ways: Any, plan: AdaptPlan | None, shots: int | None, tasks: TaskCollection, run: Run
+) -> tuple[Any, Run]:
+    """The method and the run of the adaptation at a number of shots."""
+    if plan is None:
+        return ways, run
+    setting = plan.at_shots(shots)
+    if setting is None:
+        kind = verbs.objective_of(tasks).kind
+        rows = [len(slot.train) for slot in draw_shots(tasks, kind, shots, 1, run.seed)]
+        setting = plan.setting_for(int(median(rows)))
+    return setting.method, plan.run_for(setting, run)
 
-    A trial adapts to seen tasks with the same shots and scores their validation examples; the
-    score of a rate is the mean over tasks, draws and numbers of shots.
-    """
-    if not learning_rates:
-        return adapt, []
-    if len(learning_rates) == 1 or seen is None:
-        return dataclasses.replace(adapt, learning_rate=learning_rates[0]), []
-    tasks = held_out.usable(seen)
-    trials = held_out.try_rates(model, tasks, adapt, learning_rates, run, shots, progress)
-    chosen = held_out.best(trials)["learning_rate"]
-    searched = [{key: trial[key] for key in ("learning_rate", "score")} for trial in trials]
-    return dataclasses.replace(adapt, learning_rate=chosen), searched
+
+def _adapt_method(ways: Any, plans: Mapping[str, AdaptPlan] | None) -> dict[str, Any]:
+    """What the record of a comparison says of the adaptation of all bases."""
+    if plans is not None:
+        chosen = [planned.setting.method.name for p in plans.values() for planned in p.settings]
+        return {"method": "search", "methods": [*dict.fromkeys(chosen)], "config": {}}
+    if isinstance(ways, Sequence):
+        tried = dict.fromkeys(method.name for method in ways)
+        return {"method": "search", "methods": [*tried], "config": {}}
+    return {"method": ways.name, "config": ways.to_dict()}
+
+
+def _adapt_record(ways: Any, plan: AdaptPlan | None, searched: Search | None) -> dict[str, Any]:
+    """What is recorded of how a base was adapted."""
+    if plan is None:
+        return {"learning_rate": ways.learning_rate, "searched": []}
+    record: dict[str, Any] = {"learning_rate": None, "searched": []}
+    record["by_shots"] = plan.to_dict()["settings"]
+    if searched is not None:
+        record |= {"trials": searched.trials, "search": searched.cost}
+    return record
 
 
 def zero_shot(
@@ -229,6 +250,7 @@ def zero_shot(
             "base": name,
             "task": data.slots[slot].key,
             "shots": 0,
+            "repeat": 0,
             "seed": draw,
             "score": score,
             "num_rows": data.num_rows(slot, "test"),

@@ -1,4 +1,4 @@
-"""Scores on held-out seen tasks, by which learning rates and methods are chosen.
+"""The held-out seen tasks, by which learning rates, methods and ways to adapt are chosen.
 
 The score on the tasks that a base was retrained on does not show how well the base adapts: a
 learning rate that is too high raises the first and lowers the second. Every choice is therefore
@@ -10,22 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Sequence
-from typing import Any
 
-from torch import nn
-
-from foretune.errors import DivergedError, UserError
-from foretune.run import Run
+from foretune.errors import UserError
 from foretune.tasks.row_store import join
 from foretune.tasks.splits import carve
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training import verbs
-from foretune.training.loop import Progress
-from foretune.training.methods import AdaptMethod
 from foretune.training.shots import draw_shots
 
+SHARES = (0.5, 0.3, 0.15)  # of a held-out task's training examples, to be scored
 ADAPTATIONS = 6  # at least so many per score and number of shots: a single draw is too noisy
 
 
@@ -37,31 +31,38 @@ def build_search_tasks(
 ) -> TaskCollection:
     """Copies of held-out seen tasks with many validation examples to score on.
 
-    No base that is scored on them was retrained on them, so half of their training examples move
-    to the validation split, unless the other half would be too small for a draw of `shots`.
+    No base that is scored on them was retrained on them, so a part of their training examples moves
+    to the validation split: the largest of `SHARES` that leaves enough for a draw of `shots`. All
+    examples are then all that are left: few scored examples are noise in every choice, and fewer
+    training examples only make it for tasks that are somewhat smaller.
 
     Args:
         tasks: Seen tasks, held out of every retraining that is scored on them.
         shots: Numbers of training examples that bases are adapted on; None for all.
-        seed: Random seed of the halves.
+        seed: Random seed of the parts.
         group_column: Column with the group of an example; a group is not split.
 
     Raises:
         UserError: No task has validation examples.
     """
+    finite = [k for k in shots if k is not None] or [1]  # one of each class, at least
     search_tasks = []
     for task in tasks:
         unsplit = Task(task.name, task.train, task.validation)
-        half = carve(
-            Task(task.name, task.train),
-            validation=0,
-            test=0.5,
-            seed=seed,
-            group_column=group_column,
-        )
-        halved = Task(task.name, half.train, join([half.test, task.validation]))
-        enough = all(_num_drawn(tasks, halved, k) == _num_drawn(tasks, unsplit, k) for k in shots)
-        search_tasks.append(halved if enough else unsplit)
+        split = unsplit
+        for share in SHARES:
+            parts = carve(
+                Task(task.name, task.train),
+                validation=0,
+                test=share,
+                seed=seed,
+                group_column=group_column,
+            )
+            split = Task(task.name, parts.train, join([parts.test, task.validation]))
+            if all(_num_drawn(tasks, split, k) == _num_drawn(tasks, unsplit, k) for k in finite):
+                break
+            split = unsplit
+        search_tasks.append(split)
     return usable(dataclasses.replace(tasks, tasks=tuple(search_tasks)))
 
 
@@ -89,74 +90,3 @@ def _num_drawn(tasks: TaskCollection, task: Task, shots: int | None) -> int:
 def num_draws(num_tasks: int) -> int:
     """Draws of shots per task, so that `num_tasks` tasks make at least `ADAPTATIONS` in all."""
     return math.ceil(ADAPTATIONS / num_tasks)
-
-
-def try_rates(
-    base: nn.Module,
-    tasks: TaskCollection,
-    method: AdaptMethod,
-    rates: Sequence[float],
-    run: Run,
-    shots: Sequence[int | None],
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Adapts a base to held-out tasks at each learning rate.
-
-    Args:
-        base: The retrained base; it is not changed.
-        tasks: `usable` tasks that the base was not retrained on.
-        method: The adapt method.
-        rates: Learning rates to try; empty for the method's default.
-        run: Random seed and budget of each adaptation. `patience` is ignored: early stopping would
-            use the same examples that the trial is scored on.
-        shots: Numbers of training examples; None for all.
-        progress: Called during each adaptation.
-
-    Returns:
-        One trial per rate: `learning_rate` (None: the method's default), `by_task` (scores on
-        validation examples, in the order of `shots`) and `score` (for each number of shots the
-        mean over tasks and draws, averaged). If it diverged, `score` is None and `reason` is set.
-    """
-    trials: list[dict[str, Any]] = []
-    run = run.replace(patience=None)
-    rates_to_try: list[float | None] = [*rates] or [None]
-    for rate in rates_to_try:
-        record: Any = method
-        if rate is not None:
-            record = dataclasses.replace(record, learning_rate=rate)
-        by_task: dict[str, list[float]] = {name: [] for name in tasks.names}
-        means = []
-        try:
-            for k in shots:
-                draws = 1 if k is None else num_draws(len(tasks))
-                adapted = verbs.adapt(
-                    base,
-                    tasks,
-                    record,
-                    run,
-                    shots=k,
-                    draws=draws,
-                    split="validation",
-                    progress=progress,
-                )
-                for (task, _), score in adapted.scores.items():
-                    by_task[task].append(score)
-                means.append(statistics.fmean(adapted.scores.values()))
-        except DivergedError as error:
-            trials.append({"learning_rate": rate, "score": None, "reason": str(error)})
-            continue
-        mean = statistics.fmean(means)
-        trials.append({"learning_rate": rate, "score": mean, "by_task": by_task})
-    return trials
-
-
-def best(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The trial with the highest score, the first of several.
-
-    Raises:
-        DivergedError: All trials diverged.
-    """
-    finished = [trial for trial in trials if trial["score"] is not None]
-    if not finished:
-        raise DivergedError(f"adapting diverged at every learning rate: {trials[-1]['reason']}")
-    return max(finished, key=lambda trial: trial["score"])

@@ -113,6 +113,46 @@ def rows_drawn(numbers: Mapping[int | None, Collection[int]], unit: str = "rows"
     return parts
 
 
+def adapting_phrase(settings: Sequence[Mapping[str, Any]], unit: str = "rows") -> str:
+    """How a base is adapted at each number of shots, as held-out tasks chose.
+
+    Args:
+        settings: The settings of a plan (`AdaptPlan.to_dict`).
+        unit: What shots count.
+
+    >>> head = {"method": {"name": "head", "learning_rate": 0.01}, "steps": 20}
+    >>> few = {"shots": 2, "setting": {**head, "steps": 0}}
+    >>> adapting_phrase([few, {"shots": 8, "setting": head}, {"shots": None, "setting": head}])
+    'not at all with 2 rows; by head (learning_rate 0.01, 20 steps) with 8 rows, all rows'
+    """
+    shots_of: dict[str, list[str]] = {}
+    for planned in settings:
+        label = shots_label(planned["shots"], unit)
+        shots_of.setdefault(setting_phrase(planned["setting"]), []).append(label)
+    return "; ".join(f"{phrase} with {', '.join(labels)}" for phrase, labels in shots_of.items())
+
+
+def setting_phrase(setting: Mapping[str, Any]) -> str:
+    """A way to adapt (`Setting.to_dict`): its method with the numbers that matter, and its steps.
+
+    >>> basis = {"name": "basis", "strength": 1.0, "free": 0.0, "learning_rate": 0.1}
+    >>> setting_phrase({"method": basis, "steps": 40})
+    'by basis (strength 1, learning_rate 0.1, 40 steps)'
+    >>> setting_phrase({"method": basis, "steps": 0})
+    "by the mean of the seen tasks' adapters"
+    """
+    method, steps = setting["method"], setting["steps"]
+    if steps == 0:
+        at_mean = method["name"] == "basis"
+        return "by the mean of the seen tasks' adapters" if at_mean else "not at all"
+    numbers = [
+        f"{name} {value:g}"
+        for name, value in method.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and value
+    ]
+    return f"by {method['name']} ({', '.join([*numbers, counted(steps, 'step')])})"
+
+
 def choice_sentences(bases: Sequence[Mapping[str, Any]]) -> list[str]:
     """For each base that `auto` chose: the method that it took, and how clear the choice was.
 

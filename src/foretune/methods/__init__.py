@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from foretune.entry_points import entry_point
@@ -13,12 +14,14 @@ METHODS = {
     "none": "foretune.methods.none:NoRetraining",
     "standard": "foretune.methods.standard:Standard",
     "peft-ml": "foretune.methods.peft_ml:PEFTML",
+    "factorised-heads": "foretune.methods.factorised_heads:FactorisedHeads",
     "reptile": "foretune.methods.reptile:Reptile",
     "fomaml": "foretune.methods.fomaml:FOMAML",
     "auto": "foretune.methods.auto:Auto",
     "full": "foretune.methods.full:Full",
     "head": "foretune.methods.head:Head",
     "lora": "foretune.methods.lora:LoRA",
+    "basis": "foretune.methods.basis:FromBasis",
     "fd-align": "foretune.methods.fd_align:FDAlign",
     "subspace-sfda": "foretune.source_free.subspace_sfda:SubspaceSFDA",
     "sara": "foretune.methods.sara:SaRA",
@@ -104,3 +107,24 @@ def make(name: str, **fields: Any) -> Any:
                 f'{name} has no field "{field}"; {have}.{did_you_mean(field, field_names)}'
             )
     return record_class(**fields)
+
+
+def fields_of(method: Any) -> dict[str, Any]:
+    """The name and the fields of a method's record that differ from its defaults.
+
+    Args:
+        method: The record, or a mapping of its "name" and fields, which is returned as it is.
+
+    Raises:
+        UserError: It is neither.
+
+    >>> fields_of(make("peft-ml", learning_rate=1e-4, penalty=0.1))
+    {'name': 'peft-ml', 'penalty': 0.1}
+    """
+    if dataclasses.is_dataclass(method) and not isinstance(method, type):
+        record: Any = method
+        default = type(record)().to_dict()
+        return {k: v for k, v in record.to_dict().items() if k == "name" or v != default.get(k)}
+    if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
+        raise UserError(f'a method is a record, or a mapping with its "name"; got {method!r}')
+    return dict(method)

@@ -38,7 +38,7 @@ from typing_extensions import TypedDict, override
 from foretune.errors import DivergedError, UserError, did_you_mean
 from foretune.evaluation.verdict import CONTROLS
 from foretune.formats import CHOICE, read_json, stamped
-from foretune.methods import make
+from foretune.methods import fields_of, make
 from foretune.run import Run, check_fraction, check_int, check_list, check_positive
 from foretune.training.methods import RetrainMethod
 
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from foretune.tasks.task import TaskCollection
+    from foretune.training.held_out import HeldOut
 
 CHOICE_FILE = "choice.json"  # the trials of the search, in the folder of the run
 PAPER = {
@@ -64,7 +65,7 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {"name": "peft-ml", "interpolate": 0.5},
     {"name": "peft-ml", "average": 0.5},
 )
-VARIANTS = {"heads", "interpolate", "average"}  # fields that make standard no longer a control
+VARIANTS = {"interpolate", "average"}  # fields that make standard no longer a control
 Trial = dict[str, Any]
 
 
@@ -79,9 +80,10 @@ class Auto(RetrainMethod):
         rounds: Number of rounds of halving; the last one leaves the best.
         budget: Share of the steps that a candidate gets in the first round; doubled in each
             following round.
-        adapt: How unseen tasks will be adapted to: a record, or a mapping with its `name`.
+        adapt: How unseen tasks will be adapted to: a record, or a mapping with its `name`. A list
+            of these and of names is a choice, made anew for each base on the held-out tasks.
         adapt_run: The `Run` of that adaptation, or a mapping of its fields.
-        adapt_rates: Learning rates to try in adapting; empty for the record's own.
+        adapt_rates: Learning rates to choose among in adapting; empty for the records' own.
         shots: Numbers of examples to adapt with; None among them for all examples.
         group_column: Column of groups of rows that stay on one side of a split, as in a `Source`.
     """
@@ -102,7 +104,9 @@ class Auto(RetrainMethod):
     paper: ClassVar[dict[str, Any] | None] = PAPER
 
     def __post_init__(self) -> None:
-        candidates = [_fields(candidate) for candidate in check_list("candidates", self.candidates)]
+        candidates = [
+            fields_of(candidate) for candidate in check_list("candidates", self.candidates)
+        ]
         if len(candidates) < 2:
             raise UserError(f"auto chooses among at least 2 candidates, got {len(candidates)}")
         names = [label(candidate) for candidate in candidates]
@@ -116,9 +120,7 @@ class Auto(RetrainMethod):
         check_int("rounds", self.rounds, 1)
         check_positive("budget", self.budget)
         check_fraction("budget", self.budget)
-        adapt = _fields(self.adapt)
-        if _record(adapt).verb != "adapt":
-            raise UserError(f'auto adapts by an adapt method; "{adapt["name"]}" is not one')
+        adapt = _adapt_fields(self.adapt)
         rates, shots = check_list("adapt_rates", self.adapt_rates), check_list("shots", self.shots)
         for rate in rates:
             check_positive("adapt_rates", rate)
@@ -134,7 +136,12 @@ class Auto(RetrainMethod):
 
     @override
     def choose(
-        self, model: nn.Module, tasks: TaskCollection, run: Run, progress: Any = None
+        self,
+        model: nn.Module,
+        tasks: TaskCollection,
+        run: Run,
+        progress: Any = None,
+        held_out: HeldOut | None = None,
     ) -> tuple[Any, dict[str, Any]]:
         """(the best candidate's record, a report of the trials).
 
@@ -144,6 +151,7 @@ class Auto(RetrainMethod):
             run: The run of the retraining; with `out`, each trial is written to `out/choice.json`
                 when it is done, and trials in that file are not repeated.
             progress: Called during each training.
+            held_out: Further tasks that every retraining is validated by.
 
         Raises:
             UserError: There is only one seen task, or no held-out task has examples to score on.
@@ -165,8 +173,8 @@ class Auto(RetrainMethod):
         remaining = list(self.candidates)
         for number in range(self.rounds):
             names = groups[number % len(groups)]
-            seen, held_out = tasks.without(names), tasks.subset(names)
-            held_out = build_search_tasks(held_out, self.shots, run.seed, self.group_column)
+            seen, group_tasks = tasks.without(names), tasks.subset(names)
+            scored = build_search_tasks(group_tasks, self.shots, run.seed, self.group_column)
             steps = max(1, round(run.steps * min(1.0, self.budget * 2**number)))
             round_run = run.replace(out=None, resume=False, overwrite=False, steps=steps)
             for group in by_training(remaining):
@@ -175,7 +183,7 @@ class Auto(RetrainMethod):
                     continue
                 with metered() as cost, counted() as spent:
                     scores = self._train_and_score(
-                        model, seen, held_out, group, round_run, progress
+                        model, seen, scored, group, round_run, progress, held_out
                     )
                 for candidate, score in zip(group, scores, strict=True):
                     trials.append(
@@ -191,10 +199,11 @@ class Auto(RetrainMethod):
         self,
         model: nn.Module,
         seen: TaskCollection,
-        held_out: TaskCollection,
+        scored: TaskCollection,
         group: Sequence[Mapping[str, Any]],
         run: Run,
         progress: Any,
+        held_out: HeldOut | None,
     ) -> list[Trial]:
         """Retrains once for candidates that differ only in `interpolate`; scores each of them."""
         from foretune.training.model_copies import interpolate
@@ -204,7 +213,7 @@ class Auto(RetrainMethod):
         if record.interpolate != 1:
             record = dataclasses.replace(record, interpolate=1.0)
         try:
-            outcome = retrain(model, seen, record, run, progress=progress)
+            outcome = retrain(model, seen, record, run, held_out=held_out, progress=progress)
         except DivergedError as error:
             return [{"score": None, "reason": str(error)} for _ in group]
         scores = []
@@ -214,22 +223,29 @@ class Auto(RetrainMethod):
             if alpha != 1:
                 base = copy.deepcopy(base)
                 interpolate(base, model, alpha)
-            scores.append(self._adapt_and_score(base, held_out, run.seed, progress))
+            scores.append(self._adapt_and_score(base, scored, run.seed, progress))
         return scores
 
     def _adapt_and_score(
-        self, base: nn.Module, held_out: TaskCollection, seed: int, progress: Any
+        self, base: nn.Module, scored: TaskCollection, seed: int, progress: Any
     ) -> Trial:
-        """Adapts a base to the held-out tasks at every number of shots; the best rate's scores."""
-        from foretune.evaluation.held_out import best, try_rates
+        """Adapts a base to held-out tasks at every number of shots, as is best; its scores."""
+        from foretune.evaluation.adapt_search import at_rates, candidates, search
 
         run = Run(**self.adapt_run).replace(seed=seed, out=None, resume=False, overwrite=False)
-        method = _record(self.adapt)
-        trials = try_rates(base, held_out, method, self.adapt_rates, run, self.shots, progress)
+        if isinstance(self.adapt, list):
+            entries = [a if isinstance(a, str) else _record(a) for a in self.adapt]
+            methods: Any = candidates(entries, self.adapt_rates)
+        else:
+            methods = at_rates(_record(self.adapt), self.adapt_rates)
         try:
-            return best(trials)
+            result = search(base, scored, methods, run, self.shots, progress=progress)
         except DivergedError as error:
             return {"score": None, "reason": str(error)}
+        trial: Trial = {"score": result.score, "by_task": result.by_task}
+        if result.plan is not None:
+            trial["adapt"] = result.plan.to_dict()["settings"]
+        return trial
 
 
 def label(candidate: Mapping[str, Any]) -> str:
@@ -242,19 +258,20 @@ def label(candidate: Mapping[str, Any]) -> str:
     return str(candidate.get("as") or " ".join([str(candidate["name"]), *fields]))
 
 
-def _fields(method: Any) -> dict[str, Any]:
-    """The name and the fields of a method's record, or of a mapping of them.
+def _adapt_fields(adapt: Any) -> dict[str, Any] | list[Any]:
+    """The fields of an adapt method, or a list of these and of names.
 
     Raises:
-        UserError: It is neither.
+        UserError: One is not an adapt method.
     """
-    if dataclasses.is_dataclass(method) and not isinstance(method, type):
-        record: Any = method
-        default = type(record)().to_dict()
-        return {k: v for k, v in record.to_dict().items() if k == "name" or v != default.get(k)}
-    if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
-        raise UserError(f'a method is a record, or a mapping with its "name"; got {method!r}')
-    return dict(method)
+    if isinstance(adapt, (list, tuple)):
+        if not adapt:
+            raise UserError("auto adapts by at least one adapt method, got none")
+        return [entry if isinstance(entry, str) else _adapt_fields(entry) for entry in adapt]
+    fields = fields_of(adapt)
+    if _record(fields).verb != "adapt":
+        raise UserError(f'auto adapts by an adapt method; "{fields["name"]}" is not one')
+    return fields
 
 
 def _run_fields(run: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
-from foretune.run import Run, check_positive
+from foretune.run import Run, check_positive, check_strength
 from foretune.training.methods import AdaptMethod
 
 if TYPE_CHECKING:
@@ -24,15 +24,19 @@ class Head(AdaptMethod):
 
     Args:
         learning_rate: Learning rate of the heads.
+        pull: Strength p of ½ p ‖θ − θ₀‖², added to each task's loss: it pulls a head back to where
+            it starts, which is the base's own head where that fits the task.
     """
 
     learning_rate: float = 1e-3
+    pull: float = 0.0
 
     name: ClassVar[str] = "head"
     label: ClassVar[str] = "head only"
 
     def __post_init__(self) -> None:
         check_positive("learning_rate", self.learning_rate)
+        check_strength("pull", self.pull)
 
     @property
     @override
@@ -43,7 +47,8 @@ class Head(AdaptMethod):
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        from foretune.training.learners.joint import Learner, make_bank
+        from foretune.training.learners.joint import make_bank
+        from foretune.training.learners.pulled import PulledLearner
 
         bank = make_bank(model, objective, keys, run.seed, head_copies=True)
-        return Learner(model, objective, bank=bank, bank_learning_rate=self.learning_rate)
+        return PulledLearner(model, objective, bank, self.learning_rate, self.pull)

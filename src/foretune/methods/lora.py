@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import override
 
 from foretune.adapters.config import lora_fields
-from foretune.run import Run, check_positive
+from foretune.run import Run, check_positive, check_strength
 from foretune.training.methods import AdaptMethod
 
 if TYPE_CHECKING:
@@ -39,13 +39,16 @@ class LoRA(AdaptMethod):
     """Train one LoRA adapter per task on the frozen base, all tasks in one batch.
 
     Args:
-        learning_rate: Learning rate of the adapters and of per-task heads.
+        learning_rate: Learning rate of the adapters and of the tasks' own heads.
         lora: A `peft.LoraConfig` or a mapping of its fields. Without `target_modules`, every
             trainable linear layer of the model is adapted.
+        pull: Strength p of ½ p ‖θ − θ₀‖², added to each task's loss: it pulls the adapter (and a
+            per-task head) back to where it starts, at which it changes nothing.
     """
 
     learning_rate: float = 1e-3
     lora: Any = field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
+    pull: float = 0.0
 
     name: ClassVar[str] = "lora"
     label: ClassVar[str] = "LoRA"
@@ -54,6 +57,7 @@ class LoRA(AdaptMethod):
     def __post_init__(self) -> None:
         check_positive("learning_rate", self.learning_rate)
         object.__setattr__(self, "lora", lora_fields(self.lora))
+        check_strength("pull", self.pull)
 
     @property
     @override
@@ -64,7 +68,8 @@ class LoRA(AdaptMethod):
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        from foretune.training.learners.joint import Learner, make_bank
+        from foretune.training.learners.joint import make_bank
+        from foretune.training.learners.pulled import PulledLearner
 
         bank = make_bank(model, objective, keys, run.seed, lora=self.lora)
-        return Learner(model, objective, bank=bank, bank_learning_rate=self.learning_rate)
+        return PulledLearner(model, objective, bank, self.learning_rate, self.pull)

@@ -2,20 +2,20 @@
 
     W_SR = argmin_W  Σ_t Σ_j  L(Φ(x_tj; W), y_tj)
 
-The control of Block et al. (arXiv:2410.22264). Two things differ from their code: batches mix the
-tasks (theirs visits one task after the other within an epoch), and there is a form with one head
-per task, so that a gain of PEFT-ML cannot come from its heads alone.
+The control of Block et al. (arXiv:2410.22264). Batches mix the tasks; their code visits one task
+after the other within an epoch. There is one head over the labels of all tasks: training the base
+together with a head per task is PEFT-ML's form "last-layer".
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
-from foretune.run import Run, check_fraction, check_one_of, check_positive
+from foretune.run import Run, check_fraction, check_positive
 from foretune.training.methods import RetrainMethod
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ class Standard(RetrainMethod):
 
     Args:
         learning_rate: Learning rate of AdamW, on all trainable weights of the model.
-        heads: "shared" for one head over the labels of all tasks; "per-task" for one head per
-            task (where the model has no head, a copy of its last linear layer).
         interpolate: Share of the way from the original weights to the retrained ones
             (Wortsman et al., CVPR 2022, arXiv:2109.01903).
         average: Share of the updates, counted from the end, over which the base's weights are
@@ -40,7 +38,6 @@ class Standard(RetrainMethod):
     """
 
     learning_rate: float = 1e-4
-    heads: Literal["shared", "per-task"] = "shared"
     interpolate: float = 1.0
     average: float = 0.0
 
@@ -50,28 +47,17 @@ class Standard(RetrainMethod):
 
     def __post_init__(self) -> None:
         check_positive("learning_rate", self.learning_rate)
-        check_one_of("heads", self.heads, ("shared", "per-task"))
         check_fraction("interpolate", self.interpolate)
         check_fraction("average", self.average)
 
     @override
     def objective_for(self, objective: Objective) -> Objective:
-        return objective.shared() if self.heads == "shared" else objective
+        return objective.shared()
 
     @override
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        from foretune.training.learners.joint import Learner, make_bank
+        from foretune.training.learners.joint import Learner
 
-        bank = None
-        if self.heads == "per-task":
-            bank = make_bank(model, objective, keys, run.seed, head_copies=True)
-        return Learner(
-            model,
-            objective,
-            bank=bank,
-            learning_rate=self.learning_rate,
-            bank_learning_rate=self.learning_rate,
-            pooled=True,
-        )
+        return Learner(model, objective, learning_rate=self.learning_rate, pooled=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ from typing_extensions import TypedDict
 
 from foretune.entry_points import entry_point
 from foretune.errors import UserError
-from foretune.files import BASE_FILE
-from foretune.formats import BASE, read_json
+from foretune.files import BASE_FILE, BASIS_FILE, write_whole
+from foretune.formats import BASE, read_json, stamped
 from foretune.models.checkpoint import stored_dtypes
 from foretune.models.surgery import head_width, name_outputs
 
@@ -36,6 +38,7 @@ class BaseRecord(TypedDict, total=False):
     fingerprint: str
     trainable: list[str]
     head_labels: list[str | None] | None
+    adapting: dict[str, Any]
 
 
 def read_base_record(folder: Path) -> BaseRecord | None:
@@ -48,12 +51,28 @@ def read_base_record(folder: Path) -> BaseRecord | None:
     return read_json(file, BaseRecord, BASE) if file.is_file() else None
 
 
+def record_adapting(folder: Path, adapting: Mapping[str, Any]) -> None:
+    """Adds to the record of a base how it is best adapted.
+
+    Args:
+        folder: The folder of the base.
+        adapting: What held-out tasks chose, as JSON types.
+    """
+    file = folder / BASE_FILE
+    record = {**read_json(file, dict[str, Any], BASE), "adapting": adapting}
+    write_whole(file, json.dumps(stamped(record, BASE), indent=1))
+
+
 def restore(folder: Path, model: nn.Module) -> None:
-    """Gives the model what its record says: which parameters are trained, its head's labels.
+    """Gives the model what lies beside it: parameters to train, its head's labels, its basis.
+
+    How it is best adapted becomes its attribute `foretune_adapting`.
 
     Raises:
-        UserError: The record is damaged.
+        UserError: The record or the basis is damaged.
     """
+    if (folder / BASIS_FILE).is_file():
+        entry_point("foretune.adapters.basis_file:attach_basis")(folder, model)
     record = read_base_record(folder)
     if record is None:
         return
@@ -61,6 +80,7 @@ def restore(folder: Path, model: nn.Module) -> None:
         trainable = set(record["trainable"])
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trainable)
+    model.foretune_adapting = record.get("adapting")  # type: ignore[assignment]
     # Earlier versions recorded the labels as the objective's.
     labels = record.get("head_labels", record.get("objective", {}).get("space"))
     if isinstance(labels, list):

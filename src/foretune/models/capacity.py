@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from foretune.models.calls import eval_no_grad
+from foretune.models.digests import text_tower
 
 POSITION_NAMES = ("position_embedding", "embed_positions", "wpe", "pos_embed", "pos_emb")
 OTHER_TOWERS = ("vision", "visual", "image", "audio")
@@ -71,7 +72,8 @@ def pad_within(model: nn.Module, tokenizer: Any) -> None:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
+    tower = text_tower(model)
+    config: Any = getattr(model if tower is None else tower.encoder, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

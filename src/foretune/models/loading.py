@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ from foretune.models.surgery import (
     match_head,
     named_labels,
 )
+from foretune.models.tower_models import text_tower_on
 from foretune.models.trusted_code import check_named_file, is_trusted, remember
 from foretune.printable import in_one_line
 
@@ -73,6 +74,7 @@ def load_model(
     num_labels: int | None = None,
     labels: Iterable[object] = (),
     trainable_layers: int | None = None,
+    tower: Sequence[int] | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
     dtype: Any = torch.float32,
@@ -87,6 +89,9 @@ def load_model(
         labels: Labels of the tasks. A checkpoint whose config names all of them (`id2label`) keeps
             its head, whatever `num_labels` is.
         trainable_layers: Freeze all but this many of the last blocks; None freezes nothing.
+        tower: Freeze the whole model, as an encoder of texts, and put a small new network on its
+            embeddings, whose hidden layers have these widths (`models/tower.py`). With head "none"
+            it is one network for contexts and one for responses.
         trust_remote_code: Run Python code that comes with the model, or that its folder names.
         seed: Random seed of weights missing from the checkpoint (a fresh head).
         dtype: Dtype of the weights; "auto" for that of the checkpoint.
@@ -106,7 +111,16 @@ def load_model(
     where = locate(str(name))
     trusted = is_trusted(trust_remote_code)
     tokenizer: Any = None
-    if (Path(where) / MODULE_FILE).is_file():
+    if tower is not None:
+        if trainable_layers is not None:
+            raise UserError(
+                f"trainable_layers={trainable_layers} has no meaning beside tower: the whole "
+                "encoder below a tower is frozen, so that each text is computed once; leave one of "
+                "them out"
+            )
+        with quiet(), user_errors(where):
+            model, tokenizer = text_tower_on(where, tower, head, num_labels, trusted, seed, dtype)
+    elif (Path(where) / MODULE_FILE).is_file():
         model = _load_plain(Path(where), trusted)
     else:
         with quiet(), user_errors(where):
@@ -118,7 +132,7 @@ def load_model(
             model = build(auto, where, config, trusted, seed, dtype, fresh_head=fresh_head)
             tokenizer = load_tokenizer(where, trusted, reads_text=head != "image-classification")
     pad_within(model, tokenizer)
-    if tokenizer is not None and head == "classification":
+    if tokenizer is not None and head == "classification" and tower is None:
         # decoders find a row's last token by this id, so it must be the id that pads the rows
         fill = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
         model.config.pad_token_id = next(i for i in fill if i is not None)  # type: ignore[union-attr]

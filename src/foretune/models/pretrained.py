@@ -19,7 +19,9 @@ from foretune.files import CONFIG_FILE
 from foretune.formats import shortened
 from foretune.models.base_record import check_fingerprint
 from foretune.models.checkpoint import check_files, check_fit, check_numbers
+from foretune.models.digests import text_tower
 from foretune.models.surgery import is_in_head, name_outputs
+from foretune.models.tower_classes import TOWERS
 from foretune.models.trusted_code import HOW
 
 LOADERS = {
@@ -171,6 +173,8 @@ def build(
         )
     if getattr(model, "peft_config", None):
         raise UserError(f"{where} is an adapter, not a model: give the model it was trained on")
+    if (tower := text_tower(model)) is not None:
+        tower.encoder.requires_grad_(False)  # transformers makes all that it loads trainable
     check_fit(where, model, info, fresh_head=fresh_head)
     if getattr(config, "quantization_config", None) is None and Path(where).is_dir():
         check_numbers(Path(where))
@@ -196,6 +200,7 @@ def saved_class(where: str, config: Any, trusted: bool) -> Any:
         return transformers.AutoModel
     name = names[0] if isinstance(names, list) else names
     model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    model_class = model_class or TOWERS.get(str(name))
     if model_class is None and trusted and getattr(config, "auto_map", None):
         return transformers.AutoModel
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
+from foretune.errors import UserError
 from foretune.run import Run
 from foretune.tasks.sources import Source
 
@@ -19,7 +20,11 @@ B = TypeVar("B", bound="Block")
 RUN_FIELDS_OF_THE_RECIPE = ("seed", "precision", "device", "out", "resume", "overwrite")
 # Retraining mixes tasks in a step; adapting trains each task by itself, in waves, and with AdamW.
 RUN_FIELDS_OF_RETRAIN = ("tasks_per_step", "optimizer")
-RUN_FIELDS_OF_ADAPT = ("tasks_per_wave", "patience")
+RUN_FIELDS_OF_ADAPT = ("tasks_per_wave",)
+# What is tried where a recipe does not say how to adapt.
+ADAPT_METHODS = ("head", "lora", "basis")
+
+MethodItem = str | dict[str, dict[str, Any] | None]
 
 
 class Block(BaseModel):
@@ -69,10 +74,12 @@ def _default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 class ModelBlock(Block):
-    """The input model: a `name`, or a Python `file` that builds one.
+    """The input model: a `name`, a Python `file` that builds one, or a `tower` on arrays.
 
     Args:
         name: "minilm", a local Hugging Face folder, or a hub id.
+        tower: Widths of the hidden layers of a small new network. With `name` it reads the
+            embeddings of texts by that model, which is frozen; without, the arrays of the rows.
         file: A Python file with a function that returns an `nn.Module`.
         factory: The name of that function.
         args: Its keyword arguments.
@@ -81,6 +88,7 @@ class ModelBlock(Block):
     """
 
     name: str | None = None
+    tower: list[Annotated[int, Field(ge=1, le=65536)]] | None = Field(default=None, min_length=1)
     file: str | None = None
     factory: str = "build"
     args: dict[str, Any] = Field(default_factory=dict)
@@ -89,11 +97,47 @@ class ModelBlock(Block):
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelBlock:
-        if (self.name is None) == (self.file is None):
-            raise ValueError("needs either name (minilm, a folder, a hub id) or file (a .py file)")
+        if self.file is not None and self.tower is not None:
+            raise ValueError(
+                "may have tower or file, not both: a file's own layers are what is trained"
+            )
+        if (self.name is None and self.tower is None) == (self.file is None):
+            raise ValueError(
+                "needs either name (minilm, a folder, a hub id) or file (a .py file), or for "
+                "arrays a tower such as [64, 64]"
+            )
+        if self.tower is not None and self.trainable_layers is not None:
+            raise ValueError(
+                "may have tower or trainable_layers, not both: below a tower the whole encoder is "
+                "frozen, so that each text is computed once"
+            )
         if self.file is None and self.args:
             raise ValueError("may have args only beside file")
         return self
+
+    def __str__(self) -> str:
+        origin = self.name or self.file
+        if self.tower is None:
+            return str(origin)
+        widths = ", ".join(map(str, self.tower))
+        return f"a tower of {widths} on {origin or 'the arrays'}"
+
+    def check_serves(self, objective: Block) -> None:
+        """Checks that a tower serves the objective.
+
+        Raises:
+            UserError: It does not.
+        """
+        kind, scoring = (getattr(objective, name, None) for name in ("kind", "scoring"))
+        if self.tower is None or kind == "classification" or scoring == "bi-encoder":
+            return
+        if kind == "regression" and self.name is None:
+            return
+        shown = kind if scoring is None else f"{kind} with scoring {scoring}"
+        raise UserError(
+            "tower serves classification, choice with scoring bi-encoder, and regression of arrays "
+            f"(without name); for {shown} leave it out"
+        )
 
 
 @with_fields_of(Source, renamed={"turn": "rotate"})  # which turn it is depends on the repeat
@@ -141,7 +185,7 @@ class RatesBlock(Block):
 class _RetrainRunBlock(RatesBlock):
     """The methods of retraining and the fields of their `Run`."""
 
-    methods: list[str | dict[str, dict[str, Any] | None]] = Field(min_length=1)
+    methods: list[MethodItem] = Field(min_length=1)
 
 
 class RetrainBlock(_RetrainRunBlock):
@@ -149,11 +193,11 @@ class RetrainBlock(_RetrainRunBlock):
 
     Args:
         methods: Names, or one-key mappings of a name to its fields:
-            `{peft-ml: {form: last-layer, as: peft-ml-last}}`. `as` is the displayed name;
-            `learning_rates` there replaces that of the block.
-        search_steps: Steps of each trial of the learning-rate search; None for `steps`. The base of
-            a trial is adapted to the `adapt.search_tasks`, on which it is not retrained; the method
-            then retrains on all seen tasks, unless they also choose the adapt learning rate.
+            `{peft-ml: {form: last-layer, as: peft-ml-last-layer}}`. `as` is the displayed name;
+            `learning_rates` there replaces that of the block; `search: {penalty: [0, 0.1]}` tries
+            several values of other fields, with each learning rate.
+        search_steps: Steps of each trial; None for `steps`: the best trial is then the base. The
+            base of a trial is scored after adapting it to the repeat's held-out tasks.
 
     The other fields are those of `foretune.Run`.
     """
@@ -163,9 +207,10 @@ class RetrainBlock(_RetrainRunBlock):
 
 @with_fields_of(Run, without=RUN_FIELDS_OF_THE_RECIPE + RUN_FIELDS_OF_RETRAIN)
 class _AdaptRunBlock(RatesBlock):
-    """The method of adapting and the fields of its `Run`."""
+    """The methods of adapting and the fields of their `Run`."""
 
-    method: str = "lora"
+    methods: list[MethodItem] | None = Field(default=None, min_length=1)
+    method: str | None = None
     lora: dict[str, Any] | None = None
     fields: dict[str, Any] = Field(default_factory=dict)
 
@@ -173,19 +218,25 @@ class _AdaptRunBlock(RatesBlock):
 class AdaptBlock(_AdaptRunBlock):
     """How each base is adapted to the unseen tasks.
 
+    Where it is searched, held-out seen tasks choose the method, its learning rate and the number of
+    steps, from 0 to `steps`, for each base and each number of shots. It is fixed by `method` with
+    at most one learning rate, or by a `learning_rate` alone.
+
     Args:
-        method: "lora", "head", "full" or another adapt method.
-        lora: Fields of `peft.LoraConfig`, for `method: lora`.
-        fields: Other fields of the method.
-        search_tasks: Number of tasks on which learning rates are searched: at most a quarter of the
-            seen tasks, held out of the retraining of every base that is scored on them.
+        methods: The adapt methods to choose among: names, or one-key mappings of a name to its
+            fields. None beside `method` and rates: "head", "lora" and "basis".
+        method: A single method; with several `learning_rates` these and the steps are searched.
+        lora: Fields of `peft.LoraConfig`, for the method "lora".
+        fields: Other fields of `method`.
+        search_tasks: Number of seen tasks that are held out of the retrainings of a repeat and
+            choose: at most a quarter of all.
         shots: Training examples per unseen task (per class for classification); "all" for all.
         draws: Draws of the shots in each repeat.
 
     The other fields are those of `foretune.Run`.
     """
 
-    search_tasks: int = Field(default=8, ge=1)
+    search_tasks: int = Field(default=32, ge=1)
     shots: list[int | Literal["all"]] = Field(default=[8, 40], min_length=1)
     draws: int = Field(default=1, ge=1)
 
@@ -194,14 +245,48 @@ class AdaptBlock(_AdaptRunBlock):
         """The shots with None for all examples, as the verbs take them."""
         return [None if shots == "all" else shots for shots in self.shots]
 
+    @property
+    def items(self) -> list[MethodItem]:
+        """The methods to choose among, or the only one."""
+        if self.methods is not None:
+            return self.methods
+        if self.method is None and not self.rates:
+            return [*ADAPT_METHODS]
+        return [{self.method or "lora": self.fields}]
+
+    @property
+    def searches(self) -> bool:
+        """Whether held-out tasks choose how to adapt."""
+        no_method = self.method is None and not self.rates
+        return self.methods is not None or no_method or len(self.rates) > 1
+
     @model_validator(mode="after")
     def _shots_are_positive(self) -> AdaptBlock:
         if any(shots != "all" and shots < 1 for shots in self.shots):
             raise ValueError("must have shots of at least 1 row (0 is always measured)")
         if len({*self.shots}) < len(self.shots):
             raise ValueError(f"must have shots that differ, got {self.shots}")
-        if self.lora is not None and self.method != "lora":
-            raise ValueError(f"may have lora only with method: lora, not with {self.method}")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> AdaptBlock:
+        if self.methods is not None and self.method is not None:
+            raise ValueError("may have method (fixed) or methods (searched), not both")
+        if self.fields and self.method is None:
+            raise ValueError("may have fields only beside method")
+        names = [item if isinstance(item, str) else next(iter(item), "") for item in self.items]
+        if self.lora is not None and "lora" not in names:
+            raise ValueError(f"may have lora only with the method lora, not with {names[0]}")
+        if not self.searches:
+            return self
+        if self.patience is not None:  # type: ignore[attr-defined]
+            raise ValueError("may have patience only with one method and rate: steps are searched")
+        for key in ("warmup", "schedule"):
+            if getattr(self, key) != getattr(Run, key):
+                raise ValueError(
+                    f"may have {key} only with one method and rate: where steps are searched, the "
+                    "rate is constant"
+                )
         return self
 
 

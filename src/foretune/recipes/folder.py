@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +14,7 @@ from foretune.files import INPUTS, RECIPE, RUN_FILE, write_whole
 from foretune.formats import INPUTS as INPUTS_FORMAT
 from foretune.formats import RECIPE as RECIPE_FORMAT
 from foretune.formats import RUN, stamped
-from foretune.processes import num_processes
+from foretune.processes import num_processes, process_rank
 from foretune.recipes.yaml_io import parse_recipe_yaml
 
 if TYPE_CHECKING:
@@ -65,10 +65,10 @@ def run_folder(
                 write_whole(out / RECIPE, f"format: {RECIPE_FORMAT}\n{config}")
             return out
 
-        yield _first(begin)
+        yield on_first_process(begin)
 
 
-def check_inputs(folder: Path, model: nn.Module, tasks: Sequence[Task], tokenizer: Any) -> None:
+def check_inputs(folder: Path, model: nn.Module, tasks: Iterable[Task], tokenizer: Any) -> None:
     """Records what identifies the inputs of a run, or compares it when the run is resumed.
 
     The recipe alone is not enough: the content of a file may have changed.
@@ -77,6 +77,8 @@ def check_inputs(folder: Path, model: nn.Module, tasks: Sequence[Task], tokenize
         UserError: The run was started with another model or tokenizer, or other examples of a task.
     """
     from foretune.training.resume import check_same, inputs_of, read_record
+
+    tasks = list(tasks)
 
     def check() -> None:
         names = sorted(task.name for task in tasks)
@@ -87,7 +89,7 @@ def check_inputs(folder: Path, model: nn.Module, tasks: Sequence[Task], tokenize
         else:
             write_whole(path, json.dumps(stamped(inputs, INPUTS_FORMAT), indent=1))
 
-    _first(check)
+    on_first_process(check)
 
 
 def write_run_record(folder: Path) -> None:
@@ -98,7 +100,13 @@ def write_run_record(folder: Path) -> None:
     write_whole(folder / RUN_FILE, json.dumps(record, indent=1, ensure_ascii=False))
 
 
-def _first(work: Callable[[], T]) -> T:
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically, in the first of several processes."""
+    if process_rank() == 0:
+        write_whole(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def on_first_process(work: Callable[[], T]) -> T:
     """The result of `work`, done by the first of several processes."""
     if num_processes() == 1:
         return work()

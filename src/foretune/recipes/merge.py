@@ -22,7 +22,7 @@ def merge_repeats(repeats: Sequence[dict[str, Any]], turns: int = 1) -> dict[str
     draws = 1 + max(score["seed"] for score in first["scores"])
     scores = [
         # The draws of each repeat are numbered from 0; an offset keeps repeats apart.
-        {**score, "seed": number // turns * draws + score["seed"]}
+        {**score, "repeat": number // turns, "seed": number // turns * draws + score["seed"]}
         for number, repeat in enumerate(repeats)
         for score in repeat["scores"]
     ]
@@ -50,7 +50,8 @@ def merge_repeats(repeats: Sequence[dict[str, Any]], turns: int = 1) -> dict[str
 def _mean_base(bases: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The base of the first repeat, with mean costs and the choices of all repeats.
 
-    `learning_rate` and `searched` are those of the first repeat, `learning_rates` those of all.
+    `learning_rate`, `searched`, `curve` and `by_shots` are those of the first repeat;
+    `learning_rates`, `curves` and `by_repeat` are those of all.
     """
     merged = dict(bases[0])
     if merged.pop("choice", None) is not None:
@@ -70,4 +71,7 @@ def _mean_base(bases: Sequence[dict[str, Any]]) -> dict[str, Any]:
         peaks = [cost["peak_memory_mb"] for cost in costs if cost.get("peak_memory_mb")]
         merged[stage] = {**costs[0], **means, **({"peak_memory_mb": max(peaks)} if peaks else {})}
         merged[stage]["learning_rates"] = [cost.get("learning_rate") for cost in costs]
+        for key, name in (("curve", "curves"), ("by_shots", "by_repeat")):
+            if key in costs[0]:
+                merged[stage][name] = [cost[key] for cost in costs]
     return merged

@@ -169,7 +169,7 @@ def adapt_folder(
     from foretune.training.shots import draw_shots
 
     block, source = settings(tasks, changes)
-    method = adapt_record(block, _fixed_rate(block))
+    method = adapt_record(block)
     run = run_of(block, seed=seed)
     saved = find_base(base)
     kind = objective or saved.kind
@@ -246,7 +246,7 @@ def compare_folders(
             `out` is not acceptable.
     """
     block, source = settings(tasks, changes)
-    method, run = adapt_record(block, _fixed_rate(block)), run_of(block)
+    method, run = adapt_record(block), run_of(block)
     bases = _named([find_base(folder) for folder in folders])
     reference = _with_objective(bases, objective)
     kind = objective or reference.kind

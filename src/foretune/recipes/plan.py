@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import foretune
+from foretune.recipes.adapting import candidates_of, held_out_of
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.schema import MethodEntry, Recipe, takes_rate
+from foretune.recipes.schema import MethodEntry, Recipe, adapt_record, takes_rate
 from foretune.recipes.setup import Setup, set_up
 from foretune.tasks.leakage import Leak, SharedInputs, find_overlaps
 from foretune.tasks.summary import describe
@@ -100,7 +102,7 @@ def plan_recipe(recipe: Recipe, console: Console = SILENT) -> Plan:
         costs.append(cost(setup, entry))
     adapt = None
     if setup.unseen is not None:
-        console.say(f"{recipe.adapt.method}: timing {TIMED_STEPS} steps")
+        console.say(f"adapting: timing {TIMED_STEPS} steps")
         adapt = _adapt_cost(setup, setup.unseen)
     overlaps = find_overlaps(setup.seen, setup.unseen)
     return Plan(
@@ -160,26 +162,39 @@ def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:
     )
     step = watch.seconds_per_update() * watch.updates / run.steps
     together = min(run.tasks_per_step or len(setup.seen), len(setup.seen))
-    trials = _trials(setup.recipe, entry)
-    trial_steps = setup.recipe.retrain.search_steps or full_run.steps
-    steps = setup.recipe.seeds * full_run.steps + trials * trial_steps
-    validations = (setup.recipe.seeds + trials) * _validations(full_run.eval_every, full_run.steps)
-    rows = sum(min(len(task.validation), full_run.eval_rows or math.inf) for task in setup.seen)
-    per_row = step / (together * run.batch_size) * FORWARD_SHARE
+    per_row = step / (together * run.batch_size)
+    seconds = 0.0
+    for steps in _retrainings(setup.recipe, entry):
+        validations = _validations(full_run.eval_every, steps)
+        seconds += steps * step + validations * _validated_rows(setup, record) * per_row
     return Cost(
         name=entry.name,
         parameters=_parameters(timed.model, timed.bank),
         step_seconds=step,
-        seconds=steps * step + validations * rows * per_row,
+        seconds=setup.recipe.seeds * seconds,
         peak_memory_mb=timed.cost.get("peak_memory_mb"),
     )
 
 
-def _trials(recipe: Recipe, entry: MethodEntry) -> int:
-    """Number of trial retrainings of the learning-rate search in the whole run."""
-    if len(entry.rates) < 2 or not takes_rate(entry.method):
-        return 0
-    return len(entry.rates) * (recipe.seeds if recipe.tasks.rotate else 1)
+def _retrainings(recipe: Recipe, entry: MethodEntry) -> list[int]:
+    """The steps of each retraining of an entry in one repeat: its trials, and the base."""
+    steps, trials = recipe.retrain_run().steps, len(entry.trials)
+    trial_steps = min(recipe.retrain.search_steps or steps, steps)
+    if trials == 1 or trial_steps == steps:  # the best trial is the base
+        return [steps] * trials
+    return [trial_steps] * trials + [steps]
+
+
+def _validated_rows(setup: Setup, record: Any) -> float:
+    """What a validation costs, in rows that go forward and backward."""
+    rows = setup.recipe.retrain_run().eval_rows or math.inf
+    held_out = held_out_of(setup, record)
+    if held_out is None:
+        return FORWARD_SHARE * sum(min(len(task.validation), rows) for task in setup.seen)
+    trained = len(held_out.tasks) * held_out.run.steps * held_out.run.batch_size
+    scored = sum(min(len(task.validation), rows) for task in held_out.tasks)
+    scored *= len(held_out.score_at)
+    return held_out.draws * (trained + FORWARD_SHARE * scored)
 
 
 def _choosing_cost(setup: Setup, entry: MethodEntry) -> Cost:
@@ -221,39 +236,58 @@ def _remaining_shares(auto: Any) -> list[float]:
 
 
 def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
-    from foretune.evaluation.held_out import num_draws
+    from foretune.evaluation.adapt_search import NUM_STOPS
 
     block, recipe = setup.recipe.adapt, setup.recipe
-    full_run = recipe.adapt_run()
-    record = recipe.adapt_record(block.rates[0] if block.rates else None)
+    full_run, methods = recipe.adapt_run(), candidates_of(recipe)
+    plain = [method for method in methods if method.fits(setup.model)]
+    record = plain[-1] if block.searches else adapt_record(block)  # the last one trains the most
     tasks = _trimmed(unseen, full_run.batch_size)
 
     watch = Stopwatch()
     run = full_run.replace(steps=1 + TIMED_STEPS, eval_every=0)
     timed = foretune.adapt(setup.model, tasks, record, run, progress=watch)
     step = watch.seconds_per_update()
-    repeats = len(recipe.entries) * recipe.seeds
-    adaptations = repeats * len(block.shots) * block.draws
-    # A trial adapts to a few tasks, in several draws, at each learning rate.
-    bases = sum(_trials(recipe, entry) for entry in recipe.entries)
-    bases += repeats if len(block.rates) > 1 else 0
-    searched = bases * len(setup.search) * num_draws(len(setup.search))
-    for auto in (entry.record() for entry in recipe.entries if entry.method == "auto"):
-        held = math.ceil(len(setup.seen) / min(auto.folds, len(setup.seen)))
-        tried = sum(_remaining_shares(auto)) * len(auto.candidates)
-        searched += recipe.seeds * tried * held * num_draws(held)
-    searches = searched / len(unseen) * len(block.shots) * max(1, len(block.rates))
-    rows: float = (adaptations + repeats) * sum(len(task.test) for task in unseen)
-    search_rows = sum(len(task.validation) for task in setup.search) / len(setup.search)
-    rows += searches * len(unseen) * search_rows  # a trial scores the rows of its task
-    per_row = step / (len(unseen) * run.batch_size) * FORWARD_SHARE
+    bases = len(recipe.entries) * recipe.seeds
+    comparisons = bases * len(block.shots) * block.draws
+    adaptations: float = comparisons * len(unseen)
+    rows: float = (comparisons + bases) * sum(len(task.test) for task in unseen)
+    for number, held_out in _searches(setup):
+        searched = number * len(block.shots) * _tried(recipe, len(held_out))
+        adaptations += searched
+        rows += searched * NUM_STOPS * sum(map(len, held_out)) / len(held_out)
+    fits = sum(not entry.record().keeps_adapters for entry in recipe.entries) * recipe.seeds
+    if block.searches and any(method.name == "basis" for method in methods):
+        adaptations += fits * len(setup.seen)  # a basis is made of adapters to the seen tasks
+    per_task = step / len(unseen)
     return Cost(
-        name=block.method,
+        name=", ".join(dict.fromkeys(method.name for method in methods)),
         parameters={"adapter": int(timed.cost.get("trainable_parameters") or 0)},
         step_seconds=step,
-        seconds=full_run.steps * step * (adaptations + searches) + rows * per_row,
+        seconds=per_task * (full_run.steps * adaptations + FORWARD_SHARE * rows / run.batch_size),
         peak_memory_mb=timed.cost.get("peak_memory_mb"),
     )
+
+
+def _searches(setup: Setup) -> Iterator[tuple[float, list[Sequence[Any]]]]:
+    """(number of searches of how to adapt, the rows of each held-out task that they score)."""
+    recipe = setup.recipe
+    if setup.held_out is not None and recipe.adapt.searches:
+        tasks = [task.validation for task in setup.held_out]
+        yield len(recipe.entries) * recipe.seeds, tasks
+    for auto in (entry.record() for entry in recipe.entries if entry.method == "auto"):
+        part = math.ceil(len(setup.seen) / min(auto.folds, len(setup.seen)))
+        tasks = [task.validation for task in list(setup.seen)[:part]]
+        yield recipe.seeds * sum(_remaining_shares(auto)) * len(auto.candidates), tasks
+
+
+def _tried(recipe: Recipe, num_tasks: int) -> int:
+    """How often one search adapts to a task at one number of shots."""
+    from foretune.evaluation.adapt_search import halving
+    from foretune.evaluation.held_out import num_draws
+
+    methods = len(candidates_of(recipe)) if recipe.adapt.searches else 1
+    return num_draws(num_tasks) * sum(count * part for count, part in halving(methods, num_tasks))
 
 
 class Stopwatch:

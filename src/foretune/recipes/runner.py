@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import foretune
 from foretune.errors import UserError, did_you_mean
 from foretune.files import CARD_FILE, COMPARISON_FILE, write_whole
 from foretune.formats import COMPARISON, SPECTRUM, damage_named, read_json, stamped
 from foretune.processes import num_processes, process_rank
+from foretune.recipes.adapting import candidates_of, choose_adapting
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.folder import check_inputs, run_folder, write_run_record
+from foretune.recipes.folder import check_inputs, run_folder, write_json, write_run_record
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.model_card import model_card
-from foretune.recipes.schema import MethodEntry, Recipe
+from foretune.recipes.schema import MethodEntry, Recipe, adapt_record
 from foretune.recipes.setup import Setup, need_unseen, set_up
-from foretune.recipes.stages import (
-    base_folder,
-    retrain,
-    retrain_stage,
-    search_rate,
-    total_cost,
-    write_json,
-)
+from foretune.recipes.stages import base_folder, base_stage, make_base, total_cost
+
+if TYPE_CHECKING:
+    from foretune.training.adapt_plan import AdaptPlan
 
 SPECTRUM_FILE = "spectrum.json"
 
@@ -68,14 +65,11 @@ def run_recipe(
 
 
 def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
-    first = setup = set_up(recipe, console)
-    tasks = [*first.all_seen, *need_unseen(first)]
-    check_inputs(out, first.model, tasks, first.tokenizer)
+    first = set_up(recipe, console)
+    check_inputs(out, first.model, [*first.all_seen, *need_unseen(first)], first.tokenizer)
     repeats: list[dict[str, Any]] = []
-    for seed in range(recipe.seeds):
-        if seed and recipe.tasks.rotate:
-            setup = set_up(recipe, console, repeat=seed)
-        stages = retrain_all(setup, out, seed, console)
+    for seed, setup in enumerate(_setups(first, console)):
+        stages = {e.name: base_stage(setup, e, seed, out, console) for e in recipe.entries}
         repeats.append(compare_repeat(setup, out, seed, stages, console))
     with damage_named(out / "repeats"):
         comparison = merge_repeats(repeats, first.turns)
@@ -83,21 +77,22 @@ def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
         "title": recipe.name,
         "recipe": recipe.to_yaml(),
         "collection": _counts(first),
-        "spectrum": spectrum_stage(first, out, adapt_rates(repeats[0]), console),
+        "spectrum": spectrum_stage(first, out, lora_rates(repeats[0]), console),
     }
     finish(out, comparison)
     return comparison
 
 
-def retrain_all(setup: Setup, out: Path, seed: int, console: Console) -> dict[str, dict[str, Any]]:
-    """Retrains with all methods under one random seed: {name: record of the stage}."""
-    stages = {}
-    for entry in setup.recipe.entries:
-        # With tasks.rotate, each turn has its own search: its unseen tasks must not choose a rate.
-        turn = f"turn-{seed}" if setup.recipe.tasks.rotate else ""
-        rate, searched = search_rate(setup, entry, out / "bases" / entry.name / turn, console)
-        stages[entry.name] = retrain_stage(setup, entry, seed, out, rate, searched, console)
-    return stages
+def _setups(first: Setup, console: Console) -> Iterator[Setup]:
+    """The setup of each repeat, after that of the first."""
+    seeds = range(1, first.recipe.seeds)
+    if first.recipe.tasks.rotate:
+        yield first
+        for seed in seeds:
+            yield set_up(first.recipe, console, turn=seed)
+        return
+    # All at once, so that mistakes are reported before anything is trained.
+    yield from [first, *(first.for_repeat(seed) for seed in seeds)]
 
 
 def retrain_one(
@@ -138,15 +133,13 @@ def retrain_one(
     ) as folder:
         setup = set_up(recipe, console)
         check_inputs(folder, setup.model, setup.all_seen, setup.tokenizer)
-        rate, searched = search_rate(setup, entry, folder, console)
-        record = entry.record(rate)
-        run = recipe.retrain_run(out=folder, resume=True)
-        outcome = retrain(setup, setup.seen, record, run, console, name)
+        outcome, _, trials = make_base(setup, entry, 0, folder, console)
+        choose_adapting(setup, name, 0, folder, console)
     return {
         "base": str(out / "base"),
-        "method": record.to_dict(),
+        "method": outcome.method.to_dict(),
         "validation_score": outcome.validation_score,
-        "searched": searched,
+        "searched": trials,
         "cost": total_cost(outcome),
     }
 
@@ -181,8 +174,8 @@ def compare_repeat(
 ) -> dict[str, Any]:
     """The comparison of one repeat: adapts the bases of one random seed to the unseen tasks.
 
-    Adapt learning rates are searched again in each repeat, so that the variance between repeats
-    includes that of the search.
+    Each base is adapted as the held-out tasks of its repeat chose, so that the variance between
+    repeats includes that of the choice.
 
     Args:
         setup: Tasks and model.
@@ -197,32 +190,51 @@ def compare_repeat(
         return stamped(read_json(path, dict[str, Any], COMPARISON), COMPARISON)
     block = setup.recipe.adapt
     entries = setup.recipe.entries
-    trials = len(block.rates) if len(block.rates) > 1 else 0
+    plans = plans_of(stages)
     with console.bar(
-        f"adapting {len(entries)} bases, seed {seed}",
-        rounds=len(entries) * len(block.shots) * (1 + trials),
+        f"adapting {len(entries)} bases, seed {seed}", rounds=len(entries) * len(block.shots)
     ) as progress:
         comparison: dict[str, Any] = foretune.compare(
             SavedBases(setup.recipe, out, seed),
             need_unseen(setup),
-            adapt=setup.recipe.adapt_record(),
+            adapt=adapt_record(block) if plans is None else candidates_of(setup.recipe),
             run=setup.recipe.adapt_run(seed=seed),
             shots=tuple(block.row_counts),
             draws=block.draws,
-            seen=setup.search,
-            learning_rates=tuple(block.rates),
+            plans=plans,
             keep=out / "adapters" if seed == 0 else None,
             progress=progress,
         ).to_dict()
     for base in comparison["bases"]:
-        base |= {**stages[base["name"]], "adapt": base["adapt"]}
+        stage = {**stages[base["name"]]}
+        searched = stage.pop("adapting", {})
+        searched.pop("plan", None)
+        base |= {**stage, "adapt": {**base["adapt"], **searched}}
     write_json(path, comparison)
     return comparison
 
 
-def adapt_rates(repeat: Mapping[str, Any]) -> dict[str, float]:
-    """The adapt learning rate of each base of a repeat."""
-    return {base["name"]: base["adapt"]["learning_rate"] for base in repeat["bases"]}
+def plans_of(stages: Mapping[str, dict[str, Any]]) -> dict[str, AdaptPlan] | None:
+    """How to adapt each base, as was chosen; None where the recipe fixes it."""
+    from foretune.training.adapt_plan import AdaptPlan
+
+    plans = {
+        name: AdaptPlan.from_dict(stage["adapting"]["plan"])
+        for name, stage in stages.items()
+        if "adapting" in stage
+    }
+    return plans or None
+
+
+def lora_rates(repeat: Mapping[str, Any]) -> dict[str, float]:
+    """The learning rate of LoRA on each base of a repeat that is adapted by LoRA."""
+    rates = {}
+    for base in repeat["bases"]:
+        fixed = {**base["adapt"], "method": repeat["adapt"]["method"]}
+        for row in base["adapt"].get("by_shots", [fixed]):
+            if row["method"] == "lora":
+                rates[base["name"]] = row["learning_rate"]
+    return rates
 
 
 def spectrum_stage(
@@ -250,7 +262,7 @@ def spectrum_stage(
             run=setup.recipe.adapt_run(),
             shots=block.shots,
             ranks=tuple(block.ranks),
-            rates=rates if setup.recipe.adapt.method == "lora" else None,
+            rates=rates,
             progress=progress,
         )
     write_json(path, stamped(measured, SPECTRUM))

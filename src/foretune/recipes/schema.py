@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,6 @@ from foretune import methods
 from foretune.entry_points import entry_point
 from foretune.errors import UserError, did_you_mean
 from foretune.files import check_file_name, same_on_disk
-from foretune.methods import METHODS
 from foretune.recipes.blocks import (
     AdaptBlock,
     Block,
@@ -76,19 +76,55 @@ class MethodEntry:
         method: Name of the registered method.
         fields: Fields of the method that the recipe sets.
         rates: Learning rates to try; empty for the method's default.
+        search: Values to try of other fields, each with each rate; `lora.r` is a key of `lora`.
     """
 
     name: str
     method: str
     fields: dict[str, Any]
     rates: list[float]
+    search: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
-    def record(self, learning_rate: float | None = None) -> Any:
-        """The method with this learning rate, or with its default."""
+    @property
+    def trials(self) -> list[dict[str, Any]]:
+        """The settings to try, by field; a single one (possibly empty) if nothing is searched."""
+        rates = self.rates if takes_rate(self.method) else []
+        grid = {**({"learning_rate": rates} if rates else {}), **self.search}
+        return [
+            dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
+        ]
+
+    def record(self, settings: Mapping[str, Any] | None = None) -> Any:
+        """The method with these settings beside its fields.
+
+        Raises:
+            UserError: The method has no such field, or the value is out of range.
+        """
+        return methods.make(self.method, **self.fields_with(settings or {}))
+
+    def fields_with(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields with these settings.
+
+        Raises:
+            UserError: A dotted key is not inside a block of keys.
+        """
         fields = dict(self.fields)
-        if learning_rate is not None:
-            fields["learning_rate"] = learning_rate
-        return methods.make(self.method, **fields)
+        for key, value in settings.items():
+            name, _, inner = key.partition(".")
+            if inner and name not in fields:
+                fields[name] = getattr(methods.make(self.method, **self.fields), name, None)
+            if inner and not isinstance(fields[name], Mapping):
+                raise UserError(f'{self.name}: search has "{key}", and {name} is no block of keys')
+            fields[name] = {**fields[name], inner: value} if inner else value
+        return fields
+
+    def name_with(self, settings: Mapping[str, Any]) -> str:
+        """The name of a trial with these settings; that of the entry for the only one."""
+        if len(self.trials) == 1:
+            return self.name
+        rate = [f"{settings['learning_rate']:g}"] if "learning_rate" in settings else []
+        others = [f"{key}={settings[key]}" for key in settings if key != "learning_rate"]
+        return " ".join([self.name, *rate, *others])
 
 
 class Recipe(Block):
@@ -144,7 +180,7 @@ class Recipe(Block):
     def _choosing(self, auto: MethodEntry, entries: list[MethodEntry]) -> MethodEntry:
         """`auto` with the adapt settings of the recipe and, by default, its other methods.
 
-        A candidate with several learning rates is repeated once per rate.
+        A candidate is repeated for each of its trials.
 
         Raises:
             UserError: The candidates are not a list of methods.
@@ -157,15 +193,13 @@ class Recipe(Block):
             pool = [_entry(item, self.retrain.rates) for item in items]
         candidates = []
         for entry in pool:
-            fields = {"name": entry.method, "as": entry.name, **entry.fields}
-            rates = entry.rates if entry.method in METHODS and takes_rate(entry.method) else []
-            for rate in rates:
-                name = entry.name if len(rates) == 1 else f"{entry.name} {rate:g}"
-                candidates.append({**fields, "as": name, "learning_rate": rate})
-            if not rates:
-                candidates.append(fields)
+            class_of(entry.method)  # raises for an unknown one
+            for settings in entry.trials:
+                fields = entry.fields_with(settings)
+                candidates.append({"name": entry.method, "as": entry.name_with(settings), **fields})
+        name, fields = adapt_methods(self.adapt)[0]
         adapting: dict[str, Any] = {
-            "adapt": {"name": self.adapt.method, **_fields(self.adapt)},
+            "adapt": {"name": name, **fields},
             "adapt_run": {k: v for k, v in self.adapt_run().to_dict().items() if k != "out"},
             "adapt_rates": self.adapt.rates,
             "shots": self.adapt.row_counts,
@@ -175,9 +209,10 @@ class Recipe(Block):
         return dataclasses.replace(auto, fields=chosen, rates=[])
 
     @property
-    def searches(self) -> bool:
-        """Whether the learning rate of any retraining is searched."""
-        return any(len(entry.rates) > 1 and takes_rate(entry.method) for entry in self.entries)
+    def holds_out(self) -> bool:
+        """Whether seen tasks are held out to choose retrainings, their ends or how to adapt."""
+        searched = any(len(entry.trials) > 1 for entry in self.entries)
+        return searched or self.adapt.searches or self.retrain_run().patience is not None
 
     def source(self, repeat: int = 0) -> Source:
         """The `tasks:` block as a `Source`, for `load_tasks` in this repeat."""
@@ -187,10 +222,6 @@ class Recipe(Block):
     def objective_fields(self) -> dict[str, Any]:
         """The `objective:` block without its kind."""
         return self.objective.model_dump(exclude={"kind"})
-
-    def adapt_record(self, learning_rate: float | None = None) -> Any:
-        """The adapt method with this learning rate, or with its default."""
-        return adapt_record(self.adapt, learning_rate)
 
     def retrain_run(self, **changes: Any) -> Run:
         """The `retrain:` block as a `Run`."""
@@ -342,21 +373,40 @@ def _key_lookup(raw: dict[str, Any]) -> Callable[[Sequence[str]], list[str]]:
 
 
 def _entry(item: Any, rates: list[float]) -> MethodEntry:
-    if isinstance(item, str):
-        return MethodEntry(name=item, method=item, fields={}, rates=rates)
-    fields = next(iter(item.values()), None) if isinstance(item, dict) else None
-    if not isinstance(item, dict) or len(item) != 1 or not isinstance(fields, (dict, type(None))):
-        raise UserError(
-            "an item of retrain.methods is a name, or one name with its fields "
-            f"({{peft-ml: {{penalty: 0.1}}}}); got {item!r}"
-        )
-    [method] = item
-    fields = dict(fields or {})
+    method, fields = _name_and_fields(item, "retrain.methods", "{peft-ml: {penalty: 0.1}}")
     name = fields.pop("as", method)
     method_rates = check_list(f"{name}.learning_rates", fields.pop("learning_rates", None) or [])
     if "learning_rate" in fields:
         method_rates = [fields.pop("learning_rate")]
-    return MethodEntry(name=str(name), method=method, fields=fields, rates=method_rates or rates)
+    search = fields.pop("search", None) or {}
+    if not isinstance(search, dict) or any(
+        not isinstance(v, list) or not v for v in search.values()
+    ):
+        raise UserError(
+            f"{name}.search must map fields to lists of values, such as {{penalty: [0, 0.1]}}; got "
+            f"{search!r}"
+        )
+    if "learning_rate" in search:
+        raise UserError(f"{name}.search has learning_rate: set {name}.learning_rates instead")
+    return MethodEntry(
+        name=str(name), method=method, fields=fields, rates=method_rates or rates, search=search
+    )
+
+
+def _name_and_fields(item: Any, key: str, example: str) -> tuple[str, dict[str, Any]]:
+    """The name of a method and its fields, from a name or from a mapping with one key.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if isinstance(item, str):
+        return item, {}
+    fields = next(iter(item.values()), None) if isinstance(item, dict) else None
+    if not isinstance(item, dict) or len(item) != 1 or not isinstance(fields, (dict, type(None))):
+        raise UserError(
+            f"an item of {key} is a name, or one name with its fields ({example}); got {item!r}"
+        )
+    return next(iter(item)), dict(fields or {})
 
 
 def _check(recipe: Recipe, where: str) -> None:
@@ -367,6 +417,7 @@ def _check(recipe: Recipe, where: str) -> None:
     """
     checks: dict[str, Callable[[], object]] = {
         "": lambda: _check_methods(recipe),
+        "model.": lambda: recipe.model.check_serves(recipe.objective),
         "retrain.": recipe.retrain_run,
         "adapt.": recipe.adapt_run,
         "tasks.": recipe.source,
@@ -389,13 +440,26 @@ def _check_methods(recipe: Recipe) -> None:
                 f"{{{entry.method}: {{as: another-name}}}} (case does not count)"
             )
         names.add(same_on_disk(entry.name))
-        for rate in entry.rates if takes_rate(entry.method) else ():
-            entry.record(rate)
-        entry.record()
-    _check_verb(recipe.adapt.method, "adapt", "adapt.method")
-    for rate in recipe.adapt.rates:
-        recipe.adapt_record(rate)
-    recipe.adapt_record()
+        if entry.search and entry.method == "auto":
+            raise UserError(f"{entry.name}.search: auto searches by itself; remove search")
+        for settings in entry.trials:
+            entry.record(settings)
+    _check_adapt_methods(recipe.adapt)
+
+
+def _check_adapt_methods(block: AdaptBlock) -> None:
+    names: set[str] = set()
+    for name, fields in adapt_methods(block):
+        _check_verb(name, "adapt", "adapt.methods" if block.methods else "adapt.method")
+        label = f"{name} {fields}"
+        if label in names:
+            raise UserError(f'adapt.methods names "{name}" twice with the same fields: remove one')
+        names.add(label)
+        # The values to try are checked when the candidates are made, which needs numpy and torch.
+        fields = {key: value for key, value in fields.items() if key != "search"}
+        for rate in block.rates if takes_rate(name) else ():
+            methods.make(name, **{"learning_rate": rate, **fields})
+        methods.make(name, **fields)
 
 
 def takes_rate(method: str) -> bool:
@@ -415,17 +479,24 @@ def _check_verb(method: str, verb: str, key: str) -> None:
         raise UserError(f"{key}: {error}") from None
 
 
-def adapt_record(block: AdaptBlock, learning_rate: float | None = None) -> Any:
-    """The adapt method of a block with this learning rate, or with its default."""
-    fields = _fields(block)
-    if learning_rate is not None:
-        fields["learning_rate"] = learning_rate
-    return methods.make(block.method, **fields)
+def adapt_methods(block: AdaptBlock) -> list[tuple[str, dict[str, Any]]]:
+    """(name, fields) of the methods to choose among, or of the only one.
 
-
-def _fields(block: AdaptBlock) -> dict[str, Any]:
+    Raises:
+        UserError: An item is not a name, or a name with its fields.
+    """
+    items = [
+        _name_and_fields(item, "adapt.methods", "{basis: {strength: 3}}") for item in block.items
+    ]
     lora = {} if block.lora is None else {"lora": block.lora}
-    return {**lora, **block.fields}
+    return [(name, {**(lora if name == "lora" else {}), **fields}) for name, fields in items]
+
+
+def adapt_record(block: AdaptBlock) -> Any:
+    """The adapt method where it is fixed: LoRA, if the block does not name it."""
+    lora = {} if block.lora is None else {"lora": block.lora}
+    rate = {"learning_rate": block.rates[0]} if block.rates else {}
+    return methods.make(block.method or "lora", **{**lora, **block.fields, **rate})
 
 
 def run_of(block: RetrainBlock | AdaptBlock, **more: Any) -> Run:

@@ -15,36 +15,35 @@ from foretune.tasks.example import SPLITS
 from foretune.tasks.file_formats import one_line
 from foretune.tasks.labels import label_text
 from foretune.tasks.objectives import make_objective
+from foretune.tasks.rows import CLASSES
 from foretune.tasks.sources import load_tasks
-from foretune.tasks.task import Task, TaskCollection
+from foretune.tasks.task import TaskCollection
 
 
 @dataclass(frozen=True)
 class Setup:
-    """The inputs of a run.
+    """The inputs of a run, and of one of its repeats.
 
     Args:
         recipe: The recipe.
         model: The model before any retraining.
         tokenizer: The tokenizer of the model; None for arrays.
-        seen: Tasks to retrain on, with their objective.
-        search: Tasks that choose the learning rates: bases that were not retrained on them are
-            adapted to them (`held_out.build_search_tasks`). If adapt learning rates are searched,
-            for the final bases, they are not among the seen ones; otherwise they are.
+        all_seen: All tasks that may be retrained on, with their objective.
         unseen: Tasks to adapt to, with their objective; None if the recipe has none.
+        seen: The tasks that this repeat retrains on.
+        held_out: The other seen tasks, by which everything in this repeat is chosen
+            (`held_out.build_search_tasks`); None if nothing is.
+        turn: The turn of `tasks.rotate` that the tasks are those of.
     """
 
     recipe: Recipe
     model: Any
     tokenizer: Any
-    seen: TaskCollection
-    search: TaskCollection
+    all_seen: TaskCollection
     unseen: TaskCollection | None
-
-    @property
-    def all_seen(self) -> list[Task]:
-        """The tasks to retrain on and to search on."""
-        return list({task.name: task for task in (*self.search, *self.seen)}.values())
+    seen: TaskCollection
+    held_out: TaskCollection | None = None
+    turn: int = 0
 
     @property
     def turns(self) -> int:
@@ -55,28 +54,60 @@ class Setup:
         assert isinstance(size, int)  # checked by Source
         return -(-(len(self.all_seen) + len(self.unseen)) // size)
 
+    @property
+    def shots_unit(self) -> str:
+        """What a number of shots counts."""
+        return "rows per class" if self.recipe.objective.kind in CLASSES else "rows"
 
-def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
+    def for_repeat(self, repeat: int) -> Setup:
+        """The same inputs with the held-out tasks of another repeat, drawn by its seed.
+
+        Raises:
+            UserError: There is only one seen task, or no held-out task has examples to score on.
+        """
+        names = held_out_names(self.recipe, self.all_seen, repeat)
+        if not names:
+            return dataclasses.replace(self, seen=self.all_seen, held_out=None)
+        from foretune.evaluation.held_out import build_search_tasks
+
+        source, shots = self.recipe.source(self.turn), self.recipe.adapt.row_counts
+        return dataclasses.replace(
+            self,
+            seen=self.all_seen.without(names),
+            held_out=build_search_tasks(
+                self.all_seen.subset(names), shots, source.seed, source.group_column
+            ),
+        )
+
+
+def set_up(recipe: Recipe, console: Console, turn: int = 0) -> Setup:
     """Reads the tasks, then the model, so that bad data is reported early.
+
+    Args:
+        recipe: The recipe.
+        console: Receives what was read.
+        turn: The turn of `tasks.rotate`, which is the number of the repeat.
+
+    Returns:
+        The setup of the repeat with this number.
 
     Raises:
         UserError: The data or the model does not fit the recipe.
     """
-    from foretune.evaluation.held_out import build_search_tasks
     from foretune.training.loop import check_device
 
     check_device(recipe.device)
-    seen, unseen = read_tasks(recipe, repeat)
-    searched = search_names(recipe, seen)
+    seen, unseen = read_tasks(recipe, turn)
+    num_held_out = len(held_out_names(recipe, seen, turn))
     counts = f"tasks: {_counted(seen)} seen"
-    if searched:
-        counts += f" ({len(searched)} of them for the search of learning rates)"
+    if num_held_out:
+        counts += f" ({num_held_out} of them held out to choose by)"
     console.say(counts + (f", {_counted(unseen)} unseen" if unseen else ""))
     # The labels are collected before the model is loaded: the width of its head depends on them.
     objective = make_objective(recipe.objective.kind, None, **recipe.objective_fields())
     fitted = objective.fit(seen)
     model, tokenizer = load(recipe, fitted, seen)
-    console.say(f"model: {recipe.model.name or recipe.model.file}")
+    console.say(f"model: {recipe.model}")
     check_tokenizer(recipe.model.name or recipe.model.file, tokenizer, fitted, seen)
     seen = seen.with_objective(with_tokenizer(fitted, tokenizer))
     if recipe.model.file is not None:
@@ -84,19 +115,13 @@ def set_up(recipe: Recipe, console: Console, repeat: int = 0) -> Setup:
     if unseen is not None:
         unseen = unseen.with_objective(with_tokenizer(objective.fit(unseen), tokenizer))
     check_sides(model, seen, unseen, console)
-    search = seen
-    if searched:
-        source, shots = recipe.source(repeat), recipe.adapt.row_counts
-        search = build_search_tasks(seen.subset(searched), shots, source.seed, source.group_column)
-    if len(recipe.adapt.rates) > 1:
-        seen = seen.without(searched)
-    setup = Setup(recipe, model, tokenizer, seen, search, unseen)
+    setup = Setup(recipe, model, tokenizer, seen, unseen, seen, turn=turn)
     if recipe.seeds % setup.turns:
         raise UserError(
             f"tasks.rotate with unseen={recipe.tasks.unseen} gives {setup.turns} turns; seeds must "
             f"be a multiple of {setup.turns}, got {recipe.seeds}"
         )
-    return setup
+    return setup.for_repeat(turn)
 
 
 def check_sides(
@@ -128,32 +153,47 @@ def read_tasks(recipe: Recipe, repeat: int = 0) -> tuple[TaskCollection, TaskCol
     return load_tasks(recipe.source(repeat), recipe.objective.kind)
 
 
-def search_names(recipe: Recipe, seen: TaskCollection) -> list[str]:
-    """Names of the seen tasks that choose learning rates; empty if nothing is searched.
+def held_out_names(recipe: Recipe, seen: TaskCollection, repeat: int) -> list[str]:
+    """Names of the seen tasks that one repeat chooses by; empty if nothing is chosen.
 
-    They are held out, because the score on tasks that a base was retrained on says little about how
-    well it adapts.
+    No base of the repeat is retrained on them, because the score on tasks that a base was retrained
+    on says little about how well it adapts. Each repeat draws others, so that the luck of the
+    choice is part of what differs between repeats.
 
     Raises:
         UserError: There is only one seen task.
     """
-    if len(recipe.adapt.rates) < 2 and not recipe.searches:
+    if not recipe.holds_out:
         return []
     if len(seen) < 2:
         raise UserError(
-            "learning_rates are searched on held-out seen tasks, but there is only one seen task: "
-            "set retrain.learning_rate and adapt.learning_rate instead"
+            "what to take is chosen on held-out seen tasks, but there is only one seen task: set "
+            "retrain.learning_rate, adapt.method and adapt.learning_rate instead"
         )
     number = min(recipe.adapt.search_tasks, max(1, len(seen) // 4))
-    chosen = set(random.Random(recipe.source().seed).sample(sorted(seen.names), number))
+    rng = random.Random(f"{recipe.source().seed} {repeat}")
+    chosen = set(rng.sample(sorted(seen.names), number))
     return [name for name in seen.names if name in chosen]
 
 
 def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, Any]:
-    """(model, tokenizer) of a recipe; the tokenizer is None for a model from `model.file`."""
+    """(model, tokenizer) of a recipe; the tokenizer is None for a model of arrays.
+
+    Raises:
+        UserError: The model cannot be loaded, or a tower does not read such rows.
+    """
     from foretune.models import loading, surgery
 
     block = recipe.model
+    if block.tower is not None:
+        row = _first_row(tasks)
+        if block.name is None:
+            return _array_tower(block.tower, row, objective), None
+        if "x" in row and "text" not in row:
+            raise UserError(
+                f"the rows are arrays (x), which {block.name} does not read: for a tower on the "
+                "arrays themselves leave model.name out"
+            )
     if block.file is not None:
         import torch
 
@@ -171,8 +211,32 @@ def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, An
         num_labels=objective.num_outputs(),
         labels=objective.shared().space or (),
         trainable_layers=block.trainable_layers,
+        tower=block.tower,
         trust_remote_code=block.trust_remote_code,
     )
+
+
+def _array_tower(widths: list[int], row: Any, objective: Any) -> Any:
+    """A tower that reads the arrays of such rows.
+
+    Raises:
+        UserError: They are texts.
+    """
+    import numpy as np
+
+    from foretune.models.tower_models import array_tower
+
+    if "x" not in row:
+        raise UserError(
+            f"model.tower without model.name reads arrays (x); the rows have {', '.join(row)}: "
+            "add the name of an encoder, such as minilm"
+        )
+    outputs = objective.num_outputs() or np.size(row["y"])
+    return array_tower(np.size(row["x"]), widths, outputs)
+
+
+def _first_row(tasks: TaskCollection) -> Any:
+    return next(row for task in tasks for split in SPLITS for row in task.split(split))
 
 
 def _check_forward(model: Any, tasks: TaskCollection) -> None:
@@ -205,8 +269,7 @@ def _check_forward(model: Any, tasks: TaskCollection) -> None:
 def head_of(objective: Any, tasks: TaskCollection) -> Any:
     """The head that `load_model` should add for these tasks."""
     if objective.kind == "classification":
-        row = next(row for task in tasks for split in SPLITS for row in task.split(split))
-        return "classification" if "text" in row else "image-classification"
+        return "classification" if "text" in _first_row(tasks) else "image-classification"
     return objective.head
 
 

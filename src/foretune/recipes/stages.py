@@ -1,35 +1,24 @@
-"""The stages of a run: search of a learning rate, and retraining. Each writes a file.
+"""The stage of a base: it is retrained, then held-out tasks choose how to adapt it.
 
-A stage whose file exists is finished, so that an interrupted run continues where it stopped.
+A stage whose record exists is finished, so that an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
-import foretune
-from foretune.errors import DivergedError, UserError
 from foretune.formats import STAGE, read_json, stamped
-from foretune.processes import process_rank
+from foretune.recipes.adapting import choose_adapting
 from foretune.recipes.console import Console
-from foretune.recipes.schema import MethodEntry, takes_rate
+from foretune.recipes.folder import write_json
+from foretune.recipes.schema import MethodEntry
 from foretune.recipes.setup import Setup
-from foretune.run import Run
-from foretune.tasks.task import TaskCollection
+from foretune.recipes.trials import best_trial, retrain
 
 STAGE_FILE = "stage.json"  # in the folder of a finished stage
-SEARCH_FILE = "search.json"  # the trials of a search over learning rates
-
-
-class Trial(TypedDict):
-    """A row of search.json."""
-
-    learning_rate: float
-    score: float | None
 
 
 class Stage(TypedDict):
@@ -42,6 +31,7 @@ class Stage(TypedDict):
     path: str
     retrain: dict[str, Any]
     choice: NotRequired[dict[str, Any]]
+    adapting: NotRequired[dict[str, Any]]
 
 
 def base_folder(out: Path, entry: MethodEntry, seed: int) -> Path:
@@ -49,56 +39,16 @@ def base_folder(out: Path, entry: MethodEntry, seed: int) -> Path:
     return out / "bases" / entry.name / f"seed-{seed}"
 
 
-def search_rate(
-    setup: Setup, entry: MethodEntry, folder: Path, console: Console
-) -> tuple[float | None, list[dict[str, Any]]]:
-    """(best learning rate, all trials).
-
-    Each trial retrains the same model under the first seed without the search tasks, then adapts
-    the base to these as to unseen tasks. A trial that diverges has the score None. Trials are
-    written to the folder one by one.
-
-    Raises:
-        UserError: All trials diverged.
-    """
-    if not takes_rate(entry.method) or not entry.rates:
-        return None, []
-    if len(entry.rates) == 1:
-        return entry.rates[0], []
-    path = folder / SEARCH_FILE
-    trials: list[dict[str, Any]] = []
-    if path.is_file():
-        trials = [{**trial} for trial in read_json(path, list[Trial])]
-        if [trial["learning_rate"] for trial in trials] != entry.rates[: len(trials)]:
-            raise UserError(f"{path} has other learning rates than the recipe: remove it")
-    for rate in entry.rates[len(trials) :]:
-        trials.append({"learning_rate": rate, "score": _trial(setup, entry, rate, console)})
-        write_json(path, trials)
-    scored = [trial for trial in trials if trial["score"] is not None]
-    if not scored:
-        rates = ", ".join(f"{rate:g}" for rate in entry.rates)
-        raise UserError(f"{entry.name} diverged at all learning rates ({rates}): try lower ones")
-    return max(scored, key=lambda trial: trial["score"])["learning_rate"], trials
-
-
-def retrain_stage(
-    setup: Setup,
-    entry: MethodEntry,
-    seed: int,
-    out: Path,
-    rate: float | None,
-    searched: list[dict[str, Any]],
-    console: Console,
+def base_stage(
+    setup: Setup, entry: MethodEntry, seed: int, out: Path, console: Console
 ) -> dict[str, Any]:
-    """Retrains and saves the base; returns its record for the comparison."""
+    """Makes and saves one base of a run; returns its record for the comparison."""
     folder = base_folder(out, entry, seed)
     if (folder / STAGE_FILE).is_file():
         console.say(f"{entry.name}, seed {seed}: already done")
         return {**read_json(folder / STAGE_FILE, Stage, STAGE)}
-    record = entry.record(rate)
-    run = setup.recipe.retrain_run(seed=seed, out=folder, resume=True)
-    outcome = retrain(setup, setup.seen, record, run, console, f"{entry.name}, seed {seed}")
-    used = rate if rate is not None else record.learning_rate
+    outcome, settings, trials = make_base(setup, entry, seed, folder, console)
+    record = entry.record(settings)
     stage = {
         "name": entry.name,
         "method": entry.method,
@@ -106,17 +56,36 @@ def retrain_stage(
         "config": record.to_dict(),
         "path": str((folder / "base").relative_to(out)),
         "retrain": {
-            "learning_rate": used,
-            "searched": searched,
+            "learning_rate": record.learning_rate,
+            "fields": {key: value for key, value in settings.items() if key != "learning_rate"},
+            "searched": trials,
             "validation_score": outcome.validation_score,
+            "curve": outcome.history,
             **total_cost(outcome),
         },
     }
     if outcome.choice is not None:
         stage["choice"] = outcome.choice
         console.say(f"{entry.name}, seed {seed}: takes {outcome.choice['chosen']}")
+    adapting = choose_adapting(setup, entry.name, seed, folder, console)
+    if adapting is not None:
+        stage["adapting"] = adapting
     write_json(folder / STAGE_FILE, stamped(stage, STAGE))
     return stage
+
+
+def make_base(
+    setup: Setup, entry: MethodEntry, seed: int, folder: Path, console: Console
+) -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
+    """Retrains with the best of an entry's settings and saves the base in `folder/base`.
+
+    Returns:
+        (outcome, the settings, all trials of the search).
+    """
+    settings, trials = best_trial(setup, entry, seed, folder, console)
+    # The best trial lies in the folder already, if it was made with all steps.
+    run = setup.recipe.retrain_run(seed=seed, out=folder, resume=True)
+    return retrain(setup, entry, settings, run, console), settings, trials
 
 
 def total_cost(outcome: Any) -> dict[str, Any]:
@@ -126,54 +95,3 @@ def total_cost(outcome: Any) -> dict[str, Any]:
         for key, value in outcome.choice["cost"].items():
             cost[key] = cost.get(key, 0) + value
     return cost
-
-
-def retrain(
-    setup: Setup, seen: TaskCollection, record: Any, run: Run, console: Console, label: str
-) -> Any:
-    """The outcome of `foretune.retrain`, with a progress bar."""
-    with console.bar(label) as progress:
-        outcome = foretune.retrain(
-            setup.model, seen, record, run, tokenizer=setup.tokenizer, progress=progress
-        )
-    score = outcome.validation_score
-    validation = "" if score is None else f", validation score {score:.4f}"
-    console.say(f"{label}: {outcome.cost['seconds']:.0f} s{validation}")
-    return outcome
-
-
-def _trial(setup: Setup, entry: MethodEntry, rate: float, console: Console) -> float | None:
-    from foretune.evaluation import held_out
-    from foretune.evaluation.wording import counted
-
-    recipe, search = setup.recipe, setup.search
-    full_run = recipe.retrain_run()
-    steps = recipe.retrain.search_steps or full_run.steps
-    run = full_run.replace(steps=min(steps, full_run.steps))
-    label = f"{entry.name}, trying learning_rate={rate:g}"
-    block, adapting = recipe.adapt, recipe.adapt_run()
-    rounds = len(block.shots) * max(1, len(block.rates))
-    try:
-        seen = setup.seen.without(search.names)
-        outcome = retrain(setup, seen, entry.record(rate), run, console, label)
-        with console.bar(f"{label}: adapting", rounds=rounds) as progress:
-            method = recipe.adapt_record()
-            trials = held_out.try_rates(
-                outcome.model, search, method, block.rates, adapting, block.row_counts, progress
-            )
-        score = float(held_out.best(trials)["score"])
-    except DivergedError as error:
-        console.say(f"{entry.name}: {error}")
-        return None
-    tasks = counted(len(search), "held-out task")
-    console.say(f"{label}: {score:.4f} after adapting to {tasks}")
-    return score
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file atomically, in the first of several processes."""
-    from foretune.files import write_whole
-
-    if process_rank() > 0:
-        return
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False))

@@ -101,6 +101,13 @@ class Objective(Protocol):
         """The labels of a head's outputs in a task, in order; None where outputs have no labels."""
         return None
 
+    def common_labels(self) -> tuple[str, ...] | None:
+        """The labels, as texts, that the outputs of a head stand for in every task, in order.
+
+        Empty where outputs have no labels; None where they stand for other labels in other tasks.
+        """
+        return ()
+
     def fit(self, tasks: TaskCollection) -> Self:
         """The objective with what it learns from the tasks, such as label sets; checks the data.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,28 +32,34 @@ def fit(
     run: Run,
     *,
     validate: bool = True,
+    adapted_score: Callable[[], float | None] | None = None,
     stopping: EarlyStopping | None = None,
     progress: Progress | None = None,
     partition: Partition | None = None,
+    at_step: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Trains the learner and leaves it in its best validated state.
 
-    A learner that averages its base ends with the mean instead.
+    A learner that averages its base ends with the mean instead, and takes all steps.
 
     Args:
         learner: What to update and how; its bank has the slots of this process's partition.
         data: The examples of each slot.
         sampler: Draws the examples of each of the `run.steps` batches.
         run: Budget, random seed, folder.
-        validate: Select the final state by the validation examples; False takes the last.
+        validate: Select the final state by validation; False takes the last.
+        adapted_score: How well the base as it stands adapts to held-out tasks, None if adapting
+            diverged; it is validated by this score instead of the validation examples, also before
+            the first update. Called while neither bank nor caches are attached to the model.
         stopping: Stops slots, each by its own validation examples.
         progress: Called after every update.
         partition: This process's part of the training; None for all of it.
+        at_step: Called with the number of updates so far: before the first, and after each.
 
     Returns:
-        "history": one dict per validation (step, loss, score); "best_step", "best_score": None
-        without validation examples; "tokens", "examples": totals of the training;
-        "validation_tokens": those of backward passes in validations that adapt (Reptile, FOMAML).
+        "history": one dict per validation (step, loss, and score or adapted_score); "best_step",
+        "best_score": None without a score; "tokens", "examples": totals of the training;
+        "validation_tokens": those of backward passes in validations, which adapt.
 
     Raises:
         DivergedError: A loss is not finite; names the step and task. The checkpoints stay.
@@ -78,11 +86,21 @@ def fit(
     }
     record |= _restored(learner, store) if run.resume else {}
     losses: list[float] = []
-    learner.model.train()
-    with learner.ready():
+    with contextlib.ExitStack() as ready:
+        validation = _Validation(
+            learner, partition, run, store, record, ready, adapted_score if validate else None
+        )
+        learner.model.train()
+        ready.enter_context(learner.ready())
+        if validation.adapted_score is not None and not record["history"]:
+            validation.keep([], validate)
+        if at_step is not None and record["step"] == 0:
+            at_step(0)
         for update in range(record["step"], num_updates):
+            if validate and _is_over(record, run, learner):
+                break
             seed = run.seed * 1_000_003 + update
-            torch.manual_seed(seed)
+            _seed(seed)
             numbers = batches[update]
             picks = [sampler.picks(number) for number in numbers]
             if stopping is not None:
@@ -104,13 +122,15 @@ def fit(
             record["examples"] += sum(step.num_rows for step in steps)
             record["step"] = update + 1
             if (update + 1) % period == 0 or update + 1 == num_updates:
-                _validate_and_keep(learner, partition, run, store, record, losses, validate)
+                validation.keep(losses, validate)
                 losses = []
                 if stopping is not None:
                     scores = scores_after(
                         update + 1, learner, data, "validation", run.eval_rows, run
                     )
                     stopping.update(update + 1, scores)
+            if at_step is not None:
+                at_step(update + 1)
             if progress is not None:
                 progress(
                     update + 1,
@@ -119,8 +139,7 @@ def fit(
                 )
         if learner.average:
             learner.take_mean()
-            scores = _scores(learner, partition, run, record) if validate else {}
-            mean = sum(scores.values()) / len(scores) if scores else None
+            mean = validation.score() if validate else None
             record |= {"best_step": num_updates, "best_score": mean}
     if stopping is not None:
         stopping.restore()
@@ -130,6 +149,81 @@ def fit(
         learner.load_state(best)
     learner.model.eval()
     return record
+
+
+@dataclass
+class _Validation:
+    """Scores the state of a training, and keeps its checkpoints.
+
+    Args:
+        learner: What is trained.
+        partition: This process's part of it.
+        run: The run.
+        store: The checkpoints.
+        record: The record of the training, which it updates.
+        ready: What is attached to the model; closed while a copy adapts.
+        adapted_score: As in `fit`.
+    """
+
+    learner: Learner
+    partition: Partition
+    run: Run
+    store: CheckpointStore
+    record: dict[str, Any]
+    ready: contextlib.ExitStack
+    adapted_score: Callable[[], float | None] | None
+
+    def keep(self, losses: Sequence[float], validate: bool) -> None:
+        """Validates, adds to the history, and keeps a checkpoint."""
+        record, run = self.record, self.run
+        _check_weights(self.learner, self.partition, record["step"], run)
+        entry: dict[str, Any] = {"step": record["step"]}
+        if losses:
+            entry["loss"] = sum(losses) / len(losses)
+        score = self.score() if validate else None
+        if score is not None:
+            entry["score" if self.adapted_score is None else "adapted_score"] = score
+            if record["best_score"] is None or score > record["best_score"]:
+                record |= {"best_step": record["step"], "best_score": score}
+        record["history"].append(entry)
+        if run.out is not None or record["best_step"] == record["step"]:
+            state = self.learner.state(optimizers=run.out is not None)
+            self.store.save(record["step"], state, record)
+
+    def score(self) -> float | None:
+        """The score of the current state; None without anything to score."""
+        with counted() as spent:
+            if self.adapted_score is None:
+                scores = _scores(self.learner, self.partition, self.run, self.record["step"])
+                score = sum(scores.values()) / len(scores) if scores else None
+            else:
+                self.ready.close()
+                score = self.adapted_score()
+                self.ready.enter_context(self.learner.ready())
+        group = self.partition.group
+        self.record["validation_tokens"] += int(group.sum(torch.tensor(spent["tokens"])))
+        return score
+
+
+def _is_over(record: dict[str, Any], run: Run, learner: Learner) -> bool:
+    """Whether `run.patience` validations in a row have not improved on the best."""
+    if not run.patience or record["best_step"] is None or learner.average:
+        return False
+    since = [entry for entry in record["history"] if entry["step"] > record["best_step"]]
+    return len(since) >= run.patience
+
+
+def _seed(seed: int) -> None:
+    """Seeds the generators of the devices in use.
+
+    `torch.manual_seed` also queues a call, with a stack trace, for each kind of device that has not
+    been used: milliseconds per update.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
 
 
 def schedule(run: Run, done: float) -> float:
@@ -192,38 +286,14 @@ def _restored(learner: Learner, store: CheckpointStore) -> dict[str, Any]:
     return meta
 
 
-def _validate_and_keep(
-    learner: Learner,
-    partition: Partition,
-    run: Run,
-    store: CheckpointStore,
-    record: dict[str, Any],
-    losses: list[float],
-    validate: bool,
-) -> None:
-    _check_weights(learner, partition, record["step"], run)
-    entry: dict[str, Any] = {"step": record["step"], "loss": sum(losses) / len(losses)}
-    scores = _scores(learner, partition, run, record) if validate else {}
-    if scores:
-        entry["score"] = sum(scores.values()) / len(scores)
-        if record["best_score"] is None or entry["score"] > record["best_score"]:
-            record |= {"best_step": record["step"], "best_score": entry["score"]}
-    record["history"].append(entry)
-    if run.out is not None or record["best_step"] == record["step"]:
-        store.save(record["step"], learner.state(optimizers=run.out is not None), record)
-
-
-def _scores(
-    learner: Learner, partition: Partition, run: Run, record: dict[str, Any]
-) -> dict[int, float]:
+def _scores(learner: Learner, partition: Partition, run: Run, step: int) -> dict[int, float]:
     """The validation scores of all slots; each process scores its own."""
-    local_scores, group = {}, partition.group
-    with group.raise_together(), unsharded(learner.model), counted() as spent:
+    local_scores = {}
+    with partition.group.raise_together(), unsharded(learner.model):
         if partition.slots:
             local_scores = scores_after(
-                record["step"], learner, partition.local_data, "validation", run.eval_rows, run
+                step, learner, partition.local_data, "validation", run.eval_rows, run
             )
-    record["validation_tokens"] += int(group.sum(torch.tensor(spent["tokens"])))
     return partition.gather_scores(local_scores)
 
 

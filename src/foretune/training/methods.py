@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from foretune.run import Run
     from foretune.tasks.task import Objective, TaskCollection
+    from foretune.training.held_out import HeldOut
     from foretune.training.learners.joint import Learner
     from foretune.training.loop import Progress
 
@@ -43,6 +44,11 @@ class RetrainMethod(Method, Protocol):
         return False
 
     @property
+    def only_heads(self) -> bool:
+        """Whether the seen tasks differ in their heads alone."""
+        return False
+
+    @property
     def interpolate(self) -> float:
         """Weight of the retrained weights in the interpolation with the pretrained ones."""
         return 1.0
@@ -58,7 +64,12 @@ class RetrainMethod(Method, Protocol):
         return 1
 
     def choose(
-        self, model: nn.Module, tasks: TaskCollection, run: Run, progress: Progress | None = None
+        self,
+        model: nn.Module,
+        tasks: TaskCollection,
+        run: Run,
+        progress: Progress | None = None,
+        held_out: HeldOut | None = None,
     ) -> tuple[RetrainMethod, dict[str, Any]]:
         """(method to retrain with, record of the choice); called where `chooses` is set."""
         return self, {}
@@ -90,10 +101,16 @@ class AdaptMethod(Method, Protocol):
 
     Attributes:
         pooled: As `RetrainMethod`; a method that adapts draws from each task separately.
+        starts_at_base: Whether a task that has taken 0 steps gets the base's own predictions.
     """
 
     verb: ClassVar[str] = "adapt"
     pooled: ClassVar[bool] = False
+    starts_at_base: ClassVar[bool] = True
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the base has what the method adapts with, beside its weights."""
+        return True
 
     @property
     def learning_rate(self) -> float | None:

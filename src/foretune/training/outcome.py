@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from foretune.adapters.bank import AdapterBank
+from foretune.adapters.basis import Basis
+from foretune.adapters.basis_file import save_basis
 from foretune.adapters.fingerprint import base_record, fingerprint
 from foretune.adapters.peft_format import peft_config, peft_tensors, write_adapter
 from foretune.files import (
@@ -32,6 +34,7 @@ from foretune.models.loading_code import class_name, loading_code
 from foretune.models.surgery import head_labels, name_outputs
 from foretune.run import Run
 from foretune.tasks.task import Objective
+from foretune.training.adapt_plan import Setting
 from foretune.training.learners.joint import Learner
 from foretune.training.methods import RetrainMethod
 from foretune.training.record import environment
@@ -58,6 +61,8 @@ class Outcome:
             trainable_parameters.
         tasks: Names of the seen tasks.
         choice: For `auto`, the candidates with scores and costs, and the confidence; else None.
+        basis: What the seen tasks' adapters have in common, which the model carries too; None
+            where none fit the base that is returned.
         inputs: With a folder, what must be the same when the run is resumed: tasks, objective,
             and digests of the pretrained model and of the examples.
     """
@@ -73,6 +78,7 @@ class Outcome:
     cost: dict[str, Any] = field(default_factory=dict)
     tasks: Sequence[str] = ()
     choice: dict[str, Any] | None = None
+    basis: Basis | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path | str) -> Path:
@@ -84,6 +90,8 @@ class Outcome:
         with whole_folder(folder / "base") as part:
             save_base(self.model, self.tokenizer, part)
             (part / BASE_FILE).write_text(json.dumps(self._base_record(), indent=1))
+            if self.basis is not None:
+                save_basis(self.basis, part)
         self.save_adapters(folder)
         write_whole(folder / METRICS_FILE, "".join(json.dumps(h) + "\n" for h in self.history))
         write_whole(folder / CARD_FILE, self._model_card())
@@ -171,6 +179,10 @@ class Adapted:
             None.
         learners: The learner that trained each of `models`, which writes it.
         folders: Names of the folders that `save` writes; empty for those of `folder_names`.
+        settings: How each task was adapted, where a plan says so by its rows; empty otherwise.
+        records: The `config` and `base_fingerprint` of each adapter, where a plan has them differ.
+        path: Scores after the steps of `score_at`: {step: {(task, draw): score}}; of the tasks that
+            were adapted in this call.
     """
 
     scores: dict[tuple[str, int], float]
@@ -185,6 +197,11 @@ class Adapted:
     num_labels: int | None = None
     learners: dict[tuple[str, int], Learner] = field(default_factory=dict)
     folders: dict[tuple[str, int], str] = field(default_factory=dict)
+    settings: dict[tuple[str, int], Setting] = field(default_factory=dict)
+    records: dict[tuple[str, int], tuple[dict[str, Any], dict[str, Any]]] = field(
+        default_factory=dict
+    )
+    path: dict[int, dict[tuple[str, int], float]] = field(default_factory=dict)
 
     def first_draw(self) -> Adapted:
         """The part of the result of each task's first draw."""
@@ -203,7 +220,8 @@ class Adapted:
         names = self.folders or folder_names([*self.tensors, *self.models])
         for (task, draw), tensors in self.tensors.items():
             with whole_folder(folder / names[task, draw]) as part:
-                write_adapter(part, self.config, tensors, self.base_fingerprint)
+                config, base = self.records.get((task, draw), (self.config, self.base_fingerprint))
+                write_adapter(part, config, tensors, base)
                 _write_labels(part, self.labels.get(task))
         for (task, draw), model in self.models.items():
             labels = self.labels.get(task)

@@ -255,6 +255,13 @@ class Partition:
         chunks = step.chunks or data.step([(0, 0)], "train", train=True, seed=[0]).chunks
         return dataclasses.replace(step, fillers=(chunks[-1],) * missing)
 
+    def mean_over_slots(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mean over the slots of all processes, from that over the slots of each."""
+        if self.group.size == 1:
+            return dict(means)
+        share = len(self.slots) / len(self.data)
+        return {name: self.group.sum(mean * share) for name, mean in means.items()}
+
     def mean_losses(self, losses: Mapping[int, float], step: Step) -> dict[int, float]:
         """The mean loss of each slot over all processes, by its number among all slots."""
         if self.group.size == 1:

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -21,30 +21,47 @@ from foretune.processes import num_local_processes, num_processes
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
 
+_open_peaks: ContextVar[tuple[list[float], ...]] = ContextVar("open_peaks", default=())
+
+
 @contextlib.contextmanager
 def metered() -> Iterator[dict[str, Any]]:
     """Yields a dict that is filled with the time and peak memory of the block when it ends.
 
     `seconds` is wall-clock time, `cpu_seconds` CPU time of the process. `peak_memory_mb` is the
     peak of the process's resident memory during the block (of the device's memory on CUDA), None
-    where the system does not report it.
+    where the system does not report it. Blocks may be nested.
     """
     cost: dict[str, Any] = {}
-    cuda = torch.cuda.is_available()
-    if cuda:
+    outer = _open_peaks.get()
+    _note_peak(outer)  # it is about to be reset
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     give_back_freed_memory()
     can_reset = _reset_peak()
+    peaks: list[float] = []
+    token = _open_peaks.set((*outer, peaks))
     wall, cpu = time.perf_counter(), time.process_time()
     try:
         yield cost
     finally:
         cost["seconds"] = round(time.perf_counter() - wall, 3)
         cost["cpu_seconds"] = round(time.process_time() - cpu, 3)
-        if cuda:
-            cost["peak_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-        else:
-            cost["peak_memory_mb"] = _peak_mb() if can_reset else None
+        _note_peak((*outer, peaks))
+        _open_peaks.reset(token)
+        measured = peaks and (can_reset or torch.cuda.is_available())
+        cost["peak_memory_mb"] = max(peaks) if measured else None
+
+
+def _note_peak(open_peaks: Sequence[list[float]]) -> None:
+    """Adds the peak since the last reset to those of the blocks that are open."""
+    if not open_peaks:
+        return
+    cuda = torch.cuda.is_available()
+    peak = round(torch.cuda.max_memory_allocated() / 2**20, 1) if cuda else _peak_mb()
+    if peak is not None:
+        for peaks in open_peaks:
+            peaks.append(peak)
 
 
 _open_counts: ContextVar[tuple[Counter[str], ...]] = ContextVar("open_counts", default=())
@@ -111,7 +128,8 @@ def _reset_peak() -> bool:
 
 
 def _peak_mb() -> float | None:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return round(int(line.split()[1]) / 1024, 1)
+    with contextlib.suppress(OSError):  # not Linux
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024, 1)
     return None

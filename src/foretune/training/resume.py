@@ -26,6 +26,7 @@ from foretune.models.loading import load_weights
 from foretune.models.surgery import head_modules, head_width
 from foretune.run import Run
 from foretune.tasks.task import Objective, Task, TaskCollection
+from foretune.training.adapt_plan import AdaptPlan
 from foretune.training.learners.joint import Learner
 from foretune.training.outcome import Adapted, folder_names, readable_name
 from foretune.training.process_group import ProcessGroup
@@ -116,13 +117,13 @@ def inputs_to_adapt(
 
 
 def begin(
-    folder: Path, method: Method, run: Run, inputs: Mapping[str, Any]
+    folder: Path, method: Method | AdaptPlan, run: Run, inputs: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """Records which run begins in the folder, or checks that it is the one that was begun there.
 
     Args:
         folder: May hold a run to be resumed.
-        method: The method's record.
+        method: The method's record, or the plan of a base.
         run: The run.
         inputs: What else must be the same, as JSON types. Of "rows" only the tasks of both runs
             are compared, and new tasks are added.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,32 +12,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from foretune.adapters.fingerprint import base_record
-from foretune.adapters.peft_format import peft_config, peft_tensors
-from foretune.errors import UserError
+from foretune.adapters.basis_file import load_basis, set_basis
+from foretune.errors import DivergedError, UserError
 from foretune.files import RUN_FILE, write_whole
 from foretune.manifest import final_path
 from foretune.method import check_verb
-from foretune.models.checkpoint import unstored_modules
-from foretune.models.surgery import head_width, name_outputs
+from foretune.models.surgery import name_outputs
 from foretune.processes import base_is_sharded
 from foretune.run import Run
-from foretune.tasks.objectives import settings_of
 from foretune.tasks.task import Objective, TaskCollection
+from foretune.training.adapt_plan import AdaptPlan, plan_of
+from foretune.training.adapting import Adaptation, adapt_in, check_path
 from foretune.training.checkpoint import CheckpointStore
-from foretune.training.data import SlotRows, TaskData, sampler_for
+from foretune.training.data import TaskData, sampler_for
+from foretune.training.held_out import HeldOut, best_mean
 from foretune.training.learners.joint import Learner
-from foretune.training.loop import Progress, check_device, fit, scores_after
+from foretune.training.loop import Progress, check_device, fit
 from foretune.training.methods import AdaptMethod, RetrainMethod
 from foretune.training.model_copies import (
     answers,
-    copy_to_adapt,
     fresh_copy,
     has_drawn_head,
     has_other_labels,
     interpolate,
 )
-from foretune.training.outcome import Adapted, Outcome, folder_names, labels_of
+from foretune.training.outcome import Adapted, Outcome
 from foretune.training.process_group import (
     Partition,
     check_layers,
@@ -46,22 +45,16 @@ from foretune.training.process_group import (
     peer_errors,
     process_group,
 )
-from foretune.training.record import free_memory, metered
+from foretune.training.record import counted, metered
 from foretune.training.resume import (
-    SavedTask,
-    TaskDraw,
     begin,
     claimed,
-    collect_scores,
     inputs_of,
-    inputs_to_adapt,
     load_finished,
-    save_wave,
 )
 from foretune.training.scoring import score_slots
+from foretune.training.seen_basis import basis_of_bank
 from foretune.training.sharding import load_full_weights
-from foretune.training.shots import draw_shots
-from foretune.training.stopping import EarlyStopping
 from foretune.training.text_limits import TextLimits
 
 
@@ -71,6 +64,7 @@ def retrain(
     method: RetrainMethod,
     run: Run | None = None,
     *,
+    held_out: HeldOut | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -82,6 +76,9 @@ def retrain(
         tasks: Seen tasks, with an objective.
         method: A retraining method such as `foretune.PEFTML()`.
         run: Random seed, budget, precision, folder; None for the defaults of `Run`.
+        held_out: Tasks by which the base is validated after adapting to them, which also says
+            before the first update how well the model adapts; None validates it by the validation
+            examples of the seen tasks.
         tokenizer: Saved beside the base; None for the objective's.
         progress: Called with (update, num_updates, figures) after every update.
 
@@ -98,9 +95,18 @@ def retrain(
     check_verb(method, "retrain")
     check_device(run.device)
     objective_of(tasks)
+    if run.steps < 1:
+        raise UserError(f"steps must be at least 1 to retrain, got {run.steps}")
     retrain_in = _retrain_chosen if method.chooses else _retrain_in
+    if held_out is not None:
+        held_out.check_apart(tasks)
+        if base_is_sharded():
+            raise UserError(
+                "held-out tasks need the whole base in every process: leave held_out out, or train "
+                "without FSDP"
+            )
     with claimed(run, "retrain", group) as run:
-        return retrain_in(model, tasks, method, run, tokenizer, progress)
+        return retrain_in(model, tasks, method, run, held_out, tokenizer, progress)
 
 
 def _retrain_in(
@@ -108,6 +114,7 @@ def _retrain_in(
     tasks: TaskCollection,
     method: RetrainMethod,
     run: Run,
+    held_out: HeldOut | None,
     tokenizer: Any,
     progress: Progress | None,
 ) -> Outcome:
@@ -117,10 +124,12 @@ def _retrain_in(
     data = TaskData.of(tasks, objective, TextLimits.of(model, objective))
     share = method.interpolate
     pretrained, model = model, fresh_copy(model, objective, run.seed)
+    set_basis(model, None)  # that of the input describes other adapters
+    model.foretune_adapting = None  # type: ignore[assignment]  # that of another base
     check_model(group, model)
     check_layers(group, model)
     inputs, finished = group.on_first_process(
-        lambda: _begin_retraining(method, run, model, tasks, objective)
+        lambda: _begin_retraining(method, run, model, tasks, objective, held_out)
     )
     partition = partition_slots(
         group, data, run.batch_size, run.tasks_per_step, pooled=method.pooled
@@ -129,34 +138,46 @@ def _retrain_in(
         torch.manual_seed(run.seed)
         learner: Learner | None = method.learner(model, objective, partition.local_data.keys, run)
         if finished is None:
-            record = _train(method, learner, model, partition, run, progress)
+            adapted_score = None
+            if held_out is not None:
+                held_out_rows = held_out.with_rows(run.eval_rows, objective_of(tasks).fit(tasks))
+
+                def adapted_score() -> float | None:
+                    base = copy.deepcopy(model)
+                    _settle(base, pretrained, learner, method, objective)
+                    return _adapted_score(base, held_out_rows, held_out, run)
+
+            record = _train(method, learner, model, partition, run, adapted_score, progress)
             if base_is_sharded():
                 model = load_full_weights(fresh_copy(pretrained, objective, run.seed), model)
                 if learner is not None and learner.bank is not None:
                     learner.bank.onto(model)
-            fresh_head = has_other_labels(pretrained, objective)
-            interpolate(model, pretrained, share, fresh_head=fresh_head)
+            _settle(model, pretrained, learner, method, objective)
         else:
             assert run.out is not None
             record = {**finished, "history": load_finished(run.out, learner, model, data.keys)}
-    if hasattr(model, "name_or_path"):  # what adapters name as their base
-        model.name_or_path = "" if run.out is None else final_path(run.out / "base")  # type: ignore[assignment]
-    # A head that was not trained stands for the labels only if it did before or was drawn for them.
-    is_named = learner is not None or answers(model, objective) or has_drawn_head(pretrained)
-    if objective.shared().space is not None and is_named:
-        name_outputs(model, objective.space or ())
+            _name(model, pretrained, learner, objective)
+    if run.out is not None and hasattr(model, "name_or_path"):  # what adapters name as their base
+        model.name_or_path = final_path(run.out / "base")  # type: ignore[assignment]
+    bank = learner.bank if learner and method.keeps_adapters else None
+    if finished is not None and run.out is not None:
+        basis = load_basis(run.out / "base")
+    else:
+        basis = None if bank is None else basis_of_bank(bank, partition, objective)
+    set_basis(model, basis)
     outcome = Outcome(
         model=model.eval(),
-        bank=learner.bank if learner and method.keeps_adapters and partition.slots else None,
+        bank=bank if partition.slots else None,
         method=method,
         run=run if run.out is None else run.replace(out=Path(final_path(run.out))),
         objective=objective,
         tokenizer=tokenizer or objective.tokenizer,
         history=record["history"],
-        # The score is that of the base before the interpolation.
-        validation_score=record["validation_score"] if share == 1 else None,
+        # On the seen tasks the base is scored before the interpolation.
+        validation_score=record["validation_score"] if share == 1 or held_out else None,
         cost=record["cost"] if finished is not None else group.total_cost(cost) | record["cost"],
         tasks=data.keys,
+        basis=basis,
         inputs=inputs,
     )
     if run.out is not None:
@@ -164,18 +185,68 @@ def _retrain_in(
     return outcome
 
 
+def _settle(
+    model: nn.Module,
+    pretrained: nn.Module,
+    learner: Learner | None,
+    method: RetrainMethod,
+    objective: Objective,
+) -> None:
+    """Makes of a trained model, in place, the base that is returned."""
+    if learner is not None:
+        learner.settle(model)
+    fresh_head = has_other_labels(pretrained, objective)
+    interpolate(model, pretrained, method.interpolate, fresh_head=fresh_head)
+    _name(model, pretrained, learner, objective)
+
+
+def _name(
+    model: nn.Module, pretrained: nn.Module, learner: Learner | None, objective: Objective
+) -> None:
+    """Names the outputs of a base by the labels that they stand for; it is no stored model's."""
+    # A head that was not trained stands for the labels only if it did before or was drawn for them.
+    is_named = learner is not None or answers(model, objective) or has_drawn_head(pretrained)
+    if objective.shared().space is not None and is_named:
+        name_outputs(model, objective.space or ())
+    if hasattr(model, "name_or_path"):
+        model.name_or_path = ""  # type: ignore[assignment]
+
+
+def _adapted_score(
+    base: nn.Module, tasks: TaskCollection, held_out: HeldOut, run: Run
+) -> float | None:
+    """The best mean score along the path of one adaptation; None if that diverges."""
+    try:
+        adapted = adapt(
+            base,
+            tasks,
+            held_out.method,
+            held_out.run_in(run),
+            shots=held_out.shots,
+            draws=held_out.draws,
+            split="validation",
+            score_at=held_out.score_at,
+        )
+    except DivergedError:
+        return None
+    return best_mean(adapted.path)
+
+
 def _retrain_chosen(
     model: nn.Module,
     tasks: TaskCollection,
     method: RetrainMethod,
     run: Run,
+    held_out: HeldOut | None,
     tokenizer: Any,
     progress: Progress | None,
 ) -> Outcome:
     """Lets the method choose another method, and retrains with that one."""
     group, out = process_group(), run.out
-    chosen, choice = method.choose(model, tasks, run, progress)
-    outcome = retrain(model, tasks, chosen, run, tokenizer=tokenizer, progress=progress)
+    chosen, choice = method.choose(model, tasks, run, progress, held_out)
+    outcome = retrain(
+        model, tasks, chosen, run, held_out=held_out, tokenizer=tokenizer, progress=progress
+    )
     outcome.choice = choice
     if out is not None:
         text = json.dumps(outcome.record(), indent=1)
@@ -184,7 +255,12 @@ def _retrain_chosen(
 
 
 def _begin_retraining(
-    method: RetrainMethod, run: Run, model: nn.Module, tasks: TaskCollection, objective: Objective
+    method: RetrainMethod,
+    run: Run,
+    model: nn.Module,
+    tasks: TaskCollection,
+    objective: Objective,
+    held_out: HeldOut | None,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Returns the run's inputs, and its record if it has finished in its folder."""
     if run.out is None:
@@ -193,6 +269,7 @@ def _begin_retraining(
         "tasks": tasks.names,
         "objective": objective.to_dict(),
         **inputs_of(model, tasks, objective.tokenizer),
+        "held_out": None if held_out is None else held_out.to_dict(),
     }
     return inputs, begin(run.out, method, run, inputs)
 
@@ -217,18 +294,13 @@ def _train(
     model: nn.Module,
     partition: Partition,
     run: Run,
+    adapted_score: Callable[[], float | None] | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Trains; returns history, validation score and cost. Without a learner it only scores."""
     data = partition.data
     if learner is None:
-        local_scores = {}
-        if partition.slots:
-            local_scores = score_slots(model, partition.local_data, "validation", run.eval_rows)
-        scores = partition.gather_scores(local_scores)
-        best = sum(scores.values()) / len(scores) if scores else None
-        cost = {"tokens": 0, "examples": 0, "validation_tokens": 0, "trainable_parameters": 0}
-        return {"history": [], "validation_score": best, "cost": cost}
+        return _scored(model, partition, run, adapted_score)
     budget = method.run_for(run, len(data))
     sampler = sampler_for(
         data, budget, pooled=method.pooled, batches_per_update=learner.batches_per_update
@@ -236,24 +308,56 @@ def _train(
     learner.average = method.average
     if learner.average:  # the averaged weights must still move: the rate must not fall to zero
         budget = budget.replace(schedule="constant")
-    by_rows = method.pooled and learner.bank is None
-    partition = replace(partition, by_rows=by_rows, sharded=base_is_sharded())
-    record = fit(learner, data, sampler, budget, progress=progress, partition=partition)
-    adapters = 0 if learner.bank is None else learner.bank.parameters_per_slot * len(data)
+    partition = replace(partition, by_rows=method.pooled, sharded=base_is_sharded())
+    record = fit(
+        learner,
+        data,
+        sampler,
+        budget,
+        adapted_score=adapted_score,
+        progress=progress,
+        partition=partition,
+    )
+    adapters = 0 if learner.bank is None else learner.parameters_per_task * len(data)
     cost = {key: record[key] for key in ("tokens", "examples", "validation_tokens")}
     cost["trainable_parameters"] = adapters + sum(p.numel() for p in learner.base)
     return {"history": record["history"], "validation_score": record["best_score"], "cost": cost}
 
 
+def _scored(
+    model: nn.Module,
+    partition: Partition,
+    run: Run,
+    adapted_score: Callable[[], float | None] | None,
+) -> dict[str, Any]:
+    """The record of a retraining that trains nothing."""
+    history = []
+    with counted() as spent:
+        if adapted_score is not None:
+            best = adapted_score()
+            history = [{"step": 0, "adapted_score": best}]
+        else:
+            local_scores = {}
+            if partition.slots:
+                local_scores = score_slots(model, partition.local_data, "validation", run.eval_rows)
+            scores = partition.gather_scores(local_scores)
+            best = sum(scores.values()) / len(scores) if scores else None
+    validation_tokens = int(partition.group.sum(torch.tensor(spent["tokens"])))
+    cost = {"tokens": 0, "examples": 0, "trainable_parameters": 0}
+    cost["validation_tokens"] = validation_tokens
+    return {"history": history, "validation_score": best, "cost": cost}
+
+
 def adapt(
     model: nn.Module,
     tasks: TaskCollection,
-    method: AdaptMethod,
+    method: AdaptMethod | AdaptPlan | None = None,
     run: Run | None = None,
     *,
     shots: int | None = None,
     draws: int = 1,
     split: str = "test",
+    score_at: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> Adapted:
     """Adapts the model to each of many unseen tasks; adapters of many tasks train at once.
@@ -264,13 +368,19 @@ def adapt(
     Args:
         model: A base; it is not changed.
         tasks: Unseen tasks, with an objective.
-        method: An adapting method such as `foretune.LoRA()`.
-        run: Random seed, budget, precision, folder; None for the defaults of `Run`.
+        method: An adapting method such as `foretune.LoRA()`, or a plan. None for the plan of a base
+            that was loaded from its folder: as held-out tasks chose, by the task's number of rows.
+        run: Random seed, budget, precision, folder; None for the defaults of `Run`. A plan sets the
+            budget.
             `tasks_per_wave` limits how many tasks are adapted at the same time; all of these are
-            in every step, `tasks_per_step` is ignored.
+            in every step, `tasks_per_step` is ignored. 0 steps leave every task where the method
+            starts.
         shots: Training examples per task (per class for a classification); None for all.
         draws: Independent draws of the shots, with one adapter each.
         split: The split that the adapted models are scored on.
+        score_at: Steps after which all tasks are also scored (`Adapted.path`), 0 for before the
+            first; this changes nothing else. With a constant learning rate and no warmup, the score
+            after s steps is that of a run of s steps.
         progress: Called with (update, num_updates, figures) after every update, wave by wave.
 
     Returns:
@@ -283,124 +393,31 @@ def adapt(
         LostProcessError: Another process of the job has ended.
     """
     run, group = run or Run(), process_group()
-    check_verb(method, "adapt")
+    method = method or plan_of(model)
+    if method is None:
+        raise UserError(
+            "adapt needs a method, such as foretune.LoRA(): the base does not say how it is best "
+            "adapted, as those of `foretune run` do"
+        )
+    if isinstance(method, AdaptPlan):
+        if score_at:
+            raise UserError("score_at needs a method: a plan takes other steps for each task")
+    else:
+        check_verb(method, "adapt")
     check_device(run.device)
+    check_path(score_at, run)
     objective = objective_of(tasks).fit(tasks).bind(model)
     with claimed(run, "adapt", group) as run:
-        return _adapt_in(
-            model, tasks.with_objective(objective), method, run, shots, draws, split, progress
+        how = Adaptation(
+            method=method,
+            run=run,
+            shots=shots,
+            draws=draws,
+            split=split,
+            score_at=score_at,
+            progress=progress,
         )
-
-
-def _adapt_in(
-    model: nn.Module,
-    tasks: TaskCollection,
-    method: AdaptMethod,
-    run: Run,
-    shots: int | None,
-    draws: int,
-    split: str,
-    progress: Progress | None,
-) -> Adapted:
-    """Adapts in a folder that is claimed, or in memory."""
-    group, out = process_group(), run.out
-    eval_every = run.eval_every if run.patience else 0
-    run = run.replace(out=None, eval_every=eval_every, tasks_per_step=None)
-    base = model
-    model, objective = copy_to_adapt(base, objective_of(tasks), run.seed)
-    check_model(group, model)
-    limits = TextLimits.of(base, objective)
-    slots = list(draw_shots(tasks, objective.kind, shots, draws, run.seed))
-    task_draws = [(slot.task, slot.draw) for slot in slots]
-    saved: dict[TaskDraw, SavedTask] = {}
-    if out is not None:
-        # Tasks may be added later, and labels with them, so the settings leave labels out.
-        inputs = {"shots": shots, "split": split, "objective": settings_of(objective)}
-        inputs |= inputs_to_adapt(base, model, tasks, objective)
-        saved = group.on_first_process(lambda: _begin_adapting(out, method, run, inputs))
-        slots = [slot for slot in slots if (slot.task, slot.draw) not in saved]
-    partition = partition_slots(
-        group, TaskData(slots, objective, limits), run.batch_size, len(slots), pooled=False
-    )
-    result = Adapted({}, {}, {}, {}, {})
-    result.labels = labels_of(objective, tasks.names)
-    result.folders = folder_names(task_draws, {key: task.folder for key, task in saved.items()})
-    # Whole models have their own head; adapters are loaded onto the base's.
-    if method.shares_base and objective.num_outputs() is not None:
-        width = head_width(model)
-        is_stored = width == head_width(base) and not unstored_modules(base)
-        result.num_labels = None if is_stored else width
-    with torch.random.fork_rng(), metered() as cost, group.raise_together():
-        for wave in _waves(partition, _wave_size(model, slots, objective, method, run)):
-            _adapt_wave(model, wave, objective, method, run, split, result, progress)
-            if out is not None:
-                save_wave(result, [(rows.task, rows.draw) for rows in wave], out, group)
-    result.cost = group.total_cost(result.cost | cost)
-    for key, task in saved.items():
-        if task.score is not None:
-            result.scores[key], result.num_rows[key] = task.score, task.num_rows
-    result.scores = group.merge(result.scores, task_draws)
-    result.num_rows = group.merge(result.num_rows, task_draws)
-    result.stopped = group.merge(result.stopped, task_draws)
-    if out is not None:
-        group.on_first_process(lambda: collect_scores(out))
-    return result
-
-
-def _begin_adapting(
-    out: Path, method: AdaptMethod, run: Run, inputs: dict[str, Any]
-) -> dict[TaskDraw, SavedTask]:
-    """Records what begins in the folder; returns the tasks that have finished there."""
-    begin(out, method, run, inputs)
-    return collect_scores(out)
-
-
-def _adapt_wave(
-    model: nn.Module,
-    wave: Sequence[SlotRows],
-    objective: Objective,
-    method: AdaptMethod,
-    run: Run,
-    split: str,
-    result: Adapted,
-    progress: Progress | None,
-) -> None:
-    data = TaskData(wave, objective, TextLimits.of(model, objective))
-    base = model if method.shares_base else copy.deepcopy(model)
-    requires_grad = {p: p.requires_grad for p in base.parameters()}
-    torch.manual_seed(run.seed)
-    learner: Learner = method.learner(base, objective, data.keys, run)
-    per_task = (
-        sum(p.numel() for p in learner.base)
-        if learner.bank is None
-        else (learner.bank.parameters_per_slot)
-    )
-    stopping = EarlyStopping(learner, run.patience) if run.patience else None
-    sampler = sampler_for(data, run, pooled=method.pooled)
-    record = fit(learner, data, sampler, run, validate=False, stopping=stopping, progress=progress)
-    if base is not model:
-        interpolate(base, model, method.interpolate)
-    for slot, step in stopping.stopped.items() if stopping else ():
-        result.stopped[wave[slot].task, wave[slot].draw] = step
-    with learner.ready():
-        scores = scores_after(run.steps, learner, data, split, None, run)
-    for slot, score in scores.items():
-        result.scores[wave[slot].task, wave[slot].draw] = score
-        result.num_rows[wave[slot].task, wave[slot].draw] = data.num_rows(slot, split)
-    if learner.bank is not None:
-        result.config = peft_config(learner.bank, base, getattr(base, "name_or_path", None) or None)
-        result.base_fingerprint = base_record(base, learner.bank.head_names)
-        for slot, rows in enumerate(wave):
-            result.tensors[rows.task, rows.draw] = peft_tensors(learner.bank, slot)
-    else:
-        learner.stop()
-        result.models[wave[0].task, wave[0].draw] = base
-        result.learners[wave[0].task, wave[0].draw] = learner
-    result.cost["trainable_parameters"] = per_task
-    for key in ("tokens", "examples"):
-        result.cost[key] = result.cost.get(key, 0) + record[key]
-    for p, trained in requires_grad.items():  # the method may have added parameters
-        p.requires_grad_(trained)
+        return adapt_in(model, tasks.with_objective(objective), how)
 
 
 def objective_of(tasks: TaskCollection) -> Objective:
@@ -420,26 +437,3 @@ def objective_of(tasks: TaskCollection) -> Objective:
             "foretune.tasks.task.Objective"
         )
     return objective
-
-
-def _wave_size(
-    model: nn.Module, slots: list[SlotRows], objective: Objective, method: AdaptMethod, run: Run
-) -> int:
-    """Number of tasks that are adapted at the same time."""
-    if not method.shares_base:
-        return 1
-    if run.tasks_per_wave is not None or not slots:
-        return run.tasks_per_wave or 1
-    requires_grad = [p.requires_grad for p in model.parameters()]
-    bank = method.learner(model, objective, [slots[0].key], run).bank
-    for p, trained in zip(model.parameters(), requires_grad, strict=True):
-        p.requires_grad_(trained)
-    assert bank is not None  # a method that shares its base trains a bank
-    bytes_per_task = 4 * 4 * bank.parameters_per_slot  # float32 value, gradient and two moments
-    return max(1, free_memory(run.device) // 2 // bytes_per_task)
-
-
-def _waves(partition: Partition, size: int) -> Iterator[list[SlotRows]]:
-    slots = [partition.data.slots[slot] for slot in partition.slots]
-    for start in range(0, len(slots), size):
-        yield slots[start : start + size]

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from foretune.errors import UserError, did_you_mean
 from foretune.models.routing import route
+from foretune.models.sentence_cache import SentenceCache, sentence_cache
 from foretune.models.surgery import has_fresh_head, head_labels
 from foretune.run import check_int
 from foretune.tasks.batch import Batch
@@ -44,6 +45,7 @@ class Classification(Objective):
         labels: The labels of each task, learnt by `fit`.
         space: The labels over all tasks where ids are shared, learnt by `fit` and `shared`; None
             where ids are local.
+        sentences: The embeddings of texts where the model has a frozen encoder, learnt by `bind`.
     """
 
     tokenizer: Any = field(default=None, repr=False, compare=False)
@@ -53,6 +55,9 @@ class Classification(Objective):
         default_factory=dict, repr=False, hash=False, metadata=LEARNT
     )
     space: tuple[Label, ...] | None = field(default=None, repr=False, metadata=LEARNT)
+    sentences: SentenceCache | None = field(
+        default=None, repr=False, compare=False, metadata=LEARNT
+    )
 
     kind: ClassVar[str] = "classification"
     metric: ClassVar[str] = "accuracy"
@@ -108,6 +113,11 @@ class Classification(Objective):
         return tuple(label if label_text(label) in places else None for label in self.space)
 
     @override
+    def common_labels(self) -> tuple[str, ...] | None:
+        label_sets = {self.space} if self.space is not None else set(self.labels.values())
+        return tuple(map(label_text, *label_sets)) if len(label_sets) == 1 else None
+
+    @override
     def fit(self, tasks: TaskCollection) -> Self:
         """Learns each task's labels from its training examples.
 
@@ -134,11 +144,11 @@ class Classification(Objective):
 
     @override
     def bind(self, model: nn.Module) -> Self:
-        """The form whose ids are the outputs of the model's head.
+        """The form whose ids are the outputs of the model's head, and that embeds texts only once.
 
-        They are if the head's outputs are named (`head_labels`), and each label of each task is
-        among the names, as text. Otherwise nothing changes: the head has learnt other labels, or
-        nobody knows which.
+        The ids are the outputs if these are named (`head_labels`), and each label of each task is
+        among the names, as text. Otherwise they stay: the head has learnt other labels, or nobody
+        knows which.
 
         Raises:
             UserError: The model is one of transformers and has no classification head.
@@ -149,15 +159,16 @@ class Classification(Objective):
                 'foretune.load_model(folder, head="classification"), or with '
                 "AutoModelForSequenceClassification.from_pretrained(folder)"
             )
+        bound = dataclasses.replace(self, sentences=sentence_cache(model))
         names = head_labels(model)
         if names is None:
-            return self
+            return bound
         texts = [f"LABEL_{i}" if n is None else label_text(n) for i, n in enumerate(names)]
         answered = {text for text, name in zip(texts, names, strict=True) if name is not None}
         by_text = {label_text(v): v for task_labels in self.labels.values() for v in task_labels}
         if not by_text.keys() <= answered or len(set(texts)) < len(texts):
-            return self
-        return dataclasses.replace(self, space=tuple(by_text.get(text, text) for text in texts))
+            return bound
+        return dataclasses.replace(bound, space=tuple(by_text.get(text, text) for text in texts))
 
     def _task_labels(self, task: Task) -> tuple[Label, ...]:
         """The sorted labels of a task's training examples; checks those of the other splits.
@@ -229,11 +240,13 @@ class Classification(Objective):
         single = text.single_template(self.tokenizer)
         ids = text.field_ids(self.tokenizer, example, "text", task)
         encoded["input_ids"] = single.fill(ids[: single.room(self.max_tokens, "max_tokens")])
+        if self.sentences is not None:
+            encoded["text"] = self.sentences.number_of(encoded["input_ids"])
         return encoded
 
     @override
     def size(self, row: Mapping[str, Any]) -> int:
-        return len(row.get("input_ids", "1"))
+        return 1 if "text" in row else len(row.get("input_ids", "1"))
 
     @override
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
@@ -247,6 +260,10 @@ class Classification(Objective):
         }
         if "x" in rows[0]:
             inputs["x"] = stack([row["x"] for row in rows])
+            return Batch(inputs, tuple(slots), len(rows), {})
+        if self.sentences is not None:
+            texts = np.fromiter((row["text"] for row in rows), np.int64, len(rows))
+            inputs["embeddings"] = self.sentences.embeddings(texts)
             return Batch(inputs, tuple(slots), len(rows), {})
         ids = [row["input_ids"] for row in rows]
         inputs["input_ids"] = text.pad(ids, text.pad_id(self.tokenizer))
@@ -271,6 +288,8 @@ class Classification(Objective):
         with route(batch.slots):
             if "x" in inputs:
                 output = model(inputs["x"])
+            elif "embeddings" in inputs:
+                output = model(embeddings=inputs["embeddings"])
             else:
                 output = model(
                     input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]

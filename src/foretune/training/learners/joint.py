@@ -22,6 +22,7 @@ from foretune.models.loading import save_base
 from foretune.models.packing import packed
 from foretune.models.recompute import recomputed, recomputed_on_route
 from foretune.models.row_dropout import RowDropout, only_known_recomputation
+from foretune.models.sentence_cache import embedding_with
 from foretune.models.surgery import batch_norms, head_modules, name_outputs
 from foretune.run import Run
 from foretune.tasks.batch import Batch
@@ -94,6 +95,13 @@ class Learner:
         """Whether the base is sharded over the processes."""
         return self.partition is not None and self.partition.sharded
 
+    @property
+    def parameters_per_task(self) -> int:
+        """Number of parameters that are trained for each task, or for the only one."""
+        if self.bank is not None:
+            return self.bank.parameters_per_slot
+        return sum(p.numel() for p in self.base)
+
     def place(self, device: torch.device, partition: Partition) -> None:
         """Moves everything to the device; shards the base if the partition says so.
 
@@ -157,6 +165,15 @@ class Learner:
                 weight_decay=run.weight_decay,
             )
 
+    def settle(self, model: nn.Module) -> None:
+        """Puts into the base what the tasks' own parameters leave there; by default nothing.
+
+        All processes call it.
+
+        Args:
+            model: The base, or a copy of it.
+        """
+
     def stop(self) -> None:
         """Frees what only training needs: optimisers, mean weights, and the tasks' examples."""
         self.base_optimizer = self.bank_optimizer = None
@@ -194,6 +211,7 @@ class Learner:
         """
         adapted = [] if self.bank is None else self.bank.adapted_names
         with contextlib.ExitStack() as stack:
+            stack.enter_context(embedding_with(self.model))
             if not self.sharded:  # it calls the model more often in some processes
                 stack.enter_context(frozen_prefix(self.model, adapted))
             if self.recompute:
@@ -418,9 +436,14 @@ def make_bank(
         head_copies: Also give each slot a head where the label sets are the same; it then starts
             as a copy of the base's.
     """
-    labels_differ = objective.num_outputs() is not None and objective.shared() is not objective
+    fresh = labels_differ(objective)
     head_copies = head_copies or getattr(model, "head_per_task", False)
-    heads = head_modules(model) if labels_differ or head_copies else []
+    heads = head_modules(model) if fresh or head_copies else []
     return AdapterBank(
-        model, keys, lora=lora, sparse=sparse, heads=heads, fresh_heads=labels_differ, seed=seed
+        model, keys, lora=lora, sparse=sparse, heads=heads, fresh_heads=fresh, seed=seed
     )
+
+
+def labels_differ(objective: Objective) -> bool:
+    """Whether the outputs of a head stand for other labels in each task."""
+    return objective.num_outputs() is not None and objective.shared() is not objective

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from typing_extensions import override
 
@@ -27,7 +29,10 @@ class PEFTMLLearner(Learner):
         learning_rate: Learning rate of the base.
         bank_learning_rate: Learning rate of the bank. With restarts it is constant, as it is when
             an unseen task begins.
-        penalty: λ of λ · Σ ‖s·B_t A_t‖²_F, which is added to the loss of each task.
+        penalty: λ of λ · Σ ‖s·B_t A_t − C‖²_F, which is added to the loss of each task.
+        penalised_heads: Whether λ · Σ ‖w_t − c‖²_F over the weights of its head is added, too.
+        towards_mean: Whether C and c are the means over all tasks, instead of zero. They minimise
+            the sum over the tasks, so the gradient of a task's term is that at a constant C.
         adapter_dropout: Fraction of the steps that train the base (and heads) without adapters.
         restart_every: Mean number of steps between two restarts of a task's adapter; None for
             no restarts.
@@ -42,6 +47,8 @@ class PEFTMLLearner(Learner):
         learning_rate: float,
         bank_learning_rate: float,
         penalty: float,
+        penalised_heads: bool,
+        towards_mean: bool,
         adapter_dropout: float,
         restart_every: int | None,
     ) -> None:
@@ -53,6 +60,7 @@ class PEFTMLLearner(Learner):
             bank_learning_rate=bank_learning_rate,
         )
         self.adapters, self.penalty = bank, penalty
+        self.penalised_heads, self.towards_mean = penalised_heads, towards_mean
         self.adapter_dropout, self.restart_every = adapter_dropout, restart_every
 
     @override
@@ -61,17 +69,37 @@ class PEFTMLLearner(Learner):
 
     @override
     def gradients(self, steps: Sequence[Step], seed: int = 0) -> dict[int, float]:
-        if random.Random(seed).random() < self.adapter_dropout:
-            with self.adapters.bare():
-                losses = self.backward(steps[0])
-            self.adapters.layers.zero_grad()  # without gradients they do not move
-            return losses
         present = sorted(set(steps[0].slots))
-        self._restart(present, seed)
-        losses = self.backward(steps[0])
-        if self.penalty and present:
-            self.adapters.add_penalty(present, self.penalty / steps[0].num_slots)
+        bare = random.Random(seed).random() < self.adapter_dropout
+        if not bare:
+            self._restart(present, seed)
+        with self.adapters.bare() if bare else contextlib.nullcontext():
+            losses = self.backward(steps[0])
+        if self.penalty:
+            self._add_penalty(present, self.penalty / steps[0].num_slots)
+        if bare:
+            self.adapters.layers.zero_grad()  # without gradients they do not move
         return losses
+
+    def _add_penalty(self, present: Sequence[int], weight: float) -> None:
+        centre = None
+        if self.towards_mean:
+            assert self.partition is not None
+            centre = self.partition.mean_over_slots(self.adapters.mean())
+        if present:
+            heads = self.penalised_heads
+            self.adapters.add_penalty(present, weight, centre=centre, heads=heads)
+
+    @override
+    @torch.no_grad()
+    def settle(self, model: nn.Module) -> None:
+        """Sets the base's head to the mean of the tasks' heads, where all have the same labels."""
+        assert self.partition is not None
+        weights = dict(model.named_parameters())
+        means = self.partition.mean_over_slots(self.adapters.mean_heads())
+        for name, mean in means.items():
+            if weights[name].requires_grad:
+                weights[name].copy_(mean)
 
     def _restart(self, present: Sequence[int], seed: int) -> None:
         """Restarts the adapter of each of these slots with probability 1 / restart_every.

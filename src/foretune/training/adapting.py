@@ -1,0 +1,263 @@
+"""How `adapt` adapts: waves of tasks on one frozen base, with scores along the path."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from foretune.adapters.fingerprint import base_record
+from foretune.adapters.peft_format import peft_config, peft_tensors
+from foretune.errors import UserError
+from foretune.models.checkpoint import unstored_modules
+from foretune.models.surgery import head_width
+from foretune.run import Run
+from foretune.tasks.objectives import settings_of
+from foretune.tasks.task import Objective, TaskCollection
+from foretune.training.adapt_plan import AdaptPlan, Setting
+from foretune.training.data import SlotRows, TaskData, sampler_for
+from foretune.training.learners.joint import Learner
+from foretune.training.loop import Progress, fit, scores_after
+from foretune.training.methods import AdaptMethod
+from foretune.training.model_copies import copy_to_adapt, interpolate
+from foretune.training.outcome import Adapted, folder_names, labels_of
+from foretune.training.process_group import (
+    Partition,
+    check_model,
+    partition_slots,
+    process_group,
+)
+from foretune.training.record import free_memory, metered
+from foretune.training.resume import (
+    SavedTask,
+    TaskDraw,
+    begin,
+    collect_scores,
+    inputs_to_adapt,
+    save_wave,
+)
+from foretune.training.shots import draw_shots
+from foretune.training.stopping import EarlyStopping
+from foretune.training.text_limits import TextLimits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptation:
+    """What `adapt` was asked for, beside model and tasks; its arguments by their names."""
+
+    method: AdaptMethod | AdaptPlan
+    run: Run
+    shots: int | None
+    draws: int
+    split: str
+    score_at: Sequence[int]
+    progress: Progress | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A way to adapt, and the slots that are adapted in it."""
+
+    method: AdaptMethod
+    run: Run
+    slots: list[SlotRows]
+
+
+def check_path(score_at: Sequence[int], run: Run) -> None:
+    """Checks the steps that an adaptation is to be scored at.
+
+    Raises:
+        UserError: One is beyond the run's last step, or tasks may stop before it.
+    """
+    for step in score_at:
+        if not 0 <= step <= run.steps:
+            raise UserError(f"score_at takes steps from 0 to {run.steps}, got {step}")
+    if score_at and run.patience:
+        raise UserError(
+            f"score_at needs all tasks to take all steps, but patience={run.patience} stops some"
+        )
+
+
+def adapt_in(model: nn.Module, tasks: TaskCollection, how: Adaptation) -> Adapted:
+    """Adapts in a folder that is claimed, or in memory.
+
+    Args:
+        model: A base; it is not changed.
+        tasks: The tasks, with a fitted objective that is bound to the model.
+        how: The adaptation.
+    """
+    group, run, out = process_group(), how.run, how.run.out
+    assert tasks.objective is not None  # `adapt` sets it
+    eval_every = run.eval_every if run.patience else 0
+    run = run.replace(out=None, eval_every=eval_every, tasks_per_step=None)
+    base = model
+    model, objective = copy_to_adapt(base, tasks.objective, run.seed)
+    check_model(group, model)
+    limits = TextLimits.of(base, objective)
+    slots = list(draw_shots(tasks, objective.kind, how.shots, how.draws, run.seed))
+    task_draws = [(slot.task, slot.draw) for slot in slots]
+    saved: dict[TaskDraw, SavedTask] = {}
+    if out is not None:
+        # Tasks may be added later, and labels with them, so the settings leave labels out.
+        inputs = {"shots": how.shots, "split": how.split, "objective": settings_of(objective)}
+        inputs |= inputs_to_adapt(base, model, tasks, objective)
+        saved = group.on_first_process(lambda: _begin_adapting(out, how.method, run, inputs))
+        slots = [slot for slot in slots if (slot.task, slot.draw) not in saved]
+    result = Adapted({}, {}, {}, {}, {})
+    ways = _ways(how, run, slots)
+    if isinstance(how.method, AdaptPlan):
+        result.settings = {
+            (slot.task, slot.draw): Setting(method=way.method, steps=way.run.steps)
+            for way in ways
+            for slot in way.slots
+        }
+    result.labels = labels_of(objective, tasks.names)
+    result.folders = folder_names(task_draws, {key: task.folder for key, task in saved.items()})
+    # Whole models have their own head; adapters are loaded onto the base's.
+    shares_base = any(way.method.shares_base for way in ways)
+    if shares_base and objective.num_outputs() is not None:
+        width = head_width(model)
+        is_stored = width == head_width(base) and not unstored_modules(base)
+        result.num_labels = None if is_stored else width
+    with torch.random.fork_rng(), metered() as cost, group.raise_together():
+        for way in ways:
+            data = TaskData(way.slots, objective, limits)
+            batch_size, num_slots = way.run.batch_size, len(way.slots)
+            partition = partition_slots(group, data, batch_size, num_slots, pooled=False)
+            for wave in _waves(partition, _wave_size(model, objective, way)):
+                _adapt_wave(model, wave, objective, way, how, result)
+                if out is not None:
+                    save_wave(result, [(rows.task, rows.draw) for rows in wave], out, group)
+    result.cost = group.total_cost(result.cost | cost)
+    for key, task in saved.items():
+        if task.score is not None:
+            result.scores[key], result.num_rows[key] = task.score, task.num_rows
+    result.scores = group.merge(result.scores, task_draws)
+    result.num_rows = group.merge(result.num_rows, task_draws)
+    result.stopped = group.merge(result.stopped, task_draws)
+    result.path = {
+        step: group.merge(result.path.get(step, {}), task_draws) for step in sorted({*how.score_at})
+    }
+    if out is not None:
+        group.on_first_process(lambda: collect_scores(out))
+    return result
+
+
+def _ways(how: Adaptation, run: Run, slots: Sequence[SlotRows]) -> list[Way]:
+    """The ways in which the slots are adapted: a single one, or those of a plan by their rows."""
+    if not isinstance(how.method, AdaptPlan):
+        return [Way(method=how.method, run=run, slots=list(slots))]
+    plan, ways = how.method, dict[str, Way]()
+    for slot in slots:
+        setting = None if how.shots is None else plan.at_shots(how.shots)
+        setting = setting or plan.setting_for(len(slot.train))
+        way = Way(method=setting.method, run=plan.run_for(setting, run), slots=[])
+        ways.setdefault(repr(setting), way).slots.append(slot)
+    return list(ways.values())
+
+
+def _begin_adapting(
+    out: Path, method: AdaptMethod | AdaptPlan, run: Run, inputs: dict[str, Any]
+) -> dict[TaskDraw, SavedTask]:
+    """Records what begins in the folder; returns the tasks that have finished there."""
+    begin(out, method, run, inputs)
+    return collect_scores(out)
+
+
+def _adapt_wave(
+    model: nn.Module,
+    wave: Sequence[SlotRows],
+    objective: Objective,
+    way: Way,
+    how: Adaptation,
+    result: Adapted,
+) -> None:
+    """Adapts the tasks of one wave, and adds them to the result."""
+    method, run = way.method, way.run
+    data = TaskData(wave, objective, TextLimits.of(model, objective))
+    base = model if method.shares_base else copy.deepcopy(model)
+    requires_grad = {p: p.requires_grad for p in base.parameters()}
+    torch.manual_seed(run.seed)
+    learner: Learner = method.learner(base, objective, data.keys, run)
+    per_task = learner.parameters_per_task
+
+    path: dict[int, dict[int, float]] = {}
+
+    def score(step: int) -> None:
+        if step not in how.score_at:
+            return
+        interpolates = base is not model and method.interpolate != 1
+        state = learner.slot_state(0) if interpolates else {}
+        if interpolates:
+            interpolate(base, model, method.interpolate)
+        path[step] = scores_after(step, learner, data, how.split, None, run)
+        if interpolates:
+            learner.load_slot(0, state)
+
+    stopping = EarlyStopping(learner, run.patience) if run.patience else None
+    record = fit(
+        learner,
+        data,
+        sampler_for(data, run, pooled=method.pooled),
+        run,
+        validate=False,
+        stopping=stopping,
+        progress=how.progress,
+        at_step=score,
+    )
+    if base is not model:
+        interpolate(base, model, method.interpolate)
+    scores = path.get(run.steps)
+    if scores is None:
+        with learner.ready():
+            scores = scores_after(run.steps, learner, data, how.split, None, run)
+    keys = [(rows.task, rows.draw) for rows in wave]
+    for step, by_slot in path.items():
+        result.path.setdefault(step, {}).update({keys[s]: value for s, value in by_slot.items()})
+    for slot, value in scores.items():
+        result.scores[keys[slot]] = value
+        result.num_rows[keys[slot]] = data.num_rows(slot, how.split)
+    for slot, step in stopping.stopped.items() if stopping else ():
+        result.stopped[keys[slot]] = step
+    if learner.bank is not None:
+        result.config = peft_config(learner.bank, base, getattr(base, "name_or_path", None) or None)
+        result.base_fingerprint = base_record(base, learner.bank.head_names)
+        for slot, key in enumerate(keys):
+            result.tensors[key] = peft_tensors(learner.bank, slot)
+            result.records[key] = (result.config, result.base_fingerprint)
+    else:
+        learner.stop()
+        result.models[keys[0]] = base
+        result.learners[keys[0]] = learner
+    result.cost["trainable_parameters"] = max(per_task, result.cost.get("trainable_parameters", 0))
+    for name in ("tokens", "examples"):
+        result.cost[name] = result.cost.get(name, 0) + record[name]
+    for p, trained in requires_grad.items():  # the method may have added parameters
+        p.requires_grad_(trained)
+
+
+def _wave_size(model: nn.Module, objective: Objective, way: Way) -> int:
+    """Number of tasks that are adapted at the same time."""
+    method, run, slots = way.method, way.run, way.slots
+    if not method.shares_base:
+        return 1
+    if run.tasks_per_wave is not None or not slots:
+        return run.tasks_per_wave or 1
+    requires_grad = [p.requires_grad for p in model.parameters()]
+    bank = method.learner(model, objective, [slots[0].key], run).bank
+    for p, trained in zip(model.parameters(), requires_grad, strict=True):
+        p.requires_grad_(trained)
+    assert bank is not None  # a method that shares its base trains a bank
+    bytes_per_task = 4 * 4 * bank.parameters_per_slot  # float32 value, gradient and two moments
+    return max(1, free_memory(run.device) // 2 // bytes_per_task)
+
+
+def _waves(partition: Partition, size: int) -> Iterator[list[SlotRows]]:
+    slots = [partition.data.slots[slot] for slot in partition.slots]
+    for start in range(0, len(slots), size):
+        yield slots[start : start + size]
