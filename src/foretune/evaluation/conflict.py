@@ -32,8 +32,10 @@ from foretune.evaluation.statistics import mean_interval
 from foretune.linalg.task_factors import TaskFactors, fit_factors
 from foretune.linalg.task_moments import Array, FeatureMoments, Moments
 from foretune.linalg.task_ridge import TaskRidge, fit_ridge
+from foretune.tasks.rows import CLASSES
 from foretune.tasks.task import TaskCollection
 
+KINDS = (*CLASSES, "regression", "choice")  # objectives whose conflict can be measured
 RANKS = (1, 2, 4, 8)
 FOLDS = 5
 DRAWS = 2  # of the rows that a held-out task is given
@@ -79,6 +81,7 @@ class Conflict:
         over: "inputs" that tasks share, or "features".
         own_labels: Whether each task has labels of its own, so that no label can be pooled.
         metric: "accuracy" or "R²".
+        unit: What shots count: "rows per class" or "rows".
         rank: Rank of the low-rank step that was chosen most often.
         by_shots: The steps at each number of shots.
         expected_gain: (mean, low, high) expected gain of PEFT-ML over pooling: mean over the
@@ -92,6 +95,7 @@ class Conflict:
     over: str
     own_labels: bool
     metric: str
+    unit: str
     rank: int
     by_shots: list[StepScores]
     expected_gain: Interval | None
@@ -279,6 +283,7 @@ def _summary(
         over="features" if rows.inputs is None else "inputs",
         own_labels=own_labels,
         metric=metric,
+        unit="rows per class" if rows.labels.any() else "rows",
         rank=sum(ranks, Counter()).most_common(1)[0][0],
         by_shots=by_shots,
         expected_gain=expected_gain,

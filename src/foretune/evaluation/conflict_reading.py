@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foretune.errors import UserError
 from foretune.evaluation.conflict_rows import Indices, LabelledInputs
@@ -19,7 +20,7 @@ from foretune.tasks.row_store import select
 from foretune.tasks.rows import CLASSES
 from foretune.tasks.task import Task, TaskCollection
 
-Features = Callable[[Sequence[Any]], Array]
+Features = Callable[[Sequence[Any]], NDArray[Any]]
 
 MIN_TASKS = 4
 MIN_ROWS = 5  # of a task: fewer leave nothing to score
@@ -41,8 +42,8 @@ class Inputs:
     Args:
         embed: Texts or arrays → (n, d) features; None for arrays as they are.
         most: Number of inputs to embed at most.
-        draw_candidates: Draws candidates for a part of the tasks of a choice; None if all rows
-            have their own.
+        draw_candidates: Draws the candidates of choices that have none, for a part of the tasks;
+            None if all have.
         context_turns: Number of turns to keep of a context that is a list; None keeps all.
     """
 
@@ -256,7 +257,7 @@ def _features(rows: _Rows, embed: Features | None) -> Array:
     return np.concatenate([np.ones((len(rows.inputs), 1)), components[rows.inputs]], 1)
 
 
-def principal_components(vectors: Array, number: int) -> Array:
+def principal_components(vectors: NDArray[Any], number: int) -> Array:
     """(n, ≤ number) principal components of (n, d) vectors, scaled to mean square 1 together."""
     rng = np.random.default_rng(0)
     if vectors.shape[1] > MAX_COORDINATES:
@@ -280,9 +281,8 @@ def _read_choices(tasks: TaskCollection, inputs: Inputs, seed: int) -> LabelledI
     """
     if inputs.embed is None:
         raise UserError("choices need a model that embeds their texts")
-    texts_per_row = 2
-    if inputs.draw_candidates is None:
-        texts_per_row = 1 + len(tasks.tasks[0].train[0]["candidates"])
+    first = next(row for task in tasks for row in task.train)
+    texts_per_row = 1 + len(first.get("candidates", [""]))
     tasks = _part(tasks, inputs.most // texts_per_row, seed)
     if inputs.draw_candidates is not None:
         tasks = inputs.draw_candidates(tasks)
