@@ -12,7 +12,8 @@ from typing import Any
 import foretune
 from foretune.recipes.adapting import candidates_of, held_out_of
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.schema import MethodEntry, Recipe, adapt_record, takes_rate
+from foretune.recipes.entries import MethodEntry, adapt_record, takes_rate
+from foretune.recipes.schema import Recipe
 from foretune.recipes.setup import Setup, set_up
 from foretune.tasks.leakage import Leak, SharedInputs, find_overlaps
 from foretune.tasks.summary import describe
