@@ -4,6 +4,7 @@ python benchmarks/publish.py runs/bench-quickstart quickstart    # after a run
 python benchmarks/publish.py runs/a runs/b convai2               # one recipe, run in parts
 python benchmarks/publish.py                                     # tables of the committed results
 python benchmarks/publish.py --check                             # are the tables up to date?
+python benchmarks/publish.py --recompute                         # after a change of the statistics
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 DOCS = HERE.parent / "docs"
 KINDS = "results|spectrum|theory|claim|regret|variants"
-PAGES = (HERE.parent / "README.md", DOCS / "reproduce.md", *sorted(DOCS.glob("results/*.md")))
+PAGES = (
+    HERE.parent / "README.md",
+    *(DOCS / name for name in ("reproduce.md", "evidence.md")),
+    *sorted(DOCS.glob("results/*.md")),
+)
 
 
 def publish(runs: Sequence[Path], name: str) -> Path:
@@ -120,7 +125,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     collection = result["collection"]
     turns = f" in each of {collection['turns']} turns" if "turns" in collection else ""
-    repeats = counted(1 + max(score["seed"] for score in result["scores"]), "repeat")
+    numbers = {score.get("repeat", score["seed"]) for score in result["scores"]}
+    repeats = counted(len(numbers), "repeat")
     pairs, levels, metric = result["pairs"], result["means"], result["metric"]["name"]
     said = verdict(pairs, levels, result["bases"], metric=metric, shots_unit=unit)
     lines += [
@@ -209,8 +215,8 @@ def with_tables(text: str) -> str:
     """Regenerates each part of a page between `<!-- KIND NAME -->` and `<!-- end -->`.
 
     Kinds: `results` and `spectrum` of a comparison, `theory` of a panel of an experiment, `claim`
-    of a table that a script in `claims/` makes from its result, `regret` and `variants` of all of
-    them.
+    of a table that a script in `claims/` or `evidence/` makes from its result, `regret` and
+    `variants` of all of them.
     """
     made: dict[str, Callable[[], str]] = {
         "regret of auto": regret.regret_table,
@@ -221,7 +227,8 @@ def with_tables(text: str) -> str:
         for panel in result["panels"] if "experiment" in result else ():
             made[f"theory {path.stem} {panel}"] = partial(theory_table, result, panel)
         if "claim" in result:
-            tables_of = importlib.import_module(f"claims.{result['claim']}").TABLES
+            script = result["claim"] if "." in result["claim"] else f"claims.{result['claim']}"
+            tables_of = importlib.import_module(script).TABLES
             for name, write in tables_of.items():
                 made[f"claim {path.stem} {name}"] = partial(write, result)
             continue
@@ -239,9 +246,24 @@ def with_tables(text: str) -> str:
     return re.sub(rf"<!-- (?P<name>(?:{KINDS}) .*) -->[ \t]*\n(?s:.*?)<!-- end -->", write, text)
 
 
+def recompute() -> None:
+    """Computes pairs, means and verdict of every committed comparison anew, from its scores."""
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text("utf-8"))
+        if {"scores", "pairs"} <= result.keys():
+            pairs, means = pairs_and_means(result["scores"], result["bases"])
+            shots, metric = result["verdict"]["shots"], result["metric"]["name"]
+            unit = result["adapt"].get("shots_unit", "rows")
+            said = verdict(pairs, means, result["bases"], shots, metric=metric, shots_unit=unit)
+            result |= {"pairs": pairs, "means": means, "verdict": said}
+            path.write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
 def main(arguments: list[str]) -> int:
-    if len(arguments) == 1 and arguments != ["--check"]:
+    if len(arguments) == 1 and arguments[0] not in ("--check", "--recompute"):
         raise SystemExit(__doc__)
+    if arguments == ["--recompute"]:
+        recompute()
     if len(arguments) > 1:
         *runs, name = arguments
         print(publish([Path(run) for run in runs], name))

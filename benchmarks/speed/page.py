@@ -224,8 +224,8 @@ def heads(data: dict[str, Any]) -> str:
     return "\n".join(
         [
             "## A head per task\n",
-            "One training step with a classifier per task, compared with one with a LoRA adapter of "
-            "rank 8 per task: of a small network on arrays, and of the top layer of an encoder. "
+            "One training step with a classifier per task, compared with one with a LoRA adapter "
+            "of rank 8 per task: of a small network on arrays, and of the top layer of an encoder. "
             "`slot by slot` calls each task's head on its own rows.\n",
             table(
                 ["model", "tasks × examples × length", "heads / LoRA", "slot by slot / LoRA"],

@@ -1,6 +1,9 @@
 """Static types of the public names, which `__init__.py` imports on first use."""
 
 from foretune.adapters.bank import AdapterBank as AdapterBank
+from foretune.adapters.basis import Basis as Basis
+from foretune.adapters.basis_file import save_basis as save_basis
+from foretune.adapters.basis_file import set_basis as set_basis
 from foretune.adapters.sparse import load_sparse as load_sparse
 from foretune.decoding.eft import EFT as EFT
 from foretune.decoding.reference_store import ReferenceStore as ReferenceStore
@@ -21,6 +24,8 @@ from foretune.fusion.smile import SMILE as SMILE
 from foretune.fusion.task_arithmetic import TaskArithmetic as TaskArithmetic
 from foretune.fusion.ties import TIES as TIES
 from foretune.methods.auto import Auto as Auto
+from foretune.methods.basis import FromBasis as FromBasis
+from foretune.methods.factorised_heads import FactorisedHeads as FactorisedHeads
 from foretune.methods.fd_align import FDAlign as FDAlign
 from foretune.methods.fomaml import FOMAML as FOMAML
 from foretune.methods.full import Full as Full
@@ -52,6 +57,7 @@ from foretune.tasks.sources import Source as Source
 from foretune.tasks.sources import load_tasks as load_tasks
 from foretune.tasks.task import Task as Task
 from foretune.tasks.task import TaskCollection as TaskCollection
+from foretune.training.fit_basis import fit_basis as fit_basis
 from foretune.training.held_out import HeldOut as HeldOut
 from foretune.training.outcome import Adapted as Adapted
 from foretune.training.outcome import Outcome as Outcome

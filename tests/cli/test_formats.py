@@ -21,7 +21,8 @@ def build(width=8):
     return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
 """
 SMALL = [
-    *("model.args={width: 6}", "tasks.unseen=2", "retrain.methods=[none, standard]"),
+    *("model.file=my_model.py", "model.args={width: 6}"),
+    *("tasks.unseen=2", "retrain.methods=[none, standard]"),
     *("retrain.steps=2", "retrain.learning_rates=[1e-3]"),
     *("adapt.steps=2", "adapt.shots=[2]", "adapt.learning_rates=[1e-3]"),
     "spectrum={ranks: [1], shots: 2}",

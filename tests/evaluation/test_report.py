@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from html.parser import HTMLParser
 from itertools import product
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from foretune.evaluation.report import summary_rows, write_report
-from foretune.evaluation.report.svg import ticks
+from foretune.evaluation.report.gain_figure import Collection, gain_against_conflict
+from foretune.evaluation.report.svg import LIGHT, text_width, ticks
+from foretune.evaluation.report.view import Mean
 from foretune.evaluation.statistics import pairs_and_means, verdict
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 NASTY = """<script>alert("x")</script> & 'co' \x00"""
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 FORTY = "a label of exactly forty letters, really"
@@ -273,6 +279,151 @@ def test_summary_holds_means_and_differences_from_the_controls():
     assert header[3:] == ["over the model as it is, 16 rows", "over STANDARD, 16 rows"]
     assert rows[0][0] == "NONE" and rows[0][3] == ""
     assert re.fullmatch(r"\+\d+\.\d \(\+\d+\.\d to \+\d+\.\d\)", rows[2][3])
+
+
+def planned(shots, method, steps, **numbers):
+    """A row of `by_shots`, as a plan writes it."""
+    setting = {"method": {"name": method, "learning_rate": 0.003}, "steps": steps}
+    row = {"shots": shots, "rows": 8, "setting": setting, "num_tasks": 12, "learning_rate": 0.003}
+    scored = {"score": 0.7, "score_before": 0.65, "standard_error": 0.01}
+    return {**row, "method": method, "steps": steps, **scored, **numbers}
+
+
+def searched(names=("none", "standard", "peft-ml")):
+    """A comparison whose bases stopped by held-out scores and adapt as held-out tasks chose."""
+    record = comparison(names)
+    record["recipe"] = "model: {name: minilm, tower: [64, 64]}\ntasks: {source: data/votes.jsonl}\n"
+    for base in record["bases"]:
+        if base["retrain"] is not None:
+            history = [
+                {"step": 50 * i, "adapted_score": 0.5 + 0.02 * i * (4 - i)} for i in range(4)
+            ]
+            shorter = [{**history[0], "loss": 1.0}, {**history[1], "adapted_score": None}]
+            base["retrain"] = {**base["retrain"], "curve": history, "curves": [history, shorter]}
+        few = planned(4, "head", 20), planned(4, "head", 0, score=0.65)
+        many = planned(16, "lora", 80, score=0.75), planned(16, "lora", 80, score=0.77)
+        repeats = [[few[i], many[i]] for i in range(2)]
+        base["adapt"] = {**base["adapt"], "by_shots": repeats[0], "by_repeat": repeats}
+    return record
+
+
+def test_first_line_says_what_was_compared_on_what_and_with_which_model(tmp_path):
+    html, page = written(searched(), tmp_path)
+    line = (
+        "NONE, STANDARD and PEFT-ML were compared as ways to prepare a network of 64 and 64 units "
+        "on minilm for new tasks, on votes.jsonl: 40 tasks (4,000 rows) to learn from, 8 other "
+        "tasks to be scored on."
+    )
+    assert line in page.text
+    assert html.index('class="compared"') < html.index("<h1>")
+    assert "2 repeats" in page.text
+
+
+@pytest.mark.parametrize(
+    "recipe", ["", "a: [", "just words", "model: null", "model: {file: x/m.py}"]
+)
+def test_first_line_needs_no_readable_recipe(tmp_path, recipe):
+    record = comparison(spectrum=False) | {"recipe": recipe, "collection": {"num_unseen": 1}}
+    _, page = written(record, tmp_path)
+    assert "for new tasks: 1 task to be scored on." in page.text
+    assert ("the model m.py" if "file" in recipe else "a BertModel") in page.text
+
+
+def test_page_says_how_each_base_is_adapted_by_number_of_shots(tmp_path):
+    _, page = written(searched(), tmp_path)
+    assert "PEFT-ML, on 12 held-out seen tasks" in page.text
+    head, not_at_all = "by head (learning_rate 0.003, 20 steps), 1 of 2 repeats", "not at all, 1 of"
+    assert f"4 rows{head}" in page.text and not_at_all in page.text
+    assert "16 rowsby lora (learning_rate 0.003, 80 steps)65.076.0+11.01.0" in page.text
+
+
+def test_curve_of_retraining_is_drawn_for_every_repeat_that_was_scored(tmp_path):
+    _, page = written(searched(), tmp_path)
+    assert "When retraining stopped" in page.text
+    picture = (tmp_path / "figures" / "retraining-curves.svg").read_text(encoding="utf-8")
+    root = ElementTree.fromstring(picture.encode())
+    lines = [node for node in root.iter() if node.tag.endswith("polyline")]
+    assert len(lines) == 2 + 2 * 2  # in the legend; two repeats of two bases
+    assert "4 in all" in picture
+
+
+def test_task_table_has_the_scores_of_the_focus_and_the_controls(tmp_path):
+    record = comparison(shots=(16,), num_tasks=7)
+    _, page = written(record, tmp_path)
+    cells = {(row["base"], row["task"], row["seed"]): row["score"] for row in record["scores"]}
+    means = [
+        f"{50 * sum(cells[name, 'task 3', seed] for seed in (0, 1)):.1f}"
+        for name in ("peft-ml", "standard", "none")
+    ]
+    assert "TaskPEFT-MLSTANDARDNONEDifference" in page.text
+    assert f"task 3{''.join(means)}" in page.text
+
+
+def test_conflict_is_shown_where_it_was_measured(tmp_path):
+    record = comparison()
+    record["conflict"] = {
+        "metric": "accuracy",
+        "rank": 2,
+        "by_shots": [
+            {
+                "shots": shots,
+                "rows": 8,
+                "scores": {"pooled": [0.7, 0.68, 0.72], "+ low rank": [0.8, 0.78, 0.82]},
+                "r2": {"pooled": 0.2, "+ low rank": 0.4},
+                "gain": [0.1, 0.08, 0.12],
+            }
+            for shots in (4, None)
+        ],
+        "expected_gain": [0.1, 0.08, 0.12],
+        "advice": "PEFT-ML",
+    }
+    _, page = written(record, tmp_path)
+    assert "in 2 shared directions" in page.text
+    assert "expected from it: +10.0 points (+8.0 to +12.0). Advice: PEFT-ML." in page.text
+    assert "What predicts4 rowsall rows pooled70.068.0 to 72.0" in page.text
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_comparisons_are_written(tmp_path, path):
+    record = json.loads(path.read_text("utf-8"))
+    if not {"scores", "pairs"} <= record.keys():
+        pytest.skip("not a comparison")
+    write_report(record, tmp_path)
+
+
+def gains(number):
+    return [
+        Collection(
+            f"collection <{i}>", Mean(i / 10, i / 10 - 0.05, i / 10 + 0.05), Mean(i / 20, -0.01, 1)
+        )
+        for i in range(number)
+    ]
+
+
+@pytest.mark.parametrize("width", [720, 340])
+@pytest.mark.parametrize("number", [1, 14])
+def test_gain_against_conflict_has_a_point_and_a_name_per_collection(number, width):
+    picture = gain_against_conflict(gains(number), width, LIGHT, x_title="added R²", y_title="gain")
+    root = ElementTree.fromstring(picture.standalone(LIGHT).encode())
+    circles = [node for node in root.iter() if node.tag.endswith("circle")]
+    texts = [node.text for node in root.iter() if node.tag.endswith("text")]
+    assert len(circles) == number
+    prefix = "" if width == 720 else "1 "
+    assert f"{prefix}collection <0>" in texts and {"added R²", "gain"} <= {*texts}
+
+
+def test_gain_against_conflict_fills_clear_gains_and_keeps_names_inside():
+    clear = [dataclasses.replace(c, gain=Mean(0.2, 0.1, 0.3)) for c in gains(1)]
+    collections = [*clear, *gains(9)[1:]]
+    picture = gain_against_conflict(collections, 720, LIGHT, x_title="x", y_title="y")
+    assert picture.body.count(f"fill:{LIGHT.series[1]};stroke") == 1
+    root = ElementTree.fromstring(picture.standalone(LIGHT).encode())
+    named = [node for node in root.iter() if (node.text or "").startswith("collection")]
+    for node in named:
+        if node.tag.endswith("text"):
+            assert 0 <= float(node.get("x")) <= 720 - text_width(node.text, 12)
+    with pytest.raises(ValueError, match="at least one collection"):
+        gain_against_conflict([], 720, LIGHT, x_title="x", y_title="y")
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1e-9, 1e-9), (0, 1), (-3.2, 1e6), (0.9, 0.91)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 import foretune
 import tiny_models
 from contract.cases import AdaptCase
+from foretune.adapters.basis_file import set_basis
+from foretune.methods import make
 from foretune.tasks.task import Task, TaskCollection
 from linear_tasks import Net, family
 
@@ -27,6 +30,23 @@ def load_whole(base: nn.Module, folder: Path) -> nn.Module:
 def linear(name: str, fields: dict[str, Any], **options: Any) -> AdaptCase:
     fields = {"learning_rate": 0.03, **fields}
     return AdaptCase(name, fields, Net, lambda: family(rows=[24, 5, 24]), shots=8, **options)
+
+
+def with_basis(method: str) -> Callable[[], nn.Module]:
+    """Builds a base with a basis of adapters of that kind."""
+
+    def build() -> nn.Module:
+        base, run = Net(), foretune.Run(steps=30, device="cpu")
+        fit = make(method, learning_rate=0.03)
+        set_basis(base, foretune.fit_basis(base, family(4, prefix="seen"), fit, run))
+        return base
+
+    return build
+
+
+def from_basis(method: str, **fields: Any) -> AdaptCase:
+    tasks = lambda: family(rows=[24, 12, 24])  # noqa: E731
+    return AdaptCase("basis", fields, with_basis(method), tasks, shots=8, label=method)
 
 
 def prompt_model() -> nn.Module:
@@ -64,6 +84,8 @@ ADAPT_CASES = [
     linear("head", {}),
     linear("lora", {"lora": {"r": 2, "lora_alpha": 2}}),
     linear("sara", {"fraction": 0.5}, file="sparse_delta.safetensors", reload=foretune.load_sparse),
+    from_basis("lora", free=1.0),
+    from_basis("head"),
     # Its score is an accuracy, which a few small steps need not change.
     fd_align(
         {

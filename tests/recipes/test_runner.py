@@ -31,7 +31,7 @@ def build(width=8):
     return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
 """
 SMALL = [
-    "model.args={width: 6}",
+    *("model.file=my_model.py", "model.args={width: 6}"),
     "tasks.unseen=2",
     "retrain.methods=[none, standard, peft-ml]",
     "retrain.steps=4",

@@ -25,7 +25,7 @@ from foretune.adapters.targets import copied_modules, matching_modules
 from foretune.errors import UserError
 from foretune.models.position_tables import table_per_slot
 from foretune.models.recompute import recomputed_on_route
-from foretune.models.unadaptable import unadaptable
+from foretune.models.unadaptable import frozen_reasons, unadaptable
 
 
 class AdapterBank(nn.Module):
@@ -71,6 +71,8 @@ class AdapterBank(nn.Module):
         self.lora = None if lora is None else dict(lora)
         saved = copied_modules(model, heads, (lora or {}).get("modules_to_save") or ())
         self.head_names = (*heads, *saved)
+        for name, reason in frozen_reasons(model, self.head_names).items():
+            raise UserError(f"{name} cannot be copied for each task: {reason}")
         self._fresh = frozenset(heads if fresh_heads else ())
         self._seed = seed
         modules = dict(model.named_modules())

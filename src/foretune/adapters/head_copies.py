@@ -244,9 +244,9 @@ def _stackable_layers(module: nn.Module) -> list[str]:
         for path, layer in layers.items()
         for name, _ in layer.named_parameters(recurse=False)
     ]
-    known = all(_has_stacked_form(layer) for layer in layers.values())
+    all_stackable = all(_has_stacked_form(layer) for layer in layers.values())
     distinct = owned == [name for name, _ in module.named_parameters()]
-    return list(layers) if known and distinct and not batch_norms(module) else []
+    return list(layers) if all_stackable and distinct and not batch_norms(module) else []
 
 
 def _has_stacked_form(layer: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from transformers import Cache
 from foretune.adapters.head_copies import HeadCopies
 from foretune.adapters.layers import LoRALayer, SparseLayer, replaced_by
 from foretune.errors import UserError
-from foretune.models.calls import eval_no_grad, replaced_forward
+from foretune.models.calls import eval_no_grad, replaced_forward, same_values
 from foretune.models.grouped_calls import PackedForward
 from foretune.models.layout import RowSlots
 from foretune.models.nested import Path, tensors_in, with_tensors
@@ -30,7 +30,10 @@ from foretune.models.routing import current_rows, routed, unpacked
 from foretune.models.row_dims import UnknownRowsError
 from foretune.models.unadaptable import read_without_call
 
-ENTRIES = ("get_image_features", "get_text_features")  # what is called besides `forward`
+ENTRIES = (
+    *("get_image_features", "get_text_features"),
+    *("get_context_features", "get_response_features"),
+)  # what is called besides `forward`
 SIZES = (3, 5, 7)  # numbers of rows of a probe: primes, to divide as little else as possible
 
 logger = logging.getLogger("foretune")
@@ -195,13 +198,13 @@ class _Entry:
         heads = [p for p in self.calls.parts.values() if isinstance(p, HeadCopies) and p.inner]
         if heads:
             with contextlib.suppress(UserError):
-                if self._probe_once(args, kwargs, num_rows) is None:
+                if self._try_mixed(args, kwargs, num_rows) is None:
                     return None
-            for head in heads:
+            for head in heads:  # the reason may lie in a head that is run once for all tasks
                 head.inner = {}
-        return self._probe_once(args, kwargs, num_rows)
+        return self._try_mixed(args, kwargs, num_rows)
 
-    def _probe_once(self, args: Any, kwargs: Any, num_rows: int) -> str | None:
+    def _try_mixed(self, args: Any, kwargs: Any, num_rows: int) -> str | None:
         few, many = _probe_sizes(num_rows)
         with self._random_adapters() as stand_ins:
             outputs, shapes = [], []
@@ -319,7 +322,7 @@ class _Entry:
                 places = [i for i, owner in enumerate(owners) if owner == slot]
                 part = _rows(x, dim, len(owners), places)
                 reference = _rows(alone[slot][path], dim, len(owners), [order[i] for i in places])
-                if not _close(part, reference):
+                if not same_values(part, reference):
                     return False
             compared = True
         return compared
@@ -342,7 +345,7 @@ class _Entry:
             y = complete.get(path)
             if dim is None or y is None or y.dim() != x.dim() or not x.is_floating_point():
                 continue
-            if y.shape[dim] % num_rows or not _close(x, _rows(y, dim, num_rows, index), 0.3):
+            if y.shape[dim] % num_rows or not same_values(x, _rows(y, dim, num_rows, index), 0.3):
                 raise self._inseparable("it gives other outputs")
             compared = True
         if not compared:
@@ -440,18 +443,3 @@ def _probe_rows(size: int, probe: int) -> tuple[list[int], list[int]]:
     if probe == 3:
         return order[::-1], _probe_rows(size, 1)[1]
     return order, [(i + 1) >> probe & 1 for i in range(size)]
-
-
-def _close(x: Tensor, y: Tensor, tolerance: float | None = None) -> bool:
-    """Whether two outputs differ by no more than `tolerance` of the largest; None for rounding."""
-    if x.numel() != y.numel():
-        return False
-    if tolerance is None:
-        tolerance = 1e-4 if x.dtype in (torch.float32, torch.float64) else 3e-2
-    x, y = x.flatten().float(), y.flatten().float()
-    finite = torch.isfinite(y)
-    if not torch.equal(torch.isfinite(x), finite):
-        return False
-    if not bool(finite.any()):
-        return True
-    return bool((x - y)[finite].abs().max() <= tolerance * y[finite].abs().max())

@@ -1,20 +1,15 @@
-"""Is one base better than another? Paired differences over tasks and seeds.
+"""Is one base better than another? Paired differences over tasks and repeats.
 
-The unit is the unseen task. A score belongs to one task and one seed, so the design is crossed:
-tasks share seeds and seeds share tasks, and both are random. With T tasks, S seeds and the mean
-squares MS of the two-way layout, the variance of the mean is estimated by
-
-    (MS_tasks + max(MS_seeds − MS_rest, 0)) / (T·S)
-
-and the interval is Student's t with Satterthwaite's degrees of freedom (Biometrics Bulletin 2,
-1946). With few tasks or seeds it is as wide as it has to be; with one seed MS_seeds is unknown, and
-the interval holds for these retrained bases, not for another retraining.
+The unit is the unseen task. A score belongs to one task and one repeat, which has its own seed of
+the retraining; the draws of a repeat are averaged first. Tasks share repeats and repeats share
+tasks, and both are random: `crossed` has the interval and its test. With one repeat the luck of a
+retraining is unknown, and everything is about these retrained bases.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -22,7 +17,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from foretune.evaluation.verdict import CONTROLS, verdict
+from foretune.evaluation.crossed import (
+    Error,
+    Layout,
+    Pair,
+    half_width,
+    p_value,
+    pooled_luck,
+)
+from foretune.evaluation.verdict import CONTROLS, UNTOUCHED, verdict
 from foretune.evaluation.wording import shots_label, shots_order
 
 __all__ = [
@@ -48,12 +51,14 @@ class PairedDifference:
         difference: Mean of a − b over tasks and seeds.
         low: Lower end of the interval.
         high: Upper end of the interval.
-        p_value: Two-sided Wilcoxon signed-rank test of the tasks' mean differences.
+        p_value: Two-sided: the larger of the interval's own p-value, which knows the luck of the
+            repeats, and Wilcoxon's signed-rank test of the tasks' mean differences, which does not
+            rest on normal errors.
         wins: Tasks on which a is above b.
         losses: Tasks on which a is below b.
         ties: Tasks on which they are equal.
         num_tasks: Tasks compared.
-        num_seeds: Seeds compared.
+        num_seeds: Repeats compared, each with its own seed of the retraining.
     """
 
     difference: float
@@ -67,13 +72,16 @@ class PairedDifference:
     num_seeds: int
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -> PairedDifference:
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95, luck: Error | None = None
+) -> PairedDifference:
     """Compares two methods on the same tasks and seeds.
 
     Args:
         a: Scores of one method, (num_tasks, num_seeds).
         b: Scores of the other on the same tasks and seeds, (num_tasks, num_seeds).
         confidence: How often such an interval covers the difference, between 0 and 1.
+        luck: The luck of the repeats as several pairs have it together; None for this pair's own.
 
     Returns:
         The mean difference a − b, its interval, test and wins.
@@ -91,7 +99,10 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -
             f"a and b must hold the same tasks and seeds, got {left.shape} and {right.shape}"
         )
     difference = left - right
-    low, high = _crossed_interval(difference, confidence)
+    layout = Layout.of(difference)
+    errors = layout.errors(luck)
+    half = half_width(errors, confidence)
+    low, high = layout.mean - half, layout.mean + half
     if min(left.min(), right.min()) >= 0 and max(left.max(), right.max()) <= 1:
         low, high = max(low, -1.0), min(high, 1.0)  # such as accuracies, with very few tasks
     # Means of equal scores over seeds can differ in the last bits; such tasks are ties.
@@ -99,10 +110,10 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -
     per_task = difference.mean(axis=1) / scale
     per_task = np.round(per_task / RELATIVE_ZERO) * RELATIVE_ZERO
     return PairedDifference(
-        difference=float(difference.mean()),
+        difference=layout.mean,
         low=low,
         high=high,
-        p_value=signed_rank_test(per_task),
+        p_value=max(signed_rank_test(per_task), p_value(layout.mean, errors)),
         wins=int((per_task > 0).sum()),
         losses=int((per_task < 0).sum()),
         ties=int((per_task == 0).sum()),
@@ -155,10 +166,12 @@ def mean_interval(scores: ArrayLike, *, confidence: float = 0.95) -> tuple[float
         ValueError: The scores are not two-dimensional, empty, or not all finite.
     """
     values = _scores(scores, "scores")
-    low, high = _crossed_interval(values, confidence)
+    layout = Layout.of(values)
+    half = half_width(layout.errors(), confidence)
+    low, high = layout.mean - half, layout.mean + half
     if values.min() >= 0 and values.max() <= 1:
         low, high = max(low, 0.0), min(high, 1.0)
-    return float(values.mean()), low, high
+    return layout.mean, low, high
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -189,10 +202,12 @@ def pairs_and_means(
 
     A pair reads a − b. Controls are on the right (the first control in all its pairs), and two
     bases that are not controls keep their order. Holm's correction covers all pairs at the same
-    number of shots.
+    number of shots. So does the estimate of luck, for pairs of two retrained bases and for pairs
+    with the model as it is apart: the latter's luck is in its adapting alone.
 
     Args:
-        scores_records: The comparison's `scores`: base, task, shots, seed, score.
+        scores_records: The comparison's `scores`: base, task, shots, seed, score, and the number of
+            the `repeat`, whose draws are averaged; without it each seed is a repeat.
         bases: The comparison's `bases`, of which `name` and `method` are read.
         controls: Methods that are controls, the most basic first.
 
@@ -203,27 +218,55 @@ def pairs_and_means(
         ValueError: A base has no score or two scores for a task and seed, is not among `bases`, or
             shares no task and seed with another; the message names the scores.
     """
-    cells = _cells(scores_records, [base["name"] for base in bases])
+    records = list(scores_records)
+    cells = _cells(records, [base["name"] for base in bases])
+    repeats = {row["seed"]: row.get("repeat", row["seed"]) for row in records}
     ordered = _pair_order(bases, controls)
+    untouched = {base["name"] for base in bases if base["method"] == UNTOUCHED}
     pairs: list[dict[str, Any]] = []
     means: list[dict[str, Any]] = []
     for shots in sorted({key[1] for key in cells}, key=shots_order):
         present = [name for name in ordered if (name, shots) in cells]
-        compared_pairs = []
-        for a, b in combinations(present, 2):
-            compared = paired_difference(*_shared(cells, a, b, shots))
-            compared_pairs.append({"a": a, "b": b, "shots": shots, **dataclasses.asdict(compared)})
-        p_holm = holm([pair["p_value"] for pair in compared_pairs])
-        for pair, adjusted in zip(compared_pairs, p_holm, strict=True):
-            pairs.append({**pair, "p_holm": adjusted})
+        tables = {(a, b): _shared(cells, a, b, shots, repeats) for a, b in combinations(present, 2)}
+        compared = compare_pairs(tables, untouched)
+        for (a, b), pair in compared.items():
+            pairs.append({"a": a, "b": b, "shots": shots, **pair})
         for base in bases:
             if (base["name"], shots) in cells:
                 scores = cells[base["name"], shots]
-                matrix = _matrix(scores, *_axes(scores), base["name"], shots)
+                matrix = _matrix(scores, *_axes(scores), base["name"], shots, repeats)
                 mean, low, high = mean_interval(matrix)
                 row = {"base": base["name"], "shots": shots, "mean": mean, "low": low, "high": high}
                 means.append(row)
     return pairs, means
+
+
+def compare_pairs(
+    tables: Mapping[Pair, tuple[Array, Array]], untouched: Collection[str] = ()
+) -> dict[Pair, dict[str, Any]]:
+    """All pairs of one comparison, with the luck of the repeats pooled and Holm's correction.
+
+    Args:
+        tables: (a, b) → scores of a and of b, both (num_tasks, num_repeats).
+        untouched: Names of bases that were not retrained.
+
+    Returns:
+        (a, b) → the fields of `PairedDifference`, and `p_holm`.
+    """
+    layouts = {pair: Layout.of(left - right) for pair, (left, right) in tables.items()}
+    luck: dict[Pair, Error] = {}
+    for number in (0, 1, 2):  # of the two that were not retrained
+        alike = {p: layout for p, layout in layouts.items() if len({*p} & {*untouched}) == number}
+        luck |= pooled_luck(alike)
+    pairs = {
+        pair: dataclasses.asdict(paired_difference(left, right, luck=luck[pair]))
+        for pair, (left, right) in tables.items()
+    }
+    p_holm = holm([pair["p_value"] for pair in pairs.values()])
+    return {
+        names: {**pair, "p_holm": adjusted}
+        for (names, pair), adjusted in zip(pairs.items(), p_holm, strict=True)
+    }
 
 
 Cells = dict[tuple[str, int], float]  # (task, seed) -> score
@@ -237,28 +280,6 @@ def _scores(values: ArrayLike, name: str) -> Array:
         bad = int((~np.isfinite(array)).sum())
         raise ValueError(f"{name} has {bad} scores that are not finite, shape {array.shape}")
     return array
-
-
-def _crossed_interval(values: Array, confidence: float) -> tuple[float, float]:
-    """Interval of the mean of `values` (T, S), rows and columns random.
-
-    Raises:
-        ValueError: `confidence` is out of range.
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    num_tasks, num_seeds = values.shape
-    mean, by_task, by_seed = values.mean(), values.mean(axis=1), values.mean(axis=0)
-    rest = values - by_task[:, None] - by_seed[None, :] + mean
-    df_tasks, df_seeds = num_tasks - 1, num_seeds - 1
-    tasks = num_seeds * ((by_task - mean) ** 2).sum() / max(df_tasks, 1)
-    seeds = num_tasks * ((by_seed - mean) ** 2).sum() / max(df_seeds, 1)
-    seeds = max(seeds - (rest**2).sum() / max(df_tasks * df_seeds, 1), 0.0)
-    if tasks + seeds == 0:
-        return float(mean), float(mean)
-    df = (tasks + seeds) ** 2 / (tasks**2 / max(df_tasks, 1) + seeds**2 / max(df_seeds, 1))
-    half = stats.t.ppf((1 + confidence) / 2, df) * np.sqrt((tasks + seeds) / values.size)
-    return float(mean - half), float(mean + half)
 
 
 def _cells(
@@ -287,7 +308,11 @@ def _axes(cells: Cells) -> tuple[list[str], list[int]]:
 
 
 def _shared(
-    cells: Mapping[tuple[str, int | None], Cells], a: str, b: str, shots: int | None
+    cells: Mapping[tuple[str, int | None], Cells],
+    a: str,
+    b: str,
+    shots: int | None,
+    repeats: Mapping[int, int],
 ) -> tuple[Array, Array]:
     (tasks_a, seeds_a), (tasks_b, seeds_b) = _axes(cells[a, shots]), _axes(cells[b, shots])
     tasks = [task for task in tasks_a if task in set(tasks_b)]
@@ -295,20 +320,39 @@ def _shared(
     if not tasks or not seeds:
         raise ValueError(f"{_place(a, shots)} and base {b!r} share no task and seed")
     return (
-        _matrix(cells[a, shots], tasks, seeds, a, shots),
-        _matrix(cells[b, shots], tasks, seeds, b, shots),
+        _matrix(cells[a, shots], tasks, seeds, a, shots, repeats),
+        _matrix(cells[b, shots], tasks, seeds, b, shots, repeats),
     )
 
 
 def _matrix(
-    cells: Cells, tasks: Sequence[str], seeds: Sequence[int], base: str, shots: int | None
+    cells: Cells,
+    tasks: Sequence[str],
+    seeds: Sequence[int],
+    base: str,
+    shots: int | None,
+    repeats: Mapping[int, int],
 ) -> Array:
+    """Scores (num_tasks, num_repeats), the mean over the draws of each repeat.
+
+    Raises:
+        ValueError: A score is missing.
+    """
     missing = [(task, seed) for task in tasks for seed in seeds if (task, seed) not in cells]
     if missing:
         named = ", ".join(f"task {task!r} seed {seed}" for task, seed in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(f"{_place(base, shots)} has no score for {named}{more}")
-    return np.array([[cells[task, seed] for seed in seeds] for task in tasks], dtype=float)
+    draws: dict[int, list[int]] = {}
+    for seed in seeds:
+        draws.setdefault(repeats[seed], []).append(seed)
+    return np.array(
+        [
+            [np.mean([cells[task, seed] for seed in members]) for members in draws.values()]
+            for task in tasks
+        ],
+        dtype=float,
+    )
 
 
 def _place(base: str, shots: int | None) -> str:

@@ -3,8 +3,8 @@
 The rule, at one number of shots:
 
 - A difference is *clear* when its 95 % interval excludes zero and its Holm-corrected p-value is
-  below 0.05. (The interval covers tasks and seeds; the test guards against picking the luckiest of
-  many pairs, and against too few tasks.)
+  below 0.05. (The interval covers tasks and repeats; the correction guards against picking the
+  luckiest of many pairs, and the signed-rank test in the p-value against too few tasks.)
 - A base is *proven* when it is clearly above every control other than itself: above the model as it
   is and above standard retraining. Without controls, it must beat all other bases.
 - The proven base with the highest mean is taken.
@@ -12,6 +12,10 @@ The rule, at one number of shots:
 - Otherwise the data cannot tell.
 
 Whatever the verdict, it names every base with its difference, losing bases included.
+
+With one repeat, each method is a single checkpoint. Another seed, or another outcome of the
+searches, may rank the methods differently, and by how much the data cannot say. The sentence then
+is about these checkpoints and never about a method.
 """
 
 from __future__ import annotations
@@ -23,8 +27,10 @@ from typing import Any
 
 from foretune.evaluation.wording import AS_IT_IS, Scale, counted, p_text, shots_order, shots_phrase
 
-CONTROLS = ("none", "standard")
+UNTOUCHED = "none"
+CONTROLS = (UNTOUCHED, "standard")
 ALPHA = 0.05
+REPEAT = "another retraining may rank them differently: run with seeds=3"
 
 
 def tasks_needed(num_pairs: int) -> int:
@@ -112,7 +118,8 @@ def verdict(
         shots_unit: "rows" or "rows per class".
 
     Returns:
-        best (the name of a base, or None), shots, sentence.
+        best (the name of a base, or None), shots, sentence, and what it is about: "methods", or
+        "checkpoints" where each method was retrained once.
 
     Raises:
         ValueError: Nothing was measured at `shots`.
@@ -139,6 +146,7 @@ class _Judge:
     ) -> None:
         self.pairs, self.shots, self.scale, self.shots_unit = pairs, shots, scale, shots_unit
         self.num_pairs = sum(pair["shots"] == shots for pair in pairs)
+        self.retrained_once = {p["num_seeds"] for p in pairs if p["shots"] == shots} == {1}
         self.tasks_needed = tasks_needed(max(self.num_pairs, 1))
         rows = {row["base"]: row for row in means if row["shots"] == shots}
         measured = {base["name"]: base for base in bases if base["name"] in rows}
@@ -157,7 +165,8 @@ class _Judge:
     def verdict(self) -> dict[str, Any]:
         """The best base (or None), the number of shots and the sentence."""
         best, sentence = self._decide()
-        return {"best": best, "shots": self.shots, "sentence": sentence}
+        about = "checkpoints" if self.retrained_once else "methods"
+        return {"best": best, "shots": self.shots, "about": about, "sentence": sentence}
 
     def _decide(self) -> tuple[str | None, str]:
         top = self.ranked[0]
@@ -165,12 +174,19 @@ class _Judge:
             return None, self._alone(top)
         for name in self.ranked:
             if name not in self.as_it_is and self._proven(name):
-                return name, f"Take {self.labels[name]}: {self._margins(name)}"
+                start = "Of these checkpoints take" if self.retrained_once else "Take"
+                return name, f"{start} {self._subject(name)}: {self._margins(name)}"
         if top in self.as_it_is:
-            sentence = f"Keep the model as it is: no retraining beats it {self._where(top)}."
+            none = "none of these checkpoints" if self.retrained_once else "no retraining"
+            sentence = f"Keep the model as it is: {none} beats it {self._where(top)}."
             return top, sentence + self._others(top, self.ranked)
-        label = self.labels[top]
-        return None, f"The data cannot tell: {label} has the highest mean, {self._margins(top)}"
+        start = "The data cannot tell: " + "of these checkpoints " * self.retrained_once
+        return None, f"{start}{self._subject(top)} has the highest mean, {self._margins(top)}"
+
+    def _subject(self, name: str) -> str:
+        """A base in the verdict: a method, or the one checkpoint of it that was measured."""
+        of = "the one of " if self.retrained_once and name not in self.as_it_is else ""
+        return f"{of}{self.labels[name]}"
 
     def _rivals(self, name: str) -> list[str]:
         """The bases that `name` has to beat."""
@@ -194,7 +210,7 @@ class _Judge:
             first = not parts
             difference = self.scale.signed(pair.difference, unit=first)
             interval = "95 % interval " * first + self._interval(pair)
-            parts.append(f"{difference} over {self.labels[pair.b]} ({interval})")
+            parts.append(f"{difference} over {self._subject(pair.b)} ({interval})")
         others = [base for base in self.ranked if base not in rivals]
         return f"{' and '.join(parts)}, {self._where(name)}.{self._others(name, others)}"
 
@@ -235,9 +251,7 @@ class _Judge:
         )
         return (
             f"{where}, {counted(tasks, 'unseen task')}{few if tasks < self.tasks_needed else ''}, "
-            f"{counted(repeats, 'repeat')}"
-            + " (the luck of a retraining is not in the intervals)"
-            * (repeats == 1)
+            f"{counted(repeats, 'repeat')}" + f"; {REPEAT}" * self.retrained_once
         )
 
     def _alone(self, name: str) -> str:

@@ -64,6 +64,7 @@ class FromBasis(AdaptMethod):
 
     name: ClassVar[str] = "basis"
     label: ClassVar[str] = "basis"
+    starts_at_base: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_at_least("strength", self.strength, 0)
@@ -71,6 +72,12 @@ class FromBasis(AdaptMethod):
         check_int("rank", self.rank, 0, optional=True)
         check_one_of("start", self.start, ("mean", "nearest"))
         check_positive("learning_rate", self.learning_rate)
+
+    @override
+    def fits(self, model: nn.Module) -> bool:
+        from foretune.adapters.basis_file import basis_of
+
+        return basis_of(model) is not None
 
     @property
     @override

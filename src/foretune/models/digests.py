@@ -1,4 +1,4 @@
-"""Digests of weights; those of a frozen encoder, which copies of a model share, are computed once."""
+"""Digests of weights; that of an encoder that copies of a model share is computed once."""
 
 from __future__ import annotations
 
@@ -45,19 +45,14 @@ def digest(
     return state.hexdigest()
 
 
-def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor, in another dtype if it is of a floating one; None leaves it as it is."""
-    plain = tensor.detach()
-    return plain.to(dtype) if dtype is not None and plain.is_floating_point() else plain
-
-
 def _update(
     state: Any, pairs: Sequence[Named], removed: Sequence[str], dtype: torch.dtype | None
 ) -> None:
     for name, tensor in pairs:
         for part in removed:  # an adapter is the same under any name
             name = f"{name}.".replace(f"{part}.", ".").rstrip(".")
-        value = cast(tensor, dtype)
+        value = tensor.detach()
+        value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
         state.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         state.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
@@ -71,16 +66,16 @@ def _after_encoder(
     leading = pairs[:count]
     key = f"digest {dtype} {removed} {[name for name, _ in leading]}"
     identities = [_identity(tensor) for _, tensor in leading]
-    known = frozen.shared.get(key)
-    if known is None or known[0] != identities:
+    earlier = frozen.shared.get(key)
+    if earlier is None or earlier[0] != identities:
         state = hashlib.blake2b(digest_size=20)
         _update(state, leading, removed, dtype)
         # While these tensors are held, no other one takes their place in memory.
-        known = frozen.shared[key] = identities, state, [t.detach() for _, t in leading]
-    return known[1].copy(), count
+        earlier = frozen.shared[key] = identities, state, [t.detach() for _, t in leading]
+    return earlier[1].copy(), count
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for a tensor that shares its memory with another one, and has not been written since."""
+    """Equal for tensors that share their memory, until one of them is written to."""
     version = -1 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device

@@ -114,8 +114,9 @@ def load_model(
     if tower is not None:
         if trainable_layers is not None:
             raise UserError(
-                f"trainable_layers={trainable_layers} has no meaning beside tower: below a tower the "
-                "whole encoder is frozen, so that each text is computed once; leave one of them out"
+                f"trainable_layers={trainable_layers} has no meaning beside tower: the whole "
+                "encoder below a tower is frozen, so that each text is computed once; leave one of "
+                "them out"
             )
         with quiet(), user_errors(where):
             model, tokenizer = text_tower_on(where, tower, head, num_labels, trusted, seed, dtype)

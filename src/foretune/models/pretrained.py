@@ -19,6 +19,7 @@ from foretune.files import CONFIG_FILE
 from foretune.formats import shortened
 from foretune.models.base_record import check_fingerprint
 from foretune.models.checkpoint import check_files, check_fit, check_numbers
+from foretune.models.digests import text_tower
 from foretune.models.surgery import is_in_head, name_outputs
 from foretune.models.tower_classes import TOWERS
 from foretune.models.trusted_code import HOW
@@ -172,6 +173,8 @@ def build(
         )
     if getattr(model, "peft_config", None):
         raise UserError(f"{where} is an adapter, not a model: give the model it was trained on")
+    if (tower := text_tower(model)) is not None:
+        tower.encoder.requires_grad_(False)  # transformers makes all that it loads trainable
     check_fit(where, model, info, fresh_head=fresh_head)
     if getattr(config, "quantization_config", None) is None and Path(where).is_dir():
         check_numbers(Path(where))

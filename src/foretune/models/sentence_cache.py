@@ -37,7 +37,7 @@ class SentenceCache:
     def __init__(self, tower: TextTower) -> None:
         self.tower = tower
         self._numbers: dict[bytes, int] = {}
-        self._new: list[bytes] = []  # the last texts, which are not embedded yet
+        self._new: dict[int, bytes] = {}  # the ids of texts that were not asked for yet
         self._vectors = torch.empty(0, tower.encoder.config.hidden_size)
 
     def __len__(self) -> int:
@@ -49,33 +49,32 @@ class SentenceCache:
         number = self._numbers.get(key)
         if number is None:
             number = self._numbers[key] = len(self._numbers)
-            self._new.append(key)
+            self._new[number] = key
         return number
 
     def embeddings(self, numbers: np.ndarray) -> Tensor:
         """(n, d) embeddings of the texts with these numbers (n,); new texts are embedded now."""
-        if self._new:
-            self._embed_new()
+        new = [n for n in np.unique(numbers).tolist() if n in self._new] if self._new else []
+        if new:
+            self._embed_new(new)
         return self._vectors.index_select(0, torch.from_numpy(numbers))
 
-    def _embed_new(self) -> None:
-        """Embeds the texts that are not embedded yet."""
-        texts = [np.frombuffer(key, dtype=np.int32) for key in self._new]
+    def _embed_new(self, numbers: Sequence[int]) -> None:
+        """Embeds the texts with these numbers."""
+        if len(self._vectors) < len(self):
+            room = self._vectors.new_empty(2 * len(self), self._vectors.shape[1])
+            room[: len(self._vectors)] = self._vectors
+            self._vectors = room
+        texts = {n: np.frombuffer(self._new[n], dtype=np.int32) for n in numbers}
         by_length: dict[int, list[int]] = {}
-        for i, ids in enumerate(texts):
-            by_length.setdefault(self._padded(len(ids)), []).append(i)
-        vectors = torch.empty(len(texts), self._vectors.shape[1])
+        for number, ids in texts.items():
+            by_length.setdefault(self._padded(len(ids)), []).append(number)
         for length, places in sorted(by_length.items()):
             for start in range(0, len(places), ROWS):
                 part = places[start : start + ROWS]
-                vectors[part] = self._embed([texts[i] for i in part], length)
-        first = len(self._numbers) - len(texts)
-        if len(self._vectors) < len(self._numbers):
-            room = self._vectors.new_empty(2 * len(self._numbers), self._vectors.shape[1])
-            room[:first] = self._vectors[:first]
-            self._vectors = room
-        self._vectors[first : first + len(texts)] = vectors
-        self._new = []
+                self._vectors[part] = self._embed([texts[n] for n in part], length)
+                for number in part:
+                    del self._new[number]
 
     def _padded(self, length: int) -> int:
         """The length that a text is padded to; depends on its own length only."""

@@ -1,12 +1,13 @@
 """Small networks ("towers") on the embeddings of a frozen encoder, or on arrays.
 
-This file is copied into the folder of every model that is saved, so that transformers loads it
-without foretune (`trust_remote_code=True`); it therefore imports nothing but torch and transformers.
+This file is copied into the folder of each model that is saved, so that transformers loads it
+without foretune (`trust_remote_code=True`): it imports nothing else than torch and transformers.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,11 +73,11 @@ class _Tower(PreTrainedModel):
     """
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
+        if getattr(module, "starts_at_zero", False):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+        elif isinstance(module, nn.Linear):
             module.reset_parameters()
-        if isinstance(module, ResidualLayer):
-            nn.init.zeros_(module.out.weight)
-            nn.init.zeros_(module.out.bias)
 
 
 class TextTower(_Tower):
@@ -277,6 +278,7 @@ class ResidualLayer(nn.Module):
         super().__init__()
         self.hidden = nn.Linear(size, width)
         self.out = nn.Linear(width, size)
+        self.out.starts_at_zero = True  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, size) → (n, size)."""
@@ -288,7 +290,7 @@ def hidden_layers(size: int, widths: Sequence[int]) -> nn.Sequential:
     """Linear layers of these widths, each followed by GELU."""
     sizes = [size, *widths]
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.GELU()]
     return nn.Sequential(*layers)
 

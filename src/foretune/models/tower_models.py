@@ -82,7 +82,10 @@ def text_tower_on(
     encoder = build(AutoModel, where, config, trusted, seed, dtype, fresh_head=False)
     tokenizer = load_tokenizer(where, trusted)
     _check_encoder(where, encoder, tokenizer)
-    fields = {"encoder": encoder.config.to_dict(), "widths": sizes}
+    described = encoder.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):  # of the folder that it was read from
+        described.pop(name, None)
+    fields = {"encoder": described, "widths": sizes}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if head == "none":

@@ -7,7 +7,7 @@ read a layer's weight without calling it; routers return tuples.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from foretune.models.calls import dummy_rows, eval_no_grad, forward_of
+from foretune.models.digests import text_tower
 from foretune.models.nested import tensors_in
 from foretune.models.routing import routed
 
@@ -44,7 +45,18 @@ def unadaptable(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, 
             inputs = dummy_rows(model)
             read |= read_without_call(model, layers, lambda: model(**inputs))
     message = "the model reads its weight without calling it"
-    return reasons | {name: message for name in layers if name in read}
+    reasons |= {name: message for name in layers if name in read}
+    return reasons | frozen_reasons(model, layers)
+
+
+def frozen_reasons(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Name → reason, of those of these modules that lie in the frozen encoder of a tower."""
+    tower = text_tower(model)
+    if tower is None:
+        return {}
+    inside = {id(module) for module in tower.encoder.modules()}
+    message = "the encoder below a tower is frozen, and each text goes through it once"
+    return {name: message for name in names if id(model.get_submodule(name)) in inside}
 
 
 def _fits(module: nn.Module) -> bool | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
+from foretune.errors import UserError
 from foretune.run import Run
 from foretune.tasks.sources import Source
 
@@ -73,10 +74,12 @@ def _default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 class ModelBlock(Block):
-    """The input model: a `name`, or a Python `file` that builds one.
+    """The input model: a `name`, a Python `file` that builds one, or a `tower` on arrays.
 
     Args:
         name: "minilm", a local Hugging Face folder, or a hub id.
+        tower: Widths of the hidden layers of a small new network. With `name` it reads the
+            embeddings of texts by that model, which is frozen; without, the arrays of the rows.
         file: A Python file with a function that returns an `nn.Module`.
         factory: The name of that function.
         args: Its keyword arguments.
@@ -85,6 +88,7 @@ class ModelBlock(Block):
     """
 
     name: str | None = None
+    tower: list[Annotated[int, Field(ge=1, le=65536)]] | None = Field(default=None, min_length=1)
     file: str | None = None
     factory: str = "build"
     args: dict[str, Any] = Field(default_factory=dict)
@@ -93,11 +97,47 @@ class ModelBlock(Block):
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelBlock:
-        if (self.name is None) == (self.file is None):
-            raise ValueError("needs either name (minilm, a folder, a hub id) or file (a .py file)")
+        if self.file is not None and self.tower is not None:
+            raise ValueError(
+                "may have tower or file, not both: a file's own layers are what is trained"
+            )
+        if (self.name is None and self.tower is None) == (self.file is None):
+            raise ValueError(
+                "needs either name (minilm, a folder, a hub id) or file (a .py file), or for "
+                "arrays a tower such as [64, 64]"
+            )
+        if self.tower is not None and self.trainable_layers is not None:
+            raise ValueError(
+                "may have tower or trainable_layers, not both: below a tower the whole encoder is "
+                "frozen, so that each text is computed once"
+            )
         if self.file is None and self.args:
             raise ValueError("may have args only beside file")
         return self
+
+    def __str__(self) -> str:
+        origin = self.name or self.file
+        if self.tower is None:
+            return str(origin)
+        widths = ", ".join(map(str, self.tower))
+        return f"a tower of {widths} on {origin or 'the arrays'}"
+
+    def check_serves(self, objective: Block) -> None:
+        """Checks that a tower serves the objective.
+
+        Raises:
+            UserError: It does not.
+        """
+        kind, scoring = (getattr(objective, name, None) for name in ("kind", "scoring"))
+        if self.tower is None or kind == "classification" or scoring == "bi-encoder":
+            return
+        if kind == "regression" and self.name is None:
+            return
+        shown = kind if scoring is None else f"{kind} with scoring {scoring}"
+        raise UserError(
+            "tower serves classification, choice with scoring bi-encoder, and regression of arrays "
+            f"(without name); for {shown} leave it out"
+        )
 
 
 @with_fields_of(Source, renamed={"turn": "rotate"})  # which turn it is depends on the repeat

@@ -22,7 +22,7 @@ def merge_repeats(repeats: Sequence[dict[str, Any]], turns: int = 1) -> dict[str
     draws = 1 + max(score["seed"] for score in first["scores"])
     scores = [
         # The draws of each repeat are numbered from 0; an offset keeps repeats apart.
-        {**score, "seed": number // turns * draws + score["seed"]}
+        {**score, "repeat": number // turns, "seed": number // turns * draws + score["seed"]}
         for number, repeat in enumerate(repeats)
         for score in repeat["scores"]
     ]

@@ -10,14 +10,16 @@ from foretune.errors import UserError, did_you_mean
 from foretune.recipes.yaml_io import parse_yaml
 
 EXCLUSIVE = {
-    "retrain.learning_rate": "retrain.learning_rates",
-    "retrain.learning_rates": "retrain.learning_rate",
-    "adapt.learning_rate": "adapt.learning_rates",
-    "adapt.learning_rates": "adapt.learning_rate",
-    "learning_rate": "learning_rates",
-    "learning_rates": "learning_rate",
-    "model.name": "model.file",
-    "model.file": "model.name",
+    "retrain.learning_rate": ["retrain.learning_rates"],
+    "retrain.learning_rates": ["retrain.learning_rate"],
+    "adapt.learning_rate": ["adapt.learning_rates"],
+    "adapt.learning_rates": ["adapt.learning_rate"],
+    "learning_rate": ["learning_rates"],
+    "learning_rates": ["learning_rate"],
+    "model.name": ["model.file"],
+    "model.file": ["model.name", "model.tower"],
+    "model.tower": ["model.trainable_layers"],
+    "model.trainable_layers": ["model.tower"],
 }
 
 
@@ -107,10 +109,10 @@ def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[st
     for override in overrides:
         setting = Setting.parse(override)
         block = _set(changed, setting)
-        # A key on the command line replaces the recipe's key that it excludes.
-        excluded = EXCLUSIVE.get(setting.key, "")
-        if excluded not in override_keys(overrides):
-            block.pop(excluded.rpartition(".")[2], None)
+        # A key on the command line replaces those of the recipe that it excludes.
+        for excluded in EXCLUSIVE.get(setting.key, []):
+            if excluded not in override_keys(overrides):
+                block.pop(excluded.rpartition(".")[2], None)
     return changed
 
 

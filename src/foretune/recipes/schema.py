@@ -327,6 +327,7 @@ def _check(recipe: Recipe, where: str) -> None:
     """
     checks: dict[str, Callable[[], object]] = {
         "": lambda: _check_methods(recipe),
+        "model.": lambda: recipe.model.check_serves(recipe.objective),
         "retrain.": lambda: check_int("steps", recipe.retrain_run().steps, 1),
         "adapt.": recipe.adapt_run,
         "tasks.": recipe.source,

@@ -107,7 +107,7 @@ def set_up(recipe: Recipe, console: Console, turn: int = 0) -> Setup:
     objective = make_objective(recipe.objective.kind, None, **recipe.objective_fields())
     fitted = objective.fit(seen)
     model, tokenizer = load(recipe, fitted, seen)
-    console.say(f"model: {recipe.model.name or recipe.model.file}")
+    console.say(f"model: {recipe.model}")
     check_tokenizer(recipe.model.name or recipe.model.file, tokenizer, fitted, seen)
     seen = seen.with_objective(with_tokenizer(fitted, tokenizer))
     if recipe.model.file is not None:
@@ -177,10 +177,23 @@ def held_out_names(recipe: Recipe, seen: TaskCollection, repeat: int) -> list[st
 
 
 def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, Any]:
-    """(model, tokenizer) of a recipe; the tokenizer is None for a model from `model.file`."""
+    """(model, tokenizer) of a recipe; the tokenizer is None for a model of arrays.
+
+    Raises:
+        UserError: The model cannot be loaded, or a tower does not read such rows.
+    """
     from foretune.models import loading, surgery
 
     block = recipe.model
+    if block.tower is not None:
+        row = _first_row(tasks)
+        if block.name is None:
+            return _array_tower(block.tower, row, objective), None
+        if "x" in row and "text" not in row:
+            raise UserError(
+                f"the rows are arrays (x), which {block.name} does not read: for a tower on the "
+                "arrays themselves leave model.name out"
+            )
     if block.file is not None:
         import torch
 
@@ -198,8 +211,32 @@ def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, An
         num_labels=objective.num_outputs(),
         labels=objective.shared().space or (),
         trainable_layers=block.trainable_layers,
+        tower=block.tower,
         trust_remote_code=block.trust_remote_code,
     )
+
+
+def _array_tower(widths: list[int], row: Any, objective: Any) -> Any:
+    """A tower that reads the arrays of such rows.
+
+    Raises:
+        UserError: They are texts.
+    """
+    import numpy as np
+
+    from foretune.models.tower_models import array_tower
+
+    if "x" not in row:
+        raise UserError(
+            f"model.tower without model.name reads arrays (x); the rows have {', '.join(row)}: "
+            "add the name of an encoder, such as minilm"
+        )
+    outputs = objective.num_outputs() or np.size(row["y"])
+    return array_tower(np.size(row["x"]), widths, outputs)
+
+
+def _first_row(tasks: TaskCollection) -> Any:
+    return next(row for task in tasks for split in SPLITS for row in task.split(split))
 
 
 def _check_forward(model: Any, tasks: TaskCollection) -> None:
@@ -232,8 +269,7 @@ def _check_forward(model: Any, tasks: TaskCollection) -> None:
 def head_of(objective: Any, tasks: TaskCollection) -> Any:
     """The head that `load_model` should add for these tasks."""
     if objective.kind == "classification":
-        row = next(row for task in tasks for split in SPLITS for row in task.split(split))
-        return "classification" if "text" in row else "image-classification"
+        return "classification" if "text" in _first_row(tasks) else "image-classification"
     return objective.head
 
 

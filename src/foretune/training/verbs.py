@@ -21,8 +21,8 @@ from foretune.models.surgery import name_outputs
 from foretune.processes import base_is_sharded
 from foretune.run import Run
 from foretune.tasks.task import Objective, TaskCollection
-from foretune.training.adapting import Adaptation, adapt_in, check_path
 from foretune.training.adapt_plan import AdaptPlan, plan_of
+from foretune.training.adapting import Adaptation, adapt_in, check_path
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import TaskData, sampler_for
 from foretune.training.held_out import HeldOut, best_mean
@@ -124,6 +124,7 @@ def _retrain_in(
     data = TaskData.of(tasks, objective, TextLimits.of(model, objective))
     share = method.interpolate
     pretrained, model = model, fresh_copy(model, objective, run.seed)
+    set_basis(model, None)  # that of the input describes other adapters
     model.foretune_adapting = None  # type: ignore[assignment]  # that of another base
     check_model(group, model)
     check_layers(group, model)
@@ -317,7 +318,7 @@ def _train(
         progress=progress,
         partition=partition,
     )
-    adapters = 0 if learner.bank is None else learner.bank.parameters_per_slot * len(data)
+    adapters = 0 if learner.bank is None else learner.parameters_per_task * len(data)
     cost = {key: record[key] for key in ("tokens", "examples", "validation_tokens")}
     cost["trainable_parameters"] = adapters + sum(p.numel() for p in learner.base)
     return {"history": record["history"], "validation_score": record["best_score"], "cost": cost}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from foretune.evaluation.report import svg
 from foretune.evaluation.report.svg import Ink
@@ -107,3 +107,18 @@ def value_axis(
         parts.append(svg.line(left, at, right, at, ink.line))
         parts.append(svg.text(label, left - 8, at + 4, ink.muted, anchor="end", size=12))
     return "".join(parts), left
+
+
+def legend(entries: Sequence[tuple[str, Style]], width: int, ink: Ink) -> tuple[str, float]:
+    """Line samples with their labels in as many rows as needed: (markup, height)."""
+    parts, x, y = [], 0.0, 14.0
+    for name, style in entries:
+        label = svg.shorten(name, width - 50)
+        needed = 44 + svg.text_width(label) + 14
+        if x > 0 and x + needed > width:
+            x, y = 0.0, y + 22
+        parts.append(svg.polyline([(x + 1, y - 4), (x + 35, y - 4)], style.color, dash=style.dash))
+        parts.append(svg.marker(style.marker, x + 18, y - 4, style.color, style.fill))
+        parts.append(svg.text(label, x + 43, y, ink.text))
+        x += needed
+    return "".join(parts), y + 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from foretune.evaluation.report.curve_figure import retraining_curves
 from foretune.evaluation.report.difference_figures import forest, task_differences
 from foretune.evaluation.report.figure import Figure
 from foretune.evaluation.report.line_figures import (
@@ -22,6 +23,8 @@ def all_figures(view: View, width: int, ink: Ink) -> dict[str, Figure]:
     focus = view.focus()
     if focus is not None:
         figures["task-differences"] = task_differences(view, focus, width, ink)
+    if view.retraining_curves():
+        figures["retraining-curves"] = retraining_curves(view, width, ink)
     if view.rank_scores():
         figures["spectrum-scores"] = spectrum_scores(view, width, ink)
     if view.singular_values():

@@ -6,7 +6,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from foretune.evaluation.report import svg
-from foretune.evaluation.report.figure import NARROW, Figure, Style, styles, value_axis
+from foretune.evaluation.report.figure import (
+    NARROW,
+    Figure,
+    Style,
+    legend,
+    styles,
+    value_axis,
+)
 from foretune.evaluation.report.svg import Ink
 from foretune.evaluation.report.view import Mean, View
 from foretune.evaluation.statistics import mean_interval
@@ -124,7 +131,7 @@ def _line_chart(
     dodge: float = 7.0,
 ) -> Figure:
     """Lines over evenly spaced columns, with intervals, a legend above and labelled axes."""
-    legend, top = _legend(series, width, ink)
+    head, top = legend([(line.label, line.style) for line in series], width, ink)
     top += 34.0
     bottom = top + (300.0 if width >= NARROW else 230.0)
     right = width - 10.0
@@ -132,7 +139,7 @@ def _line_chart(
     y = svg.linear(domain, (bottom, top))
     grid, left = value_axis(domain, y, right, factor, ink)
     step = (right - left) / len(columns)
-    parts = [legend, svg.text(y_title, 0, top - 14, ink.muted, size=12), grid]
+    parts = [head, svg.text(y_title, 0, top - 14, ink.muted, size=12), grid]
     for index, label in enumerate(columns):
         x = left + step * (index + 0.5)
         parts.append(svg.text(label, x, bottom + 18, ink.muted, anchor="middle", size=12))
@@ -166,22 +173,3 @@ def _draw_line(
     through = svg.polyline([(x, y(m.mean)) for x, m in places], style.color, dash=style.dash)
     dots = [svg.marker(style.marker, x, y(m.mean), style.color, style.fill) for x, m in places]
     return "".join([*bars, through, *dots])
-
-
-def _legend(series: Sequence[Series], width: int, ink: Ink) -> tuple[str, float]:
-    """Line samples with their labels in as many rows as needed: (markup, height)."""
-    parts, x, y = [], 0.0, 14.0
-    for line in series:
-        label = svg.shorten(line.label, width - 50)
-        needed = 44 + svg.text_width(label) + 14
-        if x > 0 and x + needed > width:
-            x, y = 0.0, y + 22
-        parts.append(
-            svg.polyline([(x + 1, y - 4), (x + 35, y - 4)], line.style.color, dash=line.style.dash)
-        )
-        parts.append(
-            svg.marker(line.style.marker, x + 18, y - 4, line.style.color, line.style.fill)
-        )
-        parts.append(svg.text(label, x + 43, y, ink.text))
-        x += needed
-    return "".join(parts), y + 8

@@ -11,14 +11,16 @@ import jinja2
 from markupsafe import Markup
 
 from foretune.claims import claim_file
+from foretune.evaluation.report.choices import adapting, choices, searches
 from foretune.evaluation.report.figure import NARROW, Figure
 from foretune.evaluation.report.figures import all_figures, forest_name
+from foretune.evaluation.report.intro import compared, facts
+from foretune.evaluation.report.snippet import load_lines
 from foretune.evaluation.report.svg import DARK, LIGHT, PAGE, Ink
 from foretune.evaluation.report.view import View
 from foretune.evaluation.verdict import Contrast
-from foretune.evaluation.wording import choice_sentences, counted, p_text, shots_phrase
+from foretune.evaluation.wording import Scale, choice_sentences, counted, p_text, shots_phrase
 from foretune.files import REPORT_FILE, write_whole
-from foretune.models.loading_code import loading_code
 from foretune.printable import printable
 
 WIDE_PX, NARROW_PX = 720, 340  # The page shows the one that fits, so that text stays readable.
@@ -36,7 +38,7 @@ def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
     """
     view = View(comparison)
     folder = Path(folder)
-    texts = {REPORT_FILE: _page(view)}  # all of them before the first is written
+    texts = {REPORT_FILE: _page(view, folder)}  # all of them before the first is written
     for name, figure in all_figures(view, WIDE_PX, LIGHT).items():
         texts[f"figures/{name}.svg"] = figure.standalone(LIGHT)
     for name in texts:
@@ -46,7 +48,7 @@ def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
     return folder / REPORT_FILE
 
 
-def _page(view: View) -> str:
+def _page(view: View, folder: Path) -> str:
     here = resources.files("foretune.evaluation.report")
     environment = jinja2.Environment(
         autoescape=True,
@@ -64,17 +66,20 @@ def _page(view: View) -> str:
         style=Markup(_variables("light", LIGHT) + _variables("dark", DARK) + style),
         headline=headline if not rest else f"{headline}.",
         rest=rest,
-        facts=_facts(view),
+        compared=compared(view),
+        facts=facts(view),
+        conflict=_conflict(view),
         figures=_inline_figures(view),
         means=_means_table(view),
         differences=_differences(view),
         tasks=_tasks(view),
         costs=[_costs(base) for base in view.bases],
         rank_costs=_rank_costs(view),
-        searches=_searches(view),
-        choices=_choices(view),
+        adapting=adapting(view),
+        searches=searches(view),
+        choices=choices(view),
         took=choice_sentences(view.bases),
-        load=_load(view),
+        load=_load(view, folder),
         recipe=comparison.get("recipe") or "",
         view=view,
         created=comparison.get("created", ""),
@@ -104,27 +109,6 @@ def _inline_figures(view: View) -> dict[str, Markup]:
 
 def _markup(figure: Figure, key: str) -> Markup:
     return Markup(figure.inline(key))  # The figures escape what they write.
-
-
-def _facts(view: View) -> str:
-    """One line that says what was measured."""
-    comparison = view.comparison
-    adapt, collection = comparison["adapt"], comparison.get("collection") or {}
-    parts = []
-    if "num_seen" in collection:
-        seen = counted(collection["num_seen"], "seen task")
-        parts.append(f"retrained on {seen}, {collection.get('rows_seen', 0):,} rows")
-    if "num_unseen" in collection:
-        turns = f" in each of {collection['turns']} turns" if "turns" in collection else ""
-        parts.append(f"measured on {counted(collection['num_unseen'], 'unseen task')}{turns}")
-    repeats = {row["seed"] for row in comparison["scores"]}
-    steps = f" for {counted(adapt['steps'], 'step')}" if adapt.get("steps") else ""
-    how = f"with {adapt['method']}{steps}"
-    if "methods" in adapt:  # each base in its own way
-        how = f"as was best on held-out tasks, in at most {counted(adapt['steps'], 'step')}"
-    parts.append(f"each adapted {how}, {counted(len(repeats), 'repeat')}")
-    text = "; ".join([*parts, *view.rows_drawn()])
-    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _means_table(view: View) -> dict[str, Any]:
@@ -174,10 +158,23 @@ def _difference_row(view: View, pair: Contrast) -> dict[str, Any]:
 
 
 def _tasks(view: View) -> dict[str, Any] | None:
+    """The focus task by task: its scores beside those of the controls, and its difference."""
     focus = view.focus()
     if focus is None:
         return None
-    differences = view.task_differences(focus.a, focus.b, view.judged)
+    names = [focus.a, *(name for name in reversed(view.controls) if name != focus.a)]
+    if focus.b not in names:
+        names.append(focus.b)
+    scores = {name: view.task_means(name, view.judged) for name in names}
+    level, signed = view.scale.level, view.scale.signed
+    rows = [
+        (
+            task,
+            [level(scores[name][task]) if task in scores[name] else "–" for name in names],
+            signed(value),
+        )
+        for task, value in view.task_differences(focus.a, focus.b, view.judged)
+    ]
     return {
         "a": view.labels[focus.a],
         "b": view.rival(focus.b),
@@ -185,8 +182,38 @@ def _tasks(view: View) -> dict[str, Any] | None:
         "wins": focus.wins,
         "losses": focus.losses,
         "ties": focus.ties,
-        "rows": [(task, view.scale.signed(value)) for task, value in differences],
+        "columns": [view.labels[name] for name in names],
+        "rows": rows,
     }
+
+
+def _conflict(view: View) -> dict[str, Any] | None:
+    """The steps of the measured conflict at each number of shots, and what it advises."""
+    conflict = view.comparison.get("conflict")
+    if not conflict:
+        return None
+    scale = Scale(conflict["metric"])
+    measured = conflict["by_shots"]
+    steps = dict.fromkeys(step for row in measured for step in row["scores"])
+    gain, low, high = conflict["expected_gain"]
+    return {
+        "axis": scale.axis,
+        "columns": [view.shots_label(row["shots"]) for row in measured],
+        "rows": [
+            (step, [_interval_cell(scale, row["scores"].get(step)) for row in measured])
+            for step in steps
+        ],
+        "gain": f"{scale.signed(gain, unit=True)} ({scale.interval(low, high)})",
+        "advice": conflict["advice"],
+        "rank": conflict["rank"],
+    }
+
+
+def _interval_cell(scale: Scale, values: Sequence[float] | None) -> tuple[str, str] | None:
+    if values is None:
+        return None
+    mean, low, high = (scale.level(value) for value in values)
+    return mean, f"{low} to {high}"
 
 
 def _costs(base: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,53 +273,8 @@ def _large(number: float) -> str:
     return f"{number:g}"
 
 
-def _searches(view: View) -> list[dict[str, Any]]:
-    """One entry per search that tried several rates: base, stage, rates and their scores."""
-    searches = []
-    for base in view.bases:
-        for stage, verb in (("retrain", "retraining"), ("adapt", "adapting")):
-            record = base.get(stage) or {}
-            tried = record.get("searched") or []
-            if tried:
-                chosen = record.get("learning_rate")
-                rows = [_tried(view, trial, chosen) for trial in tried]
-                searches.append({"label": base["label"], "stage": verb, "rows": rows})
-    return searches
-
-
-def _choices(view: View) -> list[dict[str, Any]]:
-    """What `auto` tried in each repeat: candidates, rounds, scores, lead of the chosen one."""
-    tables = []
-    for base in view.bases:
-        for number, choice in enumerate(base.get("choices") or []):
-            above = {row["over"]: row for row in choice["above"]}
-            rows = []
-            ranked = sorted(choice["scores"].items(), key=lambda s: (s[1] is None, -(s[1] or 0)))
-            for name, score in ranked:
-                row = above.get(name)
-                level = "failed" if score is None else view.scale.level(score)
-                ahead = ""
-                if row is not None:
-                    interval = view.scale.interval(row["low"], row["high"])
-                    ahead = f"{view.scale.signed(row['difference'])} ({interval})"
-                chosen = name == choice["chosen"]
-                rows.append((name, choice["rounds"][name], level, ahead, chosen))
-            tables.append({"label": base["label"], "seed": number, "rows": rows})
-    return tables
-
-
-def _tried(view: View, trial: Mapping[str, Any], chosen: float | None) -> tuple[str, str, bool]:
-    score = trial.get("score")
-    written = "failed" if score is None else view.scale.level(score)
-    return f"{trial['learning_rate']:g}", written, trial["learning_rate"] == chosen
-
-
-def _load(view: View) -> list[tuple[str, str, Sequence[str]]]:
+def _load(view: View, folder: Path) -> list[tuple[str, str, Sequence[str]]]:
     """(label, path, code) of every base that was saved to disk, the recommended one first."""
     saved = [base for base in view.bases if base.get("path")]
     saved.sort(key=lambda base: base["name"] != view.best)
-    return [(base["label"], base["path"], _code(base)) for base in saved]
-
-
-def _code(base: Mapping[str, Any]) -> list[str]:
-    return loading_code(base["model_class"], str(base["path"]), "adapters/TASK", base["num_labels"])
+    return [(base["label"], base["path"], load_lines(base, folder)) for base in saved]

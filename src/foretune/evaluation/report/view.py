@@ -105,15 +105,20 @@ class View:
 
     def task_differences(self, a: str, b: str, shots: int | None) -> list[tuple[str, float]]:
         """(task, mean of a − b over the seeds of both), in descending order."""
-        cells: dict[str, dict[tuple[str, int], float]] = {a: {}, b: {}}
-        for row in self.comparison["scores"]:
-            if row["base"] in cells and row["shots"] == shots:
-                cells[row["base"]][row["task"], row["seed"]] = row["score"]
-        by_task: dict[str, list[float]] = defaultdict(list)
-        for key in cells[a].keys() & cells[b].keys():
-            by_task[key[0]].append(cells[a][key] - cells[b][key])
-        differences = [(task, sum(values) / len(values)) for task, values in by_task.items()]
-        return sorted(differences, key=lambda item: (-item[1], item[0]))
+        left, right = self._cells(a, shots), self._cells(b, shots)
+        by_task = _by_task({key: left[key] - right[key] for key in left.keys() & right.keys()})
+        return sorted(by_task.items(), key=lambda item: (-item[1], item[0]))
+
+    def task_means(self, name: str, shots: int | None) -> dict[str, float]:
+        """The mean score of a base on each task."""
+        return _by_task(self._cells(name, shots))
+
+    def _cells(self, name: str, shots: int | None) -> dict[tuple[str, int], float]:
+        return {
+            (row["task"], row["seed"]): row["score"]
+            for row in self.comparison["scores"]
+            if row["base"] == name and row["shots"] == shots
+        }
 
     def rank_scores(self) -> dict[tuple[str, int], list[float]]:
         """The scores of the tasks in the spectrum by (base, rank)."""
@@ -122,6 +127,24 @@ class View:
             scores[row["base"], row["rank"]].append(row["score"])
         return dict(scores)
 
+    def retraining_curves(self) -> dict[str, list[list[tuple[int, float]]]]:
+        """[(step, held-out score), …] of each repeat by base; of bases with at least two steps."""
+        curves: dict[str, list[list[tuple[int, float]]]] = {}
+        for base in self.bases:
+            record = base.get("retrain") or {}
+            histories = record.get("curves") or [record.get("curve") or []]
+            scored = [
+                [
+                    (row["step"], row["adapted_score"])
+                    for row in history
+                    if row.get("adapted_score") is not None
+                ]
+                for history in histories
+            ]
+            if any(len(curve) > 1 for curve in scored):
+                curves[base["name"]] = [curve for curve in scored if curve]
+        return curves
+
     def singular_values(self) -> dict[str, list[float]]:
         """Singular values by base relative to the largest, averaged over modules and tasks."""
         curves: dict[str, list[Sequence[float]]] = defaultdict(list)
@@ -129,6 +152,14 @@ class View:
             if row["values"] and row["values"][0] > 0:
                 curves[row["base"]].append([value / row["values"][0] for value in row["values"]])
         return {base: _ragged_mean(members) for base, members in curves.items()}
+
+
+def _by_task(cells: Mapping[tuple[str, int], float]) -> dict[str, float]:
+    """The means over the seeds of {(task, seed): value}."""
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for (task, _), value in sorted(cells.items()):
+        by_task[task].append(value)
+    return {task: sum(values) / len(values) for task, values in by_task.items()}
 
 
 def _ragged_mean(curves: Sequence[Sequence[float]]) -> list[float]:

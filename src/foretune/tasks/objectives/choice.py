@@ -15,17 +15,20 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.models.routing import route
+from foretune.models.sentence_cache import SentenceCache, sentence_cache
+from foretune.models.tower import DualTower
 from foretune.run import check_at_least, check_int, check_one_of, check_positive
 from foretune.tasks.batch import Batch
 from foretune.tasks.drawn_rows import DrawnRows
 from foretune.tasks.example import SPLITS, DrawnExample, row_name
 from foretune.tasks.objectives import text
 from foretune.tasks.objectives.accuracy import accuracies
+from foretune.tasks.objectives.embedded_choice import collate_embedded, embedded_scores
 from foretune.tasks.objectives.shared_context import log_likelihoods, shared_rows
 from foretune.tasks.rows import check_repeats
 from foretune.tasks.task import Objective, Task, TaskCollection
@@ -57,6 +60,7 @@ class Choice(Objective):
         train_candidates: Number of candidates in training: the right one and a fresh draw of the
             others; None keeps all.
         guess: Expected score of a random guess, learnt by `fit`.
+        sentences: The embeddings of texts where the model has a frozen encoder, learnt by `bind`.
     """
 
     tokenizer: Any = field(default=None, repr=False, compare=False)
@@ -68,6 +72,9 @@ class Choice(Objective):
     context_turns: int | None = None
     train_candidates: int | None = None
     guess: float | None = field(default=None, metadata={"learnt": True})
+    sentences: SentenceCache | None = field(
+        default=None, repr=False, compare=False, metadata={"learnt": True}
+    )
 
     kind: ClassVar[str] = "choice"
     metric: ClassVar[str] = "accuracy"
@@ -107,6 +114,26 @@ class Choice(Objective):
         return dataclasses.replace(self, guess=total / num_examples)
 
     @override
+    def bind(self, model: nn.Module) -> Self:
+        """The form that embeds texts only once, where the model has a frozen encoder.
+
+        Raises:
+            UserError: The model has one, and compares no contexts and responses.
+        """
+        sentences = sentence_cache(model)
+        if sentences is not None and not isinstance(model, DualTower):
+            raise UserError(
+                f"a choice needs a tower for contexts and one for responses, got "
+                f'{type(model).__name__}: load_model(name, head="none", tower=[512])'
+            )
+        if sentences is not None and self.scoring != "bi-encoder":
+            raise UserError(
+                f"towers compare contexts and responses (scoring bi-encoder); for {self.scoring} "
+                "load the model without tower"
+            )
+        return dataclasses.replace(self, sentences=sentences)
+
+    @override
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
         turns = example["context"]
         if not isinstance(turns, str):
@@ -118,6 +145,9 @@ class Choice(Objective):
         encoded |= self._encode_texts(context, candidates, where)
         if not isinstance(example, DrawnExample):
             self._check_distinct(encoded["candidates"], example["candidates"], where)
+        if self.sentences is not None:
+            texts = [encoded["context"], *encoded["candidates"]]
+            encoded["texts"] = np.array([self.sentences.number_of(ids) for ids in texts])
         return encoded
 
     def _encode_texts(
@@ -198,7 +228,10 @@ class Choice(Objective):
         drawn = rng.choice(others, self.train_candidates - 1, replace=False).tolist()
         indices = sorted([row["answer"], *drawn])
         candidates = [row["candidates"][i] for i in indices]
-        return {**row, "candidates": candidates, "answer": indices.index(row["answer"])}
+        sampled = {**row, "candidates": candidates, "answer": indices.index(row["answer"])}
+        if "texts" in row:
+            sampled["texts"] = row["texts"][[0, *(i + 1 for i in indices)]]
+        return sampled
 
     @override
     def token_ids(
@@ -210,12 +243,16 @@ class Choice(Objective):
 
     @override
     def size(self, row: Mapping[str, Any]) -> int:
+        if "texts" in row:
+            return len(row["texts"])
         return len(row.get("context", ())) + sum(map(len, row["candidates"]))
 
     @override
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         if self.scoring == "causal":
             return self._collate_causal(rows, slots)
+        if self.sentences is not None:
+            return collate_embedded(rows, slots, self.sentences)
         width = max(len(row["candidates"]) for row in rows)
         index = np.zeros((len(rows), width), dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=bool)
@@ -318,6 +355,8 @@ class Choice(Objective):
             return self._pair_logits(model, batch)[..., 1]
         if self.scoring == "causal":
             return log_likelihoods(model, inputs, batch.extra["text_slots"])[inputs["index"]]
+        if "contexts" in inputs:
+            return embedded_scores(model, batch)
         with route(batch.extra["text_slots"]):
             texts = embed(model, inputs["text_ids"], inputs["text_mask"])
         contexts = texts.index_select(0, inputs["context_index"])
@@ -348,7 +387,7 @@ class Choice(Objective):
     @override
     def to_dict(self) -> dict[str, Any]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del fields["tokenizer"]
+        del fields["tokenizer"], fields["sentences"]
         return {"kind": self.kind, **fields}
 
 

@@ -55,7 +55,9 @@ class Classification(Objective):
         default_factory=dict, repr=False, hash=False, metadata=LEARNT
     )
     space: tuple[Label, ...] | None = field(default=None, repr=False, metadata=LEARNT)
-    sentences: SentenceCache | None = field(default=None, repr=False, compare=False)
+    sentences: SentenceCache | None = field(
+        default=None, repr=False, compare=False, metadata=LEARNT
+    )
 
     kind: ClassVar[str] = "classification"
     metric: ClassVar[str] = "accuracy"
@@ -144,9 +146,9 @@ class Classification(Objective):
     def bind(self, model: nn.Module) -> Self:
         """The form whose ids are the outputs of the model's head, and that embeds texts only once.
 
-        The ids are the outputs if the head's outputs are named (`head_labels`), and each label of each task is
-        among the names, as text. Otherwise nothing changes: the head has learnt other labels, or
-        nobody knows which.
+        The ids are the outputs if these are named (`head_labels`), and each label of each task is
+        among the names, as text. Otherwise they stay: the head has learnt other labels, or nobody
+        knows which.
 
         Raises:
             UserError: The model is one of transformers and has no classification head.

@@ -1,0 +1,70 @@
+"""The lines of a report that load a base run as they stand, in the folder of the report."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+
+import pytest
+
+import foretune
+import tiny_models
+from foretune import PEFTML, Classification, Full, LoRA, Run, Task, TaskCollection
+from foretune.evaluation.report import write_report
+
+WORDS = ["the", "cat", "dog", "house"]
+STEPS = Run(steps=2, batch_size=4, device="cpu")
+
+
+def collection(*names: str, labels: str = "xyz") -> TaskCollection:
+    rows = {
+        name: [{"text": f"{name} {word}", "label": label} for word in WORDS for label in labels]
+        for name in names
+    }
+    tasks = [Task(name, train=r, validation=r[:2], test=r[2:]) for name, r in rows.items()]
+    return TaskCollection(tasks, Classification(tiny_models.tokenizer()))
+
+
+def loading_code(page: Path) -> str:
+    block = re.search("Load the result.*?<pre[^>]*><code>(.*?)</code>", page.read_text(), re.S)
+    assert block is not None
+    return html.unescape(block[1])
+
+
+@pytest.mark.parametrize("adapt", [LoRA(lora={"r": 2}), Full()], ids=["lora", "full"])
+@pytest.mark.parametrize("labels", ["xyz", "vwxyz"])
+def test_lines_load_base_adapter_tokenizer_and_labels(adapt, labels, tmp_path, monkeypatch, capsys):
+    base = foretune.retrain(
+        tiny_models.bert(num_labels=3),
+        collection("a", "b"),
+        PEFTML(lora={"r": 2}),
+        STEPS.replace(out=tmp_path / "bases" / "one"),
+        tokenizer=tiny_models.tokenizer(),
+    )
+    unseen = collection("new task", labels=labels)
+    comparison = foretune.compare(
+        {"peft-ml": base}, unseen, adapt=adapt, run=STEPS, shots=(1,), keep=tmp_path / "adapters"
+    ).to_dict()
+    monkeypatch.chdir(tmp_path.parent)  # the path of the base is relative to where one works
+    comparison["bases"][0]["path"] = str(Path(tmp_path.name) / "bases/one/base")
+    code = loading_code(write_report(comparison, tmp_path))
+    monkeypatch.chdir(tmp_path)
+    exec(code, variables := {})
+    assert variables["labels"] == list(labels)
+    assert capsys.readouterr().out.strip() in {*labels}
+    assert ("model" in variables) == (adapt.name == "lora")
+
+
+def test_lines_name_the_folders_of_a_run_that_are_no_longer_there(tmp_path):
+    comparison = foretune.compare(
+        {"base": tiny_models.bert(num_labels=3)},
+        collection("new"),
+        adapt=LoRA(lora={"r": 2}),
+        run=STEPS,
+        shots=(1,),
+    ).to_dict()
+    comparison["bases"][0]["path"] = "bases/base/seed-0/base"
+    code = loading_code(write_report(comparison, tmp_path))
+    assert 'from_pretrained("bases/base/seed-0/base"' in code
+    assert 'from_pretrained(base, "adapters/base/TASK")' in code
