@@ -14,7 +14,8 @@ from foretune.evaluation.conflict import Conflict
 from foretune.recipes.adapting import candidates_of, held_out_of
 from foretune.recipes.conflict import recipe_conflict
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.schema import MethodEntry, Recipe, adapt_record, takes_rate
+from foretune.recipes.entries import MethodEntry, adapt_record, takes_rate
+from foretune.recipes.schema import Recipe
 from foretune.recipes.setup import Setup, set_up
 from foretune.tasks.leakage import Leak, SharedInputs, find_overlaps
 from foretune.tasks.summary import describe
