@@ -25,6 +25,7 @@ _PUBLIC = {
     "Forecast": "foretune.forecasting.objective",
     "ForecastMAE": "foretune.forecasting.model",
     "ForecastMAEConfig": "foretune.forecasting.config",
+    "FactorisedHeads": "foretune.methods.factorised_heads",
     "ForecastPEFT": "foretune.forecasting.forecast_peft",
     "ForetuneError": "foretune.errors",
     "Frequency": "foretune.pruning.frequency",

@@ -25,6 +25,7 @@ from foretune.fusion.task_arithmetic import TaskArithmetic as TaskArithmetic
 from foretune.fusion.ties import TIES as TIES
 from foretune.methods.auto import Auto as Auto
 from foretune.methods.basis import FromBasis as FromBasis
+from foretune.methods.factorised_heads import FactorisedHeads as FactorisedHeads
 from foretune.methods.fd_align import FDAlign as FDAlign
 from foretune.methods.fomaml import FOMAML as FOMAML
 from foretune.methods.full import Full as Full

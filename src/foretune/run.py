@@ -49,9 +49,9 @@ class Run:
             rest in the backward pass: less memory, a third more time, the same result.
         tasks_per_wave: Unseen tasks that are adapted at the same time; None for as many as fit,
             with gradients and optimiser state, into half of the free memory.
-        patience: An unseen task stops adapting after this many validations in a row without a
-            better score on its validation examples, and keeps its best state; a task without
-            validation examples does not stop. None: no task stops early.
+        patience: A retraining ends after this many validations in a row without a better score.
+            An unseen task stops adapting likewise, by its validation examples, and keeps its best
+            state; a task without validation examples does not stop. None: all take all steps.
         out: Folder for checkpoints and results; None keeps everything in memory.
         resume: Continue from the newest checkpoint in `out` if there is one.
         overwrite: Empty `out` first if it is not empty.

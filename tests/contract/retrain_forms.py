@@ -17,6 +17,7 @@ FORMS = [
     PEFT_ML_BOTH,
     PEFT_ML_SPARSE,
     ("peft-ml", {**PEFT_ML, "penalty": 0.1}),
+    ("factorised-heads", {**FAST, "adapter_learning_rate": 0.03, "num_factors": 3}),
     ("peft-ml", {**PEFT_ML, "adapter_dropout": 0.5}),
     ("peft-ml", {**PEFT_ML, "restart_every": 3}),
     ("peft-ml", {**PEFT_ML, "interpolate": 0.5}),

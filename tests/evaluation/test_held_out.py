@@ -9,13 +9,24 @@ from foretune.evaluation.held_out import build_search_tasks
 from linear_tasks import family
 
 
-@pytest.mark.parametrize(("shots", "halved"), [((4, 12), True), ((4, 13), False), ((None,), False)])
-def test_half_of_the_training_rows_are_scored_where_the_rest_is_enough(shots, halved):
+@pytest.mark.parametrize(
+    ("shots", "scored"), [((4, 12), 12), ((4, None), 12), ((None,), 12), ((13,), 7), ((23,), 0)]
+)
+def test_as_many_training_rows_are_scored_as_the_shots_leave(shots, scored):
     tasks = family(2, rows=24, validation=8, test=8)
     for task in build_search_tasks(tasks, shots, 0):
-        assert (len(task.train), len(task.validation)) == ((12, 20) if halved else (24, 8))
+        assert (len(task.train), len(task.validation)) == (24 - scored, 8 + scored)
         remaining = {row["x"].tobytes() for part in (task.train, task.validation) for row in part}
         assert remaining.isdisjoint(row["x"].tobytes() for row in tasks[task.name].test)
+
+
+def test_no_label_is_lost_where_all_rows_are_adapted_on():
+    rows = [{"x": [float(i)], "label": "rare" if i == 3 else "common"} for i in range(20)]
+    tasks = [foretune.Task(f"t{i}", rows, rows[:2]) for i in range(8)]
+    collection = foretune.TaskCollection(tuple(tasks), foretune.Classification())
+    for task in build_search_tasks(collection, (None,), 0):
+        assert {row["label"] for row in task.train} == {"rare", "common"}
+        assert len(task.train) < 20 or len(task.validation) == 2
 
 
 def test_groups_of_rows_are_not_cut_in_two():

@@ -99,6 +99,7 @@ def retrain(
         else {key: bank.slot_state(slot) for slot, key in enumerate(bank.keys)},
         "history": result.history,
         "score": result.validation_score,
+        "basis": None if result.basis is None else [*result.basis.explained, result.basis.in_span],
         "cost": {k: result.cost[k] for k in ("tokens", "examples", "trainable_parameters")},
     }
 
@@ -153,6 +154,9 @@ PEFT = foretune.PEFTML(learning_rate=0.02, adapter_learning_rate=0.05, lora=LORA
 SLOW = foretune.PEFTML(learning_rate=0.002, adapter_learning_rate=0.005, lora=LORA)
 HEADS = replace(PEFT, form="last-layer")
 POOLED = foretune.Standard(learning_rate=0.02)
+FACTORISED = foretune.FactorisedHeads(
+    learning_rate=0.02, adapter_learning_rate=0.05, num_factors=2, penalty=0.1
+)
 PULLED = replace(PEFT, form="both", penalty=0.1, penalty_towards="mean")
 WILD = foretune.Standard(learning_rate=0.2)
 LORA_ADAPT = foretune.LoRA(learning_rate=0.05, lora=LORA)
@@ -176,6 +180,7 @@ RETRAINED: Cases = {
     "pooled": lambda _: retrain(POOLED),
     "pooled-chunks": lambda _: retrain(POOLED, token_budget=2, tasks_per_step=1),
     "towards-mean": lambda _: retrain(PULLED),
+    "factorised": lambda _: retrain(FACTORISED),
     "reptile": lambda _: retrain(REPTILE),
     "reptile-adapter": lambda _: retrain(replace(REPTILE, inner="adapter")),
     "fomaml": lambda _: retrain(FOMAML),

@@ -26,7 +26,7 @@ BY_TASK = ("joint", "one-a-step", "two-a-step", "chunks", "last-layer", "clipped
 BY_TASK += ("one-task", "choice", "llama")
 BY_ROW = ("pooled", "pooled-chunks", "pooled-choice", "best-in-memory", "best-on-disk")
 OTHERS = ("towards-mean", "reptile", "reptile-adapter", "fomaml", "fomaml-adapter", "none")
-OTHERS += ("held-out", "held-out-last-layer", "held-out-none")
+OTHERS += ("factorised", "held-out", "held-out-last-layer", "held-out-none")
 SHARDED = ("", "-one-task", "-one-a-step", "-pooled", "-heads", "-best", "-on-disk", "-llama")
 SHARDED = tuple(f"sharded{name}" for name in (*SHARDED, "-gpt2", "-choice"))
 ADAPTED = ("adapt", "adapt-waves", "adapt-shots", "adapt-patience", "adapt-full", "adapt-path")
@@ -75,6 +75,7 @@ def same_retraining(
         assert rank["score"] == pytest.approx(expected["score"], abs=1e-5)
         steps = [{k: pytest.approx(v, abs=1e-5) for k, v in e.items()} for e in expected["history"]]
         assert rank["history"] == steps
+        assert rank["basis"] == pytest.approx(expected["basis"], abs=1e-2)
     adapters = {key: state for rank in ranks for key, state in rank["adapters"].items()}
     assert sum(len(rank["adapters"]) for rank in ranks) == len(adapters)
     assert adapters.keys() == expected["adapters"].keys()

@@ -175,15 +175,14 @@ def _strength(record: Any) -> tuple[float, ...]:
 def validation_method(methods: Sequence[AdaptMethod], retrain: RetrainMethod) -> AdaptMethod:
     """The candidate by which a base is validated while it is retrained: one that costs little.
 
-    It is the middle one of the plain method's: of the heads for a base whose tasks differ in the
-    last layer, else of the LoRA adapters; of the other, or of all, where there are none.
+    It is the middle one of the plain method's: of the heads for a base whose tasks differ in their
+    heads alone, else of the LoRA adapters; of the other, or of all, where there are none.
 
     Args:
         methods: The candidates, the simplest first.
         retrain: The retraining method.
     """
-    last_layer = getattr(retrain, "form", None) == "last-layer"
-    names = ("head", "lora") if last_layer else ("lora", "head")
+    names = ("head", "lora") if retrain.only_heads else ("lora", "head")
     for name in names:
         plain = [method for method in methods if method.name == name]
         if plain:

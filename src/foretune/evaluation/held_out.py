@@ -19,6 +19,7 @@ from foretune.tasks.task import Task, TaskCollection
 from foretune.training import verbs
 from foretune.training.shots import draw_shots
 
+SHARES = (0.5, 0.3, 0.15)  # of a held-out task's training examples, to be scored
 ADAPTATIONS = 6  # at least so many per score and number of shots: a single draw is too noisy
 
 
@@ -30,31 +31,38 @@ def build_search_tasks(
 ) -> TaskCollection:
     """Copies of held-out seen tasks with many validation examples to score on.
 
-    No base that is scored on them was retrained on them, so half of their training examples move
-    to the validation split, unless the other half would be too small for a draw of `shots`.
+    No base that is scored on them was retrained on them, so a part of their training examples moves
+    to the validation split: the largest of `SHARES` that leaves enough for a draw of `shots`. All
+    examples are then all that are left: few scored examples are noise in every choice, and fewer
+    training examples only make it for tasks that are somewhat smaller.
 
     Args:
         tasks: Seen tasks, held out of every retraining that is scored on them.
         shots: Numbers of training examples that bases are adapted on; None for all.
-        seed: Random seed of the halves.
+        seed: Random seed of the parts.
         group_column: Column with the group of an example; a group is not split.
 
     Raises:
         UserError: No task has validation examples.
     """
+    finite = [k for k in shots if k is not None] or [1]  # one of each class, at least
     search_tasks = []
     for task in tasks:
         unsplit = Task(task.name, task.train, task.validation)
-        half = carve(
-            Task(task.name, task.train),
-            validation=0,
-            test=0.5,
-            seed=seed,
-            group_column=group_column,
-        )
-        halved = Task(task.name, half.train, join([half.test, task.validation]))
-        enough = all(_num_drawn(tasks, halved, k) == _num_drawn(tasks, unsplit, k) for k in shots)
-        search_tasks.append(halved if enough else unsplit)
+        split = unsplit
+        for share in SHARES:
+            parts = carve(
+                Task(task.name, task.train),
+                validation=0,
+                test=share,
+                seed=seed,
+                group_column=group_column,
+            )
+            split = Task(task.name, parts.train, join([parts.test, task.validation]))
+            if all(_num_drawn(tasks, split, k) == _num_drawn(tasks, unsplit, k) for k in finite):
+                break
+            split = unsplit
+        search_tasks.append(split)
     return usable(dataclasses.replace(tasks, tasks=tuple(search_tasks)))
 
 

@@ -14,6 +14,7 @@ METHODS = {
     "none": "foretune.methods.none:NoRetraining",
     "standard": "foretune.methods.standard:Standard",
     "peft-ml": "foretune.methods.peft_ml:PEFTML",
+    "factorised-heads": "foretune.methods.factorised_heads:FactorisedHeads",
     "reptile": "foretune.methods.reptile:Reptile",
     "fomaml": "foretune.methods.fomaml:FOMAML",
     "auto": "foretune.methods.auto:Auto",

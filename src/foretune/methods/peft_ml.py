@@ -152,6 +152,11 @@ class PEFTML(RetrainMethod):
         """Whether the adapters fit the saved base; sparse ones have no file format."""
         return self.form != "sparse" and self.interpolate == 1 and not self.average
 
+    @property
+    @override
+    def only_heads(self) -> bool:
+        return self.form == "last-layer"
+
     @override
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run

@@ -44,6 +44,11 @@ class RetrainMethod(Method, Protocol):
         return False
 
     @property
+    def only_heads(self) -> bool:
+        """Whether the seen tasks differ in their heads alone."""
+        return False
+
+    @property
     def interpolate(self) -> float:
         """Weight of the retrained weights in the interpolation with the pretrained ones."""
         return 1.0

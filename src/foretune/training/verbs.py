@@ -318,7 +318,7 @@ def _train(
         progress=progress,
         partition=partition,
     )
-    adapters = 0 if learner.bank is None else learner.bank.parameters_per_slot * len(data)
+    adapters = 0 if learner.bank is None else learner.parameters_per_task * len(data)
     cost = {key: record[key] for key in ("tokens", "examples", "validation_tokens")}
     cost["trainable_parameters"] = adapters + sum(p.numel() for p in learner.base)
     return {"history": record["history"], "validation_score": record["best_score"], "cost": cost}
