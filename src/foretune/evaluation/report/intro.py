@@ -75,7 +75,7 @@ def _model(block: Mapping[str, Any]) -> str:
     """The model of a recipe in words; empty where the recipe names none."""
     name = block.get("name") or block.get("file")
     tower = block.get("tower")
-    widths = f"a network of {' and '.join(map(str, tower))} units" if tower else ""
+    widths = f"a network of {listed([str(width) for width in tower])} units" if tower else ""
     if not isinstance(name, str):
         return widths
     shown = PurePath(name).name
