@@ -309,5 +309,5 @@ def finish(out: Path, comparison: dict[str, Any]) -> None:
 
     write_json(out / COMPARISON_FILE, comparison)
     write_report(comparison, out)
-    write_whole(out / CARD_FILE, model_card(comparison))
+    write_whole(out / CARD_FILE, model_card(comparison, out))
     write_run_record(out)
