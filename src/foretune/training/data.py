@@ -165,7 +165,7 @@ class TaskData:
         """
         picks = sorted(picks, key=lambda pick: pick[0])
         rows: list[Mapping[str, Any]] = [self.row(slot, split, i) for slot, i in picks]
-        if train:
+        if train and type(self.objective).sample is not Objective.sample:
             rngs = {
                 slot: np.random.default_rng([*seed, stable_hash(self.slots[slot].key)])
                 for slot in {slot for slot, _ in picks}

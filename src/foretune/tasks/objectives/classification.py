@@ -252,8 +252,9 @@ class Classification(Objective):
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         width = self.num_outputs() or 1 + max(max(row["valid"]) for row in rows)
         valid = np.zeros((len(rows), width), dtype=bool)
-        for i, row in enumerate(rows):
-            valid[i, row["valid"]] = True
+        counts = [len(row["valid"]) for row in rows]
+        outputs = [k for row in rows for k in row["valid"]]
+        valid[np.repeat(np.arange(len(rows)), counts), outputs] = True
         inputs = {
             "valid": torch.from_numpy(valid),
             "label": torch.tensor([row["label"] for row in rows]),
