@@ -13,7 +13,7 @@ from foretune.errors import UserError
 from foretune.methods import make
 from foretune.run import Run
 from foretune.tasks.task import Task, TaskCollection
-from foretune.training.held_out import HeldOut, best_mean
+from foretune.training.held_out import HeldOut, best_scores
 from linear_tasks import Net, equal_bits, family
 
 RUN = Run(steps=12, eval_every=4, batch_size=4, device="cpu", seed=1)
@@ -41,7 +41,8 @@ def adapted_score(base, held, run, objective=None) -> float:
     """What a validation scores, as one adaptation."""
     tasks = held.tasks if objective is None else held.tasks.with_objective(objective)
     how = {"shots": held.shots, "split": "validation", "score_at": held.score_at}
-    return best_mean(foretune.adapt(base, tasks, held.method, held.run_in(run), **how).path)
+    scores = best_scores(foretune.adapt(base, tasks, held.method, held.run_in(run), **how).path)
+    return sum(scores.values()) / len(scores)
 
 
 @pytest.mark.parametrize(("name", "fields"), named(FORMS))
@@ -79,11 +80,15 @@ def test_validating_does_not_disturb_the_training():
     assert equal_bits(validated.bank.state_dict(), plain.bank.state_dict())
 
 
-def test_the_best_state_is_returned_and_patience_ends_the_retraining():
+def test_the_last_state_level_with_the_best_is_returned_and_patience_ends_the_retraining():
     outcome = retrain(WILD, **CONSTANT)
     scores = {entry["step"]: entry["adapted_score"] for entry in outcome.history}
     best = max(scores, key=scores.__getitem__)
-    assert best < 60 and outcome.validation_score == scores[best]
+    returned = next(s for s, score in scores.items() if score == outcome.validation_score)
+    assert best < 60 and best <= returned
+    assert outcome.validation_score == sum(outcome.held_out_scores.values()) / 3
+    base_score = adapted_score(outcome.model, held_out(), RUN.replace(**CONSTANT))
+    assert base_score == outcome.validation_score
     stopped = retrain(WILD, **CONSTANT, patience=3)
     assert stopped.history[-1]["step"] < 60
     assert stopped.history == outcome.history[: len(stopped.history)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -33,6 +33,7 @@ class Trial(TypedDict):
     learning_rate: float | None
     fields: dict[str, Any]
     score: float | None
+    by_task: NotRequired[dict[str, float] | None]
 
 
 def best_trial(
@@ -70,9 +71,9 @@ def best_trial(
         run = setup.recipe.retrain_run(seed=seed, out=folder / f"{TRIAL}{number}", resume=True)
         if steps is not None and steps < all_steps:
             run = run.replace(steps=steps, out=None, resume=False)
-        score = _score(setup, entry, settings[number], run, console)
+        scores = _scores(setup, entry, settings[number], run, console)
         rate, fields = _rate_and_fields(settings[number])
-        trials.append({"learning_rate": rate, "fields": fields, "score": score})
+        trials.append({"learning_rate": rate, "fields": fields, **scores})
         write_json(path, trials)
     best = _best(trials)
     if best is None:
@@ -111,15 +112,15 @@ def retrain(
     return outcome
 
 
-def _score(
+def _scores(
     setup: Setup, entry: MethodEntry, settings: dict[str, Any], run: Run, console: Console
-) -> float | None:
+) -> dict[str, Any]:
     try:
-        score: float | None = retrain(setup, entry, settings, run, console).validation_score
+        outcome = retrain(setup, entry, settings, run, console)
     except DivergedError as error:
         console.say(f"{entry.name_with(settings)}: {error}")
-        return None
-    return score
+        return {"score": None, "by_task": None}
+    return {"score": outcome.validation_score, "by_task": outcome.held_out_scores}
 
 
 def _rate_and_fields(settings: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
@@ -128,9 +129,27 @@ def _rate_and_fields(settings: dict[str, Any]) -> tuple[float | None, dict[str, 
 
 
 def _best(trials: list[dict[str, Any]]) -> int | None:
-    """Number of the trial with the highest score, the first of several; None if all diverged."""
-    scores = {i: trial["score"] for i, trial in enumerate(trials) if trial["score"] is not None}
-    return max(scores, key=scores.__getitem__, default=None)
+    """Number of the trial to take; None if all diverged.
+
+    A later trial takes the place of an earlier one only if it is better by more than one standard
+    error of their difference over the held-out tasks: what is not told apart is decided by the
+    order of the recipe, not by luck.
+    """
+    from foretune.training.held_out import is_level
+
+    best: int | None = None
+    for number, trial in enumerate(trials):
+        if trial["score"] is None:
+            continue
+        if best is not None:
+            current = trials[best]
+            by_task, current_by_task = trial.get("by_task"), current.get("by_task")
+            if trial["score"] <= current["score"]:
+                continue
+            if by_task and current_by_task and is_level(current_by_task, by_task):
+                continue
+        best = number
+    return best
 
 
 def _remove_all_but(folder: Path, *numbers: int | None) -> None:

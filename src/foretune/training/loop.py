@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from foretune.errors import DivergedError, UserError
 from foretune.run import Run
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import Sampler, TaskData, episodes
+from foretune.training.held_out import is_level
 from foretune.training.learners.joint import Learner
 from foretune.training.process_group import Partition
 from foretune.training.record import counted
@@ -23,6 +24,7 @@ from foretune.training.sharding import local_tensor, unsharded
 from foretune.training.stopping import EarlyStopping
 
 Progress = Callable[[int, int, dict[str, Any]], None]  # (update, num_updates, latest figures)
+AdaptedScores = Callable[[], dict[str, float] | None]  # held-out task → score
 
 
 def fit(
@@ -32,13 +34,17 @@ def fit(
     run: Run,
     *,
     validate: bool = True,
-    adapted_score: Callable[[], float | None] | None = None,
+    adapted_scores: AdaptedScores | None = None,
     stopping: EarlyStopping | None = None,
     progress: Progress | None = None,
     partition: Partition | None = None,
     at_step: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Trains the learner and leaves it in its best validated state.
+
+    With held-out tasks it is the last state that is level with the best: not below it by more than
+    one standard error of their difference over these tasks. A search for the highest of ten means
+    would pick by luck a base that has hardly been trained.
 
     A learner that averages its base ends with the mean instead, and takes all steps.
 
@@ -48,9 +54,10 @@ def fit(
         sampler: Draws the examples of each of the `run.steps` batches.
         run: Budget, random seed, folder.
         validate: Select the final state by validation; False takes the last.
-        adapted_score: How well the base as it stands adapts to held-out tasks, None if adapting
-            diverged; it is validated by this score instead of the validation examples, also before
-            the first update. Called while neither bank nor caches are attached to the model.
+        adapted_scores: How well the base as it stands adapts to held-out tasks, by task; None if
+            adapting diverged. The training is validated by their mean instead of the validation
+            examples, also before the first update. Called while neither bank nor caches are
+            attached to the model.
         stopping: Stops slots, each by its own validation examples.
         progress: Called after every update.
         partition: This process's part of the training; None for all of it.
@@ -58,8 +65,10 @@ def fit(
 
     Returns:
         "history": one dict per validation (step, loss, and score or adapted_score); "best_step",
-        "best_score": None without a score; "tokens", "examples": totals of the training;
-        "validation_tokens": those of backward passes in validations, which adapt.
+        "best_score" of the state that is taken: None without a score; "peak": the validation with
+        the highest score (step, score and, of held-out tasks, by_task); "by_task": the scores of
+        held-out tasks in the state that is taken, else None; "tokens", "examples": totals of the
+        training; "validation_tokens": those of backward passes in validations, which adapt.
 
     Raises:
         DivergedError: A loss is not finite; names the step and task. The checkpoints stay.
@@ -79,6 +88,8 @@ def fit(
         "history": [],
         "best_step": None,
         "best_score": None,
+        "peak": None,
+        "by_task": None,
         "tokens": 0,
         "examples": 0,
         "validation_tokens": 0,
@@ -88,11 +99,11 @@ def fit(
     losses: list[float] = []
     with contextlib.ExitStack() as ready:
         validation = _Validation(
-            learner, partition, run, store, record, ready, adapted_score if validate else None
+            learner, partition, run, store, record, ready, adapted_scores if validate else None
         )
         learner.model.train()
         ready.enter_context(learner.ready())
-        if validation.adapted_score is not None and not record["history"]:
+        if validation.adapted_scores is not None and not record["history"]:
             validation.keep([], validate)
         if at_step is not None and record["step"] == 0:
             at_step(0)
@@ -139,8 +150,10 @@ def fit(
                 )
         if learner.average:
             learner.take_mean()
-            mean = validation.score() if validate else None
-            record |= {"best_step": num_updates, "best_score": mean}
+            of_mean = validation.scores() if validate else {}
+            mean = sum(of_mean.values()) / len(of_mean) if of_mean else None
+            by_task = dict(of_mean) if of_mean and validation.adapted_scores is not None else None
+            record |= {"best_step": num_updates, "best_score": mean, "by_task": by_task}
     if stopping is not None:
         stopping.restore()
     if record["best_step"] not in (None, num_updates):
@@ -162,7 +175,7 @@ class _Validation:
         store: The checkpoints.
         record: The record of the training, which it updates.
         ready: What is attached to the model; closed while a copy adapts.
-        adapted_score: As in `fit`.
+        adapted_scores: As in `fit`.
     """
 
     learner: Learner
@@ -171,7 +184,7 @@ class _Validation:
     store: CheckpointStore
     record: dict[str, Any]
     ready: contextlib.ExitStack
-    adapted_score: Callable[[], float | None] | None
+    adapted_scores: AdaptedScores | None
 
     def keep(self, losses: Sequence[float], validate: bool) -> None:
         """Validates, adds to the history, and keeps a checkpoint."""
@@ -180,36 +193,47 @@ class _Validation:
         entry: dict[str, Any] = {"step": record["step"]}
         if losses:
             entry["loss"] = sum(losses) / len(losses)
-        score = self.score() if validate else None
-        if score is not None:
-            entry["score" if self.adapted_score is None else "adapted_score"] = score
-            if record["best_score"] is None or score > record["best_score"]:
-                record |= {"best_step": record["step"], "best_score": score}
+        scores = self.scores() if validate else {}
+        if scores:
+            score = sum(scores.values()) / len(scores)
+            entry["score" if self.adapted_scores is None else "adapted_score"] = score
+            self._select(score, scores)
         record["history"].append(entry)
         if run.out is not None or record["best_step"] == record["step"]:
             state = self.learner.state(optimizers=run.out is not None)
             self.store.save(record["step"], state, record)
 
-    def score(self) -> float | None:
-        """The score of the current state; None without anything to score."""
+    def scores(self) -> Mapping[Any, float]:
+        """The scores of the current state by slot or held-out task; none without any to score."""
         with counted() as spent:
-            if self.adapted_score is None:
-                scores = _scores(self.learner, self.partition, self.run, self.record["step"])
-                score = sum(scores.values()) / len(scores) if scores else None
+            if self.adapted_scores is None:
+                scores: Mapping[Any, float] = _scores(
+                    self.learner, self.partition, self.run, self.record["step"]
+                )
             else:
                 self.ready.close()
-                score = self.adapted_score()
+                scores = self.adapted_scores() or {}
                 self.ready.enter_context(self.learner.ready())
         group = self.partition.group
         self.record["validation_tokens"] += int(group.sum(torch.tensor(spent["tokens"])))
-        return score
+        return scores
+
+    def _select(self, score: float, scores: Mapping[Any, float]) -> None:
+        """Takes the current state if it has the highest score or, after adapting, is level."""
+        record, by_task = self.record, None if self.adapted_scores is None else dict(scores)
+        peak = record["peak"]
+        if peak is None or score > peak["score"]:
+            record["peak"] = {"step": record["step"], "score": score, "by_task": by_task}
+        elif by_task is None or not is_level(by_task, peak["by_task"]):
+            return
+        record |= {"best_step": record["step"], "best_score": score, "by_task": by_task}
 
 
 def _is_over(record: dict[str, Any], run: Run, learner: Learner) -> bool:
     """Whether `run.patience` validations in a row have not improved on the best."""
-    if not run.patience or record["best_step"] is None or learner.average:
+    if not run.patience or record["peak"] is None or learner.average:
         return False
-    since = [entry for entry in record["history"] if entry["step"] > record["best_step"]]
+    since = [entry for entry in record["history"] if entry["step"] > record["peak"]["step"]]
     return len(since) >= run.patience
 
 

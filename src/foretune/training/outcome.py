@@ -56,7 +56,8 @@ class Outcome:
         tokenizer: Saved beside the base.
         history: One dict per validation.
         validation_score: The best mean score on the validation examples of the seen tasks; None
-            without such examples.
+            without such examples. With held-out tasks, the mean of `held_out_scores`.
+        held_out_scores: Score of each held-out task after a short adaptation to it; None without.
         cost: seconds, cpu_seconds, peak_memory_mb, tokens, examples, validation_tokens,
             trainable_parameters.
         tasks: Names of the seen tasks.
@@ -75,6 +76,7 @@ class Outcome:
     tokenizer: Any = None
     history: list[dict[str, Any]] = field(default_factory=list)
     validation_score: float | None = None
+    held_out_scores: dict[str, float] | None = None
     cost: dict[str, Any] = field(default_factory=dict)
     tasks: Sequence[str] = ()
     choice: dict[str, Any] | None = None
@@ -122,6 +124,7 @@ class Outcome:
             "objective": self.objective.to_dict(),
             "tasks": list(self.tasks),
             "validation_score": self.validation_score,
+            "held_out_scores": self.held_out_scores,
             "cost": self.cost,
             "environment": environment(),
             **({} if self.choice is None else {"choice": self.choice}),

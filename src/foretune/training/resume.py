@@ -47,6 +47,7 @@ class RunRecord(TypedDict, total=False):
     rows: dict[str, str]
     config: dict[str, Any]
     validation_score: float | None
+    held_out_scores: dict[str, float] | None
     cost: dict[str, Any]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from foretune.training.adapt_plan import AdaptPlan, plan_of
 from foretune.training.adapting import Adaptation, adapt_in, check_path
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import TaskData, sampler_for
-from foretune.training.held_out import HeldOut, best_mean
+from foretune.training.held_out import HeldOut, best_scores
 from foretune.training.learners.joint import Learner
-from foretune.training.loop import Progress, check_device, fit
+from foretune.training.loop import AdaptedScores, Progress, check_device, fit
 from foretune.training.methods import AdaptMethod, RetrainMethod
 from foretune.training.model_copies import (
     answers,
@@ -138,16 +138,16 @@ def _retrain_in(
         torch.manual_seed(run.seed)
         learner: Learner | None = method.learner(model, objective, partition.local_data.keys, run)
         if finished is None:
-            adapted_score = None
+            adapted_scores = None
             if held_out is not None:
                 held_out_rows = held_out.with_rows(run.eval_rows, objective_of(tasks).fit(tasks))
 
-                def adapted_score() -> float | None:
+                def adapted_scores() -> dict[str, float] | None:
                     base = copy.deepcopy(model)
                     _settle(base, pretrained, learner, method, objective)
-                    return _adapted_score(base, held_out_rows, held_out, run)
+                    return _adapted_scores(base, held_out_rows, held_out, run)
 
-            record = _train(method, learner, model, partition, run, adapted_score, progress)
+            record = _train(method, learner, model, partition, run, adapted_scores, progress)
             if base_is_sharded():
                 model = load_full_weights(fresh_copy(pretrained, objective, run.seed), model)
                 if learner is not None and learner.bank is not None:
@@ -175,6 +175,7 @@ def _retrain_in(
         history=record["history"],
         # On the seen tasks the base is scored before the interpolation.
         validation_score=record["validation_score"] if share == 1 or held_out else None,
+        held_out_scores=record.get("held_out_scores"),
         cost=record["cost"] if finished is not None else group.total_cost(cost) | record["cost"],
         tasks=data.keys,
         basis=basis,
@@ -212,10 +213,10 @@ def _name(
         model.name_or_path = ""  # type: ignore[assignment]
 
 
-def _adapted_score(
+def _adapted_scores(
     base: nn.Module, tasks: TaskCollection, held_out: HeldOut, run: Run
-) -> float | None:
-    """The best mean score along the path of one adaptation; None if that diverges."""
+) -> dict[str, float] | None:
+    """The scores by task where they are best along one adaptation; None if that diverges."""
     try:
         adapted = adapt(
             base,
@@ -229,7 +230,7 @@ def _adapted_score(
         )
     except DivergedError:
         return None
-    return best_mean(adapted.path)
+    return best_scores(adapted.path)
 
 
 def _retrain_chosen(
@@ -294,13 +295,13 @@ def _train(
     model: nn.Module,
     partition: Partition,
     run: Run,
-    adapted_score: Callable[[], float | None] | None,
+    adapted_scores: AdaptedScores | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Trains; returns history, validation score and cost. Without a learner it only scores."""
     data = partition.data
     if learner is None:
-        return _scored(model, partition, run, adapted_score)
+        return _scored(model, partition, run, adapted_scores)
     budget = method.run_for(run, len(data))
     sampler = sampler_for(
         data, budget, pooled=method.pooled, batches_per_update=learner.batches_per_update
@@ -314,27 +315,34 @@ def _train(
         data,
         sampler,
         budget,
-        adapted_score=adapted_score,
+        adapted_scores=adapted_scores,
         progress=progress,
         partition=partition,
     )
     adapters = 0 if learner.bank is None else learner.parameters_per_task * len(data)
     cost = {key: record[key] for key in ("tokens", "examples", "validation_tokens")}
     cost["trainable_parameters"] = adapters + sum(p.numel() for p in learner.base)
-    return {"history": record["history"], "validation_score": record["best_score"], "cost": cost}
+    return {
+        "history": record["history"],
+        "validation_score": record["best_score"],
+        "held_out_scores": record["by_task"],
+        "cost": cost,
+    }
 
 
 def _scored(
     model: nn.Module,
     partition: Partition,
     run: Run,
-    adapted_score: Callable[[], float | None] | None,
+    adapted_scores: AdaptedScores | None,
 ) -> dict[str, Any]:
     """The record of a retraining that trains nothing."""
-    history = []
+    history: list[dict[str, Any]] = []
+    by_task = None
     with counted() as spent:
-        if adapted_score is not None:
-            best = adapted_score()
+        if adapted_scores is not None:
+            by_task = adapted_scores()
+            best = None if by_task is None else sum(by_task.values()) / len(by_task)
             history = [{"step": 0, "adapted_score": best}]
         else:
             local_scores = {}
@@ -345,7 +353,12 @@ def _scored(
     validation_tokens = int(partition.group.sum(torch.tensor(spent["tokens"])))
     cost = {"tokens": 0, "examples": 0, "trainable_parameters": 0}
     cost["validation_tokens"] = validation_tokens
-    return {"history": history, "validation_score": best, "cost": cost}
+    return {
+        "history": history,
+        "validation_score": best,
+        "held_out_scores": by_task,
+        "cost": cost,
+    }
 
 
 def adapt(
