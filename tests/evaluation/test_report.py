@@ -299,7 +299,9 @@ def searched(names=("none", "standard", "peft-ml")):
                 {"step": 50 * i, "adapted_score": 0.5 + 0.02 * i * (4 - i)} for i in range(4)
             ]
             shorter = [{**history[0], "loss": 1.0}, {**history[1], "adapted_score": None}]
-            base["retrain"] = {**base["retrain"], "curve": history, "curves": [history, shorter]}
+            scored = {"validation_score": 0.58, "validation_scores": [0.58, None]}
+            curves = {"curve": history, "curves": [history, shorter]}
+            base["retrain"] = {**base["retrain"], **scored, **curves}
         few = planned(4, "head", 20), planned(4, "head", 0, score=0.65)
         many = planned(16, "lora", 80, score=0.75), planned(16, "lora", 80, score=0.77)
         repeats = [[few[i], many[i]] for i in range(2)]
@@ -344,6 +346,10 @@ def test_curve_of_retraining_is_drawn_for_every_repeat_that_was_scored(tmp_path)
     root = ElementTree.fromstring(picture.encode())
     lines = [node for node in root.iter() if node.tag.endswith("polyline")]
     assert len(lines) == 2 + 2 * 2  # in the legend; two repeats of two bases
+    markers = [node for node in root.iter() if node.tag.endswith(("rect", "polygon"))]
+    assert (
+        len(markers) == 1 + 2 + 2
+    )  # the ground; in the legend; where the first repeats were taken
     assert "4 in all" in picture
 
 
