@@ -9,8 +9,9 @@ from typing_extensions import TypedDict
 
 from foretune.formats import ADAPTING, read_json, stamped
 from foretune.recipes.console import Console
+from foretune.recipes.entries import adapt_methods
 from foretune.recipes.folder import on_first_process, write_json
-from foretune.recipes.schema import Recipe, adapt_methods
+from foretune.recipes.schema import Recipe
 from foretune.recipes.setup import Setup
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def held_out_of(setup: Setup, record: Any) -> HeldOut | None:
     """The held-out tasks that a retraining is validated by, with a short way to adapt to them."""
     from foretune.evaluation.adapt_search import candidates, validation_method
     from foretune.evaluation.held_out import num_draws
-    from foretune.recipes.schema import adapt_record
+    from foretune.recipes.entries import adapt_record
     from foretune.training.held_out import HeldOut
 
     if setup.held_out is None:

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import foretune
+from foretune.evaluation.conflict import Conflict
 from foretune.recipes.adapting import candidates_of, held_out_of
+from foretune.recipes.conflict import recipe_conflict
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.schema import MethodEntry, Recipe, adapt_record, takes_rate
+from foretune.recipes.entries import MethodEntry, adapt_record, takes_rate
+from foretune.recipes.schema import Recipe
 from foretune.recipes.setup import Setup, set_up
 from foretune.tasks.leakage import Leak, SharedInputs, find_overlaps
 from foretune.tasks.summary import describe
@@ -47,6 +50,7 @@ class Plan:
 
     Args:
         name: Name of the recipe.
+        conflict: Whether retraining is likely to pay, or why that cannot be measured.
         seen: Task → number of examples per split.
         unseen: The same for unseen tasks; None if the recipe has none.
         labels: Task → its labels, of seen and unseen tasks; empty where examples have none.
@@ -58,6 +62,7 @@ class Plan:
     """
 
     name: str
+    conflict: Conflict | str
     seen: dict[str, dict[str, int]]
     unseen: dict[str, dict[str, int]] | None
     labels: dict[str, list[Any]]
@@ -81,6 +86,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields, with the totals."""
         fields = dataclasses.asdict(self)
+        if isinstance(self.conflict, str):
+            fields["conflict"] = {"unmeasured": self.conflict}
         return {**fields, "seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
 
 
@@ -95,6 +102,7 @@ def plan_recipe(recipe: Recipe, console: Console = SILENT) -> Plan:
         UserError: The data or the model does not fit the recipe.
     """
     setup = set_up(recipe, console)
+    conflict = recipe_conflict(setup, console)
     costs = []
     for entry in recipe.entries:
         console.say(f"{entry.name}: timing {TIMED_STEPS} steps")
@@ -107,6 +115,7 @@ def plan_recipe(recipe: Recipe, console: Console = SILENT) -> Plan:
     overlaps = find_overlaps(setup.seen, setup.unseen)
     return Plan(
         name=recipe.name,
+        conflict=conflict,
         seen=describe(setup.seen),
         unseen=None if setup.unseen is None else describe(setup.unseen),
         leaks=overlaps.leaks,
@@ -283,11 +292,12 @@ def _searches(setup: Setup) -> Iterator[tuple[float, list[Sequence[Any]]]]:
 
 def _tried(recipe: Recipe, num_tasks: int) -> int:
     """How often one search adapts to a task at one number of shots."""
-    from foretune.evaluation.adapt_search import halving
+    from foretune.evaluation.adapt_search import num_adaptations
     from foretune.evaluation.held_out import num_draws
 
-    methods = len(candidates_of(recipe)) if recipe.adapt.searches else 1
-    return num_draws(num_tasks) * sum(count * part for count, part in halving(methods, num_tasks))
+    if not recipe.adapt.searches:
+        return num_draws(num_tasks) * num_tasks
+    return num_adaptations(len(candidates_of(recipe)), num_tasks)
 
 
 class Stopwatch:

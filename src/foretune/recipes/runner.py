@@ -13,10 +13,11 @@ from foretune.formats import COMPARISON, SPECTRUM, damage_named, read_json, stam
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.adapting import candidates_of, choose_adapting
 from foretune.recipes.console import SILENT, Console
+from foretune.recipes.entries import MethodEntry, adapt_record
 from foretune.recipes.folder import check_inputs, run_folder, write_json, write_run_record
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.model_card import model_card
-from foretune.recipes.schema import MethodEntry, Recipe, adapt_record
+from foretune.recipes.schema import Recipe
 from foretune.recipes.setup import Setup, need_unseen, set_up
 from foretune.recipes.stages import base_folder, base_stage, make_base, total_cost
 

@@ -17,6 +17,7 @@ from transformers import Conv1D
 from foretune.adapters.bank import AdapterBank
 from foretune.errors import UserError
 from foretune.models.calls import eval_no_grad
+from foretune.models.digests import moving_buffers
 from foretune.models.frozen_prefix import frozen_prefix
 from foretune.models.loading import save_base
 from foretune.models.packing import packed
@@ -343,7 +344,7 @@ class Learner:
         tensors = {
             f"base.{k}": p.detach() for k, p in self.model.named_parameters() if p.requires_grad
         }
-        tensors |= {f"buffer.{k}": b for k, b in self.model.named_buffers()}
+        tensors |= {f"buffer.{k}": b for k, b in moving_buffers(self.model)}
         tensors |= {f"mean.{i}": mean for i, mean in enumerate(self.mean)}
         if self.bank is not None:
             tensors |= {f"bank.{k}": p.detach() for k, p in self.bank.named_parameters()}
@@ -357,7 +358,10 @@ class Learner:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restores what `state` returned."""
         for name, current in self.state(optimizers=False).items():
-            current.copy_(place_like(current, tensors[name]))
+            value = place_like(current, tensors[name])
+            # A write to a buffer of a shared encoder would make its digest be computed again.
+            if not (name.startswith("buffer.") and torch.equal(current, value)):
+                current.copy_(value)
         for name, optimizer in self._optimizers():
             for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
                 prefix = f"{name}.{i}."
