@@ -4,10 +4,10 @@
 
 Two retrainings that differ in nothing but their seed are compared as a method and its control would
 be, with the model as it is beside them. Every seed holds out other seen tasks and searches anew:
-its rate of retraining, how long to retrain, and how to adapt, with the recipe `tower.yaml`.
-Each base then adapts to the same examples of the same unseen tasks. 40 pairs of seeds are judged
-with one repeat a side, 40 pairs of three seeds with three. A collection whose data are not in DATA
-is left out, by name; a trial that was interrupted continues.
+its rate of retraining, how long to retrain, and how to adapt, with the recipe `tower.yaml` at half
+of its steps. Each base then adapts to the same examples of the same unseen tasks. 40 pairs of seeds
+are judged with one repeat a side, 40 pairs of three seeds with three. A collection whose data are
+not in DATA is left out, by name; a trial that was interrupted continues.
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ COMMAND = "python benchmarks/evidence/aa_trial.py DATA"
 COLLECTIONS = ("land-bank", "senate-100")
 SEEDS, REPEATS, PAIRS, SHOTS = 16, 3, 40, 4
 METHODS = ("none", "standard")
-SETTINGS = (f"retrain.methods=[{', '.join(METHODS)}]", f"adapt.shots=[{SHOTS}]", "seeds=1")
+SETTINGS = (
+    f"retrain.methods=[{', '.join(METHODS)}]",
+    *("retrain.steps=400", "retrain.eval_every=100", "seeds=1"),
+    *("adapt.methods=[head, lora]", "adapt.steps=40", "adapt.search_tasks=16"),
+    f"adapt.shots=[{SHOTS}]",
+)
 Scores = dict[str, dict[str, list[list[float]]]]  # method -> seed -> (num_tasks, num_draws)
 
 
@@ -75,19 +80,20 @@ def measure(recipe: Recipe, out: Path, num_seeds: int, console: Console) -> dict
     first = set_up(recipe, console)
     unseen = need_unseen(first)
     entries = [entry for entry in recipe.entries if entry.name in METHODS]
-    scores: Scores = {entry.name: {} for entry in entries}
+    scores: Scores = {name: {} for name in METHODS}
     chose: dict[str, Counter[str]] = {"retraining": Counter(), "adapting": Counter()}
     for seed in range(num_seeds):
         setup = first.for_repeat(seed)
-        stages = {e.name: base_stage(setup, e, seed, out, console) for e in entries}
+        made = entries if seed == 0 else entries[1:]  # the model as it is needs no other seed
+        stages = {e.name: base_stage(setup, e, seed, out, console) for e in made}
         standard = stages["standard"]
         chose["retraining"][f"{standard['retrain']['learning_rate']:g}"] += 1
         for row in standard["adapting"]["plan"]["settings"]:
             chose["adapting"][setting_phrase(row["setting"])] += 1
-        path = out / f"scores-{seed}.json"
+        bases, path = SavedBases(recipe, out, seed), out / f"scores-{seed}.json"
         if not path.is_file():
             record = foretune.compare(
-                SavedBases(recipe, out, seed),
+                {name: bases[name] for name in stages},
                 unseen,
                 adapt=foretune.LoRA(),
                 run=recipe.adapt_run(),
@@ -140,7 +146,8 @@ def judge(scores: Scores, a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
     Returns:
         The sides, their difference with its interval, and which of them a verdict takes.
     """
-    of_base = {"none": ("none", a), "standard": ("standard", b), "method": ("standard", a)}
+    none = ("none", [0] * len(a))
+    of_base = {"none": none, "standard": ("standard", b), "method": ("standard", a)}
     records = [
         {"base": base, "task": str(task), "shots": SHOTS, "seed": repeat, "score": draws[repeat]}
         for base, (name, seeds) in of_base.items()
@@ -180,15 +187,27 @@ def luck(scores: Scores) -> float:
     return float(np.sqrt(max(Layout.of(means).luck, 0.0)))
 
 
-def run(data: Path, runs: Path, result_path: Path, console: Console) -> dict[str, Any]:
-    """The trial of all collections; writes the result after each."""
+def run(
+    data: Path,
+    runs: Path,
+    result_path: Path,
+    console: Console,
+    names: Sequence[str] = COLLECTIONS,
+) -> dict[str, Any]:
+    """The trial of all collections; writes the result after each, beside what it has of others."""
     result: dict[str, Any] = {
         "claim": "evidence.aa_trial",
         "command": COMMAND,
         "settings": {"seeds": SEEDS, "shots": SHOTS, "recipe": "tower.yaml", "changes": SETTINGS},
         "collections": {},
     }
-    for name in COLLECTIONS:
+    if result_path.exists():
+        earlier = json.loads(result_path.read_text("utf-8"))
+        if earlier["settings"] == json.loads(json.dumps(result["settings"])):
+            result = earlier
+    for name in names:
+        if name in result["collections"]:
+            continue
         recipe = recipe_of(name, data, runs)
         if recipe is None:
             print(f"left out {name}: its data are not in {data}", file=sys.stderr)
@@ -245,9 +264,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path, help="folder with opinions/ and senate/")
     parser.add_argument("--runs", type=Path, default=Path("runs/aa-trial"))
+    parser.add_argument("--only", choices=COLLECTIONS, help="one of the collections")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    print(table(run(arguments.data, arguments.runs, arguments.out, StderrConsole())))
+    names = [arguments.only] if arguments.only else COLLECTIONS
+    data, runs, out = arguments.data, arguments.runs, arguments.out
+    print(table(run(data, runs, out, StderrConsole(), names)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import foretune
 from foretune.evaluation.conflict import Conflict
 from foretune.recipes.adapting import candidates_of, held_out_of
-from foretune.recipes.conflict import recipe_conflict
+from foretune.recipes.conflict import conflict_record, recipe_conflict
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.entries import MethodEntry, adapt_record, takes_rate
 from foretune.recipes.schema import Recipe
@@ -90,9 +90,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields, with the totals."""
-        fields = dataclasses.asdict(self)
-        if isinstance(self.conflict, str):
-            fields["conflict"] = {"unmeasured": self.conflict}
+        fields = {**dataclasses.asdict(self), "conflict": conflict_record(self.conflict)}
         return {**fields, "seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
 
 

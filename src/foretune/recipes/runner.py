@@ -12,6 +12,7 @@ from foretune.files import CARD_FILE, COMPARISON_FILE, write_whole
 from foretune.formats import COMPARISON, SPECTRUM, damage_named, read_json, stamped
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.adapting import candidates_of, choose_adapting
+from foretune.recipes.conflict import conflict_record, recipe_conflict
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.entries import MethodEntry, adapt_record
 from foretune.recipes.folder import check_inputs, run_folder, write_json, write_run_record
@@ -68,6 +69,7 @@ def run_recipe(
 def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
     first = set_up(recipe, console)
     check_inputs(out, first.model, [*first.all_seen, *need_unseen(first)], first.tokenizer)
+    conflict = recipe_conflict(first, console)
     repeats: list[dict[str, Any]] = []
     for seed, setup in enumerate(_setups(first, console)):
         stages = {e.name: base_stage(setup, e, seed, out, console) for e in recipe.entries}
@@ -78,6 +80,7 @@ def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
         "title": recipe.name,
         "recipe": recipe.to_yaml(),
         "collection": _counts(first),
+        "conflict": conflict_record(conflict),
         "spectrum": spectrum_stage(first, out, lora_rates(repeats[0]), console),
     }
     finish(out, comparison)
