@@ -100,6 +100,13 @@ bench-python-docs: setup
 	$(BIN)/foretune run python-docs seeds=3 '$(EVERY_METHOD)' 'retrain.learning_rates=[5e-5, 2e-4]' retrain.steps=80 --out runs/bench-python-docs --resume
 	$(BIN)/python benchmarks/publish.py runs/bench-python-docs python-docs
 
+bench-evidence: setup
+	@test -n "$(DATA)" || { echo "usage: make bench-evidence DATA=path/to/the/folder"; exit 2; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh benchmarks/evidence/all.sh "$(DATA)"
+	$(BIN)/python benchmarks/evidence/conflict.py "$(DATA)"
+	$(BIN)/python benchmarks/evidence/summary.py
+	$(BIN)/python benchmarks/publish.py
+
 bench-convai2: setup
 	@test -n "$(DATA)" || { echo "usage: make bench-convai2 DATA=path/to/convai2.jsonl"; exit 2; }
 	$(BIN)/foretune run convai2 tasks.source="$(DATA)" seeds=3 --out runs/bench-convai2 --resume

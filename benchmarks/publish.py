@@ -30,7 +30,7 @@ DOCS = HERE.parent / "docs"
 KINDS = "results|spectrum|theory|claim|regret|variants"
 PAGES = (
     HERE.parent / "README.md",
-    *(DOCS / name for name in ("reproduce.md", "evidence.md")),
+    *(DOCS / name for name in ("reproduce.md", "evidence.md", "conflict.md")),
     *sorted(DOCS.glob("results/*.md")),
 )
 
