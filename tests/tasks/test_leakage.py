@@ -134,6 +134,7 @@ def test_a_plan_tells_leaks_from_shared_inputs() -> None:
     leaks = [dataclasses.asdict(Leak("train and test", "a", "a", 3, "hi", places=("d line 1",)))]
     shared = [dataclasses.asdict(SharedInputs("b", 25, 20, 25, "text 0"))]
     plan: dict[str, Any] = {
+        "conflict": {"unmeasured": "it takes 4 tasks"},
         "seen": {"a": {"train": 1}},
         "unseen": None,
         "retrain": [],
@@ -147,7 +148,9 @@ def test_a_plan_tells_leaks_from_shared_inputs() -> None:
     assert "of the task, such as 'hi' (d line 1)" in text
     text = plan_text(plan | {"leaks": [], "shared_inputs": shared})
     assert "leaks: none found" in text
-    assert "b: 25 of 25 test inputs are also in seen tasks, 20 of them with the same answer" in text
+    shared_lines = " ".join(text[text.index("shared inputs:") :].split())
+    assert "25 of 25 test inputs of unseen tasks are also in seen tasks" in shared_lines
+    assert "20 of them with the same answer" in shared_lines
 
 
 def test_finding_leaks_takes_time_linear_in_rows_that_all_tasks_share() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -16,9 +17,9 @@ def plan(
     changes: Overrides = None,
     json: Json = False,
 ) -> None:
-    """Show a recipe's tasks, leaks, parameters, memory and time.
+    """Say whether retraining is likely to pay; show tasks, leaks, memory and time.
 
-    Times two training steps of each method and saves nothing.
+    Times a few training steps of each method and saves nothing.
     """
     from foretune.recipes.schema import load_recipe
 
@@ -33,7 +34,7 @@ def plan(
 
 def plan_text(plan: Mapping[str, Any]) -> str:
     """A plan as text."""
-    parts = [_tasks("seen", plan["seen"])]
+    parts = [_conflict(plan["conflict"]), _tasks("seen", plan["seen"])]
     if plan["unseen"]:
         parts.append(_tasks("unseen", plan["unseen"]))
     if plan["labels"]:
@@ -48,8 +49,31 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     parts.append("trainable parameters and time\n" + table(header, rows))
     memory = plan["peak_memory_mb"]
     peak = f", up to {memory:.0f} MB of memory" if memory else ""
-    parts.append(f"Total: about {duration(plan['seconds'])}{peak} (measured on two steps).")
+    parts.append(f"Total: about {duration(plan['seconds'])}{peak} (measured on a few steps).")
     return "\n\n".join(parts)
+
+
+def _conflict(conflict: Mapping[str, Any]) -> str:
+    """Whether retraining is likely to pay, as text of at most 80 columns."""
+    from foretune.evaluation.conflict_text import (
+        QUESTION,
+        about_tasks,
+        conflict_rows,
+        expectation,
+    )
+
+    if "unmeasured" in conflict:
+        return _wrapped(f"{QUESTION} {conflict['unmeasured'].capitalize()}.")
+    header, *rows = conflict_rows(conflict)
+    scores = textwrap.indent(table(header, rows), "  ")
+    about = _wrapped(about_tasks(conflict))
+    expected = "\n".join(map(_wrapped, expectation(conflict).splitlines()))
+    return "\n\n".join([f"{QUESTION}\n{about}", scores, expected])
+
+
+def _wrapped(text: str) -> str:
+    """The text in lines of at most 80 columns, indented."""
+    return textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="  ")
 
 
 def duration(seconds: float) -> str:
@@ -111,18 +135,14 @@ def _leaks(leaks: list[Mapping[str, Any]], most: int = 8) -> str:
     return "\n".join(["leaks: scores will be too high", *lines, *more])
 
 
-def _shared_inputs(shared: list[Mapping[str, Any]], most: int = 8) -> str:
-    lines = [
-        f"  {task['task']}: {task['count']} of {task['total']} test inputs are also in seen tasks, "
-        f"{task['same_answer']} of them with the same answer, such as {task['sample']!r}"
-        for task in sorted(shared, key=lambda task: -task["count"])[:most]
-    ]
-    more = [f"  and {len(shared) - most} more"] if len(shared) > most else []
-    header = (
-        "shared inputs: each task has answers of its own to them; if your next task will not share "
-        "its inputs, scores are too high"
+def _shared_inputs(shared: list[Mapping[str, Any]]) -> str:
+    count, total, same = (sum(t[key] for t in shared) for key in ("count", "total", "same_answer"))
+    text = (
+        f"shared inputs: {count} of {total} test inputs of unseen tasks are also in seen tasks, "
+        f"{same} of them with the same answer, such as {shared[0]['sample']!r}. Each task answers "
+        "in its own way; scores hold for new tasks that answer such inputs, too."
     )
-    return "\n".join([header, *lines, *more])
+    return textwrap.fill(text, 80, subsequent_indent="  ")
 
 
 def _cost(cost: Mapping[str, Any]) -> list[str]:

@@ -19,8 +19,8 @@ from foretune.formats import read_json
 from foretune.manifest import TRIAL, all_files, record_files
 from foretune.recipes.adapting import held_out_of
 from foretune.recipes.console import Console
+from foretune.recipes.entries import MethodEntry
 from foretune.recipes.folder import on_first_process, write_json
-from foretune.recipes.schema import MethodEntry
 from foretune.recipes.setup import Setup
 from foretune.run import Run
 

@@ -17,6 +17,7 @@ from transformers import Conv1D
 from foretune.adapters.bank import AdapterBank
 from foretune.errors import UserError
 from foretune.models.calls import eval_no_grad
+from foretune.models.digests import moving_buffers
 from foretune.models.frozen_prefix import frozen_prefix
 from foretune.models.loading import save_base
 from foretune.models.packing import packed
@@ -343,7 +344,7 @@ class Learner:
         tensors = {
             f"base.{k}": p.detach() for k, p in self.model.named_parameters() if p.requires_grad
         }
-        tensors |= {f"buffer.{k}": b for k, b in self.model.named_buffers()}
+        tensors |= {f"buffer.{k}": b for k, b in moving_buffers(self.model)}
         tensors |= {f"mean.{i}": mean for i, mean in enumerate(self.mean)}
         if self.bank is not None:
             tensors |= {f"bank.{k}": p.detach() for k, p in self.bank.named_parameters()}
