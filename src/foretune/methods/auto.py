@@ -268,25 +268,11 @@ def _adapt_fields(adapt: Any) -> dict[str, Any] | list[Any]:
     if isinstance(adapt, (list, tuple)):
         if not adapt:
             raise UserError("auto adapts by at least one adapt method, got none")
-        return [_adapt_entry(entry) for entry in adapt]
+        entries = [{e: {}} if isinstance(e, str) else e for e in adapt]  # as in a recipe
+        return [e if isinstance(e, dict) and "name" not in e else _adapt_fields(e) for e in entries]
     fields = fields_of(adapt)
     if _record(fields).verb != "adapt":
         raise UserError(f'auto adapts by an adapt method; "{fields["name"]}" is not one')
-    return fields
-
-
-def _adapt_entry(entry: Any) -> dict[str, Any]:
-    """An entry of a list of adapt methods: the fields of a method, or its name with fields to try.
-
-    Raises:
-        UserError: It is neither.
-    """
-    if isinstance(entry, str):
-        return {entry: {}}
-    if isinstance(entry, Mapping) and "name" not in entry:
-        return dict(entry)
-    fields = _adapt_fields(entry)
-    assert isinstance(fields, dict)  # the entry is no list
     return fields
 
 

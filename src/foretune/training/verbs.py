@@ -21,8 +21,8 @@ from foretune.models.surgery import name_outputs
 from foretune.processes import base_is_sharded
 from foretune.run import Run
 from foretune.tasks.task import Objective, TaskCollection
-from foretune.training.adapt_plan import AdaptPlan, plan_of
-from foretune.training.adapting import Adaptation, adapt_in, check_path
+from foretune.training.adapt_plan import AdaptPlan
+from foretune.training.adapting import Adaptation, adapt_in, check_path, method_or_plan
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import TaskData, sampler_for
 from foretune.training.held_out import HeldOut, best_scores
@@ -406,19 +406,9 @@ def adapt(
         LostProcessError: Another process of the job has ended.
     """
     run, group = run or Run(), process_group()
-    method = method or plan_of(model)
-    if method is None:
-        raise UserError(
-            "adapt needs a method, such as foretune.LoRA(): the base does not say how it is best "
-            "adapted, as those of `foretune run` do"
-        )
-    if isinstance(method, AdaptPlan):
-        if score_at:
-            raise UserError("score_at needs a method: a plan takes other steps for each task")
-    else:
-        check_verb(method, "adapt")
+    method = method_or_plan(model, method)
     check_device(run.device)
-    check_path(score_at, run)
+    check_path(score_at, run, method)
     objective = objective_of(tasks).fit(tasks).bind(model)
     with claimed(run, "adapt", group) as run:
         how = Adaptation(
