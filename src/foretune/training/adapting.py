@@ -14,13 +14,12 @@ from torch import nn
 from foretune.adapters.fingerprint import base_record
 from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
-from foretune.method import check_verb
 from foretune.models.checkpoint import unstored_modules
 from foretune.models.surgery import head_width
 from foretune.run import Run
 from foretune.tasks.objectives import settings_of
 from foretune.tasks.task import Objective, TaskCollection
-from foretune.training.adapt_plan import AdaptPlan, Setting, plan_of
+from foretune.training.adapt_plan import AdaptPlan, Setting
 from foretune.training.data import SlotRows, TaskData, sampler_for
 from foretune.training.learners.joint import Learner
 from foretune.training.loop import Progress, fit, scores_after
@@ -69,33 +68,12 @@ class Way:
     slots: list[SlotRows]
 
 
-def method_or_plan(
-    model: nn.Module, method: AdaptMethod | AdaptPlan | None
-) -> AdaptMethod | AdaptPlan:
-    """The method or plan to adapt by: without one, the plan that the base brings.
-
-    Raises:
-        UserError: It brings none, or the method is one of another verb.
-    """
-    method = method or plan_of(model)
-    if method is None:
-        raise UserError(
-            "adapt needs a method, such as foretune.LoRA(): the base does not say how it is best "
-            "adapted, as those of `foretune run` do"
-        )
-    if not isinstance(method, AdaptPlan):
-        check_verb(method, "adapt")
-    return method
-
-
-def check_path(score_at: Sequence[int], run: Run, method: AdaptMethod | AdaptPlan) -> None:
+def check_path(score_at: Sequence[int], run: Run) -> None:
     """Checks the steps that an adaptation is to be scored at.
 
     Raises:
         UserError: One is beyond the run's last step, or tasks may stop before it.
     """
-    if score_at and isinstance(method, AdaptPlan):
-        raise UserError("score_at needs a method: a plan takes other steps for each task")
     for step in score_at:
         if not 0 <= step <= run.steps:
             raise UserError(f"score_at takes steps from 0 to {run.steps}, got {step}")
