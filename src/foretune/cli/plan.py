@@ -17,9 +17,9 @@ def plan(
     changes: Overrides = None,
     json: Json = False,
 ) -> None:
-    """Say whether retraining is likely to pay; show tasks, leaks, memory and time.
+    """Say beforehand whether retraining pays, and what it costs.
 
-    Times a few training steps of each method and saves nothing.
+    Shows tasks, leaks, parameters, memory and time. Times a few training steps of each method and saves nothing.
     """
     from foretune.recipes.schema import load_recipe
 
