@@ -4,8 +4,9 @@
 # make check         format, lint, types, import contracts, docs        make setup   .venv only
 # make test-oldest | test-newest   the fast tests with the oldest versions allowed, or the newest available
 # make lock          regenerate constraints.txt, constraints-oldest.txt and the versions that doctor calls tested
-# make bench-quickstart | bench-convai2 DATA=path | bench-speed DATA=path   reproduce benchmarks/results
-# make bench-theory | bench-claims DATA=folder                              and docs/reproduce.md
+# make bench-quickstart | bench-python-docs | bench-convai2 DATA=path       reproduce benchmarks/results,
+# make bench-speed DATA=path | bench-evidence | bench-claims DATA=folder    docs/conflict.md
+# make bench-theory                                                         and docs/reproduce.md
 # make architectures   try every architecture of the catalogue and write docs/architectures.md
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -20,7 +21,7 @@ PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS
 EVERY_METHOD := retrain.methods=[none, standard, {peft-ml: {form: last-layer, as: peft-ml-last-layer}}, peft-ml, reptile, fomaml]
 
 .PHONY: setup lock quickstart test test-oldest test-newest fuzz fast check lint types imports docs format bench-quickstart \
-	bench-convai2 bench-speed bench-theory bench-claims architectures clean
+	bench-python-docs bench-evidence bench-convai2 bench-speed bench-theory bench-claims architectures clean
 
 setup: $(INSTALLED)
 
@@ -92,8 +93,19 @@ format: setup
 	$(BIN)/ruff format .
 
 bench-quickstart: setup
-	$(BIN)/foretune run quickstart seeds=3 '$(EVERY_METHOD)' 'retrain.learning_rates=[5e-5, 2e-4]' retrain.steps=80 --out runs/bench-quickstart --resume
+	$(BIN)/foretune run quickstart --out runs/bench-quickstart --resume
 	$(BIN)/python benchmarks/publish.py runs/bench-quickstart quickstart
+
+bench-python-docs: setup
+	$(BIN)/foretune run python-docs seeds=3 '$(EVERY_METHOD)' 'retrain.learning_rates=[5e-5, 2e-4]' retrain.steps=80 --out runs/bench-python-docs --resume
+	$(BIN)/python benchmarks/publish.py runs/bench-python-docs python-docs
+
+bench-evidence: setup
+	@test -n "$(DATA)" || { echo "usage: make bench-evidence DATA=path/to/the/folder"; exit 2; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh benchmarks/evidence/all.sh "$(DATA)"
+	$(BIN)/python benchmarks/evidence/conflict.py "$(DATA)"
+	$(BIN)/python benchmarks/evidence/summary.py
+	$(BIN)/python benchmarks/publish.py
 
 bench-convai2: setup
 	@test -n "$(DATA)" || { echo "usage: make bench-convai2 DATA=path/to/convai2.jsonl"; exit 2; }

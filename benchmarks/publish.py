@@ -30,7 +30,7 @@ DOCS = HERE.parent / "docs"
 KINDS = "results|spectrum|theory|claim|regret|variants"
 PAGES = (
     HERE.parent / "README.md",
-    *(DOCS / name for name in ("reproduce.md", "evidence.md")),
+    *(DOCS / name for name in ("reproduce.md", "evidence.md", "conflict.md")),
     *sorted(DOCS.glob("results/*.md")),
 )
 
@@ -42,8 +42,6 @@ def publish(runs: Sequence[Path], name: str) -> Path:
     kept = {key: value for key, value in comparison.items() if key != "recipe"}
     for base in kept["bases"]:
         base["path"] = None
-    for score in kept["scores"]:
-        score["score"] = round(score["score"], 6)
     kept["spectrum"] = smaller(kept.get("spectrum"))
     # The recipe as it was run, without the paths of this machine.
     lines = [line for line in comparison["recipe"].splitlines() if not line.startswith("out:")]

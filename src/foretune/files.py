@@ -26,6 +26,7 @@ LABELS_FILE = "labels.json"  # beside an adapter: the labels of its head
 # Names that transformers and peft give.
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 

@@ -25,6 +25,7 @@ adapt: {method: lora, steps: 1, batch_size: 2, learning_rate: 1e-3, shots: [1]}
 out: out
 """
 ADAPT = ("adapt", "base", "--tasks", "rows.jsonl", "--out", OUT, "steps=1", "batch_size=2")
+FROM_BASIS = ("adapt", "with-basis", *ADAPT[2:], "method=basis")
 FUSE = ("fuse", "average", "base", "a=adapters/t0", "b=adapters/t1", "--out", OUT)
 FUSE_FULL = ("fuse", "average", "base", "a=full", "b=base", "--out", OUT)
 GENERATE = ("generate", "adlm/l0", "the cat", "--max-new-tokens", "2")
@@ -43,7 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "recipe.yaml").write_text(RECIPE)
         rows = [
             {"task": f"t{t}", "split": split, "text": f"the {word} {other}", "label": word}
-            for t in range(2)
+            for t in range(3)
             for split in ("train", "validation", "test")
             for word in ("cat", "dog")
             for other in ("a", "b")
@@ -61,6 +62,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for command in (
             ("adapt", "llama", *texts, "--out", "adlm", "steps=1"),
             ("retrain", "recipe.yaml", "--method", "standard", "--out", "retrained"),
+            ("retrain", "recipe.yaml", "--method", "peft-ml", "--out", "with-basis"),
             ("adapt", "retrained", *tasks, "--out", "adapters", "steps=1"),
             ("compare", "retrained", *tasks, "--out", "compared", "--shots", "1", "steps=1"),
         ):
@@ -90,6 +92,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("base/tokenizer_config.json", ADAPT),
         ("retrained/base/foretune.json", ("adapt", "retrained", *ADAPT[2:])),
         ("retrained/base/config.json", ("adapt", "retrained", *ADAPT[2:])),
+        ("with-basis/base/foretune_basis/basis.safetensors", FROM_BASIS),
         ("adapters/t0/adapter_config.json", FUSE),
         ("adapters/t0/adapter_model.safetensors", FUSE),
         ("adapters/t0/base_fingerprint.json", FUSE),

@@ -14,6 +14,7 @@ from foretune.evaluation.adapt_search import (
     at_rates,
     candidates,
     halving,
+    num_adaptations,
     search,
     simplest,
     validation_method,
@@ -145,6 +146,17 @@ def test_halving_keeps_the_winner_and_tries_it_on_all_tasks(monkeypatch):
     assert result.score == pytest.approx(alone.score)
 
 
+def test_the_last_quarter_is_tried_on_further_draws():
+    methods = [foretune.Head(learning_rate=rate) for rate in (1e-5, 2e-5, 5e-2, 4e-5, 3e-5)]
+    result = search(Net(), family(8, offset=1.0), methods, RUN, (4, None))
+    draws = [(t["shots"], t["config"]["learning_rate"], t["draws"]) for t in result.trials]
+    assert (4, 5e-2, 3) in draws and (None, 5e-2, 1) in draws
+    assert sorted(number for shots, _, number in draws if shots == 4) == [1, 1, 1, 3, 3]
+    assert all(len(scores) == 3 + 1 for scores in result.by_task.values())
+    once = search(Net(), family(8, offset=1.0), methods, RUN, (4,), draws=1)
+    assert {trial["draws"] for trial in once.trials} == {1}
+
+
 def test_halving_tries_every_task_once():
     for num_candidates in (1, 2, 3, 12, 40):
         for num_tasks in (1, 5, 31, 32, 100):
@@ -189,7 +201,7 @@ def test_each_number_of_shots_counts_once_whatever_its_draws():
 
 def test_a_search_reports_its_cost():
     cost = search(Net(), family(2), candidates(["head"]), RUN, (8,)).cost
-    assert cost["examples"] == 3 * 16 * 8 * 2 * 3  # rates, steps, rows, tasks, draws
+    assert cost["examples"] == num_adaptations(3, 2) * 16 * 8  # steps, rows
     assert {"seconds", "cpu_seconds", "peak_memory_mb", "tokens"} <= set(cost)
 
 
@@ -296,8 +308,12 @@ def test_a_comparison_with_plans_does_not_search():
     assert "search" not in adapt
     assert [row["steps"] for row in adapt["by_shots"]] == [4]
     assert adapt["examples"] == 2 * 3 * 4 * 8  # numbers of shots, tasks, steps, rows
-    with pytest.raises(UserError, match='plans has none for base "none"; it has other'):
-        compared(adapt=foretune.Head(), shots=(8,), plans={"other": plan})
+    fixed = compared(adapt=foretune.Head(), shots=(8,), plans={"other": plan})["bases"][0]["adapt"]
+    assert fixed["learning_rate"] == foretune.Head().learning_rate and "by_shots" not in fixed
+    with pytest.raises(
+        UserError, match='plans has none for base "none" \\(other\\): pass a single'
+    ):
+        compared(adapt=[foretune.Head()], shots=(8,), plans={"other": plan})
 
 
 def test_a_fixed_way_to_adapt_is_taken_as_it_is():

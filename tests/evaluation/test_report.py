@@ -13,6 +13,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from foretune import Classification, Task, TaskCollection
+from foretune.evaluation.conflict import measure_conflict
+from foretune.evaluation.conflict_text import QUESTION
 from foretune.evaluation.report import summary_rows, write_report
 from foretune.evaluation.report.gain_figure import Collection, gain_against_conflict
 from foretune.evaluation.report.svg import LIGHT, text_width, ticks
@@ -299,7 +302,9 @@ def searched(names=("none", "standard", "peft-ml")):
                 {"step": 50 * i, "adapted_score": 0.5 + 0.02 * i * (4 - i)} for i in range(4)
             ]
             shorter = [{**history[0], "loss": 1.0}, {**history[1], "adapted_score": None}]
-            base["retrain"] = {**base["retrain"], "curve": history, "curves": [history, shorter]}
+            scored = {"validation_score": 0.58, "validation_scores": [0.58, None]}
+            curves = {"curve": history, "curves": [history, shorter]}
+            base["retrain"] = {**base["retrain"], **scored, **curves}
         few = planned(4, "head", 20), planned(4, "head", 0, score=0.65)
         many = planned(16, "lora", 80, score=0.75), planned(16, "lora", 80, score=0.77)
         repeats = [[few[i], many[i]] for i in range(2)]
@@ -344,6 +349,10 @@ def test_curve_of_retraining_is_drawn_for_every_repeat_that_was_scored(tmp_path)
     root = ElementTree.fromstring(picture.encode())
     lines = [node for node in root.iter() if node.tag.endswith("polyline")]
     assert len(lines) == 2 + 2 * 2  # in the legend; two repeats of two bases
+    markers = [node for node in root.iter() if node.tag.endswith(("rect", "polygon"))]
+    assert (
+        len(markers) == 1 + 2 + 2
+    )  # the ground; in the legend; where the first repeats were taken
     assert "4 in all" in picture
 
 
@@ -361,26 +370,23 @@ def test_task_table_has_the_scores_of_the_focus_and_the_controls(tmp_path):
 
 def test_conflict_is_shown_where_it_was_measured(tmp_path):
     record = comparison()
-    record["conflict"] = {
-        "metric": "accuracy",
-        "rank": 2,
-        "by_shots": [
-            {
-                "shots": shots,
-                "rows": 8,
-                "scores": {"pooled": [0.7, 0.68, 0.72], "+ low rank": [0.8, 0.78, 0.82]},
-                "r2": {"pooled": 0.2, "+ low rank": 0.4},
-                "gain": [0.1, 0.08, 0.12],
-            }
-            for shots in (4, None)
-        ],
-        "expected_gain": [0.1, 0.08, 0.12],
-        "advice": "PEFT-ML",
-    }
+    rng = np.random.default_rng(0)
+    votes = [
+        [{"x": [float(i == j) for j in range(9)], "y": int(rng.integers(2))} for i in range(9)]
+        for _ in range(12)
+    ]
+    tasks = [Task(f"p{i}", train=rows) for i, rows in enumerate(votes)]
+    objective = Classification()
+    collection = TaskCollection(tasks, objective)
+    collection = collection.with_objective(objective.fit(collection))
+    record["conflict"] = measure_conflict(collection, shots=(2, None)).to_dict()
+    record = json.loads(json.dumps(record))
     _, page = written(record, tmp_path)
-    assert "in 2 shared directions" in page.text
-    assert "expected from it: +10.0 points (+8.0 to +12.0). Advice: PEFT-ML." in page.text
-    assert "What predicts4 rowsall rows pooled70.068.0 to 72.0" in page.text
+    assert QUESTION in page.text and "all tasks pooled" in page.text
+    assert f"Advice: {record['conflict']['advice']}." in page.text
+    record["conflict"] = {"unmeasured": "it cannot be measured for causal-lm"}
+    _, page = written(record, tmp_path)
+    assert QUESTION not in page.text
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)

@@ -35,10 +35,10 @@ tasks: {source: data.npz, unseen: 2}
 retrain:
   methods: [none, standard, {peft-ml: {lora: {r: 2}}}]
   steps: 12
-  search_steps: 4
+  patience: 2
   eval_every: 3
   learning_rates: [0.01, 0.1]
-adapt: {method: lora, lora: {r: 2}, steps: 4, shots: [2], search_tasks: 2}
+adapt: {methods: [lora, basis], lora: {r: 2}, steps: 4, shots: [2], learning_rates: [0.01, 0.1]}
 spectrum: {ranks: [1], shots: 2}
 """
 MODEL = """
@@ -83,12 +83,19 @@ def child(work: Callable[[], object], kill_after: float | None = None) -> bool:
     return os.waitpid(pid, 0)[1] == 0
 
 
+def bits(file: Path) -> tuple[dict[str, Any], str]:
+    """The header of a safetensors file, whose keys have no fixed order, and its tensors."""
+    raw = file.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:end]), raw[end:].hex()
+
+
 def result(folder: Path) -> dict[str, Any]:
     """The bits of all weights, and the scores."""
     files = sorted(folder.rglob("*.safetensors"))
     comparison = json.loads((folder / "comparison.json").read_text())
     return {
-        **{str(file.relative_to(folder)): file.read_bytes().hex() for file in files},
+        **{str(file.relative_to(folder)): bits(file) for file in files},
         "scores": comparison["scores"],
         "verdict": comparison["verdict"],
     }

@@ -20,9 +20,11 @@ from foretune.recipes.blocks import (
     TasksBlock,
     with_fields_of,
 )
+from foretune.recipes.entries import adapt_methods
 from foretune.recipes.objective_blocks import OBJECTIVES
 from foretune.recipes.overrides import apply_overrides
 from foretune.recipes.schema import Recipe, load_recipe, packaged_recipes, parse_block, parse_recipe
+from foretune.recipes.templates import TEMPLATES, template_text
 from foretune.recipes.yaml_io import parse_yaml
 from foretune.run import Run
 from foretune.tasks.sources import Source
@@ -96,6 +98,27 @@ def test_convai2_has_forty_unseen_personas() -> None:
             "adapt.method=standard",
             "adapt.method: standard is a method for retrain, not for adapt; methods for ",
         ),
+        (
+            "retrain.methods=[{peft-ml: {search: {penalti: [0]}}}]",
+            'peft-ml has no field "penalti"',
+        ),
+        ("retrain.methods=[{peft-ml: {search: {penalty: 0}}}]", "must map fields to lists"),
+        ("retrain.methods=[{peft-ml: {search: {form.x: [0]}}}]", "form is no block of keys"),
+        (
+            "retrain.methods=[{peft-ml: {search: {learning_rate: [1]}}}]",
+            "set peft-ml.learning_rates instead",
+        ),
+        ("retrain.methods=[none, {auto: {search: {rounds: [1]}}}]", "auto searches by itself"),
+        ("adapt.methods=[standard]", "adapt.methods: standard is a method for retrain"),
+        ("adapt.methods=[hed]", 'Did you mean "head"?'),
+        ("adapt.methods=[head, head]", 'names "head" twice'),
+        ("adapt.methods=[5]", '"adapt.methods'),
+        ("adapt={methods: [head], method: lora}", "not both"),
+        ("adapt={methods: [head], lora: {r: 2}}", "lora only with the method lora"),
+        ("adapt={fields: {pull: 1}}", "fields only beside method"),
+        ("adapt.patience=2", "patience only with one method and rate"),
+        ("adapt.schedule=cosine", "schedule only with one method and rate"),
+        ("adapt.steps=0", "steps of at least 1"),
         ("adapt.shots=[0]", "at least 1 row"),
         ("adapt.shots=[2, 2]", "shots that differ"),
         ("objective.kind=[]", "must be one of"),
@@ -167,8 +190,39 @@ def test_methods_take_fields_names_and_rates() -> None:
     )
     last, reptile = recipe.entries
     assert (last.name, last.method, last.rates) == ("end", "peft-ml", [1e-4, 2e-4])
-    assert last.record(1e-4).form == "last-layer"
+    assert last.record({"learning_rate": 1e-4}).form == "last-layer"
     assert reptile.rates == [0.5]
+
+
+def test_a_search_tries_each_value_with_each_rate() -> None:
+    recipe = parse(
+        "retrain.methods=[none, {peft-ml: {search: {penalty: [0, 0.1], lora.r: [2, 4]}}}]",
+        "retrain.learning_rates=[1e-4, 2e-4]",
+    )
+    none, peft_ml = recipe.entries
+    assert none.trials == [{}]  # it has no rate
+    assert len(peft_ml.trials) == 8
+    record = peft_ml.record(peft_ml.trials[-1])
+    assert (record.learning_rate, record.penalty) == (2e-4, 0.1)
+    assert record.lora == {"r": 4, "lora_alpha": 16}  # the other keys as by default
+    assert peft_ml.name_with(peft_ml.trials[0]) == "peft-ml 0.0001 penalty=0 lora.r=2"
+
+
+def test_how_to_adapt_is_searched_unless_it_is_fixed() -> None:
+    searched = ["seeds=1", "adapt.methods=[head]", "adapt.learning_rates=[1e-3, 1e-2]"]
+    fixed = ["adapt.method=head", "adapt.learning_rate=1e-3", "adapt.learning_rates=[1e-3]"]
+    assert all(parse(override).adapt.searches for override in searched)
+    assert not any(parse(override).adapt.searches for override in fixed)
+    assert adapt_methods(parse().adapt) == [("head", {}), ("lora", {}), ("basis", {})]
+    methods = parse("adapt.methods=[lora, {basis: {free: 1}}]", "adapt.lora.r=2").adapt
+    assert adapt_methods(methods) == [("lora", {"lora": {"r": 2}}), ("basis", {"free": 1})]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_choose_how_to_adapt_and_repeat(name: str) -> None:
+    recipe = parse_recipe(parse_yaml(template_text(name), name), name)
+    assert recipe.seeds == 3 and recipe.adapt.searches and recipe.retrain.search_steps is None
+    assert recipe.retrain_run().patience is not None
 
 
 def test_yaml_reads_exponents_as_numbers() -> None:
@@ -209,7 +263,7 @@ def test_tasks_block_is_source() -> None:
         (
             AdaptBlock,
             {
-                *("learning_rate", "learning_rates", "method", "lora", "fields"),
+                *("learning_rate", "learning_rates", "method", "methods", "lora", "fields"),
                 *("search_tasks", "shots", "draws"),
             },
             RUN_FIELDS_OF_THE_RECIPE + RUN_FIELDS_OF_RETRAIN,

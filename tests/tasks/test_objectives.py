@@ -265,7 +265,7 @@ def test_one_label_set_stays_shared_for_unseen_tasks():
     assert objective.shared() is objective
     unseen = objective.fit(collection(c={"train": rows[:2]}))
     assert [unseen.encode(row, "c")["label"] for row in rows[:2]] == [2, 1]
-    assert unseen.encode(rows[0], "c")["valid"] == [1, 2]
+    assert unseen.encode(rows[0], "c")["valid"] == (1, 2)
     refitted = objective.fit(collection(c={"train": [*rows, {"text": "a", "label": "new"}]}))
     assert refitted.num_outputs() == 4
 

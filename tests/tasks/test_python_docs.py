@@ -116,3 +116,14 @@ def test_python_docs_are_choice_tasks_only() -> None:
         UserError, match="collection of choice tasks; got objective kind regression"
     ):
         load_tasks(Source(source="python-docs"), "regression")
+
+
+def test_votes_of_the_land_bank_come_with_the_package() -> None:
+    seen, unseen = load_tasks(Source(source="land-bank", unseen=94), "classification")
+    assert unseen is not None
+    assert (len(seen), len(unseen)) == (190, 94)
+    assert sum(len(task) for task in (*seen, *unseen)) == 25612
+    assert {row["label"] for task in unseen for row in task.test} == {"agree", "disagree"}
+    attribution = (Path(python_docs.__file__).parents[1] / "data/README.md").read_text()
+    assert "CC BY 4.0" in attribution
+    assert "https://github.com/compdemocracy/openData" in attribution

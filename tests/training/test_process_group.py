@@ -236,7 +236,7 @@ class Mortal(nn.Sequential):
     calls = 0
 
     def forward(self, x):
-        self.calls += self.training
+        self.calls += self.training and self[0].weight.requires_grad  # not where a copy is adapted
         if os.environ.get("KILL") == f"{os.environ.get('RANK')} {self.calls}":
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x)

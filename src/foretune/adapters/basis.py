@@ -151,6 +151,11 @@ class Basis:
             squares += self.scale[name] ** 2 * part.lost
         return ((rows @ unit.T).square().sum(1) / squares.clamp_min(1e-30)).float()
 
+    def summary(self) -> dict[str, Any]:
+        """Its kind, and the shares of variance that it explains, as JSON types."""
+        explained = [float(share) for share in self.explained]
+        return {"kind": self.kind, "explained": explained, "in_span": float(self.in_span)}
+
     def check_fits(self, model: nn.Module) -> None:
         """Checks that the model has these layers and heads, in these shapes.
 

@@ -23,7 +23,7 @@ ATTRIBUTE = "foretune_basis"
 SHARED, LAYERS = ("mean", "directions"), ("left", "right")  # tensors of each part, of each layer
 
 
-class _About(TypedDict):
+class _Header(TypedDict):
     """What the file says beside its tensors; `base` is the fingerprint of the base."""
 
     parts: list[str]
@@ -60,7 +60,7 @@ def save_basis(basis: Basis, folder: Path | str) -> Path:
     tensors = {"seen": basis.seen}
     for kind in (*SHARED, *LAYERS):
         tensors |= {f"{kind}:{name}": value for name, value in getattr(basis, kind).items()}
-    about = _About(
+    header = _Header(
         parts=list(basis.mean),
         layers=list(basis.left),
         heads=list(basis.heads),
@@ -71,7 +71,7 @@ def save_basis(basis: Basis, folder: Path | str) -> Path:
         in_span=basis.in_span,
         base=_fingerprint(folder),
     )
-    metadata = {"format": BASIS, "about": json.dumps(about)}
+    metadata = {"format": BASIS, "about": json.dumps(header)}
     with whole_folder((folder / BASIS_FILE).parent) as part:
         contiguous = {name: value.cpu().contiguous() for name, value in tensors.items()}
         save_file(contiguous, part / Path(BASIS_FILE).name, metadata)
@@ -87,22 +87,22 @@ def load_basis(folder: Path | str) -> Basis | None:
     path = Path(folder) / BASIS_FILE
     if not path.exists():
         return None
-    tensors, about = read_tensors(path), _read_about(path)
-    if about["base"] != _fingerprint(Path(folder)):
+    tensors, header = read_tensors(path), _read_header(path)
+    if header["base"] != _fingerprint(Path(folder)):
         raise UserError(f"{path} belongs to another base than the one in {folder}: remove it")
     expected = {"seen"}
-    expected |= {f"{kind}:{name}" for kind in SHARED for name in about["parts"]}
-    expected |= {f"{kind}:{name}" for kind in LAYERS for name in about["layers"]}
+    expected |= {f"{kind}:{name}" for kind in SHARED for name in header["parts"]}
+    expected |= {f"{kind}:{name}" for kind in LAYERS for name in header["layers"]}
     if tensors.keys() != expected:
         name = min(tensors.keys() ^ expected)
         raise UserError(
             f"{path} is damaged: {name} is {'not needed' if name in tensors else 'missing'}"
         )
-    if not set(about["layers"]) <= set(about["parts"]) or tensors["seen"].dim() != 2:
+    if not set(header["layers"]) <= set(header["parts"]) or tensors["seen"].dim() != 2:
         raise UserError(f"{path} is damaged: its parts do not fit one another")
     by_kind = {
         kind: {name: tensors[f"{kind}:{name}"] for name in names}
-        for kinds, names in ((SHARED, about["parts"]), (LAYERS, about["layers"]))
+        for kinds, names in ((SHARED, header["parts"]), (LAYERS, header["layers"]))
         for kind in kinds
     }
     basis = Basis(
@@ -110,13 +110,13 @@ def load_basis(folder: Path | str) -> Basis | None:
         directions=by_kind["directions"],
         left=by_kind["left"],
         right=by_kind["right"],
-        spread=about["spread"],
-        scale=about["scale"],
-        heads=tuple(about["heads"]),
-        labels=tuple(about["labels"]),
+        spread=header["spread"],
+        scale=header["scale"],
+        heads=tuple(header["heads"]),
+        labels=tuple(header["labels"]),
         seen=tensors["seen"],
-        explained=about["explained"],
-        in_span=about["in_span"],
+        explained=header["explained"],
+        in_span=header["in_span"],
     )
     _check_shapes(path, basis)
     return basis
@@ -140,7 +140,7 @@ def _fingerprint(folder: Path) -> str | None:
     return (read_base_record(folder) or {}).get("fingerprint")
 
 
-def _read_about(path: Path) -> _About:
+def _read_header(path: Path) -> _Header:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -149,7 +149,7 @@ def _read_about(path: Path) -> _About:
     if "format" not in metadata:
         raise UserError(f"{path} is not a basis: its format is None, expected {BASIS!r}")
     check_format(path, metadata, BASIS)
-    return parse_json(metadata.get("about", ""), path, _About)
+    return parse_json(metadata.get("about", ""), path, _Header)
 
 
 def _check_shapes(path: Path, basis: Basis) -> None:

@@ -19,7 +19,7 @@ def plan(
 ) -> None:
     """Say whether retraining is likely to pay; show tasks, leaks, memory and time.
 
-    Times two training steps of each method and saves nothing.
+    Times a few training steps of each method and saves nothing.
     """
     from foretune.recipes.schema import load_recipe
 
@@ -49,7 +49,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     parts.append("trainable parameters and time\n" + table(header, rows))
     memory = plan["peak_memory_mb"]
     peak = f", up to {memory:.0f} MB of memory" if memory else ""
-    parts.append(f"Total: about {duration(plan['seconds'])}{peak} (measured on two steps).")
+    parts.append(f"Total: about {duration(plan['seconds'])}{peak} (measured on a few steps).")
     return "\n\n".join(parts)
 
 

@@ -68,7 +68,8 @@ def adapt(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="Settings of the adaptation, such as steps=100 lora.r=4 tasks.num_candidates=10.",
+            help="Settings of the adaptation, such as steps=100 lora.r=4 tasks.num_candidates=10. "
+            "Without one that says how, the base is adapted as held-out tasks chose.",
         ),
     ] = None,
     tasks: Annotated[str, typer.Option(help="New tasks: a file, a folder or a dataset.")] = ...,  # type: ignore[assignment]
@@ -92,6 +93,7 @@ def adapt(
     """Adapt a base to new tasks and save one adapter per task."""
     with quiet_stdout(), trusted_code(trust_remote_code):
         from foretune.cli.progress import StderrConsole
+        from foretune.evaluation.wording import counted, setting_phrase
         from foretune.recipes.on_folders import adapt_folder
 
         result = adapt_folder(
@@ -117,6 +119,8 @@ def adapt(
     unscored = [task for task in result["num_train"] if task not in result["scores"]]
     if rows and unscored:
         emit(f"Not scored, without test examples: {', '.join(unscored)}")
+    for row in result["adapting"]:
+        emit(f"Adapted {setting_phrase(row)}: {counted(len(row['tasks']), 'task')}")
     for line in result["drawn"]:
         emit(f"Adapted on {line}")
     emit(f"Adapters: {out}")

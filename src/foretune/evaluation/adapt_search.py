@@ -7,8 +7,9 @@ adaptation, and *not adapting* is always among the choices.
     for each number of shots
         part of the tasks   every candidate adapts to it and is scored at several steps; the better
                             half, by the best mean along the path, goes on to a larger part
-        all tasks           of all settings (candidate, step) the simplest one that is not worse
-                            than the best by more than one standard error of their difference
+        all tasks           a quarter adapts to further draws of the examples; of its settings
+                            (candidate, step) the simplest that is not worse than the best by more
+                            than one standard error of their difference
 
 A search over dozens of settings on a few tasks flatters the winner; the standard error is that of
 the paired difference over tasks, so what is not told apart is decided by simplicity (Breiman et
@@ -33,7 +34,7 @@ from torch import nn
 from foretune.entry_points import entry_point
 from foretune.errors import DivergedError, UserError
 from foretune.evaluation import held_out
-from foretune.run import Run
+from foretune.run import MAX_SEED, Run
 from foretune.tasks.task import TaskCollection
 from foretune.training import verbs
 from foretune.training.adapt_plan import AdaptPlan, PlannedSetting, Setting
@@ -52,6 +53,7 @@ GRIDS: Mapping[str, Mapping[str, Sequence[Any]]] = {
 SIMPLEST = ("basis", "head", "lora")  # then all others, in the order in which they are listed
 NUM_STOPS = 5  # stopping steps of a path, each twice the one before; the last is `run.steps`
 MIN_PART = 16  # held-out tasks on which candidates are dropped
+DRAWS = 3  # of each task's examples, for the last quarter of the candidates
 
 Scores = NDArray[np.float64]
 ByTask = dict[str, list[float]]  # one score per draw
@@ -213,6 +215,21 @@ def halving(num_candidates: int, num_tasks: int) -> list[tuple[int, int]]:
     return [(n, end - start) for n, start, end in zip(counts, starts, ends, strict=True)]
 
 
+def num_adaptations(num_candidates: int, num_tasks: int) -> int:
+    """How many adaptations a search makes at one finite number of shots.
+
+    >>> num_adaptations(12, 64), num_adaptations(1, 2)
+    (768, 6)
+    """
+    draws = held_out.num_draws(num_tasks)
+    tried = sum(count * size for count, size in halving(num_candidates, num_tasks))
+    return draws * tried + max(0, DRAWS - draws) * _quarter(num_candidates) * num_tasks
+
+
+def _quarter(num_candidates: int) -> int:
+    return math.ceil(num_candidates / 4)
+
+
 def simplest(scores: Scores) -> int:
     """The first setting that is not worse than the best by more than one standard error.
 
@@ -220,7 +237,7 @@ def simplest(scores: Scores) -> int:
         scores: (num_settings, num_tasks), the simplest setting first. With a single task the
             standard error is unknown, and the best is taken.
 
-    >>> tied = [[0.5, 0.7, 0.6], [0.6, 0.6, 0.7], [0.9, 0.6, 0.8]]
+    >>> tied = [[0.5, 0.7, 0.6], [0.6, 0.5, 0.8]]
     >>> simplest(np.array(tied)), simplest(np.array([[0.1, 0.2, 0.1], *tied]))
     (0, 1)
     """
@@ -258,7 +275,8 @@ def search(
         run: Random seed, batches and largest number of steps. `patience` is ignored: early stopping
             would use the same examples that are scored.
         shots: Numbers of training examples; None for all.
-        draws: Draws of the shots per task; None for as many as the noise of a draw demands.
+        draws: Draws of the shots per task; None for as many as the noise of a draw demands: more
+            for few tasks, and `DRAWS` for the candidates that are left at the end.
         progress: Called during each adaptation.
 
     Raises:
@@ -267,7 +285,8 @@ def search(
     """
     tasks = tasks.with_objective(verbs.objective_of(tasks).fit(tasks))
     run = run.replace(patience=None, out=None, resume=False, overwrite=False)
-    trying = _Trying(model, tasks, run, draws or held_out.num_draws(len(tasks)), progress)
+    few = held_out.num_draws(len(tasks)) if draws is None else draws
+    trying = _Trying(model, tasks, run, few, max(few, DRAWS) if draws is None else few, progress)
     plan = None
     with metered() as cost, counted() as spent:
         if isinstance(methods, Sequence):
@@ -279,7 +298,7 @@ def search(
             scores = [by_task for _, by_task in chosen]
             plan = AdaptPlan(settings=tuple(planned for planned, _ in chosen), run=run)
         else:
-            scores = [trying.adapt(methods, tasks, run, k, [run.steps])[run.steps] for k in shots]
+            scores = [trying.fixed(methods, k) for k in shots]
     by_task = {name: [score for part in scores for score in part[name]] for name in tasks.names}
     return Search(
         score=fmean(_mean(part) for part in scores),
@@ -310,12 +329,13 @@ class _Path:
 
 @dataclass
 class _Trying:
-    """Tries ways to adapt one base to its held-out tasks."""
+    """Tries ways to adapt one base to its held-out tasks: first in `draws`, at last in `most`."""
 
     model: nn.Module
     tasks: TaskCollection
     run: Run
     draws: int
+    most: int
     progress: Progress | None
     trials: list[dict[str, Any]] = field(default_factory=list)
 
@@ -335,6 +355,11 @@ class _Trying:
             for path in (idle, *remaining):
                 self._extend(path, part, shots)
             remaining, done = [path for path in remaining if path.reason is None], done + size
+        if shots is not None and self.most > self.draws:
+            remaining = sorted(remaining, key=_Path.best, reverse=True)[: _quarter(len(methods))]
+            for path in (idle, *remaining):
+                self._extend(path, self.tasks, shots, again=True)
+            remaining = [path for path in remaining if path.reason is None]
         self.trials += [_trial(path, shots) for path in paths]
         settings = [(idle, 0), *((p, step) for p in paths if p in remaining for step in p.means())]
         scores = np.array([[fmean(p.scores[step][n]) for n in names] for p, step in settings])
@@ -352,16 +377,22 @@ class _Trying:
         )
         return planned, path.scores[step]
 
-    def _extend(self, path: _Path, part: TaskCollection, shots: int | None) -> None:
-        """Adds the scores of further tasks to a path."""
+    def _extend(
+        self, path: _Path, part: TaskCollection, shots: int | None, *, again: bool = False
+    ) -> None:
+        """Adds the scores of further tasks, or of further draws of all tasks, to a path."""
         run = Setting(method=path.method, steps=max(path.steps)).run(self.run)
+        draws = 1 if shots is None else self.draws
+        if again:
+            run, draws = run.replace(seed=(run.seed + 1) % MAX_SEED), self.most - self.draws
         try:
-            scores = self.adapt(path.method, part, run, shots, path.steps)
+            scores = self.adapt(path.method, part, run, shots, draws, path.steps)
         except DivergedError as error:
             path.reason = str(error)
             return
         for step, by_task in scores.items():
-            path.scores.setdefault(step, {}).update(by_task)
+            for task, drawn in by_task.items():
+                path.scores.setdefault(step, {}).setdefault(task, []).extend(drawn)
 
     def adapt(
         self,
@@ -369,6 +400,7 @@ class _Trying:
         tasks: TaskCollection,
         run: Run,
         shots: int | None,
+        draws: int,
         score_at: Sequence[int],
     ) -> dict[int, ByTask]:
         """Adapts to the tasks; their scores on validation examples by step and task."""
@@ -378,7 +410,7 @@ class _Trying:
             method,
             run,
             shots=shots,
-            draws=1 if shots is None else self.draws,
+            draws=draws,
             split="validation",
             score_at=score_at,
             progress=self.progress,
@@ -389,15 +421,21 @@ class _Trying:
                 scores[step].setdefault(task, []).append(score)
         return scores
 
+    def fixed(self, method: AdaptMethod, shots: int | None) -> ByTask:
+        """The scores of a fixed way to adapt."""
+        steps, draws = self.run.steps, 1 if shots is None else self.draws
+        return self.adapt(method, self.tasks, self.run, shots, draws, [steps])[steps]
+
 
 def _trial(path: _Path, shots: int | None) -> dict[str, Any]:
     """A candidate's record."""
     trial = {"shots": shots, "name": path.method.name, "config": path.method.to_dict()}
     if path.reason is not None:
         return {**trial, "score": None, "reason": path.reason}
-    num_tasks = len(next(iter(path.scores.values())))
+    by_task = next(iter(path.scores.values()))
+    counts = {"num_tasks": len(by_task), "draws": max(map(len, by_task.values()))}
     means = {str(step): mean for step, mean in path.means().items()}
-    return {**trial, "score": path.best(), "num_tasks": num_tasks, "path": means}
+    return {**trial, "score": path.best(), **counts, "path": means}
 
 
 def _mean(by_task: ByTask) -> float:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from torch import nn
@@ -97,7 +96,8 @@ def compare(
         seen: Tasks on whose validation examples is searched; no base was retrained on them.
         learning_rates: Rates of a single `adapt`, to choose among as among several records; empty
             for its own.
-        plans: How to adapt each base, where that was searched before; nothing is searched then.
+        plans: How to adapt bases for which that was searched before; no other base is searched
+            for then, but adapted by `adapt`.
         keep: Folder in which to save the adapters of the last of `shots` (first draw) as
             `<base>/<task>`; None does not save them.
         progress: Called with (update, updates, figures) during each adaptation.
@@ -107,7 +107,7 @@ def compare(
 
     Raises:
         UserError: No bases, or names that cannot be those of folders; an unseen task without test
-            examples, a search without seen tasks, or plans without one for each base.
+            examples, a search without seen tasks, or a base without plan or single method.
     """
     run = run or Run()
     if not bases:
@@ -119,9 +119,12 @@ def compare(
         raise UserError(
             "how to adapt is searched on seen tasks: pass seen=..., or a single method and rate"
         )
-    for name in () if plans is None else bases:
+    for name in () if plans is None or not isinstance(ways, Sequence) else bases:
         if plans is not None and name not in plans:
-            raise UserError(f'plans has none for base "{name}"; it has {", ".join(plans)}')
+            raise UserError(
+                f'plans has none for base "{name}" ({", ".join(plans)}): pass a single method as '
+                "adapt, for the bases without one"
+            )
     for task in unseen:
         if not task.test:
             raise UserError(f'unseen task "{task.name}" has no test examples to score on')
@@ -136,16 +139,14 @@ def compare(
         base = bases[name]
         model = base.model if isinstance(base, Outcome) else base
         scores += zero_shot(name, model, unseen, draws)
-        plan, searched = None if plans is None else plans[name], None
-        if plan is None and seen is not None and isinstance(ways, Sequence):
+        plan, searched = None if plans is None else plans.get(name), None
+        if plans is None and seen is not None and isinstance(ways, Sequence):
             searched = search(model, held_out.usable(seen), ways, run, shots, progress=progress)
             plan = searched.plan
         cost: dict[str, Any] = {}
+        way: Any = plan or ways
         for k in shots:
-            method, adapt_run = _way(ways, plan, k, unseen, run)
-            adapted = verbs.adapt(
-                model, unseen, method, adapt_run, shots=k, draws=draws, progress=progress
-            )
+            adapted = verbs.adapt(model, unseen, way, run, shots=k, draws=draws, progress=progress)
             drawn = draw_shots(unseen, objective.kind, k, draws, run.seed)
             num_train = {(slot.task, slot.draw): len(slot.train) for slot in drawn}
             scores += [
@@ -195,20 +196,6 @@ def compare(
             "recipe": "",
         }
     )
-
-
-def _way(
-    ways: Any, plan: AdaptPlan | None, shots: int | None, tasks: TaskCollection, run: Run
-) -> tuple[Any, Run]:
-    """The method and the run of the adaptation at a number of shots."""
-    if plan is None:
-        return ways, run
-    setting = plan.at_shots(shots)
-    if setting is None:
-        kind = verbs.objective_of(tasks).kind
-        rows = [len(slot.train) for slot in draw_shots(tasks, kind, shots, 1, run.seed)]
-        setting = plan.setting_for(int(median(rows)))
-    return setting.method, plan.run_for(setting, run)
 
 
 def _adapt_method(ways: Any, plans: Mapping[str, AdaptPlan] | None) -> dict[str, Any]:

@@ -165,8 +165,8 @@ class _Judge:
     def verdict(self) -> dict[str, Any]:
         """The best base (or None), the number of shots and the sentence."""
         best, sentence = self._decide()
-        about = "checkpoints" if self.retrained_once else "methods"
-        return {"best": best, "shots": self.shots, "about": about, "sentence": sentence}
+        subject = "checkpoints" if self.retrained_once else "methods"
+        return {"best": best, "shots": self.shots, "about": subject, "sentence": sentence}
 
     def _decide(self) -> tuple[str | None, str]:
         top = self.ranked[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -39,11 +40,16 @@ def principal_directions(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(k, d) right singular vectors and (k,) singular values, descending."""
+    """(k, d) right singular vectors and (k,) singular values of (n, d), descending; on the CPU."""
     wide = matrix.shape[0] < matrix.shape[1]
     gram = matrix @ matrix.T if wide else matrix.T @ matrix
-    squares, vectors = torch.linalg.eigh(gram)
-    squares, vectors = squares.flip(0)[:rank], vectors.flip(1)[:, :rank].T
+    size = len(gram)
+    if not min(rank, size):
+        return matrix[:0], matrix.new_zeros(0)
+    # LAPACK's expert driver: the leading eigenvectors alone take a third of the time of all.
+    pairs = scipy.linalg.eigh(gram.numpy(), subset_by_index=[max(0, size - rank), size - 1])
+    squares, vectors = (torch.from_numpy(part).flip(-1) for part in pairs)
+    vectors = vectors.T
     nonzero = squares > SMALLEST * squares[:1].clamp_min(torch.finfo(squares.dtype).tiny)
     singular, vectors = squares[nonzero].sqrt(), vectors[nonzero]
     return (vectors @ matrix / singular[:, None] if wide else vectors), singular

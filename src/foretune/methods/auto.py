@@ -35,11 +35,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import TypedDict, override
 
-from foretune.errors import DivergedError, UserError, did_you_mean
+from foretune.errors import DivergedError, UserError
 from foretune.evaluation.verdict import CONTROLS
 from foretune.formats import CHOICE, read_json, stamped
 from foretune.methods import fields_of, make
-from foretune.run import Run, check_fraction, check_int, check_list, check_positive
+from foretune.run import Run, check_fraction, check_int, check_list, check_positive, run_fields
 from foretune.training.methods import RetrainMethod
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ class Auto(RetrainMethod):
         budget: Share of the steps that a candidate gets in the first round; doubled in each
             following round.
         adapt: How unseen tasks will be adapted to: a record, or a mapping with its `name`. A list
-            of these and of names is a choice, made anew for each base on the held-out tasks.
+            of these, and of entries of a recipe's `adapt.methods`, is a choice, made anew for each
+            base on the held-out tasks.
         adapt_run: The `Run` of that adaptation, or a mapping of its fields.
         adapt_rates: Learning rates to choose among in adapting; empty for the records' own.
         shots: Numbers of examples to adapt with; None among them for all examples.
@@ -130,7 +131,7 @@ class Auto(RetrainMethod):
             raise UserError("auto needs at least one number of shots, got none")
         object.__setattr__(self, "candidates", candidates)
         object.__setattr__(self, "adapt", adapt)
-        object.__setattr__(self, "adapt_run", _run_fields(self.adapt_run))
+        object.__setattr__(self, "adapt_run", run_fields(self.adapt_run))
         object.__setattr__(self, "adapt_rates", rates)
         object.__setattr__(self, "shots", shots)
 
@@ -234,7 +235,7 @@ class Auto(RetrainMethod):
 
         run = Run(**self.adapt_run).replace(seed=seed, out=None, resume=False, overwrite=False)
         if isinstance(self.adapt, list):
-            entries = [a if isinstance(a, str) else _record(a) for a in self.adapt]
+            entries = [_record(a) if "name" in a else a for a in self.adapt]
             methods: Any = candidates(entries, self.adapt_rates)
         else:
             methods = at_rates(_record(self.adapt), self.adapt_rates)
@@ -267,29 +268,26 @@ def _adapt_fields(adapt: Any) -> dict[str, Any] | list[Any]:
     if isinstance(adapt, (list, tuple)):
         if not adapt:
             raise UserError("auto adapts by at least one adapt method, got none")
-        return [entry if isinstance(entry, str) else _adapt_fields(entry) for entry in adapt]
+        return [_adapt_entry(entry) for entry in adapt]
     fields = fields_of(adapt)
     if _record(fields).verb != "adapt":
         raise UserError(f'auto adapts by an adapt method; "{fields["name"]}" is not one')
     return fields
 
 
-def _run_fields(run: Any) -> dict[str, Any]:
-    """The fields of a `Run`, or of a mapping of them.
+def _adapt_entry(entry: Any) -> dict[str, Any]:
+    """An entry of a list of adapt methods: the fields of a method, or its name with fields to try.
 
     Raises:
-        UserError: It is neither, or a `Run` has no such field.
+        UserError: It is neither.
     """
-    if isinstance(run, Run):
-        return run.to_dict()
-    if not isinstance(run, Mapping):
-        raise UserError(f"adapt_run is a Run, or a mapping of its fields; got {run!r}")
-    field_names = [f.name for f in dataclasses.fields(Run)]
-    for name in run:
-        if name not in field_names:
-            raise UserError(f'a Run has no field "{name}".{did_you_mean(name, field_names)}')
-    Run(**run)
-    return dict(run)
+    if isinstance(entry, str):
+        return {entry: {}}
+    if isinstance(entry, Mapping) and "name" not in entry:
+        return dict(entry)
+    fields = _adapt_fields(entry)
+    assert isinstance(fields, dict)  # the entry is no list
+    return fields
 
 
 def _record(fields: Mapping[str, Any]) -> Any:

@@ -20,6 +20,13 @@ def text_tower(model: nn.Module) -> TextTower | None:
     return body if isinstance(body, TextTower) else None
 
 
+def moving_buffers(model: nn.Module) -> list[Named]:
+    """The buffers of a model that training may change, by name: all but those of an encoder."""
+    tower = text_tower(model)
+    frozen = set() if tower is None else {id(buffer) for buffer in tower.encoder.buffers()}
+    return [(name, buffer) for name, buffer in model.named_buffers() if id(buffer) not in frozen]
+
+
 def digest(
     tensors: Iterable[Named],
     removed: Sequence[str] = (),

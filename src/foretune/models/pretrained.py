@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from foretune.entry_points import entry_point
 from foretune.errors import UserError
-from foretune.files import CONFIG_FILE
+from foretune.files import CONFIG_FILE, TOKENIZER_CONFIG_FILE
 from foretune.formats import shortened
 from foretune.models.base_record import check_fingerprint
 from foretune.models.checkpoint import check_files, check_fit, check_numbers
@@ -29,7 +29,7 @@ LOADERS = {
 }
 """Marker file in a folder → loader of such models, which returns None where transformers can."""
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt"),
+    *("tokenizer.json", TOKENIZER_CONFIG_FILE, "vocab.txt", "vocab.json", "merges.txt"),
     *("spiece.model", "spm.model", "tokenizer.model", "sentencepiece.bpe.model"),
 )
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")

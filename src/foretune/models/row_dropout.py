@@ -36,6 +36,7 @@ from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.models.calls import output_tensors
+from foretune.models.digests import moving_buffers
 from foretune.models.nested import tensors_in, with_tensors
 from foretune.models.random_functions import DROPOUT, REPLACED
 from foretune.models.routing import current_packing, current_rows, route
@@ -159,7 +160,8 @@ class RowDropout:
         """Finds the dimension of each draw that runs over rows: three copies of one, then two."""
         rows = current_rows()
         shapes, output = [], None
-        buffers = [(b, b.clone()) for b in self.model.buffers()]  # statistics of batch norms
+        # Statistics of batch norms.
+        buffers = [(b, b.clone()) for _, b in moving_buffers(self.model)]
         device = next(self.model.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for copies in (3, 2):
@@ -181,7 +183,8 @@ class RowDropout:
                 shapes.append(self._shapes)
                 self._shapes = None
         for buffer, value in buffers:
-            buffer.copy_(value)
+            if not torch.equal(buffer, value):  # a write would make digests be computed again
+                buffer.copy_(value)
         for site in shapes[0].keys() & shapes[1].keys():
             first, second = shapes[0][site][0], shapes[1][site][0]
             if len(first) == len(second):

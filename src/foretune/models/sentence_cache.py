@@ -10,7 +10,7 @@ import contextlib
 import json
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,10 +32,15 @@ class SentenceCache:
 
     Args:
         tower: The model whose encoder embeds the texts.
+
+    Attributes:
+        by_text: The number and token ids of each text as an objective reads it, by what decides
+            them.
     """
 
     def __init__(self, tower: TextTower) -> None:
         self.tower = tower
+        self.by_text: dict[Hashable, tuple[int, list[int]]] = {}
         self._numbers: dict[bytes, int] = {}
         self._new: dict[int, bytes] = {}  # the ids of texts that were not asked for yet
         self._vectors = torch.empty(0, tower.encoder.config.hidden_size)

@@ -169,7 +169,7 @@ class TowerForSequenceClassification(_Tower):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.body = TowerModel(config, encoder)
-        self.classifier = nn.Linear(config.widths[-1], config.num_labels)
+        self.classifier = nn.Linear(config.widths[-1], config.num_labels or 0)
         self.post_init()
 
     def forward(
@@ -254,7 +254,7 @@ class TowerForArrays(_Tower):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.layers = hidden_layers(config.input_size, config.widths)
-        self.classifier = nn.Linear(config.widths[-1], config.num_labels)
+        self.classifier = nn.Linear(config.widths[-1], config.num_labels or 0)
         self.post_init()
 
     def forward(

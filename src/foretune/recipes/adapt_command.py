@@ -15,6 +15,7 @@ def adapt_command(recipe: Recipe, comparison: Mapping[str, Any]) -> str:
     """The `foretune adapt` command that adapts the best base of a run to new tasks as the run did.
 
     The best base is that of the verdict or, without one, that with the highest mean at its shots.
+    Its folder says how it is adapted, unless the recipe fixed that.
     """
     verdict = comparison["verdict"]
     best = (
@@ -25,19 +26,17 @@ def adapt_command(recipe: Recipe, comparison: Mapping[str, Any]) -> str:
         )["base"]
     )
     base = next(base for base in comparison["bases"] if base["name"] == best)
-    changes = recipe.adapt.model_dump(
-        mode="json",
-        exclude_defaults=True,
-        exclude={"shots", "draws", "search_tasks", "learning_rates", "learning_rate"},
-    )
-    if base["adapt"]["learning_rate"] is not None:
-        changes["learning_rate"] = base["adapt"]["learning_rate"]
+    changes: dict[str, Any] = {}
+    if not recipe.adapt.searches:
+        changes = recipe.adapt.model_dump(
+            mode="json", exclude_defaults=True, exclude={"shots", "draws", "search_tasks"}
+        )
     reading = {"task_column", "group_column", "columns", "num_candidates", "candidate_pool"}
     reading |= {"candidates_from", "candidate_seed", "splits"}
     data = recipe.tasks.model_dump(mode="json", exclude_defaults=True, include=reading)
     changes |= {f"tasks.{key}": value for key, value in data.items()}
     settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-    words = [str(recipe.folder / base["path"]), "--tasks", "NEW.jsonl", "--out", "adapters"]
+    words = [str(recipe.folder / base["path"]), "--tasks", "NEW.jsonl"]
     if recipe.model.file or recipe.model.trust_remote_code:
         words.append("--trust-remote-code")  # as the recipe did, by naming the file
     return shlex.join(["foretune", "adapt", *words, *settings])

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
+from foretune.files import CARD_FILE, write_whole
 from foretune.formats import ADAPTING, read_json, stamped
 from foretune.recipes.console import Console
+from foretune.recipes.entries import adapt_methods
 from foretune.recipes.folder import on_first_process, write_json
-from foretune.recipes.schema import Recipe, adapt_methods
+from foretune.recipes.schema import Recipe
 from foretune.recipes.setup import Setup
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from foretune.training.held_out import HeldOut
 
 ADAPTING_FILE = "adapting.json"  # the search of how to adapt, in the folder of the base
+CARD_HEADING = "## Adapting"
 VALIDATION_STEPS = 32  # at most so many of adapting in a validation of a retraining
 
 
@@ -46,7 +49,6 @@ def choose_adapting(
         The content of adapting.json; None where the recipe fixes how to adapt.
     """
     from foretune.evaluation.wording import adapting_phrase
-    from foretune.models.base_record import record_adapting
 
     if setup.held_out is None or not setup.recipe.adapt.searches:
         return None
@@ -56,10 +58,24 @@ def choose_adapting(
     else:
         adapting = _search(setup, name, seed, folder / "base", console)
         write_json(path, stamped(adapting, ADAPTING))
-    on_first_process(lambda: record_adapting(folder / "base", adapting["plan"]))
     chosen = adapting_phrase(adapting["plan"]["settings"], setup.shots_unit)
+    on_first_process(lambda: _record(folder, adapting["plan"], chosen))
     console.say(f"{name}, seed {seed}: adapts {chosen}")
     return adapting
+
+
+def _record(folder: Path, plan: dict[str, Any], chosen: str) -> None:
+    """Writes the choice into the record of the base, and into its model card."""
+    from foretune.models.base_record import record_adapting
+
+    record_adapting(folder / "base", plan)
+    card = folder / CARD_FILE
+    text = card.read_text("utf-8").partition(CARD_HEADING)[0].rstrip()
+    section = (
+        f"Held-out tasks chose how it is adapted: {chosen}. `foretune adapt base --tasks "
+        "NEW.jsonl` adapts new tasks in this way."
+    )
+    write_whole(card, f"{text}\n\n{CARD_HEADING}\n\n{section}\n")
 
 
 def _search(setup: Setup, name: str, seed: int, base: Path, console: Console) -> dict[str, Any]:
@@ -113,7 +129,7 @@ def held_out_of(setup: Setup, record: Any) -> HeldOut | None:
     """The held-out tasks that a retraining is validated by, with a short way to adapt to them."""
     from foretune.evaluation.adapt_search import candidates, validation_method
     from foretune.evaluation.held_out import num_draws
-    from foretune.recipes.schema import adapt_record
+    from foretune.recipes.entries import adapt_record
     from foretune.training.held_out import HeldOut
 
     if setup.held_out is None:

@@ -279,6 +279,8 @@ class AdaptBlock(_AdaptRunBlock):
             raise ValueError(f"may have lora only with the method lora, not with {names[0]}")
         if not self.searches:
             return self
+        if self.steps < 1:  # type: ignore[attr-defined]
+            raise ValueError("must have steps of at least 1: 0 to that many are tried")
         if self.patience is not None:  # type: ignore[attr-defined]
             raise ValueError("may have patience only with one method and rate: steps are searched")
         for key in ("warmup", "schedule"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from foretune.errors import UserError
 from foretune.evaluation.conflict import KINDS, Conflict
@@ -45,6 +46,11 @@ def recipe_conflict(setup: Setup, console: Console) -> Conflict | str:
         )
     except UserError as error:
         return f"it cannot be measured: {error}"
+
+
+def conflict_record(conflict: Conflict | str) -> dict[str, Any]:
+    """What `recipe_conflict` returned, as JSON types."""
+    return {"unmeasured": conflict} if isinstance(conflict, str) else conflict.to_dict()
 
 
 def _without_candidates(tasks: TaskCollection) -> TaskCollection:

@@ -6,6 +6,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+OF_EACH_REPEAT = {
+    "validation_score": "validation_scores",
+    "curve": "curves",
+    "by_shots": "by_repeat",
+}
 AVERAGED = ("seconds", "cpu_seconds", "tokens", "examples", "validation_tokens")
 
 
@@ -50,8 +55,8 @@ def merge_repeats(repeats: Sequence[dict[str, Any]], turns: int = 1) -> dict[str
 def _mean_base(bases: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The base of the first repeat, with mean costs and the choices of all repeats.
 
-    `learning_rate`, `searched`, `curve` and `by_shots` are those of the first repeat;
-    `learning_rates`, `curves` and `by_repeat` are those of all.
+    `learning_rate`, `searched`, and what `OF_EACH_REPEAT` names are those of the first repeat;
+    `learning_rates`, `validation_scores`, `curves` and `by_repeat` are those of all.
     """
     merged = dict(bases[0])
     if merged.pop("choice", None) is not None:
@@ -71,7 +76,7 @@ def _mean_base(bases: Sequence[dict[str, Any]]) -> dict[str, Any]:
         peaks = [cost["peak_memory_mb"] for cost in costs if cost.get("peak_memory_mb")]
         merged[stage] = {**costs[0], **means, **({"peak_memory_mb": max(peaks)} if peaks else {})}
         merged[stage]["learning_rates"] = [cost.get("learning_rate") for cost in costs]
-        for key, name in (("curve", "curves"), ("by_shots", "by_repeat")):
+        for key, name in OF_EACH_REPEAT.items():
             if key in costs[0]:
                 merged[stage][name] = [cost[key] for cost in costs]
     return merged

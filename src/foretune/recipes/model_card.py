@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from foretune.models.loading_code import loading_code
 from foretune.printable import markdown
 
 
-def model_card(comparison: dict[str, Any]) -> str:
-    """The model card in Markdown, with the front matter that the Hugging Face Hub reads."""
+def model_card(comparison: dict[str, Any], folder: Path = Path()) -> str:
+    """The model card in Markdown, with the front matter that the Hugging Face Hub reads.
+
+    Args:
+        comparison: The content of `comparison.json`.
+        folder: Its folder, in which the code of the card runs.
+    """
+    from foretune.evaluation.report.snippet import load_lines
     from foretune.evaluation.report.view import View
-    from foretune.training.outcome import folder_names
 
     best = comparison["verdict"]["best"]
     bases = {base["name"]: base for base in comparison["bases"]}
@@ -20,8 +25,6 @@ def model_card(comparison: dict[str, Any]) -> str:
     collection = comparison["collection"]
     seen, number = collection.get("num_seen"), collection["num_unseen"]
     tasks = "task" if number == 1 else "tasks"
-    names = folder_names((score["task"], 0) for score in comparison["scores"])
-    example_task = names[comparison["scores"][-1]["task"], 0]
     retrained = "" if seen is None else f" retrained on {seen} tasks and"
     drawn = "".join(f"; {part}" for part in View(comparison).rows_drawn())
     lines = [
@@ -46,12 +49,7 @@ def model_card(comparison: dict[str, Any]) -> str:
         ),
         "",
         "```python",
-        *loading_code(
-            chosen["model_class"],
-            path,
-            f"adapters/{chosen['name']}/{example_task}",
-            chosen["num_labels"],
-        ),
+        *load_lines({**chosen, "path": path}, folder),
         "```",
         "",
     ]

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
 import foretune
 from foretune.errors import UserError
-from foretune.files import ADAPTER_CONFIG_FILE, BASE_FILE, CONFIG_FILE, MODULE_FILE, RUN_FILE
+from foretune.files import RUN_FILE
 from foretune.formats import RUN, read_json
-from foretune.models.base_record import read_base_record
 from foretune.models.loading_code import class_name, loading_code
 from foretune.recipes.blocks import AdaptBlock, TasksBlock
 from foretune.recipes.console import SILENT, Console
+from foretune.recipes.entries import adapt_record, run_of
 from foretune.recipes.folder import run_folder
 from foretune.recipes.merge import merge_repeats
-from foretune.recipes.objective_blocks import OBJECTIVES
 from foretune.recipes.overrides import override_keys
 from foretune.recipes.runner import finish
-from foretune.recipes.schema import adapt_record, parse_block, run_of
-from foretune.recipes.setup import check_sides, check_tokenizer, head_of, with_tokenizer
-from foretune.tasks.file_formats import one_line
-from foretune.tasks.objectives import make_objective
+from foretune.recipes.saved_base import SavedBase, find_base, named
+from foretune.recipes.schema import parse_block
+from foretune.recipes.setup import check_sides, check_tokenizer, with_tokenizer
+from foretune.run import Run
 from foretune.tasks.rows import CLASSES
 from foretune.tasks.sources import Source, load_tasks
+
+if TYPE_CHECKING:
+    from foretune.training.adapt_plan import AdaptPlan, Setting
+    from foretune.training.outcome import Adapted
 
 
 class _RunRecord(TypedDict, total=False):
@@ -41,93 +41,11 @@ class _RunRecord(TypedDict, total=False):
 RECIPE_ONLY = {
     "shots": "use --shots",
     "draws": "only `compare` draws its shots several times, with --seeds",
-    "search_tasks": "learning rates are searched by `foretune run` only",
+    "methods": "how to adapt is chosen by `foretune run` only; set method",
+    "search_tasks": "how to adapt is chosen by `foretune run` only",
 }
-
-
-@dataclass(frozen=True)
-class SavedBase:
-    """A base on disk.
-
-    Args:
-        name: Its name in tables.
-        folder: A plain model folder.
-        metadata: The content of its `foretune.json` (method, objective); empty without that file.
-    """
-
-    name: str
-    folder: Path
-    metadata: dict[str, Any]
-
-    @property
-    def kind(self) -> str | None:
-        """The kind of objective that it was retrained with, None if unknown."""
-        return self.metadata.get("objective", {}).get("kind")
-
-    def objective(self, kind: str | None, tokenizer: Any) -> Any:
-        """Its own objective, or one of another `kind` with default fields; not yet fitted.
-
-        Raises:
-            UserError: `kind` is None and the folder does not name its objective.
-        """
-        if kind is not None and kind != self.kind:
-            return make_objective(kind, tokenizer)
-        if self.kind is None:
-            raise UserError(
-                f"{self.folder} does not name its objective (no {BASE_FILE}): add --objective with "
-                f"one of {', '.join(OBJECTIVES)}"
-            )
-        try:
-            objective = make_objective(tokenizer=None, **self.metadata["objective"])
-        except (UserError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{self.folder / BASE_FILE} is damaged: objective: {one_line(error)}"
-            ) from error
-        return with_tokenizer(objective, tokenizer)
-
-    def load(self, objective: Any = None, tasks: Any = None) -> tuple[Any, Any]:
-        """(model, tokenizer), read from the folder; the tokenizer may be None.
-
-        Args:
-            objective: The fitted objective of the tasks; a classification gives an encoder without
-                a head a fresh one. None loads the model as it was saved.
-            tasks: The tasks, beside an objective.
-        """
-        from foretune.models.loading import has_classifier, load_base, load_model
-
-        if objective is None or objective.kind != "classification" or has_classifier(self.folder):
-            return load_base(self.folder)
-        return load_model(
-            self.folder, head=head_of(objective, tasks), num_labels=objective.num_outputs()
-        )
-
-
-def find_base(folder: Path) -> SavedBase:
-    """The base in a folder: the folder itself, or its `base/`.
-
-    Raises:
-        UserError: There is no such folder, or it is not a base.
-    """
-    if not folder.is_dir() and str(folder) == "minilm":
-        from foretune.models.loading import locate
-
-        return SavedBase("minilm", Path(locate("minilm")), {})
-    if not folder.is_dir():
-        raise UserError(f"no base in {folder}: no such folder")
-    place = folder / "base" if (folder / "base").is_dir() else folder
-    if not any((place / file).is_file() for file in (CONFIG_FILE, MODULE_FILE, BASE_FILE)):
-        raise UserError(_no_base(place))
-    name = folder.resolve().parent.name if folder.name == "base" else folder.resolve().name
-    return SavedBase(name, place, dict(read_base_record(place) or {}))
-
-
-def _no_base(folder: Path) -> str:
-    """Why a folder is not a base, and which folder may have been meant."""
-    if (folder / ADAPTER_CONFIG_FILE).is_file():
-        return f"{folder} is an adapter: give the base that it belongs to"
-    inside = sorted(path.parent for path in folder.glob(f"**/base/{BASE_FILE}"))
-    hint = f"; did you mean {inside[0]}?" if inside else ""
-    return f"{folder} is not a base: it has neither {CONFIG_FILE} nor {BASE_FILE}{hint}"
+# Settings that say how much fits at once, not how to adapt.
+OF_THE_MACHINE = ("tasks_per_wave", "token_budget", "gradient_checkpointing")
 
 
 def adapt_folder(
@@ -145,6 +63,9 @@ def adapt_folder(
 ) -> dict[str, Any]:
     """Adapts a base to every task of a source and saves one adapter folder per task in `out`.
 
+    Without changes that say how, it is adapted as held-out tasks chose when it was retrained, by
+    the number of rows of each task.
+
     Args:
         base: Folder of the base.
         tasks: A path or a dataset, as `tasks.source` in a recipe.
@@ -159,8 +80,8 @@ def adapt_folder(
         console: Receives the progress.
 
     Returns:
-        Scores and training examples per task, the mean score, the cost, and Python code that loads
-        the first adapter.
+        Scores and training examples per task, the mean score, how the tasks were adapted (if that
+        was chosen by held-out tasks), the cost, and Python code that loads the first adapter.
 
     Raises:
         UserError: The folder is not a base, or the data, a setting or `out` is not acceptable.
@@ -169,9 +90,8 @@ def adapt_folder(
     from foretune.training.shots import draw_shots
 
     block, source = settings(tasks, changes)
-    method = adapt_record(block)
-    run = run_of(block, seed=seed)
-    saved = find_base(base)
+    saved, run = find_base(base), run_of(block, seed=seed)
+    method = (None if says_how(changes) else saved.plan) or fixed_record(block)
     kind = objective or saved.kind
     if kind is None:
         saved.objective(None, None)  # raises
@@ -197,6 +117,9 @@ def adapt_folder(
         "metric": fitted.metric,
         "scores": scores,
         "num_train": num_train,
+        "adapting": [
+            {**setting.to_dict(), "tasks": names} for setting, names in _by_setting(adapted)
+        ],
         "drawn": rows_drawn({shots: num_train.values()}, unit) if shots else [],
         "mean": sum(scores.values()) / len(scores) if scores else None,
         "num_labels": adapted.num_labels,
@@ -208,6 +131,14 @@ def adapt_folder(
         ),
         "cost": adapted.cost,
     }
+
+
+def _by_setting(adapted: Adapted) -> list[tuple[Setting, list[str]]]:
+    """The settings of a plan, and the tasks that were adapted by each in this call."""
+    groups: dict[str, tuple[Setting, list[str]]] = {}
+    for (task, _), setting in adapted.settings.items():
+        groups.setdefault(repr(setting), (setting, []))[1].append(task)
+    return list(groups.values())
 
 
 def compare_folders(
@@ -224,6 +155,8 @@ def compare_folders(
     console: Console = SILENT,
 ) -> dict[str, Any]:
     """Adapts several bases to the same unseen tasks and compares them.
+
+    Without changes that say how, each is adapted as held-out tasks chose when it was retrained.
 
     Args:
         folders: Folders of bases.
@@ -246,8 +179,9 @@ def compare_folders(
             `out` is not acceptable.
     """
     block, source = settings(tasks, changes)
-    method, run = adapt_record(block), run_of(block)
-    bases = _named([find_base(folder) for folder in folders])
+    method, run = fixed_record(block), run_of(block)
+    bases = named([find_base(folder) for folder in folders])
+    plans = {} if says_how(changes) else _plans(bases, method, run, console)
     reference = _with_objective(bases, objective)
     kind = objective or reference.kind
     if kind is None:
@@ -272,6 +206,7 @@ def compare_folders(
                 run=run,
                 shots=tuple(shots),
                 draws=draws,
+                plans=plans or None,
                 progress=progress,
             ).to_dict()
         for base in comparison["bases"]:
@@ -290,18 +225,38 @@ def read_by(source: Source) -> list[str]:
     return [text for text in (source.source, source.unseen) if isinstance(text, str)]
 
 
-def _fixed_rate(block: AdaptBlock) -> float | None:
-    """The learning rate of the block; None for the method's default.
+def says_how(changes: Sequence[str]) -> bool:
+    """Whether settings say how to adapt, instead of what was chosen for the base."""
+    keys = {key for key in override_keys(changes) if not key.startswith("tasks.")}
+    return bool(keys - {*OF_THE_MACHINE})
+
+
+def fixed_record(block: AdaptBlock) -> Any:
+    """The adapt method of settings.
 
     Raises:
-        UserError: The block has several.
+        UserError: They have several learning rates.
     """
     if len(block.rates) > 1:
         raise UserError(
             "learning_rates are searched on seen tasks, which only a recipe has: set a single "
             "learning_rate"
         )
-    return block.rates[0] if block.rates else None
+    return adapt_record(block)
+
+
+def _plans(
+    bases: Mapping[str, SavedBase], method: Any, run: Run, console: Console
+) -> dict[str, AdaptPlan]:
+    """The plans that the bases bring; says by what the others are adapted, if any has one."""
+    plans = {name: plan for name, base in bases.items() if (plan := base.plan) is not None}
+    others = [name for name in bases if name not in plans]
+    if plans and others:
+        console.say(
+            f"{', '.join(others)}: no way to adapt was chosen; adapting by {method.name}, learning "
+            f"rate {method.learning_rate:g}, {run.steps} steps"
+        )
+    return plans
 
 
 def settings(tasks: str, changes: Sequence[str]) -> tuple[AdaptBlock, Source]:
@@ -347,26 +302,6 @@ class _Loaded(Mapping[str, Any]):
     def tokenizer(self, name: str) -> Any:
         """The tokenizer of a base, or None."""
         return self.bases[name].load()[1]
-
-
-def _named(bases: Sequence[SavedBase]) -> dict[str, SavedBase]:
-    """The bases by name; if names are equal, by the shortest ends of their paths that differ.
-
-    Raises:
-        UserError: A folder is given twice.
-    """
-    paths = [base.folder.resolve().parts for base in bases]
-    for path, base in zip(paths, bases, strict=True):
-        if paths.count(path) > 1:
-            raise UserError(f"{base.folder} is given twice")
-    names = [base.name for base in bases]
-    if len(set(names)) < len(names):
-        # bases/peft-ml/seed-0/base and bases/none/seed-0/base differ in the last three parts.
-        depth = next(d for d in itertools.count(1) if len({p[-d:] for p in paths}) == len(paths))
-        names = ["/".join(p for p in path[-depth:] if p != "base") for path in paths]
-    return {
-        name: dataclasses.replace(base, name=name) for name, base in zip(names, bases, strict=True)
-    }
 
 
 def _one_tokenizer(loaded: _Loaded) -> Any:

@@ -1,26 +1,32 @@
-"""`plan_recipe`: what a recipe would do and cost, from two timed training steps per method."""
+"""`plan_recipe`: what a recipe would do and cost, from a few timed training steps per method."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import foretune
 from foretune.evaluation.conflict import Conflict
 from foretune.recipes.adapting import candidates_of, held_out_of
-from foretune.recipes.conflict import recipe_conflict
+from foretune.recipes.conflict import conflict_record, recipe_conflict
 from foretune.recipes.console import SILENT, Console
-from foretune.recipes.schema import MethodEntry, Recipe, adapt_record, takes_rate
+from foretune.recipes.entries import MethodEntry, adapt_record, takes_rate
+from foretune.recipes.schema import Recipe
 from foretune.recipes.setup import Setup, set_up
 from foretune.tasks.leakage import Leak, SharedInputs, find_overlaps
 from foretune.tasks.summary import describe
 from foretune.tasks.task import Task, TaskCollection
 
 TIMED_STEPS = 2
+# What a process does once may take longer than a small model's steps: those that seem to take less
+# than SLOW_STEP are timed again, as many as fit into about two seconds.
+SLOW_STEP, MOST_TIMED_STEPS = 3.0, 16
 FORWARD_SHARE = 1 / 3  # of the time of a forward and backward pass, approximately
 
 
@@ -84,9 +90,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields, with the totals."""
-        fields = dataclasses.asdict(self)
-        if isinstance(self.conflict, str):
-            fields["conflict"] = {"unmeasured": self.conflict}
+        fields = {**dataclasses.asdict(self), "conflict": conflict_record(self.conflict)}
         return {**fields, "seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
 
 
@@ -104,12 +108,12 @@ def plan_recipe(recipe: Recipe, console: Console = SILENT) -> Plan:
     conflict = recipe_conflict(setup, console)
     costs = []
     for entry in recipe.entries:
-        console.say(f"{entry.name}: timing {TIMED_STEPS} steps")
+        console.say(f"{entry.name}: timing a few steps")
         cost = _choosing_cost if entry.method == "auto" else _retrain_cost
         costs.append(cost(setup, entry))
     adapt = None
     if setup.unseen is not None:
-        console.say(f"adapting: timing {TIMED_STEPS} steps")
+        console.say("adapting: timing a few steps")
         adapt = _adapt_cost(setup, setup.unseen)
     overlaps = find_overlaps(setup.seen, setup.unseen)
     return Plan(
@@ -161,14 +165,18 @@ def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:
     run = full_run.replace(eval_every=0)
     tasks = _trimmed(setup.seen, run.batch_size)
 
-    record, watch = entry.record(), Stopwatch()
+    record = entry.record()
     # A method with episodes over all tasks updates the base once per several batches.
     episode = record.batches_per_update
-    run = run.replace(steps=episode * (1 + TIMED_STEPS))
-    timed = foretune.retrain(
-        setup.model, tasks, record, run, tokenizer=setup.tokenizer, progress=watch
-    )
-    step = watch.seconds_per_update() * watch.updates / run.steps
+
+    def train(updates: int, watch: Stopwatch) -> Any:
+        timed_run = run.replace(steps=episode * updates)
+        return foretune.retrain(
+            setup.model, tasks, record, timed_run, tokenizer=setup.tokenizer, progress=watch
+        )
+
+    timed, watch = _timed(train)
+    step = watch.seconds_per_update() * watch.updates / (episode * watch.planned)
     together = min(run.tasks_per_step or len(setup.seen), len(setup.seen))
     per_row = step / (together * run.batch_size)
     seconds = 0.0
@@ -252,9 +260,11 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
     record = plain[-1] if block.searches else adapt_record(block)  # the last one trains the most
     tasks = _trimmed(unseen, full_run.batch_size)
 
-    watch = Stopwatch()
-    run = full_run.replace(steps=1 + TIMED_STEPS, eval_every=0)
-    timed = foretune.adapt(setup.model, tasks, record, run, progress=watch)
+    def train(updates: int, watch: Stopwatch) -> Any:
+        run = full_run.replace(steps=updates, eval_every=0)
+        return foretune.adapt(setup.model, tasks, record, run, progress=watch)
+
+    timed, watch = _timed(train)
     step = watch.seconds_per_update()
     bases = len(recipe.entries) * recipe.seeds
     comparisons = bases * len(block.shots) * block.draws
@@ -272,7 +282,8 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
         name=", ".join(dict.fromkeys(method.name for method in methods)),
         parameters={"adapter": int(timed.cost.get("trainable_parameters") or 0)},
         step_seconds=step,
-        seconds=per_task * (full_run.steps * adaptations + FORWARD_SHARE * rows / run.batch_size),
+        seconds=per_task
+        * (full_run.steps * adaptations + FORWARD_SHARE * rows / full_run.batch_size),
         peak_memory_mb=timed.cost.get("peak_memory_mb"),
     )
 
@@ -291,17 +302,39 @@ def _searches(setup: Setup) -> Iterator[tuple[float, list[Sequence[Any]]]]:
 
 def _tried(recipe: Recipe, num_tasks: int) -> int:
     """How often one search adapts to a task at one number of shots."""
-    from foretune.evaluation.adapt_search import halving
+    from foretune.evaluation.adapt_search import num_adaptations
     from foretune.evaluation.held_out import num_draws
 
-    methods = len(candidates_of(recipe)) if recipe.adapt.searches else 1
-    return num_draws(num_tasks) * sum(count * part for count, part in halving(methods, num_tasks))
+    if not recipe.adapt.searches:
+        return num_draws(num_tasks) * num_tasks
+    return num_adaptations(len(candidates_of(recipe)), num_tasks)
+
+
+def _timed(train: Callable[[int, Stopwatch], Any]) -> tuple[Any, Stopwatch]:
+    """The result of a few updates, and the watch that timed them.
+
+    Args:
+        train: Makes so many updates and calls the watch after each.
+    """
+    watch = Stopwatch(1 + TIMED_STEPS)
+    result = train(watch.planned, watch)
+    seconds = watch.seconds_per_update()
+    if seconds < SLOW_STEP:
+        again = max(TIMED_STEPS, min(MOST_TIMED_STEPS, round(2 / max(seconds, 1e-3))))
+        watch = Stopwatch(1 + again)
+        result = train(watch.planned, watch)
+    return result, watch
 
 
 class Stopwatch:
-    """A progress callback that times updates; the first one is left out as a warm-up."""
+    """A progress callback that times updates; the first one is left out as a warm-up.
 
-    def __init__(self) -> None:
+    Args:
+        planned: Updates that are asked for; a method may make another number of them.
+    """
+
+    def __init__(self, planned: int) -> None:
+        self.planned = planned
         self.ticks: list[float] = []
         self.updates = 0
 
@@ -311,8 +344,9 @@ class Stopwatch:
         self.updates = updates
 
     def seconds_per_update(self) -> float:
-        """Mean time of an update in seconds."""
-        return (self.ticks[-1] - self.ticks[0]) / max(1, len(self.ticks) - 1)
+        """Median time of an update in seconds."""
+        intervals = [end - start for start, end in itertools.pairwise(self.ticks)]
+        return statistics.median(intervals) if intervals else 0.0
 
 
 def _validations(eval_every: int | None, steps: int) -> int:
@@ -326,7 +360,7 @@ def _trimmed(tasks: TaskCollection, batch_size: int) -> TaskCollection:
 
     A training row serves as the test row, because a real one may have a label that is cut off.
     """
-    rows = batch_size * (1 + TIMED_STEPS)
+    rows = batch_size * (1 + MOST_TIMED_STEPS)
     small = tuple(Task(t.name, train=t.train[:rows], test=t.train[:1]) for t in tasks)
     return dataclasses.replace(tasks, tasks=small)
 

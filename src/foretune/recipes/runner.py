@@ -12,11 +12,13 @@ from foretune.files import CARD_FILE, COMPARISON_FILE, write_whole
 from foretune.formats import COMPARISON, SPECTRUM, damage_named, read_json, stamped
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.adapting import candidates_of, choose_adapting
+from foretune.recipes.conflict import conflict_record, recipe_conflict
 from foretune.recipes.console import SILENT, Console
+from foretune.recipes.entries import MethodEntry, adapt_record
 from foretune.recipes.folder import check_inputs, run_folder, write_json, write_run_record
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.model_card import model_card
-from foretune.recipes.schema import MethodEntry, Recipe, adapt_record
+from foretune.recipes.schema import Recipe
 from foretune.recipes.setup import Setup, need_unseen, set_up
 from foretune.recipes.stages import base_folder, base_stage, make_base, total_cost
 
@@ -67,6 +69,7 @@ def run_recipe(
 def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
     first = set_up(recipe, console)
     check_inputs(out, first.model, [*first.all_seen, *need_unseen(first)], first.tokenizer)
+    conflict = recipe_conflict(first, console)
     repeats: list[dict[str, Any]] = []
     for seed, setup in enumerate(_setups(first, console)):
         stages = {e.name: base_stage(setup, e, seed, out, console) for e in recipe.entries}
@@ -77,6 +80,7 @@ def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
         "title": recipe.name,
         "recipe": recipe.to_yaml(),
         "collection": _counts(first),
+        "conflict": conflict_record(conflict),
         "spectrum": spectrum_stage(first, out, lora_rates(repeats[0]), console),
     }
     finish(out, comparison)
@@ -308,5 +312,5 @@ def finish(out: Path, comparison: dict[str, Any]) -> None:
 
     write_json(out / COMPARISON_FILE, comparison)
     write_report(comparison, out)
-    write_whole(out / CARD_FILE, model_card(comparison))
+    write_whole(out / CARD_FILE, model_card(comparison, out))
     write_run_record(out)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
@@ -25,11 +23,19 @@ from foretune.recipes.blocks import (
     TasksBlock,
 )
 from foretune.recipes.console import Console
+from foretune.recipes.entries import (
+    MethodEntry,
+    adapt_methods,
+    class_of,
+    parse_entry,
+    run_of,
+    takes_rate,
+)
 from foretune.recipes.messages import user_error
 from foretune.recipes.objective_blocks import OBJECTIVES, ObjectiveBlock
 from foretune.recipes.overrides import apply_overrides, override_keys
 from foretune.recipes.yaml_io import dump_yaml, parse_recipe_yaml
-from foretune.run import Run, check_list
+from foretune.run import Run, check_int
 from foretune.tasks.sources import Source
 
 B = TypeVar("B", bound=Block)
@@ -65,66 +71,6 @@ class Experiment(Protocol):
     def tables(self, result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]], str]]:
         """(title, header, rows, finding) of each table of a result."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodEntry:
-    """One item of `retrain.methods`.
-
-    Args:
-        name: The displayed name, unique within the recipe.
-        method: Name of the registered method.
-        fields: Fields of the method that the recipe sets.
-        rates: Learning rates to try; empty for the method's default.
-        search: Values to try of other fields, each with each rate; `lora.r` is a key of `lora`.
-    """
-
-    name: str
-    method: str
-    fields: dict[str, Any]
-    rates: list[float]
-    search: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def trials(self) -> list[dict[str, Any]]:
-        """The settings to try, by field; a single one (possibly empty) if nothing is searched."""
-        rates = self.rates if takes_rate(self.method) else []
-        grid = {**({"learning_rate": rates} if rates else {}), **self.search}
-        return [
-            dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
-        ]
-
-    def record(self, settings: Mapping[str, Any] | None = None) -> Any:
-        """The method with these settings beside its fields.
-
-        Raises:
-            UserError: The method has no such field, or the value is out of range.
-        """
-        return methods.make(self.method, **self.fields_with(settings or {}))
-
-    def fields_with(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields with these settings.
-
-        Raises:
-            UserError: A dotted key is not inside a block of keys.
-        """
-        fields = dict(self.fields)
-        for key, value in settings.items():
-            name, _, inner = key.partition(".")
-            if inner and name not in fields:
-                fields[name] = getattr(methods.make(self.method, **self.fields), name, None)
-            if inner and not isinstance(fields[name], Mapping):
-                raise UserError(f'{self.name}: search has "{key}", and {name} is no block of keys')
-            fields[name] = {**fields[name], inner: value} if inner else value
-        return fields
-
-    def name_with(self, settings: Mapping[str, Any]) -> str:
-        """The name of a trial with these settings; that of the entry for the only one."""
-        if len(self.trials) == 1:
-            return self.name
-        rate = [f"{settings['learning_rate']:g}"] if "learning_rate" in settings else []
-        others = [f"{key}={settings[key]}" for key in settings if key != "learning_rate"]
-        return " ".join([self.name, *rate, *others])
 
 
 class Recipe(Block):
@@ -169,7 +115,7 @@ class Recipe(Block):
         Raises:
             UserError: An item is not a name, or a name with its fields.
         """
-        entries = [_entry(item, self.retrain.rates) for item in self.retrain.methods]
+        entries = [parse_entry(item, self.retrain.rates) for item in self.retrain.methods]
         return [self._choosing(e, entries) if e.method == "auto" else e for e in entries]
 
     def with_method(self, name: str) -> MethodEntry:
@@ -190,16 +136,17 @@ class Recipe(Block):
             raise UserError(f"auto: candidates must be a list like retrain.methods, got {items!r}")
         pool = [e for e in entries if e.method != "auto"]
         if items is not None:
-            pool = [_entry(item, self.retrain.rates) for item in items]
+            pool = [parse_entry(item, self.retrain.rates) for item in items]
         candidates = []
         for entry in pool:
             class_of(entry.method)  # raises for an unknown one
             for settings in entry.trials:
                 fields = entry.fields_with(settings)
                 candidates.append({"name": entry.method, "as": entry.name_with(settings), **fields})
-        name, fields = adapt_methods(self.adapt)[0]
+        methods = adapt_methods(self.adapt)
+        fixed = {"name": methods[0][0], **methods[0][1]}
         adapting: dict[str, Any] = {
-            "adapt": {"name": name, **fields},
+            "adapt": [{name: of} for name, of in methods] if self.adapt.searches else fixed,
             "adapt_run": {k: v for k, v in self.adapt_run().to_dict().items() if k != "out"},
             "adapt_rates": self.adapt.rates,
             "shots": self.adapt.row_counts,
@@ -372,43 +319,6 @@ def _key_lookup(raw: dict[str, Any]) -> Callable[[Sequence[str]], list[str]]:
     return valid_keys
 
 
-def _entry(item: Any, rates: list[float]) -> MethodEntry:
-    method, fields = _name_and_fields(item, "retrain.methods", "{peft-ml: {penalty: 0.1}}")
-    name = fields.pop("as", method)
-    method_rates = check_list(f"{name}.learning_rates", fields.pop("learning_rates", None) or [])
-    if "learning_rate" in fields:
-        method_rates = [fields.pop("learning_rate")]
-    search = fields.pop("search", None) or {}
-    if not isinstance(search, dict) or any(
-        not isinstance(v, list) or not v for v in search.values()
-    ):
-        raise UserError(
-            f"{name}.search must map fields to lists of values, such as {{penalty: [0, 0.1]}}; got "
-            f"{search!r}"
-        )
-    if "learning_rate" in search:
-        raise UserError(f"{name}.search has learning_rate: set {name}.learning_rates instead")
-    return MethodEntry(
-        name=str(name), method=method, fields=fields, rates=method_rates or rates, search=search
-    )
-
-
-def _name_and_fields(item: Any, key: str, example: str) -> tuple[str, dict[str, Any]]:
-    """The name of a method and its fields, from a name or from a mapping with one key.
-
-    Raises:
-        UserError: It is neither.
-    """
-    if isinstance(item, str):
-        return item, {}
-    fields = next(iter(item.values()), None) if isinstance(item, dict) else None
-    if not isinstance(item, dict) or len(item) != 1 or not isinstance(fields, (dict, type(None))):
-        raise UserError(
-            f"an item of {key} is a name, or one name with its fields ({example}); got {item!r}"
-        )
-    return next(iter(item)), dict(fields or {})
-
-
 def _check(recipe: Recipe, where: str) -> None:
     """Checks that need the methods, `Run` and `Source`: names, fields and ranges of values.
 
@@ -418,7 +328,7 @@ def _check(recipe: Recipe, where: str) -> None:
     checks: dict[str, Callable[[], object]] = {
         "": lambda: _check_methods(recipe),
         "model.": lambda: recipe.model.check_serves(recipe.objective),
-        "retrain.": recipe.retrain_run,
+        "retrain.": lambda: check_int("steps", recipe.retrain_run().steps, 1),
         "adapt.": recipe.adapt_run,
         "tasks.": recipe.source,
     }
@@ -462,52 +372,8 @@ def _check_adapt_methods(block: AdaptBlock) -> None:
         methods.make(name, **fields)
 
 
-def takes_rate(method: str) -> bool:
-    """Whether the method has a learning rate ("none" has not)."""
-    return "learning_rate" in class_of(method).__dataclass_fields__
-
-
-def class_of(method: str) -> Any:
-    """The class of a method, with its class attributes."""
-    return methods.method_class(method)
-
-
 def _check_verb(method: str, verb: str, key: str) -> None:
     try:
         methods.method_class_of(method, verb)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
-
-
-def adapt_methods(block: AdaptBlock) -> list[tuple[str, dict[str, Any]]]:
-    """(name, fields) of the methods to choose among, or of the only one.
-
-    Raises:
-        UserError: An item is not a name, or a name with its fields.
-    """
-    items = [
-        _name_and_fields(item, "adapt.methods", "{basis: {strength: 3}}") for item in block.items
-    ]
-    lora = {} if block.lora is None else {"lora": block.lora}
-    return [(name, {**(lora if name == "lora" else {}), **fields}) for name, fields in items]
-
-
-def adapt_record(block: AdaptBlock) -> Any:
-    """The adapt method where it is fixed: LoRA, if the block does not name it."""
-    lora = {} if block.lora is None else {"lora": block.lora}
-    rate = {"learning_rate": block.rates[0]} if block.rates else {}
-    return methods.make(block.method or "lora", **{**lora, **block.fields, **rate})
-
-
-def run_of(block: RetrainBlock | AdaptBlock, **more: Any) -> Run:
-    """A block as a `Run`.
-
-    Args:
-        block: The block.
-        **more: Other fields of `Run`.
-
-    Raises:
-        UserError: A value is out of range.
-    """
-    names = set(Run.__dataclass_fields__)
-    return Run(**{**block.model_dump(include=names), **more})

@@ -13,8 +13,8 @@ from typing_extensions import TypedDict
 from foretune.formats import STAGE, read_json, stamped
 from foretune.recipes.adapting import choose_adapting
 from foretune.recipes.console import Console
+from foretune.recipes.entries import MethodEntry
 from foretune.recipes.folder import write_json
-from foretune.recipes.schema import MethodEntry
 from foretune.recipes.setup import Setup
 from foretune.recipes.trials import best_trial, retrain
 

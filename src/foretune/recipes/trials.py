@@ -19,8 +19,8 @@ from foretune.formats import read_json
 from foretune.manifest import TRIAL, all_files, record_files
 from foretune.recipes.adapting import held_out_of
 from foretune.recipes.console import Console
+from foretune.recipes.entries import MethodEntry
 from foretune.recipes.folder import on_first_process, write_json
-from foretune.recipes.schema import MethodEntry
 from foretune.recipes.setup import Setup
 from foretune.run import Run
 
@@ -135,7 +135,7 @@ def _best(trials: list[dict[str, Any]]) -> int | None:
     error of their difference over the held-out tasks: what is not told apart is decided by the
     order of the recipe, not by luck.
     """
-    from foretune.training.held_out import is_level
+    from foretune.training.adapted_scores import is_level
 
     best: int | None = None
     for number, trial in enumerate(trials):

@@ -28,6 +28,7 @@ def plain_label(label: Label) -> Label:
     return int(label) if float(label).is_integer() else label
 
 
+@functools.lru_cache(maxsize=4096)
 def label_text(label: Label) -> str:
     """The text that identifies a label.
 
@@ -44,7 +45,7 @@ def sort_labels(labels: Iterable[Label]) -> tuple[Label, ...]:
     (1, 9, 10, 'a', 'b')
     """
     distinct: dict[str, Label] = {}
-    for label in map(plain_label, labels):
+    for label in map(plain_label, dict.fromkeys(labels)):
         if not isinstance(label, str) or str(label) not in distinct:
             distinct[str(label)] = label
     return tuple(sorted(distinct.values(), key=lambda v: (isinstance(v, str), v)))

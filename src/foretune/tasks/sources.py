@@ -24,6 +24,8 @@ from foretune.tasks.task import Task, TaskCollection
 
 PYTHON_DOCS = "python-docs"
 
+PACKAGED = {"land-bank": Path(__file__).parents[1] / "data" / "land-bank.jsonl.gz"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
@@ -31,8 +33,9 @@ class Source:
 
     Args:
         source: A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .npz) or a folder of those,
-            "python-docs" (the documentation of the installed Python modules), or an HF dataset
-            ("owner/name", with ":config" if it has several).
+            "land-bank" (votes on statements, in the package), "python-docs" (the documentation of
+            the installed Python modules), or an HF dataset ("owner/name", with ":config" if it has
+            several).
         task_column: The column that names a row's task.
         group_column: The column that names a row's group, so that splits keep groups together;
             None for "dialogue" or "group" if a row has one.
@@ -252,7 +255,7 @@ def _read_second(second: Source, kind: str, seen: list[Task], splits: SplitNames
     """
     names = [task.name for task in seen]
     guess = did_you_mean(second.source, names)
-    if HUB_ID.fullmatch(second.source) or second.source == PYTHON_DOCS:
+    if HUB_ID.fullmatch(second.source) or second.source in (PYTHON_DOCS, *PACKAGED):
         guess = ""  # it may well be a source
     if (guess or second.source in names) and not _exists(second.source):
         raise UserError(
@@ -277,7 +280,7 @@ def _rows(source: Source, kind: str, splits: SplitNames) -> Iterable[Row]:
         UserError: There is no such source, or it cannot be read as `kind`.
     """
     if source.source != PYTHON_DOCS:
-        return read_rows(source.source, splits)
+        return read_rows(str(PACKAGED.get(source.source, source.source)), splits)
     if kind != "choice":
         raise UserError(f"{PYTHON_DOCS} is a collection of choice tasks; got objective kind {kind}")
     from foretune.tasks.python_docs import read_python_docs

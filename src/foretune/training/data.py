@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,8 +49,8 @@ class Step:
         num_rows: Number of examples of the step in all processes.
         fillers: Batches of weight zero: they only match the model calls of other processes.
         rows: Index of each example of the chunks within its slot, chunk after chunk.
-        seed: Random seed of what all examples share.
-        slot_seeds: Random seed of each slot, which depends on its key but not on its number.
+        drawn_by: The random seed of the step.
+        keys: The key of each slot.
     """
 
     chunks: tuple[Batch, ...]
@@ -57,8 +58,19 @@ class Step:
     num_rows: int
     fillers: tuple[Batch, ...] = ()
     rows: tuple[int, ...] = ()
-    seed: int = 0
-    slot_seeds: Mapping[int, int] = field(default_factory=dict)
+    drawn_by: Sequence[int] = ()
+    keys: Mapping[int, str] = field(default_factory=dict)
+
+    @cached_property
+    def seed(self) -> int:
+        """Random seed of what all examples share."""
+        return stable_hash(f"{list(self.drawn_by)}")
+
+    @cached_property
+    def slot_seeds(self) -> Mapping[int, int]:
+        """Random seed of each slot, which depends on its key but not on its number."""
+        text = f"{list(self.drawn_by)}"
+        return {slot: stable_hash(f"{text} {key}") for slot, key in self.keys.items()}
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -164,18 +176,19 @@ class TaskData:
                 None for all.
         """
         picks = sorted(picks, key=lambda pick: pick[0])
+        keys = {slot: self.slots[slot].key for slot, _ in picks}
         rows: list[Mapping[str, Any]] = [self.row(slot, split, i) for slot, i in picks]
-        if train:
+        if train and type(self.objective).sample is not Objective.sample:
             rngs = {
-                slot: np.random.default_rng([*seed, stable_hash(self.slots[slot].key)])
-                for slot in {slot for slot, _ in picks}
+                slot: np.random.default_rng([*seed, stable_hash(key)]) for slot, key in keys.items()
             }
             rows = [
                 self.objective.sample(row, rngs[slot])
                 for row, (slot, _) in zip(rows, picks, strict=True)
             ]
         slots, places = [slot for slot, _ in picks], [i for _, i in picks]
-        sizes = [self.objective.size(row) for row in rows]
+        needs_sizes = budget is not None or select is not None
+        sizes = [self.objective.size(row) for row in rows] if needs_sizes else [1] * len(rows)
         if select is not None:
             selected = select(sizes)
             rows, slots = [rows[i] for i in selected], [slots[i] for i in selected]
@@ -184,15 +197,13 @@ class TaskData:
         chunks = []
         for start, end in _chunks(sizes, budget):
             chunks.append(self.objective.collate(rows[start:end], slots[start:end]))
-        num_slots = len({slot for slot, _ in picks})
-        keys = {slot: self.slots[slot].key for slot, _ in picks}
         return Step(
             tuple(chunks),
-            num_slots,
+            len(keys),
             len(picks),
             rows=tuple(places),
-            seed=stable_hash(f"{list(seed)}"),
-            slot_seeds={slot: stable_hash(f"{list(seed)} {key}") for slot, key in keys.items()},
+            drawn_by=tuple(seed),
+            keys=keys,
         )
 
 
@@ -315,6 +326,7 @@ def _by_epoch(position: int, count: int, size: int) -> Iterator[tuple[int, slice
         position += length
 
 
+@lru_cache(maxsize=2**14)
 def stable_hash(key: str) -> int:
     """A hash that is the same in every process, unlike Python's own."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big")

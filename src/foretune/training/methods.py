@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from foretune.run import Run
     from foretune.tasks.task import Objective, TaskCollection
-    from foretune.training.held_out import HeldOut
     from foretune.training.learners.joint import Learner
     from foretune.training.loop import Progress
 
@@ -69,7 +68,7 @@ class RetrainMethod(Method, Protocol):
         tasks: TaskCollection,
         run: Run,
         progress: Progress | None = None,
-        held_out: HeldOut | None = None,
+        held_out: Any = None,
     ) -> tuple[RetrainMethod, dict[str, Any]]:
         """(method to retrain with, record of the choice); called where `chooses` is set."""
         return self, {}

@@ -128,6 +128,7 @@ class Outcome:
             "cost": self.cost,
             "environment": environment(),
             **({} if self.choice is None else {"choice": self.choice}),
+            **({} if self.basis is None else {"basis": self.basis.summary()}),
         }
 
     def _base_record(self) -> dict[str, Any]:

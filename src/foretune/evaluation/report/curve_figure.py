@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from foretune.evaluation.report import svg
 from foretune.evaluation.report.figure import NARROW, Figure, legend, styles, value_axis
 from foretune.evaluation.report.svg import Ink
@@ -13,11 +11,11 @@ from foretune.evaluation.report.view import View
 def retraining_curves(view: View, width: int, ink: Ink) -> Figure:
     """Mean score after adapting to held-out tasks against the steps of retraining.
 
-    Each repeat has a line of its own; a marker is on its highest score, whose base is compared.
+    Each repeat has a line of its own; a marker is on the state that was taken as the base.
     """
     curves, base_styles = view.retraining_curves(), styles(view, ink)
     names = [name for name in view.names if name in curves]
-    points = [point for name in names for curve in curves[name] for point in curve]
+    points = [point for name in names for curve in curves[name] for point in curve.points]
     head, top = legend([(view.labels[name], base_styles[name]) for name in names], width, ink)
     top += 34.0
     bottom = top + (260.0 if width >= NARROW else 210.0)
@@ -37,10 +35,11 @@ def retraining_curves(view: View, width: int, ink: Ink) -> Figure:
     for name in names:
         style = base_styles[name]
         for curve in curves[name]:
-            places = [(x(step), y(score)) for step, score in curve]
+            places = [(x(step), y(score)) for step, score in curve.points]
             parts.append(svg.polyline(places, style.color, dash=style.dash))
-            at = places[_highest(curve)]
-            parts.append(svg.marker(style.marker, *at, style.color, style.fill))
+            if curve.chosen is not None:
+                at = places[curve.chosen]
+                parts.append(svg.marker(style.marker, *at, style.color, style.fill))
     return Figure(
         f"Mean {view.scale.metric} on held-out seen tasks during retraining",
         f"One line per retraining, {sum(len(curves[name]) for name in names)} in all; a marker is "
@@ -49,7 +48,3 @@ def retraining_curves(view: View, width: int, ink: Ink) -> Figure:
         bottom + 46,
         "".join(parts),
     )
-
-
-def _highest(curve: Sequence[tuple[int, float]]) -> int:
-    return max(range(len(curve)), key=lambda index: curve[index][1])

@@ -151,7 +151,7 @@ def _names(
     ink: Ink,
 ) -> list[str]:
     """The names beside their points, each where it hides least of points, lines and other names."""
-    taken: list[Box] = [(px - 6, py - 6, px + 6, py + 6) for px, py in places] + [*lines]
+    occupied: list[Box] = [(px - 6, py - 6, px + 6, py + 6) for px, py in places] + [*lines]
     parts = []
     for label, (px, py) in zip(labels, places, strict=True):
         shown = svg.shorten(label, room[2] - room[0], SIZE)
@@ -168,10 +168,11 @@ def _names(
         box = min(
             (_moved_inside(candidate, room) for candidate in candidates),
             key=lambda candidate: (
-                sum(_overlap(candidate, other) for other in taken) + 2 * _away(candidate, px, py)
+                sum(_overlap(candidate, hidden) for hidden in occupied)
+                + 2 * _away(candidate, px, py)
             ),
         )
-        taken.append(box)
+        occupied.append(box)
         parts.append(svg.text(shown, box[0], box[1] + 11, ink.text, size=SIZE, halo=ink.paper))
     return parts
 

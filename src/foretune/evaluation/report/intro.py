@@ -56,9 +56,9 @@ def _tasks(collection: Mapping[str, Any]) -> str:
         rows = f" ({collection['rows_seen']:,} rows)" if collection.get("rows_seen") else ""
         parts.append(f"{counted(collection['num_seen'], 'task')}{rows} to learn from")
     if "num_unseen" in collection:
-        other = "other task" if parts else "task"
+        noun = "other task" if parts else "task"
         turns = f" in each of {collection['turns']} turns" if "turns" in collection else ""
-        parts.append(f"{counted(collection['num_unseen'], other)}{turns} to be scored on")
+        parts.append(f"{counted(collection['num_unseen'], noun)}{turns} to be scored on")
     return ", ".join(parts)
 
 
@@ -75,7 +75,7 @@ def _model(block: Mapping[str, Any]) -> str:
     """The model of a recipe in words; empty where the recipe names none."""
     name = block.get("name") or block.get("file")
     tower = block.get("tower")
-    widths = f"a network of {' and '.join(map(str, tower))} units" if tower else ""
+    widths = f"a network of {listed([str(width) for width in tower])} units" if tower else ""
     if not isinstance(name, str):
         return widths
     shown = PurePath(name).name

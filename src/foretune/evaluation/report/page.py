@@ -11,6 +11,12 @@ import jinja2
 from markupsafe import Markup
 
 from foretune.claims import claim_file
+from foretune.evaluation.conflict_text import (
+    QUESTION,
+    about_tasks,
+    conflict_rows,
+    expectation,
+)
 from foretune.evaluation.report.choices import adapting, choices, searches
 from foretune.evaluation.report.figure import NARROW, Figure
 from foretune.evaluation.report.figures import all_figures, forest_name
@@ -19,7 +25,7 @@ from foretune.evaluation.report.snippet import load_lines
 from foretune.evaluation.report.svg import DARK, LIGHT, PAGE, Ink
 from foretune.evaluation.report.view import View
 from foretune.evaluation.verdict import Contrast
-from foretune.evaluation.wording import Scale, choice_sentences, counted, p_text, shots_phrase
+from foretune.evaluation.wording import choice_sentences, counted, p_text, shots_phrase
 from foretune.files import REPORT_FILE, write_whole
 from foretune.printable import printable
 
@@ -188,32 +194,18 @@ def _tasks(view: View) -> dict[str, Any] | None:
 
 
 def _conflict(view: View) -> dict[str, Any] | None:
-    """The steps of the measured conflict at each number of shots, and what it advises."""
+    """What was measured before retraining, as a table and in words; None where nothing was."""
     conflict = view.comparison.get("conflict")
-    if not conflict:
+    if not conflict or "unmeasured" in conflict:
         return None
-    scale = Scale(conflict["metric"])
-    measured = conflict["by_shots"]
-    steps = dict.fromkeys(step for row in measured for step in row["scores"])
-    gain, low, high = conflict["expected_gain"]
+    header, *rows = conflict_rows(conflict)
     return {
-        "axis": scale.axis,
-        "columns": [view.shots_label(row["shots"]) for row in measured],
-        "rows": [
-            (step, [_interval_cell(scale, row["scores"].get(step)) for row in measured])
-            for step in steps
-        ],
-        "gain": f"{scale.signed(gain, unit=True)} ({scale.interval(low, high)})",
-        "advice": conflict["advice"],
-        "rank": conflict["rank"],
+        "question": QUESTION,
+        "about": about_tasks(conflict),
+        "header": header,
+        "rows": rows,
+        "expectation": expectation(conflict).splitlines(),
     }
-
-
-def _interval_cell(scale: Scale, values: Sequence[float] | None) -> tuple[str, str] | None:
-    if values is None:
-        return None
-    mean, low, high = (scale.level(value) for value in values)
-    return mean, f"{low} to {high}"
 
 
 def _costs(base: Mapping[str, Any]) -> dict[str, Any]:

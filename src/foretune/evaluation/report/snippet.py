@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from foretune.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, LABELS_FILE
+from foretune.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, LABELS_FILE, TOKENIZER_CONFIG_FILE
 from foretune.models.loading_code import loading_code
-
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def load_lines(base: Mapping[str, Any], folder: Path) -> list[str]:
@@ -27,7 +25,7 @@ def load_lines(base: Mapping[str, Any], folder: Path) -> list[str]:
     if not (folder / where).is_dir():
         adapter = (adapters / "TASK").as_posix()
         return loading_code(base["model_class"], where, adapter, base["num_labels"])
-    tokenizer = where if (folder / where / TOKENIZER_CONFIG).is_file() else None
+    tokenizer = where if (folder / where / TOKENIZER_CONFIG_FILE).is_file() else None
     tasks = sorted((folder / adapters).glob(f"*/{ADAPTER_CONFIG_FILE}"))
     models = sorted((folder / adapters).glob(f"*/{CONFIG_FILE}"))  # where all weights were trained
     if not tasks and not models:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from foretune.evaluation.verdict import CONTROLS, Contrast, contrast
@@ -18,6 +19,30 @@ class Mean:
     mean: float
     low: float
     high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Held-out scores during a retraining.
+
+    Args:
+        points: (step, score) of each validation.
+        chosen: Which of them is the base that was taken; None if none is.
+    """
+
+    points: list[tuple[int, float]]
+    chosen: int | None
+
+    @classmethod
+    def of(cls, history: Sequence[Mapping[str, Any]], score: float | None) -> Curve:
+        """The curve of a history, whose last state with this score was taken."""
+        points = [
+            (row["step"], row["adapted_score"])
+            for row in history
+            if row.get("adapted_score") is not None
+        ]
+        level = [index for index, point in enumerate(points) if point[1] == score]
+        return cls(points, level[-1] if level else None)
 
 
 class View:
@@ -127,22 +152,19 @@ class View:
             scores[row["base"], row["rank"]].append(row["score"])
         return dict(scores)
 
-    def retraining_curves(self) -> dict[str, list[list[tuple[int, float]]]]:
-        """[(step, held-out score), …] of each repeat by base; of bases with at least two steps."""
-        curves: dict[str, list[list[tuple[int, float]]]] = {}
+    def retraining_curves(self) -> dict[str, list[Curve]]:
+        """The held-out scores of each repeat by base; of bases that were scored twice or more."""
+        curves: dict[str, list[Curve]] = {}
         for base in self.bases:
             record = base.get("retrain") or {}
             histories = record.get("curves") or [record.get("curve") or []]
+            taken_at = record.get("validation_scores") or [record.get("validation_score")]
             scored = [
-                [
-                    (row["step"], row["adapted_score"])
-                    for row in history
-                    if row.get("adapted_score") is not None
-                ]
-                for history in histories
+                Curve.of(history, score)
+                for history, score in zip_longest(histories, taken_at[: len(histories)])
             ]
-            if any(len(curve) > 1 for curve in scored):
-                curves[base["name"]] = [curve for curve in scored if curve]
+            if any(len(curve.points) > 1 for curve in scored):
+                curves[base["name"]] = [curve for curve in scored if curve.points]
         return curves
 
     def singular_values(self) -> dict[str, list[float]]:

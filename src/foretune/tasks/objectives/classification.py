@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import lru_cache, partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -177,7 +178,7 @@ class Classification(Objective):
             UserError: There are no training examples, or a label is missing in them.
         """
         labels = sort_labels(
-            self._label_of(row, row_name(task.name, "train", i, row))
+            self._label_of(row, partial(row_name, task.name, "train", i, row))
             for i, row in enumerate(task.train)
         )
         if not labels:
@@ -187,7 +188,7 @@ class Classification(Objective):
             )
         for split in SPLITS[1:]:
             for i, row in enumerate(task.split(split)):
-                label = self._label_of(row, row_name(task.name, split, i, row))
+                label = self._label_of(row, partial(row_name, task.name, split, i, row))
                 if label_text(label) not in label_places(labels):
                     raise UserError(
                         f'task "{task.name}": label {label!r} of {split} row {i + 1}'
@@ -196,8 +197,8 @@ class Classification(Objective):
                     )
         return labels
 
-    def _label_of(self, row: Mapping[str, Any], where: str) -> Label:
-        """The label of a row; `where` names the row in the message.
+    def _label_of(self, row: Mapping[str, Any], where: Callable[[], str]) -> Label:
+        """The label of a row; `where` gives its name for the message.
 
         Raises:
             UserError: It has none.
@@ -207,7 +208,7 @@ class Classification(Objective):
         value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
         if not isinstance(value, (str, int, float)):
             raise UserError(
-                f'{where}: "{name}" must be a label (text or a number), got {value!r:.60}; '
+                f'{where()}: "{name}" must be a label (text or a number), got {value!r:.60}; '
                 f"the row has {', '.join(row)}"
             )
         return value
@@ -219,15 +220,15 @@ class Classification(Objective):
             raise UserError(
                 f'the objective was not fitted on task "{task}".{did_you_mean(task, self.labels)}'
             )
-        where = text.name_of(example, task)
-        label = self._label_of(example, where)
-        places = label_places(labels)
-        if label_text(label) not in places:
-            raise UserError(f"{where}: label {label!r} is not one of {shown(labels)}")
-        outputs = places if self.space is None else label_places(self.space)
+        label = self._label_of(example, partial(text.name_of, example, task))
+        if label_text(label) not in label_places(labels):
+            raise UserError(
+                f"{text.name_of(example, task)}: label {label!r} is not one of {shown(labels)}"
+            )
+        outputs = label_places(labels if self.space is None else self.space)
         encoded: dict[str, Any] = {
             "label": outputs[label_text(label)],
-            "valid": sorted(outputs[name] for name in places),
+            "valid": label_outputs(labels, self.space),
         }
         if "text" not in example:
             encoded["x"] = np.asarray(example["x"], dtype=np.float32)
@@ -237,12 +238,20 @@ class Classification(Objective):
                 "a text needs a tokenizer, and the model came without one: "
                 "Classification(tokenizer), or save the tokenizer in the model's folder"
             )
+        if self.sentences is None:
+            return encoded | {"input_ids": self._input_ids(example, task)}
+        key = (*text.state_of(self.tokenizer), self.max_tokens, example["text"])
+        numbered = self.sentences.by_text.get(key)
+        if numbered is None:
+            ids = self._input_ids(example, task)
+            numbered = self.sentences.by_text[key] = (self.sentences.number_of(ids), ids)
+        encoded["text"], encoded["input_ids"] = numbered
+        return encoded
+
+    def _input_ids(self, example: Mapping[str, Any], task: str) -> list[int]:
         single = text.single_template(self.tokenizer)
         ids = text.field_ids(self.tokenizer, example, "text", task)
-        encoded["input_ids"] = single.fill(ids[: single.room(self.max_tokens, "max_tokens")])
-        if self.sentences is not None:
-            encoded["text"] = self.sentences.number_of(encoded["input_ids"])
-        return encoded
+        return single.fill(ids[: single.room(self.max_tokens, "max_tokens")])
 
     @override
     def size(self, row: Mapping[str, Any]) -> int:
@@ -251,11 +260,13 @@ class Classification(Objective):
     @override
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         width = self.num_outputs() or 1 + max(max(row["valid"]) for row in rows)
-        valid = np.zeros((len(rows), width), dtype=bool)
-        for i, row in enumerate(rows):
-            valid[i, row["valid"]] = True
+        outputs: dict[tuple[int, ...], int] = {}  # each set of outputs → its row in `valid`
+        index = [outputs.setdefault(row["valid"], len(outputs)) for row in rows]
+        valid = np.zeros((len(outputs), width), dtype=bool)
+        for places, i in outputs.items():
+            valid[i, list(places)] = True
         inputs = {
-            "valid": torch.from_numpy(valid),
+            "valid": torch.from_numpy(valid[index]),
             "label": torch.tensor([row["label"] for row in rows]),
         }
         if "x" in rows[0]:
@@ -312,6 +323,13 @@ class Classification(Objective):
             "labels": {task: list(labels) for task, labels in self.labels.items()},
             "space": None if self.space is None else list(self.space),
         }
+
+
+@lru_cache(maxsize=4096)
+def label_outputs(labels: tuple[Label, ...], space: tuple[Label, ...] | None) -> tuple[int, ...]:
+    """The ids of a task's labels, ascending; `space` are the labels of shared ids."""
+    places = label_places(labels if space is None else space)
+    return tuple(sorted(places[label_text(label)] for label in labels))
 
 
 def one_form(

@@ -10,7 +10,7 @@ transferable visual models from natural language supervision", ICML 2021, arXiv:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -134,13 +134,13 @@ class PromptClassification(Classification):
         return dataclasses.replace(self, labels=labels, space=None, embedded={})
 
     @override
-    def _label_of(self, row: Mapping[str, Any], where: str) -> Any:
+    def _label_of(self, row: Mapping[str, Any], where: Callable[[], str]) -> Any:
         name = "label" if "text" in row else "y"
         value = row.get(name)
         value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
         if not isinstance(value, str) or not value.strip():
             raise UserError(
-                f'{where}: "{name}" must be the name of a class, in words; got {value!r:.60}'
+                f'{where()}: "{name}" must be the name of a class, in words; got {value!r:.60}'
             )
         return value
 
@@ -174,7 +174,7 @@ class PromptClassification(Classification):
         if labels is None:
             raise UserError(f'the objective was not fitted on task "{task}"')
         where = text.name_of(example, task)
-        label = self._label_of(example, where)
+        label = self._label_of(example, lambda: where)
         places = label_places(labels)
         if label_text(label) not in places:
             raise UserError(f"{where}: label {label!r} is not one of {shown(labels)}")

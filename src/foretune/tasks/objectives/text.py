@@ -102,8 +102,7 @@ def token_ids(tokenizer: Any, text: str, where: str) -> list[int]:
         UserError: There is no tokenizer, or it does not take the text.
     """
     global _cached_tokens
-    size = len(tokenizer) if hasattr(tokenizer, "__len__") else 0  # tokens may be added
-    key = (tokenizer, size, text)
+    key = (*state_of(tokenizer), text)
     ids = _cache.get(key)
     if ids is None:
         check_unicode(text, where)
@@ -115,6 +114,11 @@ def token_ids(tokenizer: Any, text: str, where: str) -> list[int]:
         while _cached_tokens > CACHED_TOKENS:
             _cached_tokens -= len(_cache.popitem(last=False)[1])
     return ids.tolist()
+
+
+def state_of(tokenizer: Any) -> tuple[Any, int]:
+    """What decides the token ids of a text: the tokenizer, to which tokens may have been added."""
+    return tokenizer, len(tokenizer) if hasattr(tokenizer, "__len__") else 0
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,0 +1,399 @@
+"""The evidence on one page: what PEFT-ML gains, against what was measured before any training.
+
+    python benchmarks/evidence/summary.py
+
+Reads benchmarks/results: evidence-NAME.json of each collection (`all.sh`), plain-NAME.json where it
+was adapted without the basis as well (`plain.py`), conflict.json (`conflict.py`). Writes
+evidence.json and docs/figures/conflict.svg; `publish.py` then puts the tables into the pages.
+
+Fixed before any run: the form is the last layer (LoRA where tasks have no classes), the number of
+shots 4 rows per class (16 rows where there are no classes). Holm's correction covers all
+differences of the table, of all collections and rivals together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from foretune.evaluation.report.gain_figure import Collection, gain_against_conflict
+from foretune.evaluation.report.svg import LIGHT
+from foretune.evaluation.report.view import Mean
+from foretune.evaluation.statistics import holm, paired_difference
+from foretune.evaluation.wording import Scale, counted, shots_label, shots_order
+from foretune.files import write_whole
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURE = ROOT / "docs" / "figures" / "conflict.svg"
+FORMS = ("peft-ml-last-layer", "peft-ml-lora", "peft-ml")  # the first that a collection has
+RIVALS = ("standard", "reptile", "fomaml", "none", "factorised-heads")
+BEATEN = ("standard", "reptile", "fomaml", "none")  # by goal 1
+LEVEL = 0.05  # of the tests, after Holm's correction
+PER_CLASS, ROWS = 4, 16  # shots of the table
+LEAST, RHO, REGRET = 5, 0.8, 0.005  # the goals
+Row = dict[str, Any]
+Scores = dict[str, np.ndarray]  # base → (tasks, repeats)
+
+
+def matrices(result: Mapping[str, Any], shots: int | None) -> Scores:
+    """The scores of each base, the mean over the draws of a repeat."""
+    cells: dict[str, dict[tuple[str, int], list[float]]] = {}
+    for score in result["scores"]:
+        if score["shots"] == shots:
+            place = score["task"], score.get("repeat", score["seed"])
+            cells.setdefault(score["base"], {}).setdefault(place, []).append(score["score"])
+    return {base: _matrix(of_base) for base, of_base in cells.items()}
+
+
+def _matrix(cells: Mapping[tuple[str, int], Sequence[float]]) -> np.ndarray:
+    tasks, repeats = (sorted(set(axis)) for axis in zip(*cells, strict=True))
+    return np.array([[np.mean(cells[task, r]) for r in repeats] for task in tasks])
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> Row:
+    """a − b over tasks and repeats, with interval and p-value."""
+    pair = dataclasses.asdict(paired_difference(a, b))
+    return {key: pair[key] for key in ("difference", "low", "high", "p_value", "wins", "losses")}
+
+
+def pair_of(result: Mapping[str, Any], a: str, b: str, shots: int | None) -> Row | None:
+    """a − b as the comparison has it, with the luck of the repeats pooled over all pairs."""
+    for pair in result["pairs"]:
+        if pair["shots"] == shots and {pair["a"], pair["b"]} == {a, b}:
+            row = {key: pair[key] for key in ("difference", "low", "high", "p_value")}
+            wins = {"wins": pair["wins"], "losses": pair["losses"]}
+            if pair["a"] == a:
+                return row | wins
+            row |= {"difference": -row["difference"], "low": -row["high"], "high": -row["low"]}
+            return row | {"wins": wins["losses"], "losses": wins["wins"]}
+    return None
+
+
+def shots_of(result: Mapping[str, Any]) -> int | None:
+    """The number of shots of the table, or the nearest that the collection has."""
+    goal = PER_CLASS if result["adapt"].get("shots_unit") == "rows per class" else ROWS
+    present: set[int | None] = {score["shots"] for score in result["scores"]} - {0}
+    return min(present, key=lambda shots: abs(shots_order(shots) - goal))
+
+
+def collection_row(
+    result: Mapping[str, Any], plain: Mapping[str, Any] | None, conflict: Mapping[str, Any]
+) -> Row:
+    """What one collection says; p-values are not corrected yet."""
+    shots, names = shots_of(result), [base["name"] for base in result["bases"]]
+    form = next(name for name in FORMS if name in names)
+    forms = [name for name in names if name.startswith("peft-ml") and name != form]
+    scores, before = matrices(result, shots), matrices(result, 0)
+    row: Row = {
+        "num_seen": result["collection"]["num_seen"],
+        "num_unseen": result["collection"]["num_unseen"],
+        "num_repeats": int(scores[form].shape[1]),
+        "metric": result["metric"]["name"],
+        "unit": result["adapt"].get("shots_unit", "rows"),
+        "shots": shots,
+        "form": form,
+        "expected_gain": conflict.get("expected_gain"),
+        "advice": conflict.get("advice"),
+        "levels": {name: float(matrix.mean()) for name, matrix in scores.items()},
+        "gains": {r: pair for r in RIVALS if (pair := pair_of(result, form, r, shots))},
+        "forms": {f: pair for f in forms if (pair := pair_of(result, f, "standard", shots))},
+        "harm": [
+            {"base": base, "shots": k, **difference(matrix, before[base])}
+            for k in all_shots(result)
+            for base, matrix in matrices(result, k).items()
+            if base in before
+        ],
+        "basis": [],
+    }
+    if plain is not None:
+        row["basis"] = [
+            {"base": base, "shots": k, **difference(matrix, without[base])}
+            for k in all_shots(plain)
+            for without in [matrices(plain, k)]
+            for base, matrix in matrices(result, k).items()
+            if base in without
+        ]
+    if "auto" in scores:
+        fixed = {name: matrix for name, matrix in scores.items() if name != "auto"}
+        best = max(fixed, key=lambda name: float(fixed[name].mean()))
+        row["auto"] = {
+            "best": best,
+            "regret": float(fixed[best].mean() - scores["auto"].mean()),
+            **{c: pair_of(result, "auto", c, shots) for c in ("none", "standard")},
+        }
+    return row
+
+
+def all_shots(result: Mapping[str, Any]) -> list[int | None]:
+    """The numbers of shots of a comparison, in order; 0, before adapting, is none of them."""
+    return sorted({score["shots"] for score in result["scores"]} - {0}, key=shots_order)
+
+
+def correct(rows: Sequence[Row]) -> None:
+    """Adds `p_holm`, corrected over all these differences, to each."""
+    for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+        row["p_holm"] = adjusted
+
+
+def is_above(row: Row) -> bool:
+    """Whether a difference is clearly above zero."""
+    return row["low"] > 0 and row["p_holm"] < LEVEL
+
+
+def is_below(row: Row) -> bool:
+    """Whether a difference is clearly below zero."""
+    return row["high"] < 0 and row["p_holm"] < LEVEL
+
+
+def summarise(results: Path) -> Row:
+    """The content of evidence.json, from the results in a folder."""
+    path = results / "conflict.json"
+    conflicts = json.loads(path.read_text("utf-8"))["collections"] if path.exists() else {}
+    collections: dict[str, Row] = {}
+    for path in sorted(results.glob("evidence-*.json")):
+        name = path.stem.removeprefix("evidence-")
+        plain = results / f"plain-{name}.json"
+        collections[name] = collection_row(
+            json.loads(path.read_text("utf-8")),
+            json.loads(plain.read_text("utf-8")) if plain.exists() else None,
+            conflicts.get(name, {}),
+        )
+    rows = collections.values()
+    correct([gain for row in rows for gain in row["gains"].values()])
+    correct([gain for row in rows for gain in row["forms"].values()])
+    correct([harm for row in rows for harm in row["harm"]])
+    correct([gain for row in rows for gain in row["basis"]])
+    correct([row["auto"][c] for row in rows if "auto" in row for c in ("none", "standard")])
+    return {"claim": "evidence.summary", "collections": collections}
+
+
+def with_conflict(summary: Row) -> dict[str, Row]:
+    """The collections with a measured conflict and a gain over standard, most conflict first."""
+    rows = {n: r for n, r in summary["collections"].items() if r["expected_gain"]}
+    rows = {n: r for n, r in rows.items() if "standard" in r["gains"]}
+    return dict(sorted(rows.items(), key=lambda item: -item[1]["expected_gain"][0]))
+
+
+def in_order(summary: Row) -> Iterator[tuple[str, Row]]:
+    """All collections, most conflict first, those without a measurement last."""
+    yield from (first := with_conflict(summary)).items()
+    yield from ((n, r) for n, r in summary["collections"].items() if n not in first)
+
+
+def shown(row: Row | None, scale: Scale) -> str:
+    """`+1.2 (+0.3 to +2.0)`, in bold where it is clear after the correction."""
+    if row is None:
+        return ""
+    text = f"{scale.signed(row['difference'])} ({scale.interval(row['low'], row['high'])})"
+    return f"**{text}**" if is_above(row) or is_below(row) else text
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def gains_table(summary: Row) -> str:
+    """One line per collection: what was foretold, and PEFT-ML minus each rival."""
+    head = ["collection", "tasks seen / unseen", "expected gain", "advice"]
+    head += [f"− {rival.replace('-', ' ')}" for rival in RIVALS]
+    rows = []
+    for name, row in in_order(summary):
+        scale, expected = Scale(row["metric"]), row["expected_gain"]
+        cells = [name, f"{row['num_seen']} / {row['num_unseen']}"]
+        cells.append("" if not expected else _expected(expected, scale))
+        cells.append(row["advice"] or "")
+        rows.append([*cells, *[shown(row["gains"].get(rival), scale) for rival in RIVALS]])
+    return table(head, rows)
+
+
+def _expected(expected: Sequence[float], scale: Scale) -> str:
+    mean, low, high = expected
+    return f"{scale.signed(mean)} ({scale.interval(low, high)})"
+
+
+def levels_table(summary: Row) -> str:
+    """Scores of every base after adapting, the other forms against standard, adapting itself."""
+    bases: dict[str, None] = {}
+    for _, row in in_order(summary):
+        bases |= dict.fromkeys(row["levels"])
+    others = dict.fromkeys(f for _, row in in_order(summary) for f in row["forms"])
+    head = ["collection", "shots", "repeats", *bases]
+    head += [*[f"{form} − standard" for form in others], "adapting PEFT-ML − not adapting"]
+    rows = []
+    for name, row in in_order(summary):
+        scale = Scale(row["metric"])
+        cells = [name, shots_label(row["shots"], row["unit"]), str(row["num_repeats"])]
+        cells += [scale.level(row["levels"][b]) if b in row["levels"] else "" for b in bases]
+        cells += [shown(row["forms"].get(form), scale) for form in others]
+        here = [h for h in row["harm"] if (h["base"], h["shots"]) == (row["form"], row["shots"])]
+        rows.append([*cells, shown(here[0] if here else None, scale)])
+    return table(head, rows)
+
+
+def named(rows: Sequence[tuple[str, Row]]) -> str:
+    """`land-bank standard 4 −1.2 (…)` of each, or nothing."""
+    texts = []
+    for name, row in rows:
+        values = " to ".join(f"{100 * row[end]:+.1f}" for end in ("low", "high"))
+        texts.append(f"{name}, {row['base']}, {shots_label(row['shots'])}: {values}")
+    return "; ".join(texts).replace("-0.0", "0.0")
+
+
+def goals_table(summary: Row) -> str:
+    """What was aimed at, and whether it was reached."""
+    rows, collections = summary["collections"].values(), summary["collections"]
+    beating = [
+        name
+        for name, row in collections.items()
+        if all(rival in row["gains"] and is_above(row["gains"][rival]) for rival in BEATEN)
+    ]
+    lines = [
+        (
+            f"PEFT-ML beats standard, Reptile, FOMAML and none on at least {LEAST} collections, "
+            "each interval above zero after correction",
+            len(beating) >= LEAST,
+            f"{len(beating)} of {len(collections)}" + (": " + ", ".join(beating)) * bool(beating),
+        )
+    ]
+    bases = [(name, gain) for name, row in collections.items() for gain in row["basis"]]
+    if bases:
+        better = {n for n, g in bases if is_above(g) and g["base"] == collections[n]["form"]}
+        worse = [(n, g) for n, g in bases if is_below(g)]
+        measured = sum(bool(row["basis"]) for row in rows)
+        lines.append(
+            (
+                "with the basis among the choices, adapting beats plain adapting of the same base "
+                f"on at least {LEAST} collections and is clearly below it nowhere",
+                len(better) >= LEAST and not worse,
+                f"better on {len(better)} of {measured}; clearly below in {len(worse)} of "
+                f"{len(bases)} cells. {named(worse)}".strip(),
+            )
+        )
+    harm = [(name, cell) for name, row in collections.items() for cell in row["harm"]]
+    below = [(n, h) for n, h in harm if is_below(h)]
+    alone = sum(h["high"] < 0 for _, h in harm)
+    lines.append(
+        (
+            "adapting is nowhere clearly below not adapting",
+            not below,
+            f"clearly below in {len(below)} of {len(harm)} cells (base, collection, number of "
+            f"shots); {alone} intervals are below zero before correction. {named(below)}".strip(),
+        )
+    )
+    if autos := [row["auto"] for row in rows if "auto" in row]:
+        regret = float(np.mean([auto["regret"] for auto in autos]))
+        worse_auto = sum(is_below(auto[c]) for auto in autos for c in ("none", "standard"))
+        lines.append(
+            (
+                "mean regret of `auto` at most 0.5 points, nowhere clearly below none or standard",
+                regret <= REGRET and not worse_auto,
+                f"{100 * regret:.1f} points over {counted(len(autos), 'collection')}; clearly "
+                f"below in {worse_auto}",
+            )
+        )
+    if len(found := with_conflict(summary)) > 2:
+        rho = spearman(summary)
+        lines.append(
+            (
+                "the gain foretold before training and the measured one: Spearman correlation of "
+                f"{RHO} or more",
+                rho >= RHO,
+                f"{rho:.2f} over {counted(len(found), 'collection')}",
+            )
+        )
+    return table(
+        ["goal", "reached", "numbers"],
+        [[goal, "yes" if reached else "**no**", said] for goal, reached, said in lines],
+    )
+
+
+def spearman(summary: Row) -> float:
+    """Rank correlation of expected and measured gain over standard."""
+    rows = with_conflict(summary).values()
+    expected = [row["expected_gain"][0] for row in rows]
+    return float(stats.spearmanr(expected, [r["gains"]["standard"]["difference"] for r in rows])[0])
+
+
+def pays_sentence(summary: Row) -> str:
+    """The finding in one sentence, for the README."""
+    rows = summary["collections"]
+    gains = {n: r["gains"]["standard"] for n, r in rows.items() if "standard" in r["gains"]}
+    clear = sorted((g["difference"], n) for n, g in gains.items() if is_above(g))
+    loses = [n for n, g in gains.items() if is_below(g)]
+    if not gains:
+        return "No collection has a result yet."
+    if not clear:
+        return f"PEFT-ML is clearly above standard retraining on none of {len(gains)} collections."
+    best, least = clear[-1], clear[0]
+    said = (
+        f"On {len(clear)} of {counted(len(gains), 'collection')} PEFT-ML is clearly above standard "
+        f"retraining, by {100 * least[0]:.1f} ({least[1]}) to {100 * best[0]:.1f} points "
+        f"({best[1]}); it is clearly below on {len(loses) or 'none'}."
+    )
+    if len(with_conflict(summary)) > 2:
+        said += (
+            f" What `foretune plan` foretells orders the gains with rho = {spearman(summary):.2f}."
+        )
+    return said
+
+
+def figure(summary: Row) -> str:
+    """The picture: gain over standard retraining against the expected gain."""
+    points = [
+        Collection(name, Mean(*row["expected_gain"]), Mean(g["difference"], g["low"], g["high"]))
+        for name, row in with_conflict(summary).items()
+        for g in [row["gains"]["standard"]]
+    ]
+    drawn = gain_against_conflict(
+        points,
+        760,
+        LIGHT,
+        x_title="gain expected by foretune plan, before any training (points)",
+        y_title="PEFT-ML − standard retraining, unseen tasks (points)",
+        title="Gain of PEFT-ML against measured conflict",
+    )
+    return drawn.standalone(LIGHT)
+
+
+def picture(summary: Row, folder: str) -> str:
+    """The picture as Markdown; nothing as long as there is nothing to show."""
+    if not (points := with_conflict(summary)):
+        return "*(No collection has both a measured conflict and a gain yet.)*"
+    described = (
+        "Gain of PEFT-ML over standard retraining against the gain expected before any training, "
+        + counted(len(points), "collection")
+    )
+    return f"![{described}]({folder}figures/conflict.svg)"
+
+
+TABLES: dict[str, Callable[[Row], str]] = {
+    "gains": gains_table,
+    "levels": levels_table,
+    "goals": goals_table,
+    "pays": pays_sentence,
+    "picture": partial(picture, folder=""),
+    "picture in README": partial(picture, folder="docs/"),
+}
+
+
+def main() -> None:
+    """Writes evidence.json and the picture."""
+    summary = summarise(RESULTS)
+    write_whole(RESULTS / "evidence.json", json.dumps(summary, indent=1) + "\n")
+    if with_conflict(summary):
+        write_whole(FIGURE, figure(summary))
+    print(goals_table(summary))
+
+
+if __name__ == "__main__":
+    main()

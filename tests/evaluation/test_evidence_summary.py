@@ -1,0 +1,103 @@
+"""The page of the evidence says what the results say, failures included."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from foretune.evaluation.statistics import pairs_and_means
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BASES = ("none", "standard", "peft-ml-last-layer", "peft-ml-lora", "reptile", "fomaml")
+NUM_TASKS, NUM_REPEATS = 30, 4
+
+
+@pytest.fixture
+def summary(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("evidence.summary")
+
+
+def result(levels: dict[str, float], before: float = 0.5) -> dict[str, Any]:
+    """A comparison at 4 rows per class, whose bases differ by what `levels` says."""
+    rng = np.random.default_rng(0)
+    scores = [
+        {"base": base, "task": f"t{task}", "shots": shots, "seed": seed, "repeat": seed}
+        | {"score": (levels.get(base, 0.6) if shots else before) + float(noise)}
+        for base in BASES
+        for shots in (0, 4)
+        for (task, seed), noise in np.ndenumerate(rng.normal(0, 0.01, (NUM_TASKS, NUM_REPEATS)))
+    ]
+    bases = [
+        {"name": b, "method": "peft-ml" if b.startswith("peft") else b, "label": b} for b in BASES
+    ]
+    pairs, means = pairs_and_means(scores, bases)
+    return {
+        "metric": {"name": "accuracy"},
+        "adapt": {"shots_unit": "rows per class"},
+        "collection": {"num_seen": 60, "num_unseen": NUM_TASKS},
+        **{"bases": bases, "scores": scores, "pairs": pairs, "means": means},
+    }
+
+
+def write(folder: Path, results: dict[str, dict[str, Any]], expected: dict[str, float]) -> None:
+    for name, content in results.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    measured = {
+        name: {"expected_gain": [gain, gain - 0.01, gain + 0.01], "advice": "PEFT-ML"}
+        for name, gain in expected.items()
+    }
+    (folder / "conflict.json").write_text(json.dumps({"collections": measured}))
+
+
+def test_gains_and_their_order_are_those_of_the_results(
+    summary: ModuleType, tmp_path: Path
+) -> None:
+    gains = {"calm": 0.0, "split": 0.1, "torn": 0.2}
+    results = {f"evidence-{n}": result({"peft-ml-last-layer": 0.6 + g}) for n, g in gains.items()}
+    write(tmp_path, results, {"calm": 0.01, "split": 0.05, "torn": 0.3})
+    made = summary.summarise(tmp_path)
+    for name, gain in gains.items():
+        pair = made["collections"][name]["gains"]["standard"]
+        assert pair["difference"] == pytest.approx(gain, abs=0.01)
+        assert summary.is_above(pair) == (gain > 0)
+        assert pair["p_holm"] >= pair["p_value"]
+    assert summary.spearman(made) == pytest.approx(1)
+    assert list(summary.with_conflict(made)) == ["torn", "split", "calm"]
+    goals = summary.goals_table(made)
+    assert "| **no** | 2 of 3: split, torn |" in goals
+    assert "1.00 over 3 collections" in goals
+    assert "On 2 of 3 collections" in summary.pays_sentence(made)
+    assert "torn" in summary.figure(made)
+
+
+def test_adapting_that_harms_is_named(summary: ModuleType, tmp_path: Path) -> None:
+    write(tmp_path, {"evidence-one": result({"reptile": 0.3}, before=0.6)}, {})
+    goals = summary.goals_table(summary.summarise(tmp_path))
+    assert "not adapting | **no** | clearly below in 1 of 6 cells" in goals
+    assert "one, reptile, 4 rows: " in goals
+
+
+def test_basis_is_compared_with_plain_adapting_of_the_same_base(
+    summary: ModuleType, tmp_path: Path
+) -> None:
+    results = {"evidence-one": result({}), "plain-one": result({"peft-ml-last-layer": 0.5})}
+    write(tmp_path, results, {})
+    made = summary.summarise(tmp_path)
+    by_base = {row["base"]: row for row in made["collections"]["one"]["basis"]}
+    assert by_base["peft-ml-last-layer"]["difference"] == pytest.approx(0.1, abs=0.01)
+    assert by_base["standard"]["difference"] == pytest.approx(0, abs=0.01)
+    assert "better on 1 of 1; clearly below in 0 of 6 cells" in summary.goals_table(made)
+
+
+def test_committed_picture_is_that_of_the_committed_result(summary: ModuleType) -> None:
+    made = json.loads((summary.RESULTS / "evidence.json").read_text("utf-8"))
+    if summary.with_conflict(made):
+        assert summary.FIGURE.read_text("utf-8") == summary.figure(made)
+    assert made == json.loads(json.dumps(summary.summarise(summary.RESULTS)))
