@@ -32,7 +32,7 @@ def conflict_on(
     tasks: TaskCollection,
     *,
     shots: Sequence[int | None] = (4, None),
-    draw_candidates: Callable[[TaskCollection], TaskCollection] | None = None,
+    redraw: Callable[[TaskCollection], TaskCollection] | None = None,
     seed: int = 0,
 ) -> Conflict:
     """Measures conflict; where tasks do not share their inputs, on frozen features of a model.
@@ -44,8 +44,8 @@ def conflict_on(
         tasks: Seen tasks with their objective; their test rows are not read.
         shots: Numbers of rows that a held-out task is given, per class where there are classes;
             None for all that can be spared.
-        draw_candidates: Draws the candidates of choices that have none, for a part of the tasks;
-            None if all have.
+        redraw: Replaces the candidates that were drawn, for a part of the tasks of a choice, by
+            fewer different ones; None if it need not.
         seed: Random seed.
 
     Raises:
@@ -55,7 +55,7 @@ def conflict_on(
     inputs = Inputs(
         embed=functools.partial(_embed_texts, model, objective),
         most=_most_inputs(model),
-        draw_candidates=draw_candidates,
+        redraw=redraw,
         context_turns=getattr(objective, "context_turns", None),
     )
     first = next(row for task in tasks for row in task.train)
