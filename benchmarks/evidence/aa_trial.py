@@ -226,18 +226,18 @@ def run(
 def table(result: Mapping[str, Any]) -> str:
     """One line per collection and number of repeats."""
     lines = [
-        "| collection | unseen tasks | luck of a retraining | repeats | pairs of seeds "
-        "| a side is taken over the other | differences, points |",
+        "| collection | unseen tasks | luck of a retraining | repeats | judgements "
+        '| "Take" over the other | differences, root mean square |',
         "|---|---|---|---|---|---|---|",
     ]
     for (name, collection), repeats in product(result["collections"].items(), ("1", str(REPEATS))):
         judged = collection["judged"][repeats]
-        pairs = [judged[i : i + 2] for i in range(0, len(judged), 2)]
-        taken = sum(any(side["taken"] for side in pair) for pair in pairs)
+        taken = sum(side["taken"] for side in judged)
         spread = np.sqrt(np.mean([side["difference"] ** 2 for side in judged]))
         lines.append(
             f"| {name} | {len(collection['tasks'])} | {100 * collection['luck']:.1f} points "
-            f"| {repeats} | {len(pairs)} | {taken} | {100 * spread:.1f} (root mean square) |"
+            f"| {repeats} | {len(judged)} | {taken} ({100 * taken / len(judged):.1f} %) "
+            f"| {100 * spread:.1f} points |"
         )
     return "\n".join(lines)
 

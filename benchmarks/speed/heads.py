@@ -24,7 +24,8 @@ from foretune.models.routing import route
 from foretune.models.surgery import freeze_lower, head_modules
 from foretune.tasks.batch import Batch
 from foretune.training.data import SlotRows, TaskData
-from foretune.training.learners.joint import Learner, default_token_budget
+from foretune.training.learners.joint import Learner
+from foretune.training.token_budget import default_token_budget
 
 KEY = ("model", "tasks", "batch", "length", "threads")
 LORA = {"r": 8, "lora_alpha": 8}

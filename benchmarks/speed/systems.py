@@ -26,7 +26,8 @@ from foretune.models.routing import route
 from foretune.run import Run
 from foretune.tasks.batch import Batch
 from foretune.training.data import SlotRows, Step, TaskData
-from foretune.training.learners.joint import Learner, default_token_budget
+from foretune.training.learners.joint import Learner
+from foretune.training.token_budget import default_token_budget
 
 RATE = 1e-5
 RUN = Run(max_grad_norm=None, weight_decay=0.01)

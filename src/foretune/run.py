@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from foretune.errors import UserError
+from foretune.errors import UserError, did_you_mean
 
 MAX_SEED = 2**32 - 1  # every generator takes it, and the loop may multiply it
 DEVICE = r"(cpu|cuda|mps|xpu|npu|hpu)(:\d+)?"
@@ -123,6 +124,24 @@ class Run:
         fields = dataclasses.asdict(self)
         fields["out"] = None if self.out is None else str(self.out)
         return fields
+
+
+def run_fields(run: Any) -> dict[str, Any]:
+    """The fields of a `Run`, as a mapping; a mapping of fields is checked and returned.
+
+    Raises:
+        UserError: It is neither, or a `Run` has no such field.
+    """
+    if isinstance(run, Run):
+        return run.to_dict()
+    if not isinstance(run, Mapping):
+        raise UserError(f"a run is a Run, or a mapping of its fields; got {run!r}")
+    field_names = [f.name for f in dataclasses.fields(Run)]
+    for name in run:
+        if name not in field_names:
+            raise UserError(f'a Run has no field "{name}".{did_you_mean(name, field_names)}')
+    Run(**run)
+    return dict(run)
 
 
 def check_at_least(name: str, value: Any, least: float) -> None:

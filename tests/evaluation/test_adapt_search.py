@@ -308,8 +308,12 @@ def test_a_comparison_with_plans_does_not_search():
     assert "search" not in adapt
     assert [row["steps"] for row in adapt["by_shots"]] == [4]
     assert adapt["examples"] == 2 * 3 * 4 * 8  # numbers of shots, tasks, steps, rows
-    with pytest.raises(UserError, match='plans has none for base "none"; it has other'):
-        compared(adapt=foretune.Head(), shots=(8,), plans={"other": plan})
+    fixed = compared(adapt=foretune.Head(), shots=(8,), plans={"other": plan})["bases"][0]["adapt"]
+    assert fixed["learning_rate"] == foretune.Head().learning_rate and "by_shots" not in fixed
+    with pytest.raises(
+        UserError, match='plans has none for base "none" \\(other\\): pass a single'
+    ):
+        compared(adapt=[foretune.Head()], shots=(8,), plans={"other": plan})
 
 
 def test_a_fixed_way_to_adapt_is_taken_as_it_is():

@@ -75,7 +75,8 @@ def test_recipes_page_names_every_key_and_no_others(section: str) -> None:
 
 def test_recipes_page_names_every_key_of_adapt() -> None:
     own = set(AdaptBlock.model_fields)
-    assert first_column(DOCS / "recipes.md", "adapt") == own - set(RetrainBlock.model_fields)
+    shared = set(RetrainBlock.model_fields) - {"methods"}
+    assert first_column(DOCS / "recipes.md", "adapt") == own - shared
     text = (DOCS / "recipes.md").read_text("utf-8").partition("\n## adapt\n")[2]
     assert all(f"`{key}`" in text for key in own)
 

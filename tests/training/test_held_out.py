@@ -13,7 +13,8 @@ from foretune.errors import UserError
 from foretune.methods import make
 from foretune.run import Run
 from foretune.tasks.task import Task, TaskCollection
-from foretune.training.held_out import HeldOut, best_scores
+from foretune.training.adapted_scores import best_scores
+from foretune.training.held_out import HeldOut
 from linear_tasks import Net, equal_bits, family
 
 RUN = Run(steps=12, eval_every=4, batch_size=4, device="cpu", seed=1)

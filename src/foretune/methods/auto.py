@@ -35,11 +35,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import TypedDict, override
 
-from foretune.errors import DivergedError, UserError, did_you_mean
+from foretune.errors import DivergedError, UserError
 from foretune.evaluation.verdict import CONTROLS
 from foretune.formats import CHOICE, read_json, stamped
 from foretune.methods import fields_of, make
-from foretune.run import Run, check_fraction, check_int, check_list, check_positive
+from foretune.run import Run, check_fraction, check_int, check_list, check_positive, run_fields
 from foretune.training.methods import RetrainMethod
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Auto(RetrainMethod):
             raise UserError("auto needs at least one number of shots, got none")
         object.__setattr__(self, "candidates", candidates)
         object.__setattr__(self, "adapt", adapt)
-        object.__setattr__(self, "adapt_run", _run_fields(self.adapt_run))
+        object.__setattr__(self, "adapt_run", run_fields(self.adapt_run))
         object.__setattr__(self, "adapt_rates", rates)
         object.__setattr__(self, "shots", shots)
 
@@ -288,24 +288,6 @@ def _adapt_entry(entry: Any) -> dict[str, Any]:
     fields = _adapt_fields(entry)
     assert isinstance(fields, dict)  # the entry is no list
     return fields
-
-
-def _run_fields(run: Any) -> dict[str, Any]:
-    """The fields of a `Run`, or of a mapping of them.
-
-    Raises:
-        UserError: It is neither, or a `Run` has no such field.
-    """
-    if isinstance(run, Run):
-        return run.to_dict()
-    if not isinstance(run, Mapping):
-        raise UserError(f"adapt_run is a Run, or a mapping of its fields; got {run!r}")
-    field_names = [f.name for f in dataclasses.fields(Run)]
-    for name in run:
-        if name not in field_names:
-            raise UserError(f'a Run has no field "{name}".{did_you_mean(name, field_names)}')
-    Run(**run)
-    return dict(run)
 
 
 def _record(fields: Mapping[str, Any]) -> Any:

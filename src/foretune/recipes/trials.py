@@ -135,7 +135,7 @@ def _best(trials: list[dict[str, Any]]) -> int | None:
     error of their difference over the held-out tasks: what is not told apart is decided by the
     order of the recipe, not by luck.
     """
-    from foretune.training.held_out import is_level
+    from foretune.training.adapted_scores import is_level
 
     best: int | None = None
     for number, trial in enumerate(trials):

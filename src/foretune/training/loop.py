@@ -14,9 +14,9 @@ from accelerate.state import AcceleratorState
 
 from foretune.errors import DivergedError, UserError
 from foretune.run import Run
+from foretune.training.adapted_scores import is_level
 from foretune.training.checkpoint import CheckpointStore
 from foretune.training.data import Sampler, TaskData, episodes
-from foretune.training.held_out import is_level
 from foretune.training.learners.joint import Learner
 from foretune.training.process_group import Partition
 from foretune.training.record import counted

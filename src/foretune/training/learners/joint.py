@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Conv1D
 
 from foretune.adapters.bank import AdapterBank
 from foretune.errors import UserError
@@ -34,6 +33,7 @@ from foretune.training.process_group import Partition
 from foretune.training.record import count
 from foretune.training.scoring import score_slots
 from foretune.training.sharding import place_like, shard
+from foretune.training.token_budget import default_token_budget
 
 
 class Learner:
@@ -358,10 +358,7 @@ class Learner:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restores what `state` returned."""
         for name, current in self.state(optimizers=False).items():
-            value = place_like(current, tensors[name])
-            # A write to a buffer of a shared encoder would make its digest be computed again.
-            if not (name.startswith("buffer.") and torch.equal(current, value)):
-                current.copy_(value)
+            current.copy_(place_like(current, tensors[name]))
         for name, optimizer in self._optimizers():
             for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
                 prefix = f"{name}.{i}."
@@ -396,23 +393,6 @@ def _moment(p: Tensor, value: Tensor, optimizer: str) -> Tensor:
     if value.shape == p.shape:
         return place_like(p, value).clone()
     return value.clone() if optimizer == "bank_adamw" else value.to(p.device).clone()
-
-
-def default_token_budget(model: nn.Module) -> int | None:
-    """Tokens per chunk that keep the widest activation under 32 MB on a CPU.
-
-    A CPU's allocator maps larger ones anew in every step, page by page, which costs more than the
-    arithmetic. None on other devices, and for models that do not read tokens.
-    """
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "vocab_size", None) is None or next(model.parameters()).device.type != "cpu":
-        return None
-    widths = [
-        max(m.weight.shape)
-        for m in model.modules()
-        if isinstance(m, (nn.Linear, Conv1D)) and config.vocab_size not in m.weight.shape
-    ]
-    return 32 * 2**20 // (4 * max(widths)) if widths else None
 
 
 def make_bank(
