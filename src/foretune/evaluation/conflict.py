@@ -10,9 +10,11 @@ teach, after a few labelled rows of the held-out task, in three steps:
 The third is the assumption of PEFT-ML (arXiv:2410.22264): every task is a common model plus a
 low-rank change. Where it predicts better than the first two, retraining that leaves the change to
 adapters should gain over pooling; where it does not, there is nothing to gain. Nothing is trained:
-the steps are linear (`foretune.linalg.task_factors`), over inputs that tasks share, else over
-frozen features. A task's own rows alone on these features, and pooled coefficients moved by its own
-rows in any direction, are controls.
+the steps are linear (`foretune.linalg.task_factors`; offsets of labels are logistic), over inputs
+that tasks share, else over frozen features. There are three controls: "blank" knows no row of the
+task (the most frequent label; for choices the model as it is), "alone" is a task's own rows on the
+features, without other tasks, and "own" the pooled coefficients, moved by its own rows in any
+direction.
 """
 
 from __future__ import annotations
@@ -28,22 +30,20 @@ import numpy as np
 
 from foretune.evaluation.conflict_reading import Inputs, read_rows
 from foretune.evaluation.conflict_rows import Indices, LabelledInputs
+from foretune.evaluation.conflict_steps import RANKS, Given, fit_steps, mean_targets
 from foretune.evaluation.statistics import mean_interval
-from foretune.linalg.task_factors import TaskFactors, fit_factors
-from foretune.linalg.task_moments import Array, FeatureMoments, Moments
-from foretune.linalg.task_ridge import TaskRidge, fit_ridge
+from foretune.linalg.task_moments import Array
 from foretune.tasks.rows import CLASSES
 from foretune.tasks.task import TaskCollection
 
 KINDS = (*CLASSES, "regression", "choice")  # objectives whose conflict can be measured
-RANKS = (1, 2, 4, 8)
+WITHOUT = ("blank", "alone")  # the steps without other tasks
 FOLDS = 5
 DRAWS = 2  # of the rows that a held-out task is given
 LEARNT_SHARE = 0.8  # of a task's rows at most; the others are scored
 WORTH = 0.01  # the least gain that is worth a retraining: a point of accuracy
 # The gain of PEFT-ML over standard retraining by the gain of the low-rank step over the others.
 CALIBRATION = 1.0
-Estimator = TaskFactors | TaskRidge
 Interval = tuple[float, float, float]
 
 
@@ -78,7 +78,7 @@ class Conflict:
         num_tasks: Number of tasks.
         num_rows: Number of their rows that were used.
         shared_inputs: Share of the rows whose input several other tasks answer.
-        over: "inputs" that tasks share, or "features".
+        over: "inputs" that tasks share, "features", or "responses" (features of choices).
         own_labels: Whether each task has labels of its own, so that no label can be pooled.
         metric: "accuracy" or "R²".
         unit: What shots count: "rows per class" or "rows".
@@ -166,80 +166,26 @@ def _scored(
     spread, num_given = np.zeros(shape), np.zeros(shape)
     for fold in np.unique(folds):
         is_held_out = folds[rows.unit_tasks] == fold
-        moments, held_out = everything.subset(~is_held_out), np.flatnonzero(is_held_out)
-        levels = _levels(moments)
-        estimators = _estimators(moments, rows)
+        moments = everything.subset(~is_held_out)
+        steps = fit_steps(rows, moments, np.flatnonzero(~is_held_out[rows.units]))
         places = np.cumsum(is_held_out) - 1  # of the held-out units among themselves
-        for (place, learnt, scored), given in zip(draws, moments_given, strict=True):
-            part = scored[is_held_out[rows.units[scored]]]
-            of_unit, y = places[rows.units[part]], rows.targets[part]
-            for name, estimator in estimators.items():
-                predicted = _predicted(estimator, given.subset(held_out), rows, part, of_unit)
+        for (place, learnt, scored), of_all in zip(draws, moments_given, strict=True):
+            part, learnt = (which[is_held_out[rows.units[which]]] for which in (scored, learnt))
+            shot_rows = Given(rows, learnt, of_all.subset(is_held_out), places)
+            y = rows.targets[part]
+            for name, step in steps.items():
+                predicted = step(shot_rows, part)
                 for scores, values in (
                     (errors, rows.example_sums((predicted - y) ** 2, part)),
                     (hits, rows.hits(predicted, part)),
                 ):
                     scores.setdefault(name, np.zeros(shape))
                     scores[name][place] += rows.task_means(values, part) / DRAWS
-            spread[place] += rows.task_means(rows.example_sums((y - levels) ** 2, part), part)
-            num_given[place] = rows.num_examples(learnt)
-    spread = spread.mean(1, keepdims=True) / DRAWS
+            distances = rows.example_sums((y - mean_targets(moments)) ** 2, part)
+            spread[place] += rows.task_means(distances, part) / DRAWS
+            num_given[place] += rows.num_examples(learnt) / DRAWS
+    spread = spread.mean(1, keepdims=True)
     return _Scores({name: e / spread for name, e in errors.items()}, hits, num_given)
-
-
-def _levels(moments: Moments) -> Array:
-    """(C,) mean target of the tasks; 0 for choices, whose targets have mean 0."""
-    ones, outputs = np.ones((len(moments.rows), 1)), range(moments.num_outputs)
-    sums = [moments.products(ones, output)[0] @ moments.constant for output in outputs]
-    return np.array(sums) / moments.rows.sum()
-
-
-def _estimators(moments: Moments, rows: LabelledInputs) -> dict[str, Estimator]:
-    """The steps, fitted to tasks; the low-rank one at each rank."""
-    pooled = fit_factors(moments, 0, offset=False)
-    estimators: dict[str, Estimator] = {"pooled": pooled}
-    if rows.candidates != "responses":
-        estimators["offset"] = fit_factors(moments, 0)
-    simple = estimators.get("offset", pooled)
-    assert isinstance(simple, TaskFactors)
-    start = simple
-    for rank in RANKS:
-        start = fit_factors(moments, rank, start=start, offset=rows.candidates != "responses")
-        estimators[f"rank {rank}"] = start
-    alone = np.outer(_levels(moments), moments.constant)
-    if not isinstance(moments, FeatureMoments):
-        constant = dataclasses.replace(pooled, mean=alone)  # the most frequent label
-        return {"alone": constant, **estimators}
-    if rows.candidates == "responses":  # the cosine, as the model has it
-        alone = np.zeros_like(pooled.mean)
-        alone[0, 0] = moments.sums[:, 0, 0].sum() / moments.gram[:, 0, 0].sum()
-    ridges = {"alone": fit_ridge(moments, alone), "own": fit_ridge(moments, pooled.mean)}
-    return {**ridges, **estimators}
-
-
-def _predicted(
-    estimator: Estimator, given: Moments, rows: LabelledInputs, part: Indices, of_unit: Indices
-) -> Array:
-    """(part, C) predicted targets of rows.
-
-    Args:
-        estimator: A step.
-        given: Moments of the rows that held-out units are given.
-        rows: All rows.
-        part: The rows to predict.
-        of_unit: (part,) place of their units among those of `given`.
-    """
-    outputs = range(given.num_outputs)
-    if isinstance(estimator, TaskRidge):
-        assert isinstance(given, FeatureMoments) and rows.features is not None
-        phi, shifts = rows.features[part], estimator.posterior(given)[0]
-        means = phi @ estimator.mean.T
-        return means + np.stack([(phi * shifts[of_unit, :, c]).sum(1) for c in outputs], 1)
-    z = estimator.posterior(given)[0][of_unit]
-    means = rows.project(estimator.mean.T, part)
-    return means + np.stack(
-        [(rows.project(estimator.loadings(c), part) * z).sum(1) for c in outputs], 1
-    )
 
 
 def _summary(
@@ -258,7 +204,7 @@ def _summary(
     for place, fold in itertools.product(range(len(shots)), np.unique(folds)):
         others, held_out = (place, folds != fold), (place, folds == fold)
         best = max(controls, key=lambda name: by_metric[name][others].mean())
-        rank = min(RANKS, key=lambda k: scores.errors[f"rank {k}"][others].mean())
+        rank = _simplest({k: scores.errors[f"rank {k}"][others] for k in RANKS})
         ranks[place][rank] += 1
         steps["low rank"][held_out] = by_metric[f"rank {rank}"][held_out]
         errors["low rank"][held_out] = scores.errors[f"rank {rank}"][held_out]
@@ -276,14 +222,15 @@ def _summary(
         for place, number in enumerate(shots)
     ]
     expected_gain = None if own_labels else _expected(gains.mean(0))
+    over = "responses" if rows.candidates == "responses" else "features"
     return Conflict(
         num_tasks=rows.num_tasks,
         num_rows=len(rows.learnable),
         shared_inputs=rows.shared,
-        over="features" if rows.inputs is None else "inputs",
+        over=over if rows.inputs is None else "inputs",
         own_labels=own_labels,
         metric=metric,
-        unit="rows per class" if rows.labels.any() else "rows",
+        unit="rows per class" if rows.has_classes or own_labels else "rows",
         rank=sum(ranks, Counter()).most_common(1)[0][0],
         by_shots=by_shots,
         expected_gain=expected_gain,
@@ -301,9 +248,20 @@ def _advice(gain: Interval | None, steps: Mapping[str, Array]) -> str:
     if gain is not None and gain[1] > 0 and gain[0] >= WORTH:
         return "PEFT-ML"
     # Where each task has labels of its own, their common directions are what pooling can learn.
-    others = [values.mean(0) for name, values in steps.items() if name != "alone"]
-    over_alone = _interval(max(others, key=np.mean) - steps["alone"].mean(0))
-    return "pool" if over_alone[1] > 0 and over_alone[0] >= WORTH else "keep the model"
+    means = {name: values.mean(0) for name, values in steps.items()}
+    without = max((means.pop(name) for name in WITHOUT if name in means), key=np.mean)
+    over = _interval(max(means.values(), key=np.mean) - without)
+    return "pool" if over[1] > 0 and over[0] >= WORTH else "keep the model"
+
+
+def _simplest(errors: Mapping[int, Array]) -> int:
+    """The lowest rank that is within a standard error of the best, from errors (tasks,) by rank."""
+    best = min(errors, key=lambda rank: errors[rank].mean())
+    for rank, values in errors.items():
+        above = values - errors[best]
+        if rank == best or above.mean() <= above.std(ddof=1) / len(above) ** 0.5:
+            return rank
+    return best
 
 
 def _expected(gains: Array) -> Interval:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from foretune.errors import UserError
 from foretune.evaluation.conflict_rows import Indices, LabelledInputs
 from foretune.linalg.task_moments import Array
-from foretune.tasks.example import Example
+from foretune.tasks.example import DrawnExample, Example
 from foretune.tasks.labels import label_of
 from foretune.tasks.leakage import content
 from foretune.tasks.row_store import select
@@ -29,7 +29,7 @@ MIN_ANSWERS = 5  # other tasks that answer an input, for it to count as shared
 SHARED = 0.5  # share of rows with shared inputs from which on no features are needed
 MAX_ROWS = 200_000
 MAX_ARRAYS = 20_000
-ROWS_TO_KEEP = 40  # of a task, if it has them, where there are too many rows
+TASKS_TO_KEEP, ROWS_TO_KEEP = 20, 40  # where there are too many rows, if there are as many
 NUM_FEATURES = 64
 NUM_CHOICE_FEATURES = 32  # of a context, and of a candidate
 MAX_COORDINATES = 2048  # of a vector, and vectors, from which principal components are computed
@@ -42,14 +42,14 @@ class Inputs:
     Args:
         embed: Texts or arrays → (n, d) features; None for arrays as they are.
         most: Number of inputs to embed at most.
-        draw_candidates: Draws the candidates of choices that have none, for a part of the tasks;
-            None if all have.
+        redraw: Replaces the candidates that were drawn, for a part of the tasks of a choice, by
+            fewer different ones; None if it need not.
         context_turns: Number of turns to keep of a context that is a list; None keeps all.
     """
 
     embed: Features | None = None
     most: int = 3000
-    draw_candidates: Callable[[TaskCollection], TaskCollection] | None = None
+    redraw: Callable[[TaskCollection], TaskCollection] | None = None
     context_turns: int | None = None
 
 
@@ -89,8 +89,9 @@ def _part(tasks: TaskCollection, most: int, seed: int) -> TaskCollection:
     if sum(len(task.train) + len(task.validation) for task in tasks) <= most:
         return tasks
     rng = np.random.default_rng(seed)
-    per_task = max(most // len(tasks), ROWS_TO_KEEP)
-    order = rng.permutation(len(tasks))[: max(most // per_task, MIN_TASKS)]
+    num_tasks = min(len(tasks), max(most // ROWS_TO_KEEP, TASKS_TO_KEEP))
+    per_task = max(most // num_tasks, MIN_ROWS)
+    order = rng.permutation(len(tasks))[:num_tasks]
     names = [tasks.names[place] for place in sorted(order)]
     drawn = []
     for task in tasks.subset(names):
@@ -167,6 +168,7 @@ class _Rows:
             inputs=self.inputs if features is None else None,
             features=features,
             shared=self.shared,
+            has_classes=self.labels is not None,
         )
 
     def _labels_as_candidates(self, features: Array) -> LabelledInputs:
@@ -282,10 +284,11 @@ def _read_choices(tasks: TaskCollection, inputs: Inputs, seed: int) -> LabelledI
     if inputs.embed is None:
         raise UserError("choices need a model that embeds their texts")
     first = next(row for task in tasks for row in task.train)
-    texts_per_row = 1 + len(first.get("candidates", [""]))
+    redraws = inputs.redraw is not None and isinstance(first, DrawnExample)
+    texts_per_row = 2 if redraws else 1 + len(first["candidates"])
     tasks = _part(tasks, inputs.most // texts_per_row, seed)
-    if inputs.draw_candidates is not None:
-        tasks = inputs.draw_candidates(tasks)
+    if inputs.redraw is not None:
+        tasks = inputs.redraw(tasks)
     examples = [e for task in tasks for rows in (task.train, task.validation) for e in rows]
     of_task, learnable = _tasks_of(tasks)
     lengths = np.array([len(example["candidates"]) for example in examples])

@@ -33,6 +33,7 @@ class LabelledInputs:
         features: (n, D) features, the first of them 1, or for choices the cosine; None with
             `inputs`.
         shared: Share of the rows whose input several other tasks answer.
+        has_classes: Whether targets are labels that tasks share.
         candidates: What the rows of an example are: "responses" of a choice, "labels", or None.
     """
 
@@ -46,6 +47,7 @@ class LabelledInputs:
     inputs: Indices | None
     features: Array | None
     shared: float
+    has_classes: bool = False
     candidates: str | None = None
 
     @property
@@ -88,6 +90,13 @@ class LabelledInputs:
             assert self.inputs is not None
             return weights[self.inputs[rows]]
         return self.features[rows] @ weights
+
+    def places_of_labels(self, rows: Indices) -> Indices:
+        """(rows,) index of each row's label, where targets are labels."""
+        targets = self.targets[rows]
+        if targets.shape[1] == 1:
+            return (targets[:, 0] > 0).astype(int)
+        return targets.argmax(1)
 
     def hits(self, predicted: Array, rows: Indices) -> Array:
         """(examples,) whether the predicted label is right; of k equal choices 1/k is.

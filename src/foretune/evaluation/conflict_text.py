@@ -9,6 +9,7 @@ from foretune.evaluation.wording import MINUS, counted
 
 QUESTION = "Does retraining with adapters pay?"
 STEPS = {
+    "blank": "the most frequent label",
     "alone": "its own rows alone",
     "pooled": "all tasks pooled",
     "offset": "+ an offset per task",
@@ -34,8 +35,8 @@ def conflict_rows(conflict: Mapping[str, Any]) -> list[list[str]]:
     rows.append(["rows of a task (median)", *(str(s["rows"]) for s in shots)])
     for name, label in STEPS.items():
         if name in shots[0]["scores"]:
-            if name == "alone" and conflict["over"] == "inputs":
-                label = "the most frequent label"
+            if name == "blank" and conflict["over"] == "responses":
+                label = "the model as it is"
             cells = [_level(conflict, s["scores"][name][0]) for s in shots]
             rows.append([label.format(rank=conflict["rank"]), *cells])
     if not conflict["own_labels"]:
