@@ -77,7 +77,7 @@ def main() -> None:
         collections[name] = measured(name, arguments.shared, arguments.made)
         print(name, collections[name].get("advice"), collections[name].get("expected_gain"))
         ordered = {name: collections[name] for name in COLLECTIONS if name in collections}
-        result = {"claim": COMMAND, "environment": environment(), "collections": ordered}
+        result = {"command": COMMAND, "environment": environment(), "collections": ordered}
         write_whole(RESULT, json.dumps(result, indent=1))
 
 
