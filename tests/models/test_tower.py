@@ -149,6 +149,13 @@ def test_fingerprint_of_a_copy_reads_the_encoder_once(texts, monkeypatch) -> Non
     assert not [name for name in names if name.startswith("body.encoder.")]
 
 
+def test_training_writes_to_no_buffer_of_the_encoder(texts) -> None:
+    run, tower = RUN.replace(eval_every=2, patience=1), texts.body
+    base = foretune.retrain(texts, opinions(), foretune.Standard(), run).model
+    foretune.adapt(base, opinions(2, start=4), foretune.LoRA(lora=LORA), RUN)
+    assert {b._version for b in tower.encoder.buffers()} <= {0, 1}
+
+
 @pytest.mark.parametrize("change", ["in place", "other tensor"])
 def test_fingerprint_sees_a_changed_encoder(texts, change) -> None:
     before, p = fingerprint(texts), next(texts.body.encoder.parameters())

@@ -71,6 +71,7 @@ def test_run_writes_all_that_it_promises(recipe: Recipe) -> None:
     assert [base["name"] for base in comparison["bases"]] == ["none", "standard", "peft-ml"]
     assert comparison == json.loads((recipe.folder / "comparison.json").read_text())
     assert load_recipe(recipe.folder / "config.yaml") == recipe
+    assert comparison["conflict"].keys() & {"advice", "unmeasured"}
 
 
 def test_bases_say_how_they_were_made(recipe: Recipe) -> None:

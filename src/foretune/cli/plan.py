@@ -17,9 +17,10 @@ def plan(
     changes: Overrides = None,
     json: Json = False,
 ) -> None:
-    """Say whether retraining is likely to pay; show tasks, leaks, memory and time.
+    """Say beforehand whether retraining pays, and what it costs.
 
-    Times a few training steps of each method and saves nothing.
+    Shows tasks, leaks, parameters, memory and time. Times a few training steps of each method and
+    saves nothing.
     """
     from foretune.recipes.schema import load_recipe
 
@@ -66,9 +67,9 @@ def _conflict(conflict: Mapping[str, Any]) -> str:
         return _wrapped(f"{QUESTION} {conflict['unmeasured'].capitalize()}.")
     header, *rows = conflict_rows(conflict)
     scores = textwrap.indent(table(header, rows), "  ")
-    about = _wrapped(about_tasks(conflict))
+    sentences = _wrapped(about_tasks(conflict))
     expected = "\n".join(map(_wrapped, expectation(conflict).splitlines()))
-    return "\n\n".join([f"{QUESTION}\n{about}", scores, expected])
+    return "\n\n".join([f"{QUESTION}\n{sentences}", scores, expected])
 
 
 def _wrapped(text: str) -> str:

@@ -171,10 +171,10 @@ def _scored(
         places = np.cumsum(is_held_out) - 1  # of the held-out units among themselves
         for (place, learnt, scored), of_all in zip(draws, moments_given, strict=True):
             part, learnt = (which[is_held_out[rows.units[which]]] for which in (scored, learnt))
-            given = Given(rows, learnt, of_all.subset(is_held_out), places)
+            shot_rows = Given(rows, learnt, of_all.subset(is_held_out), places)
             y = rows.targets[part]
             for name, step in steps.items():
-                predicted = step(given, part)
+                predicted = step(shot_rows, part)
                 for scores, values in (
                     (errors, rows.example_sums((predicted - y) ** 2, part)),
                     (hits, rows.hits(predicted, part)),

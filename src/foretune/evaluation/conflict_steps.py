@@ -87,12 +87,13 @@ class FactorStep:
 
     factors: TaskFactors
 
-    def __call__(self, given: Given, part: Indices) -> Array:
-        rows = given.rows
+    def __call__(self, shot_rows: Given, part: Indices) -> Array:
+        """Predicts the examples of a part: (n, outputs)."""
+        rows = shot_rows.rows
         means = rows.project(self.factors.mean.T, part)
         if not self.factors.rank and not self.factors.offset:
             return means
-        z = self.factors.posterior(given.moments)[0][given.places[rows.units[part]]]
+        z = self.factors.posterior(shot_rows.moments)[0][shot_rows.places[rows.units[part]]]
         shifts = [
             (rows.project(self.factors.loadings(output), part) * z).sum(1)
             for output in range(means.shape[1])
@@ -106,10 +107,11 @@ class RidgeStep:
 
     ridge: TaskRidge
 
-    def __call__(self, given: Given, part: Indices) -> Array:
-        assert isinstance(given.moments, FeatureMoments) and given.rows.features is not None
-        phi, unit = given.rows.features[part], given.places[given.rows.units[part]]
-        shifts = self.ridge.posterior(given.moments)[0]
+    def __call__(self, shot_rows: Given, part: Indices) -> Array:
+        """Predicts the examples of a part: (n, outputs)."""
+        assert isinstance(shot_rows.moments, FeatureMoments) and shot_rows.rows.features is not None
+        phi, unit = shot_rows.rows.features[part], shot_rows.places[shot_rows.rows.units[part]]
+        shifts = self.ridge.posterior(shot_rows.moments)[0]
         means = phi @ self.ridge.mean.T
         outputs = range(means.shape[1])
         return means + np.stack([(phi * shifts[unit, :, c]).sum(1) for c in outputs], 1)
@@ -135,13 +137,14 @@ class LevelStep:
         levels = fit_levels(common, rows.places_of_labels(seen), *_compact(tasks))
         return cls(pooled, levels)
 
-    def __call__(self, given: Given, part: Indices) -> Array:
-        rows, learnt = given.rows, given.learnt
+    def __call__(self, shot_rows: Given, part: Indices) -> Array:
+        """Predicts the examples of a part: (n, outputs)."""
+        rows, learnt = shot_rows.rows, shot_rows.learnt
         before, common = (_probabilities(self.pooled, rows, which) for which in (learnt, part))
-        labels, units = rows.places_of_labels(learnt), given.places[rows.units[learnt]]
-        start = np.zeros((len(given.moments.rows), before.shape[1]))
+        labels, units = rows.places_of_labels(learnt), shot_rows.places[rows.units[learnt]]
+        start = np.zeros((len(shot_rows.moments.rows), before.shape[1]))
         shifts = self.levels.shifts(before, labels, units, start)
-        p = self.levels.probabilities(common, shifts[given.places[rows.units[part]]])
+        p = self.levels.probabilities(common, shifts[shot_rows.places[rows.units[part]]])
         return 2 * p[:, 1:] - 1 if p.shape[1] == 2 else p
 
 

@@ -49,7 +49,7 @@ class TaskFactors:
 
     @property
     def rank(self) -> int:
-        """k."""
+        """Number of directions, k."""
         return self.directions.shape[2]
 
     def loadings(self, output: int) -> Array:
@@ -69,8 +69,9 @@ class TaskFactors:
         for output in outputs:
             precision = precision + moments.quadratic(loadings[output]) / self.noise
             pull += moments.residuals(loadings[output], self.mean[output], output) / self.noise
-        covariance = np.linalg.inv(precision)
-        return np.einsum("tab,tb->ta", covariance, pull), covariance
+        covariance = np.asarray(np.linalg.inv(precision), dtype=np.float64)
+        mean = np.einsum("tab,tb->ta", covariance, pull)
+        return np.asarray(mean, dtype=np.float64), covariance
 
 
 def fit_factors(
@@ -167,7 +168,7 @@ def _updated(factors: TaskFactors, moments: Moments) -> TaskFactors:
 def _regression(
     factors: TaskFactors, moments: Moments, grams: Array, targets: Array, levels: Array
 ) -> tuple[Array, Array, float]:
-    """m and the directions that fit the targets, one after the other.
+    """Fits m and the directions to the targets, one after the other.
 
     Args:
         factors: The model before.

@@ -97,30 +97,38 @@ class SharedInputMoments:
 
     @property
     def num_outputs(self) -> int:
+        """As in `Moments`."""
         return len(self.sums)
 
     def subset(self, tasks: NDArray[Any]) -> Self:
+        """As in `Moments`."""
         return type(self)(self.counts[tasks], [s[tasks] for s in self.sums], self.squares[tasks])
 
     def quadratic(self, loadings: Array) -> Array:
+        """As in `Moments`."""
         q = loadings.shape[1]
         outer = (loadings[:, :, None] * loadings[:, None, :]).reshape(-1, q * q)
         return (self.counts @ outer).reshape(-1, q, q)
 
     def residuals(self, loadings: Array, mean: Array, output: int) -> Array:
+        """As in `Moments`."""
         return self.sums[output] @ loadings - self.counts @ (mean[:, None] * loadings)
 
     def grams(self, weights: Array) -> Array:
+        """As in `Moments`."""
         return (self.counts.T @ weights).T
 
     def apply(self, gram: Array, vectors: Array) -> Array:
+        """As in `Moments`."""
         return gram * vectors
 
     def solve(self, gram: Array, ridge: float, target: Array) -> tuple[Array, Array]:
+        """As in `Moments`."""
         inverse = 1 / (gram + ridge)
         return target * inverse, inverse
 
     def products(self, weights: Array, output: int) -> Array:
+        """As in `Moments`."""
         return (self.sums[output].T @ weights).T
 
 
@@ -168,28 +176,36 @@ class FeatureMoments:
 
     @property
     def num_outputs(self) -> int:
+        """As in `Moments`."""
         return self.sums.shape[2]
 
     def subset(self, tasks: NDArray[Any]) -> Self:
+        """As in `Moments`."""
         parts = (self.gram[tasks], self.sums[tasks], self.squares[tasks], self.rows[tasks])
         return type(self)(*parts, self.constant)
 
     def quadratic(self, loadings: Array) -> Array:
+        """As in `Moments`."""
         return loadings.T @ (self.gram @ loadings)
 
     def residuals(self, loadings: Array, mean: Array, output: int) -> Array:
+        """As in `Moments`."""
         return (self.sums[:, :, output] - self.gram @ mean) @ loadings
 
     def grams(self, weights: Array) -> Array:
+        """As in `Moments`."""
         size = self.gram.shape[1:]
         return (weights.T @ self.gram.reshape(len(self.gram), -1)).reshape(-1, *size)
 
     def apply(self, gram: Array, vectors: Array) -> Array:
+        """As in `Moments`."""
         return vectors @ gram
 
     def solve(self, gram: Array, ridge: float, target: Array) -> tuple[Array, Array]:
+        """As in `Moments`."""
         inverse = np.linalg.inv(gram + ridge * np.eye(len(gram)))
         return target @ inverse, np.diag(inverse)
 
     def products(self, weights: Array, output: int) -> Array:
+        """As in `Moments`."""
         return weights.T @ self.sums[:, :, output]

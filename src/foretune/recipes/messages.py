@@ -98,7 +98,8 @@ def _sentence(
         hint = did_you_mean(tag, tags.split(", "))
         return f'"{dotted}.kind" {place} must be one of {tags}; got "{tag}".{hint}'
     if kind == "value_error":  # its input is a block, too long to print
-        return f'"{dotted}" {place} {_requirement(error)}'
+        subject = f'"{dotted}" {place}' if dotted else place.removeprefix("in ")
+        return f"{subject} {_requirement(error)}"
     first, *others = dict.fromkeys(map(_requirement, errors))
     either = " or ".join([first, *(text.removeprefix("must be ") for text in others)])
     return f'"{dotted}" {place} {either}, got {error["input"]!r}'

@@ -358,10 +358,7 @@ class Learner:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restores what `state` returned."""
         for name, current in self.state(optimizers=False).items():
-            value = place_like(current, tensors[name])
-            # A write to a buffer of a shared encoder would make its digest be computed again.
-            if not (name.startswith("buffer.") and torch.equal(current, value)):
-                current.copy_(value)
+            current.copy_(place_like(current, tensors[name]))
         for name, optimizer in self._optimizers():
             for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
                 prefix = f"{name}.{i}."
