@@ -52,9 +52,15 @@ def senate(shared: Path, congress: int) -> dict[str, np.ndarray]:
 
 
 def uber_taiwan(shared: Path) -> dict[str, np.ndarray]:
-    """Columns task, split, x and y of the conversation in Chinese; y is 1 for agree."""
+    """Columns task, split, x and y of the conversation in Chinese; y is 1 for agree.
+
+    Left out: participants without a train row of each kind.
+    """
     with gzip.open(shared / "opinions" / "uber-taiwan.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
+    kinds = {(row["task"], row["label"]) for row in rows if row["split"] == "train"}
+    both = {task for task, _ in kinds if {(task, "agree"), (task, "disagree")} <= kinds}
+    rows = [row for row in rows if row["task"] in both]
     places = {text: i for i, text in enumerate(sorted({row["text"] for row in rows}))}
     vectors = item_vectors(len(places))
     return {

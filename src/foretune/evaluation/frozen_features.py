@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from foretune.errors import UserError
 from foretune.evaluation.conflict import Conflict, measure_conflict
 from foretune.evaluation.conflict_reading import Inputs
 from foretune.models.calls import eval_no_grad
+from foretune.models.dual_encoder import embeddings, has_towers
 from foretune.models.surgery import head_modules
 from foretune.tasks.objectives import text
 from foretune.tasks.task import TaskCollection
@@ -53,7 +55,7 @@ def conflict_on(
     """
     objective: Any = tasks.objective
     inputs = Inputs(
-        embed=functools.partial(_embed_texts, model, objective),
+        embed=functools.partial(embed_texts, model, objective),
         most=_most_inputs(model),
         redraw=redraw,
         context_turns=getattr(objective, "context_turns", None),
@@ -64,7 +66,7 @@ def conflict_on(
     conflict = measure_conflict(tasks, shots=shots, seed=seed)
     if conflict.over == "inputs":
         return conflict
-    inputs = Inputs(embed=functools.partial(_embed_arrays, model), most=_most_inputs(model))
+    inputs = Inputs(embed=functools.partial(embed_arrays, model), most=_most_inputs(model))
     try:
         on_model = measure_conflict(tasks, inputs, shots=shots, seed=seed)
     except NoFeaturesError:
@@ -86,7 +88,7 @@ def _explained(conflict: Conflict) -> float:
     return float(np.mean([max(step.r2.values()) for step in conflict.by_shots]))
 
 
-def _embed_texts(model: nn.Module, objective: Any, texts: Sequence[str]) -> NDArray[np.float32]:
+def embed_texts(model: nn.Module, objective: Any, texts: Sequence[str]) -> NDArray[np.float32]:
     """(n, d) the mean of a text's last hidden states."""
     tokenizer = objective.tokenizer
     template = text.single_template(tokenizer)
@@ -123,28 +125,40 @@ def _reader(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return read
 
 
-def _embed_arrays(model: nn.Module, arrays: Sequence[Any]) -> NDArray[np.float32]:
-    """(n, d) what the model's head reads.
+def embed_arrays(model: nn.Module, arrays: Sequence[Any]) -> NDArray[np.float32]:
+    """(n, d) what the model's head reads; of a model with an image tower, its embeddings.
 
     Raises:
         NoFeaturesError: The head reads the arrays themselves, or nothing.
     """
-    read: list[Tensor] = []
-    head = model.get_submodule(head_modules(model)[0])
-    handle = head.register_forward_pre_hook(lambda _, args: read.append(args[0].detach()))
     device = next(model.parameters()).device
     parts = []
-    try:
-        with eval_no_grad(model):
-            for start in range(0, len(arrays), BATCH):
-                batch = np.stack([np.asarray(x) for x in arrays[start : start + BATCH]])
-                x = torch.from_numpy(batch.astype(np.float32, copy=False)).to(device)
-                read.clear()
-                model(x)
-                if len(read) != 1 or len(read[0]) != len(x) or read[0].shape == x.shape:
-                    raise NoFeaturesError
-                parts.append(read[0].flatten(1).float().cpu())
-    finally:
-        handle.remove()
+    with eval_no_grad(model):
+        for start in range(0, len(arrays), BATCH):
+            batch = np.stack([np.asarray(x) for x in arrays[start : start + BATCH]])
+            x = torch.from_numpy(batch.astype(np.float32, copy=False)).to(device)
+            read = embeddings(model, {"x": x}) if has_towers(model) else _read_by_head(model, x)
+            parts.append(read.flatten(1).float().cpu())
     vectors: NDArray[np.float32] = torch.cat(parts).numpy()
     return vectors
+
+
+def _read_by_head(model: nn.Module, x: Tensor) -> Tensor:
+    """(n, …) the input of the model's head.
+
+    Raises:
+        NoFeaturesError: It is the arrays (n, …) themselves, or there is none.
+    """
+    read: list[Tensor] = []
+    try:
+        head = model.get_submodule(head_modules(model)[0])
+    except UserError:
+        raise NoFeaturesError from None
+    handle = head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    try:
+        model(x)
+    finally:
+        handle.remove()
+    if len(read) != 1 or len(read[0]) != len(x) or read[0].shape == x.shape:
+        raise NoFeaturesError
+    return read[0]

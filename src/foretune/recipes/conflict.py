@@ -39,7 +39,7 @@ def recipe_conflict(setup: Setup, console: Console) -> Conflict | str:
     try:
         return conflict_on(
             setup.model,
-            setup.seen,
+            setup.all_seen,
             shots=recipe.adapt.row_counts,
             redraw=redraw,
             seed=source.seed,
