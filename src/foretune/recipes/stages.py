@@ -10,13 +10,14 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
+from foretune.files import RUN_FILE
 from foretune.formats import STAGE, read_json, stamped
 from foretune.recipes.adapting import choose_adapting
 from foretune.recipes.console import Console
 from foretune.recipes.entries import MethodEntry
 from foretune.recipes.folder import write_json
 from foretune.recipes.setup import Setup
-from foretune.recipes.trials import best_trial, retrain
+from foretune.recipes.trials import best_trial, retrain, say_score
 
 STAGE_FILE = "stage.json"  # in the folder of a finished stage
 
@@ -83,9 +84,16 @@ def make_base(
         (outcome, the settings, all trials of the search).
     """
     settings, trials = best_trial(setup, entry, seed, folder, console)
+    name = entry.name_with(settings)
+    if trials:
+        console.say(f"{entry.name}, seed {seed}: takes {name}")
     # The best trial lies in the folder already, if it was made with all steps.
+    is_finished = (folder / RUN_FILE).is_file()
     run = setup.recipe.retrain_run(seed=seed, out=folder, resume=True)
-    return retrain(setup, entry, settings, run, console), settings, trials
+    outcome = retrain(setup, entry, settings, run, console)
+    if not is_finished:
+        say_score(setup, name, outcome, console)
+    return outcome, settings, trials
 
 
 def total_cost(outcome: Any) -> dict[str, Any]:

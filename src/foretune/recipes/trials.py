@@ -87,8 +87,6 @@ def retrain(
     setup: Setup, entry: MethodEntry, settings: dict[str, Any], run: Run, console: Console
 ) -> Any:
     """The outcome of `foretune.retrain` on the seen tasks of a repeat, with a progress bar."""
-    from foretune.evaluation.wording import counted
-
     record, label = entry.record(settings), f"{entry.name_with(settings)}, seed {run.seed}"
     with console.bar(label) as progress:
         outcome = foretune.retrain(
@@ -100,6 +98,13 @@ def retrain(
             held_out=held_out_of(setup, record),
             progress=progress,
         )
+    return outcome
+
+
+def say_score(setup: Setup, name: str, outcome: Any, console: Console) -> None:
+    """Says how long a retraining took, and its score on the tasks that it was validated by."""
+    from foretune.evaluation.wording import counted
+
     score = outcome.validation_score
     if score is None:
         validation = ""
@@ -108,8 +113,8 @@ def retrain(
     else:
         tasks = counted(len(setup.held_out), "held-out task")
         validation = f", {score:.4f} after adapting to {tasks}"
-    console.say(f"{label}: {outcome.cost['seconds']:.0f} s{validation}")
-    return outcome
+    seconds = f"{outcome.cost['seconds']:.0f} s"
+    console.say(f"{name}, seed {outcome.run.seed}: {seconds}{validation}")
 
 
 def _scores(
@@ -120,6 +125,7 @@ def _scores(
     except DivergedError as error:
         console.say(f"{entry.name_with(settings)}: {error}")
         return {"score": None, "by_task": None}
+    say_score(setup, entry.name_with(settings), outcome, console)
     return {"score": outcome.validation_score, "by_task": outcome.held_out_scores}
 
 
