@@ -45,12 +45,14 @@ class Inputs:
         redraw: Replaces the candidates that were drawn, for a part of the tasks of a choice, by
             fewer different ones; None if it need not.
         context_turns: Number of turns to keep of a context that is a list; None keeps all.
+        shared_only: Refuse tasks that do not share their inputs.
     """
 
     embed: Features | None = None
     most: int = 3000
     redraw: Callable[[TaskCollection], TaskCollection] | None = None
     context_turns: int | None = None
+    shared_only: bool = False
 
 
 def read_rows(tasks: TaskCollection, kind: str, inputs: Inputs, seed: int) -> LabelledInputs:
@@ -77,6 +79,8 @@ def read_rows(tasks: TaskCollection, kind: str, inputs: Inputs, seed: int) -> La
     rows = _Rows.of(_part(tasks, MAX_ROWS, seed), kind)
     if rows.shared >= SHARED and not rows.own_labels:
         return rows.labelled()
+    if inputs.shared_only:
+        raise UserError("tasks do not share their inputs")
     if inputs.embed is None and "x" not in rows.examples[0]:
         raise UserError("texts that tasks do not share need a model that embeds them")
     most = MAX_ARRAYS if inputs.embed is None else inputs.most

@@ -10,6 +10,9 @@ retraining may hurt. The seen tasks can tell, if some of them play the role of u
                          controls: none and plain standard
     in the end           retrain the best candidate on all seen tasks with all steps
 
+Where tasks share inputs, their conflict is measured first, as by `foretune plan`: PEFT-ML and
+factorised heads are not tried where they can hardly gain, and come first where they should.
+
 Paper: successive halving is due to Jamieson and Talwalkar, "Non-stochastic Best Arm Identification
 and Hyperparameter Optimization", AISTATS 2016, arXiv:1502.07943.
 
@@ -158,6 +161,7 @@ class Auto(RetrainMethod):
             UserError: There is only one seen task, or no held-out task has examples to score on.
         """
         from foretune.evaluation.held_out import build_search_tasks
+        from foretune.evaluation.promising import promising
         from foretune.training.process_group import process_group
         from foretune.training.record import counted, metered
 
@@ -171,7 +175,7 @@ class Auto(RetrainMethod):
             inputs, trials = process_group().on_first_process(
                 lambda: _resumed(file, self, run, model, tasks)
             )
-        remaining = list(self.candidates)
+        remaining = promising(self.candidates, tasks, self.shots, run.seed)
         for number in range(self.rounds):
             names = groups[number % len(groups)]
             seen, group_tasks = tasks.without(names), tasks.subset(names)
