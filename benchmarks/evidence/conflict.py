@@ -2,6 +2,8 @@
 
     python benchmarks/evidence/conflict.py SHARED_FOLDER    # writes results/conflict.json
 
+To be called in the root of the repository, after data.py and, for Shakespeare, stories260k.py.
+
 The conflict of the seen tasks of each recipe: on the inputs that tasks share, or else on features
 of the recipe's model. Seconds are those of one CPU core, reading the data and the model included.
 A collection that is in the result already is measured again only if it is named.
