@@ -82,7 +82,7 @@ def test_adapting_in_0_steps_saves_adapters_that_equal_the_base(tmp_path):
     assert (tmp_path / "out" / "task0" / "adapter_model.safetensors").is_file()
     longer = foretune.adapt(Net(), tasks, method, RUN, score_at=(0,))
     assert adapted.scores == longer.path[0]
-    with pytest.raises(UserError, match="steps must be at least 1 to retrain, got 0"):
+    with pytest.raises(UserError, match="steps must be a whole number not below 1, got 0"):
         foretune.retrain(Net(), tasks, foretune.Standard(), RUN.replace(steps=0))
 
 

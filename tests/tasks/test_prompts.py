@@ -155,4 +155,4 @@ def test_an_unbound_objective_is_refused() -> None:
 
 def test_binding_returns_other_objectives_unchanged() -> None:
     plain = foretune.Classification(tiny_models.tokenizer())
-    assert plain.bind(tiny_models.bert(num_labels=2)) is plain
+    assert plain.bind(tiny_models.bert(num_labels=2)) == plain

@@ -12,7 +12,7 @@ from foretune.claims import output_folder
 from foretune.errors import DivergedError, UserError
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import method_and_run
-from foretune.run import Run
+from foretune.run import Run, check_int
 from foretune.source_free import MODEL_FILE, STATE_WEIGHTS_FILE
 from foretune.source_free.subspace_sfda import SubspaceSFDA
 from foretune.source_free.windows import read_windows
@@ -45,7 +45,9 @@ def settings(changes: Sequence[str], seed: int) -> tuple[SubspaceSFDA, Run]:
     """
     fields = [f.name for f in dataclasses.fields(SubspaceSFDA)]
     method, run = method_and_run(changes, SubspaceSFDA.name, fields, RUN_FIELDS)
-    return SubspaceSFDA(**method), Run(seed=seed, eval_every=0, **(ADAPT_DEFAULTS | run))
+    adapt_run = Run(seed=seed, eval_every=0, **(ADAPT_DEFAULTS | run))
+    check_int("steps", adapt_run.steps, 1)
+    return SubspaceSFDA(**method), adapt_run
 
 
 def prepare_folder(

@@ -67,7 +67,9 @@ def retrain(
     check_device(run.device)
     objective_of(tasks)
     if run.steps < 1:
-        raise UserError(f"steps must be at least 1 to retrain, got {run.steps}")
+        raise UserError(
+            f"steps must be a whole number not below 1, got {run.steps}: only adapting may take none"
+        )
     retrain_with = _retrain_chosen if method.chooses else retrain_in
     if held_out is not None:
         held_out.check_apart(tasks)
