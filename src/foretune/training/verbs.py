@@ -68,7 +68,7 @@ def retrain(
     objective_of(tasks)
     if run.steps < 1:
         raise UserError(
-            f"steps must be a whole number not below 1, got {run.steps}: only adapting may take none"
+            f"steps must be a whole number not below 1, got {run.steps}: only adapting takes none"
         )
     retrain_with = _retrain_chosen if method.chooses else retrain_in
     if held_out is not None:
