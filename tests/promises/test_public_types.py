@@ -38,7 +38,7 @@ EXPECTED = (
     (11, "foretune.training.outcome.Outcome"),
     (12, "dict[tuple[str, int], float]"),
     (13, 'Argument 3 to "retrain" has incompatible type "LoRA"; expected "RetrainMethod"'),
-    (14, 'Argument 3 to "adapt" has incompatible type "PEFTML"; expected "AdaptMethod"'),
+    (14, 'Argument 3 to "adapt" has incompatible type "PEFTML"; expected "AdaptMethod'),
     (15, "foretune.fusion.fused.Fused"),
     (16, "foretune.pruning.pruned.Pruned"),
 )
