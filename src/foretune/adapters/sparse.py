@@ -57,6 +57,7 @@ class SparseDelta:
 
     Example:
         >>> from foretune.adapters.entries import entries_below
+        >>> _ = torch.manual_seed(0)
         >>> model = nn.Linear(3, 2)
         >>> delta = SparseDelta(model, entries_below(model, 0.1), threshold=0.1)
         >>> optimizer = delta.write_after(torch.optim.AdamW(delta.parameters(), lr=0.1))
