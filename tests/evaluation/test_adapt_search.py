@@ -16,7 +16,6 @@ from foretune.evaluation.adapt_search import (
     halving,
     num_adaptations,
     search,
-    simplest,
     validation_method,
 )
 from foretune.run import Run
@@ -24,6 +23,7 @@ from foretune.tasks.objectives.regression import Regression
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training import verbs
 from foretune.training.adapt_plan import AdaptPlan, PlannedSetting, Setting
+from foretune.training.adapted_scores import simplest
 from linear_tasks import Net, equal_bits, family
 
 RUN = Run(steps=16, batch_size=8, eval_every=0, device="cpu", weight_decay=0.0)

@@ -28,7 +28,6 @@ from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from foretune.entry_points import entry_point
@@ -38,6 +37,7 @@ from foretune.run import MAX_SEED, Run
 from foretune.tasks.task import TaskCollection
 from foretune.training import verbs
 from foretune.training.adapt_plan import AdaptPlan, PlannedSetting, Setting
+from foretune.training.adapted_scores import simplest, standard_error
 from foretune.training.loop import Progress
 from foretune.training.methods import AdaptMethod, RetrainMethod
 from foretune.training.process_group import process_group
@@ -55,7 +55,6 @@ NUM_STOPS = 5  # stopping steps of a path, each twice the one before; the last i
 MIN_PART = 16  # held-out tasks on which candidates are dropped
 DRAWS = 3  # of each task's examples, for the last quarter of the candidates
 
-Scores = NDArray[np.float64]
 ByTask = dict[str, list[float]]  # one score per draw
 
 
@@ -230,30 +229,6 @@ def _quarter(num_candidates: int) -> int:
     return math.ceil(num_candidates / 4)
 
 
-def simplest(scores: Scores) -> int:
-    """The first setting that is not worse than the best by more than one standard error.
-
-    Args:
-        scores: (num_settings, num_tasks), the simplest setting first. With a single task the
-            standard error is unknown, and the best is taken.
-
-    >>> tied = [[0.5, 0.7, 0.6], [0.6, 0.5, 0.8]]
-    >>> simplest(np.array(tied)), simplest(np.array([[0.1, 0.2, 0.1], *tied]))
-    (0, 1)
-    """
-    best = scores[int(scores.mean(axis=1).argmax())]
-    behind = best - scores
-    return int((behind.mean(axis=1) <= _standard_error(behind)).argmax())
-
-
-def _standard_error(differences: Scores) -> Any:
-    """Standard error of the mean over the last axis, which holds tasks; 0 for a single one."""
-    num_tasks = differences.shape[-1]
-    if num_tasks == 1:
-        return np.zeros(differences.shape[:-1])
-    return differences.std(axis=-1, ddof=1) / math.sqrt(num_tasks)
-
-
 def search(
     model: nn.Module,
     tasks: TaskCollection,
@@ -372,7 +347,7 @@ class _Trying:
             setting=Setting(method=path.method, steps=step),
             score=float(scores[index].mean()),
             score_before=float(scores[0].mean()),
-            standard_error=float(_standard_error(scores[index] - scores[0])),
+            standard_error=float(standard_error(scores[index] - scores[0])),
             num_tasks=len(names),
         )
         return planned, path.scores[step]

@@ -35,6 +35,7 @@ from foretune.evaluation.statistics import mean_interval
 from foretune.linalg.task_moments import Array
 from foretune.tasks.rows import CLASSES
 from foretune.tasks.task import TaskCollection
+from foretune.training.adapted_scores import simplest
 
 KINDS = (*CLASSES, "regression", "choice")  # objectives whose conflict can be measured
 WITHOUT = ("blank", "alone")  # the steps without other tasks
@@ -204,7 +205,8 @@ def _summary(
     for place, fold in itertools.product(range(len(shots)), np.unique(folds)):
         others, held_out = (place, folds != fold), (place, folds == fold)
         best = max(controls, key=lambda name: by_metric[name][others].mean())
-        rank = _simplest({k: scores.errors[f"rank {k}"][others] for k in RANKS})
+        # the lowest rank that is within a standard error of the best
+        rank = RANKS[simplest(-np.stack([scores.errors[f"rank {k}"][others] for k in RANKS]))]
         ranks[place][rank] += 1
         steps["low rank"][held_out] = by_metric[f"rank {rank}"][held_out]
         errors["low rank"][held_out] = scores.errors[f"rank {rank}"][held_out]
@@ -252,16 +254,6 @@ def _advice(gain: Interval | None, steps: Mapping[str, Array]) -> str:
     without = max((means.pop(name) for name in WITHOUT if name in means), key=np.mean)
     over = _interval(max(means.values(), key=np.mean) - without)
     return "pool" if over[1] > 0 and over[0] >= WORTH else "keep the model"
-
-
-def _simplest(errors: Mapping[int, Array]) -> int:
-    """The lowest rank that is within a standard error of the best, from errors (tasks,) by rank."""
-    best = min(errors, key=lambda rank: errors[rank].mean())
-    for rank, values in errors.items():
-        above = values - errors[best]
-        if rank == best or above.mean() <= above.std(ddof=1) / len(above) ** 0.5:
-            return rank
-    return best
 
 
 def _expected(gains: Array) -> Interval:
