@@ -67,7 +67,7 @@ def best_trial(
         raise UserError(f"{path} has other settings than the recipe: remove it")
     steps, all_steps = setup.recipe.retrain.search_steps, setup.recipe.retrain_run().steps
     for number in range(len(trials), len(settings)):
-        on_first_process(functools.partial(_remove_all_but, folder, _best(trials), number))
+        on_first_process(functools.partial(_remove_all_but, folder, best_of(trials), number))
         run = setup.recipe.retrain_run(seed=seed, out=folder / f"{TRIAL}{number}", resume=True)
         if steps is not None and steps < all_steps:
             run = run.replace(steps=steps, out=None, resume=False)
@@ -75,7 +75,7 @@ def best_trial(
         rate, fields = _rate_and_fields(settings[number])
         trials.append({"learning_rate": rate, "fields": fields, **scores})
         write_json(path, trials)
-    best = _best(trials)
+    best = best_of(trials)
     if best is None:
         tried = ", ".join(entry.name_with(tried) for tried in settings)
         raise UserError(f"all trials diverged ({tried}): try lower learning rates")
@@ -134,7 +134,7 @@ def _rate_and_fields(settings: dict[str, Any]) -> tuple[float | None, dict[str, 
     return settings.get("learning_rate"), fields
 
 
-def _best(trials: list[dict[str, Any]]) -> int | None:
+def best_of(trials: list[dict[str, Any]]) -> int | None:
     """Number of the trial to take; None if all diverged.
 
     A later trial takes the place of an earlier one only if it is better by more than one standard
