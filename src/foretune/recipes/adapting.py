@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 ADAPTING_FILE = "adapting.json"  # the search of how to adapt, in the folder of the base
 CARD_HEADING = "## Adapting"
 VALIDATION_STEPS = 32  # at most so many of adapting in a validation of a retraining
+# Adapters that make the basis of a base without its own are trained so many times longer than those
+# of new tasks: PEFT-ML's have had a whole retraining, and a basis of unfinished ones is a handicap.
+BASIS_STEPS_FACTOR = 5
 
 
 class Adapting(TypedDict):
@@ -111,6 +114,7 @@ def _add_basis(
     kind = "lora" if objective.common_labels() is None else "head"
     plain = candidates([kind], block.rates, block.lora)
     run = setup.recipe.adapt_run(seed=seed)
+    run = run.replace(steps=BASIS_STEPS_FACTOR * run.steps)
     with console.bar(f"{name}, seed {seed}: adapting to the seen tasks for a basis"):
         basis = fit_basis(model, setup.seen, plain[(len(plain) - 1) // 2], run)
     set_basis(model, basis)

@@ -13,7 +13,7 @@ from typing import Any
 
 import foretune
 from foretune.evaluation.conflict import Conflict
-from foretune.recipes.adapting import candidates_of, held_out_of
+from foretune.recipes.adapting import BASIS_STEPS_FACTOR, candidates_of, held_out_of
 from foretune.recipes.conflict import conflict_record, recipe_conflict
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.entries import MethodEntry, adapt_record, takes_rate
@@ -276,7 +276,8 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
         rows += searched * NUM_STOPS * sum(map(len, held_out)) / len(held_out)
     fits = sum(not entry.record().keeps_adapters for entry in recipe.entries) * recipe.seeds
     if block.searches and any(method.name == "basis" for method in methods):
-        adaptations += fits * len(setup.seen)  # a basis is made of adapters to the seen tasks
+        # a basis is made of adapters to the seen tasks
+        adaptations += BASIS_STEPS_FACTOR * fits * len(setup.seen)
     per_task = step / len(unseen)
     return Cost(
         name=", ".join(dict.fromkeys(method.name for method in methods)),
