@@ -28,11 +28,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 DOCS = HERE.parent / "docs"
 KINDS = "results|spectrum|theory|claim|regret|variants"
-PAGES = (
-    HERE.parent / "README.md",
-    *(DOCS / name for name in ("reproduce.md", "evidence.md", "conflict.md")),
-    *sorted(DOCS.glob("results/*.md")),
-)
+PAGES = (HERE.parent / "README.md", *sorted(DOCS.rglob("*.md")))
 
 
 def publish(runs: Sequence[Path], name: str) -> Path:

@@ -333,7 +333,10 @@ def pays_sentence(summary: Row) -> str:
     if not gains:
         return "No collection has a result yet."
     if not clear:
-        return f"PEFT-ML is clearly above standard retraining on none of {len(gains)} collections."
+        return (
+            f"Measured so far on {counted(len(gains), 'collection')}: PEFT-ML is clearly above "
+            "standard retraining on none."
+        )
     best, least = clear[-1], clear[0]
     said = (
         f"On {len(clear)} of {counted(len(gains), 'collection')} PEFT-ML is clearly above standard "
