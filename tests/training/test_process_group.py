@@ -248,6 +248,35 @@ def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch
     assert (num_processes(), process_rank()) == (2, 1)
 
 
+LEAVES = """
+import atexit, os
+import torch.distributed as dist
+
+def say():  # in a single write, for both processes write to one pipe
+    os.write(1, f"{dist.is_initialized()}\\n".encode())
+
+atexit.register(say)  # runs after what is registered later
+from foretune.training.process_group import process_group
+
+process_group()
+say()
+"""
+
+
+def test_processes_disconnect_before_they_exit() -> None:
+    # Otherwise one of five that has done its work aborts, as gloo's threads outlive Python.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "--no-python", sys.executable, "-c", LEAVES],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == ["False", "False", "True", "True"]
+
+
 # --- the launcher --------------------------------------------------------------------------------
 
 MODEL = """

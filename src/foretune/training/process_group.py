@@ -7,6 +7,7 @@ single process uses the same two classes, which then do nothing and never touch 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import hashlib
@@ -180,6 +181,8 @@ def process_group() -> ProcessGroup:
         if cuda:
             torch.cuda.set_device(local_rank())
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+        # Gloo's threads must end before Python does, or some processes abort after their work.
+        atexit.register(dist.destroy_process_group)
     return ProcessGroup(process_rank(), num_processes())
 
 
