@@ -19,11 +19,13 @@ from foretune.evaluation.adapt_search import (
     validation_method,
 )
 from foretune.run import Run
+from foretune.tasks.objectives.classification import Classification
 from foretune.tasks.objectives.regression import Regression
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training import verbs
 from foretune.training.adapt_plan import AdaptPlan, PlannedSetting, Setting
 from foretune.training.adapted_scores import simplest
+from foretune.training.outcome import Adapted
 from linear_tasks import Net, equal_bits, family
 
 RUN = Run(steps=16, batch_size=8, eval_every=0, device="cpu", weight_decay=0.0)
@@ -119,6 +121,74 @@ def test_where_adapting_helps_it_is_chosen_with_its_best_steps():
     assert planned.setting.steps == 16 and planned.setting.method == methods[0]
     assert planned.score > planned.score_before + planned.standard_error
     assert planned.rows == 24 and planned.num_tasks == 8
+
+
+def signs(num_tasks: int = 4) -> TaskCollection:
+    """Tasks of labelled arrays, whose score is an accuracy."""
+    rng = np.random.default_rng(0)
+    rows = [{"x": x, "y": int((x[:2] > 0).sum())} for x in rng.normal(size=(40, 4)).astype("f4")]
+    tasks = [Task(f"t{t}", rows[:20], rows[20:], ()) for t in range(num_tasks)]
+    return TaskCollection(tuple(tasks), Classification())
+
+
+@pytest.mark.parametrize(
+    ("tasks", "step"), [(signs(), 4), (noisy(4), 8)], ids=["accuracy", "squared error"]
+)
+def test_an_accuracy_is_chosen_by_the_loss_and_another_score_by_itself(monkeypatch, tasks, step):
+    # By the score the best step is 8, by the loss it is 4; 16 is the worst by both.
+    values = {0: (0.5, 1.0), 4: (0.6, 0.2), 8: (0.9, 0.8), 16: (0.4, 2.0)}
+    real = verbs.adapt
+
+    def adapt(model, tasks, *args, score_at, **more):
+        adapted = real(model, tasks, *args, score_at=score_at, **more)
+        for steps, by_task in adapted.path.items():
+            score, loss = values.get(steps, (0.3, 3.0))
+            adapted.path[steps] = dict.fromkeys(by_task, score)
+            if adapted.path_losses:
+                assert adapted.path_losses[steps].keys() == by_task.keys()
+                adapted.path_losses[steps] = dict.fromkeys(by_task, loss)
+        return adapted
+
+    monkeypatch.setattr(verbs, "adapt", adapt)
+    result = search(Net(), tasks, candidates(["head"]), RUN, (4,))
+    [planned] = result.plan.settings
+    assert planned.setting.steps == step
+    assert (planned.score, planned.score_before) == pytest.approx((values[step][0], 0.5))
+    assert result.score == planned.score
+    assert ("losses" in result.trials[0]) == (tasks.objective.kind == "classification")
+
+
+def test_the_losses_of_a_path_are_those_of_the_examples_that_are_scored():
+    tasks = signs(2)
+    adapted = foretune.adapt(
+        Net(), tasks, foretune.Head(), RUN, shots=4, split="validation", score_at=(0, 16)
+    )
+    objective = tasks.objective.fit(tasks)
+    for task in tasks:
+        rows = [objective.encode(row, task.name) for row in task.validation]
+        losses = objective.losses(Net(), objective.collate(rows, [0] * len(rows)))
+        assert adapted.path_losses[0][task.name, 0] == pytest.approx(float(losses.mean().detach()))
+    assert adapted.path_losses[16] != adapted.path_losses[0]
+
+
+def test_of_the_candidates_within_one_standard_error_each_at_its_best_step_the_simplest_is_taken(
+    monkeypatch,
+):
+    # Task by task: the second rate is barely better than the first at its best step, 8.
+    noise = np.array([0.1, -0.1, 0.1, -0.1])
+    values = {3e-3: {8: 0.5 + noise, 4: 0.45 + noise}, 3e-2: {8: 0.51 - noise}}
+
+    def adapt(model, tasks, method, run, *, score_at, **more):
+        by_step = {}
+        for steps in score_at:
+            scores = values[method.learning_rate].get(steps, np.zeros(4)) if steps else np.zeros(4)
+            by_step[steps] = {(f"t{t}", 0): scores[t] for t in range(4) if f"t{t}" in tasks.names}
+        return Adapted({}, {}, {}, {}, {}, path=by_step)
+
+    monkeypatch.setattr(verbs, "adapt", adapt)
+    methods = candidates([{"head": {"search": {"learning_rate": [3e-3, 3e-2]}}}])
+    [planned] = search(Net(), noisy(4), methods, RUN, (None,)).plan.settings
+    assert (planned.setting.method.learning_rate, planned.setting.steps) == (3e-3, 8)
 
 
 def test_a_candidate_that_diverges_is_skipped_and_recorded():

@@ -422,6 +422,15 @@ def test_a_row_alone_has_the_loss_that_it_has_in_a_batch(case):
         torch.testing.assert_close(alone, loss[None], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_one_pass_gives_the_scores_and_the_losses(case):
+    objective, model, rows, slots = CASES[case]
+    batch = collate(objective, rows, slots)
+    scores, losses = objective.scores_and_losses(model, batch)
+    torch.testing.assert_close(scores, objective.scores(model, batch))
+    torch.testing.assert_close(losses, objective.losses(model, batch))
+
+
 # a decoder's classifier is left out: it finds a row's last token by the pad id
 @pytest.mark.parametrize("case", ["bi-encoder", "cross-encoder", "causal-lm"])
 def test_the_padding_id_does_not_matter(case):

@@ -40,6 +40,7 @@ def test_scores_are_those_of_mean_pooled_cosines_written_out() -> None:
     rows = [fitted.encode(r, "many") for r in ROWS] + [fitted.encode(r, "few") for r in FEW]
     batch = fitted.collate(rows, [0, 0, 0, 1, 1])
     losses = fitted.losses(model, batch)
+    torch.testing.assert_close(fitted.scores_and_losses(model, batch)[1], losses)
     for i, row in enumerate([*ROWS, *FEW]):
         names = ["cat", "dog", "green mat"][: 3 if i < 3 else 2]
         classes = [F.normalize(embed(f"a {n}") + embed(f"the {n} sat"), dim=-1) for n in names]

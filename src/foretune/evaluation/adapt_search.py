@@ -7,13 +7,15 @@ adaptation, and *not adapting* is always among the choices.
     for each number of shots
         part of the tasks   every candidate adapts to it and is scored at several steps; the better
                             half, by the best mean along the path, goes on to a larger part
-        all tasks           a quarter adapts to further draws of the examples; of its settings
-                            (candidate, step) the simplest that is not worse than the best by more
-                            than one standard error of their difference
+        all tasks           a quarter adapts to further draws of the examples; of these candidates,
+                            each at its best step, the simplest that is not worse than the best by
+                            more than one standard error of their difference
 
 A search over dozens of settings on a few tasks flatters the winner; the standard error is that of
 the paired difference over tasks, so what is not told apart is decided by simplicity (Breiman et
 al., "Classification and Regression Trees", 1984, section 3.4.3: the one-standard-error rule).
+Where the score is an accuracy, the choice is by the loss: a few examples say more by their
+likelihoods than by how many of them are right.
 Successive halving: Jamieson and Talwalkar, AISTATS 2016, arXiv:1502.07943.
 """
 
@@ -40,6 +42,7 @@ from foretune.training.adapt_plan import AdaptPlan, PlannedSetting, Setting
 from foretune.training.adapted_scores import simplest, standard_error
 from foretune.training.loop import Progress
 from foretune.training.methods import AdaptMethod, RetrainMethod
+from foretune.training.outcome import Adapted
 from foretune.training.process_group import process_group
 from foretune.training.record import counted, metered
 from foretune.training.shots import draw_shots
@@ -68,7 +71,7 @@ class Search:
         by_task: The scores behind it: task → one per draw and number of shots.
         plan: The chosen settings; None for a fixed way to adapt.
         trials: One dict per candidate and number of shots: shots, name, config, num_tasks, path
-            ({step: mean score}); or, if it diverged, the reason.
+            ({step: mean score}) and, where they chose, losses; or, if it diverged, the reason.
         cost: seconds, cpu_seconds, peak_memory_mb, tokens and examples of the search.
     """
 
@@ -286,20 +289,35 @@ def search(
 
 @dataclass(eq=False)
 class _Path:
-    """A candidate, the steps that it is scored at, and its scores: step → task → one per draw."""
+    """A candidate, the steps that it is scored at, and its scores: step → task → one per draw.
+
+    `losses` are empty where the objective is not chosen by them.
+    """
 
     method: AdaptMethod
     steps: Sequence[int]
     scores: dict[int, ByTask] = field(default_factory=dict)
+    losses: dict[int, ByTask] = field(default_factory=dict)
     reason: str | None = None  # why it diverged
 
-    def means(self) -> dict[int, float]:
-        """The mean score of each step so far."""
-        return {step: _mean(by_task) for step, by_task in sorted(self.scores.items())}
+    def best_step(self) -> int:
+        """The step with the best mean."""
+        return max(self.scores, key=lambda step: (self.value(step), -step))
+
+    def value(self, step: int) -> float:
+        """What a step is chosen by: the mean score, or minus the mean loss."""
+        return -_mean(self.losses[step]) if self.losses else _mean(self.scores[step])
 
     def best(self) -> float:
-        """The best mean along the path; −∞ before the first score."""
-        return max(self.means().values(), default=-math.inf)
+        """The best value along the path; −∞ before the first score."""
+        return self.value(self.best_step()) if self.scores else -math.inf
+
+    def values(self, names: Sequence[str]) -> list[float]:
+        """What the candidate is chosen by: the values of these tasks at its best step."""
+        step = self.best_step()
+        if self.losses:
+            return [-fmean(self.losses[step][name]) for name in names]
+        return [fmean(self.scores[step][name]) for name in names]
 
 
 @dataclass
@@ -336,18 +354,21 @@ class _Trying:
                 self._extend(path, self.tasks, shots, again=True)
             remaining = [path for path in remaining if path.reason is None]
         self.trials += [_trial(path, shots) for path in paths]
-        settings = [(idle, 0), *((p, step) for p in paths if p in remaining for step in p.means())]
-        scores = np.array([[fmean(p.scores[step][n]) for n in names] for p, step in settings])
-        index = simplest(scores)
-        path, step = settings[index]
+        finalists = [idle, *(path for path in paths if path in remaining)]
+        path = finalists[simplest(np.array([finalist.values(names) for finalist in finalists]))]
+        step = path.best_step()
+        scores, before = (
+            np.array([fmean(by_task[name]) for name in names])
+            for by_task in (path.scores[step], idle.scores[0])
+        )
         drawn = draw_shots(self.tasks, verbs.objective_of(self.tasks).kind, shots, 1, self.run.seed)
         planned = PlannedSetting(
             shots=shots,
             rows=int(median(len(slot.train) for slot in drawn)),
             setting=Setting(method=path.method, steps=step),
-            score=float(scores[index].mean()),
-            score_before=float(scores[0].mean()),
-            standard_error=float(standard_error(scores[index] - scores[0])),
+            score=float(scores.mean()),
+            score_before=float(before.mean()),
+            standard_error=float(standard_error(scores - before)),
             num_tasks=len(names),
         )
         return planned, path.scores[step]
@@ -361,13 +382,12 @@ class _Trying:
         if again:
             run, draws = run.replace(seed=(run.seed + 1) % MAX_SEED), self.most - self.draws
         try:
-            scores = self.adapt(path.method, part, run, shots, draws, path.steps)
+            adapted = self.adapt(path.method, part, run, shots, draws, path.steps)
         except DivergedError as error:
             path.reason = str(error)
             return
-        for step, by_task in scores.items():
-            for task, drawn in by_task.items():
-                path.scores.setdefault(step, {}).setdefault(task, []).extend(drawn)
+        _add(path.scores, adapted.path)
+        _add(path.losses, adapted.path_losses)
 
     def adapt(
         self,
@@ -377,9 +397,9 @@ class _Trying:
         shots: int | None,
         draws: int,
         score_at: Sequence[int],
-    ) -> dict[int, ByTask]:
-        """Adapts to the tasks; their scores on validation examples by step and task."""
-        adapted = verbs.adapt(
+    ) -> Adapted:
+        """Adapts to the tasks, and scores them on their validation examples."""
+        return verbs.adapt(
             self.model,
             tasks,
             method,
@@ -390,16 +410,20 @@ class _Trying:
             score_at=score_at,
             progress=self.progress,
         )
-        scores: dict[int, ByTask] = {step: {} for step in adapted.path}
-        for step, by_draw in adapted.path.items():
-            for (task, _), score in by_draw.items():
-                scores[step].setdefault(task, []).append(score)
-        return scores
 
     def fixed(self, method: AdaptMethod, shots: int | None) -> ByTask:
         """The scores of a fixed way to adapt."""
         steps, draws = self.run.steps, 1 if shots is None else self.draws
-        return self.adapt(method, self.tasks, self.run, shots, draws, [steps])[steps]
+        scores: dict[int, ByTask] = {}
+        _add(scores, self.adapt(method, self.tasks, self.run, shots, draws, [steps]).path)
+        return scores[steps]
+
+
+def _add(by_step: dict[int, ByTask], path: Mapping[int, Mapping[tuple[str, int], float]]) -> None:
+    """Adds the values of an adaptation's path: step → (task, draw) → value."""
+    for step, by_draw in path.items():
+        for (task, _), value in by_draw.items():
+            by_step.setdefault(step, {}).setdefault(task, []).append(value)
 
 
 def _trial(path: _Path, shots: int | None) -> dict[str, Any]:
@@ -409,8 +433,16 @@ def _trial(path: _Path, shots: int | None) -> dict[str, Any]:
         return {**trial, "score": None, "reason": path.reason}
     by_task = next(iter(path.scores.values()))
     counts = {"num_tasks": len(by_task), "draws": max(map(len, by_task.values()))}
-    means = {str(step): mean for step, mean in path.means().items()}
-    return {**trial, "score": path.best(), **counts, "path": means}
+    means = {str(step): _mean(path.scores[step]) for step in sorted(path.scores)}
+    losses = {str(step): _mean(path.losses[step]) for step in sorted(path.losses)}
+    score = _mean(path.scores[path.best_step()])
+    return {
+        **trial,
+        "score": score,
+        **counts,
+        "path": means,
+        **({"losses": losses} if losses else {}),
+    }
 
 
 def _mean(by_task: ByTask) -> float:

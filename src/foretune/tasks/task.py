@@ -65,9 +65,12 @@ class Objective(Protocol):
 
     Attributes:
         kind: The name of the objective in recipes and on the command line.
+        chosen_by_loss: Whether held-out tasks choose how to adapt by the loss, because the score,
+            such as an accuracy, says little about each example.
     """
 
     kind: ClassVar[str]
+    chosen_by_loss: ClassVar[bool] = False
 
     @property
     def metric(self) -> str:
@@ -161,6 +164,10 @@ class Objective(Protocol):
     def scores(self, model: Any, batch: Batch) -> Tensor:
         """(n,) scores, one per example; higher is better."""
         ...
+
+    def scores_and_losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Both of each example; overridden where a single pass gives both."""
+        return self.scores(model, batch), self.losses(model, batch)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields with "kind"; `make_objective(tokenizer=…, **fields)` restores it."""

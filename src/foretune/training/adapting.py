@@ -22,7 +22,7 @@ from foretune.tasks.task import Objective, TaskCollection
 from foretune.training.adapt_plan import AdaptPlan, Setting
 from foretune.training.data import SlotRows, TaskData, sampler_for
 from foretune.training.learners.joint import Learner
-from foretune.training.loop import Progress, fit, scores_after
+from foretune.training.loop import Progress, diverging_after, fit, scores_after
 from foretune.training.methods import AdaptMethod
 from foretune.training.model_copies import copy_to_adapt, interpolate
 from foretune.training.outcome import Adapted, folder_names, labels_of
@@ -140,9 +140,11 @@ def adapt_in(model: nn.Module, tasks: TaskCollection, how: Adaptation) -> Adapte
     result.scores = group.merge(result.scores, task_draws)
     result.num_rows = group.merge(result.num_rows, task_draws)
     result.stopped = group.merge(result.stopped, task_draws)
-    result.path = {
-        step: group.merge(result.path.get(step, {}), task_draws) for step in sorted({*how.score_at})
-    }
+    steps = sorted({*how.score_at})
+    result.path = {s: group.merge(result.path.get(s, {}), task_draws) for s in steps}
+    if objective.chosen_by_loss:
+        losses = result.path_losses
+        result.path_losses = {s: group.merge(losses.get(s, {}), task_draws) for s in steps}
     if out is not None:
         group.on_first_process(lambda: collect_scores(out))
     return result
@@ -187,6 +189,7 @@ def _adapt_wave(
     per_task = learner.parameters_per_task
 
     path: dict[int, dict[int, float]] = {}
+    losses: dict[int, dict[int, float]] = {}
 
     def score(step: int) -> None:
         if step not in how.score_at:
@@ -195,7 +198,11 @@ def _adapt_wave(
         state = learner.slot_state(0) if interpolates else {}
         if interpolates:
             interpolate(base, model, method.interpolate)
-        path[step] = scores_after(step, learner, data, how.split, None, run)
+        with diverging_after(step, learner, run):
+            if objective.chosen_by_loss:
+                path[step], losses[step] = learner.scores_and_losses(data, how.split)
+            else:
+                path[step] = learner.score(data, how.split, None)
         if interpolates:
             learner.load_slot(0, state)
 
@@ -217,8 +224,9 @@ def _adapt_wave(
         with learner.ready():
             scores = scores_after(run.steps, learner, data, how.split, None, run)
     keys = [(rows.task, rows.draw) for rows in wave]
-    for step, by_slot in path.items():
-        result.path.setdefault(step, {}).update({keys[s]: value for s, value in by_slot.items()})
+    for merged, by_step in ((result.path, path), (result.path_losses, losses)):
+        for step, by_slot in by_step.items():
+            merged.setdefault(step, {}).update({keys[s]: value for s, value in by_slot.items()})
     for slot, value in scores.items():
         result.scores[keys[slot]] = value
         result.num_rows[keys[slot]] = data.num_rows(slot, how.split)

@@ -338,8 +338,19 @@ def scores_after(
     Raises:
         DivergedError: A score is not finite; the message names task, row and step.
     """
-    try:
+    with diverging_after(step, learner, run):
         return learner.score(data, split, max_rows)
+
+
+@contextlib.contextmanager
+def diverging_after(step: int, learner: Learner, run: Run) -> Iterator[None]:
+    """Names the step in the error of a score that is not finite.
+
+    Raises:
+        DivergedError: A score in the block is not finite; the message names task, row and step.
+    """
+    try:
+        yield
     except DivergedError as error:
         diverged = _diverged(f"{error} after step {step}", learner, run)
         raise diverged from error

@@ -187,6 +187,8 @@ class Adapted:
         records: The `config` and `base_fingerprint` of each adapter, where a plan has them differ.
         path: Scores after the steps of `score_at`: {step: {(task, draw): score}}; of the tasks that
             were adapted in this call.
+        path_losses: Mean losses of the same examples; empty where the objective is not
+            `chosen_by_loss`.
     """
 
     scores: dict[tuple[str, int], float]
@@ -206,6 +208,7 @@ class Adapted:
         default_factory=dict
     )
     path: dict[int, dict[tuple[str, int], float]] = field(default_factory=dict)
+    path_losses: dict[int, dict[tuple[str, int], float]] = field(default_factory=dict)
 
     def first_draw(self) -> Adapted:
         """The part of the result of each task's first draw."""

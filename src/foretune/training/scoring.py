@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from foretune.errors import DivergedError
 from foretune.models.packing import packed
+from foretune.tasks.batch import Batch
 from foretune.training.data import TaskData
 
 
-@torch.no_grad()
 def score_slots(
     model: nn.Module,
     data: TaskData,
@@ -42,29 +43,76 @@ def score_slots(
     Raises:
         DivergedError: A score is not finite; the message names task and row.
     """
+
+    def score(model: nn.Module, batch: Batch) -> Tensor:
+        return data.objective.scores(model, batch).unsqueeze(1)
+
+    means = _means(score, model, data, split, max_rows, batch_size, budget, only)
+    return {slot: mean[0] for slot, mean in means.items()}
+
+
+def scores_and_losses(
+    model: nn.Module,
+    data: TaskData,
+    split: str,
+    *,
+    batch_size: int = 64,
+    budget: int | None = None,
+) -> tuple[dict[int, float], dict[int, float]]:
+    """The mean score and the mean loss of each slot that has rows in `split`, as `score_slots`.
+
+    Raises:
+        DivergedError: A score or a loss is not finite; the message names task and row.
+    """
+
+    def measure(model: nn.Module, batch: Batch) -> Tensor:
+        return torch.stack(data.objective.scores_and_losses(model, batch), dim=1)
+
+    means = _means(measure, model, data, split, None, batch_size, budget, None)
+    scores = {slot: score for slot, (score, _) in means.items()}
+    return scores, {slot: loss for slot, (_, loss) in means.items()}
+
+
+@torch.no_grad()
+def _means(
+    measure: Callable[[nn.Module, Batch], Tensor],
+    model: nn.Module,
+    data: TaskData,
+    split: str,
+    max_rows: int | None,
+    batch_size: int,
+    budget: int | None,
+    only: int | None,
+) -> dict[int, list[float]]:
+    """The mean of each column of what `measure` returns for a batch, (n, columns), by slot."""
     chosen = range(len(data)) if only is None else [only]
     picks = [(s, i) for s in chosen for i in spread(data.num_rows(s, split), max_rows)]
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    scores_by_slot: dict[int, list[float]] = defaultdict(list)
+    rows_by_slot: dict[int, list[list[float]]] = defaultdict(list)
     try:
         with packed(model):
             for start in range(0, len(picks), batch_size):
                 part = picks[start : start + batch_size]
                 step = data.step(part, split, train=False, seed=[0], budget=budget)
-                scores = [
-                    score
+                rows = [
+                    row
                     for chunk in step.chunks
-                    for score in data.objective.scores(model, chunk.to(device)).tolist()
+                    for row in measure(model, chunk.to(device)).tolist()
                 ]
-                for slot, i, score in zip(step.slots, step.rows, scores, strict=True):
-                    if not math.isfinite(score):
-                        raise DivergedError(f"{data.name_of(slot, split, i)}: the score is {score}")
-                    scores_by_slot[slot].append(score)
+                for slot, i, row in zip(step.slots, step.rows, rows, strict=True):
+                    for value, what in zip(row, ("score", "loss"), strict=False):
+                        if not math.isfinite(value):
+                            name = data.name_of(slot, split, i)
+                            raise DivergedError(f"{name}: the {what} is {value}")
+                    rows_by_slot[slot].append(row)
     finally:
         model.train(was_training)
-    return {slot: sum(values) / len(values) for slot, values in scores_by_slot.items()}
+    return {
+        slot: [sum(column) / len(column) for column in zip(*rows, strict=True)]
+        for slot, rows in rows_by_slot.items()
+    }
 
 
 def spread(num_rows: int, most: int | None) -> list[int]:

@@ -62,6 +62,7 @@ class Classification(Objective):
 
     kind: ClassVar[str] = "classification"
     metric: ClassVar[str] = "accuracy"
+    chosen_by_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_int("max_tokens", self.max_tokens, 1)
@@ -288,6 +289,11 @@ class Classification(Objective):
     @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
         return accuracies(self.logits(model, batch), batch.inputs["label"])
+
+    @override
+    def scores_and_losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits, labels = self.logits(model, batch), batch.inputs["label"]
+        return accuracies(logits, labels), F.cross_entropy(logits, labels, reduction="none")
 
     def logits(self, model: Any, batch: Batch) -> Tensor:
         """(n, outputs) logits, −inf where an output is not a label of the example's task.

@@ -99,6 +99,7 @@ class PromptClassification(Classification):
     )
 
     kind: ClassVar[str] = "prompts"
+    chosen_by_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -214,9 +215,13 @@ class PromptClassification(Classification):
 
     @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
-        return accuracies(
-            self._class_logits(self.features(model, batch), batch), batch.inputs["label"]
-        )
+        return self.scores_and_losses(model, batch)[0]
+
+    @override
+    def scores_and_losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = self._class_logits(self.features(model, batch), batch)
+        labels = batch.inputs["label"]
+        return accuracies(logits, labels), F.cross_entropy(logits, labels, reduction="none")
 
     def _class_logits(self, features: Tensor, batch: Batch) -> Tensor:
         """(n, most labels of a task) logits, −inf beyond the labels of an example's task.

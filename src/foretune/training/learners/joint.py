@@ -31,7 +31,7 @@ from foretune.training.data import Step, TaskData
 from foretune.training.optim import SlotAdamW, is_8bit, make_adamw
 from foretune.training.process_group import Partition
 from foretune.training.record import count
-from foretune.training.scoring import score_slots
+from foretune.training.scoring import score_slots, scores_and_losses
 from foretune.training.sharding import place_like, shard
 from foretune.training.token_budget import default_token_budget
 
@@ -338,6 +338,12 @@ class Learner:
     def score(self, data: TaskData, split: str, max_rows: int | None) -> dict[int, float]:
         """The mean score of each slot that has examples in that split; call it inside `ready`."""
         return score_slots(self.model, data, split, max_rows, budget=self.token_budget)
+
+    def scores_and_losses(
+        self, data: TaskData, split: str
+    ) -> tuple[dict[int, float], dict[int, float]]:
+        """The mean score and the mean loss of each slot, as `score`."""
+        return scores_and_losses(self.model, data, split, budget=self.token_budget)
 
     def state(self, *, optimizers: bool) -> dict[str, Tensor]:
         """The tensors that training changes, by name; with those of the optimisers on request."""
