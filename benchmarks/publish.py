@@ -250,7 +250,13 @@ def recompute() -> None:
             unit = result["adapt"].get("shots_unit", "rows")
             said = verdict(pairs, means, result["bases"], shots, metric=metric, shots_unit=unit)
             result |= {"pairs": pairs, "means": means, "verdict": said}
-            path.write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
+        elif result.get("claim") == "evidence.aa_trial":
+            judgements = importlib.import_module("evidence.aa_trial").judgements
+            for collection in result["collections"].values():
+                collection["judged"] = judgements(collection["scores"], result["settings"]["seeds"])
+        else:
+            continue
+        path.write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str]) -> int:

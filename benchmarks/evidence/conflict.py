@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from catalogue import COLLECTIONS, recipe_of
+
 from foretune.evaluation.conflict import Conflict
 from foretune.files import write_whole
 from foretune.recipes.conflict import recipe_conflict
@@ -28,37 +30,13 @@ from foretune.training.record import environment
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "conflict.json"
 COMMAND = "python benchmarks/evidence/conflict.py SHARED_FOLDER"
-TOWER, CLAIMS = "benchmarks/evidence/tower.yaml", "benchmarks/claims"
-TEXTS = ("tasks.source={shared}/opinions/{name}.jsonl.gz", "model.name=minilm")
-ARRAYS = ("tasks.source={made}/{name}.npz",)
-COLLECTIONS: dict[str, tuple[str, ...]] = {
-    # name: recipe, overrides
-    "land-bank": (TOWER, *TEXTS, "tasks.unseen=94"),
-    "taxes": (TOWER, *TEXTS, "tasks.unseen=86"),
-    "biodiversity": (TOWER, *TEXTS, "tasks.unseen=99"),
-    "housing": (TOWER, *TEXTS, "tasks.unseen=68"),
-    "uber-taiwan": (TOWER, *ARRAYS, "tasks.unseen=150"),
-    "toxcast": (TOWER, *ARRAYS, "tasks.unseen=60"),
-    **{f"senate-{n}": (TOWER, *ARRAYS, "tasks.unseen=33") for n in (95, 100, 103, 108, 117)},
-    "har": (f"{CLAIMS}/har.yaml", *ARRAYS),
-    "omniglot-pairs": (f"{CLAIMS}/omniglot-pairs.yaml", *ARRAYS),
-    "mnist-pairs": (f"{CLAIMS}/mnist-pairs.yaml", *ARRAYS),
-    "clinc150": (f"{CLAIMS}/clinc150.yaml", "tasks.source={shared}/clinc150/clinc150.jsonl.gz"),
-    "convai2": (f"{CLAIMS}/convai2.yaml", "tasks.source={shared}/convai2/valid.jsonl.gz"),
-    "python-docs": (f"{CLAIMS}/python-docs.yaml",),
-    "shakespeare": (
-        f"{CLAIMS}/shakespeare.yaml",
-        "tasks.source={shared}/shakespeare/speakers.jsonl.gz",
-    ),
-}
 
 
 def measured(name: str, shared: Path, made: Path) -> dict[str, Any]:
     """The conflict of a collection, with its recipe."""
-    path, *overrides = COLLECTIONS[name]
-    overrides = [text.format(shared=shared, made=made, name=name) for text in overrides]
+    path, settings = recipe_of(name, shared, made)
     begin = time.perf_counter()
-    setup = set_up(load_recipe(ROOT / path, overrides), SILENT)
+    setup = set_up(load_recipe(ROOT / path, settings), SILENT)
     conflict = recipe_conflict(setup, SILENT)
     seconds = round(time.perf_counter() - begin, 1)
     fields = conflict.to_dict() if isinstance(conflict, Conflict) else {"unmeasured": conflict}

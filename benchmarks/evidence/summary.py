@@ -2,11 +2,11 @@
 
     python benchmarks/evidence/summary.py
 
-Reads benchmarks/results: evidence-NAME.json of each collection (`all.sh`), plain-NAME.json where it
+Reads benchmarks/results: evidence-NAME.json of each collection (`all.py`), plain-NAME.json where it
 was adapted without the basis as well (`plain.py`), conflict.json (`conflict.py`). Writes
 evidence.json and docs/figures/conflict.svg; `publish.py` then puts the tables into the pages.
 
-Fixed before any run: the form is the last layer (LoRA where tasks have no classes), the number of
+Fixed before any run: the form is the last layer (LoRA where tasks share no classes), the number of
 shots 4 rows per class (16 rows where there are no classes). Holm's correction covers all
 differences of the table, of all collections and rivals together.
 """
@@ -65,7 +65,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> Row:
 
 
 def pair_of(result: Mapping[str, Any], a: str, b: str, shots: int | None) -> Row | None:
-    """a − b as the comparison has it, with the luck of the repeats pooled over all pairs."""
+    """a − b as the comparison has it."""
     for pair in result["pairs"]:
         if pair["shots"] == shots and {pair["a"], pair["b"]} == {a, b}:
             row = {key: pair[key] for key in ("difference", "low", "high", "p_value")}
@@ -176,9 +176,12 @@ def summarise(results: Path) -> Row:
 
 
 def with_conflict(summary: Row) -> dict[str, Row]:
-    """The collections with a measured conflict and a gain over standard, most conflict first."""
-    rows = {n: r for n, r in summary["collections"].items() if r["expected_gain"]}
-    rows = {n: r for n, r in rows.items() if "standard" in r["gains"]}
+    """The collections with a measured conflict and a gain over standard, most conflict first.
+
+    Those whose score is not an accuracy are left out: their gains are in other units.
+    """
+    rows = {n: r for n, r in summary["collections"].items() if r["metric"] == "accuracy"}
+    rows = {n: r for n, r in rows.items() if r["expected_gain"] and "standard" in r["gains"]}
     return dict(sorted(rows.items(), key=lambda item: -item[1]["expected_gain"][0]))
 
 
@@ -240,13 +243,14 @@ def levels_table(summary: Row) -> str:
     return table(head, rows)
 
 
-def named(rows: Sequence[tuple[str, Row]]) -> str:
+def named(summary: Row, rows: Sequence[tuple[str, Row]]) -> str:
     """`land-bank standard 4 −1.2 (…)` of each, or nothing."""
     texts = []
     for name, row in rows:
-        values = " to ".join(f"{100 * row[end]:+.1f}" for end in ("low", "high"))
-        texts.append(f"{name}, {row['base']}, {shots_label(row['shots'])}: {values}")
-    return "; ".join(texts).replace("-0.0", "0.0")
+        scale = Scale(summary["collections"][name]["metric"])
+        interval = scale.interval(row["low"], row["high"])
+        texts.append(f"{name}, {row['base']}, {shots_label(row['shots'])}: {interval}")
+    return "; ".join(texts)
 
 
 def goals_table(summary: Row) -> str:
@@ -276,7 +280,7 @@ def goals_table(summary: Row) -> str:
                 f"on at least {LEAST} collections and is clearly below it nowhere",
                 len(better) >= LEAST and not worse,
                 f"better on {len(better)} of {measured}; clearly below in {len(worse)} of "
-                f"{len(bases)} cells. {named(worse)}".strip(),
+                f"{len(bases)} cells. {named(summary, worse)}".strip(),
             )
         )
     harm = [(name, cell) for name, row in collections.items() for cell in row["harm"]]
@@ -287,10 +291,11 @@ def goals_table(summary: Row) -> str:
             "adapting is nowhere clearly below not adapting",
             not below,
             f"clearly below in {len(below)} of {len(harm)} cells (base, collection, number of "
-            f"shots); {alone} intervals are below zero before correction. {named(below)}".strip(),
+            f"shots); {alone} intervals are below zero before correction. "
+            f"{named(summary, below)}".rstrip(),
         )
     )
-    if autos := [row["auto"] for row in rows if "auto" in row]:
+    if autos := [r["auto"] for r in rows if "auto" in r and r["metric"] == "accuracy"]:
         regret = float(np.mean([auto["regret"] for auto in autos]))
         worse_auto = sum(is_below(auto[c]) for auto in autos for c in ("none", "standard"))
         lines.append(
@@ -328,7 +333,8 @@ def pays_sentence(summary: Row) -> str:
     """The finding in one sentence, for the README."""
     rows = summary["collections"]
     gains = {n: r["gains"]["standard"] for n, r in rows.items() if "standard" in r["gains"]}
-    clear = sorted((g["difference"], n) for n, g in gains.items() if is_above(g))
+    above = [n for n, g in gains.items() if is_above(g)]
+    clear = sorted((gains[n]["difference"], n) for n in above if rows[n]["metric"] == "accuracy")
     loses = [n for n, g in gains.items() if is_below(g)]
     if not gains:
         return "No collection has a result yet."
@@ -339,7 +345,7 @@ def pays_sentence(summary: Row) -> str:
         )
     best, least = clear[-1], clear[0]
     said = (
-        f"On {len(clear)} of {counted(len(gains), 'collection')} PEFT-ML is clearly above standard "
+        f"On {len(above)} of {counted(len(gains), 'collection')} PEFT-ML is clearly above standard "
         f"retraining, by {100 * least[0]:.1f} ({least[1]}) to {100 * best[0]:.1f} points "
         f"({best[1]}); it is clearly below on {len(loses) or 'none'}."
     )

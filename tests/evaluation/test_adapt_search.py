@@ -1,4 +1,4 @@
-"""How to adapt is chosen on held-out tasks: the simplest setting that chance does not rule out."""
+"""How to adapt is chosen on held-out tasks: the simplest candidate that chance does not exclude."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import foretune
 from foretune.errors import DivergedError, UserError
@@ -156,6 +157,36 @@ def test_an_accuracy_is_chosen_by_the_loss_and_another_score_by_itself(monkeypat
     assert (planned.score, planned.score_before) == pytest.approx((values[step][0], 0.5))
     assert result.score == planned.score
     assert ("losses" in result.trials[0]) == (tasks.objective.kind == "classification")
+
+
+def test_candidates_are_dropped_by_the_loss_too(monkeypatch):
+    # The worse half by accuracy is the better one by loss.
+    monkeypatch.setattr(adapt_search, "MIN_PART", 2)
+    real = verbs.adapt
+
+    def adapt(model, tasks, method, *args, **more):
+        adapted = real(model, tasks, method, *args, **more)
+        accuracy = method.learning_rate
+        adapted.path = {s: dict.fromkeys(path, accuracy) for s, path in adapted.path.items()}
+        adapted.path_losses = {
+            s: dict.fromkeys(path, 1 + accuracy if s else 2.0) for s, path in adapted.path.items()
+        }
+        return adapted
+
+    monkeypatch.setattr(verbs, "adapt", adapt)
+    methods = candidates([{"head": {"search": {"learning_rate": [0.1, 0.2, 0.3, 0.4]}}}])
+    result = search(Net(), signs(4), methods, RUN, (4,))
+    assert [trial["num_tasks"] for trial in result.trials] == [4, 4, 2, 2]
+    assert result.plan.settings[0].setting.method.learning_rate == 0.1
+
+
+def test_a_base_without_finite_losses_is_refused(monkeypatch):
+    broken = Net()
+    broken.out.bias.data[0] = torch.inf
+    with pytest.raises(
+        DivergedError, match='task "t0", validation row 1: the loss is nan after step 0'
+    ):
+        search(broken, signs(2), candidates(["head"]), RUN, (4,))
 
 
 def test_the_losses_of_a_path_are_those_of_the_examples_that_are_scored():

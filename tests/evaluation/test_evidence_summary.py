@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from foretune.evaluation.statistics import pairs_and_means
+from foretune.recipes.schema import load_recipe
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 BASES = ("none", "standard", "peft-ml-last-layer", "peft-ml-lora", "reptile", "fomaml")
@@ -54,6 +55,15 @@ def write(folder: Path, results: dict[str, dict[str, Any]], expected: dict[str, 
         for name, gain in expected.items()
     }
     (folder / "conflict.json").write_text(json.dumps({"collections": measured}))
+
+
+def test_every_collection_has_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "evidence"))
+    catalogue = importlib.import_module("catalogue")
+    for name in catalogue.COLLECTIONS:
+        path, settings = catalogue.recipe_of(name, Path("data"), Path("made"))
+        recipe = load_recipe(BENCHMARKS.parent / path, settings)
+        assert (recipe.name, recipe.seeds) == (name, 5)
 
 
 def test_gains_and_their_order_are_those_of_the_results(

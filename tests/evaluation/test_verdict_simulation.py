@@ -50,7 +50,6 @@ def test_the_committed_simulation_takes_rarely_and_covers(simulation):
         for cell, row in zip(simulation.cells(), result["cells"], strict=True)
     ] == simulation.cells()
     assert all(row["false_take"] <= 0.05 for row in result["cells"])
-    four = [row for row in result["cells"] if row["situation"] != "pair"]
-    assert all(0.93 <= row["coverage"] <= 0.97 for row in four)
-    pairs = [row for row in result["cells"] if row["situation"] == "pair"]
-    assert all(0.91 <= row["coverage"] <= 0.98 for row in pairs)
+    for row in result["cells"]:
+        fewest = 0.88 if row["num_repeats"] == 2 else 0.92
+        assert fewest <= row["coverage_worst"] <= row["coverage"] <= 0.985

@@ -29,6 +29,7 @@ from foretune.errors import ForetuneError
 from foretune.run import Run
 from foretune.tasks.objectives.causal_lm import CausalLM
 from foretune.tasks.objectives.choice import Choice
+from foretune.tasks.objectives.classification import Classification
 from foretune.tasks.task import Task, TaskCollection
 
 torch.set_num_threads(1)
@@ -104,6 +105,16 @@ def retrain(
     }
 
 
+def signs(tasks: TaskCollection) -> TaskCollection:
+    """The tasks with labels for answers."""
+    parts = [
+        [[{"x": row["x"], "y": i % 3} for i, row in enumerate(part)] for part in splits]
+        for splits in ((task.train, task.validation, task.test) for task in tasks)
+    ]
+    labelled = [Task(task.name, *splits) for task, splits in zip(tasks, parts, strict=True)]
+    return TaskCollection(tuple(labelled), Classification())
+
+
 def adapt(
     method: Any,
     *,
@@ -111,11 +122,14 @@ def adapt(
     shots: int | None = None,
     stops: bool = False,
     score_at: tuple[int, ...] = (),
+    labelled: bool = False,
     on_update: Callable[[], None] = lambda: None,
     **changes: Any,
 ) -> dict[str, Any]:
     """What an adaptation gave."""
     tasks = linear_tasks.family(rows=[9, 3, 12, 5, 7][:num_tasks], prefix="unseen")
+    if labelled:
+        tasks = signs(tasks)
     waves = []
 
     def progress(update: int, *_: Any) -> None:
@@ -134,6 +148,7 @@ def adapt(
         "num_rows": result.num_rows,
         "stopped": result.stopped,
         "path": result.path,
+        "path_losses": result.path_losses,
         "tensors": result.tensors,
         "models": {key: model.state_dict() for key, model in result.models.items()},
         "cost": {k: result.cost[k] for k in ("tokens", "examples", "trainable_parameters")},
@@ -214,6 +229,7 @@ ADAPTED: Cases = {
     "adapt-shots": lambda _: adapt(LORA_ADAPT, shots=2, num_tasks=3),
     "adapt-patience": lambda _: adapt(LORA_ADAPT, patience=1, eval_every=2),
     "adapt-path": lambda _: adapt(LORA_ADAPT, score_at=(0, 3, 12), num_tasks=3),
+    "adapt-labels": lambda _: adapt(LORA_ADAPT, score_at=(0, 12), labelled=True),
     "adapt-full": lambda _: adapt(foretune.Full(learning_rate=0.05), num_tasks=2),
 }
 # Each of them is stopped, and continued by another number of processes.

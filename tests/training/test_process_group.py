@@ -30,6 +30,7 @@ OTHERS += ("factorised", "held-out", "held-out-last-layer", "held-out-none")
 SHARDED = ("", "-one-task", "-one-a-step", "-pooled", "-heads", "-best", "-on-disk", "-llama")
 SHARDED = tuple(f"sharded{name}" for name in (*SHARDED, "-gpt2", "-choice"))
 ADAPTED = ("adapt", "adapt-waves", "adapt-shots", "adapt-patience", "adapt-full", "adapt-path")
+ADAPTED += ("adapt-labels",)
 RESUMED = ("resumed", "resumed-one-a-step", "resumed-pooled", "sharded-resumed", "resumed-adapt")
 # The true gradient of a key's bias is zero; AdamW makes a step of the rounding error.
 NOISE = ("key.bias", "c_attn.bias")
@@ -113,8 +114,10 @@ def same_adaptation(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> No
     for rank in ranks:
         assert rank["scores"] == pytest.approx(expected["scores"], abs=1e-5)
         assert list(rank["scores"]) == list(expected["scores"])
-        for step, scores in expected["path"].items():
-            assert rank["path"][step] == pytest.approx(scores, abs=1e-5)
+        for path in ("path", "path_losses"):
+            assert list(rank[path]) == list(expected[path])
+            for step, values in expected[path].items():
+                assert rank[path][step] == pytest.approx(values, abs=1e-5)
         assert rank["num_rows"] == expected["num_rows"] and rank["stopped"] == expected["stopped"]
     for kind in ("tensors", "models"):
         assert sum(len(rank[kind]) for rank in ranks) <= len(expected[kind])
@@ -274,6 +277,7 @@ def test_processes_disconnect_before_they_exit() -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Exception") == 0, done.stderr
     assert sorted(done.stdout.split()) == ["False", "False", "True", "True"]
 
 

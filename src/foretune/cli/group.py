@@ -45,6 +45,7 @@ class Group(TyperGroup):
                 traceback.print_exc()
             if signals.received:  # the error is what came of it while the command was unwinding
                 signals.leave(signals.received[0])
+            sys.last_value = error  # as where nobody catches it; see `process_group._disconnect`
             line, code = explain(error)
             if line:
                 _print_error(line, error)

@@ -14,8 +14,8 @@ adaptation, and *not adapting* is always among the choices.
 A search over dozens of settings on a few tasks flatters the winner; the standard error is that of
 the paired difference over tasks, so what is not told apart is decided by simplicity (Breiman et
 al., "Classification and Regression Trees", 1984, section 3.4.3: the one-standard-error rule).
-Where the score is an accuracy, the choice is by the loss: a few examples say more by their
-likelihoods than by how many of them are right.
+Where the score is an accuracy, the loss selects: a few examples say more by their likelihoods than
+by how many of them are right.
 Successive halving: Jamieson and Talwalkar, AISTATS 2016, arXiv:1502.07943.
 """
 
@@ -70,8 +70,9 @@ class Search:
             shots.
         by_task: The scores behind it: task → one per draw and number of shots.
         plan: The chosen settings; None for a fixed way to adapt.
-        trials: One dict per candidate and number of shots: shots, name, config, num_tasks, path
-            ({step: mean score}) and, where they chose, losses; or, if it diverged, the reason.
+        trials: One dict per candidate and number of shots: shots, name, config, num_tasks, draws,
+            score, path ({step: mean score}) and, where the loss selects, losses ({step: mean
+            loss}); or, if it diverged, the reason.
         cost: seconds, cpu_seconds, peak_memory_mb, tokens and examples of the search.
     """
 
@@ -259,7 +260,7 @@ def search(
 
     Raises:
         UserError: There are no candidates that the base fits.
-        DivergedError: The fixed way to adapt diverged.
+        DivergedError: A score of the base itself, or of the fixed way to adapt, is not finite.
     """
     tasks = tasks.with_objective(verbs.objective_of(tasks).fit(tasks))
     run = run.replace(patience=None, out=None, resume=False, overwrite=False)
@@ -291,7 +292,7 @@ def search(
 class _Path:
     """A candidate, the steps that it is scored at, and its scores: step → task → one per draw.
 
-    `losses` are empty where the objective is not chosen by them.
+    `losses` are empty where the objective does not select by them.
     """
 
     method: AdaptMethod
@@ -300,24 +301,19 @@ class _Path:
     losses: dict[int, ByTask] = field(default_factory=dict)
     reason: str | None = None  # why it diverged
 
-    def best_step(self) -> int:
-        """The step with the best mean."""
-        return max(self.scores, key=lambda step: (self.value(step), -step))
+    def values(self, step: int) -> dict[str, float]:
+        """What selects a step: each task's mean score or, where there are losses, minus loss."""
+        if self.losses:
+            return {task: -fmean(losses) for task, losses in self.losses[step].items()}
+        return {task: fmean(scores) for task, scores in self.scores[step].items()}
 
-    def value(self, step: int) -> float:
-        """What a step is chosen by: the mean score, or minus the mean loss."""
-        return -_mean(self.losses[step]) if self.losses else _mean(self.scores[step])
+    def best_step(self) -> int:
+        """The step with the best mean value, the first of equal ones."""
+        return max(sorted(self.scores), key=lambda step: fmean(self.values(step).values()))
 
     def best(self) -> float:
-        """The best value along the path; −∞ before the first score."""
-        return self.value(self.best_step()) if self.scores else -math.inf
-
-    def values(self, names: Sequence[str]) -> list[float]:
-        """What the candidate is chosen by: the values of these tasks at its best step."""
-        step = self.best_step()
-        if self.losses:
-            return [-fmean(self.losses[step][name]) for name in names]
-        return [fmean(self.scores[step][name]) for name in names]
+        """The best mean value along the path; −∞ before the first score."""
+        return fmean(self.values(self.best_step()).values()) if self.scores else -math.inf
 
 
 @dataclass
@@ -347,6 +343,8 @@ class _Trying:
             remaining = sorted(remaining, key=_Path.best, reverse=True)[:count]
             for path in (idle, *remaining):
                 self._extend(path, part, shots)
+            if idle.reason is not None:  # the base itself, so no candidate has a finite score
+                raise DivergedError(idle.reason)
             remaining, done = [path for path in remaining if path.reason is None], done + size
         if shots is not None and self.most > self.draws:
             remaining = sorted(remaining, key=_Path.best, reverse=True)[: _quarter(len(methods))]
@@ -355,7 +353,8 @@ class _Trying:
             remaining = [path for path in remaining if path.reason is None]
         self.trials += [_trial(path, shots) for path in paths]
         finalists = [idle, *(path for path in paths if path in remaining)]
-        path = finalists[simplest(np.array([finalist.values(names) for finalist in finalists]))]
+        values = [finalist.values(finalist.best_step()) for finalist in finalists]
+        path = finalists[simplest(np.array([[of_task[n] for n in names] for of_task in values]))]
         step = path.best_step()
         scores, before = (
             np.array([fmean(by_task[name]) for name in names])
@@ -428,21 +427,23 @@ def _add(by_step: dict[int, ByTask], path: Mapping[int, Mapping[tuple[str, int],
 
 def _trial(path: _Path, shots: int | None) -> dict[str, Any]:
     """A candidate's record."""
-    trial = {"shots": shots, "name": path.method.name, "config": path.method.to_dict()}
+    trial: dict[str, Any] = {
+        "shots": shots,
+        "name": path.method.name,
+        "config": path.method.to_dict(),
+    }
     if path.reason is not None:
         return {**trial, "score": None, "reason": path.reason}
-    by_task = next(iter(path.scores.values()))
-    counts = {"num_tasks": len(by_task), "draws": max(map(len, by_task.values()))}
-    means = {str(step): _mean(path.scores[step]) for step in sorted(path.scores)}
-    losses = {str(step): _mean(path.losses[step]) for step in sorted(path.losses)}
-    score = _mean(path.scores[path.best_step()])
-    return {
-        **trial,
-        "score": score,
-        **counts,
-        "path": means,
-        **({"losses": losses} if losses else {}),
-    }
+    by_task = path.scores[path.best_step()]
+    trial |= {"score": _mean(by_task), "num_tasks": len(by_task)}
+    trial |= {"draws": max(map(len, by_task.values())), "path": _means(path.scores)}
+    if path.losses:
+        trial["losses"] = _means(path.losses)
+    return trial
+
+
+def _means(by_step: Mapping[int, ByTask]) -> dict[str, float]:
+    return {str(step): _mean(by_task) for step, by_task in sorted(by_step.items())}
 
 
 def _mean(by_task: ByTask) -> float:

@@ -5,25 +5,25 @@ tasks at once: the seed of its retraining, and what its searches chose. With T t
 the mean squares MS of the two-way layout, the mean has two sources of error:
 
     tasks and noise   A = MS_tasks / (T·S)                        T − 1 degrees of freedom
-    luck              L = max(MS_repeats − MS_rest, 0) / (T·S)    S − 1, more where it is pooled
+    luck              L = max(MS_repeats − MS_rest, 0) / (T·S)    S − 1
 
 Each source gets the half-width of its own t distribution, and the squares add up:
 
-    h² = A·t²(T − 1) + L·t²(df of L)
+    h² = A·t²(T − 1) + L·t²(S − 1)
 
 (Howe, "Approximate Confidence Limits on the Mean of X + Y", JASA 69, 1974). Satterthwaite's
 approximation, one t for A + L, is too narrow here: two or three repeats often show little luck by
-luck, and then give it little weight and many degrees of freedom. Pairs of one comparison pool their
-luck, because one pair's two to five repeats say little about it. With one repeat L is unknown and
-0: the interval then is about these retrained bases.
+luck, and then give it little weight and many degrees of freedom. Each pair of bases has its own
+luck, however few the repeats: one method's retrainings may differ by ten times as much as
+another's, and with luck pooled over pairs intervals are then too wide for one and too narrow for
+the other. With one repeat L is unknown and 0: the interval then is about these retrained bases.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from statistics import fmean
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +31,8 @@ from scipy.optimize import brentq
 from scipy.special import stdtrit
 
 Array = NDArray[np.float64]
-Pair = tuple[str, str]
 
 SMALLEST_P = 1e-100  # A smaller p-value is 0.
-SHARED = 0.25  # Squared correlation of two differences that have a base in common.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,42 +81,10 @@ class Layout:
             num_repeats,
         )
 
-    def errors(self, luck: Error | None = None) -> list[Error]:
-        """The sources of error of the mean, with luck as it was pooled or, if None, its own."""
-        if luck is None:
-            luck = luck_error([self.luck], self.num_repeats)
-        return [self.tasks, luck]
-
-
-def luck_error(variances: Sequence[float], num_repeats: int, weight: float = 1.0) -> Error:
-    """The error that luck adds to a mean over repeats.
-
-    Args:
-        variances: Estimates of the variance of luck, whose mean is taken.
-        num_repeats: Number of repeats of the mean.
-        weight: How many independent estimates they are worth.
-    """
-    variance = max(fmean(variances), 0.0) / num_repeats
-    return Error(variance, max(weight * (num_repeats - 1), 1))
-
-
-def pooled_luck(layouts: Mapping[Pair, Layout]) -> dict[Pair, Error]:
-    """The luck of each of several pairs that compare alike bases, estimated from all of them.
-
-    Two pairs that share a base have correlated estimates. P pairs are worth
-    P² / Σ_{p,q} corr(p, q)² independent ones, which for all pairs of B bases is B − 1.
-
-    Args:
-        layouts: (a, b) → layout of the differences a − b.
-    """
-    if not layouts:
-        return {}
-    squared = [1.0 if p == q else SHARED if {*p} & {*q} else 0.0 for p in layouts for q in layouts]
-    weight = len(layouts) ** 2 / sum(squared)
-    variances = [layout.luck for layout in layouts.values()]
-    return {
-        pair: luck_error(variances, layout.num_repeats, weight) for pair, layout in layouts.items()
-    }
+    def errors(self) -> list[Error]:
+        """The sources of error of the mean: tasks with noise, and luck."""
+        variance = max(self.luck, 0.0) / self.num_repeats
+        return [self.tasks, Error(variance, max(self.num_repeats - 1, 1))]
 
 
 def half_width(errors: Sequence[Error], confidence: float) -> float:

@@ -9,7 +9,7 @@ retraining is unknown, and everything is about these retrained bases.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -17,15 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from foretune.evaluation.crossed import (
-    Error,
-    Layout,
-    Pair,
-    half_width,
-    p_value,
-    pooled_luck,
-)
-from foretune.evaluation.verdict import CONTROLS, UNTOUCHED, verdict
+from foretune.evaluation.crossed import Layout, half_width, p_value
+from foretune.evaluation.verdict import CONTROLS, verdict
 from foretune.evaluation.wording import shots_label, shots_order
 
 __all__ = [
@@ -72,16 +65,13 @@ class PairedDifference:
     num_seeds: int
 
 
-def paired_difference(
-    a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95, luck: Error | None = None
-) -> PairedDifference:
+def paired_difference(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -> PairedDifference:
     """Compares two methods on the same tasks and seeds.
 
     Args:
         a: Scores of one method, (num_tasks, num_seeds).
         b: Scores of the other on the same tasks and seeds, (num_tasks, num_seeds).
         confidence: How often such an interval covers the difference, between 0 and 1.
-        luck: The luck of the repeats as several pairs have it together; None for this pair's own.
 
     Returns:
         The mean difference a − b, its interval, test and wins.
@@ -100,7 +90,7 @@ def paired_difference(
         )
     difference = left - right
     layout = Layout.of(difference)
-    errors = layout.errors(luck)
+    errors = layout.errors()
     half = half_width(errors, confidence)
     low, high = layout.mean - half, layout.mean + half
     if min(left.min(), right.min()) >= 0 and max(left.max(), right.max()) <= 1:
@@ -202,8 +192,7 @@ def pairs_and_means(
 
     A pair reads a − b. Controls are on the right (the first control in all its pairs), and two
     bases that are not controls keep their order. Holm's correction covers all pairs at the same
-    number of shots. So does the estimate of luck, for pairs of two retrained bases and for pairs
-    with the model as it is apart: the latter's luck is in its adapting alone.
+    number of shots.
 
     Args:
         scores_records: The comparison's `scores`: base, task, shots, seed, score, and the number of
@@ -222,13 +211,12 @@ def pairs_and_means(
     cells = _cells(records, [base["name"] for base in bases])
     repeats = {row["seed"]: row.get("repeat", row["seed"]) for row in records}
     ordered = _pair_order(bases, controls)
-    untouched = {base["name"] for base in bases if base["method"] == UNTOUCHED}
     pairs: list[dict[str, Any]] = []
     means: list[dict[str, Any]] = []
     for shots in sorted({key[1] for key in cells}, key=shots_order):
         present = [name for name in ordered if (name, shots) in cells]
         tables = {(a, b): _shared(cells, a, b, shots, repeats) for a, b in combinations(present, 2)}
-        compared = compare_pairs(tables, untouched)
+        compared = compare_pairs(tables)
         for (a, b), pair in compared.items():
             pairs.append({"a": a, "b": b, "shots": shots, **pair})
         for base in bases:
@@ -242,24 +230,18 @@ def pairs_and_means(
 
 
 def compare_pairs(
-    tables: Mapping[Pair, tuple[Array, Array]], untouched: Collection[str] = ()
-) -> dict[Pair, dict[str, Any]]:
-    """All pairs of one comparison, with the luck of the repeats pooled and Holm's correction.
+    tables: Mapping[tuple[str, str], tuple[Array, Array]],
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """All pairs of one comparison, with Holm's correction.
 
     Args:
         tables: (a, b) → scores of a and of b, both (num_tasks, num_repeats).
-        untouched: Names of bases that were not retrained.
 
     Returns:
         (a, b) → the fields of `PairedDifference`, and `p_holm`.
     """
-    layouts = {pair: Layout.of(left - right) for pair, (left, right) in tables.items()}
-    luck: dict[Pair, Error] = {}
-    for number in (0, 1, 2):  # of the two that were not retrained
-        alike = {p: layout for p, layout in layouts.items() if len({*p} & {*untouched}) == number}
-        luck |= pooled_luck(alike)
     pairs = {
-        pair: dataclasses.asdict(paired_difference(left, right, luck=luck[pair]))
+        pair: dataclasses.asdict(paired_difference(left, right))
         for pair, (left, right) in tables.items()
     }
     p_holm = holm([pair["p_value"] for pair in pairs.values()])

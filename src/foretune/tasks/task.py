@@ -65,12 +65,12 @@ class Objective(Protocol):
 
     Attributes:
         kind: The name of the objective in recipes and on the command line.
-        chosen_by_loss: Whether held-out tasks choose how to adapt by the loss, because the score,
+        select_by_loss: Whether held-out tasks select how to adapt by the loss, because the score,
             such as an accuracy, says little about each example.
     """
 
     kind: ClassVar[str]
-    chosen_by_loss: ClassVar[bool] = False
+    select_by_loss: ClassVar[bool] = False
 
     @property
     def metric(self) -> str:
@@ -166,7 +166,10 @@ class Objective(Protocol):
         ...
 
     def scores_and_losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Both of each example; overridden where a single pass gives both."""
+        """(n,) scores and (n,) losses, by which ways to adapt are compared (`select_by_loss`).
+
+        Overridden where a single pass gives both.
+        """
         return self.scores(model, batch), self.losses(model, batch)
 
     def to_dict(self) -> dict[str, Any]:

@@ -58,7 +58,8 @@ class PlannedSetting:
         shots: Training examples per task (per class for a classification); None for all.
         rows: Median number of training examples of the held-out tasks at these shots.
         setting: How to adapt.
-        score: Mean score of the held-out tasks after adapting.
+        score: Mean score of the held-out tasks after adapting. Where the loss selects, it may be
+            below `score_before`.
         score_before: The same before adapting.
         standard_error: Standard error, over the held-out tasks, of the difference of the two.
         num_tasks: Number of held-out tasks.

@@ -22,7 +22,7 @@ from foretune.tasks.task import Objective, TaskCollection
 from foretune.training.adapt_plan import AdaptPlan, Setting
 from foretune.training.data import SlotRows, TaskData, sampler_for
 from foretune.training.learners.joint import Learner
-from foretune.training.loop import Progress, diverging_after, fit, scores_after
+from foretune.training.loop import Progress, fit, naming_step, scores_after
 from foretune.training.methods import AdaptMethod
 from foretune.training.model_copies import copy_to_adapt, interpolate
 from foretune.training.outcome import Adapted, folder_names, labels_of
@@ -142,7 +142,7 @@ def adapt_in(model: nn.Module, tasks: TaskCollection, how: Adaptation) -> Adapte
     result.stopped = group.merge(result.stopped, task_draws)
     steps = sorted({*how.score_at})
     result.path = {s: group.merge(result.path.get(s, {}), task_draws) for s in steps}
-    if objective.chosen_by_loss:
+    if objective.select_by_loss:
         losses = result.path_losses
         result.path_losses = {s: group.merge(losses.get(s, {}), task_draws) for s in steps}
     if out is not None:
@@ -198,8 +198,8 @@ def _adapt_wave(
         state = learner.slot_state(0) if interpolates else {}
         if interpolates:
             interpolate(base, model, method.interpolate)
-        with diverging_after(step, learner, run):
-            if objective.chosen_by_loss:
+        with naming_step(step, learner, run):
+            if objective.select_by_loss:
                 path[step], losses[step] = learner.scores_and_losses(data, how.split)
             else:
                 path[step] = learner.score(data, how.split, None)

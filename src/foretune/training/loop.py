@@ -338,16 +338,16 @@ def scores_after(
     Raises:
         DivergedError: A score is not finite; the message names task, row and step.
     """
-    with diverging_after(step, learner, run):
+    with naming_step(step, learner, run):
         return learner.score(data, split, max_rows)
 
 
 @contextlib.contextmanager
-def diverging_after(step: int, learner: Learner, run: Run) -> Iterator[None]:
-    """Names the step in the error of a score that is not finite.
+def naming_step(step: int, learner: Learner, run: Run) -> Iterator[None]:
+    """Names the step in the error of a score or loss that is not finite.
 
     Raises:
-        DivergedError: A score in the block is not finite; the message names task, row and step.
+        DivergedError: One in the block is not finite; the message names task, row and step.
     """
     try:
         yield

@@ -188,7 +188,7 @@ class Adapted:
         path: Scores after the steps of `score_at`: {step: {(task, draw): score}}; of the tasks that
             were adapted in this call.
         path_losses: Mean losses of the same examples; empty where the objective is not
-            `chosen_by_loss`.
+            `select_by_loss`.
     """
 
     scores: dict[tuple[str, int], float]

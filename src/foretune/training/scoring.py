@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foretune.errors import DivergedError
 from foretune.models.packing import packed
 from foretune.tasks.batch import Batch
-from foretune.training.data import TaskData
+from foretune.training.data import Pick, TaskData
 
 
 def score_slots(
@@ -43,12 +43,13 @@ def score_slots(
     Raises:
         DivergedError: A score is not finite; the message names task and row.
     """
+    chosen = range(len(data)) if only is None else [only]
+    picks = [(s, i) for s in chosen for i in spread(data.num_rows(s, split), max_rows)]
 
-    def score(model: nn.Module, batch: Batch) -> Tensor:
-        return data.objective.scores(model, batch).unsqueeze(1)
+    def measure(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"score": data.objective.scores(model, batch)}
 
-    means = _means(score, model, data, split, max_rows, batch_size, budget, only)
-    return {slot: mean[0] for slot, mean in means.items()}
+    return _means(measure, model, data, split, picks, batch_size, budget).get("score", {})
 
 
 def scores_and_losses(
@@ -64,54 +65,52 @@ def scores_and_losses(
     Raises:
         DivergedError: A score or a loss is not finite; the message names task and row.
     """
+    picks = [(s, i) for s in range(len(data)) for i in range(data.num_rows(s, split))]
 
-    def measure(model: nn.Module, batch: Batch) -> Tensor:
-        return torch.stack(data.objective.scores_and_losses(model, batch), dim=1)
+    def measure(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return dict(
+            zip(("score", "loss"), data.objective.scores_and_losses(model, batch), strict=True)
+        )
 
-    means = _means(measure, model, data, split, None, batch_size, budget, None)
-    scores = {slot: score for slot, (score, _) in means.items()}
-    return scores, {slot: loss for slot, (_, loss) in means.items()}
+    means = _means(measure, model, data, split, picks, batch_size, budget)
+    return means.get("score", {}), means.get("loss", {})
 
 
 @torch.no_grad()
 def _means(
-    measure: Callable[[nn.Module, Batch], Tensor],
+    measure: Callable[[nn.Module, Batch], dict[str, Tensor]],
     model: nn.Module,
     data: TaskData,
     split: str,
-    max_rows: int | None,
+    picks: Sequence[Pick],
     batch_size: int,
     budget: int | None,
-    only: int | None,
-) -> dict[int, list[float]]:
-    """The mean of each column of what `measure` returns for a batch, (n, columns), by slot."""
-    chosen = range(len(data)) if only is None else [only]
-    picks = [(s, i) for s in chosen for i in spread(data.num_rows(s, split), max_rows)]
+) -> dict[str, dict[int, float]]:
+    """The means by slot of each of the values, (n,) for a batch, that `measure` returns by name."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    rows_by_slot: dict[int, list[list[float]]] = defaultdict(list)
+    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     try:
         with packed(model):
             for start in range(0, len(picks), batch_size):
                 part = picks[start : start + batch_size]
                 step = data.step(part, split, train=False, seed=[0], budget=budget)
-                rows = [
-                    row
-                    for chunk in step.chunks
-                    for row in measure(model, chunk.to(device)).tolist()
-                ]
-                for slot, i, row in zip(step.slots, step.rows, rows, strict=True):
-                    for value, what in zip(row, ("score", "loss"), strict=False):
+                measured: dict[str, list[float]] = defaultdict(list)
+                for chunk in step.chunks:
+                    for name, of_rows in measure(model, chunk.to(device)).items():
+                        measured[name] += of_rows.tolist()
+                for name, row_values in measured.items():
+                    for slot, i, value in zip(step.slots, step.rows, row_values, strict=True):
                         if not math.isfinite(value):
-                            name = data.name_of(slot, split, i)
-                            raise DivergedError(f"{name}: the {what} is {value}")
-                    rows_by_slot[slot].append(row)
+                            row = data.name_of(slot, split, i)
+                            raise DivergedError(f"{row}: the {name} is {value}")
+                        values[name][slot].append(value)
     finally:
         model.train(was_training)
     return {
-        slot: [sum(column) / len(column) for column in zip(*rows, strict=True)]
-        for slot, rows in rows_by_slot.items()
+        name: {slot: sum(of_slot) / len(of_slot) for slot, of_slot in by_slot.items()}
+        for name, by_slot in values.items()
     }
 
 

@@ -136,9 +136,10 @@ def adapt(
         shots: Training examples per task (per class for a classification); None for all.
         draws: Independent draws of the shots, with one adapter each.
         split: The split that the adapted models are scored on.
-        score_at: Steps after which all tasks are also scored (`Adapted.path`), 0 for before the
-            first; this changes nothing else. With a constant learning rate and no warmup, the score
-            after s steps is that of a run of s steps.
+        score_at: Steps after which all tasks are also scored (`Adapted.path`; where the score is an
+            accuracy, `Adapted.path_losses` too), 0 for before the first; this changes nothing
+            else. With a constant learning rate and no warmup, the score after s steps is that of a
+            run of s steps.
         progress: Called with (update, num_updates, figures) after every update, wave by wave.
 
     Returns:

@@ -78,7 +78,7 @@ class Choice(Objective):
 
     kind: ClassVar[str] = "choice"
     metric: ClassVar[str] = "accuracy"
-    chosen_by_loss: ClassVar[bool] = True
+    select_by_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_one_of("scoring", self.scoring, ("bi-encoder", "cross-encoder", "causal"))
@@ -331,7 +331,14 @@ class Choice(Objective):
 
     @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
-        return self.scores_and_losses(model, batch)[1]
+        if self.scoring != "cross-encoder":
+            return self.scores_and_losses(model, batch)[1]
+        present, answer = batch.inputs["present"], batch.inputs["answer"]
+        logits = self._pair_logits(model, batch)
+        target = F.one_hot(answer, present.shape[1])
+        losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+        losses = losses.view_as(present) * present
+        return losses.sum(1) / present.sum(1)
 
     @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
@@ -339,26 +346,22 @@ class Choice(Objective):
 
     @override
     def scores_and_losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Scores, and cross-entropies over the candidates.
+
+        The loss of a cross-encoder's pairs, most of which are wrong ones, falls with every model
+        that only learns how many are.
+        """
         present, answer = batch.inputs["present"], batch.inputs["answer"]
-        if self.scoring == "cross-encoder":
-            logits = self._pair_logits(model, batch)
-            values = logits[..., 1].masked_fill(~present, -torch.inf)
-            return accuracies(values, answer), self._pair_losses(logits, batch)
         values = self._candidate_scores(model, batch).masked_fill(~present, -torch.inf)
-        losses = F.cross_entropy(values / self.temperature, answer, reduction="none")
+        scale = 1.0 if self.scoring == "cross-encoder" else self.temperature
+        losses = F.cross_entropy(values / scale, answer, reduction="none")
         return accuracies(values, answer), losses
 
-    def _pair_losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """(n,) the mean cross-entropy of each example's pairs, from their logits."""
-        present, answer = batch.inputs["present"], batch.inputs["answer"]
-        target = F.one_hot(answer, present.shape[1])
-        losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-        losses = losses.view_as(present) * present
-        return losses.sum(1) / present.sum(1)
-
     def _candidate_scores(self, model: Any, batch: Batch) -> Tensor:
-        """(n, candidates) cosines or log-likelihoods, depending on `scoring`."""
+        """(n, candidates) cosines, class-1 logits or log-likelihoods, depending on `scoring`."""
         inputs = batch.inputs
+        if self.scoring == "cross-encoder":
+            return self._pair_logits(model, batch)[..., 1]
         if self.scoring == "causal":
             return log_likelihoods(model, inputs, batch.extra["text_slots"])[inputs["index"]]
         if "contexts" in inputs:

@@ -62,7 +62,7 @@ class Classification(Objective):
 
     kind: ClassVar[str] = "classification"
     metric: ClassVar[str] = "accuracy"
-    chosen_by_loss: ClassVar[bool] = True
+    select_by_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_int("max_tokens", self.max_tokens, 1)
@@ -284,11 +284,11 @@ class Classification(Objective):
 
     @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
-        return F.cross_entropy(self.logits(model, batch), batch.inputs["label"], reduction="none")
+        return self.scores_and_losses(model, batch)[1]
 
     @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
-        return accuracies(self.logits(model, batch), batch.inputs["label"])
+        return self.scores_and_losses(model, batch)[0]
 
     @override
     def scores_and_losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,6 @@ class PromptClassification(Classification):
     )
 
     kind: ClassVar[str] = "prompts"
-    chosen_by_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,23 +204,17 @@ class PromptClassification(Classification):
             return embeddings(model, batch.inputs)
 
     @override
-    def losses(self, model: Any, batch: Batch) -> Tensor:
-        return self.losses_of(self.features(model, batch), batch)
+    def scores_and_losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits, labels = (
+            self._class_logits(self.features(model, batch), batch),
+            batch.inputs["label"],
+        )
+        return accuracies(logits, labels), F.cross_entropy(logits, labels, reduction="none")
 
     def losses_of(self, features: Tensor, batch: Batch) -> Tensor:
         """(n,) cross-entropy, given the embeddings (n, d)."""
         logits = self._class_logits(features, batch)
         return F.cross_entropy(logits, batch.inputs["label"], reduction="none")
-
-    @override
-    def scores(self, model: Any, batch: Batch) -> Tensor:
-        return self.scores_and_losses(model, batch)[0]
-
-    @override
-    def scores_and_losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = self._class_logits(self.features(model, batch), batch)
-        labels = batch.inputs["label"]
-        return accuracies(logits, labels), F.cross_entropy(logits, labels, reduction="none")
 
     def _class_logits(self, features: Tensor, batch: Batch) -> Tensor:
         """(n, most labels of a task) logits, −inf beyond the labels of an example's task.
