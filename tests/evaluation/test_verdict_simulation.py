@@ -31,7 +31,7 @@ def test_a_base_that_is_no_better_is_rarely_taken(simulation, num_repeats, luck)
 
 
 def test_a_base_that_is_better_is_taken(simulation):
-    assert simulation.simulate(40, 3, 0.004, better=0.05, trials=20)["take"] > 0.9
+    assert simulation.simulate(40, 5, 0.004, better=0.05, trials=20)["take"] > 0.9
 
 
 def test_an_interrupted_simulation_continues(simulation, tmp_path, monkeypatch):

@@ -356,21 +356,19 @@ class _Trying:
         values = [finalist.values(finalist.best_step()) for finalist in finalists]
         path = finalists[simplest(np.array([[of_task[n] for n in names] for of_task in values]))]
         step = path.best_step()
-        scores, before = (
-            np.array([fmean(by_task[name]) for name in names])
-            for by_task in (path.scores[step], idle.scores[0])
-        )
+        chosen, before = path.scores[step], idle.scores[0]
+        changes = np.array([fmean(chosen[name]) - fmean(before[name]) for name in names])
         drawn = draw_shots(self.tasks, verbs.objective_of(self.tasks).kind, shots, 1, self.run.seed)
         planned = PlannedSetting(
             shots=shots,
             rows=int(median(len(slot.train) for slot in drawn)),
             setting=Setting(method=path.method, steps=step),
-            score=float(scores.mean()),
-            score_before=float(before.mean()),
-            standard_error=float(standard_error(scores - before)),
+            score=_mean(chosen),
+            score_before=_mean(before),
+            standard_error=float(standard_error(changes)),
             num_tasks=len(names),
         )
-        return planned, path.scores[step]
+        return planned, chosen
 
     def _extend(
         self, path: _Path, part: TaskCollection, shots: int | None, *, again: bool = False
