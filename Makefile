@@ -103,7 +103,6 @@ bench-python-docs: setup
 bench-evidence: setup
 	@test -n "$(DATA)" || { echo "usage: make bench-evidence DATA=path/to/the/folder"; exit 2; }
 	$(BIN)/python benchmarks/evidence/all.py "$(DATA)"
-	$(BIN)/python benchmarks/evidence/conflict.py "$(DATA)"
 	$(BIN)/python benchmarks/evidence/summary.py
 	$(BIN)/python benchmarks/publish.py
 

@@ -3,8 +3,8 @@
     python benchmarks/evidence/summary.py
 
 Reads benchmarks/results: evidence-NAME.json of each collection (`all.py`), plain-NAME.json where it
-was adapted without the basis as well (`plain.py`), conflict.json (`conflict.py`). Writes
-evidence.json and docs/figures/conflict.svg; `publish.py` then puts the tables into the pages.
+was adapted without the basis as well (`plain.py`). Writes evidence.json and
+docs/figures/conflict.svg; `publish.py` then puts the tables into the pages.
 
 Fixed before any run: the form is the last layer (LoRA where tasks share no classes), the number of
 shots 4 rows per class (16 rows where there are no classes). Holm's correction covers all
@@ -39,6 +39,7 @@ BEATEN = ("standard", "reptile", "fomaml", "none")  # by goal 1
 LEVEL = 0.05  # of the tests, after Holm's correction
 PER_CLASS, ROWS = 4, 16  # shots of the table
 LEAST, RHO, REGRET = 5, 0.8, 0.005  # the goals
+PAPER_CONVAI2 = "+4.2 to +7.9"  # points, RoBERTa-large as a cross-encoder (arXiv:2410.22264v1)
 Row = dict[str, Any]
 Scores = dict[str, np.ndarray]  # base → (tasks, repeats)
 
@@ -84,10 +85,9 @@ def shots_of(result: Mapping[str, Any]) -> int | None:
     return min(present, key=lambda shots: abs(shots_order(shots) - goal))
 
 
-def collection_row(
-    result: Mapping[str, Any], plain: Mapping[str, Any] | None, conflict: Mapping[str, Any]
-) -> Row:
+def collection_row(result: Mapping[str, Any], plain: Mapping[str, Any] | None) -> Row:
     """What one collection says; p-values are not corrected yet."""
+    conflict = result["conflict"]  # measured by the run before it trained anything
     shots, names = shots_of(result), [base["name"] for base in result["bases"]]
     form = next(name for name in FORMS if name in names)
     forms = [name for name in names if name.startswith("peft-ml") and name != form]
@@ -105,6 +105,12 @@ def collection_row(
         "levels": {name: float(matrix.mean()) for name, matrix in scores.items()},
         "gains": {r: pair for r in RIVALS if (pair := pair_of(result, form, r, shots))},
         "forms": {f: pair for f in forms if (pair := pair_of(result, f, "standard", shots))},
+        "by_shots": [
+            {"shots": k, "rival": rival, **pair}
+            for k in all_shots(result)
+            for rival in ("standard", "none")
+            if (pair := pair_of(result, form, rival, k))
+        ],
         "harm": [
             {"base": base, "shots": k, **difference(matrix, before[base])}
             for k in all_shots(result)
@@ -155,8 +161,6 @@ def is_below(row: Row) -> bool:
 
 def summarise(results: Path) -> Row:
     """The content of evidence.json, from the results in a folder."""
-    path = results / "conflict.json"
-    conflicts = json.loads(path.read_text("utf-8"))["collections"] if path.exists() else {}
     collections: dict[str, Row] = {}
     for path in sorted(results.glob("evidence-*.json")):
         name = path.stem.removeprefix("evidence-")
@@ -164,11 +168,11 @@ def summarise(results: Path) -> Row:
         collections[name] = collection_row(
             json.loads(path.read_text("utf-8")),
             json.loads(plain.read_text("utf-8")) if plain.exists() else None,
-            conflicts.get(name, {}),
         )
     rows = collections.values()
     correct([gain for row in rows for gain in row["gains"].values()])
     correct([gain for row in rows for gain in row["forms"].values()])
+    correct([gain for row in rows for gain in row["by_shots"]])
     correct([harm for row in rows for harm in row["harm"]])
     correct([gain for row in rows for gain in row["basis"]])
     correct([row["auto"][c] for row in rows if "auto" in row for c in ("none", "standard")])
@@ -222,6 +226,43 @@ def gains_table(summary: Row) -> str:
 def _expected(expected: Sequence[float], scale: Scale) -> str:
     mean, low, high = expected
     return f"{scale.signed(mean)} ({scale.interval(low, high)})"
+
+
+def shots_table(summary: Row) -> str:
+    """One line per collection: PEFT-ML minus standard retraining at every number of shots."""
+    cells = {
+        (name, gain["shots"]): shown(gain, Scale(row["metric"]))
+        for name, row in summary["collections"].items()
+        for gain in row["by_shots"]
+        if gain["rival"] == "standard"
+    }
+    columns = sorted({shots for _, shots in cells}, key=shots_order)
+    head = ["collection", *["all" if shots is None else str(shots) for shots in columns]]
+    rows = [[name, *[cells.get((name, k), "") for k in columns]] for name, _ in in_order(summary)]
+    return table(head, rows)
+
+
+def convai2_table(summary: Row) -> str:
+    """The paper's own task, beside the paper's number."""
+    row = summary["collections"].get("convai2")
+    if row is None:
+        return "No result yet."
+    cells = {(gain["shots"], gain["rival"]): gain for gain in row["by_shots"]}
+    head = [
+        "rows of a new persona",
+        "PEFT-ML − standard",
+        "PEFT-ML − none",
+        "the paper, − standard",
+    ]
+    lines = [
+        [
+            "all" if shots is None else str(shots),
+            *[shown(cells.get((shots, r)), Scale(row["metric"])) for r in ("standard", "none")],
+            PAPER_CONVAI2 if shots is None else "",
+        ]
+        for shots in sorted({shots for shots, _ in cells}, key=shots_order)
+    ]
+    return table(head, lines)
 
 
 def levels_table(summary: Row) -> str:
@@ -387,6 +428,8 @@ def picture(summary: Row, folder: str) -> str:
 
 TABLES: dict[str, Callable[[Row], str]] = {
     "gains": gains_table,
+    "shots": shots_table,
+    "convai2": convai2_table,
     "levels": levels_table,
     "goals": goals_table,
     "pays": pays_sentence,
