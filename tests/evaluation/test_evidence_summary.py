@@ -66,7 +66,7 @@ def test_every_collection_has_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gains_and_their_order_are_those_of_the_results(
-    summary: ModuleType, tmp_path: Path
+    summary: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gains = {"calm": 0.0, "split": 0.1, "torn": 0.2}
     results = {f"evidence-{n}": result({"peft-ml-last-layer": 0.6 + g}) for n, g in gains.items()}
@@ -80,8 +80,9 @@ def test_gains_and_their_order_are_those_of_the_results(
     assert summary.spearman(made) == pytest.approx(1)
     assert list(summary.with_conflict(made)) == ["torn", "split", "calm"]
     goals = summary.goals_table(made)
-    assert "| **no** | 2 of 3: split, torn |" in goals
-    assert "1.00 over 3 collections" in goals
+    assert "| **no** | 2 of 3: split, torn |" in goals and "Spearman" not in goals
+    monkeypatch.setattr(summary, "FEWEST_RANKED", 3)
+    assert "1.00 over 3 collections" in summary.goals_table(made)
     assert "On 2 of 3 collections" in summary.pays_sentence(made)
     assert "torn" in summary.figure(made)
 
