@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 from foretune.errors import UserError
+from foretune.tasks.redrawn import redraw_validation
 from foretune.tasks.row_store import join
 from foretune.tasks.splits import carve
 from foretune.tasks.task import Task, TaskCollection
@@ -34,7 +35,8 @@ def build_search_tasks(
     No base that is scored on them was retrained on them, so a part of their training examples moves
     to the validation split: the largest of `SHARES` that leaves enough for a draw of `shots`. All
     examples are then all that are left: few scored examples are noise in every choice, and fewer
-    training examples only make it for tasks that are somewhat smaller.
+    training examples only make it for tasks that are somewhat smaller. Choice examples that moved
+    get other distractors than those of the training examples (`redraw_validation`).
 
     Args:
         tasks: Seen tasks, held out of every retraining that is scored on them.
@@ -63,7 +65,8 @@ def build_search_tasks(
                 break
             split = unsplit
         search_tasks.append(split)
-    return usable(dataclasses.replace(tasks, tasks=tuple(search_tasks)))
+    moved = usable(dataclasses.replace(tasks, tasks=tuple(search_tasks)))
+    return redraw_validation(moved, seed) if verbs.objective_of(tasks).kind == "choice" else moved
 
 
 def usable(tasks: TaskCollection) -> TaskCollection:
