@@ -43,13 +43,13 @@ def _responses(examples: Sequence[Example]) -> list[str]:
     return [true_response(example) for example in examples]
 
 
-def _redrawn(task: Task, own: set[str], others: set[str], seed: int) -> Task:
+def _redrawn(task: Task, responses: set[str], other_responses: set[str], seed: int) -> Task:
     """The task with other distractors.
 
     Args:
         task: A choice task.
-        own: Its responses.
-        others: Those of the other tasks.
+        responses: Its responses.
+        other_responses: Those of the other tasks.
         seed: Random seed.
     """
     drawn = [example for example in task.train if isinstance(example, DrawnExample)]
@@ -63,12 +63,12 @@ def _redrawn(task: Task, own: set[str], others: set[str], seed: int) -> Task:
     }
     rng = np.random.default_rng(seed_for(seed, task.name, "redrawn"))
     train: Sequence[Example] = task.train
-    if len(distractors & own) > len(distractors) / 2:
+    if len(distractors & responses) > len(distractors) / 2:
         pool = sorted({*_responses(task.validation)})
         trained = sorted({*_responses(task.train)} - {*pool})
         train = [_with_distractors(example, trained, rng) for example in task.train]
     else:
-        pool = rng.permutation(sorted(others - distractors)).tolist()[: len(distractors)]
+        pool = rng.permutation(sorted(other_responses - distractors)).tolist()[: len(distractors)]
     validation = [_with_distractors(example, pool, rng) for example in task.validation]
     return Task(task.name, train, validation, task.test)
 
