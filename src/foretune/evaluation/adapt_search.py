@@ -290,10 +290,7 @@ def search(
 
 @dataclass(eq=False)
 class _Path:
-    """A candidate, the steps that it is scored at, and its scores: step → task → one per draw.
-
-    `losses` are empty where the objective does not select by them.
-    """
+    """A candidate, its steps, its scores and, where they select, losses: step → task → by draw."""
 
     method: AdaptMethod
     steps: Sequence[int]
@@ -331,7 +328,11 @@ class _Trying:
     def choose(
         self, methods: Sequence[AdaptMethod], shots: int | None
     ) -> tuple[PlannedSetting, ByTask]:
-        """The setting for a number of shots, and its scores."""
+        """The setting for a number of shots, and its scores.
+
+        Raises:
+            DivergedError: A score or loss of the base itself is not finite.
+        """
         make: Any = entry_point("foretune.methods:make")
         plain = next((method for method in methods if method.starts_at_base), None)
         idle, stops = _Path(plain or make("head"), [0]), stopping_steps(self.run.steps)
@@ -425,11 +426,8 @@ def _add(by_step: dict[int, ByTask], path: Mapping[int, Mapping[tuple[str, int],
 
 def _trial(path: _Path, shots: int | None) -> dict[str, Any]:
     """A candidate's record."""
-    trial: dict[str, Any] = {
-        "shots": shots,
-        "name": path.method.name,
-        "config": path.method.to_dict(),
-    }
+    config = path.method.to_dict()
+    trial: dict[str, Any] = {"shots": shots, "name": path.method.name, "config": config}
     if path.reason is not None:
         return {**trial, "score": None, "reason": path.reason}
     by_task = path.scores[path.best_step()]

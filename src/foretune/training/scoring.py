@@ -86,7 +86,11 @@ def _means(
     batch_size: int,
     budget: int | None,
 ) -> dict[str, dict[int, float]]:
-    """The means by slot of each of the values, (n,) for a batch, that `measure` returns by name."""
+    """The means by slot of each of the values, (n,) for a batch, that `measure` returns by name.
+
+    Raises:
+        DivergedError: A value is not finite; the message names task and row.
+    """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
