@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,10 +33,9 @@ def redraw_validation(collection: TaskCollection, seed: int) -> TaskCollection:
     responses = {
         task.name: {*_responses(task.train), *_responses(task.validation)} for task in collection
     }
-    tasks = []
-    for task in collection:
-        others = set().union(*(texts for name, texts in responses.items() if name != task.name))
-        tasks.append(_redrawn(task, responses[task.name], others, seed))
+    order = np.random.default_rng(seed).permutation(sorted(set().union(*responses.values())))
+    texts = order.tolist()
+    tasks = [_redrawn(task, responses[task.name], texts, seed) for task in collection]
     return TaskCollection(tuple(tasks), collection.objective)
 
 
@@ -43,13 +43,13 @@ def _responses(examples: Sequence[Example]) -> list[str]:
     return [true_response(example) for example in examples]
 
 
-def _redrawn(task: Task, responses: set[str], other_responses: set[str], seed: int) -> Task:
+def _redrawn(task: Task, responses: set[str], texts: Sequence[str], seed: int) -> Task:
     """The task with other distractors.
 
     Args:
         task: A choice task.
         responses: Its responses.
-        other_responses: Those of the other tasks.
+        texts: Those of all tasks, in random order.
         seed: Random seed.
     """
     drawn = [example for example in task.train if isinstance(example, DrawnExample)]
@@ -68,7 +68,10 @@ def _redrawn(task: Task, responses: set[str], other_responses: set[str], seed: i
         trained = sorted({*_responses(task.train)} - {*pool})
         train = [_with_distractors(example, trained, rng) for example in task.train]
     else:
-        pool = rng.permutation(sorted(other_responses - distractors)).tolist()[: len(distractors)]
+        start = int(rng.integers(len(texts)))
+        turned = (texts[(start + i) % len(texts)] for i in range(len(texts)))
+        foreign = (text for text in turned if text not in responses and text not in distractors)
+        pool = list(itertools.islice(foreign, len(distractors)))
     validation = [_with_distractors(example, pool, rng) for example in task.validation]
     return Task(task.name, train, validation, task.test)
 

@@ -205,10 +205,8 @@ class PromptClassification(Classification):
 
     @override
     def scores_and_losses(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits, labels = (
-            self._class_logits(self.features(model, batch), batch),
-            batch.inputs["label"],
-        )
+        labels = batch.inputs["label"]
+        logits = self._class_logits(self.features(model, batch), batch)
         return accuracies(logits, labels), F.cross_entropy(logits, labels, reduction="none")
 
     def losses_of(self, features: Tensor, batch: Batch) -> Tensor:
