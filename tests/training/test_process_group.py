@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.templates import template_text
 from foretune.tasks.objectives.regression import Regression
+from foretune.training import process_group
 from foretune.training.data import SlotRows, TaskData
 from foretune.training.process_group import Partition, ProcessGroup, partition_slots
 
@@ -279,6 +280,18 @@ def test_processes_disconnect_before_they_exit() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Exception") == 0, done.stderr
     assert sorted(done.stdout.split()) == ["False", "False", "True", "True"]
+
+
+def test_a_process_that_failed_does_not_wait_to_disconnect(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("left"))
+    monkeypatch.setattr(sys, "last_value", RuntimeError(), raising=False)
+    process_group._disconnect()
+    assert not calls
+    monkeypatch.delattr(sys, "last_value")
+    process_group._disconnect()
+    assert calls == ["left"]
 
 
 # --- the launcher --------------------------------------------------------------------------------
