@@ -4,8 +4,8 @@
 # make check         format, lint, types, import contracts, docs        make setup   .venv only
 # make test-oldest | test-newest   the fast tests with the oldest versions allowed, or the newest available
 # make lock          regenerate constraints.txt, constraints-oldest.txt and the versions that doctor calls tested
-# make bench-quickstart | bench-python-docs | bench-convai2 DATA=path       reproduce benchmarks/results,
-# make bench-speed DATA=path | bench-evidence | bench-claims DATA=folder    docs/conflict.md
+# make bench-quickstart | bench-evidence DATA=folder                        reproduce benchmarks/results,
+# make bench-speed DATA=path | bench-claims DATA=folder                     docs/conflict.md
 # make bench-theory                                                         and docs/reproduce.md
 # make architectures   try every architecture of the catalogue and write docs/architectures.md
 
@@ -18,10 +18,9 @@ FLAGS ?= --resume
 WORKERS ?= 2
 EXAMPLES ?= 500
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
-EVERY_METHOD := retrain.methods=[none, standard, {peft-ml: {form: last-layer, as: peft-ml-last-layer}}, peft-ml, reptile, fomaml]
 
 .PHONY: setup lock quickstart test test-oldest test-newest fuzz fast check lint types imports docs format bench-quickstart \
-	bench-python-docs bench-evidence bench-convai2 bench-speed bench-theory bench-claims architectures clean
+	bench-evidence bench-speed bench-theory bench-claims architectures clean
 
 setup: $(INSTALLED)
 
@@ -96,20 +95,11 @@ bench-quickstart: setup
 	$(BIN)/foretune run quickstart --out runs/bench-quickstart --resume
 	$(BIN)/python benchmarks/publish.py runs/bench-quickstart quickstart
 
-bench-python-docs: setup
-	$(BIN)/foretune run python-docs seeds=3 '$(EVERY_METHOD)' 'retrain.learning_rates=[5e-5, 2e-4]' retrain.steps=80 --out runs/bench-python-docs --resume
-	$(BIN)/python benchmarks/publish.py runs/bench-python-docs python-docs
-
 bench-evidence: setup
 	@test -n "$(DATA)" || { echo "usage: make bench-evidence DATA=path/to/the/folder"; exit 2; }
 	$(BIN)/python benchmarks/evidence/all.py "$(DATA)"
 	$(BIN)/python benchmarks/evidence/summary.py
 	$(BIN)/python benchmarks/publish.py
-
-bench-convai2: setup
-	@test -n "$(DATA)" || { echo "usage: make bench-convai2 DATA=path/to/convai2.jsonl"; exit 2; }
-	$(BIN)/foretune run convai2 tasks.source="$(DATA)" seeds=3 --out runs/bench-convai2 --resume
-	$(BIN)/python benchmarks/publish.py runs/bench-convai2 convai2
 
 SPEED := OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/speed
 bench-theory: setup

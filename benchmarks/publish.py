@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from claims import regret
+from claims import variants
 from foretune.evaluation.statistics import pairs_and_means, verdict
 from foretune.evaluation.wording import Scale, counted, shots_label, shots_order
 from foretune.theory.experiment import markdown, tables
@@ -27,7 +27,7 @@ from foretune.theory.experiment import markdown, tables
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 DOCS = HERE.parent / "docs"
-KINDS = "results|spectrum|theory|claim|regret|variants"
+KINDS = "results|spectrum|theory|claim|variants"
 PAGES = (HERE.parent / "README.md", *sorted(DOCS.rglob("*.md")))
 
 
@@ -209,13 +209,10 @@ def with_tables(text: str) -> str:
     """Regenerates each part of a page between `<!-- KIND NAME -->` and `<!-- end -->`.
 
     Kinds: `results` and `spectrum` of a comparison, `theory` of a panel of an experiment, `claim`
-    of a table that a script in `claims/` or `evidence/` makes from its result, `regret` and
-    `variants` of all of them.
+    of a table that a script in `claims/` or `evidence/` makes from its result, `variants` of all
+    results `claims-*`.
     """
-    made: dict[str, Callable[[], str]] = {
-        "regret of auto": regret.regret_table,
-        "variants against rivals": regret.variants_table,
-    }
+    made: dict[str, Callable[[], str]] = {"variants against rivals": variants.variants_table}
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text("utf-8"))
         for panel in result["panels"] if "experiment" in result else ():

@@ -18,31 +18,13 @@ claim() {
     python benchmarks/publish.py runs/claims/"$name" claims-"$name"
 }
 
-# both RECIPE SETTING...   every method, then `auto`, which chooses among them
-both() {
-    recipe=$1
-    shift
-    claim "$recipe" "$recipe" "$@"
-    claim "$recipe"-auto "$recipe" "$@" "retrain.methods=$(python $here/auto_of.py $here/"$recipe".yaml)"
-}
-
-both har tasks.source=$made/har.npz
-both omniglot-pairs tasks.source=$made/omniglot-pairs.npz
-both mnist-pairs tasks.source=$made/mnist-pairs.npz
+claim har har tasks.source=$made/har.npz
+claim omniglot-pairs omniglot-pairs tasks.source=$made/omniglot-pairs.npz
+claim mnist-pairs mnist-pairs tasks.source=$made/mnist-pairs.npz
 claim clinc150 clinc150 tasks.source="$data/clinc150/clinc150.jsonl.gz"
-# `auto` would try each of three rates of each method: only those that a search took are candidates.
-claim clinc150-auto clinc150 tasks.source="$data/clinc150/clinc150.jsonl.gz" \
-    retrain.learning_rates=null 'retrain.methods=[{auto: {candidates: [
-      none, {standard: {learning_rate: 6e-4}}, {standard: {learning_rate: 2e-4, as: standard-2e-4}},
-      {standard: {interpolate: 0.5, learning_rate: 6e-4, as: standard-half}},
-      {standard: {average: 0.5, learning_rate: 2e-4, as: standard-average}},
-      {peft-ml: {learning_rate: 6e-4, lora: {r: 8, lora_alpha: 16}}},
-      {peft-ml: {learning_rate: 2e-4, lora: {r: 8, lora_alpha: 16}, as: peft-ml-2e-4}},
-      {reptile: {learning_rate: 2e-4, inner_learning_rate: 1e-3}},
-      {fomaml: {learning_rate: 6e-4, inner_learning_rate: 1e-3}}]}}]'
-both shakespeare tasks.source="$data/shakespeare/speakers.jsonl.gz"
-both python-docs
-both convai2 tasks.source="$data/convai2/valid.jsonl.gz"
+claim shakespeare shakespeare tasks.source="$data/shakespeare/speakers.jsonl.gz"
+claim python-docs python-docs
+claim convai2 convai2 tasks.source="$data/convai2/valid.jsonl.gz"
 
 # The others are results of their own, not collections, and so not called claims-.
 # alone NAME RECIPE SETTING...

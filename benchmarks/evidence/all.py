@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from catalogue import COLLECTIONS, recipe_of
+from catalogue import AUTO, COLLECTIONS, auto_of, recipe_of
 
 EVIDENCE, MADE = Path("benchmarks/evidence"), Path("runs/data")
 WITH_BASIS = ("tower", "choice")  # recipes with a basis among the ways to adapt
@@ -31,8 +31,13 @@ def run(name: str, data: Path) -> None:
         python(model, data / "stories260k", MADE / "stories260k")
     recipe, settings = recipe_of(name, data, MADE)
     folder = Path("runs/evidence") / name
-    python("-m", "foretune.cli", "run", recipe, *settings, "--out", folder, "--resume")
-    python("benchmarks/publish.py", folder, f"evidence-{name}")
+    command = ("-m", "foretune.cli", "run", recipe, *settings)
+    python(*command, "--out", folder, "--resume")
+    folders = [folder]
+    if name in AUTO:
+        folders.append(folder.with_name(f"{name}-auto"))
+        python(*command, auto_of(recipe), "--out", folders[-1], "--resume")
+    python("benchmarks/publish.py", *folders, f"evidence-{name}")
     if COLLECTIONS[name][0] in WITH_BASIS:
         python(EVIDENCE / "plain.py", folder, name)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from foretune.recipes.yaml_io import parse_yaml
 
 FOLDER = Path("benchmarks/evidence")
 TEXTS = ("tasks.source={data}/opinions/{name}.jsonl.gz", "model.name=minilm")
@@ -41,6 +44,9 @@ COLLECTIONS: dict[str, tuple[str, ...]] = {
     "shakespeare": ("shakespeare", "tasks.source={data}/shakespeare/speakers.jsonl.gz"),
 }
 
+# Where `auto` chooses among the methods of the recipe, too; chosen before any of these was run.
+AUTO = ("senate-117", "senate-100", "land-bank", "housing", "har")
+
 
 def recipe_of(name: str, data: Path, made: Path) -> tuple[str, list[str]]:
     """(path of the recipe, settings) of a collection.
@@ -53,3 +59,13 @@ def recipe_of(name: str, data: Path, made: Path) -> tuple[str, list[str]]:
     recipe, *settings = COLLECTIONS[name]
     filled = [text.format(data=data, made=made, name=name) for text in settings]
     return str(FOLDER / f"{recipe}.yaml"), [f"name={name}", *filled]
+
+
+def auto_of(recipe: str) -> str:
+    """The setting of a recipe that has `auto` choose among its methods, instead of these.
+
+    `auto` runs apart from the methods that it chooses among, because both take long. With the same
+    seed its base is the same bits as the one that the chosen method makes by itself.
+    """
+    candidates = parse_yaml(Path(recipe).read_text("utf-8"), recipe)["retrain"]["methods"]
+    return "retrain.methods=" + json.dumps([{"auto": {"candidates": candidates}}])

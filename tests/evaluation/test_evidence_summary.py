@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,25 +26,27 @@ def summary(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("evidence.summary")
 
 
-def result(levels: dict[str, float], before: float = 0.5) -> dict[str, Any]:
+def result(
+    levels: dict[str, float], before: float = 0.5, bases: Sequence[str] = BASES
+) -> dict[str, Any]:
     """A comparison at 4 rows per class, whose bases differ by what `levels` says."""
     rng = np.random.default_rng(0)
     scores = [
         {"base": base, "task": f"t{task}", "shots": shots, "seed": seed, "repeat": seed}
         | {"score": (levels.get(base, 0.6) if shots else before) + float(noise)}
-        for base in BASES
+        for base in bases
         for shots in (0, 4)
         for (task, seed), noise in np.ndenumerate(rng.normal(0, 0.01, (NUM_TASKS, NUM_REPEATS)))
     ]
-    bases = [
-        {"name": b, "method": "peft-ml" if b.startswith("peft") else b, "label": b} for b in BASES
+    records = [
+        {"name": b, "method": "peft-ml" if b.startswith("peft") else b, "label": b} for b in bases
     ]
-    pairs, means = pairs_and_means(scores, bases)
+    pairs, means = pairs_and_means(scores, records)
     return {
         "metric": {"name": "accuracy"},
         "adapt": {"shots_unit": "rows per class"},
         "collection": {"num_seen": 60, "num_unseen": NUM_TASKS},
-        **{"bases": bases, "scores": scores, "pairs": pairs, "means": means},
+        **{"bases": records, "scores": scores, "pairs": pairs, "means": means},
     }
 
 
@@ -63,6 +66,13 @@ def test_every_collection_has_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         path, settings = catalogue.recipe_of(name, Path("data"), Path("made"))
         recipe = load_recipe(BENCHMARKS.parent / path, settings)
         assert (recipe.name, recipe.seeds) == (name, 5)
+        if name in catalogue.AUTO:
+            auto = catalogue.auto_of(str(BENCHMARKS.parent / path))
+            [entry] = load_recipe(BENCHMARKS.parent / path, [*settings, auto]).entries
+            names = [
+                candidate.get("as", candidate["name"]) for candidate in entry.fields["candidates"]
+            ]
+            assert names == [entry.name for entry in recipe.entries]
 
 
 def test_gains_and_their_order_are_those_of_the_results(
@@ -104,6 +114,41 @@ def test_basis_is_compared_with_plain_adapting_of_the_same_base(
     assert by_base["peft-ml-last-layer"]["difference"] == pytest.approx(0.1, abs=0.01)
     assert by_base["standard"]["difference"] == pytest.approx(0, abs=0.01)
     assert "better on 1 of 1; clearly below in 0 of 6 cells" in summary.goals_table(made)
+
+
+def test_regret_is_the_way_to_the_best_in_hindsight(summary: ModuleType, tmp_path: Path) -> None:
+    levels = {"standard": 0.7, "peft-ml-last-layer": 0.9, "auto": 0.7}
+    write(tmp_path, {"evidence-one": result(levels, bases=(*BASES, "auto"))}, {})
+    made = summary.summarise(tmp_path)
+    [auto] = made["collections"]["one"]["auto"]
+    assert auto["best"] == "peft-ml-last-layer"
+    assert auto["regret"] == pytest.approx(0.2, abs=0.01)
+    # the best whichever task is left out, and nobody is near it
+    assert (auto["regret_elsewhere"], auto["regret_by_luck"]) == (pytest.approx(auto["regret"]), 0)
+    assert summary.is_above(auto["over"]["none"]) and not summary.is_below(auto["over"]["standard"])
+    assert "| **no** | 20.0 points over 1 cell of 1 collection; clearly below in none |" in (
+        summary.goals_table(made)
+    )
+    write(tmp_path, {"evidence-one": result({**levels, "auto": 0.5}, bases=(*BASES, "auto"))}, {})
+    assert "clearly below in 2 |" in summary.goals_table(summary.summarise(tmp_path))
+
+
+def test_a_best_method_by_luck_on_one_task_is_not_the_best_on_the_others(
+    summary: ModuleType,
+) -> None:
+    steady, lucky = np.full((4, 1), 0.5), np.array([[0.4], [0.4], [0.4], [1.0]])
+    assert lucky.mean() > steady.mean()
+    # Without the lucky task `steady` is picked for it; `lucky` is picked for each of the others.
+    assert summary.best_elsewhere({"steady": steady, "lucky": lucky}) == pytest.approx(
+        (0.5 + 3 * 0.4) / 4
+    )
+
+
+def test_the_lead_of_the_best_of_many_equal_methods_is_luck(summary: ModuleType) -> None:
+    rng = np.random.default_rng(1)
+    equal = {f"m{i}": rng.normal(0, 0.05, (25, 1)) for i in range(10)}
+    # E[max] of 10 standard normals is 1.54; a mean of 25 has a fifth of the spread.
+    assert summary.lead_by_luck(equal) == pytest.approx(1.54 * 0.05 / 5, rel=0.35)
 
 
 def test_committed_picture_is_that_of_the_committed_result(summary: ModuleType) -> None:

@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 @pytest.fixture
 def publish(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("claims", "claims.regret", "publish"):
+    for name in ("claims", "claims.variants", "publish"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("publish")
 
@@ -63,7 +63,7 @@ def test_a_table_older_than_its_result_is_noticed(
     [
         "<!-- results no-such-run -->\n<!-- end -->\n",
         "<!-- results quickstart -->\nText that would be lost.\n",
-        "<!-- results quickstart -->\n<!-- results convai2 -->\n<!-- end -->\n",
+        "<!-- results quickstart -->\n<!-- results claims-mnist-pairs -->\n<!-- end -->\n",
         "<!-- end -->\n",
     ],
 )
@@ -83,64 +83,15 @@ def result(scores: dict[str, float], spread: float = 0.01) -> dict[str, Any]:
     return {"bases": [{"name": base} for base in scores], "scores": rows}
 
 
-def test_regret_is_the_way_to_the_best_in_hindsight(
-    publish: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    regret = importlib.import_module("claims.regret")
-    monkeypatch.setattr(regret, "RESULTS", tmp_path)
-    assert "No result" in regret.regret_table()
-    found = result({"none": 0, "standard": 0.1, "peft-ml": 0.2, "reptile": 0, "fomaml": 0})
-    (tmp_path / "claims-one.json").write_text(json.dumps(found))
-    assert "No result" in regret.regret_table()  # nobody chose yet
-    chosen = {"bases": [{"name": "auto"}], "scores": []}
-    # `auto` took what is second best: its scores are those of standard.
-    chosen["scores"] = [{**s, "base": "auto"} for s in found["scores"] if s["base"] == "standard"]
-    (tmp_path / "claims-one-auto.json").write_text(json.dumps(chosen))
-    [(name, shots, scores)] = list(regret.cells())
-    row = regret.regret_row(name, shots, scores)
-    assert row["best"] == "peft-ml"
-    expected = scores["peft-ml"].mean() - scores["standard"].mean()
-    assert row["regret"] == pytest.approx(expected)
-    assert row["minus_standard"] == (0, 0, 0)
-    # peft-ml is the best whichever task is left out
-    assert row["regret_without"] == pytest.approx(row["regret"])
-    assert row["minus_none"][1] > 0
-    assert "below standard retraining in 0 cells, below none in 0; above them in 0 and 1" in (
-        regret.regret_table()
-    )
-
-
 @pytest.mark.parametrize(("rival", "beats"), [(0.1, True), (0.3, False), (0.2, False)])
 def test_a_variant_must_beat_every_rival(publish: ModuleType, rival: float, beats: bool) -> None:
-    regret = importlib.import_module("claims.regret")
+    variants = importlib.import_module("claims.variants")
     found = result(
         {"none": 0.5, "standard": 0, "peft-ml": rival, "reptile": 0, "fomaml": 0, "episodes": 0.2}
     )
-    row = regret.variant_row("one", 8, regret.matrices(found, 8))
+    row = variants.variant_row("one", 8, variants.matrices(found, 8))
     assert row["variant"] == "episodes"
     assert row["beats_all"] == beats  # none is a control, no rival
-
-
-def test_a_best_method_by_luck_on_one_task_is_not_the_best_without_it(publish: ModuleType) -> None:
-    regret = importlib.import_module("claims.regret")
-    steady, lucky = np.full((4, 1), 0.5), np.array([[0.4], [0.4], [0.4], [1.0]])
-    assert lucky.mean() > steady.mean()
-    # Without the lucky task `steady` is picked for it; `lucky` is picked for each of the others.
-    assert regret.best_without({"steady": steady, "lucky": lucky}) == pytest.approx(
-        (0.5 + 3 * 0.4) / 4
-    )
-
-
-def test_the_lead_of_the_best_of_many_equal_methods_is_luck(publish: ModuleType) -> None:
-    regret = importlib.import_module("claims.regret")
-
-    rng = np.random.default_rng(1)
-    equal = {f"m{i}": rng.normal(0, 0.05, (25, 1)) for i in range(10)}
-    lead, luck = regret.leads(equal)
-    # E[max] of 10 standard normals is 1.54; a mean of 25 has a fifth of the spread.
-    assert luck == pytest.approx(1.54 * 0.05 / 5, rel=0.35)
-    assert lead < 2 * luck
-    assert regret.leads({**equal, "m0": equal["m0"] + 0.5}) == (0, 0)  # nobody is near it
 
 
 def test_runs_apart_are_joined_as_if_they_were_one(publish: ModuleType) -> None:
