@@ -202,6 +202,22 @@ def test_the_trials_are_recorded(tmp_path):
     assert choice["num_held_out"] == 4 and choice["num_seen"] == 6
 
 
+def test_progress_goes_on_through_all_trials_and_names_them():
+    calls = []
+    many = [*CONTROLS, {"name": "peft-ml", **FAST, "lora": LORA, "as": "ours"}]
+    foretune.retrain(
+        *(Net(), family(6), auto(candidates=many, rounds=2), RUN),
+        progress=lambda update, updates, figures: calls.append((update / updates, figures)),
+    )
+    trials = [(share, figures["doing"]) for share, figures in calls if "doing" in figures]
+    assert [share for share, _ in trials] == sorted({share for share, _ in trials})
+    assert trials[0][0] < 0.2 and 0.8 < trials[-1][0] < 1
+    assert dict.fromkeys(doing for _, doing in trials if "ours" in doing) == dict.fromkeys(
+        ["round 1 of 2, ours", "round 2 of 2, ours"]
+    )
+    assert calls[-1][0] == 1 and "doing" not in calls[-1][1]  # the retraining that follows
+
+
 def test_an_interrupted_choice_resumes(tmp_path, monkeypatch):
     tasks, many = family(6), [*CONTROLS, {"name": "peft-ml", **FAST, "lora": LORA}]
     method = auto(candidates=many, rounds=2)

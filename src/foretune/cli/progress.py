@@ -99,5 +99,6 @@ def _plain_bar(label: str, rounds: Rounds) -> Iterator[Progress]:
 
 
 def _figures(figures: dict[str, Any]) -> str:
+    doing = [printable(figures["doing"])] if "doing" in figures else []
     numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
-    return " ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+    return " ".join([*doing, *(f"{name} {value:.3g}" for name, value in numbers.items())])

@@ -33,17 +33,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import TypedDict, override
 
 from foretune.errors import DivergedError, UserError
+from foretune.evaluation.trial_report import Trial, label, mean_score, report_of
 from foretune.evaluation.verdict import CONTROLS
 from foretune.formats import CHOICE, read_json, stamped
 from foretune.methods import fields_of, make
 from foretune.run import Run, check_fraction, check_int, check_list, check_positive, run_fields
 from foretune.training.methods import RetrainMethod
+from foretune.training.trial_progress import within
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,7 +70,6 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
     {"name": "peft-ml", "average": 0.5},
 )
 VARIANTS = {"interpolate", "average"}  # fields that make standard no longer a control
-Trial = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,13 +182,19 @@ class Auto(RetrainMethod):
             scored = build_search_tasks(group_tasks, self.shots, run.seed, self.group_column)
             steps = max(1, round(run.steps * min(1.0, self.budget * 2**number)))
             round_run = run.replace(out=None, resume=False, overwrite=False, steps=steps)
-            for group in by_training(remaining):
+            trainings = by_training(remaining)
+            for place, group in enumerate(trainings):
                 finished = {(trial["candidate"], trial["round"]) for trial in trials}
                 if all((label(candidate), number) in finished for candidate in group):
                     continue
+                begin = (number + place / len(trainings)) / self.rounds
+                end = (number + (place + 1) / len(trainings)) / self.rounds
+                doing = f"round {number + 1} of {self.rounds}, {label(group[0])}"
                 with metered() as cost, counted() as spent:
                     scores = self._train_and_score(
-                        model, seen, scored, group, round_run, progress, held_out
+                        *(model, seen, scored, group, round_run),
+                        within(progress, begin, end, doing),
+                        held_out,
                     )
                 for candidate, score in zip(group, scores, strict=True):
                     trials.append(
@@ -198,7 +204,7 @@ class Auto(RetrainMethod):
                 _write(file, inputs, trials)
             ranked = _ranked(remaining, trials)
             remaining = _better_half(ranked)
-        return _record(ranked[0]), _summary(ranked, trials, tasks, groups[: self.rounds])
+        return _record(ranked[0]), report_of(ranked, trials, tasks, groups[: self.rounds])
 
     def _train_and_score(
         self,
@@ -251,16 +257,6 @@ class Auto(RetrainMethod):
         if result.plan is not None:
             trial["adapt"] = result.plan.to_dict()["settings"]
         return trial
-
-
-def label(candidate: Mapping[str, Any]) -> str:
-    """A candidate's display name: its `as`, or its name and fields.
-
-    >>> label({"name": "peft-ml", "penalty": 0.1}), label({"name": "none", "as": "control"})
-    ('peft-ml penalty=0.1', 'control')
-    """
-    fields = [f"{key}={value}" for key, value in candidate.items() if key not in ("name", "as")]
-    return str(candidate.get("as") or " ".join([str(candidate["name"]), *fields]))
 
 
 def _adapt_fields(adapt: Any) -> dict[str, Any] | list[Any]:
@@ -318,13 +314,6 @@ def by_training(candidates: Sequence[Mapping[str, Any]]) -> list[list[Mapping[st
     return list(groups.values())
 
 
-def _mean(trials: Sequence[Trial]) -> float:
-    """Mean score of a candidate's trials, weighted by their steps; −∞ if one diverged."""
-    if any(trial["score"] is None for trial in trials):
-        return -math.inf
-    return sum(t["score"] * t["steps"] for t in trials) / sum(t["steps"] for t in trials)
-
-
 def _ranked(candidates: Sequence[dict[str, Any]], trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """The candidates that did not diverge, best first; ties keep their order.
 
@@ -333,7 +322,7 @@ def _ranked(candidates: Sequence[dict[str, Any]], trials: Sequence[Trial]) -> li
     """
 
     def key(candidate: Mapping[str, Any]) -> float:
-        return -_mean([t for t in trials if t["candidate"] == label(candidate)])
+        return -mean_score([t for t in trials if t["candidate"] == label(candidate)])
 
     ranked = sorted(candidates, key=key)
     if math.isinf(key(ranked[0])):
@@ -354,62 +343,6 @@ def _better_half(ranked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if plain and plain[0] not in survivors:
             survivors.append(plain[0])
     return survivors
-
-
-def _summary(
-    ranked: Sequence[Mapping[str, Any]],
-    trials: Sequence[Trial],
-    tasks: TaskCollection,
-    held: Sequence[Sequence[str]],
-) -> dict[str, Any]:
-    """The trials, their cost, and how certain the choice is."""
-    best = label(ranked[0])
-    by_name = {name: [t for t in trials if t["candidate"] == name] for name in _names(trials)}
-    diverged = {n for n, part in by_name.items() if any(t["score"] is None for t in part)}
-    costs = [trial["cost"] for trial in trials if "cost" in trial]
-    return {
-        "chosen": best,
-        "scores": {n: None if n in diverged else _mean(part) for n, part in by_name.items()},
-        "rounds": {name: len(part) for name, part in by_name.items()},
-        "above": [
-            above
-            for name in by_name
-            if name != best
-            for above in [_above(by_name[best], by_name[name])]
-            if above
-        ],
-        "num_held_out": len({name for part in held for name in part}),
-        "num_seen": len(tasks),
-        "cost": {
-            key: round(sum(cost.get(key) or 0 for cost in costs), 3)
-            for key in ("seconds", "cpu_seconds", "tokens", "examples")
-        },
-        "trials": list(trials),
-    }
-
-
-def _names(trials: Sequence[Trial]) -> list[str]:
-    return list(dict.fromkeys(trial["candidate"] for trial in trials))
-
-
-def _above(best: Sequence[Trial], rival: Sequence[Trial]) -> dict[str, Any] | None:
-    """How far the best is above a rival on the tasks of the rounds that both took part in."""
-    from foretune.evaluation.statistics import paired_difference
-
-    best_scores: dict[str, list[float]] = {}  # a task may be held out in several rounds
-    rival_scores: dict[str, list[float]] = {}
-    for best_trial, rival_trial in zip(best, rival, strict=False):
-        if rival_trial["score"] is None:
-            return None
-        for task, scores in best_trial["by_task"].items():
-            best_scores.setdefault(task, []).extend(scores)
-            rival_scores.setdefault(task, []).extend(rival_trial["by_task"][task])
-    difference = paired_difference(
-        [[fmean(scores)] for scores in best_scores.values()],
-        [[fmean(rival_scores[task])] for task in best_scores],
-    )
-    fields = ("difference", "low", "high", "p_value", "num_tasks")
-    return {"over": rival[0]["candidate"], **{name: getattr(difference, name) for name in fields}}
 
 
 # What is used of choice.json.

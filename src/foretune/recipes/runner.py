@@ -20,7 +20,8 @@ from foretune.recipes.merge import merge_repeats
 from foretune.recipes.model_card import model_card
 from foretune.recipes.schema import Recipe
 from foretune.recipes.setup import Setup, need_unseen, set_up
-from foretune.recipes.stages import base_folder, base_stage, make_base, total_cost
+from foretune.recipes.stages import base_folder, base_stage, make_base
+from foretune.recipes.trials import total_cost
 
 if TYPE_CHECKING:
     from foretune.training.adapt_plan import AdaptPlan

@@ -17,7 +17,7 @@ from foretune.recipes.console import Console
 from foretune.recipes.entries import MethodEntry
 from foretune.recipes.folder import write_json
 from foretune.recipes.setup import Setup
-from foretune.recipes.trials import best_trial, retrain, say_score
+from foretune.recipes.trials import best_trial, retrain, say_score, total_cost
 
 STAGE_FILE = "stage.json"  # in the folder of a finished stage
 
@@ -94,12 +94,3 @@ def make_base(
     if not is_finished:
         say_score(setup, name, outcome, console)
     return outcome, settings, trials
-
-
-def total_cost(outcome: Any) -> dict[str, Any]:
-    """The cost of a retraining, including the trials of a method that chooses among others."""
-    cost: dict[str, Any] = dict(outcome.cost)
-    if outcome.choice is not None:
-        for key, value in outcome.choice["cost"].items():
-            cost[key] = cost.get(key, 0) + value
-    return cost

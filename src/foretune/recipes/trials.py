@@ -88,7 +88,7 @@ def retrain(
 ) -> Any:
     """The outcome of `foretune.retrain` on the seen tasks of a repeat, with a progress bar."""
     record, label = entry.record(settings), f"{entry.name_with(settings)}, seed {run.seed}"
-    with console.bar(label) as progress:
+    with console.bar(label, rounds=1 + record.chooses) as progress:
         outcome = foretune.retrain(
             setup.model,
             setup.seen,
@@ -113,8 +113,17 @@ def say_score(setup: Setup, name: str, outcome: Any, console: Console) -> None:
     else:
         tasks = counted(len(setup.held_out), "held-out task")
         validation = f", {score:.4f} after adapting to {tasks}"
-    seconds = f"{outcome.cost['seconds']:.0f} s"
+    seconds = f"{total_cost(outcome)['seconds']:.0f} s"
     console.say(f"{name}, seed {outcome.run.seed}: {seconds}{validation}")
+
+
+def total_cost(outcome: Any) -> dict[str, Any]:
+    """The cost of a retraining, including the trials of a method that chooses among others."""
+    cost: dict[str, Any] = dict(outcome.cost)
+    if outcome.choice is not None:
+        for key, value in outcome.choice["cost"].items():
+            cost[key] = cost.get(key, 0) + value
+    return cost
 
 
 def _scores(
