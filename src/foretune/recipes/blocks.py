@@ -77,7 +77,7 @@ class ModelBlock(Block):
     """The input model: a `name`, a Python `file` that builds one, or a `tower` on arrays.
 
     Args:
-        name: "minilm", a local Hugging Face folder, or a hub id.
+        name: "minilm", "smollm2", a local Hugging Face folder, a GGUF file, or a hub id.
         tower: Widths of the hidden layers of a small new network. With `name` it reads the
             embeddings of texts by that model, which is frozen; without, the arrays of the rows.
         file: A Python file with a function that returns an `nn.Module`.
@@ -103,8 +103,8 @@ class ModelBlock(Block):
             )
         if (self.name is None and self.tower is None) == (self.file is None):
             raise ValueError(
-                "needs either name (minilm, a folder, a hub id) or file (a .py file), or for "
-                "arrays a tower such as [64, 64]"
+                "needs either name (minilm, smollm2, a folder, a GGUF file, a hub id) or file (a "
+                ".py file), or for arrays a tower such as [64, 64]"
             )
         if self.tower is not None and self.trainable_layers is not None:
             raise ValueError(

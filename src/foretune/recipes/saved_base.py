@@ -13,6 +13,7 @@ from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE, BASE_FILE, CONFIG_FILE, MODULE_FILE
 from foretune.formats import damage_named
 from foretune.models.base_record import read_base_record
+from foretune.models.named import folder_of, is_named, short_name
 from foretune.recipes.objective_blocks import OBJECTIVES
 from foretune.recipes.setup import head_of, with_tokenizer
 from foretune.tasks.file_formats import one_line
@@ -100,10 +101,8 @@ def find_base(folder: Path) -> SavedBase:
     Raises:
         UserError: There is no such folder, or it is not a base.
     """
-    if not folder.is_dir() and str(folder) == "minilm":
-        from foretune.models.loading import locate
-
-        return SavedBase("minilm", Path(locate("minilm")), {})
+    if not folder.is_dir() and is_named(folder):
+        return SavedBase(short_name(folder), folder_of(folder), {})
     if not folder.is_dir():
         raise UserError(f"no base in {folder}: no such folder")
     place = folder / "base" if (folder / "base").is_dir() else folder
