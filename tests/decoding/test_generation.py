@@ -177,3 +177,31 @@ def test_ids_are_shared_where_all_tokenizers_have_one_word() -> None:
     assert longer is not None and longer.shape == (30,) and bool(longer.all())
     with pytest.raises(UserError, match="4 of 30 ids differ"):
         shared_tokens(one, [Words("a", "b", "c", "d", *words[4:])])
+
+
+CHAT = (
+    "{% for m in messages %}[CLS] {{ m.role }} {{ m.content }} [SEP] {% endfor %}"
+    "{% if add_generation_prompt %}[CLS] the{% endif %}"
+)
+
+
+def test_a_conversation_is_written_by_the_chat_template(model: Any, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = CHAT
+    messages = [{"role": "user", "content": "a dog"}]
+    ids = prompt_ids(tokenizer, messages)
+    written = "[CLS] user a dog [SEP] [CLS] the"
+    assert ids == tokenizer(written, add_special_tokens=False)["input_ids"]  # no second [CLS]
+    [answer] = generate_texts(model, tokenizer, [messages], max_new_tokens=4, do_sample=False)
+    assert answer.prompt == messages and answer.text
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "a dog"}]}\n{"prompt": "the"}\n')
+    assert read_prompts(file) == [messages, "the"]
+    file.write_text('{"messages": [{"role": "assistant", "content": "a dog"}]}')
+    with pytest.raises(UserError, match="line 1: messages begins with a turn of"):
+        read_prompts(file)
+    answered = [*messages, {"role": "assistant", "content": "the"}]
+    with pytest.raises(UserError, match="ends with the assistant's turn"):
+        prompt_ids(tokenizer, answered)
+    with pytest.raises(UserError, match="the tokenizer has no chat template"):
+        prompt_ids(TOKENIZER, messages)

@@ -80,3 +80,18 @@ def test_whole_numbers_are_labels():
 def test_a_classification_row_calls_its_prompt_text():
     named, called = read(ROW), read({"text": ROW["prompt"], "label": "red"})
     assert (called.kind, called.texts, called.values) == ("label", named.texts, named.values)
+
+
+def test_a_conversation_counts_its_last_answer():
+    tokenizer = tiny_models.tokenizer(special=False)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[CLS] {{ m.content }} [SEP] {% endfor %}"
+        "{% if add_generation_prompt %}[CLS] {% endif %}"
+    )
+    turns = [("user", "a dog"), ("assistant", "red"), ("user", "the cat"), ("assistant", "blue")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    references = read_references([row, {"prompt": "a", "completion": "the"}], tokenizer)
+    ids = tokenizer("[CLS] a dog [SEP] [CLS] red [SEP] [CLS] the cat [SEP] [CLS] blue [SEP]")
+    assert references.texts[0] == ids["input_ids"][:-1]
+    assert references.values[0] == tokenizer("blue [SEP]")["input_ids"]
+    assert references.places[0] == [len(references.texts[0]) - 2, len(references.texts[0]) - 1]

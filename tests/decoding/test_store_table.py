@@ -136,9 +136,9 @@ def test_the_loss_of_lora_is_the_mean_over_the_values_of_each_text(rows):
 def test_a_text_that_fills_all_positions_of_the_model_is_learned():
     objective = ReferenceLM(max_tokens=4)
     running_text = objective.encode({"text": [5, 6, 7, 8], "values": [6, 7, 8, 9]}, "references")
-    assert running_text == {"input_ids": [5, 6, 7, 8], "num_prompt": 1}
+    assert running_text == {"input_ids": [5, 6, 7, 8], "learnt": [(1, 4)]}
     labelled = objective.encode({"text": [5, 6, 7, 8], "values": [9]}, "references")
-    assert labelled == {"input_ids": [6, 7, 8, 9], "num_prompt": 3}
+    assert labelled == {"input_ids": [6, 7, 8, 9], "learnt": [(3, 4)]}
     model, words = tiny_models.gpt2(), [WORDS[i % 5] for i in range(65)]
     for row in ({"text": " ".join(words)}, {"prompt": " ".join(words[:64]), "label": "red"}):
         references = read_references([row] * 2, tokenizer(), max_tokens=64)

@@ -359,7 +359,7 @@ def test_prompts_lose_their_beginning():
     objective = CausalLM(TOKENIZER, max_tokens=5)
     encoded = objective.encode({"prompt": "a b c d", "completion": "e"}, "t")
     assert encoded["input_ids"] == TOKENIZER("c d e")["input_ids"]
-    assert encoded["num_prompt"] == 3
+    assert encoded["learnt"] == [(3, len(encoded["input_ids"]))]
     encoded = objective.encode({"prompt": "a b", "completion": "c d e f g h"}, "t")
     assert encoded["input_ids"] == TOKENIZER("c d e f")["input_ids"][:5]
 

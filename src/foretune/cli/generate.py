@@ -37,8 +37,15 @@ def generate(
         ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="File of prompts: one per line, or .jsonl; - for stdin.")
+        Path | None,
+        typer.Option(
+            help="File of prompts: one per line, or .jsonl with prompt or messages; - for stdin."
+        ),
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Each prompt is a user's message, answered by a chat model."),
+    ] = False,
     method: Annotated[
         str | None, typer.Option(help="Decode method (default: the model alone).")
     ] = None,
@@ -104,11 +111,15 @@ def generate(
     reads = [str(read) for read in (*sources, *(tuned or ()), *(untuned or ())) if read is not None]
     _check_figure(out, betas, oracle, overwrite, reads)
     with quiet_stdout(), trusted_code(trust_remote_code), _warnings_as_lines():
-        from foretune.decoding.generation import read_prompts
+        from foretune.decoding.generation import as_chat, read_prompts
 
         texts = [prompt] if prompt is not None else _read(prompts)
+        if chat:
+            texts = [as_chat(text) for text in texts]
         files = {"tuned_prompts": tuned_prompts, "untuned_prompts": untuned_prompts}
         side_prompts = {k: read_prompts(file) for k, file in files.items() if file is not None}
+        if chat:
+            side_prompts = {k: [as_chat(text) for text in v] for k, v in side_prompts.items()}
         _check_side_options(method, betas, bool(side_prompts or speculative))
         if betas is not None:
             from foretune.decoding.beta_sweep import figure, sweep, table_rows
@@ -154,7 +165,7 @@ def _record(method: str | None, settings: list[str]) -> Any:
     return None
 
 
-def _read(prompts: Path | None) -> list[str]:
+def _read(prompts: Path | None) -> list[Any]:
     """Prompts of a file or of stdin.
 
     Raises:

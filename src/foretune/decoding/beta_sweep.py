@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretune.decoding.generation import Generated, generate_texts, prompt_ids
+from foretune.decoding.generation import Generated, Prompt, generate_texts, prompt_ids
 from foretune.errors import UserError
 from foretune.evaluation.report import svg
 
@@ -24,7 +24,7 @@ SIZE = (560, 360)
 
 def sweep(
     model: str,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     method: Any,
     betas: Sequence[float],
     resources: Mapping[str, Any],

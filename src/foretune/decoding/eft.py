@@ -47,7 +47,7 @@ from foretune.run import check_positive
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from foretune.decoding.generation import Generated
+    from foretune.decoding.generation import Generated, Prompt
     from foretune.decoding.side_models import SideModels
 
 PAPER = {
@@ -233,13 +233,13 @@ class EFT(Method):
     def decode(
         self,
         model: Any,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[Prompt],
         *,
         tokenizer: Any = None,
         tuned: Any = None,
         untuned: Any = None,
-        tuned_prompts: Sequence[str] | None = None,
-        untuned_prompts: Sequence[str] | None = None,
+        tuned_prompts: Sequence[Prompt] | None = None,
+        untuned_prompts: Sequence[Prompt] | None = None,
         speculative: bool = False,
         batch_size: int = 8,
         seed: int = 0,

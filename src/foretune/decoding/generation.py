@@ -17,6 +17,11 @@ import transformers
 from torch import Tensor, nn
 
 from foretune.errors import DivergedError, UserError, did_you_mean
+from foretune.tasks.messages import Message, checked_prompt
+from foretune.tasks.objectives.chat import prompt_text
+from foretune.tasks.objectives.text import plain_ids
+
+Prompt = str | list[Message]  # a text, or a conversation that is to be answered
 
 # What `generate` takes besides the fields of a GenerationConfig.
 GENERATE_TAKES = ("assistant_model", "logits_processor", "stopping_criteria", "streamer")
@@ -27,13 +32,13 @@ class Generated:
     """A continuation of one prompt.
 
     Args:
-        prompt: The prompt.
+        prompt: The prompt: a text, or the messages of a conversation.
         text: The continuation, without prompt and special tokens.
         token_ids: Its ids, including an end-of-text token, without padding.
         details: Additions of a method, such as the neighbours of each token; JSON-able.
     """
 
-    prompt: str
+    prompt: Prompt
     text: str
     token_ids: tuple[int, ...]
     details: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +47,7 @@ class Generated:
 def generate_texts(
     model: nn.Module,
     tokenizer: Any,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[Prompt],
     *,
     max_new_tokens: int = 50,
     batch_size: int = 8,
@@ -54,7 +59,8 @@ def generate_texts(
     Args:
         model: A causal language model of transformers or peft.
         tokenizer: Its tokenizer.
-        prompts: One prompt or several.
+        prompts: One prompt or several; a prompt is a text, or a list of messages, which the
+            tokenizer's chat template writes.
         max_new_tokens: Maximum length of a continuation.
         batch_size: Prompts per call; always 1 with an `assistant_model`.
         seed: Random seed of sampling; the global random state is not changed.
@@ -118,7 +124,7 @@ def _check_scores(ids: Tensor, scores: Tensor) -> Tensor:
 
 
 def encode(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 0
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int = 0
 ) -> dict[str, Tensor]:
     """Left-padded `input_ids` and `attention_mask`, (prompts, longest), on the model's device.
 
@@ -140,12 +146,16 @@ def encode(
     return {key: value.to(device_of(model)) for key, value in batch.items()}
 
 
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     """The ids of a prompt, without an end-of-text token that the tokenizer appends.
 
     Raises:
-        UserError: The prompt is empty and the tokenizer has no beginning-of-text token.
+        UserError: The prompt is empty and the tokenizer has no beginning-of-text token, or it is a
+            conversation that cannot be written.
     """
+    if not isinstance(prompt, str):
+        turns = checked_prompt(prompt, "messages of a prompt")
+        return plain_ids(tokenizer, [prompt_text(tokenizer, turns, "a prompt")])[0]
     ids = list(tokenizer(prompt, verbose=False)["input_ids"])
     # Encoders' tokenizers append an end-of-text token, after which a decoder would not continue.
     if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
@@ -157,6 +167,15 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
             "a prompt is empty, and the tokenizer has no beginning-of-text token to start from"
         )
     return ids
+
+
+def as_chat(prompt: Prompt) -> list[Message]:
+    """The prompt as a conversation; a text is a user's turn.
+
+    >>> as_chat("Hi")
+    [{'role': 'user', 'content': 'Hi'}]
+    """
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
@@ -235,8 +254,8 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """Reads prompts: the lines of a text file, or the `prompt` of each row of a .jsonl file.
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Reads prompts: the lines of a text file, or `prompt` or `messages` of each row of .jsonl.
 
     Args:
         path: The file; "-" for standard input, one prompt per line.
@@ -251,7 +270,7 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def _prompts(path: Path) -> Iterator[str]:
+def _prompts(path: Path) -> Iterator[Prompt]:
     if str(path) == "-":
         yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
         return
@@ -271,8 +290,13 @@ def _prompts(path: Path) -> Iterator[str]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON: {error}") from None
+        if isinstance(row, dict) and "messages" in row and "prompt" not in row:
+            yield checked_prompt(row["messages"], f"{path}, line {number}: messages")
+            continue
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise UserError(f'{path}, line {number}: a row needs text under "prompt"')
+            raise UserError(
+                f'{path}, line {number}: a row needs text under "prompt", or "messages"'
+            )
         yield row["prompt"]
 
 

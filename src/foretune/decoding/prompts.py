@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foretune.errors import UserError, did_you_mean
 from foretune.methods import make, method_class_of
 from foretune.recipes.overrides import apply_overrides, split_arguments
+
+if TYPE_CHECKING:
+    from foretune.decoding.generation import Prompt
 
 WHAT_IT_IS = {
     "tuned": "a fine-tuned model or a PEFT folder",
@@ -85,7 +88,7 @@ def check_resources(method: str | None, options: Mapping[str, Any]) -> dict[str,
 
 def generate(
     model: str,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     method: Any,
     resources: Mapping[str, Any],
     *,

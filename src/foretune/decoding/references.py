@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,13 +15,15 @@ from torch import Tensor
 from foretune.decoding.generation import prompt_ids
 from foretune.errors import UserError
 from foretune.tasks.labels import label_text
+from foretune.tasks.messages import checked_messages
+from foretune.tasks.objectives.chat import encode_chat
 from foretune.tasks.objectives.text import ended, plain_ids
 from foretune.tasks.rows import check_unicode
 
 KINDS = {
     "label": "prompt (or text) and label",
     "choice": "context, candidates and answer",
-    "completion": "prompt and completion",
+    "completion": "prompt and completion (or messages)",
     "text": "text",
 }
 LETTERS = string.ascii_uppercase
@@ -75,7 +78,8 @@ def read_references(
 
     What counts in a row with `prompt` (or `text`) and `label`: the first token of the label, after
     the prompt. With `context`, `candidates` and `answer`: the letter of the right candidate. With
-    `prompt` and `completion`: every token of the completion and the end-of-text token. With `text`:
+    `prompt` and `completion`: every token of the completion and the end-of-text token. With
+    `messages`: every token of the last assistant's turn. With `text`:
     every token but the first; texts longer than `max_tokens` are split.
 
     Args:
@@ -166,6 +170,17 @@ def _add(
         for start in range(0, len(ids) - 1, step):
             piece = ids[start : start + step + 1]
             references.add(piece[:-1], list(range(len(piece) - 1)), piece[1:], source)
+    elif references.kind == "completion" and row.get("prompt") is None:
+        turns = checked_messages(row["messages"], f"row {source + 1}: messages")
+        ids, [(begin, end)] = encode_chat(
+            tokenizer,
+            turns,
+            train_on="last",
+            max_tokens=sys.maxsize,
+            tools=row.get("tools"),
+            where=f"row {source + 1}",
+        )
+        references.add(ids[:-1], list(range(begin - 1, end - 1)), ids[begin:end], source)
     elif references.kind == "completion":
         ids = prompt_ids(tokenizer, row["prompt"])
         completion = plain_ids(tokenizer, [row["completion"]])[0]
@@ -215,6 +230,7 @@ _NEEDS = (
     ("label", ("prompt", "label")),
     ("label", ("text", "label")),
     ("completion", ("prompt", "completion")),
+    ("completion", ("messages",)),
     ("text", ("text",)),
 )
 

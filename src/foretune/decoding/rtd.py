@@ -43,7 +43,7 @@ from foretune.run import check_fraction, check_int, check_one_of, check_positive
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from foretune.decoding.generation import Generated
+    from foretune.decoding.generation import Generated, Prompt
     from foretune.decoding.lookup import Lookup
     from foretune.decoding.reference_store import ReferenceStore
 
@@ -145,7 +145,7 @@ class RTD(Method):
     def decode(
         self,
         model: Any,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[Prompt],
         *,
         tokenizer: Any = None,
         store: Any = None,

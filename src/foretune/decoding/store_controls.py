@@ -136,9 +136,9 @@ class ReferenceLM(CausalLM):
         ids, values = [*example["text"], example["values"][-1]], example["values"]
         num_prompt = len(ids) - len(values)
         if len(ids) > self.max_tokens and len(values) > 1:
-            return {"input_ids": ids[:-1], "num_prompt": num_prompt}
+            return {"input_ids": ids[:-1], "learnt": [(num_prompt, len(ids) - 1)]}
         start = max(0, len(ids) - self.max_tokens)
-        return {"input_ids": ids[start:], "num_prompt": num_prompt - start}
+        return {"input_ids": ids[start:], "learnt": [(num_prompt - start, len(ids) - start)]}
 
 
 def _adapted(

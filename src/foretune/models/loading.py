@@ -76,6 +76,7 @@ def load_model(
     labels: Iterable[object] = (),
     trainable_layers: int | None = None,
     tower: Sequence[int] | None = None,
+    chat_template: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
     dtype: Any = torch.float32,
@@ -94,6 +95,8 @@ def load_model(
         tower: Freeze the whole model, as an encoder of texts, and put a small new network on its
             embeddings, whose hidden layers have these widths (`models/tower.py`). With head "none"
             it is one network for contexts and one for responses.
+        chat_template: A file with the chat template (Jinja) that the tokenizer gets; None for its
+            own.
         trust_remote_code: Run Python code that comes with the model, or that its folder names.
         seed: Random seed of weights missing from the checkpoint (a fresh head).
         dtype: Dtype of the weights; "auto" for that of the checkpoint.
@@ -134,6 +137,8 @@ def load_model(
             model = build(auto, where, config, trusted, seed, dtype, fresh_head=fresh_head)
             tokenizer = load_tokenizer(where, trusted, reads_text=head != "image-classification")
     pad_within(model, tokenizer)
+    if chat_template is not None:
+        _set_chat_template(tokenizer, Path(chat_template).expanduser())
     if tokenizer is not None and head == "classification" and tower is None:
         # decoders find a row's last token by this id, so it must be the id that pads the rows
         fill = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
@@ -146,6 +151,22 @@ def load_model(
             False
         )  # hidden states are read before it, so it would get no gradient
     return model, tokenizer
+
+
+def _set_chat_template(tokenizer: Any, file: Path) -> None:
+    """Gives a tokenizer the chat template in a file, which is saved with it.
+
+    Raises:
+        UserError: There is no tokenizer, or the file cannot be read.
+    """
+    if tokenizer is None:
+        raise UserError(f"chat_template={file}: the model has no tokenizer")
+    try:
+        tokenizer.chat_template = file.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"chat_template={file} cannot be read: {in_one_line(str(error))}"
+        ) from error
 
 
 def _class_for(head: str, config: Any) -> str:

@@ -32,7 +32,7 @@ def adapt_command(recipe: Recipe, comparison: Mapping[str, Any]) -> str:
             mode="json", exclude_defaults=True, exclude={"shots", "draws", "search_tasks"}
         )
     reading = {"task_column", "group_column", "columns", "num_candidates", "candidate_pool"}
-    reading |= {"candidates_from", "candidate_seed", "splits"}
+    reading |= {"candidates_from", "candidate_seed", "splits", "messages"}
     data = recipe.tasks.model_dump(mode="json", exclude_defaults=True, include=reading)
     changes |= {f"tasks.{key}": value for key, value in data.items()}
     settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]

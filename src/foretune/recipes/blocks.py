@@ -84,6 +84,8 @@ class ModelBlock(Block):
         factory: The name of that function.
         args: Its keyword arguments.
         trainable_layers: Number of last blocks that are trained besides the head; None: all.
+        chat_template: A file with the chat template for rows with `messages`; None: the tokenizer's
+            own.
         trust_remote_code: Whether a hub repository may run its own Python code.
     """
 
@@ -93,6 +95,7 @@ class ModelBlock(Block):
     factory: str = "build"
     args: dict[str, Any] = Field(default_factory=dict)
     trainable_layers: int | None = Field(default=None, ge=0)
+    chat_template: str | None = None
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -111,6 +114,8 @@ class ModelBlock(Block):
                 "may have tower or trainable_layers, not both: below a tower the whole encoder is "
                 "frozen, so that each text is computed once"
             )
+        if self.chat_template is not None and (self.name is None or self.tower is not None):
+            raise ValueError("may have chat_template only beside the name of a language model")
         if self.file is None and self.args:
             raise ValueError("may have args only beside file")
         return self

@@ -31,10 +31,11 @@ class ClassificationBlock(Block):
 
 
 class CausalLMBlock(Block):
-    """Predict the next token; with prompt and completion, of the completion only."""
+    """Predict the next token: of a text, of a completion, or of an assistant's turns."""
 
     kind: Literal["causal-lm"]
     max_tokens: int = 128
+    train_on: Literal["last", "all"] = "last"
 
 
 class RegressionBlock(Block):

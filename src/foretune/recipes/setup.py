@@ -212,6 +212,7 @@ def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, An
         labels=objective.shared().space or (),
         trainable_layers=block.trainable_layers,
         tower=block.tower,
+        chat_template=block.chat_template,
         trust_remote_code=block.trust_remote_code,
     )
 

@@ -133,6 +133,10 @@ def content(example: Example) -> tuple[int, int]:
     """64-bit digests of the input and of input with answer: two collide with probability 2^-64."""
     inputs = [(field, _normal(example[field])) for field in INPUTS if field in example]
     answers = [(field, _answer(example[field])) for field in ANSWERS if field in example]
+    if "messages" in example:  # the last turn is the answer
+        texts = [(turn["role"], turn["content"]) for turn in example["messages"]]
+        inputs.append(("messages", _normal(texts[:-1])))
+        answers.append(("messages", _normal(texts[-1])))
     if "candidates" in example or "response" in example:
         answers.append(("response", _normal(true_response(example))))
     return _digest(inputs), _digest([inputs, answers])
@@ -298,6 +302,8 @@ def _sample(example: Example) -> str:
     """The beginning of an example's text, for a message."""
     context = example.get("context", "")
     last_turn = context[-1] if isinstance(context, list) else context
+    if "messages" in example:
+        last_turn = example["messages"][-2]["content"]  # before the answer
     text = example.get("text") or example.get("prompt") or last_turn
     if not text:
         return f"array of shape {getattr(example.get('x'), 'shape', '?')}"

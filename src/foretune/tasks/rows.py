@@ -8,13 +8,14 @@ from typing import Any
 from foretune.errors import UserError, did_you_mean
 from foretune.printable import in_one_line
 from foretune.tasks.file_formats import Unreadable, short
+from foretune.tasks.messages import checked_messages
 from foretune.tasks.readers import Row
 from foretune.tasks.split_names import SplitNames
 
 NEEDS = {
     "choice": "context with candidates and answer, or context with response",
     "classification": "text with label, or x with y",
-    "causal-lm": "text, or prompt with completion",
+    "causal-lm": "text, or prompt with completion, or messages",
     "denoising": "x",
     "regression": "x with y",
     "prompts": "text with label, or x with y",
@@ -169,6 +170,10 @@ def check_repeats(candidates: Sequence[str], where: str) -> None:
 
 
 def _check_language(example: dict[str, Any], row: Row) -> None:
+    if "messages" in example and "text" not in example and "prompt" not in example:
+        readable(row, "messages")
+        example["messages"] = checked_messages(example["messages"], f"{row.place}: messages")
+        return
     fields = ("text",) if "text" in example else ("prompt", "completion")
     _need(example, fields, row, "causal-lm")
     for field in fields:

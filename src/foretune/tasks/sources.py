@@ -14,6 +14,7 @@ from foretune.run import check_at_least, check_one_of, check_seed
 from foretune.tasks.candidates import draw_candidates
 from foretune.tasks.example import SPLITS
 from foretune.tasks.labels import label_of
+from foretune.tasks.messages import check_message_names, with_message_names
 from foretune.tasks.readers import HUB_ID, Row, read_rows
 from foretune.tasks.responses import GROUP_COLUMNS, group_of
 from foretune.tasks.row_store import RowStore
@@ -58,6 +59,9 @@ class Source:
             from other examples of the same task.
         candidate_seed: Random seed of the distractors.
         columns: Columns to rename: name in the source → name that foretune expects.
+        messages: Other names in conversations: `role` and `content`, the keys under which a turn
+            has them, and `roles`, name of a role in the source → "system", "user", "assistant" or
+            "tool".
         splits: Names of splits: name in the source → "train", "validation" or "test", or None to
             leave its rows out. The usual names need no entry.
         seed: Random seed of the draws of tasks, splits and train examples.
@@ -81,6 +85,7 @@ class Source:
     candidates_from: Literal["others", "own"] = "others"
     candidate_seed: int = 0
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    messages: dict[str, Any] = dataclasses.field(default_factory=dict)
     splits: dict[str, str | None] = dataclasses.field(default_factory=dict)
     seed: int = 0
 
@@ -123,6 +128,7 @@ class Source:
         repeated = [n for n, count in Counter(self.columns.values()).items() if count > 1]
         if repeated:
             raise UserError(f'columns renames two columns to "{repeated[0]}"')
+        check_message_names(self.messages)
         check_renames(self.splits)
 
     def to_dict(self) -> dict[str, Any]:
@@ -226,6 +232,8 @@ def _read(
             continue
         if source.columns:
             row = _renamed(row, source.columns)
+        if source.messages:
+            row = row._replace(fields=with_message_names(row.fields, source.messages))
         try:
             if (split := split_of(row, splits)) == LEFT_OUT:
                 continue

@@ -1,10 +1,10 @@
-"""`CausalLM`: predict the next token of a text, or of a completion that follows a prompt."""
+"""`CausalLM`: predict the next token of a text, of a completion, or of an assistant's turns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,19 +13,22 @@ from typing_extensions import override
 from foretune.errors import UserError
 from foretune.models.counted import logits_at
 from foretune.models.routing import route
-from foretune.run import check_int
+from foretune.run import check_int, check_one_of
 from foretune.tasks.batch import Batch
 from foretune.tasks.example import SPLITS
+from foretune.tasks.messages import Message, checked_messages
 from foretune.tasks.objectives import text
+from foretune.tasks.objectives.chat import encode_chat
 from foretune.tasks.task import Objective, TaskCollection
 
 
 @dataclass(frozen=True)
 class CausalLM(Objective):
-    """Predict the next token of `text`, or of `completion` after `prompt`.
+    """Predict the next token of `text`, of `completion` after `prompt`, or of `messages`.
 
     The loss of an example is the mean negative log-likelihood of its tokens, or only of the
-    completion's tokens if there is a prompt; the score is its negative. A completion ends with the
+    completion's tokens if there is a prompt, or of the assistant's turns in a conversation, which
+    the tokenizer's chat template writes; the score is its negative. A completion ends with the
     tokenizer's end-of-text token, so that a model learns where to stop; one that is cut does not.
     Prompt and completion are tokenised separately, so that no token spans both.
 
@@ -36,12 +39,14 @@ class CausalLM(Objective):
         tokenizer: The model's tokenizer.
         max_tokens: Maximum length of a text, or of prompt and completion together, special tokens
             included. A longer text loses its end; a prompt loses its beginning, and a completion
-            its end only if it alone is too long.
+            its end only if it alone is too long. A conversation loses its oldest exchanges.
+        train_on: The assistant's turns that are learnt in a conversation: "last" or "all".
     """
 
     tokenizer: Any = field(default=None, repr=False, compare=False)
     _: KW_ONLY
     max_tokens: int = 128
+    train_on: Literal["last", "all"] = "last"
 
     kind: ClassVar[str] = "causal-lm"
     metric: ClassVar[str] = "log-likelihood per token"
@@ -49,19 +54,33 @@ class CausalLM(Objective):
 
     def __post_init__(self) -> None:
         check_int("max_tokens", self.max_tokens, 2)
+        check_one_of("train_on", self.train_on, ("last", "all"))
 
     @override
     def fit(self, tasks: TaskCollection) -> Self:
-        """Checks that all examples have text; there is nothing to learn."""
+        """Checks that all examples have text or messages; there is nothing to learn."""
         for task in tasks:
             for split in SPLITS:
                 for row in task.split(split):
+                    if "messages" in row:
+                        self._messages(row, task.name)
+                        continue
                     for name in ("text",) if "prompt" not in row else ("prompt", "completion"):
                         text.text_of(row, name, task.name)
         return self
 
     @override
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
+        if "messages" in example:
+            ids, spans = encode_chat(
+                self.tokenizer,
+                self._messages(example, task),
+                train_on=self.train_on,
+                max_tokens=self.max_tokens,
+                tools=example.get("tools"),
+                where=text.name_of(example, task),
+            )
+            return {"input_ids": ids, "learnt": spans}
         single = text.single_template(self.tokenizer)
         single.room(self.max_tokens, "max_tokens")
         if "prompt" in example:
@@ -74,7 +93,10 @@ class CausalLM(Objective):
                 f"{text.name_of(example, task)}: a text needs two tokens or more, to predict one "
                 f"from another; got {example['text']!r:.60}"
             )
-        return {"input_ids": ids, "num_prompt": 1}
+        return {"input_ids": ids, "learnt": [(1, len(ids))]}
+
+    def _messages(self, example: Mapping[str, Any], task: str) -> list[Message]:
+        return checked_messages(example["messages"], f"{text.name_of(example, task)}: messages")
 
     def _encode_prompt(
         self, example: Mapping[str, Any], task: str, single: text.Template
@@ -100,9 +122,10 @@ class CausalLM(Objective):
                 f'{text.name_of(example, task)}: a row needs tokens in "prompt" and in '
                 f'"completion", got {example["prompt"]!r:.40} and {example["completion"]!r:.40}'
             )
+        ids = [*before, *prompt, *completion]
         return {
-            "input_ids": [*before, *prompt, *completion],
-            "num_prompt": len(before) + len(prompt),
+            "input_ids": ids,
+            "learnt": [(len(ids) - len(completion), len(ids))],
             "source": single.fill(prompt),
             "target": completion,
         }
@@ -123,10 +146,7 @@ class CausalLM(Objective):
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         fill = text.pad_id(self.tokenizer)
         ids = [row["input_ids"] for row in rows]
-        labels = [
-            [text.IGNORED] * row["num_prompt"] + row["input_ids"][row["num_prompt"] :]
-            for row in rows
-        ]
+        labels = [_labels(row["input_ids"], row["learnt"]) for row in rows]
         inputs = {
             "input_ids": text.pad(ids, fill),
             "attention_mask": text.pad_mask(ids),
@@ -150,7 +170,7 @@ class CausalLM(Objective):
             if "target" not in inputs:
                 raise UserError(
                     'an encoder-decoder learns from "prompt" and "completion", got a row with '
-                    '"text"'
+                    '"text" or "messages"'
                 )
             with route(batch.slots):
                 output = model(
@@ -178,7 +198,19 @@ class CausalLM(Objective):
 
     @override
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "max_tokens": self.max_tokens}
+        return {"kind": self.kind, "max_tokens": self.max_tokens, "train_on": self.train_on}
+
+
+def _labels(ids: Sequence[int], learnt: Iterable[tuple[int, int]]) -> list[int]:
+    """The ids inside the spans that are learnt, `IGNORED` elsewhere.
+
+    >>> _labels([5, 6, 7, 8], [(1, 2), (3, 4)])
+    [-100, 6, -100, 8]
+    """
+    labels = [text.IGNORED] * len(ids)
+    for begin, end in learnt:
+        labels[begin:end] = ids[begin:end]
+    return labels
 
 
 def mean_nll(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,267 @@
+"""Conversations as token ids: a chat template writes them, and the assistant's turns are learnt.
+
+What is learnt of a turn is what the model itself has to write after the prompt that
+`apply_chat_template(..., add_generation_prompt=True)` makes of the turns before: the difference
+between the conversation and that prompt, up to the token that ends the turn. Where the template
+marks what is generated (`{% generation %}`), the marks decide. Prompt and turn are tokenised as in
+generation, one after the other, and what is learnt is decoded again to check it.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from foretune.errors import UserError
+from foretune.tasks.file_formats import one_line, short
+from foretune.tasks.messages import Message, is_learnable
+from foretune.tasks.objectives import text
+
+GENERATION = re.compile(r"\{%-?\s*generation\b")
+Span = tuple[int, int]  # first, and one past the last
+
+
+def encode_chat(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    train_on: str,
+    max_tokens: int,
+    tools: Sequence[Any] | None,
+    where: str,
+) -> tuple[list[int], list[Span]]:
+    """The ids of a conversation, and the spans of them that are learnt.
+
+    A conversation that is too long loses its oldest exchanges, each a user's turn and what follows
+    it, but keeps its system turn.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        messages: Checked messages.
+        train_on: "last" for the last assistant's turn, "all" for each.
+        max_tokens: Most ids.
+        tools: Tools that the template lists.
+        where: The row, for messages.
+
+    Raises:
+        UserError: There is no template, it refuses the messages, no turn of them can be learnt, or
+            the last exchange is longer than `max_tokens`.
+    """
+    chat = _Chat(tokenizer, tools, where)
+    turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+    learnt = [i for i in (turns if train_on == "all" else turns[-1:]) if is_learnable(messages[i])]
+    if not learnt:
+        raise UserError(f"{where}: the last assistant's turn has weight 0: set train_on to all")
+    users = [i for i, turn in enumerate(messages) if turn["role"] == "user"]
+    system = [*messages[:1]] if messages[0]["role"] == "system" else []
+    for first in (i for i in users if i < learnt[-1]):
+        remaining = [*messages] if first == users[0] else [*system, *messages[first:]]
+        dropped = len(messages) - len(remaining)
+        ids, spans = chat.encode(remaining, [i - dropped for i in learnt if i > first])
+        if len(ids) <= max_tokens:
+            return ids, spans
+    raise UserError(
+        f"{where}: the last exchange alone has {len(ids)} tokens, and max_tokens is {max_tokens}: "
+        f"a turn is not cut, so set max_tokens to {len(ids)} or more, or leave the row out"
+    )
+
+
+def prompt_text(tokenizer: Any, messages: Sequence[Message], where: str) -> str:
+    """The text after which an assistant answers.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        messages: Checked messages; the last one is not the assistant's.
+        where: What they are, for messages.
+
+    Raises:
+        UserError: There is no chat template, or it refuses the messages.
+    """
+    return _Chat(tokenizer, None, where).render(messages, opens=True)
+
+
+class _Chat:
+    """The chat template of a tokenizer.
+
+    Args:
+        tokenizer: The tokenizer.
+        tools: Tools that the template lists.
+        where: The row, for messages.
+
+    Raises:
+        UserError: There is no template.
+    """
+
+    def __init__(self, tokenizer: Any, tools: Sequence[Any] | None, where: str) -> None:
+        self.tokenizer, self.tools, self.where = tokenizer, tools or None, where
+        template = getattr(tokenizer, "chat_template", None)
+        if not template:
+            raise UserError(
+                f"{where}: the tokenizer has no chat template: set model.chat_template to a file "
+                "that holds one"
+            )
+        self.marks_turns = bool(GENERATION.search(str(template)))
+        self.special = special_tokens(tokenizer)
+
+    def encode(
+        self, messages: Sequence[Message], learnt: Sequence[int]
+    ) -> tuple[list[int], list[Span]]:
+        """The ids of a conversation up to the last of the turns with these indices; their spans."""
+        turns = [self._without_end(turn) for turn in messages]
+        if self.marks_turns:
+            return self._marked(turns, learnt)
+        written = self.render(turns)
+        pieces = [self._piece(turns, i, written) for i in learnt]
+        ids, places = self._ids(written, [cut for piece in pieces for cut in piece])
+        spans = list(zip(places[::2], places[1::2], strict=True))
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        is_last = learnt[-1] == len(turns) - 1
+        if is_last and end is not None and not self._ends(written[: pieces[-1][1]]):
+            ids.append(end)  # the template has no token that ends a turn
+            spans[-1] = (spans[-1][0], len(ids))
+        for (begin, stop), (first, last) in zip(spans, pieces, strict=True):
+            self._check(ids[begin:stop], written[first:last])
+        return ids, spans
+
+    def render(self, turns: Sequence[Message], *, opens: bool = False) -> str:
+        """The text of a conversation.
+
+        Args:
+            turns: Messages.
+            opens: Whether the beginning of an assistant's turn follows.
+
+        Raises:
+            UserError: The template refuses it.
+        """
+        conversation: str = self._apply(turns, tokenize=False, add_generation_prompt=opens)
+        return conversation
+
+    def _apply(self, turns: Sequence[Message], **options: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(list(turns), tools=self.tools, **options)
+        except Exception as error:  # a template raises what it likes
+            raise UserError(
+                f"{self.where}: the chat template refuses the conversation: {one_line(error)}"
+            ) from error
+
+    def _piece(self, turns: Sequence[Message], index: int, written: str) -> Span:
+        """Where the text that is learnt of a turn begins and ends in the conversation's.
+
+        Raises:
+            UserError: The template writes the turns before otherwise than in the conversation.
+        """
+        prompt = self.render(turns[:index], opens=True)
+        if not written.startswith(prompt):
+            prompt = self.render(turns[:index])  # a template that opens a turn in its own way
+        content = turns[index]["content"].strip()
+        place = written.find(content, len(prompt))
+        if not written.startswith(prompt) or place < 0:
+            raise UserError(
+                f"{self.where}: the chat template writes turn {index + 1} otherwise when other "
+                "turns follow it: set objective.train_on to last"
+                if index + 1 < len(turns)
+                else f"{self.where}: the chat template does not write the last turn after the "
+                "prompt that it makes of the turns before"
+            )
+        following = self.render(turns[: index + 1])
+        limit = len(following) if written.startswith(following) else len(written)
+        return len(prompt), self._end_of_turn(written, turns[index], place + len(content), limit)
+
+    def _end_of_turn(self, written: str, turn: Message, after: int, limit: int) -> int:
+        """Where a turn ends: after the first special token behind its words, or with its words.
+
+        Calls of tools are written behind the words, and may have special tokens of their own.
+        """
+        find, choose = (written.rfind, max) if "tool_calls" in turn else (written.find, min)
+        places = [(find(token, after, limit), len(token)) for token in self.special]
+        ends = [place + length for place, length in places if place >= 0]
+        return choose(ends, default=after)
+
+    def _ends(self, written: str) -> bool:
+        return any(written.endswith(token) for token in self.special)
+
+    def _without_end(self, turn: Message) -> Message:
+        """The message without end tokens that its content brings along: the template writes one."""
+        content, end = turn["content"], getattr(self.tokenizer, "eos_token", None)
+        while end and content.endswith(end):
+            content = content.removesuffix(end)
+        return {**turn, "content": content}
+
+    def _marked(
+        self, turns: Sequence[Message], learnt: Sequence[int]
+    ) -> tuple[list[int], list[Span]]:
+        """The ids, and the spans that the template itself marks as generated.
+
+        Raises:
+            UserError: It marks another number of spans than there are turns of the assistant.
+        """
+        encoded = self._apply(
+            turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = list(encoded["input_ids"]), [0, *encoded["assistant_masks"], 0]
+        begins = [i for i in range(len(ids)) if mask[i + 1] and not mask[i]]
+        ends = [i for i in range(1, len(ids) + 1) if mask[i] and not mask[i + 1]]
+        spoken = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if len(begins) != len(spoken):
+            raise UserError(
+                f"{self.where}: the chat template marks {len(begins)} turns as generated, and the "
+                f"assistant has {len(spoken)}"
+            )
+        spans = dict(zip(spoken, zip(begins, ends, strict=True), strict=True))
+        for i in learnt:
+            words = turns[i]["content"].strip()
+            if plain(words) not in plain(self._decoded(ids[slice(*spans[i])])):
+                raise UserError(
+                    f"{self.where}: the chat template does not mark the words of turn {i + 1}"
+                )
+        return ids[: spans[learnt[-1]][1]], [spans[i] for i in learnt]
+
+    def _ids(self, written: str, cuts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The ids of a text up to the last cut, and how many of them lie before each cut.
+
+        The text up to a cut is tokenised as by itself, as a prompt is, whatever follows.
+        """
+        ids: list[int] = []
+        places = []
+        begin = 0
+        for cut in cuts:
+            up_to = text.plain_ids(self.tokenizer, [written[:cut]])[0]
+            if up_to[: len(ids)] != ids:
+                up_to = [*ids, *text.plain_ids(self.tokenizer, [written[begin:cut]])[0]]
+            ids, begin = up_to, cut
+            places.append(len(ids))
+        return ids, places
+
+    def _check(self, ids: Sequence[int], learnt: str) -> None:
+        """Checks that ids are those of a text.
+
+        Raises:
+            UserError: They decode to another one.
+        """
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        if unknown in ids:
+            return
+        decoded = self._decoded(ids)
+        if not plain(decoded).startswith(plain(learnt)):
+            raise UserError(
+                f"{self.where}: what would be learnt decodes to {short(decoded)}, and the turn is "
+                f"{short(learnt)}"
+            )
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        decoded: str = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        return decoded
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    """The texts of a tokenizer's special tokens."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    named = getattr(tokenizer, "all_special_tokens", ())
+    return {*named, *(token.content for token in added if token.special)}
+
+
+def plain(written: str) -> str:
+    """A text without case, spaces and the marks that tokenizers normalise."""
+    return "".join(unicodedata.normalize("NFKC", written).casefold().split())
