@@ -45,6 +45,7 @@ _PUBLIC = {
     "RTD": "foretune.decoding.rtd",
     "RandomExperts": "foretune.pruning.random_experts",
     "ReferenceStore": "foretune.decoding.reference_store",
+    "Preference": "foretune.tasks.objectives.preference",
     "Regression": "foretune.tasks.objectives.regression",
     "Reptile": "foretune.methods.reptile",
     "Run": "foretune.run",

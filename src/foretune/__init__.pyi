@@ -51,6 +51,7 @@ from foretune.tasks.objectives.causal_lm import CausalLM as CausalLM
 from foretune.tasks.objectives.choice import Choice as Choice
 from foretune.tasks.objectives.classification import Classification as Classification
 from foretune.tasks.objectives.denoising import Denoising as Denoising
+from foretune.tasks.objectives.preference import Preference as Preference
 from foretune.tasks.objectives.prompts import PromptClassification as PromptClassification
 from foretune.tasks.objectives.regression import Regression as Regression
 from foretune.tasks.sources import Source as Source

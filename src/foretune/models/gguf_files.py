@@ -91,6 +91,7 @@ def _convert(path: Path, digest: str, folder: Path) -> None:
 
     Raises:
         UserError: The file cannot be converted.
+        OSError: The folder cannot be put in its place.
     """
     if importlib.util.find_spec("gguf") is None:
         raise UserError(

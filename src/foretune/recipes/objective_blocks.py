@@ -38,6 +38,15 @@ class CausalLMBlock(Block):
     train_on: Literal["last", "all"] = "last"
 
 
+class PreferenceBlock(Block):
+    """Tell the preferred answer to a prompt from the other one."""
+
+    kind: Literal["preference"]
+    scoring: Literal["reward", "dpo"] = "reward"
+    beta: float = 0.1
+    max_tokens: int = 256
+
+
 class RegressionBlock(Block):
     """Predict an array from an array."""
 
@@ -66,6 +75,7 @@ ObjectiveBlock = (
     ChoiceBlock
     | ClassificationBlock
     | CausalLMBlock
+    | PreferenceBlock
     | RegressionBlock
     | PromptsBlock
     | DenoisingBlock
@@ -74,6 +84,7 @@ OBJECTIVES: dict[str, type[Block]] = {
     "choice": ChoiceBlock,
     "classification": ClassificationBlock,
     "causal-lm": CausalLMBlock,
+    "preference": PreferenceBlock,
     "regression": RegressionBlock,
     "prompts": PromptsBlock,
     "denoising": DenoisingBlock,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # What the objectives read: two examples are the same if inputs and answers are.
 INPUTS = ("context", "text", "prompt", "x")
-ANSWERS = ("label", "completion", "y")
+ANSWERS = ("label", "completion", "chosen", "rejected", "y")
 PAIRS = (("train", "validation"), ("train", "test"), ("validation", "test"))
 LEARNT = ("train", "validation")  # splits of seen tasks that a base depends on
 # Copies of rows agree with each other but for a few corrected labels; tasks that answer the same

@@ -9,6 +9,7 @@ from foretune.errors import UserError, did_you_mean
 from foretune.printable import in_one_line
 from foretune.tasks.file_formats import Unreadable, short
 from foretune.tasks.messages import checked_messages
+from foretune.tasks.preferences import SIDES, checked_pair
 from foretune.tasks.readers import Row
 from foretune.tasks.split_names import SplitNames
 
@@ -16,6 +17,7 @@ NEEDS = {
     "choice": "context with candidates and answer, or context with response",
     "classification": "text with label, or x with y",
     "causal-lm": "text, or prompt with completion, or messages",
+    "preference": "prompt with chosen and rejected",
     "denoising": "x",
     "regression": "x with y",
     "prompts": "text with label, or x with y",
@@ -99,6 +101,11 @@ def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> dict[str, Any]:
         _check_choice(example, row)
     elif kind == "causal-lm":
         _check_language(example, row)
+    elif kind == "preference":
+        for field in ("prompt", *SIDES):
+            if isinstance(value := readable(row, field), str):
+                check_unicode(value, f"{row.place}, {field}")
+        checked_pair(example, row.place)
     elif kind in CLASSES and ("text" in example or not {"x", "y"} & example.keys()):
         _need(example, ("text", "label"), row, kind)
         _check_text(example["text"], "text", row)

@@ -16,6 +16,7 @@ OBJECTIVES: dict[str, str] = {
     "classification": "foretune.tasks.objectives.classification:Classification",
     "causal-lm": "foretune.tasks.objectives.causal_lm:CausalLM",
     "denoising": "foretune.tasks.objectives.denoising:Denoising",
+    "preference": "foretune.tasks.objectives.preference:Preference",
     "regression": "foretune.tasks.objectives.regression:Regression",
     "prompts": "foretune.tasks.objectives.prompts:PromptClassification",
     "forecast": "foretune.forecasting.objective:Forecast",

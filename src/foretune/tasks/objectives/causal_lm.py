@@ -146,7 +146,7 @@ class CausalLM(Objective):
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
         fill = text.pad_id(self.tokenizer)
         ids = [row["input_ids"] for row in rows]
-        labels = [_labels(row["input_ids"], row["learnt"]) for row in rows]
+        labels = [labels_of(row["input_ids"], row["learnt"]) for row in rows]
         inputs = {
             "input_ids": text.pad(ids, fill),
             "attention_mask": text.pad_mask(ids),
@@ -201,10 +201,10 @@ class CausalLM(Objective):
         return {"kind": self.kind, "max_tokens": self.max_tokens, "train_on": self.train_on}
 
 
-def _labels(ids: Sequence[int], learnt: Iterable[tuple[int, int]]) -> list[int]:
+def labels_of(ids: Sequence[int], learnt: Iterable[tuple[int, int]]) -> list[int]:
     """The ids inside the spans that are learnt, `IGNORED` elsewhere.
 
-    >>> _labels([5, 6, 7, 8], [(1, 2), (3, 4)])
+    >>> labels_of([5, 6, 7, 8], [(1, 2), (3, 4)])
     [-100, 6, -100, 8]
     """
     labels = [text.IGNORED] * len(ids)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from foretune.errors import UserError
@@ -54,17 +54,68 @@ def encode_chat(
     learnt = [i for i in (turns if train_on == "all" else turns[-1:]) if is_learnable(messages[i])]
     if not learnt:
         raise UserError(f"{where}: the last assistant's turn has weight 0: set train_on to all")
-    users = [i for i, turn in enumerate(messages) if turn["role"] == "user"]
-    system = [*messages[:1]] if messages[0]["role"] == "system" else []
-    for first in (i for i in users if i < learnt[-1]):
-        remaining = [*messages] if first == users[0] else [*system, *messages[first:]]
+    for remaining in shortened(messages, learnt[-1]):
         dropped = len(messages) - len(remaining)
-        ids, spans = chat.encode(remaining, [i - dropped for i in learnt if i > first])
+        ids, spans = chat.encode(remaining, [i - dropped for i in learnt if i > dropped])
         if len(ids) <= max_tokens:
             return ids, spans
     raise UserError(
         f"{where}: the last exchange alone has {len(ids)} tokens, and max_tokens is {max_tokens}: "
         f"a turn is not cut, so set max_tokens to {len(ids)} or more, or leave the row out"
+    )
+
+
+def shortened(messages: Sequence[Message], last: int) -> Iterator[list[Message]]:
+    """The conversation, then without its oldest exchange, and so on; its system turn stays.
+
+    Args:
+        messages: Checked messages.
+        last: A turn that is never left out; the user's turn before it is not, either.
+    """
+    system = [*messages[:1]] if messages[0]["role"] == "system" else []
+    users = [i for i, turn in enumerate(messages[:last]) if turn["role"] == "user"]
+    for first in users:
+        yield [*system, *messages[first:]]
+
+
+def encode_answers(
+    tokenizer: Any,
+    prompt: Sequence[Message],
+    answers: Sequence[str],
+    *,
+    max_tokens: int,
+    tools: Sequence[Any] | None,
+    where: str,
+) -> list[tuple[list[int], Span]]:
+    """The ids of a conversation with each of several answers, and the spans of the answers.
+
+    All answers have the same conversation before them, shortened as in `encode_chat` until each
+    fits.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt: Checked messages; the last one is not the assistant's.
+        answers: The answers.
+        max_tokens: Most ids.
+        tools: Tools that the template lists.
+        where: The row, for messages.
+
+    Raises:
+        UserError: There is no template, it refuses the messages, or the last exchange is longer
+            than `max_tokens`.
+    """
+    chat = _Chat(tokenizer, tools, where)
+    for remaining in shortened(prompt, len(prompt)):
+        encoded = [
+            chat.encode([*remaining, {"role": "assistant", "content": answer}], [len(remaining)])
+            for answer in answers
+        ]
+        longest = max(len(ids) for ids, _ in encoded)
+        if longest <= max_tokens:
+            return [(ids, spans[0]) for ids, spans in encoded]
+    raise UserError(
+        f"{where}: the last exchange alone has {longest} tokens, and max_tokens is {max_tokens}: a "
+        f"turn is not cut, so set max_tokens to {longest} or more, or leave the row out"
     )
 
 
