@@ -94,7 +94,11 @@ class Preference(Objective):
 
     @override
     def bind(self, model: nn.Module) -> Self:
-        """The form that compares with this model, which training leaves as it is."""
+        """The form that compares with this model, which training leaves as it is.
+
+        Raises:
+            UserError: It is an encoder-decoder, and the scoring DPO.
+        """
         if self.scoring == "reward":
             return self
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -130,7 +134,11 @@ class Preference(Objective):
     def _encode_texts(
         self, prompt: str, answers: Sequence[str], where: str
     ) -> list[tuple[list[int], tuple[int, int]]]:
-        """Prompt and answer between the tokenizer's special tokens, for each answer."""
+        """Prompt and answer between the tokenizer's special tokens, for each answer.
+
+        Raises:
+            UserError: The prompt or an answer has no token.
+        """
         single = text.single_template(self.tokenizer)
         single.room(self.max_tokens, "max_tokens")
         before, after = list(single.before), list(single.after)
@@ -193,7 +201,11 @@ class Preference(Objective):
         return (1 + margins.sign()) / 2, -F.logsigmoid(margins)
 
     def _margins(self, model: Any, batch: Batch) -> Tensor:
-        """(n,) reward of the chosen answer minus that of the rejected one."""
+        """(n,) reward of the chosen answer minus that of the rejected one.
+
+        Raises:
+            UserError: DPO has no reference.
+        """
         inputs = batch.inputs
         with route(batch.extra["text_slots"]):
             rewards = (
