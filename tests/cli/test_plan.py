@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from command_line import call, the_json
+from foretune.evaluation.conflict import REALISED
 
 RECIPE = """\
 name: votes
@@ -49,6 +50,8 @@ def test_json_has_all_numbers(recipe: str) -> None:
     assert conflict["advice"] == "PEFT-ML" and conflict["shared_inputs"] == 1
     assert [step["shots"] for step in conflict["by_shots"]] == [2, None]
     assert conflict["expected_gain"][1] > 0.05
+    expected = [REALISED * bound for bound in conflict["low_rank_gain"]]
+    assert conflict["expected_gain"] == pytest.approx(expected)
 
 
 def test_what_cannot_be_measured_is_one_line(recipe: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from foretune.errors import UserError
-from foretune.evaluation.conflict import Conflict, measure_conflict
+from foretune.evaluation.conflict import REALISED, Conflict, measure_conflict
 from foretune.evaluation.conflict_reading import Inputs
 from foretune.evaluation.conflict_text import about_tasks, conflict_rows, expectation
 from foretune.tasks.task import Task, TaskCollection
@@ -78,8 +78,9 @@ def test_offsets_are_told_from_low_rank_differences(shared: bool) -> None:
 def test_low_rank_differences_make_peft_ml_pay(shared: bool) -> None:
     conflict = measure_conflict(votes(shared=shared, rank=1), shots=(4, None))
     assert conflict.advice == "PEFT-ML"
-    mean, low, high = conflict.expected_gain or (0, 0, 0)
+    mean, low, high = conflict.low_rank_gain or (0, 0, 0)
     assert 0.05 < low < mean < high
+    assert conflict.expected_gain == (REALISED * mean, REALISED * low, REALISED * high)
     assert conflict.shared_inputs == (1.0 if shared else 0.0)
     few, many = scores(conflict, 0), scores(conflict, 1)
     assert min(few["low rank"], many["low rank"]) > many["pooled"] + 0.1

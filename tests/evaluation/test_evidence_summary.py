@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from foretune.evaluation.conflict import REALISED
 from foretune.evaluation.statistics import pairs_and_means
 from foretune.recipes.schema import load_recipe
 
@@ -55,7 +56,7 @@ def write(folder: Path, results: dict[str, dict[str, Any]], expected: dict[str, 
         conflict: dict[str, Any] = {"unmeasured": "labels of its own"}
         if gain := expected.get(name.removeprefix("evidence-")):
             low_and_high = [gain - 0.01, gain + 0.01]
-            conflict = {"expected_gain": [gain, *low_and_high], "advice": "PEFT-ML"}
+            conflict = {"low_rank_gain": [gain, *low_and_high], "advice": "PEFT-ML"}
         (folder / f"{name}.json").write_text(json.dumps({**content, "conflict": conflict}))
 
 
@@ -149,6 +150,11 @@ def test_the_lead_of_the_best_of_many_equal_methods_is_luck(summary: ModuleType)
     equal = {f"m{i}": rng.normal(0, 0.05, (25, 1)) for i in range(10)}
     # E[max] of 10 standard normals is 1.54; a mean of 25 has a fifth of the spread.
     assert summary.lead_by_luck(equal) == pytest.approx(1.54 * 0.05 / 5, rel=0.35)
+
+
+def test_plan_expects_the_share_that_was_realised(summary: ModuleType) -> None:
+    made = json.loads((summary.RESULTS / "evidence.json").read_text("utf-8"))
+    assert pytest.approx(summary.realised(made), abs=0.03) == REALISED
 
 
 def test_committed_picture_is_that_of_the_committed_result(summary: ModuleType) -> None:
