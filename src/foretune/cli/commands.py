@@ -9,6 +9,7 @@ import typer
 import foretune
 from foretune.cli import (
     catalogue,
+    check,
     compare_report,
     datastore,
     doctor,
@@ -58,6 +59,7 @@ app.command("init")(init.init)
 app.command("plan")(plan.plan)
 app.command("retrain")(retrain_adapt.retrain)
 app.command("adapt")(retrain_adapt.adapt)
+app.command("check")(check.check)
 app.command("compare")(compare_report.compare)
 app.command("report")(compare_report.report)
 app.command("fuse")(fuse.fuse)

@@ -19,19 +19,9 @@ from foretune.files import ADAPTER_CONFIG_FILE
 from foretune.fusion.finetuned import Finetuned, Source
 from foretune.fusion.full_models import class_of_folder, live_model, model_folder, spellings
 from foretune.fusion.lora_adapters import adapter_folder, live_adapter
-from foretune.models.loading import load_base, load_model
+from foretune.models.loading import head_of_class, load_base, load_model
 from foretune.models.named import is_named
 from foretune.models.surgery import has_fresh_head, head_modules
-
-# End of the name of a class of transformers → head of `load_model`.
-HEADS_BY_CLASS = {
-    "ForSequenceClassification": "classification",
-    "ForImageClassification": "image-classification",
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-    "ForConditionalGeneration": "seq2seq",
-    "Model": "none",
-}
 
 
 def make_skeleton(base: Source, finetuned: Mapping[str, Source]) -> tuple[nn.Module, Any]:
@@ -137,10 +127,10 @@ def _in_class_of_adapters(
     if not needed:
         return model, tokenizer
     class_name = min(needed)
-    head = next((head for end, head in HEADS_BY_CLASS.items() if class_name.endswith(end)), None)
+    head = head_of_class(class_name)
     if not isinstance(base, nn.Module) and len(classes) == 1 and head is not None:
         where = base if is_named(base) else Path(base)
-        model, tokenizer = load_model(where, head=head, dtype="auto")  # type: ignore[arg-type]
+        model, tokenizer = load_model(where, head=head, dtype="auto")
     if type(model).__name__ != class_name:
         raise UserError(
             f"the base is a {type(model).__name__}, but the adapters were trained on a "

@@ -51,6 +51,14 @@ AUTO_CLASSES = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "image-classification": "AutoModelForImageClassification",
 }
+HEADS_BY_CLASS: dict[str, Head] = {  # the end of a class's name
+    "ForSequenceClassification": "classification",
+    "ForImageClassification": "image-classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForConditionalGeneration": "seq2seq",
+    "Model": "none",
+}
 LABELLED = ("classification", "image-classification")
 
 
@@ -180,6 +188,15 @@ def _names_all(config: Any, labels: Iterable[object]) -> bool:
     """Whether the config names the outputs of its head, and all these labels among them."""
     names = {str(label) for label in labels}
     return bool(names) and names <= set(named_labels(config.id2label) or ())
+
+
+def head_of_class(name: str) -> Head | None:
+    """The head of a class of transformers.
+
+    >>> head_of_class("LlamaForCausalLM"), head_of_class("BertModel"), head_of_class("Net")
+    ('causal-lm', 'none', None)
+    """
+    return next((head for end, head in HEADS_BY_CLASS.items() if name.endswith(end)), None)
 
 
 def has_classifier(folder: Path) -> bool:
