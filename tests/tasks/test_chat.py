@@ -223,3 +223,109 @@ def test_a_conversation_that_occurs_again_is_a_leak() -> None:
     task = Task("t", [chat("I"), chat("you")], [], [chat("I")])
     [leak] = find_leaks(TaskCollection((task,)))
     assert (leak.count, leak.sample) == (1, "Who?")
+
+
+R1 = """{%- for m in messages -%}
+{%- if m.role == 'assistant' -%}
+{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + '<｜end｜>' }}
+{%- else -%}{{ '<｜User｜>' + m.content }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<｜Assistant｜><think>\\n' }}{%- endif -%}"""
+CALLS = """{%- for m in messages -%}
+{{ '<|im_start|>' + m.role + '\\n' + (m.content if drops is not defined else '') }}
+{%- for c in m.tool_calls or [] -%}{{ '<tool>' + c | tojson }}{%- endfor -%}
+{{ END if m.role != 'assistant' or not m.tool_calls }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+
+
+def test_a_prompt_that_opens_a_part_for_reasoning_is_cut_back_to_what_is_written() -> None:
+    family = Family(R1, ("<｜User｜>", "<｜Assistant｜>", "<｜end｜>"), "<｜end｜>")
+    messages = [turn("user", "6 * 7?"), turn("assistant", "<think>6 * 7</think>It is 42.")]
+    tokenizer, row = encoded(family, [*messages, *messages], train_on="all")
+    assert decoded(tokenizer, row) == ["It is 42.<｜end｜>"] * 2
+    before = tokenizer.decode(row["input_ids"][: row["learnt"][0][0]])
+    assert before == "<｜User｜>6 * 7?<｜Assistant｜>"
+
+
+def test_words_that_occur_in_a_header_are_not_taken_for_the_turn() -> None:
+    family = FAMILIES["harmony"]
+    for word in ("final", "a", "user"):
+        messages = [turn("user", word), turn("assistant", word)]
+        learnt = decoded(*encoded(family, [*messages, *messages], train_on="all"))
+        opening = "<|channel|>final<|message|>"
+        assert learnt == [f"{opening}{word}<|end|>", f"{opening}{word}<|return|>"]
+
+
+def test_calls_among_turns_that_are_written_in_two_ways() -> None:
+    family = FAMILIES["thinking"]
+    messages = [
+        turn("user", "Rain?"),
+        turn("assistant", "I look."),
+        turn("user", "Yes"),
+        turn("assistant", "It rains."),
+        turn("user", "thanks"),
+        turn("assistant", "welcome"),
+    ]
+    learnt = decoded(*encoded(family, messages, train_on="all"))
+    opening = "<think>\n\n</think>\n\n"
+    assert learnt == ["I look.<|im_end|>", "It rains.<|im_end|>", f"{opening}welcome<|im_end|>"]
+
+
+def test_calls_that_a_template_does_not_write_are_refused() -> None:
+    calling = turn("assistant", None, tool_calls=[{"name": "rain"}])
+    after = [turn("tool", "wet"), turn("assistant", "It rains.")]
+    for name in ("phi-3", "llama-3"):
+        with pytest.raises(
+            UserError, match=r"(does not write what turn 2 says|writes turn 2 otherwise)"
+        ):
+            encoded(FAMILIES[name], [turn("user", "Rain?"), calling, *after], train_on="all")
+        [learnt] = decoded(*encoded(FAMILIES[name], [turn("user", "Rain?"), calling, *after]))
+        assert learnt == f"It rains.{FAMILIES[name].end}"
+
+
+def test_a_call_without_a_token_behind_it_is_learnt_whole() -> None:
+    special = ("<|im_start|>", "<tool>", "<|im_end|>")
+    family = Family(CALLS.replace("END", "'<|im_end|>'"), special, "<|im_end|>")
+    calling = turn("assistant", "I look.", tool_calls=[{"name": "rain"}])
+    messages = [turn("user", "Rain?"), calling, turn("tool", "wet"), turn("assistant", "Yes.")]
+    learnt = decoded(*encoded(family, messages, train_on="all"))
+    assert learnt == ['I look.<tool>{"name": "rain"}', "Yes.<|im_end|>"]
+    none = turn("assistant", "I look.", tool_calls=[])
+    assert decoded(*encoded(FAMILIES["phi-3"], [turn("user", "Rain?"), none])) == ["I look.<|end|>"]
+
+
+def test_marks_around_the_words_alone_are_extended_by_what_ends_the_turn() -> None:
+    template = FAMILIES["chatml with marks"].template
+    inside = template.replace(
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}",
+        "{% generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>\\n' }}",
+    )
+    assert inside != template
+    family = Family(inside, FAMILIES["chatml"].special, "<|im_end|>")
+    messages = conversation(family)
+    learnt = decoded(*encoded(family, messages, train_on="all"))
+    assert learnt == [answer + "<|im_end|>" for answer in ANSWERS]
+
+
+def test_an_end_that_is_not_flagged_as_special_is_learnt() -> None:
+    family = FAMILIES["chatml"]
+    tokenizer = tokenizer_of(Family(family.template, ("<|im_start|>", "</s>"), "</s>"))
+    tokenizer.add_tokens(["<|im_end|>"])
+    objective = CausalLM(tokenizer, max_tokens=1000)
+    row = objective.encode({"messages": conversation(family)}, "t")
+    assert decoded(tokenizer, row) == [ANSWERS[1] + "<|im_end|>"]
+
+
+def test_messages_win_beside_other_columns(tmp_path: Path) -> None:
+    row = {"task": "t", "prompt": "Hi", "messages": [turn("user", "Hi"), turn("assistant", "Yes")]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    [task] = load_tasks(Source(source=str(tmp_path / "rows.jsonl")), "causal-lm")[0]
+    assert task.train[0]["messages"] == row["messages"]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**row, "text": "Hi", "messages": "bad"}))
+    with pytest.raises(UserError, match="messages must be a list of messages"):
+        load_tasks(Source(source=str(tmp_path / "rows.jsonl")), "causal-lm")
+    half = {"task": "t", "messages": [turn("user", "\ud800"), turn("assistant", "Yes")]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(half))
+    with pytest.raises(UserError, match=r"line 1: messages, turn 1: character 1 is half of"):
+        load_tasks(Source(source=str(tmp_path / "rows.jsonl")), "causal-lm")

@@ -16,7 +16,9 @@ from chat_templates import FAMILIES, tokenizer_of
 from foretune.errors import UserError
 from foretune.models.routing import route
 from foretune.run import Run
+from foretune.tasks.leakage import find_leaks
 from foretune.tasks.objectives.preference import Preference
+from foretune.tasks.preferences import checked_pair
 from foretune.tasks.sources import Source, load_tasks
 from foretune.tasks.task import Task, TaskCollection
 
@@ -87,7 +89,11 @@ def test_prompt_and_answers_are_cut_to_fit() -> None:
     texts = ["cat sat red blue [SEP]", "cat sat one [SEP]"]  # the same prompt
     assert pair["texts"] == [TOKENIZER(text)["input_ids"] for text in texts]
     assert pair["learnt"] == [(2, 5), (2, 4)]
-    same = {"prompt": "a", "chosen": "one two red blue", "rejected": "one two red the"}
+    [pair] = encoded(objective, [{**row, "chosen": "one two red blue cat"}])
+    assert pair["texts"][0] == TOKENIZER("sat one two red blue")["input_ids"]  # no end after a cut
+    [pair] = encoded(objective, [{**row, "chosen": "red [SEP]"}])
+    assert pair["texts"][0] == TOKENIZER("the cat sat red [SEP]")["input_ids"]  # one end
+    same = {"prompt": "a", "chosen": "one two red blue cat", "rejected": "one two red blue the"}
     with pytest.raises(UserError, match="both answers are the same to the model, at most 5 tokens"):
         encoded(objective, [same])
 
@@ -202,3 +208,55 @@ def test_dpo_compares_with_the_model_before_training() -> None:
         loss = objective.losses(outcome.model, objective.collate(rows, [0])).item()
     assert loss < 0.5  # log 2 before training
     assert outcome.history[-1]["loss"] < 0.3
+
+
+def test_a_reference_is_read_in_eval_mode() -> None:
+    model = tiny_models.llama(seed=1, attention_dropout=0.5).train()
+    objective = Preference(TOKENIZER, scoring="dpo").bind(model)
+    batch = objective.collate(encoded(objective), [0] * 3)
+    assert objective.reference is not None
+    first = objective.reference.log_likelihoods(batch.inputs)
+    again = Preference(TOKENIZER, scoring="dpo").bind(model).reference
+    assert again is not None and torch.equal(again.log_likelihoods(batch.inputs), first)
+    assert model.training
+
+
+def test_what_a_turn_has_beside_its_words_counts() -> None:
+    question = {"role": "user", "content": "Rain?"}
+    calls = [
+        {"role": "assistant", "content": None, "tool_calls": [{"name": name}]} for name in "ab"
+    ]
+    pair = checked_pair({"prompt": [question], "chosen": [calls[0]], "rejected": [calls[1]]}, "row")
+    assert isinstance(pair.chosen, dict) and pair.chosen["tool_calls"] == [{"name": "a"}]
+    # UltraFeedback: a text as prompt, and whole conversations
+    answers = [{"role": "assistant", "content": text} for text in ("Yes", "No")]
+    row = {"prompt": "Rain?", "chosen": [question, answers[0]], "rejected": [question, answers[1]]}
+    pair = checked_pair(row, "row")
+    assert (pair.prompt, pair.chosen, pair.rejected) == ([question], *answers)
+
+
+def test_copies_of_whole_conversations_are_leaks() -> None:
+    def row(word: str) -> dict[str, Any]:
+        turns = [{"role": "user", "content": word}]
+        answers = [{"role": "assistant", "content": text} for text in ("Yes", "No")]
+        return {side: [*turns, a] for side, a in zip(("chosen", "rejected"), answers, strict=True)}
+
+    seen = TaskCollection((Task("a", [row(w) for w in "abcd"], [], []),))
+    unseen = TaskCollection((Task("b", [row("x")], [], [row("c"), row("y")]),))
+    [leak] = find_leaks(seen, unseen)
+    assert (leak.count, leak.sample) == (1, "c")
+    prompts = [{"prompt": [{"role": "user", "content": "c"}], "chosen": "Yes", "rejected": "No"}]
+    [leak] = find_leaks(TaskCollection((Task("a", prompts, [], prompts),)))
+    assert leak.sample == "c"
+
+
+def test_names_of_keys_and_roles_are_mapped_in_preferences_too(tmp_path: Path) -> None:
+    import json
+
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
+    row = {"task": "t", "chosen": turns, "rejected": [turns[0], {"from": "gpt", "value": "No"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    names = {"role": "from", "content": "value", "roles": {"human": "user", "gpt": "assistant"}}
+    source = Source(source=str(tmp_path / "rows.jsonl"), messages=names)
+    [task] = load_tasks(source, "preference")[0]
+    assert task.train[0]["chosen"][1] == {"role": "assistant", "content": "Yes"}

@@ -25,7 +25,10 @@ def check(
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Check that adapters belong to a base and are applied; exit code 1 if one is not."""
+    """Check that adapters belong to a base and are applied.
+
+    Exit code 1 if one is at fault.
+    """
     from foretune.recipes.check import check_adapters
 
     with quiet_stdout(), trusted_code(trust_remote_code):

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from foretune.decoding.generation import prompt_ids
 from foretune.errors import UserError
+from foretune.tasks.file_formats import check_unicode
 from foretune.tasks.labels import label_text
 from foretune.tasks.messages import checked_messages
 from foretune.tasks.objectives.chat import encode_chat
 from foretune.tasks.objectives.text import ended, plain_ids
-from foretune.tasks.rows import check_unicode
 
 KINDS = {
     "label": "prompt (or text) and label",

@@ -52,7 +52,7 @@ def converted(path: Path, sha256: str | None = None) -> Path:
             f"{path} is damaged or of another version: its SHA-256 is {digest[:12]}…, and should "
             f"be {sha256[:12]}…; install its wheel again"
         )
-    folder = _cache() / f"{path.stem}-{digest[:16]}"
+    folder = _cache() / f"{path.stem[:60]}-{digest[:16]}"
     if not _is_whole(folder, digest):
         with disk_errors(folder):
             _convert(path, digest, folder)
@@ -60,8 +60,16 @@ def converted(path: Path, sha256: str | None = None) -> Path:
 
 
 def _cache() -> Path:
+    """The folder of all conversions.
+
+    Raises:
+        UserError: The user has no home.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "foretune" / "gguf"
+    try:
+        return Path(cache).expanduser() / "foretune" / "gguf"
+    except RuntimeError as error:
+        raise UserError("there is no home for the cache: set XDG_CACHE_HOME to a folder") from error
 
 
 def _digest(path: Path) -> str:
@@ -112,12 +120,14 @@ def _convert(path: Path, digest: str, folder: Path) -> None:
         (unfinished / RECORD).write_text(
             json.dumps(stamped(record, GGUF), indent=1), encoding="utf-8"
         )
+        if _is_whole(folder, digest):
+            return  # another process was faster
         if folder.exists():  # changed since it was made
             folder.rename(Path(temporary) / "changed")
         try:
             unfinished.rename(folder)
         except OSError:
-            if not _is_whole(folder, digest):  # else another process was faster
+            if not _is_whole(folder, digest):
                 raise
 
 

@@ -56,7 +56,8 @@ def is_named(name: str | os.PathLike[str]) -> bool:
     >>> [is_named(name) for name in ("minilm", "my.gguf", "./minilm")]
     [True, True, False]
     """
-    return str(name) in WHEELS or str(name).lower().endswith(GGUF)
+    is_gguf = str(name).lower().endswith(GGUF) and not Path(name).expanduser().is_dir()
+    return str(name) in WHEELS or is_gguf
 
 
 def short_name(name: str | os.PathLike[str]) -> str:

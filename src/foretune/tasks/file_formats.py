@@ -389,3 +389,23 @@ READERS: dict[str, Callable[[Path], Cells]] = {
     ".arrow": _arrow,
     ".npz": _npz,
 }
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Check that a text can be written as UTF-8, which no tokenizer or file can do without.
+
+    Args:
+        text: The text.
+        where: What and where it is, for the message.
+
+    Raises:
+        UserError: It holds half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise UserError(
+            f"{where}: character {error.start + 1} is half of a surrogate pair ({half}), which is "
+            "no text: write the whole character"
+        ) from error

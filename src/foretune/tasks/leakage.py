@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from foretune.tasks.drawn_rows import undrawn
 from foretune.tasks.example import Example, place_of
+from foretune.tasks.messages import CONVERSATIONS
 from foretune.tasks.responses import true_response
 from foretune.tasks.task import Task, TaskCollection
 
@@ -134,12 +135,19 @@ def content(example: Example) -> tuple[int, int]:
     inputs = [(field, _normal(example[field])) for field in INPUTS if field in example]
     answers = [(field, _answer(example[field])) for field in ANSWERS if field in example]
     if "messages" in example:  # the last turn is the answer
-        texts = [(turn["role"], turn["content"]) for turn in example["messages"]]
-        inputs.append(("messages", _normal(texts[:-1])))
-        answers.append(("messages", _normal(texts[-1])))
+        inputs.append(("messages", _normal(_said(example["messages"][:-1]))))
+        answers.append(("messages", _normal(_said(example["messages"][-1:]))))
+    elif "chosen" in example and "prompt" not in example and isinstance(example["chosen"], list):
+        inputs.append(("chosen", _normal(_said(example["chosen"][:-1]))))  # two conversations
     if "candidates" in example or "response" in example:
         answers.append(("response", _normal(true_response(example))))
     return _digest(inputs), _digest([inputs, answers])
+
+
+def _said(turns: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Who says what; calls of tools count."""
+    fields = ("role", "content", "tool_calls")
+    return [str([turn.get(field) for field in fields]) for turn in turns]
 
 
 def _digest(value: Any) -> int:
@@ -302,9 +310,11 @@ def _sample(example: Example) -> str:
     """The beginning of an example's text, for a message."""
     context = example.get("context", "")
     last_turn = context[-1] if isinstance(context, list) else context
-    if "messages" in example:
-        last_turn = example["messages"][-2]["content"]  # before the answer
     text = example.get("text") or example.get("prompt") or last_turn
+    turns = next((v for n in CONVERSATIONS if isinstance(v := example.get(n), list)), None)
+    if turns:  # of a conversation the last turn that is to be answered
+        asked = [turn.get("content") for turn in turns if turn.get("role") != "assistant"]
+        text = str(asked[-1] if asked else turns[-1].get("content"))
     if not text:
         return f"array of shape {getattr(example.get('x'), 'shape', '?')}"
     line = " ".join(text.split())

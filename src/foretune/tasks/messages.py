@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
-from foretune.tasks.file_formats import short
+from foretune.tasks.file_formats import check_unicode, short
 
+CONVERSATIONS = ("messages", "prompt", "chosen", "rejected")  # columns that may hold one
 ROLES = ("system", "user", "assistant", "tool")
 Message = dict[str, Any]
 
@@ -103,21 +104,22 @@ def with_message_names(fields: Mapping[str, Any], names: Mapping[str, Any]) -> d
     >>> with_message_names(turns, names)
     {'messages': [{'role': 'assistant', 'content': 'Hi'}]}
     """
-    turns = fields.get("messages")
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
-        return {**fields}
+    lists = {name: fields[name] for name in CONVERSATIONS if isinstance(fields.get(name), list)}
+    return {**fields, **{name: _renamed(turns, names) for name, turns in lists.items()}}
+
+
+def _renamed(turns: Sequence[Any], names: Mapping[str, Any]) -> list[Any]:
+    """The turns of a conversation with usual names; what is no turn stays as it is."""
     keys = {names.get(key, key): key for key in ("role", "content")}
-    renamed = [
-        {keys.get(key, key): value for key, value in turn.items()}
-        if isinstance(turn, Mapping)
-        else turn
-        for turn in turns
-    ]
     roles = names.get("roles", {})
-    for turn in renamed:
-        if isinstance(turn, dict) and isinstance(turn.get("role"), str):
-            turn["role"] = roles.get(turn["role"], turn["role"])
-    return {**fields, "messages": renamed}
+    renamed: list[Any] = []
+    for turn in turns:
+        if isinstance(turn, Mapping):
+            turn = {keys.get(key, key): value for key, value in turn.items()}
+            if isinstance(turn.get("role"), str):
+                turn["role"] = roles.get(turn["role"], turn["role"])
+        renamed.append(turn)
+    return renamed
 
 
 def is_learnable(turn: Message) -> bool:
@@ -128,7 +130,7 @@ def is_learnable(turn: Message) -> bool:
 def _checked(turn: Any, where: str) -> Message:
     if not isinstance(turn, Mapping):
         raise UserError(f'{where} must have "role" and "content", got {short(turn)}')
-    fields = {key: value for key, value in turn.items() if value is not None}
+    fields = {key: value for key, value in turn.items() if value is not None and value != []}
     missing = [key for key in ("role", "content") if key not in fields]
     calls = fields.get("role") == "assistant" and "tool_calls" in fields
     if missing and not (calls and missing == ["content"]):
@@ -158,6 +160,7 @@ def _text(content: Any, where: str) -> str:
         UserError: It is neither text nor a list of parts that are text.
     """
     if isinstance(content, str):
+        check_unicode(content, where)
         return content
     if not isinstance(content, Sequence):
         raise UserError(f"{where}: content must be text or text parts, got {short(content)}")
@@ -168,5 +171,6 @@ def _text(content: Any, where: str) -> str:
             raise UserError(
                 f"{where}: only parts of type text are read, got {short(kind if kind else part)}"
             )
+        check_unicode(part["text"], where)
         texts.append(part["text"])
     return "".join(texts)

@@ -19,13 +19,13 @@ class Pair:
 
     Args:
         prompt: A text, or the messages of a conversation that is to be answered.
-        chosen: The preferred answer.
+        chosen: The preferred answer: a text, or the assistant's turn.
         rejected: The other one.
     """
 
     prompt: str | list[Message]
-    chosen: str
-    rejected: str
+    chosen: str | Message
+    rejected: str | Message
 
 
 def checked_pair(row: Mapping[str, Any], where: str) -> Pair:
@@ -48,30 +48,50 @@ def checked_pair(row: Mapping[str, Any], where: str) -> Pair:
             f"{where}: {' and '.join(missing)} missing: a preference has prompt, chosen and "
             f"rejected; this row has {has or 'nothing'}"
         )
-    prompt = row.get("prompt")
-    if all(isinstance(row[side], str) for side in SIDES):
-        pair = Pair(_prompt(prompt, where), row["chosen"], row["rejected"])
-    elif any(isinstance(row[side], str) for side in SIDES):
+    prompt, texts = row.get("prompt"), [isinstance(row[side], str) for side in SIDES]
+    if all(texts):
+        pair = _texts(_prompt(prompt, where), row)
+    elif any(texts):
         raise UserError(f"{where}: chosen and rejected must both be texts, or both messages")
-    elif prompt is None:
+    elif prompt is None or all(_is_whole(row[side]) for side in SIDES):
         pair = _whole_conversations(row, where)
     else:
-        turns = _prompt(prompt, where)
-        if isinstance(turns, str):
-            turns = [{"role": "user", "content": turns}]
-        answers = {
-            side: checked_messages([*turns, *row[side]], f"{where}: prompt and {side}")
-            for side in SIDES
-        }
-        if any(len(answer) != len(turns) + 1 for answer in answers.values()):
-            raise UserError(f"{where}: beside a prompt, an answer is one turn of the assistant")
-        pair = Pair(turns, *(answers[side][-1]["content"] for side in SIDES))
+        pair = _answers(_prompt(prompt, where), row, where)
     for side in SIDES:
-        if not getattr(pair, side).strip():
+        answer = getattr(pair, side)
+        if isinstance(answer, str) and not answer.strip():
             raise UserError(f"{where}: {side} is empty")
     if pair.chosen == pair.rejected:
         raise UserError(f"{where}: chosen and rejected are the same, so neither is preferred")
     return pair
+
+
+def _texts(prompt: str | list[Message], row: Mapping[str, Any]) -> Pair:
+    """The pair of two texts, which are turns after a conversation."""
+    if isinstance(prompt, str):
+        return Pair(prompt, row["chosen"], row["rejected"])
+    return Pair(prompt, *({"role": "assistant", "content": row[side]} for side in SIDES))
+
+
+def _is_whole(answer: Any) -> bool:
+    """Whether an answer is a whole conversation, not the assistant's turn alone."""
+    first = answer[0] if isinstance(answer, list) and answer else None
+    return isinstance(first, Mapping) and first.get("role") in ("system", "user")
+
+
+def _answers(prompt: str | list[Message], row: Mapping[str, Any], where: str) -> Pair:
+    """The pair of two turns beside a prompt.
+
+    Raises:
+        UserError: An answer is not one turn of the assistant.
+    """
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    answers = [
+        checked_messages([*turns, *row[side]], f"{where}: prompt and {side}") for side in SIDES
+    ]
+    if any(len(answer) != len(turns) + 1 for answer in answers):
+        raise UserError(f"{where}: beside a prompt, an answer is one turn of the assistant")
+    return Pair(turns, *(answer[-1] for answer in answers))
 
 
 def _prompt(prompt: Any, where: str) -> str | list[Message]:
@@ -100,4 +120,4 @@ def _whole_conversations(row: Mapping[str, Any], where: str) -> Pair:
         raise UserError(
             f"{where}: the conversations of chosen and rejected may differ in their last turn only"
         )
-    return Pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+    return Pair(chosen[:-1], chosen[-1], rejected[-1])

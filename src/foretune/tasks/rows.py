@@ -7,7 +7,7 @@ from typing import Any
 
 from foretune.errors import UserError, did_you_mean
 from foretune.printable import in_one_line
-from foretune.tasks.file_formats import Unreadable, short
+from foretune.tasks.file_formats import Unreadable, check_unicode, short
 from foretune.tasks.messages import checked_messages
 from foretune.tasks.preferences import SIDES, checked_pair
 from foretune.tasks.readers import Row
@@ -177,8 +177,8 @@ def check_repeats(candidates: Sequence[str], where: str) -> None:
 
 
 def _check_language(example: dict[str, Any], row: Row) -> None:
-    if "messages" in example and "text" not in example and "prompt" not in example:
-        readable(row, "messages")
+    readable(row, "messages")
+    if "messages" in example:
         example["messages"] = checked_messages(example["messages"], f"{row.place}: messages")
         return
     fields = ("text",) if "text" in example else ("prompt", "completion")
@@ -203,26 +203,6 @@ def _need(example: dict[str, Any], fields: tuple[str, ...], row: Row, kind: str)
             f"{row.place}: {' and '.join(missing)} missing: {article} {kind} row needs "
             f"{NEEDS[kind]}; this one has {_names(present)}"
         )
-
-
-def check_unicode(text: str, where: str) -> None:
-    """Check that a text can be written as UTF-8, which no tokenizer or file can do without.
-
-    Args:
-        text: The text.
-        where: What and where it is, for the message.
-
-    Raises:
-        UserError: It holds half of a surrogate pair.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = ascii(text[error.start])
-        raise UserError(
-            f"{where}: character {error.start + 1} is half of a surrogate pair ({half}), which is "
-            "no text: write the whole character"
-        ) from error
 
 
 def _check_text(value: Any, field: str, row: Row) -> None:

@@ -81,7 +81,7 @@ def shortened(messages: Sequence[Message], last: int) -> Iterator[list[Message]]
 def encode_answers(
     tokenizer: Any,
     prompt: Sequence[Message],
-    answers: Sequence[str],
+    answers: Sequence[Message],
     *,
     max_tokens: int,
     tools: Sequence[Any] | None,
@@ -95,7 +95,7 @@ def encode_answers(
     Args:
         tokenizer: The model's tokenizer.
         prompt: Checked messages; the last one is not the assistant's.
-        answers: The answers.
+        answers: The assistant's turns.
         max_tokens: Most ids.
         tools: Tools that the template lists.
         where: The row, for messages.
@@ -106,10 +106,7 @@ def encode_answers(
     """
     chat = _Chat(tokenizer, tools, where)
     for remaining in shortened(prompt, len(prompt)):
-        encoded = [
-            chat.encode([*remaining, {"role": "assistant", "content": answer}], [len(remaining)])
-            for answer in answers
-        ]
+        encoded = [chat.encode([*remaining, answer], [len(remaining)]) for answer in answers]
         longest = max(len(ids) for ids, _ in encoded)
         if longest <= max_tokens:
             return [(ids, spans[0]) for ids, spans in encoded]
@@ -153,8 +150,8 @@ class _Chat:
                 f"{where}: the tokenizer has no chat template: set model.chat_template to a file "
                 "that holds one"
             )
-        self.marks_turns = bool(GENERATION.search(str(template)))
-        self.special = special_tokens(tokenizer)
+        self.marks_turns = bool(GENERATION.search(tokenizer.get_chat_template(tools=self.tools)))
+        self.ends = added_tokens(tokenizer)
 
     def encode(
         self, messages: Sequence[Message], learnt: Sequence[int]
@@ -165,11 +162,14 @@ class _Chat:
             return self._marked(turns, learnt)
         written = self.render(turns)
         pieces = [self._piece(turns, i, written) for i in learnt]
-        ids, places = self._ids(written, [cut for piece in pieces for cut in piece])
+        cuts = [cut for piece in pieces for cut in piece]
+        if cuts != sorted(set(cuts)):
+            raise self._differs(learnt[-1])
+        ids, places = self._ids(written, cuts)
         spans = list(zip(places[::2], places[1::2], strict=True))
         end = getattr(self.tokenizer, "eos_token_id", None)
         is_last = learnt[-1] == len(turns) - 1
-        if is_last and end is not None and not self._ends(written[: pieces[-1][1]]):
+        if is_last and end is not None and not self._last_token(written[: cuts[-1]]):
             ids.append(end)  # the template has no token that ends a turn
             spans[-1] = (spans[-1][0], len(ids))
         for (begin, stop), (first, last) in zip(spans, pieces, strict=True):
@@ -200,38 +200,77 @@ class _Chat:
     def _piece(self, turns: Sequence[Message], index: int, written: str) -> Span:
         """Where the text that is learnt of a turn begins and ends in the conversation's.
 
+        It begins where the prompt of generation ends, or where it is written otherwise than that
+        (a prompt may open a part for reasoning that the turn does not have).
+
         Raises:
-            UserError: The template writes the turns before otherwise than in the conversation.
+            UserError: The template writes the turn otherwise when others follow it, or leaves out
+                its words.
         """
-        prompt = self.render(turns[:index], opens=True)
-        if not written.startswith(prompt):
-            prompt = self.render(turns[:index])  # a template that opens a turn in its own way
-        content = turns[index]["content"].strip()
-        place = written.find(content, len(prompt))
-        if not written.startswith(prompt) or place < 0:
+        before, prompt = self.render(turns[:index]), self.render(turns[:index], opens=True)
+        begin = common_length(prompt, written)
+        if begin < common_length(prompt, before):
+            raise self._differs(index)
+        turn, up_to = turns[index], self.render(turns[: index + 1])
+        words = turn["content"].strip()
+        place = up_to.rfind(words, begin)
+        if written.startswith(up_to):
+            words_end = begin if place < 0 else place + len(words)
+            end = self._end_of_turn(turn, up_to, begin, words_end)
+        elif "tool_calls" in turn or place < 0:
+            raise self._differs(index)
+        else:  # the turn is written otherwise when it is the last one
+            opening = up_to[begin:place]
+            starts = [begin + len(opening)] if written.startswith(opening, begin) else []
+            starts = [at for at in (*starts, begin) if words and written.startswith(words, at)]
+            if not starts:
+                raise self._differs(index)
+            after = starts[0] + len(words)
+            places = [(written.find(token, after), len(token)) for token in self.ends]
+            end = min((at + size for at, size in places if at >= 0), default=after)
+        learnt = self._without_ends(written[begin:end])
+        if not learnt.strip() or plain(words.rpartition("</think>")[2]) not in plain(learnt):
             raise UserError(
-                f"{self.where}: the chat template writes turn {index + 1} otherwise when other "
-                "turns follow it: set objective.train_on to last"
-                if index + 1 < len(turns)
-                else f"{self.where}: the chat template does not write the last turn after the "
-                "prompt that it makes of the turns before"
+                f"{self.where}: the chat template does not write what turn {index + 1} says"
             )
-        following = self.render(turns[: index + 1])
-        limit = len(following) if written.startswith(following) else len(written)
-        return len(prompt), self._end_of_turn(written, turns[index], place + len(content), limit)
+        return begin, end
 
-    def _end_of_turn(self, written: str, turn: Message, after: int, limit: int) -> int:
-        """Where a turn ends: after the first special token behind its words, or with its words.
+    def _end_of_turn(self, turn: Message, up_to: str, begin: int, words_end: int) -> int:
+        """Where a turn ends: after the first token behind it that ends one, or with its text.
 
-        Calls of tools are written behind the words, and may have special tokens of their own.
+        Args:
+            turn: The message.
+            up_to: The conversation up to this turn.
+            begin: Where what is learnt of the turn begins.
+            words_end: Where its words end, or `begin`.
         """
-        find, choose = (written.rfind, max) if "tool_calls" in turn else (written.find, min)
-        places = [(find(token, after, limit), len(token)) for token in self.special]
-        ends = [place + length for place, length in places if place >= 0]
-        return choose(ends, default=after)
+        ends: list[int] = []
+        place = len(up_to.rstrip())
+        while token := self._last_token(up_to[begin:place]):
+            if place - len(token) < words_end and "tool_calls" not in turn:
+                break
+            ends.insert(0, place)
+            place = len(up_to[: place - len(token)].rstrip())
+        if not ends:
+            return max(begin, place)
+        # calls of tools may end with tokens of their own
+        return ends[-1] if "tool_calls" in turn else ends[0]
 
-    def _ends(self, written: str) -> bool:
-        return any(written.endswith(token) for token in self.special)
+    def _differs(self, index: int) -> UserError:
+        return UserError(
+            f"{self.where}: the chat template writes turn {index + 1} otherwise when other turns "
+            "follow it, or after another prompt than that of generation: set objective.train_on to "
+            "last, or model.chat_template to a template that marks what is generated"
+        )
+
+    def _last_token(self, written: str) -> str:
+        """The longest added token that a text ends with; empty if there is none."""
+        return max((token for token in self.ends if written.endswith(token)), key=len, default="")
+
+    def _without_ends(self, written: str) -> str:
+        for token in self.ends:
+            written = written.replace(token, "")
+        return written
 
     def _without_end(self, turn: Message) -> Message:
         """The message without end tokens that its content brings along: the template writes one."""
@@ -260,6 +299,10 @@ class _Chat:
                 f"{self.where}: the chat template marks {len(begins)} turns as generated, and the "
                 f"assistant has {len(spoken)}"
             )
+        special = {*getattr(self.tokenizer, "all_special_ids", ())}
+        for k, end in enumerate(ends):  # marks around the words alone leave out what ends the turn
+            if ids[end - 1] not in special and end < len(ids) and ids[end] in special:
+                ends[k] += 1
         spans = dict(zip(spoken, zip(begins, ends, strict=True), strict=True))
         for i in learnt:
             words = turns[i]["content"].strip()
@@ -273,14 +316,23 @@ class _Chat:
         """The ids of a text up to the last cut, and how many of them lie before each cut.
 
         The text up to a cut is tokenised as by itself, as a prompt is, whatever follows.
+
+        Raises:
+            UserError: The tokenizer writes the text otherwise when it is taken apart at a cut.
         """
         ids: list[int] = []
         places = []
         begin = 0
         for cut in cuts:
             up_to = text.plain_ids(self.tokenizer, [written[:cut]])[0]
-            if up_to[: len(ids)] != ids:
-                up_to = [*ids, *text.plain_ids(self.tokenizer, [written[begin:cut]])[0]]
+            if up_to[: len(ids)] != ids:  # a token that spans the cut
+                apart = [*ids, *text.plain_ids(self.tokenizer, [written[begin:cut]])[0]]
+                if self._decoded(apart) != self._decoded(up_to):
+                    raise UserError(
+                        f"{self.where}: the tokenizer cannot take the conversation apart before "
+                        f"{short(written[begin:cut])}"
+                    )
+                up_to = apart
             ids, begin = up_to, cut
             places.append(len(ids))
         return ids, places
@@ -306,11 +358,20 @@ class _Chat:
         return decoded
 
 
-def special_tokens(tokenizer: Any) -> set[str]:
-    """The texts of a tokenizer's special tokens."""
+def added_tokens(tokenizer: Any) -> set[str]:
+    """The texts of a tokenizer's tokens that are no pieces of words, one of which ends a turn."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    named = getattr(tokenizer, "all_special_tokens", ())
-    return {*named, *(token.content for token in added if token.special)}
+    return {*getattr(tokenizer, "all_special_tokens", ()), *(token.content for token in added)}
+
+
+def common_length(first: str, second: str) -> int:
+    """The number of characters with which two texts begin alike.
+
+    >>> common_length("<assistant><think>", "<assistant>Yes")
+    11
+    """
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def plain(written: str) -> str:

@@ -13,6 +13,7 @@ et al., "Direct Preference Optimization", NeurIPS 2023, arXiv:2305.18290, equati
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from foretune.errors import UserError
+from foretune.models.calls import eval_no_grad
 from foretune.models.counted import logits_at
 from foretune.models.routing import route
 from foretune.run import check_int, check_one_of, check_positive
@@ -109,7 +111,7 @@ class Preference(Objective):
     def encode(self, example: Mapping[str, Any], task: str) -> dict[str, Any]:
         where = text.name_of(example, task)
         pair = checked_pair(example, where)
-        answers = [pair.chosen, pair.rejected]
+        answers: list[Any] = [pair.chosen, pair.rejected]
         if isinstance(pair.prompt, str):
             encoded = self._encode_texts(pair.prompt, answers, where)
         else:
@@ -142,14 +144,16 @@ class Preference(Objective):
         single = text.single_template(self.tokenizer)
         single.room(self.max_tokens, "max_tokens")
         before, after = list(single.before), list(single.after)
-        end = getattr(self.tokenizer, "eos_token_id", None)
-        if not after and end is not None:
-            after = [end]
+        # what ends a text, unless the tokenizer puts a token of its own after it
+        end = None if after else getattr(self.tokenizer, "eos_token_id", None)
         prompt_ids = text.token_ids(self.tokenizer, prompt, where) if prompt else []
         room = self.max_tokens - len(before) - len(after)
         # one token of the prompt stays, from which an answer's first token is predicted
         least = 1 if prompt_ids and not before else 0
-        ids = [text.token_ids(self.tokenizer, answer, where)[: room - least] for answer in answers]
+        ids = [
+            text.ended(text.token_ids(self.tokenizer, answer, where), end, room - least)
+            for answer in answers
+        ]
         room -= max(map(len, ids))
         start = [*before, *(prompt_ids[-room:] if room else [])]
         if not all(ids) or (not start and self.scoring == "dpo"):
@@ -248,19 +252,21 @@ class _Reference:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.computed: dict[tuple[int, ...], float] = {}
+        self.computed: dict[bytes, float] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Reference:
         return self  # the same model, and no second copy of it
 
-    @torch.no_grad()
     def log_likelihoods(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """(n,) log-likelihoods of the labels of a batch, as those of the function below."""
         ids, labels = inputs["input_ids"], inputs["labels"]
         begins = (labels == text.IGNORED).cumprod(1).sum(1).tolist()
         lengths = inputs["attention_mask"].sum(1).tolist()
         rows = ids.tolist()
-        keys = [(begin, *row[:n]) for begin, row, n in zip(begins, rows, lengths, strict=True)]
+        keys = [
+            hashlib.sha256(repr((begin, row[:length])).encode()).digest()
+            for begin, row, length in zip(begins, rows, lengths, strict=True)
+        ]
         missing = [i for i, key in enumerate(keys) if key not in self.computed]
         if missing:
             device = next(self.model.parameters()).device
@@ -269,7 +275,7 @@ class _Reference:
             part = {
                 name: inputs[name][missing] for name in ("input_ids", "attention_mask", "labels")
             }
-            with route(None):
+            with eval_no_grad(self.model), route(None):
                 values = log_likelihoods(self.model, part).tolist()
             self.computed.update(zip((keys[i] for i in missing), values, strict=True))
         return torch.tensor([self.computed[key] for key in keys], device=ids.device)

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from foretune.errors import UserError
 from foretune.tasks.example import place_of
-from foretune.tasks.file_formats import one_line
-from foretune.tasks.rows import check_unicode
+from foretune.tasks.file_formats import check_unicode, one_line
 
 IGNORED = -100  # the label that torch's cross-entropy ignores
 
