@@ -158,3 +158,23 @@ def test_a_folder_without_adapters_is_an_error(tmp_path: Path) -> None:
         "check", tmp_path / "base", tmp_path / "empty"
     )
     assert "no base in" in the_error("check", tmp_path / "nothing", tmp_path / "empty")
+
+
+def test_adapters_call_their_base_as_it_is_served(tmp_path: Path) -> None:
+    save_base(tiny_models.llama(seed=1), TOKENIZER, tmp_path / "base")
+    rows = [{"task": "t", "text": f"the {word} cat sat"} for word in ("a", "red", "one", "blue")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = [
+        "--tasks",
+        tmp_path / "rows.jsonl",
+        "--objective",
+        "causal-lm",
+        "method=lora",
+        "steps=2",
+    ]
+    named = ("--out", tmp_path / "adapters", "--base-name", "my-org/my-base")
+    shown = call("adapt", tmp_path / "base", *words, *named)
+    assert shown.exit_code == 0, shown.output
+    config = json.loads((tmp_path / "adapters" / "t" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "my-org/my-base"
+    assert call("check", tmp_path / "base", tmp_path / "adapters").exit_code == 0

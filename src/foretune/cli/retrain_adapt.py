@@ -85,6 +85,10 @@ def adapt(
     objective: Annotated[
         str | None, typer.Option(help="Kind of objective, for a base that does not record one.")
     ] = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option(help="Name of the base in adapter_config.json (default: its folder)."),
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -102,6 +106,7 @@ def adapt(
             out,
             changes or [],
             objective=objective,
+            base_name=base_name,
             shots=shots,
             seed=seed,
             resume=resume,

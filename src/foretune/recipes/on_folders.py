@@ -55,6 +55,7 @@ def adapt_folder(
     changes: Sequence[str] = (),
     *,
     objective: str | None = None,
+    base_name: str | None = None,
     shots: int | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -73,6 +74,8 @@ def adapt_folder(
         changes: `key=value` for keys of the `adapt:` block of a recipe, `tasks.key=value` for keys
             of its `tasks:` block.
         objective: Kind of objective; None for that of the base.
+        base_name: What the adapters call their base, such as the name under which it is served;
+            None for its folder.
         shots: Training examples per task (per class for classification); None for all.
         seed: Random seed of the draw of shots and of the fresh adapters.
         resume: Keep what is in `out`.
@@ -100,6 +103,8 @@ def adapt_folder(
         collection, _ = load_tasks(source, str(kind))
         fitted = saved.objective(objective, None).fit(collection)
         model, tokenizer = saved.load(fitted, collection)
+        if base_name is not None and hasattr(model, "name_or_path"):
+            model.name_or_path = base_name
         check_tokenizer(saved.folder, tokenizer, fitted, collection)
         fitted = with_tokenizer(fitted, tokenizer)
         collection = collection.with_objective(fitted)
