@@ -13,6 +13,7 @@ from foretune.cli import (
     compare_report,
     datastore,
     doctor,
+    export,
     forecast,
     fuse,
     generate,
@@ -60,6 +61,7 @@ app.command("plan")(plan.plan)
 app.command("retrain")(retrain_adapt.retrain)
 app.command("adapt")(retrain_adapt.adapt)
 app.command("check")(check.check)
+app.command("export")(export.export)
 app.command("compare")(compare_report.compare)
 app.command("report")(compare_report.report)
 app.command("fuse")(fuse.fuse)

@@ -79,7 +79,7 @@ def check_adapters(base: Path, adapters: Sequence[Path], rows: Path | None) -> d
     """
     saved = find_base(base)
     folders = [path for folder in adapters for path in adapter_folders(folder)]
-    bases = _Bases(saved.folder)
+    bases = BasesOfAdapters(saved.folder)
     results: list[Checked] = []
     first_with: dict[str, str] = {}
     for folder in folders:
@@ -106,7 +106,7 @@ def adapter_folders(folder: Path) -> list[Path]:
     return inside
 
 
-class _Bases:
+class BasesOfAdapters:
     """The base, with the head that an adapter was trained with.
 
     Args:
@@ -161,7 +161,9 @@ def _head_width(adapter: Path, model: nn.Module) -> int | None:
     return len(weights[-1]) if weights and names & {*heads} else None
 
 
-def _checked(folder: Path, bases: _Bases, rows: Path | None, first_with: dict[str, str]) -> Checked:
+def _checked(
+    folder: Path, bases: BasesOfAdapters, rows: Path | None, first_with: dict[str, str]
+) -> Checked:
     """The checks of one adapter.
 
     Args:

@@ -1,0 +1,41 @@
+"""`foretune export`: a merged model, or LoRA files for llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from foretune.cli.output import Json, TrustRemoteCode, emit, emit_json, quiet_stdout
+from foretune.models.trusted_code import trusted_code
+
+
+def export(
+    base: Annotated[
+        Path, typer.Argument(help="The base: a folder, a GGUF file, minilm or smollm2.")
+    ],
+    adapters: Annotated[
+        list[Path], typer.Argument(help="PEFT folders, or folders that hold them.")
+    ],
+    out: Annotated[Path, typer.Option(help="Output folder.")],
+    format: Annotated[
+        Literal["merged", "gguf"],
+        typer.Option(help="merged: one model folder; gguf: a LoRA file for llama.cpp each."),
+    ] = "merged",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier export in --out.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Write adapters as a merged model, or as files for llama.cpp."""
+    from foretune.recipes.export import export_adapters
+
+    with quiet_stdout(), trusted_code(trust_remote_code):
+        result = export_adapters(base, adapters, out, format, overwrite=overwrite)
+    if json:
+        emit_json(result)
+        return
+    for file in result["files"]:
+        emit(file)

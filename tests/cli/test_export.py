@@ -1,0 +1,106 @@
+"""Exported adapters are what PEFT makes of the folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import tiny_models
+from command_line import call, the_error
+from foretune.models.loading import save_base
+
+gguf = pytest.importorskip("gguf")
+TOKENIZER = tiny_models.tokenizer(special=False)
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+def adapted(model: Any, tmp_path: Path, *settings: str) -> tuple[Path, Path]:
+    """A base, and the folder of two adapters on it."""
+    save_base(model, TOKENIZER, tmp_path / "base")
+    rows = [
+        {"task": task, "text": f"the {word} cat {task}"}
+        for task in ("one", "two")
+        for word in ("a", "red", "blue", "sat")
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = (
+        "--tasks",
+        tmp_path / "rows.jsonl",
+        "--objective",
+        "causal-lm",
+        "method=lora",
+        "steps=4",
+    )
+    out = ("--out", tmp_path / "adapters", "learning_rate=0.05", *settings)
+    shown = call("adapt", tmp_path / "base", *words, *out)
+    assert shown.exit_code == 0, shown.output
+    return tmp_path / "base", tmp_path / "adapters"
+
+
+def by_peft(base: Path, adapter: Path) -> Any:
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+
+
+def test_a_merged_model_gives_the_logits_of_its_adapter(tmp_path: Path) -> None:
+    base, adapters = adapted(tiny_models.llama(seed=1), tmp_path)
+    shown = call("export", base, adapters / "one", "--out", tmp_path / "merged")
+    assert shown.exit_code == 0, shown.output
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        expected = by_peft(base, adapters / "one")(input_ids=IDS).logits
+        torch.testing.assert_close(merged(input_ids=IDS).logits, expected)
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    assert "one adapter at a time is merged, got 2" in the_error(
+        "export", base, adapters, "--out", tmp_path / "both"
+    )
+    assert "was trained on another base" in the_error(
+        "export", tmp_path / "merged", adapters / "one", "--out", tmp_path / "again"
+    )
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("settings", [(), ("lora={r: 4, lora_alpha: 6, use_rslora: true}",)])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_gguf_files_hold_the_adapters_change(
+    kind: str, settings: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = getattr(tiny_models, kind)(seed=1)
+    base, adapters = adapted(model, tmp_path, *settings)
+    out = tmp_path / "files"
+    shown = call("export", base, adapters, "--format", "gguf", "--out", out)
+    assert shown.exit_code == 0, shown.output
+    for task in ("one", "two"):
+        reader = gguf.GGUFReader(out / f"{task}.gguf")
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
+        assert fields["general.architecture"] == kind
+        tensors = {t.name: np.array(t.data) for t in reader.tensors}
+        peft = by_peft(base, adapters / task)
+        plain = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
+        merged = dict(peft.merge_and_unload().named_parameters())
+        for layer in range(model.config.num_hidden_layers):
+            for theirs, ours in {"attn_q": "self_attn.q_proj", "ffn_down": "mlp.down_proj"}.items():
+                a, b = (tensors[f"blk.{layer}.{theirs}.weight.lora_{f}"] for f in "ab")
+                change = fields["adapter.lora.alpha"] / len(a) * (b @ a)
+                name = f"model.layers.{layer}.{ours}.weight"
+                expected = (merged[name] - plain[name]).detach()
+                assert expected.abs().max() > 1e-4
+                if kind == "llama" and theirs == "attn_q":  # the halves of a head alternate
+                    heads = model.config.num_attention_heads
+                    halves = expected.unflatten(0, (heads, 2, -1)).transpose(1, 2)
+                    expected = halves.reshape(expected.shape)
+                np.testing.assert_allclose(change, expected, atol=1e-5)
+
+
+def test_what_gguf_cannot_hold_is_named(tmp_path: Path) -> None:
+    base, adapters = adapted(tiny_models.gpt2(seed=1), tmp_path)
+    message = the_error("export", base, adapters, "--format", "gguf", "--out", tmp_path / "files")
+    assert "adapters of gpt2 are not written as GGUF; of llama, mistral, qwen2, qwen3" in message
+    assert not (tmp_path / "files").exists()
