@@ -339,6 +339,32 @@ def test_the_plan_of_auto_counts_its_trials(
     assert auto.adapt.seconds - standard.adapt.seconds == pytest.approx(steps * 2 * 6 / 2)
 
 
+def test_the_plan_counts_a_frozen_part_once_for_each_row(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At one second per step, and four where its rows are new to the frozen part."""
+    changes = [*SMALL, "retrain.methods=[{standard: {learning_rate: 1e-3}}]"]
+    monkeypatch.setattr(Stopwatch, "seconds_per_update", lambda self: 1.0)
+    monkeypatch.setattr("foretune.recipes.plan.FORWARD_SHARE", 0.0)
+    trained = plan_recipe(load_recipe("my.yaml", changes)).retrain[0].seconds
+    watches: list[Stopwatch] = []
+
+    def seconds(watch: Stopwatch) -> float:
+        if watch not in watches:
+            watches.append(watch)
+        return 4.0 if len(watches) % 2 else 1.0  # the first watch of a method sees new rows
+
+    monkeypatch.setattr(Stopwatch, "seconds_per_update", seconds)
+    monkeypatch.setattr("foretune.recipes.plan._keeps_states", lambda setup: True)
+    monkeypatch.setattr("foretune.recipes.plan.SLOW_STEP", 0.0)  # no further timing
+    plan = plan_recipe(load_recipe("my.yaml", changes))
+    rows = sum(splits["train"] + splits["validation"] for splits in plan.seen.values())
+    run = load_recipe("my.yaml", changes).retrain_run()
+    together = min(run.tasks_per_step or len(plan.seen), len(plan.seen))
+    once = plan.retrain[0].seconds - trained
+    assert once == pytest.approx(3.0 / (together * run.batch_size) * rows)
+
+
 @pytest.mark.parametrize("item", ["5", "{standard: 5}", "{standard: {learning_rates: 0.1}}"])
 def test_bad_candidates_of_auto_are_named(recipe: Recipe, item: str) -> None:
     bad = f"retrain.methods=[{{auto: {{candidates: [none, {item}]}}}}]"

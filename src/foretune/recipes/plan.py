@@ -163,7 +163,7 @@ def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:
     if not takes_rate(entry.method):  # it trains nothing
         return Cost(name=entry.name, parameters={}, step_seconds=None, seconds=0.0)
     run = full_run.replace(eval_every=0)
-    tasks = _trimmed(setup.seen, run.batch_size)
+    tasks = _trimmed(setup.seen, run.batch_size, setup)
 
     record = entry.record()
     # A method with episodes over all tasks updates the base once per several batches.
@@ -175,10 +175,14 @@ def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:
             setup.model, tasks, record, timed_run, tokenizer=setup.tokenizer, progress=watch
         )
 
-    timed, watch = _timed(train)
-    step = watch.seconds_per_update() * watch.updates / (episode * watch.planned)
+    timed, watch, frozen = _timed(train, setup)
+    per_step = watch.updates / (episode * watch.planned)
+    step = watch.seconds_per_update() * per_step
     together = min(run.tasks_per_step or len(setup.seen), len(setup.seen))
     per_row = step / (together * run.batch_size)
+    # the frozen part reads each row once, whichever method comes first
+    rows = sum(len(task.split(split)) for task in setup.seen for split in ("train", "validation"))
+    once = frozen * per_step / (together * run.batch_size) * rows
     seconds = 0.0
     for steps in _retrainings(setup.recipe, entry):
         validations = _validations(full_run.eval_every, steps)
@@ -187,7 +191,7 @@ def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:
         name=entry.name,
         parameters=_parameters(timed.model, timed.bank),
         step_seconds=step,
-        seconds=setup.recipe.seeds * seconds,
+        seconds=once + setup.recipe.seeds * seconds,
         peak_memory_mb=timed.cost.get("peak_memory_mb"),
     )
 
@@ -258,14 +262,16 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
     full_run, methods = recipe.adapt_run(), candidates_of(recipe)
     plain = [method for method in methods if method.fits(setup.model)]
     record = plain[-1] if block.searches else adapt_record(block)  # the last one trains the most
-    tasks = _trimmed(unseen, full_run.batch_size)
+    tasks = _trimmed(unseen, full_run.batch_size, setup)
 
     def train(updates: int, watch: Stopwatch) -> Any:
         run = full_run.replace(steps=updates, eval_every=0)
         return foretune.adapt(setup.model, tasks, record, run, progress=watch)
 
-    timed, watch = _timed(train)
+    timed, watch, frozen = _timed(train, setup)
     step = watch.seconds_per_update()
+    once = frozen / full_run.batch_size * sum(len(t.train) + len(t.test) for t in unseen)
+    once /= len(unseen)  # a step has a batch of each task
     bases = len(recipe.entries) * recipe.seeds
     comparisons = bases * len(block.shots) * block.draws
     adaptations: float = comparisons * len(unseen)
@@ -283,8 +289,8 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
         name=", ".join(dict.fromkeys(method.name for method in methods)),
         parameters={"adapter": int(timed.cost.get("trainable_parameters") or 0)},
         step_seconds=step,
-        seconds=per_task
-        * (full_run.steps * adaptations + FORWARD_SHARE * rows / full_run.batch_size),
+        seconds=once
+        + per_task * (full_run.steps * adaptations + FORWARD_SHARE * rows / full_run.batch_size),
         peak_memory_mb=timed.cost.get("peak_memory_mb"),
     )
 
@@ -311,12 +317,21 @@ def _tried(recipe: Recipe, num_tasks: int) -> int:
     return num_adaptations(len(candidates_of(recipe)), num_tasks)
 
 
-def _timed(train: Callable[[int, Stopwatch], Any]) -> tuple[Any, Stopwatch]:
-    """The result of a few updates, and the watch that timed them.
+def _timed(train: Callable[[int, Stopwatch], Any], setup: Setup) -> tuple[Any, Stopwatch, float]:
+    """The result of a few updates, the watch that timed them, and seconds of an update's new rows.
+
+    Where lower blocks are frozen, what they make of a row is kept, so that an update on rows that
+    were read before is what a run consists of.
 
     Args:
-        train: Makes so many updates and calls the watch after each.
+        train: Makes so many updates and calls the watch after each; the same rows each time.
+        setup: The model and the tasks.
     """
+    new_rows = 0.0
+    if _keeps_states(setup):
+        first = Stopwatch(1 + TIMED_STEPS)
+        train(first.planned, first)
+        new_rows = first.seconds_per_update()
     watch = Stopwatch(1 + TIMED_STEPS)
     result = train(watch.planned, watch)
     seconds = watch.seconds_per_update()
@@ -324,7 +339,12 @@ def _timed(train: Callable[[int, Stopwatch], Any]) -> tuple[Any, Stopwatch]:
         again = max(TIMED_STEPS, min(MOST_TIMED_STEPS, round(2 / max(seconds, 1e-3))))
         watch = Stopwatch(1 + again)
         result = train(watch.planned, watch)
-    return result, watch
+    return result, watch, max(0.0, new_rows - watch.seconds_per_update())
+
+
+def _keeps_states(setup: Setup) -> bool:
+    """Whether lower blocks are frozen, so that a row goes through them once."""
+    return setup.recipe.model.trainable_layers is not None
 
 
 class Stopwatch:
@@ -356,12 +376,12 @@ def _validations(eval_every: int | None, steps: int) -> int:
     return math.ceil(steps / (eval_every or math.ceil(steps / 10)))
 
 
-def _trimmed(tasks: TaskCollection, batch_size: int) -> TaskCollection:
+def _trimmed(tasks: TaskCollection, batch_size: int, setup: Setup) -> TaskCollection:
     """The tasks with no more training rows than the timed steps read, so that only these are timed.
 
     A training row serves as the test row, because a real one may have a label that is cut off.
     """
-    rows = batch_size * (1 + MOST_TIMED_STEPS)
+    rows = batch_size * (1 + (TIMED_STEPS if _keeps_states(setup) else MOST_TIMED_STEPS))
     small = tuple(Task(t.name, train=t.train[:rows], test=t.train[:1]) for t in tasks)
     return dataclasses.replace(tasks, tasks=small)
 
