@@ -502,13 +502,14 @@ def pays_sentence(summary: Row) -> str:
     best, least = clear[-1], clear[0]
     said = (
         f"On {len(above)} of {counted(len(gains), 'collection')} PEFT-ML is clearly above standard "
-        f"retraining, by {100 * least[0]:.1f} ({least[1]}) to {100 * best[0]:.1f} points "
-        f"({best[1]}); it is clearly below on {len(loses) or 'none'}."
+        f"retraining after Holm's correction, by {100 * least[0]:.1f} ({least[1]}) to "
+        f"{100 * best[0]:.1f} points ({best[1]}); it is clearly below on {len(loses) or 'none'}."
     )
     if len(with_conflict(summary)) >= FEWEST_RANKED:
+        number = counted(len(with_conflict(summary)), "collection")
         said += (
-            f" The gains are in the order of the conflict that `foretune plan` measures with rho = "
-            f"{spearman(summary):.2f}."
+            " The gains are in the order of the conflict that `foretune plan` measures: Spearman's "
+            f"rho is {spearman(summary):.2f} over {number}."
         )
     return said
 

@@ -205,9 +205,12 @@ def check_file_names(what: str, names: Iterable[str]) -> None:
     used: dict[str, str] = {}
     for name in names:
         check_file_name(what, name)
-        earlier = used.setdefault(same_on_disk(name), name)
-        if earlier is not name:
-            raise UserError(f"{what} {name!r} and {earlier!r} are one folder on some file systems")
+        key = same_on_disk(name)
+        if key in used:
+            raise UserError(
+                f"{what} {name!r} and {used[key]!r} are one folder on some file systems"
+            )
+        used[key] = name
 
 
 def same_on_disk(name: str) -> str:

@@ -70,7 +70,7 @@ def test_sound_adapters_pass(folders: tuple[Path, Path]) -> None:
     base, adapted = folders
     shown = call("check", base, adapted)
     assert shown.exit_code == 0, shown.output
-    assert "2 adapters, none of them at fault." in shown.stdout
+    assert "2 adapters, none at fault." in shown.stdout
     result = the_json("check", base, *adapters_in(adapted))
     assert result["ok"] and len(result["adapters"]) == 2
     for adapter in result["adapters"]:
@@ -101,11 +101,11 @@ def test_every_fault_is_named_and_fails(folders: tuple[Path, Path], tmp_path: Pa
     faults = [adapter["faults"] for adapter in json.loads(shown.stdout)["adapters"]]
     assert faults[:2] == [[], []]
     assert faults[2] == [f"has the same weights as {first}"]
-    assert faults[3] == ["changes no output on the probe"]
+    assert len(faults[3]) == 1 and faults[3][0].startswith("changes no output on the probe")
     assert len(faults[4]) == 1 and "half" in faults[4][0]
     shown = call("check", tmp_path / "other", adapted)
     assert shown.exit_code == 1 and shown.stdout.count("was trained on another base") == 2
-    assert "2 adapters, 2 of them at fault." in shown.stdout
+    assert "2 adapters, 2 at fault." in shown.stdout
 
 
 def load_base_state(base: Path) -> dict[str, torch.Tensor]:

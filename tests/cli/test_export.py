@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,34 @@ def test_gguf_files_hold_the_adapters_change(
                     halves = expected.unflatten(0, (heads, 2, -1)).transpose(1, 2)
                     expected = halves.reshape(expected.shape)
                 np.testing.assert_allclose(change, expected, atol=1e-5)
+
+
+def test_adapters_of_one_name_are_not_written_over_one_another(tmp_path: Path) -> None:
+    base, adapters = adapted(tiny_models.llama(seed=1), tmp_path)
+    (tmp_path / "others").mkdir()
+    shutil.copytree(adapters / "one", tmp_path / "others" / "one")
+    folders = (adapters / "one", tmp_path / "others" / "one")
+    message = the_error("export", base, *folders, "--format", "gguf", "--out", tmp_path / "files")
+    assert "have the same name, and so would their files" in message
+    shown = call("check", base, adapters / "one", tmp_path / "adapters" / ".." / "adapters" / "one")
+    assert shown.exit_code == 0 and "1 adapter, none" in shown.stdout  # one folder, named twice
+
+
+def test_a_merged_classifier_names_the_labels_of_its_task(tmp_path: Path) -> None:
+    model = tiny_models.llama(num_labels=2, seed=1)
+    model.config.pad_token_id, model.config.id2label = 0, {0: "x", 1: "y"}
+    save_base(model, TOKENIZER, tmp_path / "base")
+    rows = [{"task": "t", "text": w, "label": w} for w in ("red", "blue", "the")] * 2
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ("--tasks", tmp_path / "rows.jsonl", "--objective", "classification", "method=lora")
+    more = ("--out", tmp_path / "adapters", "steps=2", "tasks.test=0", "tasks.validation=0")
+    assert call("adapt", tmp_path / "base", *words, *more).exit_code == 0
+    assert call("check", tmp_path / "base", tmp_path / "adapters").exit_code == 0
+    shown = call("export", tmp_path / "base", tmp_path / "adapters", "--out", tmp_path / "merged")
+    assert shown.exit_code == 0, shown.output
+    names = json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"]
+    labels = json.loads((tmp_path / "adapters" / "t" / "labels.json").read_text())
+    assert [names[str(i)] for i in range(3)] == labels
 
 
 def test_what_gguf_cannot_hold_is_named(tmp_path: Path) -> None:

@@ -83,7 +83,9 @@ def write_adapter(
     (folder / FINGERPRINT_FILE).write_text(json.dumps(stamped(base, ADAPTER), indent=1))
 
 
-def load_adapter(bank: AdapterBank, slot: int, folder: Path, model: nn.Module) -> None:
+def load_adapter(
+    bank: AdapterBank, slot: int, folder: Path, model: nn.Module, *, allow_unverified: bool = False
+) -> None:
     """Loads a PEFT folder into one slot.
 
     Args:
@@ -91,12 +93,13 @@ def load_adapter(bank: AdapterBank, slot: int, folder: Path, model: nn.Module) -
         slot: The slot that is overwritten.
         folder: A PEFT folder, written by foretune or by PEFT.
         model: The base; if the folder records a fingerprint, it must be this model's.
+        allow_unverified: Whether to take a folder that records none.
 
     Raises:
         UserError: As `read_adapter`, or the adapter has other modules or another rank.
     """
     folder = Path(folder)
-    tensors = read_adapter(folder, model).tensors
+    tensors = read_adapter(folder, model, allow_unverified=allow_unverified).tensors
     slot_tensors = peft_tensors(bank, slot)
     if set(slot_tensors) != set(tensors):
         odd = sorted(set(slot_tensors) ^ set(tensors))[0]

@@ -29,6 +29,7 @@ def check(
 
     Exit code 1 if one is at fault.
     """
+    from foretune.evaluation.wording import counted
     from foretune.recipes.check import check_adapters
 
     with quiet_stdout(), trusted_code(trust_remote_code):
@@ -47,7 +48,7 @@ def check(
             for note in adapter["notes"]:
                 emit(f"Note: {adapter['adapter']}: {note}")
         bad = sum(bool(adapter["faults"]) for adapter in result["adapters"])
-        emit(f"{len(result['adapters'])} adapters, {bad or 'none'} of them at fault.")
+        emit(f"{counted(len(result['adapters']), 'adapter')}, {bad or 'none'} at fault.")
     if not result["ok"]:
         _fail()
 

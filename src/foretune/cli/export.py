@@ -39,3 +39,5 @@ def export(
         return
     for file in result["files"]:
         emit(file)
+    for note in result["notes"]:
+        emit(f"Note: {note}")

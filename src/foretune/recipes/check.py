@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from foretune.adapters.bank import AdapterBank
 from foretune.adapters.peft_format import load_adapter
+from foretune.adapters.peft_names import PREFIX
 from foretune.adapters.stored_adapter import (
     StoredAdapter,
     read_adapter,
@@ -40,6 +41,7 @@ from foretune.tasks.readers import read_rows
 
 PROBE = "What would you do? I agree with most of it, but not with the last point."
 NUM_ROWS = 8  # of a file of rows
+LAST_LAYERS = ("out_proj", "classifier", "score")  # of heads of several layers, by name
 TOLERANCE = 1e-3  # of the largest output: differences of summation order are below it
 
 
@@ -78,7 +80,7 @@ def check_adapters(base: Path, adapters: Sequence[Path], rows: Path | None) -> d
         UserError: There is no such base, no adapter, or nothing to try them on.
     """
     saved = find_base(base)
-    folders = [path for folder in adapters for path in adapter_folders(folder)]
+    folders = all_adapters(adapters)
     bases = BasesOfAdapters(saved.folder)
     results: list[Checked] = []
     first_with: dict[str, str] = {}
@@ -89,6 +91,16 @@ def check_adapters(base: Path, adapters: Sequence[Path], rows: Path | None) -> d
         "adapters": [asdict(result) for result in results],
         "ok": not any(result.faults for result in results),
     }
+
+
+def all_adapters(folders: Sequence[Path]) -> list[Path]:
+    """The PEFT folders in several folders, each once.
+
+    Raises:
+        UserError: There is none in one of them.
+    """
+    paths = [path for folder in folders for path in adapter_folders(folder)]
+    return list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
 
 
 def adapter_folders(folder: Path) -> list[Path]:
@@ -116,7 +128,7 @@ class BasesOfAdapters:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         with quiet():
-            self.model, self.tokenizer = load_base(self.folder)
+            self.model, self.tokenizer = load_base(self.folder, dtype="auto")
         self.loaded: dict[tuple[str, int | None], nn.Module] = {}
 
     def of(self, adapter: Path) -> nn.Module:
@@ -139,7 +151,7 @@ class BasesOfAdapters:
                 match_head(model, width, seed=0)
             elif head is not None:
                 with quiet():
-                    model, _ = load_model(self.folder, head=head, num_labels=width)
+                    model, _ = load_model(self.folder, head=head, num_labels=width, dtype="auto")
             else:
                 model = self.model  # its fingerprint will tell
             self.loaded[key] = model
@@ -152,13 +164,16 @@ def _head_width(adapter: Path, model: nn.Module) -> int | None:
     heads = [name.rpartition(".")[2] for name in saved]
     if not heads or not (adapter / ADAPTER_WEIGHTS_FILE).is_file():
         return None
-    weights = [
-        tensor
+    names = {name.rpartition(".")[2] for name in head_modules(model)} | {*LAST_LAYERS}
+    widths = {
+        name.removesuffix(".weight").rpartition(".")[2]: len(tensor)
         for name, tensor in read_tensors(adapter / ADAPTER_WEIGHTS_FILE).items()
         if name.endswith(".weight") and tensor.dim() == 2 and any(f".{h}." in name for h in heads)
-    ]
-    names = {name.rpartition(".")[2] for name in head_modules(model)} | {"classifier", "score"}
-    return len(weights[-1]) if weights and names & {*heads} else None
+    }
+    if not widths or not names & {*heads}:
+        return None
+    last = next((layer for layer in LAST_LAYERS if layer in widths), [*widths][-1])
+    return widths[last]
 
 
 def _checked(
@@ -188,15 +203,25 @@ def _checked(
         faults.append(f"has the same weights as {same}")
     probe = _probe(model, bases.tokenizer, rows)
     with torch.no_grad():
-        plain = _outputs(model, probe)
+        try:
+            plain = _outputs(model, probe)
+        except Exception as error:  # whatever a model makes of inputs that are not its own
+            raise UserError(
+                f"the base does not take the rows that the adapters are tried on: "
+                f"{in_one_line(str(error))[:200]}"
+            ) from error
         try:
             applied = _by_peft(model, folder, probe)
         except Exception as error:  # whatever PEFT makes of the folder
             faults.append(f"stock PEFT does not load it: {in_one_line(str(error))[:200]}")
             return Checked(adapter=str(folder), faults=faults, notes=notes)
+        if applied.shape != plain.shape:
+            notes.append("not compared: it changes the shape of the outputs")
+            return Checked(adapter=str(folder), faults=faults, notes=notes)
         effect = float((applied - plain).abs().max())
         if not effect > 0:
-            faults.append("changes no output on the probe")
+            meant = ": leave it out if its task was not to be adapted" if stored.is_zero else ""
+            faults.append(f"changes no output on the probe{meant}")
         difference = None
         try:
             ours = _by_bank(model, folder, stored, probe)
@@ -238,10 +263,8 @@ def _probe(model: nn.Module, tokenizer: Any, rows: Path | None) -> dict[str, Ten
             arrays = arrays[:1]
         return {"": torch.from_numpy(np.stack(arrays))}
     if tokenizer is None:
-        raise UserError(
-            "the base reads arrays, so there is nothing to try the adapters on: add --rows with a "
-            "file of rows"
-        )
+        where = "" if rows is None else f", and {rows} has no x"
+        raise UserError(f"the base reads arrays{where}: add --rows with a file of rows that have x")
     texts = [_text(example) for example in examples] or [PROBE]
     if tokenizer.pad_token is None:
         texts = texts[:1]
@@ -272,11 +295,11 @@ def _text(example: dict[str, Any]) -> str:
 def _outputs(model: Any, probe: dict[str, Tensor]) -> Tensor:
     """(rows, …) outputs in float32: logits, or the last hidden states."""
     output = model(probe[""]) if "" in probe else model(**probe)
-    if isinstance(output, Tensor):
-        return output.float()
-    values = getattr(output, "logits", None)
-    values = output.last_hidden_state if values is None else values
-    return values.float()
+    if not isinstance(output, Tensor):
+        names = ("logits", "last_hidden_state", "pooler_output")
+        values = (getattr(output, name, None) for name in names)
+        output = next(value for value in values if value is not None)
+    return output.float()
 
 
 def _by_peft(model: nn.Module, folder: Path, probe: dict[str, Tensor]) -> Tensor:
@@ -304,11 +327,11 @@ def _by_bank(
     names = ("r", "lora_alpha", "use_rslora", "target_modules")
     lora = {name: config[name] for name in names if config.get(name) is not None}
     model = copy.deepcopy(model)
-    heads = list(config.get("modules_to_save") or ())
+    heads = [name.removeprefix(PREFIX) for name in config.get("modules_to_save") or ()]
     bank = AdapterBank(
         model, [folder.name], lora=lora if _has_layers(stored) else None, heads=heads
     )
-    load_adapter(bank, 0, folder, model)
+    load_adapter(bank, 0, folder, model, allow_unverified=True)
     num_rows = len(next(iter(probe.values())))
     with bank.attached(), route([0] * num_rows):
         return _outputs(model, probe)

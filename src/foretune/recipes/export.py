@@ -11,9 +11,11 @@ from foretune.adapters.gguf_lora import write_gguf_lora
 from foretune.adapters.stored_adapter import read_adapter
 from foretune.claims import output_folder
 from foretune.errors import UserError
-from foretune.files import check_file_names
+from foretune.files import LABELS_FILE, check_file_names
+from foretune.formats import read_json
 from foretune.models.loading import save_base
-from foretune.recipes.check import BasesOfAdapters, adapter_folders
+from foretune.models.surgery import name_outputs
+from foretune.recipes.check import BasesOfAdapters, all_adapters
 from foretune.recipes.saved_base import find_base
 
 
@@ -31,32 +33,45 @@ def export_adapters(
         overwrite: Replace an earlier export.
 
     Returns:
-        JSON-able: format and files.
+        JSON-able: format, files, and notes on the adapters.
 
     Raises:
         UserError: There is no such base or adapter, an adapter does not fit, or `out` may not be
             written.
     """
     saved = find_base(base)
-    folders = [path for folder in adapters for path in adapter_folders(folder)]
+    folders = all_adapters(adapters)
     if format == "merged" and len(folders) > 1:
         raise UserError(f"one adapter at a time is merged, got {len(folders)}")
-    check_file_names("adapter", [folder.name for folder in folders])
+    names = [folder.name for folder in folders]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise UserError(
+                f"{folders[names.index(name)]} and {folders[place]} have the same name, and so "
+                "would their files: export them one after the other"
+            )
+    check_file_names("adapter", names)
     reads: list[Path | str] = [base, saved.folder, *folders]
     with output_folder(out, "export", overwrite=overwrite, at_once=True, reads=reads) as target:
         bases = BasesOfAdapters(saved.folder)
         if format == "merged":
-            _merge(bases, folders[0], target)
-            return {"format": format, "files": [str(out)]}
+            return {
+                "format": format,
+                "files": [str(out)],
+                "notes": _merge(bases, folders[0], target),
+            }
+        notes: list[str] = []
         for folder in folders:
             model = bases.of(folder)
             stored = read_adapter(folder, model, allow_unverified=True)
             write_gguf_lora(stored, model, target / f"{folder.name}.gguf")
-    return {"format": format, "files": [str(out / f"{folder.name}.gguf") for folder in folders]}
+            notes += stored.notes
+    files = [str(out / f"{folder.name}.gguf") for folder in folders]
+    return {"format": format, "files": files, "notes": notes}
 
 
-def _merge(bases: BasesOfAdapters, folder: Path, target: Path) -> None:
-    """Saves the base with an adapter in its weights.
+def _merge(bases: BasesOfAdapters, folder: Path, target: Path) -> list[str]:
+    """Saves the base with an adapter in its weights; returns notes on the adapter.
 
     Raises:
         UserError: The adapter does not fit, or cannot be merged.
@@ -64,10 +79,14 @@ def _merge(bases: BasesOfAdapters, folder: Path, target: Path) -> None:
     from peft import PeftModel
 
     model: Any = bases.of(folder)
-    read_adapter(folder, model, allow_unverified=True)
+    notes = read_adapter(folder, model, allow_unverified=True).notes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted: Any = PeftModel.from_pretrained(model, str(folder))
     if not hasattr(adapted, "merge_and_unload"):
         raise UserError(f"{folder} is an adapter that cannot be merged into weights")
-    save_base(adapted.merge_and_unload(), bases.tokenizer, target)
+    merged = adapted.merge_and_unload()
+    if (folder / LABELS_FILE).is_file():
+        name_outputs(merged, read_json(folder / LABELS_FILE, list[str | int | float | None]))
+    save_base(merged, bases.tokenizer, target)
+    return notes
