@@ -2,6 +2,7 @@
 
 python benchmarks/publish.py runs/bench-quickstart quickstart    # after a run
 python benchmarks/publish.py runs/a runs/b convai2               # one recipe, run in parts
+python benchmarks/publish.py benchmarks/results/a.json runs/b a  # more bases for a result
 python benchmarks/publish.py                                     # tables of the committed results
 python benchmarks/publish.py --check                             # are the tables up to date?
 python benchmarks/publish.py --recompute                         # after a change of the statistics
@@ -32,9 +33,15 @@ PAGES = (HERE.parent / "README.md", *sorted(DOCS.rglob("*.md")))
 
 
 def publish(runs: Sequence[Path], name: str) -> Path:
-    """Copies the relevant parts of the runs' comparison.json, with versions and machine."""
-    comparison = joined([json.loads((run / "comparison.json").read_text("utf-8")) for run in runs])
-    record = json.loads((runs[0] / "run.json").read_text("utf-8"))
+    """Copies the relevant parts of the runs' comparison.json, with versions and machine.
+
+    Args:
+        runs: Folders of runs, or results that are here already.
+        name: Name of the result.
+    """
+    results = [run if run.suffix == ".json" else run / "comparison.json" for run in runs]
+    comparison = joined([json.loads(result.read_text("utf-8")) for result in results])
+    record = json.loads((runs[0] if runs[0] == results[0] else runs[0] / "run.json").read_text())
     kept = {key: value for key, value in comparison.items() if key != "recipe"}
     for base in kept["bases"]:
         base["path"] = None

@@ -117,6 +117,28 @@ def test_runs_apart_are_joined_as_if_they_were_one(publish: ModuleType) -> None:
     assert joined["verdict"] == said
 
 
+def test_a_run_adds_its_bases_to_a_result(
+    publish: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = json.loads((publish.RESULTS / "claims-mnist-pairs.json").read_text("utf-8"))
+    first, *others = [base["name"] for base in whole["bases"]]
+    for names, file in ((others, "some.json"), ([first], "run/comparison.json")):
+        part = {
+            **whole,
+            "bases": [base for base in whole["bases"] if base["name"] in names],
+            "scores": [score for score in whole["scores"] if score["base"] in names],
+        }
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(json.dumps(part))
+    monkeypatch.setattr(publish, "RESULTS", tmp_path)
+    made = json.loads(
+        publish.publish([tmp_path / "some.json", tmp_path / "run"], "all").read_text()
+    )
+    assert [base["name"] for base in made["bases"]] == [*others, first]
+    assert len(made["scores"]) == len(whole["scores"])
+    assert made["environment"] == whole["environment"]
+
+
 def test_runs_of_unlike_tasks_are_not_joined(publish: ModuleType) -> None:
     first, second = result({"none": 0}), result({"standard": 0.1})
     second["scores"] = second["scores"][:-1]
