@@ -78,6 +78,22 @@ def test_sound_adapters_pass(folders: tuple[Path, Path]) -> None:
         assert adapter["faults"] == adapter["notes"] == []
 
 
+def test_sound_adapters_of_a_base_in_half_precision_pass(tmp_path: Path) -> None:
+    model = tiny_models.llama(seed=1, initializer_range=0.5).to(torch.bfloat16)
+    save_base(model, TOKENIZER, tmp_path / "base")
+    rows = [{"task": "t", "text": f"the {word} cat sat"} for word in ("a", "red", "one", "blue")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ("--tasks", tmp_path / "rows.jsonl", "--objective", "causal-lm", "method=lora")
+    more = ("--out", tmp_path / "adapters", "steps=4", "learning_rate=0.05")
+    assert call("adapt", tmp_path / "base", *words, *more).exit_code == 0
+    shown = call("check", tmp_path / "base", tmp_path / "adapters")
+    assert shown.exit_code == 0, shown.output
+    merged = call("export", tmp_path / "base", tmp_path / "adapters", "--out", tmp_path / "merged")
+    assert merged.exit_code == 0, merged.output
+    weights = load_base_state(tmp_path / "merged").values()
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}  # as the base was saved
+
+
 def test_every_fault_is_named_and_fails(folders: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapted = folders
     first, second = adapters_in(adapted)

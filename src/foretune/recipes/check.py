@@ -81,7 +81,8 @@ def check_adapters(base: Path, adapters: Sequence[Path], rows: Path | None) -> d
     """
     saved = find_base(base)
     folders = all_adapters(adapters)
-    bases = BasesOfAdapters(saved.folder)
+    # in half precision two sound orders of summation differ by more than the tolerance
+    bases = BasesOfAdapters(saved.folder, torch.float32)
     results: list[Checked] = []
     first_with: dict[str, str] = {}
     for folder in folders:
@@ -123,12 +124,13 @@ class BasesOfAdapters:
 
     Args:
         folder: Its folder.
+        dtype: Dtype of the weights; "auto" for the one that they were saved in.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, dtype: torch.dtype | str) -> None:
+        self.folder, self.dtype = folder, dtype
         with quiet():
-            self.model, self.tokenizer = load_base(self.folder, dtype="auto")
+            self.model, self.tokenizer = load_base(self.folder, dtype=dtype)
         self.loaded: dict[tuple[str, int | None], nn.Module] = {}
 
     def of(self, adapter: Path) -> nn.Module:
@@ -151,7 +153,9 @@ class BasesOfAdapters:
                 match_head(model, width, seed=0)
             elif head is not None:
                 with quiet():
-                    model, _ = load_model(self.folder, head=head, num_labels=width, dtype="auto")
+                    model, _ = load_model(
+                        self.folder, head=head, num_labels=width, dtype=self.dtype
+                    )
             else:
                 model = self.model  # its fingerprint will tell
             self.loaded[key] = model

@@ -53,7 +53,7 @@ def export_adapters(
     check_file_names("adapter", names)
     reads: list[Path | str] = [base, saved.folder, *folders]
     with output_folder(out, "export", overwrite=overwrite, at_once=True, reads=reads) as target:
-        bases = BasesOfAdapters(saved.folder)
+        bases = BasesOfAdapters(saved.folder, "auto")
         if format == "merged":
             return {
                 "format": format,
