@@ -95,9 +95,7 @@ def _alpha(stored: StoredAdapter) -> float:
         UserError: Layers have ranks or alphas of their own, or the adapter is not LoRA.
     """
     config = stored.config
-    odd = [name for name in ("rank_pattern", "alpha_pattern", "use_dora") if config.get(name)]
-    if config.get("peft_type") != "LORA" or odd:
-        what = odd[0] if odd else config.get("peft_type")
-        raise UserError(f"GGUF files hold plain LoRA, and this adapter has {what}")
+    if (feature := stored.beyond_plain_lora()) is not None:
+        raise UserError(f"GGUF files hold plain LoRA, and this adapter has {feature}")
     alpha, rank = float(config.get("lora_alpha") or 8), int(config.get("r", 8))
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha

@@ -66,6 +66,9 @@ class AdapterConfig(TypedDict):
     megatron_config: NotRequired[dict[str, Any] | None]
 
 
+BEYOND_PLAIN_LORA = ("rank_pattern", "alpha_pattern", "use_dora")  # fields of a config
+
+
 @dataclass(frozen=True)
 class StoredAdapter:
     """An adapter as it was read from a folder.
@@ -81,6 +84,12 @@ class StoredAdapter:
     tensors: dict[str, Tensor]
     notes: list[str] = field(default_factory=list)
     is_zero: bool = False
+
+    def beyond_plain_lora(self) -> str | None:
+        """What it is or has that is not LoRA of one rank and alpha; None if nothing."""
+        if self.config.get("peft_type") != "LORA":
+            return str(self.config.get("peft_type"))
+        return next((name for name in BEYOND_PLAIN_LORA if self.config.get(name)), None)
 
 
 def read_adapter(

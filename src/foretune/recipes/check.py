@@ -325,9 +325,8 @@ def _by_bank(
         UserError: The bank has no such adapters.
     """
     config = stored.config
-    odd = [name for name in ("rank_pattern", "alpha_pattern", "use_dora") if config.get(name)]
-    if config.get("peft_type") != "LORA" or odd:
-        raise UserError(f"the bank has no adapters with {odd[0] if odd else config['peft_type']}")
+    if (feature := stored.beyond_plain_lora()) is not None:
+        raise UserError(f"the bank has no adapters with {feature}")
     names = ("r", "lora_alpha", "use_rslora", "target_modules")
     lora = {name: config[name] for name in names if config.get(name) is not None}
     model = copy.deepcopy(model)
