@@ -184,6 +184,30 @@ def ragged(data: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def quantised(data: dict[str, Any]) -> str:
+    rows = data["rows"]
+    return "\n".join(
+        [
+            "## A base in fewer bits\n",
+            f"{rows[0]['tasks']} adapters of rank 8 on the queries and values of SmolLM2-135M, "
+            "whose embeddings are a fifth of it and are not quantised. `loading` is what the process "
+            "holds of its own at most while it loads (a checkpoint in float32 is mapped from its "
+            "file), `a step` one forward and backward pass of all adapters beyond weights and "
+            "gradients, the score a mean log-likelihood per token; int8 and nf4 compute in "
+            "bfloat16. On this processor bitsandbytes has no fast kernels.\n",
+            table(
+                ["base in", "weights, MB", "adapters, MB", "loading, MB", "a step, MB",
+                 "CPU seconds per step", "score"],
+                [
+                    [row["precision"], row["weights_mb"], row["adapters_mb"], row["load_mb"],
+                     f"{row['step_mb']:.0f}", row["seconds_per_step"], row["score"]]
+                    for row in rows
+                ],
+            ),
+        ]
+    )  # fmt: skip
+
+
 def adaptation(data: dict[str, Any]) -> str:
     parts = {what: [r for r in data["rows"] if r["what"] == what] for what in
              ("adapt", "score", "top layers")}  # fmt: skip
@@ -316,6 +340,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "meta-step": meta_step,
     "ragged": ragged,
     "memory": memory,
+    "quantised": quantised,
     "adaptation": adaptation,
     "heads": heads,
     "bank": bank,

@@ -219,12 +219,13 @@ def test_a_mixed_batch_gives_each_task_what_it_gets_alone(name, first):
         check(model, bank, torch.randn(len(slots), length, 4, dtype=torch.float64), slots)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", [*MIXABLE, *SEPARATE])
-def test_only_a_model_that_mixes_rows_is_called_for_each_task(name, caplog):
-    model = built((MIXABLE | SEPARATE)[name])
+def test_only_a_model_that_mixes_rows_is_called_for_each_task(name, dtype, caplog):
+    model = built((MIXABLE | SEPARATE)[name]).to(dtype)
     bank = bank_of(model)
     calls = []
-    x = torch.randn(4, LENGTH, 4, dtype=torch.float64)
+    x = torch.randn(4, LENGTH, 4, dtype=dtype)
     with torch.no_grad(), bank.attached(), route([0, 1, 2, 0]), caplog.at_level(logging.WARNING):
         call(model, x)
         model.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -233,6 +234,31 @@ def test_only_a_model_that_mixes_rows_is_called_for_each_task(name, caplog):
     separate = name in SEPARATE
     assert len(calls) == (2 * 4 if separate else 2)  # the call itself, and one for each of 3 tasks
     assert caplog.text.count("for each task of a batch on its own") == separate
+
+
+class Deep(nn.Module):
+    """Amplifies rounding, as deep language models do."""
+
+    def __init__(self, depth: int = 30, *, mixes: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(depth))
+        self.mixes = mixes
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.repeat(1, 1, 16)
+        for layer in self.layers:
+            h = nn.functional.layer_norm(h + torch.tanh(layer(h)), (64,))
+        return h - h.mean(0) if self.mixes else h
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_rounding_to_half_precision_is_not_taken_for_mixing(mixes):
+    torch.manual_seed(0)
+    model = Deep(mixes=mixes).bfloat16().eval()
+    bank = AdapterBank(model, ["a", "b", "c"], lora={"r": 2})
+    with torch.no_grad(), bank.attached(), route([0, 1, 2, 0]):
+        call(model, torch.randn(4, LENGTH, 4, dtype=torch.bfloat16))
+    assert (bank.settle() is not None) == mixes
 
 
 def test_a_model_that_sorts_rows_is_not_trusted_for_a_batch_that_is_sorted_already():

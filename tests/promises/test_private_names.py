@@ -25,7 +25,12 @@ PRIVATE = re.compile(r"_[a-z]\w*")
 # What they export is what their packages name themselves, or these documented modules.
 LIBRARIES = ("transformers", "peft", "accelerate", "datasets", "diffusers", "bitsandbytes")
 DEEP = tuple(f"{library}." for library in LIBRARIES)
-DOCUMENTED = {"accelerate.state", "bitsandbytes.optim", "transformers.modeling_outputs"}
+DOCUMENTED = {
+    "accelerate.state",
+    "bitsandbytes.functional",
+    "bitsandbytes.optim",
+    "transformers.modeling_outputs",
+}
 
 
 def table() -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ SCRIPTS = [
     ("meta_step", [], 1),
     ("ragged", [], 1),
     ("memory", [], 4),
+    ("quantised", [], 4),
     ("adaptation", [], 3),
     ("bank", [], 2),
     ("heads", [], 2),

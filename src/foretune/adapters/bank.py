@@ -24,6 +24,7 @@ from foretune.adapters.mixing import MixedCalls
 from foretune.adapters.targets import copied_modules, matching_modules
 from foretune.errors import UserError
 from foretune.models.position_tables import table_per_slot
+from foretune.models.quantised import prepare_quantised
 from foretune.models.recompute import recomputed_on_route
 from foretune.models.unadaptable import frozen_reasons, unadaptable
 
@@ -75,6 +76,7 @@ class AdapterBank(nn.Module):
             raise UserError(f"{name} cannot be copied for each task: {reason}")
         self._fresh = frozenset(heads if fresh_heads else ())
         self._seed = seed
+        prepare_quantised(model)
         modules = dict(model.named_modules())
         self.layers = nn.ModuleDict()
         if self.lora is not None:

@@ -10,7 +10,8 @@
 
 The digest in float32 decides, so a checkpoint in bfloat16 is the same base whether it is loaded as
 bfloat16 or as float32. A base in float32 that is loaded in half precision has other values, but is
-still meant: where base or model is held in half precision, the values rounded to it decide.
+still meant: where base or model is held in half precision, the values rounded to it decide. Of a
+base that was quantised when it was loaded, the weights of the original are digested.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from foretune.errors import UserError
-from foretune.models.digests import digest, text_tower
+from foretune.models.digests import digest, identity, text_tower
+from foretune.models.quantised import original_parameters, scales
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,7 +40,8 @@ def fingerprint(model: nn.Module, leave_out: Sequence[str] = (), *, buffers: boo
     Returns:
         40 hexadecimal digits; equal for equal weights, whatever device they are on.
     """
-    tensors = (*model.named_parameters(), *(model.named_buffers() if buffers else ()))
+    tensors = (*model.named_parameters(), *scales(model))
+    tensors = (*tensors, *(model.named_buffers() if buffers else ()))
     return digest(_without(tensors, leave_out), frozen=text_tower(model))
 
 
@@ -49,12 +52,8 @@ def base_record(model: nn.Module, leave_out: Sequence[str] = ()) -> dict[str, An
         model: The base.
         leave_out: Names of modules that the adapter replaces by its own copies (heads).
     """
-    parameters = list(_without(model.named_parameters(), leave_out))
     return {
-        "base": {
-            name: digest(parameters, dtype=dtype, frozen=text_tower(model))
-            for name, dtype in PRECISIONS.items()
-        },
+        "base": dict(zip(PRECISIONS, _digests(model, leave_out), strict=True)),
         "dtypes": sorted(_dtypes(model)),
         "without": list(leave_out),
         "model_class": type(model).__name__,
@@ -67,16 +66,14 @@ def is_base(model: nn.Module, record: Mapping[str, Any]) -> bool:
     Records of the first version hold an exact fingerprint as `base`. It counts if the model has it
     in any precision.
     """
-    parameters = list(_without(model.named_parameters(), record["without"]))
     digests = record["base"]
     if isinstance(digests, str):
+        parameters = list(_without(original_parameters(model), record["without"]))
         precisions = (None, *PRECISIONS.values())
         return any(digest(parameters, dtype=dtype) == digests for dtype in precisions)
     held = ["float32", *_dtypes(model).union(record["dtypes"]).intersection(PRECISIONS)]
-    return any(
-        digest(parameters, dtype=PRECISIONS[name], frozen=text_tower(model)) == digests.get(name)
-        for name in held
-    )
+    actual = _digests(model, record["without"], held)
+    return any(value == digests.get(name) for name, value in zip(held, actual, strict=True))
 
 
 def base_and_adapter(model: Any) -> dict[str, str | None]:
@@ -104,6 +101,28 @@ def base_and_adapter(model: Any) -> dict[str, str | None]:
             base.append((name.replace(".base_layer.", ".").replace(".original_module.", "."), p))
     disabled = any(getattr(m, "disable_adapters", False) is True for m in model.modules())
     return {"base": digest(base), "adapter": None if disabled else digest(adapter, active)}
+
+
+def _digests(
+    model: nn.Module, leave_out: Sequence[str], precisions: Sequence[str] = tuple(PRECISIONS)
+) -> list[str]:
+    """The digests of the parameters in these precisions.
+
+    Those of a quantised base are cached, because the original must be loaded for them.
+    """
+    cache: dict[tuple[str, ...], str] = {}
+    if hasattr(model, "foretune_original"):
+        state = [identity(p) for p in model.parameters()]
+        cached_state, cached = vars(model).get("foretune_digests", (None, {}))
+        cache = cached if cached_state == state else {}
+        model.foretune_digests = state, cache  # type: ignore[assignment]
+    keys = [(precision, *leave_out) for precision in precisions]
+    if not cache.keys() >= {*keys}:
+        parameters = list(_without(original_parameters(model), leave_out))
+        for key in keys:
+            dtype = PRECISIONS[key[0]]
+            cache[key] = digest(parameters, dtype=dtype, frozen=text_tower(model))
+    return [cache[key] for key in keys]
 
 
 def _without(

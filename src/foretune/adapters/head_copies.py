@@ -91,13 +91,15 @@ class HeadCopies(nn.Module):
         return {unescaped(name): p.mean(0) for name, p in self.stacked.items()}
 
     @torch.no_grad()
-    def stand_in(self, module: nn.Module, generator: torch.Generator) -> HeadCopies:
-        """Copies of two slots, randomly changed by about half of their size."""
+    def stand_in(
+        self, module: nn.Module, generator: torch.Generator, strength: float
+    ) -> HeadCopies:
+        """Copies of two slots, randomly changed by about this share of their size."""
         pair = HeadCopies(self.rows.name, module, 2)
         pair.inner = {path: RowDims(dims.name) for path, dims in self.inner.items()}
         for name, p in pair.stacked.items():
             p.data = p.data.to(self.stacked[name])
-            drawn = torch.randn(p.shape, generator=generator) * spread(p) / 2
+            drawn = torch.randn(p.shape, generator=generator) * spread(p) * strength
             p += drawn.to(p)
         for dims in pair.row_dims:
             dims.calls = []

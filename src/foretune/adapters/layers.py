@@ -22,6 +22,7 @@ from foretune.adapters.sparse_slots import sparse_linear
 from foretune.errors import UserError
 from foretune.models.calls import forward_of
 from foretune.models.layout import RowSlots
+from foretune.models.quantised import dense_weight, is_quantised, linear_shape
 from foretune.models.routing import rows_for_adapters
 from foretune.models.row_dims import RowDims
 
@@ -117,7 +118,7 @@ class LoRALayer(_AdaptedLayer):
             self.a = _zeros(weight, num_slots, r, in_features, kernel)
             self.b = _zeros(weight, num_slots, out_features, r)
         else:
-            out_features, in_features = weight.T.shape if self.transposed else weight.shape
+            out_features, in_features = weight.T.shape if self.transposed else linear_shape(module)
             self.a = _zeros(weight, num_slots, r, in_features)
             self.b = _zeros(weight, num_slots, r, out_features)
 
@@ -140,10 +141,11 @@ class LoRALayer(_AdaptedLayer):
         self._touched = True
 
     @torch.no_grad()
-    def stand_in(self, module: nn.Module, generator: torch.Generator) -> LoRALayer:
-        """Random adapters of two slots that change the module by about half of its weight."""
+    def stand_in(self, module: nn.Module, generator: torch.Generator, strength: float) -> LoRALayer:
+        """Random adapters of two slots that change the module by this share of its weight."""
         pair = LoRALayer(self.rows.name, module, 2, self.lora).to(self.a.device, self.a.dtype)
-        size = (spread(module.weight) / (2 * self.scale * math.sqrt(self.a.shape[1]))) ** 0.5
+        change = spread(dense_weight(module)) * strength
+        size = (change / (self.scale * math.sqrt(self.a.shape[1]))) ** 0.5
         for p in pair.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * size)
         pair.rows.calls = []
@@ -228,12 +230,15 @@ class SparseLayer(_AdaptedLayer):
         self.values[list(slots)] = 0
 
     @torch.no_grad()
-    def stand_in(self, module: nn.Module, generator: torch.Generator) -> SparseLayer:
-        """Random changes of two slots, about as large as the module's weight."""
+    def stand_in(
+        self, module: nn.Module, generator: torch.Generator, strength: float
+    ) -> SparseLayer:
+        """Random changes of two slots, of twice this share of the module's weight."""
         positions: Any = self.positions
         pair = SparseLayer(self.rows.name, module, 2, positions)
         pair.to(self.values.device, self.values.dtype)
-        drawn = torch.randn(pair.values.shape, generator=generator) * spread(module.weight)
+        drawn = torch.randn(pair.values.shape, generator=generator)
+        drawn *= 2 * strength * spread(dense_weight(module))
         pair.values.copy_(drawn)
         pair.rows.calls = []
         return pair
@@ -284,6 +289,11 @@ def stacked_layers(
             raise UserError(
                 f"{name} is a convolution, but sparse adapters change only linear layers: name "
                 "the linear layers in lora target_modules, or use form lora"
+            )
+        if is_quantised(module):
+            raise UserError(
+                f"{name} is quantised, but sparse adapters change single entries of its weight: "
+                "use form lora, or load the base without quantize"
             )
         weight: Any = module.weight
         weights[name] = weight if isinstance(module, nn.Linear) else weight.T

@@ -21,6 +21,7 @@ from transformers import Cache
 
 from foretune.adapters.head_copies import HeadCopies
 from foretune.adapters.layers import LoRALayer, SparseLayer, replaced_by
+from foretune.adapters.probe_rows import difference_of, probe_rows, probe_sizes, without_padding
 from foretune.errors import UserError
 from foretune.models.calls import eval_no_grad, replaced_forward, same_values
 from foretune.models.grouped_calls import PackedForward
@@ -34,7 +35,9 @@ ENTRIES = (
     *("get_image_features", "get_text_features"),
     *("get_context_features", "get_response_features"),
 )  # what is called besides `forward`
-SIZES = (3, 5, 7)  # numbers of rows of a probe: primes, to divide as little else as possible
+STRENGTHS = (0.5, 0.1, 0.03)  # of the random adapters, as a share of the weights
+LEAST_DIFFERENCE = 0.1  # between tasks, relative, that stands out from rounding to half precision
+MIXES = "it mixes the rows of a batch"
 
 logger = logging.getLogger("foretune")
 _WARNED: set[str] = set()
@@ -205,8 +208,25 @@ class _Entry:
         return self._try_mixed(args, kwargs, num_rows)
 
     def _try_mixed(self, args: Any, kwargs: Any, num_rows: int) -> str | None:
-        few, many = _probe_sizes(num_rows)
-        with self._random_adapters() as stand_ins:
+        """Why tasks cannot share a call; None if they can.
+
+        In half precision a deep model amplifies rounding, by strong adapters more than by weak
+        ones: a row must then be much nearer to its own task's output than to the other task's.
+        """
+        halves = (torch.bfloat16, torch.float16)
+        rounds = any(p.dtype in halves for p in self.calls.model.parameters())
+        reason: str | None = None
+        for strength in STRENGTHS if rounds else STRENGTHS[:1]:
+            reason = self._try_strength(strength, args, kwargs, num_rows, rounds)
+            if reason != MIXES:
+                break
+        return reason
+
+    def _try_strength(
+        self, strength: float, args: Any, kwargs: Any, num_rows: int, rounds: bool
+    ) -> str | None:
+        few, many = probe_sizes(num_rows)
+        with self._random_adapters(strength) as stand_ins:
             outputs, shapes = [], []
             row_dims = [dims for part in stand_ins.values() for dims in part.row_dims]
             with unpacked():
@@ -218,26 +238,32 @@ class _Entry:
                 reason = dims.learn(*calls)
                 if reason is not None:
                     return reason
+            difference = difference_of(*outputs[1:]) if rounds else 0.0
+            if rounds and strength < STRENGTHS[0] and difference < LEAST_DIFFERENCE:
+                return MIXES  # or not: too weak to tell
+            tolerance = max(0.03, 0.15 * difference) if rounds else None
             for probe in range(4):
-                order, owners = _probe_rows(many, probe)
+                order, owners = probe_rows(many, probe)
                 try:
                     with unpacked() if probe else contextlib.nullcontext():
                         mixed = self._rows_of(args, kwargs, order, owners)
                 except UnknownRowsError as error:
                     return str(error)
-                if not self._agrees(mixed, outputs[1:], order, owners):
-                    return "it mixes the rows of a batch"
+                if not self._agrees(mixed, outputs[1:], order, owners, tolerance):
+                    return MIXES
         for name, part in self.calls.parts.items():
             for dims, probed in zip(part.row_dims, stand_ins[name].row_dims, strict=True):
                 dims.learnt |= probed.learnt
         return None
 
     @contextlib.contextmanager
-    def _random_adapters(self) -> Iterator[dict[str, Part]]:
+    def _random_adapters(self, strength: float) -> Iterator[dict[str, Part]]:
         """Inside the block, random adapters of two slots stand in for those of the bank."""
         generator = torch.Generator().manual_seed(0)
         modules, parts = self.calls.modules, self.calls.parts
-        stand_ins = {name: part.stand_in(modules[name], generator) for name, part in parts.items()}
+        stand_ins = {
+            name: part.stand_in(modules[name], generator, strength) for name, part in parts.items()
+        }
         with replaced_by({part: stand_ins[name] for name, part in parts.items()}):
             yield stand_ins
 
@@ -273,7 +299,7 @@ class _Entry:
         ):
             torch.manual_seed(0)
             outputs = tensors_in(self.call(*args, **kwargs))
-        return {path: _without_padding(x, kwargs) for path, x in outputs.items()}
+        return {path: without_padding(x, kwargs) for path, x in outputs.items()}
 
     def _select(self, call: Any, index: Sequence[int]) -> Any:
         """The same arguments for these rows only."""
@@ -304,6 +330,7 @@ class _Entry:
         alone: Sequence[Mapping[Path, Tensor]],
         order: Sequence[int],
         owners: Sequence[int],
+        tolerance: float | None,
     ) -> bool:
         """Whether a mixed batch gives each row what it gets where all rows are of its slot.
 
@@ -312,6 +339,7 @@ class _Entry:
             alone: The outputs for each of two slots.
             order: The rows of the mixed batch, as indices of those of `alone`.
             owners: The slot of each row of the mixed batch.
+            tolerance: As for `same_values`.
         """
         compared = False
         for path, x in mixed.items():
@@ -322,7 +350,7 @@ class _Entry:
                 places = [i for i, owner in enumerate(owners) if owner == slot]
                 part = _rows(x, dim, len(owners), places)
                 reference = _rows(alone[slot][path], dim, len(owners), [order[i] for i in places])
-                if not same_values(part, reference):
+                if not same_values(part, reference, tolerance):
                     return False
             compared = True
         return compared
@@ -337,7 +365,7 @@ class _Entry:
             UserError: It does not, so a batch cannot be split by task.
         """
         complete = self._outputs((args, kwargs), None)
-        size = _probe_sizes(num_rows)[0]
+        size = probe_sizes(num_rows)[0]
         index = [i % num_rows for i in range(size)]
         compared = False
         for path, x in self._rows_of(args, kwargs, index, None).items():
@@ -405,41 +433,6 @@ def _input_dims(call: Any, num_rows: int) -> dict[tuple[Path, int], int]:
     return dims
 
 
-def _without_padding(x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """An output, zero where the call's rows are padded: packed and padded rows differ there."""
-    mask = kwargs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or x.shape[:2] != mask.shape:
-        return x
-    return x.masked_fill((mask == 0).view(*mask.shape, *[1] * (x.dim() - 2)), 0)
-
-
 def _rows(x: Tensor, dim: int, num_rows: int, index: Sequence[int]) -> Tensor:
     """These rows of x, whose `num_rows` rows lie along `dim`."""
     return x.unflatten(dim, (num_rows, -1)).index_select(dim, torch.tensor(index, device=x.device))
-
-
-def _probe_sizes(num_rows: int) -> tuple[int, int]:
-    """The numbers of rows of two probes.
-
-    Not those of the batch at hand: what is prepared for that batch recognises it by its shape.
-
-    >>> _probe_sizes(8), _probe_sizes(3)
-    ((3, 5), (5, 7))
-    """
-    few, many, *_ = (n for n in SIZES if n != num_rows)
-    return few, many
-
-
-def _probe_rows(size: int, probe: int) -> tuple[list[int], list[int]]:
-    """The order of up to seven rows in one of four mixed probes, and the owner of each place.
-
-    No two places have the same owner in each of the first three, so no row can take another's place
-    unnoticed. The last has the rows in reverse, for models that sort what was sorted already.
-
-    >>> [_probe_rows(5, probe)[1] for probe in range(4)]
-    [[1, 0, 1, 0, 1], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1], [0, 1, 1, 0, 0]]
-    """
-    order = list(range(size))
-    if probe == 3:
-        return order[::-1], _probe_rows(size, 1)[1]
-    return order, [(i + 1) >> probe & 1 for i in range(size)]

@@ -11,8 +11,10 @@ from annotated_types import MinLen
 from typing_extensions import TypedDict
 
 from foretune.cli.output import (
+    DTypeOption,
     Json,
     Overwrite,
+    QuantizeOption,
     Resume,
     TrustRemoteCode,
     comparison_text,
@@ -23,6 +25,7 @@ from foretune.cli.output import (
 from foretune.errors import UserError
 from foretune.files import COMPARISON_FILE, REPORT_FILE
 from foretune.formats import COMPARISON, damage_named, read_json, shortened, stamped
+from foretune.models.precision import held_in
 from foretune.models.trusted_code import trusted_code
 
 
@@ -45,13 +48,15 @@ def compare(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/compare"),
     resume: Resume = False,
     overwrite: Overwrite = False,
+    dtype: DTypeOption = "float32",
+    quantize: QuantizeOption = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Adapt bases to the same unseen tasks and compare their scores."""
     counts = parse_shots(shots)
     changes, folders = _changes_and_folders(bases)
-    with quiet_stdout(), trusted_code(trust_remote_code):
+    with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize):
         from foretune.cli.progress import StderrConsole
         from foretune.recipes.on_folders import compare_folders
 

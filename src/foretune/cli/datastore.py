@@ -9,13 +9,16 @@ import typer
 
 from foretune.cli.output import (
     AllowUnverified,
+    DTypeOption,
     Json,
+    QuantizeOption,
     TrustRemoteCode,
     emit,
     emit_json,
     quiet_stdout,
     table,
 )
+from foretune.models.precision import held_in
 from foretune.models.trusted_code import trusted_code
 from foretune.run import MAX_SEED
 
@@ -49,6 +52,8 @@ def build(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing store.")
     ] = False,
+    dtype: DTypeOption = "float32",
+    quantize: QuantizeOption = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_unverified: AllowUnverified = False,
     json: Json = False,
@@ -57,7 +62,7 @@ def build(
     from foretune.run import check_one_of
 
     check_one_of("--key-type", key_type, ("float32", "float16", "bfloat16"))
-    with quiet_stdout(), trusted_code(trust_remote_code):
+    with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize):
         from foretune.decoding.datastore_folders import build_folder
 
         result = build_folder(
@@ -137,6 +142,8 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(min=0, max=MAX_SEED, help="Random seed of shots and LoRA.")
     ] = 0,
+    dtype: DTypeOption = "float32",
+    quantize: QuantizeOption = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_unverified: AllowUnverified = False,
     json: Json = False,
@@ -145,7 +152,7 @@ def evaluate(
     from foretune.decoding.prompts import decode_method
 
     decode_method("rtd", changes or [])
-    with quiet_stdout(), trusted_code(trust_remote_code):
+    with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize):
         from foretune.cli.progress import StderrConsole
         from foretune.decoding.datastore_folders import evaluate_folder
 

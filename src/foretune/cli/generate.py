@@ -15,7 +15,9 @@ import typer
 from foretune.claims import claim_file
 from foretune.cli.output import (
     AllowUnverified,
+    DTypeOption,
     Json,
+    QuantizeOption,
     TrustRemoteCode,
     emit,
     emit_json,
@@ -23,6 +25,7 @@ from foretune.cli.output import (
     table,
 )
 from foretune.errors import UserError
+from foretune.models.precision import held_in
 from foretune.models.trusted_code import trusted_code
 from foretune.run import MAX_SEED
 
@@ -92,6 +95,8 @@ def generate(
         Path | None, typer.Option(help="With --beta-sweep: write the frontier to this .svg file.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the --out file.")] = False,
+    dtype: DTypeOption = "float32",
+    quantize: QuantizeOption = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_unverified: AllowUnverified = False,
     json: Json = False,
@@ -110,7 +115,8 @@ def generate(
     sources = [model, prompts, tuned_prompts, untuned_prompts, store, oracle]
     reads = [str(read) for read in (*sources, *(tuned or ()), *(untuned or ())) if read is not None]
     _check_figure(out, betas, oracle, overwrite, reads)
-    with quiet_stdout(), trusted_code(trust_remote_code), _warnings_as_lines():
+    loading = held_in(dtype, quantize)
+    with quiet_stdout(), trusted_code(trust_remote_code), loading, _warnings_as_lines():
         from foretune.decoding.generation import as_chat, read_prompts
 
         texts = [prompt] if prompt is not None else _read(prompts)

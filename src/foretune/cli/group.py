@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +33,9 @@ class Group(TyperGroup):
         args = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in args
         args = [arg for arg in args if arg != "--debug"]
+        if not debug:  # what libraries say to developers
+            warnings.simplefilter("ignore", FutureWarning)
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         extra.update(standalone_mode=False)
         extra["prog_name"] = "foretune"
         try:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from foretune.models.precision import DType, Quantize
 from foretune.printable import printable, printable_json
 from foretune.processes import process_rank
 
@@ -37,6 +38,18 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code", help="Run Python code that comes with a model or is named beside it."
+    ),
+]
+DTypeOption = Annotated[
+    DType,
+    typer.Option("--dtype", help="Dtype of the model's weights and of what is computed with them."),
+]
+QuantizeOption = Annotated[
+    Quantize | None,
+    typer.Option(
+        "--quantize",
+        help="Hold the model's linear layers in 4 bits (nf4) or 8 bits (int8) while adapters are "
+        "trained or used; needs bitsandbytes.",
     ),
 ]
 

@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from foretune.cli.output import (
+    DTypeOption,
     Json,
     Overrides,
     Overwrite,
+    QuantizeOption,
     Resume,
     TrustRemoteCode,
     emit,
@@ -18,6 +20,7 @@ from foretune.cli.output import (
     quiet_stdout,
     table,
 )
+from foretune.models.precision import held_in
 from foretune.models.trusted_code import trusted_code
 from foretune.run import MAX_SEED
 
@@ -91,11 +94,13 @@ def adapt(
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    dtype: DTypeOption = "float32",
+    quantize: QuantizeOption = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Adapt a base to new tasks and save one adapter per task."""
-    with quiet_stdout(), trusted_code(trust_remote_code):
+    with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize):
         from foretune.cli.progress import StderrConsole
         from foretune.evaluation.wording import counted, setting_phrase
         from foretune.recipes.on_folders import adapt_folder

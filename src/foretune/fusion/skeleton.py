@@ -21,6 +21,7 @@ from foretune.fusion.full_models import class_of_folder, live_model, model_folde
 from foretune.fusion.lora_adapters import adapter_folder, live_adapter
 from foretune.models.loading import head_of_class, load_base, load_model
 from foretune.models.named import is_named
+from foretune.models.quantised import refuse_quantised
 from foretune.models.surgery import has_fresh_head, head_modules
 
 
@@ -35,6 +36,7 @@ def make_skeleton(base: Source, finetuned: Mapping[str, Source]) -> tuple[nn.Mod
         UserError: A folder holds no model, or the fine-tuned models were tuned from another base.
     """
     model, tokenizer = _loaded_copy(base)
+    refuse_quantised(model, "fusing", "give the originals")
     full = [source for source in finetuned.values() if not _is_adapter(source)]
     if not full:
         return _in_class_of_adapters(model, tokenizer, base, finetuned)

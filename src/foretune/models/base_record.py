@@ -17,7 +17,7 @@ from foretune.errors import UserError
 from foretune.files import BASE_FILE, BASIS_FILE, write_whole
 from foretune.formats import BASE, read_json, stamped
 from foretune.models.checkpoint import stored_dtypes
-from foretune.models.surgery import head_width, name_outputs
+from foretune.models.surgery import head_width, name_outputs, set_trainable
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -77,9 +77,8 @@ def restore(folder: Path, model: nn.Module) -> None:
     if record is None:
         return
     if "trainable" in record:
-        trainable = set(record["trainable"])
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trainable)
+        names = set(record["trainable"])
+        set_trainable(model, {name: name in names for name, _ in model.named_parameters()})
     model.foretune_adapting = record.get("adapting")  # type: ignore[assignment]
     # Earlier versions recorded the labels as the objective's.
     labels = record.get("head_labels", record.get("objective", {}).get("space"))

@@ -72,7 +72,7 @@ def _after_encoder(
     count = next((i for i, (_, t) in enumerate(pairs) if id(t) not in inside), len(pairs))
     leading = pairs[:count]
     key = f"digest {dtype} {removed} {[name for name, _ in leading]}"
-    identities = [_identity(tensor) for _, tensor in leading]
+    identities = [identity(tensor) for _, tensor in leading]
     earlier = frozen.shared.get(key)
     if earlier is None or earlier[0] != identities:
         state = hashlib.blake2b(digest_size=20)
@@ -82,7 +82,7 @@ def _after_encoder(
     return earlier[1].copy(), count
 
 
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that share their memory, until one of them is written to."""
+def identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors of any shape that share their memory, until one of them is written to."""
     version = -1 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device

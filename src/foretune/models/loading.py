@@ -23,6 +23,7 @@ from foretune.models.base_record import check_fingerprint, restore
 from foretune.models.capacity import pad_within
 from foretune.models.checkpoint import check_files, tensor_shapes
 from foretune.models.named import NAMES, folder_of, is_named
+from foretune.models.precision import Quantize, precision_of
 from foretune.models.pretrained import (
     build,
     load_tokenizer,
@@ -87,7 +88,8 @@ def load_model(
     chat_template: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
-    dtype: Any = torch.float32,
+    dtype: torch.dtype | str | None = None,
+    quantize: Quantize | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load a model in eval mode, and its tokenizer.
 
@@ -107,7 +109,9 @@ def load_model(
             own.
         trust_remote_code: Run Python code that comes with the model, or that its folder names.
         seed: Random seed of weights missing from the checkpoint (a fresh head).
-        dtype: Dtype of the weights; "auto" for that of the checkpoint.
+        dtype: Dtype of the weights, float32 by default; "auto" for that of the checkpoint.
+        quantize: "nf4" or "int8": hold linear layers in 4 or 8 bits (bitsandbytes), for adapters
+            only; heads, embeddings and the rest keep `dtype`.
 
     Returns:
         (model, tokenizer); the tokenizer is None for a model without one.
@@ -123,7 +127,11 @@ def load_model(
         )
     where = locate(str(name))
     trusted = is_trusted(trust_remote_code)
+    precision = precision_of(dtype, quantize)
     tokenizer: Any = None
+    if precision.quantize and (tower is not None or (Path(where) / MODULE_FILE).is_file()):
+        kind = "a model of your own code" if tower is None else "a tower"
+        raise UserError(f"{kind} is not quantised: leave quantize out")
     if tower is not None:
         if trainable_layers is not None:
             raise UserError(
@@ -132,7 +140,9 @@ def load_model(
                 "them out"
             )
         with quiet(), user_errors(where):
-            model, tokenizer = text_tower_on(where, tower, head, num_labels, trusted, seed, dtype)
+            model, tokenizer = text_tower_on(
+                where, tower, head, num_labels, trusted, seed, precision.torch_dtype
+            )
     elif (Path(where) / MODULE_FILE).is_file():
         model = _load_plain(Path(where), trusted)
     else:
@@ -142,7 +152,10 @@ def load_model(
             if head in LABELLED and num_labels is not None and not _names_all(config, labels):
                 config.num_labels = num_labels
             fresh_head = head in LABELLED
-            model = build(auto, where, config, trusted, seed, dtype, fresh_head=fresh_head)
+            model = build(
+                *(auto, where, config, trusted, seed, precision.torch_dtype, precision.quantize),
+                fresh_head=fresh_head,
+            )
             tokenizer = load_tokenizer(where, trusted, reads_text=head != "image-classification")
     pad_within(model, tokenizer)
     if chat_template is not None:
@@ -302,32 +315,39 @@ def load_base(
     folder: str | Path,
     *,
     trust_remote_code: bool = False,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = None,
+    quantize: Quantize | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load what `save_base` wrote, with the head that it was saved with.
 
     Args:
         folder: Folder of the saved base.
         trust_remote_code: Run Python code that comes with the model.
-        dtype: Dtype of the weights; "auto" for the one that they were saved in.
+        dtype: Dtype of the weights, float32 by default; "auto" for the one that they were saved in.
+        quantize: As for `load_model`.
 
     Returns:
         (model, tokenizer); the tokenizer is None for a model without one.
 
     Raises:
-        UserError: The folder is not a saved base.
+        UserError: The folder is not a saved base, or cannot be quantised.
     """
+    precision = precision_of(dtype, quantize)
     where = str(folder if is_named(folder) else Path(folder).expanduser())
     where = locate(where if is_named(where) or Path(where).is_absolute() else f"./{where}")
     trusted = is_trusted(trust_remote_code)
     if (Path(where) / MODULE_FILE).is_file():
+        if precision.quantize:
+            raise UserError("a model of your own code is not quantised: leave quantize out")
         model = _load_plain(Path(where), trusted)
         restore(Path(where), model)
         return model, None
     with quiet(), user_errors(where):
         config = read_config(where, trusted)
+        model_class = saved_class(where, config, trusted)
         model = build(
-            saved_class(where, config, trusted), where, config, trusted, 0, dtype, fresh_head=False
+            *(model_class, where, config, trusted, 0, precision.torch_dtype, precision.quantize),
+            fresh_head=False,
         )
         restore(Path(where), model)
         tokenizer = load_tokenizer(where, trusted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,10 @@ from foretune.formats import shortened
 from foretune.models.base_record import check_fingerprint
 from foretune.models.checkpoint import check_files, check_fit, check_numbers
 from foretune.models.digests import text_tower
+from foretune.models.precision import Precision
+from foretune.models.quantised import load_quantised, prepare_quantised
 from foretune.models.surgery import is_in_head, name_outputs
-from foretune.models.tower_classes import TOWERS
+from foretune.models.tower_classes import TOWER_TYPES, TOWERS
 from foretune.models.trusted_code import HOW
 
 LOADERS = {
@@ -151,20 +154,43 @@ def build(
     trusted: bool,
     seed: int,
     dtype: torch.dtype | str = torch.float32,
+    quantize: str | None = None,
     *,
     fresh_head: bool,
 ) -> Any:
     """The model of a folder or hub id, in eval mode.
 
     Raises:
-        UserError: The weights do not fit the config.
+        UserError: The weights do not fit the config, or cannot be quantised.
     """
+    load = functools.partial(_load, auto, where, trusted, seed, fresh_head)
+    if quantize is None:
+        return load(config=config, dtype=dtype)
+    markers = [file for file in LOADERS if (Path(where) / file).is_file()]
+    if markers or config.model_type in TOWER_TYPES:
+        reason = f"{where} is a pruned model" if markers else f"{where} is a tower"
+        raise UserError(f"{reason}, which is not quantised: leave quantize out")
+    return load_quantised(load, config, where, Precision(dtype, quantize))
+
+
+def _load(
+    auto: Any,
+    where: str,
+    trusted: bool,
+    seed: int,
+    fresh_head: bool,
+    *,
+    config: Any,
+    dtype: torch.dtype | str,
+    **options: Any,
+) -> Any:
+    """As `build`; the options are arguments of `from_pretrained`."""
     for marker_file, loader in LOADERS.items():
         if (Path(where) / marker_file).is_file():
             model = entry_point(loader)(auto, config, Path(where), dtype)
             if model is not None:
                 return model.eval()
-    with torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, info = auto.from_pretrained(
             where,
@@ -174,7 +200,9 @@ def build(
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **options,
         )
+    prepare_quantised(model)
     if getattr(model, "peft_config", None):
         raise UserError(f"{where} is an adapter, not a model: give the model it was trained on")
     if (tower := text_tower(model)) is not None:
@@ -188,7 +216,8 @@ def build(
     if fresh_head and any(is_in_head(model, name) for name in info["missing_keys"]):
         name_outputs(model, ())
     is_as_saved = type(model).__name__ in (getattr(config, "architectures", None) or ())
-    if is_as_saved and not info["missing_keys"] | info["mismatched_keys"]:
+    is_whole = not info["missing_keys"] | info["mismatched_keys"]
+    if is_as_saved and is_whole and not options:  # the original of a quantised model was checked
         check_fingerprint(Path(where), model)
     return model.eval()
 

@@ -365,10 +365,32 @@ def freeze_lower(model: nn.Module, trainable_layers: int) -> None:
             f"trainable_layers must be between 0 and the {len(blocks)} blocks of "
             f"{type(model).__name__}, got {trainable_layers}"
         )
-    for parameter in parameters_before(model, name).values():
-        parameter.requires_grad_(False)
-    for block in blocks[: len(blocks) - trainable_layers]:
-        block.requires_grad_(False)
+    frozen = {id(parameter) for parameter in parameters_before(model, name).values()}
+    lower = blocks[: len(blocks) - trainable_layers]
+    frozen |= {id(parameter) for block in lower for parameter in block.parameters()}
+    names = [n for n, parameter in model.named_parameters() if id(parameter) in frozen]
+    set_trainable(model, dict.fromkeys(names, False))
+
+
+def set_trainable(model: nn.Module, trainable: Mapping[str, bool]) -> None:
+    """Says of parameters whether they are trained.
+
+    A quantised weight never is; its layer remembers whether an adapter belongs there.
+    """
+    parameters = dict(model.named_parameters())
+    for name, is_trained in trainable.items():
+        if parameters[name].is_floating_point():
+            parameters[name].requires_grad_(is_trained)
+        else:
+            layer = model.get_submodule(name.rpartition(".")[0])
+            layer.foretune_frozen = not is_trained  # type: ignore[assignment]
+
+
+def is_trained(layer: Any) -> bool:
+    """Whether the weight of a layer is trained, or would be if it were not quantised."""
+    if layer.weight.is_floating_point():
+        return layer.weight.requires_grad
+    return not getattr(layer, "foretune_frozen", False)
 
 
 def _in_head(model: nn.Module, name: str) -> bool:

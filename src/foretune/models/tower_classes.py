@@ -25,7 +25,9 @@ TOWERS: dict[str, Any] = {
 }
 """Name in a config's `architectures` → class."""
 
-for _config in (TowerConfig, DualTowerConfig, ArrayTowerConfig):
+_CONFIGS = (TowerConfig, DualTowerConfig, ArrayTowerConfig)
+TOWER_TYPES = tuple(config.model_type for config in _CONFIGS)
+for _config in _CONFIGS:
     AutoConfig.register(_config.model_type, _config)
 AutoModelForSequenceClassification.register(TowerConfig, TowerForSequenceClassification)
 AutoModel.register(DualTowerConfig, DualTower)

@@ -70,8 +70,12 @@ def _fits(module: nn.Module) -> bool | None:
         with torch.no_grad():
             shape = nn.Conv1d.forward(module, x).shape
     else:
-        size_in, size_out = weight.shape if isinstance(module, Conv1D) else weight.shape[::-1]
-        x, shape = weight.new_zeros(2, size_in), torch.Size((2, size_out))
+        if isinstance(module, nn.Linear):  # a quantised weight has another shape and dtype
+            size_in, size_out = module.in_features, module.out_features
+        else:
+            size_in, size_out = weight.shape
+        x = weight.new_zeros(2, size_in)
+        x, shape = x if x.is_floating_point() else x.float(), torch.Size((2, size_out))
     with eval_no_grad(module), torch.random.fork_rng(devices=[]):
         try:
             y = module(x)

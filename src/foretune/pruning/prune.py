@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from foretune.errors import UserError
 from foretune.models.loading import load_model
+from foretune.models.quantised import refuse_quantised
 from foretune.pruning.experts import ExpertBlock, find_blocks
 from foretune.pruning.plan import (
     apply_plan,
@@ -85,6 +86,7 @@ def prune_with(
 ) -> Pruned:
     """Prune a copy of the model, or the model in place, by statistics collected earlier."""
     started = time.perf_counter()
+    refuse_quantised(model, "pruning", "prune the original")
     blocks = find_blocks(model)
     plan = method.plan(blocks, statistics)
     before = _size(model, blocks)

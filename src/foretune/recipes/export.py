@@ -14,6 +14,7 @@ from foretune.errors import UserError
 from foretune.files import LABELS_FILE, check_file_names
 from foretune.formats import read_json
 from foretune.models.loading import save_base
+from foretune.models.quantised import refuse_quantised
 from foretune.models.surgery import name_outputs
 from foretune.recipes.check import BasesOfAdapters, all_adapters
 from foretune.recipes.saved_base import find_base
@@ -79,6 +80,7 @@ def _merge(bases: BasesOfAdapters, folder: Path, target: Path) -> list[str]:
     from peft import PeftModel
 
     model: Any = bases.of(folder)
+    refuse_quantised(model, "merging", "give the original base")
     notes = read_adapter(folder, model, allow_unverified=True).notes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

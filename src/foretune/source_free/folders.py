@@ -261,9 +261,11 @@ def _read_training(rows: str, domain: str | None, *, labelled: bool) -> Task:
 def _source_model(name: str, task: Task, objective: Any, seed: int) -> nn.Module:
     if name != NEW:
         from foretune.models.loading import load_base
+        from foretune.models.quantised import refuse_quantised
         from foretune.training.model_copies import fresh_copy
 
         model = load_base(name)[0]
+        refuse_quantised(model, "preparing a source model", "give the original")
         return fresh_copy(model, objective.bind(model), seed)
     import torch
 

@@ -15,6 +15,7 @@ from foretune.adapters.fingerprint import base_record
 from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
 from foretune.models.checkpoint import unstored_modules
+from foretune.models.quantised import refuse_quantised
 from foretune.models.surgery import head_width
 from foretune.run import Run
 from foretune.tasks.objectives import settings_of
@@ -181,6 +182,9 @@ def _adapt_wave(
 ) -> None:
     """Adapts the tasks of one wave, and adds them to the result."""
     method, run = way.method, way.run
+    if not method.shares_base:
+        advice = "adapt it with lora or head, or load it without quantize"
+        refuse_quantised(model, method.name, advice)
     data = TaskData(wave, objective, TextLimits.of(model, objective))
     base = model if method.shares_base else copy.deepcopy(model)
     requires_grad = {p: p.requires_grad for p in base.parameters()}

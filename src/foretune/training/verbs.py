@@ -11,6 +11,7 @@ from torch import nn
 from foretune.errors import UserError
 from foretune.files import RUN_FILE, write_whole
 from foretune.method import check_verb
+from foretune.models.quantised import refuse_quantised
 from foretune.processes import base_is_sharded
 from foretune.run import Run
 from foretune.tasks.task import Objective, TaskCollection
@@ -65,6 +66,11 @@ def retrain(
     run, group = run or Run(), process_group()
     check_verb(method, "retrain")
     check_device(run.device)
+    refuse_quantised(
+        model,
+        "retraining",
+        "retrain the original, then adapt that base with quantize",
+    )
     objective_of(tasks)
     if run.steps < 1:
         raise UserError(
