@@ -192,9 +192,9 @@ def quantised(data: dict[str, Any]) -> str:
             f"{rows[0]['tasks']} adapters of rank 8 on the queries and values of SmolLM2-135M, "
             "whose embeddings are a fifth of it and are not quantised. `loading` is what the "
             "process holds of its own at most while it loads (a checkpoint in float32 is mapped "
-            "from its file), `a step` one forward and backward pass of all adapters beyond weights and "
-            "gradients, the score a mean log-likelihood per token; int8 and nf4 compute in "
-            "bfloat16. On this processor bitsandbytes has no fast kernels.\n",
+            "from its file), `a step` one forward and backward pass of all adapters beyond "
+            "weights and gradients, the score a mean log-likelihood per token; int8 and nf4 "
+            "compute in bfloat16. On this processor bitsandbytes has no fast kernels.\n",
             table(
                 ["base in", "weights, MB", "adapters, MB", "loading, MB", "a step, MB",
                  "CPU seconds per step", "score"],

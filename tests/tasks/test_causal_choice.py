@@ -12,8 +12,10 @@ import foretune
 import tiny_models
 from foretune.adapters.bank import AdapterBank
 from foretune.models.counted import logits_at
+from foretune.models.frozen_prefix import frozen_prefix
 from foretune.models.packing import packed
 from foretune.models.routing import route
+from foretune.models.surgery import freeze_lower
 from foretune.run import Run
 from foretune.tasks.objectives import shared_context
 from foretune.tasks.objectives.causal_lm import CausalLM
@@ -97,6 +99,25 @@ def test_the_context_is_computed_once():
         for e in (chosen.encode(row, "t") for row in ROWS)
     )
     assert seen == [(3, longest)]
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_what_is_cached_decides_whether_the_context_is_computed_once(first):
+    """Frozen blocks are served from a cache for plain texts: worth it where most are frozen."""
+    model, chosen = tiny_models.llama(num_hidden_layers=4).double(), objective()
+    batch = batch_of(chosen)
+    expected = chosen.losses(model, batch)
+    freeze_lower(model, 4 - first)
+    shapes = []
+    model.model.register_forward_hook(
+        lambda m, a, k, o: shapes.append(k["input_ids"].shape), with_kwargs=True
+    )
+    with frozen_prefix(model, []):
+        chosen.losses(model, batch)
+        shapes.clear()
+        torch.testing.assert_close(chosen.losses(model, batch), expected, rtol=1e-7, atol=1e-8)
+    num_candidates = sum(len(row["candidates"]) for row in ROWS)
+    assert [shape[0] for shape in shapes] == [num_candidates if first == 3 else len(ROWS)]
 
 
 def test_the_order_of_the_candidates_does_not_matter():

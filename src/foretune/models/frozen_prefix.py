@@ -72,6 +72,14 @@ def frozen_prefix(model: nn.Module, adapted: Iterable[str]) -> Iterator[None]:
         yield
 
 
+def served_share(model: nn.Module) -> float:
+    """The share of a model's blocks that an installed prefix serves from its cache."""
+    named_blocks = block_list(model)
+    blocks = [] if named_blocks is None else list(named_blocks[1])
+    served = sum(isinstance(vars(block).get("forward"), PrefixForward) for block in blocks)
+    return served / len(blocks) if blocks else 0.0
+
+
 class _Reached(Exception):  # noqa: N818
     """The forward pass has reached the end of the prefix."""
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from foretune.models.calls import eval_no_grad
 from foretune.models.counted import logits_at
+from foretune.models.frozen_prefix import served_share
 from foretune.models.routing import current_rows, route
 from foretune.tasks.objectives import text
 
@@ -101,7 +102,14 @@ def log_likelihoods(model: Any, inputs: Mapping[str, Tensor], slots: Sequence[in
 
 
 def shares_context(model: Any, inputs: Mapping[str, Tensor]) -> bool:
-    """Whether the model gives the same result with the context computed once; warns if not."""
+    """Whether to compute each context once for its candidates.
+
+    Not where the model gives another result like that, of which a line warns; nor where blocks that
+    are served from a cache, which they are for plain texts only, save more than sharing does.
+    """
+    pair_tokens = int((inputs["pair"] >= 0).sum()) * (1 - served_share(model))
+    if pair_tokens < int((inputs["part"] != PADDING).sum()):
+        return False
     if model not in _CAN_SHARE:
         _CAN_SHARE[model] = _agrees(model, inputs)
         if not _CAN_SHARE[model]:
