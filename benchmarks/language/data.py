@@ -2,12 +2,12 @@
 
     python benchmarks/language/data.py SHARED_FOLDER OUT_FOLDER
 
-    written             from SHARED_FOLDER             a task is      a row is
-    opinions.jsonl      opinions/land-bank.jsonl.gz    a participant  a vote on a statement
-    preferences.jsonl   opinions/land-bank.jsonl.gz    a participant  two statements: they agree with
-                                                                      the first and not the second
-    chats.jsonl         convai2/valid.jsonl.gz         a persona      a conversation so far, and what
-                                                                      the persona says next
+    written            from SHARED_FOLDER            a task is      a row is
+    opinions.jsonl     opinions/land-bank.jsonl.gz   a participant  a vote on a statement
+    preferences.jsonl  opinions/land-bank.jsonl.gz   a participant  two statements: they agree with
+                                                                    the first and not the second
+    chats.jsonl        convai2/valid.jsonl.gz        a persona      a conversation so far, and what
+                                                                    the persona says next
 
 Sources:
     Land bank: Polis, gathered by The Computational Democracy Project, CC BY 4.0.

@@ -17,7 +17,10 @@ DEFAULT_FILE = "recipe.yaml"
 def init(
     file: Annotated[Path, typer.Argument(help="File to write the recipe to.")] = Path(DEFAULT_FILE),
     template: Annotated[
-        str, typer.Option(help="Template: choice, classification, causal-lm, chat or arrays.")
+        str,
+        typer.Option(
+            help="Template: choice, classification, causal-lm, chat, preference or arrays."
+        ),
     ] = "choice",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing file.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ from foretune.cli.output import (
     quiet_stdout,
     table,
 )
+from foretune.errors import UserError
 from foretune.files import CARD_FILE, REPORT_FILE
 
 if TYPE_CHECKING:
@@ -55,12 +56,35 @@ def run(
         comparison = run_recipe(
             loaded, resume=resume, overwrite=overwrite, reads=[recipe], console=StderrConsole()
         )
+        answers: list[dict[str, Any]] = []
+        if loaded.answers:
+            from foretune.decoding.answers import answer_unseen
+
+            try:
+                answers = answer_unseen(loaded, comparison, StderrConsole())
+            except UserError as error:  # the results of the run stand
+                StderrConsole().say(f"no answers: {error}")
     if json:
-        emit_json({"out": str(loaded.folder), **comparison})
+        shown = {"answers": answers} if loaded.answers else {}
+        emit_json({"out": str(loaded.folder), **comparison, **shown})
         return
     emit(comparison_text(comparison))
+    for answer in answers:
+        emit(_answer_text(answer, loaded.model.name))
     emit(f"\nReport: {loaded.folder / REPORT_FILE}")
     emit(f"To adapt to new tasks in the same way: {adapt_command(loaded, comparison)}")
+
+
+def _answer_text(answer: dict[str, Any], model: str | None) -> str:
+    """A question, and the answers to it."""
+    rows = [
+        [f"{answer['task']} was asked", answer["question"][-1]["content"]],
+        ["and said", answer["reference"]],
+        [f"{model} says", answer["before"]],
+        [f"with the adapter of {answer['task']}", answer["adapted"]],
+    ]
+    width = max(len(label) for label, _ in rows)
+    return "\n" + "\n".join(f"{label:{width}}  {' '.join(text.split())}" for label, text in rows)
 
 
 def _run_experiment(experiment: Experiment, resume: bool, overwrite: bool, json: bool) -> None:

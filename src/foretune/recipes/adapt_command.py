@@ -14,18 +14,9 @@ if TYPE_CHECKING:
 def adapt_command(recipe: Recipe, comparison: Mapping[str, Any]) -> str:
     """The `foretune adapt` command that adapts the best base of a run to new tasks as the run did.
 
-    The best base is that of the verdict or, without one, that with the highest mean at its shots.
     Its folder says how it is adapted, unless the recipe fixed that.
     """
-    verdict = comparison["verdict"]
-    best = (
-        verdict["best"]
-        or max(
-            (row for row in comparison["means"] if row["shots"] == verdict["shots"]),
-            key=lambda row: row["mean"],
-        )["base"]
-    )
-    base = next(base for base in comparison["bases"] if base["name"] == best)
+    base = best_base(comparison)
     changes: dict[str, Any] = {}
     if not recipe.adapt.searches:
         changes = recipe.adapt.model_dump(
@@ -40,3 +31,11 @@ def adapt_command(recipe: Recipe, comparison: Mapping[str, Any]) -> str:
     if recipe.model.file or recipe.model.trust_remote_code:
         words.append("--trust-remote-code")  # as the recipe did, by naming the file
     return shlex.join(["foretune", "adapt", *words, *settings])
+
+
+def best_base(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """The base of the verdict or, without one, that with the highest mean at its shots."""
+    verdict = comparison["verdict"]
+    rows = [row for row in comparison["means"] if row["shots"] == verdict["shots"]]
+    best = verdict["best"] or max(rows, key=lambda row: row["mean"])["base"]
+    return next(base for base in comparison["bases"] if base["name"] == best)

@@ -79,6 +79,8 @@ class Recipe(Block):
     Args:
         name: Title of the report, and name of the default folder.
         data: How to get the data, for a recipe that does not set `tasks.source`.
+        answers: Questions of unseen tasks that the model before retraining and an adapter answer
+            at the end, side by side; for conversations (`messages`).
         seeds: Number of repeats of retraining, adapting and the draw of shots.
         out: Output folder; `{name}` is replaced by the name.
     """
@@ -91,6 +93,7 @@ class Recipe(Block):
     retrain: RetrainBlock
     adapt: AdaptBlock = AdaptBlock()
     spectrum: SpectrumBlock | None = None
+    answers: int = Field(default=0, ge=0)
     seeds: int = Field(default=1, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str | None = None
@@ -327,6 +330,7 @@ def _check(recipe: Recipe, where: str) -> None:
     """
     checks: dict[str, Callable[[], object]] = {
         "": lambda: _check_methods(recipe),
+        "answers": lambda: _check_answers(recipe),
         "model.": lambda: recipe.model.check_serves(recipe.objective),
         "retrain.": lambda: check_int("steps", recipe.retrain_run().steps, 1),
         "adapt.": recipe.adapt_run,
@@ -337,6 +341,14 @@ def _check(recipe: Recipe, where: str) -> None:
             check()
         except UserError as error:
             raise UserError(f"{where}: {prefix}{error}") from None
+
+
+def _check_answers(recipe: Recipe) -> None:
+    if recipe.answers and (recipe.objective.kind != "causal-lm" or recipe.model.name is None):
+        raise UserError(
+            f"={recipe.answers} has a chat model answer, which takes objective.kind causal-lm and "
+            f"model.name; got the objective {recipe.objective.kind}: set answers to 0"
+        )
 
 
 def _check_methods(recipe: Recipe) -> None:

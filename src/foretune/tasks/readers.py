@@ -181,7 +181,7 @@ def _near(source: str) -> str:
     except OSError:  # a folder that may be entered, but not listed
         return ""
     if str(path.parent) == ".":
-        names += ["land-bank", "python-docs"]
+        names += ["land-bank", "land-bank-chats", "python-docs"]
     hint = did_you_mean(path.name, names)
     if not hint:
         stems = difflib.get_close_matches(path.name.split(".")[0], [n.split(".")[0] for n in names])

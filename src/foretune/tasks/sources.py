@@ -25,7 +25,10 @@ from foretune.tasks.task import Task, TaskCollection
 
 PYTHON_DOCS = "python-docs"
 
-PACKAGED = {"land-bank": Path(__file__).parents[1] / "data" / "land-bank.jsonl.gz"}
+PACKAGED = {
+    name: Path(__file__).parents[1] / "data" / f"{name}.jsonl.gz"
+    for name in ("land-bank", "land-bank-chats")
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,9 +37,9 @@ class Source:
 
     Args:
         source: A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .npz) or a folder of those,
-            "land-bank" (votes on statements, in the package), "python-docs" (the documentation of
-            the installed Python modules), or an HF dataset ("owner/name", with ":config" if it has
-            several).
+            "land-bank" or "land-bank-chats" (votes on statements, in the package), "python-docs"
+            (the documentation of the installed Python modules), or an HF dataset ("owner/name",
+            with ":config" if it has several).
         task_column: The column that names a row's task.
         group_column: The column that names a row's group, so that splits keep groups together;
             None for "dialogue" or "group" if a row has one.

@@ -6,7 +6,7 @@ from importlib import resources
 
 from foretune.errors import UserError, did_you_mean
 
-TEMPLATES = ("choice", "classification", "causal-lm", "chat", "arrays")
+TEMPLATES = ("choice", "classification", "causal-lm", "chat", "preference", "arrays")
 
 
 def template_text(name: str) -> str:

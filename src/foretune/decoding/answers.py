@@ -1,0 +1,117 @@
+"""What a model answered before retraining, and what it answers as a new user's: side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from foretune.files import write_whole
+from foretune.recipes.adapt_command import best_base
+from foretune.recipes.console import SILENT, Console
+from foretune.tasks.messages import Message
+from foretune.tasks.sources import load_tasks
+
+if TYPE_CHECKING:
+    from foretune.recipes.schema import Recipe
+    from foretune.tasks.task import Task
+
+ANSWERS_FILE = "answers.json"
+MAX_NEW_TOKENS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The answers to one question.
+
+    Args:
+        task: The unseen task whose adapter answers.
+        question: The conversation that is answered.
+        reference: The answer in the task's test rows.
+        before: The answer of the model before retraining.
+        adapted: The answer of the best base with the task's adapter.
+    """
+
+    task: str
+    question: list[Message]
+    reference: str
+    before: str
+    adapted: str
+
+
+def answer_unseen(
+    recipe: Recipe, comparison: Mapping[str, Any], console: Console = SILENT
+) -> list[dict[str, Any]]:
+    """Has the model as it was, and adapters of unseen tasks, answer test rows of these tasks.
+
+    The adapters are those of the first repeat on the base of the verdict. Written to answers.json
+    in the folder of the run, too.
+
+    Args:
+        recipe: The recipe of a run that has ended, with conversations as rows.
+        comparison: The comparison of the run.
+        console: Is told what happens.
+
+    Returns:
+        The fields of `Answer`, as many as the recipe's `answers`; questions first that two tasks
+        answer differently.
+
+    Raises:
+        UserError: A question and an answer do not fit into the model's positions.
+    """
+    from foretune.decoding.generation import generate_texts
+    from foretune.decoding.peft_model import load_generator
+    from foretune.models.loading import load_model
+    from foretune.training.outcome import folder_names
+
+    _, unseen = load_tasks(recipe.source(), recipe.objective.kind)
+    assert unseen is not None and recipe.model.name is not None  # `Recipe` checks both
+    rows = disputed_rows(list(unseen), recipe.answers)
+    console.say(f"answering {len(rows)} questions of unseen tasks")
+    names = folder_names((task.name, 0) for task in unseen)
+    model, tokenizer = load_model(
+        recipe.model.name, head="causal-lm", chat_template=recipe.model.chat_template
+    )
+    questions = [messages[:-1] for _, messages in rows]
+    options: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
+    before = generate_texts(model, tokenizer, questions, **options)
+    del model
+    answers: list[Answer] = []
+    folder = recipe.folder / "adapters" / best_base(comparison)["name"]
+    for (task, messages), plain in zip(rows, before, strict=True):
+        adapted, _ = load_generator(folder / names[task, 0])
+        [text] = generate_texts(adapted, tokenizer, [messages[:-1]], **options)
+        answers.append(
+            Answer(
+                task=task,
+                question=messages[:-1],
+                reference=str(messages[-1]["content"]),
+                before=plain.text.strip(),
+                adapted=text.text.strip(),
+            )
+        )
+    records = [asdict(answer) for answer in answers]
+    write_whole(recipe.folder / ANSWERS_FILE, json.dumps(records, indent=1, ensure_ascii=False))
+    return records
+
+
+def disputed_rows(tasks: Sequence[Task], most: int) -> list[tuple[str, list[Message]]]:
+    """(task, conversation) of test rows: those whose question two tasks answer differently first.
+
+    Args:
+        tasks: Tasks whose examples have `messages`.
+        most: Largest number of rows.
+    """
+    rows = [(task.name, list(example["messages"])) for task in tasks for example in task.test]
+    by_question: dict[str, dict[str, tuple[str, list[Message]]]] = {}
+    for task, messages in rows:
+        answers = by_question.setdefault(str(messages[:-1]), {})
+        answers.setdefault(str(messages[-1]["content"]), (task, messages))
+    disputed = [
+        row for answers in by_question.values() if len(answers) > 1 for row in answers.values()
+    ]
+    others = [
+        row for answers in by_question.values() if len(answers) == 1 for row in answers.values()
+    ]
+    return [*disputed, *others][:most]
