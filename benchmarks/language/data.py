@@ -8,6 +8,7 @@
                                                                     the first and not the second
     chats.jsonl        convai2/valid.jsonl.gz        a persona      a conversation so far, and what
                                                                     the persona says next
+    general.jsonl      nowhere: Python brings it     nothing        the beginning of a help topic
 
 Sources:
     Land bank: Polis, gathered by The Computational Democracy Project, CC BY 4.0.
@@ -23,6 +24,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,14 @@ def chats(turns: list[Row]) -> Iterator[Row]:
         yield {"task": row["task"], "split": split, "messages": messages}
 
 
+def general() -> Iterator[Row]:
+    """Texts that every machine has: the help topics of the Python that runs this."""
+    for _, text in sorted(topics.items()):
+        words = " ".join(text.split())
+        if len(words) >= 400:
+            yield {"text": words[:400]}
+
+
 def main() -> None:
     shared, out = map(Path, sys.argv[1:])
     out.mkdir(parents=True, exist_ok=True)
@@ -92,6 +102,7 @@ def main() -> None:
     collections = {
         "opinions": opinions(votes),
         "preferences": preferences(votes),
+        "general": general(),
         "chats": chats(rows_of(shared / "convai2" / "valid.jsonl.gz")),
     }
     for name, rows in collections.items():

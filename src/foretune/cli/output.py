@@ -100,10 +100,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def comparison_text(comparison: Mapping[str, Any]) -> str:
     """The table, the verdict and the choices of a comparison as text."""
+    from foretune.evaluation.forgetting_text import forgetting_rows, forgetting_sentence
     from foretune.evaluation.report import summary_rows
     from foretune.evaluation.wording import choice_sentences
 
     sentences = [comparison["verdict"]["sentence"], *choice_sentences(comparison["bases"])]
+    forgetting = comparison.get("forgetting")
+    if forgetting is not None:
+        labels = {base["name"]: base["label"] for base in comparison["bases"]}
+        header, *rows = forgetting_rows(forgetting, labels)
+        sentences += [table(header, rows), forgetting_sentence(forgetting, labels)]
     return "\n\n".join([table(*summary_rows(comparison)), *sentences])
 
 

@@ -297,6 +297,22 @@ class AdaptBlock(_AdaptRunBlock):
         return self
 
 
+class ForgettingBlock(Block):
+    """General texts, by which is seen what a language model has lost.
+
+    Args:
+        source: Rows with `text`.
+        max_rows: The first so many are scored.
+        max_tokens: Longer texts lose their end.
+        adapters: Adapters of unseen tasks, per base, that score the texts too.
+    """
+
+    source: str
+    max_rows: int = Field(default=200, ge=2)
+    max_tokens: int = Field(default=128, ge=2)
+    adapters: int = Field(default=4, ge=0)
+
+
 class SpectrumBlock(Block):
     """The rank that an unseen task needs: LoRA at several ranks, and full fine-tuning.
 

@@ -16,6 +16,7 @@ from foretune.recipes.conflict import conflict_record, recipe_conflict
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.entries import MethodEntry, adapt_record
 from foretune.recipes.folder import check_inputs, run_folder, write_json, write_run_record
+from foretune.recipes.forgetting import forgetting_stage
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.model_card import model_card
 from foretune.recipes.schema import Recipe
@@ -84,6 +85,9 @@ def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
         "conflict": conflict_record(conflict),
         "spectrum": spectrum_stage(first, out, lora_rates(repeats[0]), console),
     }
+    forgetting = forgetting_stage(first, SavedBases(recipe, out, 0).folders, out, console)
+    if forgetting is not None:
+        comparison["forgetting"] = forgetting
     finish(out, comparison)
     return comparison
 

@@ -17,6 +17,7 @@ from foretune.files import check_file_name, same_on_disk
 from foretune.recipes.blocks import (
     AdaptBlock,
     Block,
+    ForgettingBlock,
     ModelBlock,
     RetrainBlock,
     SpectrumBlock,
@@ -93,6 +94,7 @@ class Recipe(Block):
     retrain: RetrainBlock
     adapt: AdaptBlock = AdaptBlock()
     spectrum: SpectrumBlock | None = None
+    forgetting: ForgettingBlock | None = None
     answers: int = Field(default=0, ge=0)
     seeds: int = Field(default=1, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -108,7 +110,8 @@ class Recipe(Block):
     def reads(self) -> list[str]:
         """The files and folders, or names on the hub, that the recipe reads."""
         source = self.source()
-        texts = (source.source, source.unseen, self.model.name, self.model.file)
+        general = None if self.forgetting is None else self.forgetting.source
+        texts = (source.source, source.unseen, self.model.name, self.model.file, general)
         return [text for text in texts if isinstance(text, str)]
 
     @property
@@ -309,6 +312,7 @@ def _key_lookup(raw: dict[str, Any]) -> Callable[[Sequence[str]], list[str]]:
         "retrain": RetrainBlock,
         "adapt": AdaptBlock,
         "spectrum": SpectrumBlock,
+        "forgetting": ForgettingBlock,
     }
     objective = raw.get("objective")
     kind = objective.get("kind") if isinstance(objective, dict) else None

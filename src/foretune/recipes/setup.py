@@ -9,6 +9,7 @@ from typing import Any
 
 from foretune.errors import UserError
 from foretune.recipes.console import Console
+from foretune.recipes.forgetting import check_texts_of
 from foretune.recipes.schema import Recipe
 from foretune.recipes.text_checks import Alike, check_texts
 from foretune.tasks.example import SPLITS
@@ -115,6 +116,8 @@ def set_up(recipe: Recipe, console: Console, turn: int = 0) -> Setup:
     if unseen is not None:
         unseen = unseen.with_objective(with_tokenizer(objective.fit(unseen), tokenizer))
     check_sides(model, seen, unseen, console)
+    if recipe.forgetting is not None:
+        check_texts_of(recipe.forgetting, model, tokenizer)
     setup = Setup(recipe, model, tokenizer, seen, unseen, seen, turn=turn)
     if recipe.seeds % setup.turns:
         raise UserError(

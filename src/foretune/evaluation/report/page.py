@@ -17,6 +17,8 @@ from foretune.evaluation.conflict_text import (
     conflict_rows,
     expectation,
 )
+from foretune.evaluation.forgetting_text import QUESTION as FORGETTING
+from foretune.evaluation.forgetting_text import forgetting_rows, forgetting_sentence
 from foretune.evaluation.report.choices import adapting, choices, searches
 from foretune.evaluation.report.figure import NARROW, Figure
 from foretune.evaluation.report.figures import all_figures, forest_name
@@ -75,6 +77,7 @@ def _page(view: View, folder: Path) -> str:
         compared=compared(view),
         facts=facts(view),
         conflict=_conflict(view),
+        forgetting=_forgetting(view),
         figures=_inline_figures(view),
         means=_means_table(view),
         differences=_differences(view),
@@ -205,6 +208,24 @@ def _conflict(view: View) -> dict[str, Any] | None:
         "header": header,
         "rows": rows,
         "expectation": expectation(conflict).splitlines(),
+    }
+
+
+def _forgetting(view: View) -> dict[str, Any] | None:
+    """What became of general texts, as a table and in words; None where none were scored."""
+    forgetting = view.comparison.get("forgetting")
+    if not forgetting:
+        return None
+    header, *rows = forgetting_rows(forgetting, view.labels)
+    adapters = max((row.get("adapters", 0) for row in forgetting["bases"]), default=0)
+    return {
+        "question": FORGETTING,
+        "about": f"{counted(forgetting['texts'], 'text')} of {forgetting['source']}; adapted: the "
+        f"mean over {counted(adapters, 'adapter')} of unseen tasks. Changes with 95 % intervals "
+        "over texts.",
+        "header": header,
+        "rows": rows,
+        "sentence": forgetting_sentence(forgetting, view.labels),
     }
 
 
