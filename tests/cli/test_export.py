@@ -133,3 +133,83 @@ def test_what_gguf_cannot_hold_is_named(tmp_path: Path) -> None:
     message = the_error("export", base, adapters, "--format", "gguf", "--out", tmp_path / "files")
     assert "adapters of gpt2 are not written as GGUF; of llama, mistral, qwen2, qwen3" in message
     assert not (tmp_path / "files").exists()
+
+
+class TestOnnx:
+    """Encoders and classifiers for runtimes without torch."""
+
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    def outputs(self, file: Path, **inputs: torch.Tensor) -> torch.Tensor:
+        """What onnxruntime computes."""
+        session = self.onnxruntime.InferenceSession(str(file))
+        arrays = {name: value.numpy() for name, value in inputs.items()}
+        return torch.from_numpy(session.run(None, arrays)[0])
+
+    @pytest.mark.parametrize("build", [tiny_models.bert, tiny_models.roberta, tiny_models.llama])
+    def test_a_classifier_gives_the_logits_of_each_adapter(
+        self, build: Any, tmp_path: Path
+    ) -> None:
+        model = build(num_labels=2, seed=1).float()
+        model.config.pad_token_id = 0
+        save_base(model, TOKENIZER, tmp_path / "base")
+        rows = [
+            {"task": task, "text": f"the {word} cat", "label": label}
+            for task, labels in (("one", "xy"), ("two", "yx"))
+            for word, label in zip(("red", "blue"), labels, strict=True)
+        ]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        adapt = ("adapt", tmp_path / "base", "--tasks", tmp_path / "rows.jsonl", "method=lora")
+        adapters = tmp_path / "adapters"
+        words = ("--objective", "classification", "steps=3", "learning_rate=0.05")
+        shown = call(*adapt, *words, "--out", adapters)
+        assert shown.exit_code == 0, shown.output
+        out = tmp_path / "onnx"
+        shown = call("export", tmp_path / "base", adapters, "--format", "onnx", "--out", out)
+        assert shown.exit_code == 0, shown.output
+        mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+        inputs = {"input_ids": IDS.repeat(2, 1) * mask, "attention_mask": mask}
+        for task in ("one", "two"):
+            base = type(model).from_pretrained(tmp_path / "base")
+            stock = PeftModel.from_pretrained(base, adapters / task).eval()
+            with torch.no_grad():
+                expected = stock(**inputs).logits
+            logits = self.outputs(out / task / "model.onnx", **inputs)
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+            names = {path.name for path in (out / task).iterdir()}
+            assert {"model.onnx", "config.json", "labels.json", "tokenizer.json"} <= names
+
+    @pytest.mark.parametrize("build", [tiny_models.bert, tiny_models.vit])
+    def test_a_base_alone(self, build: Any, tmp_path: Path) -> None:
+        model = build(seed=1).float().eval()
+        save_base(
+            model, TOKENIZER if model.main_input_name == "input_ids" else None, tmp_path / "b"
+        )
+        shown = call("export", tmp_path / "b", "--format", "onnx", "--out", tmp_path / "out")
+        assert shown.exit_code == 0, shown.output
+        if model.main_input_name == "input_ids":
+            inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+            expected = model(**inputs).last_hidden_state
+        else:
+            inputs = {"pixel_values": torch.randn(4, 3, 8, 8)}
+            expected = model(**inputs).logits
+        output = self.outputs(tmp_path / "out" / "model.onnx", **inputs)
+        torch.testing.assert_close(output, expected.detach(), atol=1e-4, rtol=1e-4)
+
+    def test_a_file_that_computes_something_else_is_not_left(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("foretune.models.onnx_file._difference", lambda *_: 0.5)
+        save_base(tiny_models.bert().float(), TOKENIZER, tmp_path / "base")
+        out = tmp_path / "out"
+        line = the_error("export", tmp_path / "base", "--format", "onnx", "--out", out)
+        assert "the file computes other outputs (by 0.5" in line
+        assert not out.exists()
+
+    def test_mistakes(self, tmp_path: Path) -> None:
+        save_base(tiny_models.llama().float(), TOKENIZER, tmp_path / "base")
+        out = ("--out", tmp_path / "out")
+        onnx = ("--format", "onnx")
+        assert "generates text" in the_error("export", tmp_path / "base", *onnx, *out)
+        assert "needs an adapter" in the_error("export", tmp_path / "base", *out)

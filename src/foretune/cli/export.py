@@ -1,4 +1,4 @@
-"""`foretune export`: a merged model, or LoRA files for llama.cpp."""
+"""`foretune export`: a merged model, LoRA files for llama.cpp, or ONNX files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ def export(
         Path, typer.Argument(help="The base: a folder, a GGUF file, minilm or smollm2.")
     ],
     adapters: Annotated[
-        list[Path], typer.Argument(help="PEFT folders, or folders that hold them.")
-    ],
-    out: Annotated[Path, typer.Option(help="Output folder.")],
+        list[Path] | None,
+        typer.Argument(
+            help="PEFT folders, or folders that hold them; none writes the base as ONNX."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = ...,  # type: ignore[assignment]
     format: Annotated[
-        Literal["merged", "gguf"],
-        typer.Option(help="merged: one model folder; gguf: a LoRA file for llama.cpp each."),
+        Literal["merged", "gguf", "onnx"],
+        typer.Option(
+            help="merged: one model folder; gguf: a LoRA file for llama.cpp each; onnx: an encoder "
+            "or classifier each."
+        ),
     ] = "merged",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier export in --out.")
@@ -29,11 +35,11 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Write adapters as a merged model, or as files for llama.cpp."""
+    """Write adapters as a merged model, as files for llama.cpp, or as ONNX."""
     from foretune.recipes.export import export_adapters
 
     with quiet_stdout(), trusted_code(trust_remote_code):
-        result = export_adapters(base, adapters, out, format, overwrite=overwrite)
+        result = export_adapters(base, adapters or [], out, format, overwrite=overwrite)
     if json:
         emit_json(result)
         return

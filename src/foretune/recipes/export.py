@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from foretune.errors import UserError
 from foretune.files import LABELS_FILE, check_file_names
 from foretune.formats import read_json
 from foretune.models.loading import save_base
+from foretune.models.onnx_file import FILE, check_packages, write_onnx
 from foretune.models.quantised import refuse_quantised
 from foretune.models.surgery import name_outputs
 from foretune.recipes.check import BasesOfAdapters, all_adapters
@@ -30,7 +33,8 @@ def export_adapters(
         adapters: PEFT folders, or folders that hold such folders.
         out: Output folder.
         format: "merged": a model folder with the adapter in its weights; "gguf": a file for
-            llama.cpp per adapter.
+            llama.cpp per adapter; "onnx": a folder with model.onnx per adapter, or of the base
+            where there is no adapter.
         overwrite: Replace an earlier export.
 
     Returns:
@@ -44,6 +48,10 @@ def export_adapters(
     folders = all_adapters(adapters)
     if format == "merged" and len(folders) > 1:
         raise UserError(f"one adapter at a time is merged, got {len(folders)}")
+    if format == "onnx":
+        check_packages()
+    elif not folders:
+        raise UserError(f"--format {format} needs an adapter: name its folder")
     names = [folder.name for folder in folders]
     for place, name in enumerate(names):
         if name in names[:place]:
@@ -62,6 +70,12 @@ def export_adapters(
                 "notes": _merge(bases, folders[0], target),
             }
         notes: list[str] = []
+        if format == "onnx":
+            places: dict[str, Path | None] = dict(zip(names, folders, strict=True)) or {"": None}
+            for name, adapter in places.items():
+                notes += _write_onnx(bases, adapter, target / name)
+            files = [str(out / name / FILE) for name in places]
+            return {"format": format, "files": files, "notes": notes}
         for folder in folders:
             model = bases.of(folder)
             stored = read_adapter(folder, model, allow_unverified=True)
@@ -71,15 +85,45 @@ def export_adapters(
     return {"format": format, "files": files, "notes": notes}
 
 
+def _write_onnx(bases: BasesOfAdapters, adapter: Path | None, target: Path) -> list[str]:
+    """Writes model.onnx with tokenizer, config and labels beside it; returns notes.
+
+    Raises:
+        UserError: The adapter does not fit, or the model cannot be written.
+    """
+    model: Any = bases.model
+    notes: list[str] = []
+    if adapter is not None:
+        model, notes = _merged(copy.deepcopy(bases.of(adapter)), adapter)
+    target.mkdir(parents=True, exist_ok=True)
+    write_onnx(model.float().cpu(), target)
+    model.config.save_pretrained(target)
+    if bases.tokenizer is not None:
+        bases.tokenizer.save_pretrained(target)
+    if adapter is not None and (adapter / LABELS_FILE).is_file():
+        shutil.copy(adapter / LABELS_FILE, target)
+    return notes
+
+
 def _merge(bases: BasesOfAdapters, folder: Path, target: Path) -> list[str]:
     """Saves the base with an adapter in its weights; returns notes on the adapter.
 
     Raises:
         UserError: The adapter does not fit, or cannot be merged.
     """
+    merged, notes = _merged(bases.of(folder), folder)
+    save_base(merged, bases.tokenizer, target)
+    return notes
+
+
+def _merged(model: Any, folder: Path) -> tuple[Any, list[str]]:
+    """(the base with an adapter in its weights, notes on the adapter).
+
+    Raises:
+        UserError: The adapter does not fit, or cannot be merged.
+    """
     from peft import PeftModel
 
-    model: Any = bases.of(folder)
     refuse_quantised(model, "merging", "give the original base")
     notes = read_adapter(folder, model, allow_unverified=True).notes
     with warnings.catch_warnings():
@@ -90,5 +134,4 @@ def _merge(bases: BasesOfAdapters, folder: Path, target: Path) -> list[str]:
     merged = adapted.merge_and_unload()
     if (folder / LABELS_FILE).is_file():
         name_outputs(merged, read_json(folder / LABELS_FILE, list[str | int | float | None]))
-    save_base(merged, bases.tokenizer, target)
-    return notes
+    return merged, notes

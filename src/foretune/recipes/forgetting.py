@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +17,6 @@ from foretune.recipes.blocks import ForgettingBlock
 from foretune.recipes.console import Console
 from foretune.recipes.folder import write_json
 from foretune.tasks.readers import read_rows
-
-if TYPE_CHECKING:
-    from foretune.recipes.setup import Setup
 
 FORGETTING_FILE = "forgetting.json"
 
@@ -58,36 +55,40 @@ def general_texts(block: ForgettingBlock) -> list[str]:
 
 
 def forgetting_stage(
-    setup: Setup, bases: dict[str, Path], out: Path, console: Console
+    block: ForgettingBlock | None,
+    model: Any,
+    tokenizer: Any,
+    bases: Mapping[str, Any],
+    out: Path,
+    console: Console,
 ) -> dict[str, Any] | None:
     """Scores of the texts by each base, and by each with adapters of unseen tasks.
 
     Args:
-        setup: The model as it was, and the recipe.
-        bases: Name → folder of a base of the first repeat.
+        block: The block of the recipe; None where it has none.
+        model: The model as it was.
+        tokenizer: Its tokenizer.
+        bases: Name → base of the first repeat, loaded on access.
         out: Folder of the run, with the adapters of the first repeat.
         console: Is told what happens.
     """
-    block = setup.recipe.forgetting
     if block is None:
         return None
     if (out / FORGETTING_FILE).is_file():
         console.say("forgetting: already done")
         return read_json(out / FORGETTING_FILE, dict[str, Any])
     from foretune.evaluation.forgetting import change, text_scores
-    from foretune.models.loading import load_base
 
     texts = general_texts(block)
 
     def scores_of(model: Any) -> np.ndarray:
-        return text_scores(model, setup.tokenizer, texts, block.max_tokens)
+        return text_scores(model, tokenizer, texts, block.max_tokens)
 
     console.say(f"scoring {len(texts)} general texts")
-    before = scores_of(setup.model)
+    before = scores_of(model)
     rows: list[dict[str, Any]] = []
-    for name, folder in bases.items():
-        model, _ = load_base(folder, trust_remote_code=setup.recipe.model.trust_remote_code)
-        retrained = scores_of(model)
+    for name, base in bases.items():
+        retrained = scores_of(base)
         row: dict[str, Any] = {
             "name": name,
             "base": float(retrained.mean()),
@@ -96,7 +97,7 @@ def forgetting_stage(
         adapters = sorted(path for path in (out / "adapters" / name).glob("*") if path.is_dir())
         adapted: list[np.ndarray] = []
         for adapter in adapters[: block.adapters]:
-            with _with(model, adapter) as with_adapter:
+            with _with(base, adapter) as with_adapter:
                 adapted.append(scores_of(with_adapter))
         if adapted:
             mean = np.mean(adapted, axis=0)

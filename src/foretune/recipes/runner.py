@@ -85,7 +85,14 @@ def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
         "conflict": conflict_record(conflict),
         "spectrum": spectrum_stage(first, out, lora_rates(repeats[0]), console),
     }
-    forgetting = forgetting_stage(first, SavedBases(recipe, out, 0).folders, out, console)
+    forgetting = forgetting_stage(
+        recipe.forgetting,
+        first.model,
+        first.tokenizer,
+        SavedBases(recipe, out, 0),
+        out,
+        console,
+    )
     if forgetting is not None:
         comparison["forgetting"] = forgetting
     finish(out, comparison)
