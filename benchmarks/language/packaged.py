@@ -3,21 +3,21 @@
     python benchmarks/language/packaged.py
 
 A row is a question about one statement of land-bank.jsonl.gz and the participant's answer. Of the
-participants with at least 34 votes, 12 or more of the rarer kind, the first 100; of each 24 votes
-are for training and 10 for testing.
+participants with 24 votes to train and 10 to test, the 100 whose training votes are most often
+against the majority: they disagree about the same questions, so that a model of their own matters.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 DATA = Path(__file__).parents[2] / "src" / "foretune" / "data"
 ANSWERS = {"agree": "Yes, I agree with that.", "disagree": "No, I disagree with that."}
-NUM_TASKS, LEAST_OF_A_KIND = 100, 12
+NUM_TASKS = 100
 COUNTS = {"train": 24, "test": 10}
 
 
@@ -27,26 +27,31 @@ def main() -> None:
         for line in lines:
             vote = json.loads(line)
             votes[vote["task"]].append(vote)
-    rows: list[dict[str, Any]] = []
-    num_tasks = 0
-    for task in sorted(votes):
+    balance: Counter[str] = Counter()  # of all votes on a statement: agree minus disagree
+    for its_votes in votes.values():
+        balance.update({v["text"]: 1 if v["label"] == "agree" else -1 for v in its_votes})
+    chosen: list[tuple[float, str, dict[str, list[dict[str, Any]]]]] = []
+    for task, its_votes in votes.items():
         by_split = {
-            "train": [v for v in votes[task] if v["split"] != "test"][: COUNTS["train"]],
-            "test": [v for v in votes[task] if v["split"] == "test"][: COUNTS["test"]],
+            "train": [v for v in its_votes if v["split"] != "test"][: COUNTS["train"]],
+            "test": [v for v in its_votes if v["split"] == "test"][: COUNTS["test"]],
         }
-        labels = [vote["label"] for vote in votes[task]]
-        is_complete = all(len(by_split[split]) == count for split, count in COUNTS.items())
-        if min(map(labels.count, ANSWERS)) < LEAST_OF_A_KIND or not is_complete:
-            continue
-        num_tasks += 1
-        for split, its_votes in by_split.items():
-            rows += [chat(task, split, vote) for vote in its_votes]
-        if num_tasks == NUM_TASKS:
-            break
+        if all(len(by_split[split]) == count for split, count in COUNTS.items()):
+            against = [
+                (v["label"] == "agree") != (balance[v["text"]] > 0) for v in by_split["train"]
+            ]
+            chosen.append((-sum(against) / len(against), task, by_split))
+    chosen = sorted(chosen, key=lambda entry: entry[:2])[:NUM_TASKS]
+    rows = [
+        chat(task, split, vote)
+        for _, task, by_split in sorted(chosen, key=lambda entry: entry[1])
+        for split, its_votes in by_split.items()
+        for vote in its_votes
+    ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     packed = gzip.compress(text.encode(), mtime=0)
     (DATA / "land-bank-chats.jsonl.gz").write_bytes(packed)
-    print(f"{num_tasks} tasks, {len(rows)} rows, {len(packed) // 1024} kB")
+    print(f"{len(chosen)} tasks, {len(rows)} rows, {len(packed) // 1024} kB")
 
 
 def chat(task: str, split: str, vote: dict[str, Any]) -> dict[str, Any]:
