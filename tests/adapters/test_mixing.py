@@ -251,6 +251,31 @@ class Deep(nn.Module):
         return h - h.mean(0) if self.mixes else h
 
 
+class Leaks(nn.Module):
+    """Adds a little of the mean of all rows to each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.repeat(1, 1, 16)
+        for layer in self.layers:
+            h = torch.tanh(layer(h))
+            h = h + 0.2 * h.mean(0)
+        return h
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_that_mixes_rows_a_little_is_noticed_in_any_precision(dtype):
+    torch.manual_seed(0)
+    model = Leaks().to(dtype).eval()
+    bank = AdapterBank(model, ["a", "b", "c"], lora={"r": 2})
+    with torch.no_grad(), bank.attached(), route([0, 1, 2, 0]):
+        call(model, torch.randn(4, LENGTH, 4, dtype=dtype))
+    assert bank.settle() is not None
+
+
 @pytest.mark.parametrize("mixes", [False, True])
 def test_rounding_to_half_precision_is_not_taken_for_mixing(mixes):
     torch.manual_seed(0)

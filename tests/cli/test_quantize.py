@@ -59,6 +59,63 @@ def test_a_quantised_checkpoint_is_a_base(base: Path) -> None:
     assert "already" in the_error(*adapt, "--out", base.parent / "b", "--quantize", "nf4")
 
 
+def test_a_retrained_base_that_chose_how_to_adapt(base: Path) -> None:
+    """Its record, its basis and its trainable layers are those of full weights."""
+    (base.parent / "recipe.yaml").write_text(f"""
+name: tiny
+model: {{name: {base}, trainable_layers: 1}}
+tasks: {{source: {base.parent / "many.jsonl"}, unseen: [a]}}
+objective: {{kind: causal-lm}}
+retrain: {{methods: [standard], steps: 2, tasks_per_step: 2, batch_size: 2}}
+adapt: {{methods: [lora, basis], steps: 2, batch_size: 2, shots: [2], learning_rates: [1e-3]}}
+out: {base.parent / "run"}
+""")
+    rows = [
+        {"task": task, "split": split, "text": f"{task} cat sat {word}"}
+        for task in ("a", "the", "one", "red", "blue", "dog")
+        for word in ("one", "two", "blue", "mat")
+        for split in ("train", "test")
+    ]
+    (base.parent / "many.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = call("run", base.parent / "recipe.yaml")
+    assert result.exit_code == 0, result.output
+    retrained = base.parent / "run/bases/standard/seed-0/base"
+    for quantize in ("nf4", "int8"):
+        out = base.parent / quantize
+        adapt = ("adapt", retrained, "--tasks", base.parent / "many.jsonl", "--quantize", quantize)
+        assert the_json(*adapt, "--out", out)["adapting"]
+        assert the_json("check", retrained, out)["ok"]
+        names = json.loads((out / "a" / "adapter_config.json").read_text())["target_modules"]
+        assert all("layers.0" not in name for name in names)
+        line = the_error(*adapt, "--out", base.parent / "head", "method=head", "steps=1")
+        assert "is quantised, so tasks cannot have copies of it" in line
+
+
+@pytest.mark.parametrize("num_labels", [None, 2])
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_an_encoder_with_a_pooler(num_labels: int | None, quantize: str, tmp_path: Path) -> None:
+    model = tiny_models.bert(num_labels=num_labels, hidden_size=64, intermediate_size=64).float()
+    save_base(model, TOKENIZER, tmp_path / "base")
+    rows = [
+        {"task": task, "text": word, "label": label}
+        for task in "ab"
+        for word, label in (("red", "x"), ("one", "y"), ("cat", "x"), ("dog", "y"))
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    adapt = ("adapt", tmp_path / "base", "--tasks", tmp_path / "rows.jsonl", "steps=1")
+    words = ("--objective", "classification", "--quantize", quantize, "method=lora")
+    the_json(*adapt, *words, "--out", tmp_path / "adapters")
+    assert the_json("check", tmp_path / "base", tmp_path / "adapters")["ok"]
+
+
+def test_a_comparison_says_how_bases_were_held(base: Path) -> None:
+    compare = ("compare", base, "--tasks", base.parent / "rows.jsonl", "--shots", "1", "steps=1")
+    words = ("--objective", "causal-lm", "--out", base.parent / "cmp", "--quantize", "nf4")
+    result = the_json(*compare, *words)
+    assert result["held_in"] == {"dtype": "float32", "quantize": "nf4"}
+    assert "(bases in nf4)" in (base.parent / "cmp" / "report.html").read_text()
+
+
 def test_mistakes(base: Path) -> None:
     adapt = ("adapt", base, "--tasks", base.parent / "rows.jsonl", "--objective", "causal-lm")
     assert "'int4' is not one of 'nf4', 'int8'" in the_error(*adapt, "--quantize", "int4")

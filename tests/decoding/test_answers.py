@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 from chat_templates import FAMILIES, tokenizer_of
 from command_line import call, the_error, the_json
-from foretune.decoding.answers import disputed_rows
+from foretune.decoding.answers import questions_of
 from foretune.models.loading import save_base
 from foretune.tasks.sources import PACKAGED
 from foretune.tasks.task import Task
@@ -83,14 +83,24 @@ def test_only_a_chat_model_answers() -> None:
     assert "takes objective.kind causal-lm" in the_error("plan", "quickstart", "answers=1")
 
 
+def test_rows_without_conversations_are_refused_before_training(recipe: Path) -> None:
+    rows = recipe.parent / "rows.jsonl"
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    texts = [{"task": r["task"], "split": r["split"], "text": "one cat"} for r in lines]
+    rows.write_text("\n".join(map(json.dumps, texts)))
+    result = call("plan", recipe)
+    assert result.exit_code == 2
+    assert "answers=3: no test row of an unseen task has messages" in result.stderr
+
+
 def test_disputed_questions_come_first() -> None:
     tasks = [
         Task("a", [], [], [chat("x", "1"), chat("y", "1")]),
-        Task("b", [], [], [chat("x", "1"), chat("y", "2")]),
+        Task("b", [], [], [chat("x", "1"), {"text": "z"}, chat("y", "2")]),
     ]
-    rows = [(task, turns[0]["content"]) for task, turns in disputed_rows(tasks, 10)]
+    rows = [(task, turns[0]["content"]) for task, turns in questions_of(tasks, 10)]
     assert rows == [("a", "y"), ("b", "y"), ("a", "x")]
-    assert len(disputed_rows(tasks, 1)) == 1
+    assert len(questions_of(tasks, 1)) == 1
 
 
 def test_the_conversations_in_the_package_are_its_votes() -> None:

@@ -86,6 +86,12 @@ def test_before_after_and_adapted_stand_in_the_report(recipe: Path) -> None:
     assert "Did retraining hurt what the model could do?" in (run / "report.html").read_text()
     again = the_json("run", recipe, "retrain.learning_rate=1e-2", "--resume")
     assert again["forgetting"] == forgetting
+    longest = " ".join(["one two"] * 100)  # longer than the model reads
+    (recipe.parent / "general.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in (longest, "red blue"))
+    )
+    changed = the_json("run", recipe, "retrain.learning_rate=1e-2", "--resume")["forgetting"]
+    assert changed["texts"] == 2 and changed["before"] != forgetting["before"]
 
 
 def last_line(*args: object) -> str:
@@ -101,6 +107,8 @@ def test_mistakes_come_before_training(recipe: Path) -> None:
     assert "line 2: forgetting reads a column text" in last_line("plan", recipe)
     texts.write_text('{"text": "a cat"}\n')
     assert "has 1 rows; two are the least" in last_line("run", recipe)
+    texts.write_text('{"text": "a cat"}\n{"text": "the"}\n')
+    assert "needs two tokens or more" in last_line("plan", recipe)
     texts.unlink()
     assert "general.jsonl" in last_line("run", recipe)
     with pytest.raises(UserError, match="a decoder that predicts tokens, which BertModel is not"):

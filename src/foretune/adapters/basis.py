@@ -21,6 +21,7 @@ With A = V and B = U C the adapter of a task is a LoRA adapter of rank p, and li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -162,14 +163,18 @@ class Basis:
         Raises:
             UserError: It does not; the message names the first that differs.
         """
-        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+        modules = dict(model.named_modules())
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        for name, module in modules.items():
+            if isinstance(module, nn.Linear):  # a quantised weight has another shape
+                shapes[f"{name}.weight"] = (module.out_features, module.in_features)
         for name, mean in self.mean.items():
             if name in self.left:
-                weight: Any = getattr(modules.get(name), "weight", torch.zeros(0, 0))
                 shape = sorted((len(self.left[name]), self.right[name].shape[1]))
-                fits = sorted((len(weight), weight[:1].numel())) == shape
+                rows, *others = shapes.get(f"{name}.weight", (0,))
+                fits = sorted((rows, math.prod(others))) == shape
             else:
-                fits = name in parameters and parameters[name].shape == mean.shape
+                fits = shapes.get(name) == tuple(mean.shape)
             if not fits:
                 raise UserError(f"{type(model).__name__} has no {name} of that shape")
 

@@ -20,9 +20,11 @@ from transformers import Conv1D
 from foretune.adapters.head_products import Blocks, of_slots, stacked_layer_norm, stacked_linear
 from foretune.adapters.layers import in_use, spread
 from foretune.adapters.lora import Layout, by_rows
+from foretune.errors import UserError
 from foretune.models.calls import forward_of, replaced_forward
 from foretune.models.layout import RowSlots
 from foretune.models.nested import Path, tensors_in, with_tensors
+from foretune.models.quantised import quantised_layers
 from foretune.models.routing import rows_for_adapters
 from foretune.models.row_dims import RowDims
 from foretune.models.row_dropout import draws_of_parts
@@ -41,6 +43,11 @@ class HeadCopies(nn.Module):
 
     def __init__(self, name: str, module: nn.Module, num_slots: int) -> None:
         super().__init__()
+        if quantised_layers(module):
+            raise UserError(
+                f"{name} is quantised, so tasks cannot have copies of it to train: use method lora "
+                "without modules_to_save, or load the base without quantize"
+            )
         self.rows = RowDims(name)
         self.inner = {
             path: RowDims(f"{name}.{path}".rstrip(".")) for path in _stackable_layers(module)

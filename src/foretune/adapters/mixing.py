@@ -211,7 +211,8 @@ class _Entry:
         """Why tasks cannot share a call; None if they can.
 
         In half precision a deep model amplifies rounding, by strong adapters more than by weak
-        ones: a row must then be much nearer to its own task's output than to the other task's.
+        ones. There, a row must not change with the rows beside it in a batch of the same size, and
+        must be much nearer to its own task's output than to the other task's.
         """
         halves = (torch.bfloat16, torch.float16)
         rounds = any(p.dtype in halves for p in self.calls.model.parameters())
@@ -241,6 +242,10 @@ class _Entry:
             difference = difference_of(*outputs[1:]) if rounds else 0.0
             if rounds and strength < STRENGTHS[0] and difference < LEAST_DIFFERENCE:
                 return MIXES  # or not: too weak to tell
+            if rounds:  # in a batch of the same size, where rounding is the same
+                alike = self._rows_of(args, kwargs, [0] * many, [0] * many)
+                if not self._agrees(alike, outputs[1:], [0] * many, [0] * many, None):
+                    return MIXES
             tolerance = max(0.03, 0.15 * difference) if rounds else None
             for probe in range(4):
                 order, owners = probe_rows(many, probe)
@@ -346,7 +351,7 @@ class _Entry:
             dim = self._output_dims.get((path, x.dim()))
             if dim is None or not x.is_floating_point():
                 continue
-            for slot in (0, 1):
+            for slot in sorted(set(owners)):
                 places = [i for i, owner in enumerate(owners) if owner == slot]
                 part = _rows(x, dim, len(owners), places)
                 reference = _rows(alone[slot][path], dim, len(owners), [order[i] for i in places])

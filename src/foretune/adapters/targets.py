@@ -19,7 +19,7 @@ from transformers import Conv1D
 
 from foretune.adapters.config import ALL_LINEAR
 from foretune.errors import UserError
-from foretune.models.surgery import is_trained, linear_modules
+from foretune.models.surgery import linear_modules, takes_adapter
 
 MAX_SHOWN = 12  # names that a message lists
 
@@ -151,7 +151,7 @@ def _default_targets(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in _adaptable(model).items()
-        if name != "lm_head" and is_trained(module)
+        if name != "lm_head" and takes_adapter(module)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,11 +68,15 @@ def answer_unseen(
 
     _, unseen = load_tasks(recipe.source(), recipe.objective.kind)
     assert unseen is not None and recipe.model.name is not None  # `Recipe` checks both
-    rows = disputed_rows(list(unseen), recipe.answers)
+    rows = questions_of(list(unseen), recipe.answers)
     console.say(f"answering {len(rows)} questions of unseen tasks")
     names = folder_names((task.name, 0) for task in unseen)
+    trusted = recipe.model.trust_remote_code
     model, tokenizer = load_model(
-        recipe.model.name, head="causal-lm", chat_template=recipe.model.chat_template
+        recipe.model.name,
+        head="causal-lm",
+        chat_template=recipe.model.chat_template,
+        trust_remote_code=trusted,
     )
     questions = [messages[:-1] for _, messages in rows]
     options: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
@@ -80,7 +85,7 @@ def answer_unseen(
     answers: list[Answer] = []
     folder = recipe.folder / "adapters" / best_base(comparison)["name"]
     for (task, messages), plain in zip(rows, before, strict=True):
-        adapted, _ = load_generator(folder / names[task, 0])
+        adapted, _ = load_generator(folder / names[task, 0], trust_remote_code=trusted)
         [text] = generate_texts(adapted, tokenizer, [messages[:-1]], **options)
         answers.append(
             Answer(
@@ -96,22 +101,21 @@ def answer_unseen(
     return records
 
 
-def disputed_rows(tasks: Sequence[Task], most: int) -> list[tuple[str, list[Message]]]:
-    """(task, conversation) of test rows: those whose question two tasks answer differently first.
+def questions_of(tasks: Sequence[Task], most: int) -> list[tuple[str, list[Message]]]:
+    """(task, conversation) of test rows; first those whose question another task answers otherwise.
 
     Args:
-        tasks: Tasks whose examples have `messages`.
+        tasks: Tasks; their examples without `messages` are left out.
         most: Largest number of rows.
     """
-    rows = [(task.name, list(example["messages"])) for task in tasks for example in task.test]
-    by_question: dict[str, dict[str, tuple[str, list[Message]]]] = {}
-    for task, messages in rows:
-        answers = by_question.setdefault(str(messages[:-1]), {})
-        answers.setdefault(str(messages[-1]["content"]), (task, messages))
-    disputed = [
-        row for answers in by_question.values() if len(answers) > 1 for row in answers.values()
-    ]
-    others = [
-        row for answers in by_question.values() if len(answers) == 1 for row in answers.values()
-    ]
-    return [*disputed, *others][:most]
+    rows: dict[tuple[str, str], tuple[str, list[Message]]] = {}  # one of each question and answer
+    for task in tasks:
+        for example in task.test:
+            if "messages" in example:
+                messages = list(example["messages"])
+                key = str(messages[:-1]), str(messages[-1]["content"])
+                rows.setdefault(key, (task.name, messages))
+    answers = Counter(question for question, _ in rows)
+    first_place = {question: i for i, (question, _) in enumerate(rows)}
+    order = sorted(rows, key=lambda key: (answers[key[0]] == 1, first_place[key[0]]))
+    return [rows[key] for key in order[:most]]

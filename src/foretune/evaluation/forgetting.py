@@ -16,6 +16,7 @@ from torch import nn
 from foretune.errors import UserError
 from foretune.evaluation.statistics import mean_interval
 from foretune.models.calls import eval_no_grad
+from foretune.models.capacity import num_positions
 from foretune.models.routing import routed
 from foretune.tasks.objectives.causal_lm import CausalLM
 
@@ -39,14 +40,8 @@ def text_scores(
     Raises:
         UserError: The model does not predict tokens, or a text is too short.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None or tokenizer is None or model.config.is_encoder_decoder:  # type: ignore[union-attr]
-        raise UserError(
-            f"forgetting scores texts by a decoder that predicts tokens, which "
-            f"{type(model).__name__} is not: leave forgetting out"
-        )
+    rows = encoded_texts(model, tokenizer, texts, max_tokens)
     objective = CausalLM(tokenizer, max_tokens=max_tokens)
-    rows = [objective.encode({"text": text}, "forgetting") for text in texts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     scores = np.zeros(len(rows))
     with eval_no_grad(model), routed(None, None):
@@ -56,6 +51,27 @@ def text_scores(
             batch = objective.collate([rows[i] for i in places], [0] * len(places)).to(device)
             scores[places] = objective.scores(model, batch).double().cpu().numpy()
     return scores
+
+
+def encoded_texts(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], max_tokens: int = 128
+) -> list[dict[str, Any]]:
+    """The token ids of texts, cut to `max_tokens` and to what the model reads.
+
+    Raises:
+        UserError: As `text_scores`.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None or tokenizer is None or model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        raise UserError(
+            f"forgetting scores texts by a decoder that predicts tokens, which "
+            f"{type(model).__name__} is not: leave forgetting out"
+        )
+    most = min(max_tokens, num_positions(model) or max_tokens)
+    objective = CausalLM(tokenizer, max_tokens=most)
+    return [
+        objective.encode({"text": text}, f"general text {i}") for i, text in enumerate(texts, 1)
+    ]
 
 
 def change(after: np.ndarray, before: np.ndarray) -> dict[str, float]:

@@ -164,10 +164,13 @@ def build(
         UserError: The weights do not fit the config, or cannot be quantised.
     """
     load = functools.partial(_load, auto, where, trusted, seed, fresh_head)
+    is_tower = getattr(config, "model_type", None) in TOWER_TYPES
+    if is_tower and dtype not in (torch.float32, "auto"):
+        raise UserError(f"{where} is a tower, which computes in float32: leave dtype out")
     if quantize is None:
         return load(config=config, dtype=dtype)
     markers = [file for file in LOADERS if (Path(where) / file).is_file()]
-    if markers or config.model_type in TOWER_TYPES:
+    if markers or is_tower:
         reason = f"{where} is a pruned model" if markers else f"{where} is a tower"
         raise UserError(f"{reason}, which is not quantised: leave quantize out")
     return load_quantised(load, config, where, Precision(dtype, quantize))

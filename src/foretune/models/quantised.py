@@ -47,8 +47,11 @@ def load_quantised(
         raise UserError(f"quantize {precision.quantize} needs bitsandbytes: {INSTALL}")
     original = _Original(load, config)
     model = original()
-    # transformers leaves out the last layer, but a head may have several
+    # transformers leaves out the last layer, but a head may have several; a pooler that the
+    # checkpoint lacks is copied for each task as they are
     excluded = head_modules(model) if has_fresh_head(model) else None
+    poolers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]
+    excluded = None if excluded is None and not poolers else [*(excluded or ()), *poolers]
     dtype = precision.torch_dtype
     dtype = next(model.parameters()).dtype if dtype == "auto" else dtype
     del model

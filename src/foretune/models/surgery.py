@@ -111,6 +111,11 @@ def reset_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
     linear = [m for m in parts if isinstance(m, nn.Linear)]
     if not linear:
         raise UserError(f"the head of {type(model).__name__} has no linear layer to resize")
+    if not all(layer.weight.is_floating_point() for layer in linear):
+        raise UserError(
+            f"the head of {type(model).__name__} is quantised, so it cannot be made anew: give the "
+            "original (with quantize, which leaves heads as they are)"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in parts:
@@ -386,8 +391,8 @@ def set_trainable(model: nn.Module, trainable: Mapping[str, bool]) -> None:
             layer.foretune_frozen = not is_trained  # type: ignore[assignment]
 
 
-def is_trained(layer: Any) -> bool:
-    """Whether the weight of a layer is trained, or would be if it were not quantised."""
+def takes_adapter(layer: Any) -> bool:
+    """Whether a layer carries an adapter by default: its weight trains, or would in full."""
     if layer.weight.is_floating_point():
         return layer.weight.requires_grad
     return not getattr(layer, "foretune_frozen", False)

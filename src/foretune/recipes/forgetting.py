@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE
 from foretune.formats import read_json
+from foretune.processes import num_processes
 from foretune.recipes.blocks import ForgettingBlock
 from foretune.recipes.console import Console
 from foretune.recipes.folder import write_json
@@ -27,9 +29,13 @@ def check_texts_of(block: ForgettingBlock, model: Any, tokenizer: Any) -> None:
     Raises:
         UserError: As `general_texts`, or the model does not predict tokens.
     """
-    from foretune.evaluation.forgetting import text_scores
+    from foretune.evaluation.forgetting import encoded_texts
 
-    text_scores(model, tokenizer, general_texts(block)[:1], block.max_tokens)
+    if num_processes() > 1:
+        raise UserError(
+            "general texts are scored in a single process: remove forgetting, or launch one process"
+        )
+    encoded_texts(model, tokenizer, general_texts(block), block.max_tokens)
 
 
 def general_texts(block: ForgettingBlock) -> list[str]:
@@ -74,12 +80,14 @@ def forgetting_stage(
     """
     if block is None:
         return None
-    if (out / FORGETTING_FILE).is_file():
-        console.say("forgetting: already done")
-        return read_json(out / FORGETTING_FILE, dict[str, Any])
-    from foretune.evaluation.forgetting import change, text_scores
-
     texts = general_texts(block)
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    if (out / FORGETTING_FILE).is_file():
+        earlier = read_json(out / FORGETTING_FILE, dict[str, Any])
+        if earlier.get("digest") == digest:
+            console.say("forgetting: already done")
+            return earlier
+    from foretune.evaluation.forgetting import change, text_scores
 
     def scores_of(model: Any) -> np.ndarray:
         return text_scores(model, tokenizer, texts, block.max_tokens)
@@ -110,6 +118,7 @@ def forgetting_stage(
     record = {
         "source": block.source,
         "texts": len(texts),
+        "digest": digest,
         "before": float(before.mean()),
         "bases": rows,
     }

@@ -14,6 +14,7 @@ from foretune.errors import UserError
 from foretune.files import RUN_FILE
 from foretune.formats import RUN, read_json
 from foretune.models.loading_code import class_name, loading_code
+from foretune.models.precision import Precision, precision_of
 from foretune.recipes.blocks import AdaptBlock, TasksBlock
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.entries import adapt_record, run_of
@@ -218,6 +219,10 @@ def compare_folders(
             _describe(base, bases[base["name"]])
         comparison = merge_repeats([comparison])  # a new verdict that knows the controls
         comparison["title"] = out.resolve().name
+        held = precision_of(None, None)
+        comparison["held_in"] = {"dtype": str(held.dtype), "quantize": held.quantize}
+        if held != Precision():
+            comparison["title"] += f" (bases in {held.quantize or held.dtype})"
         # The folders of the bases do not record which tasks they were retrained on.
         counts = {k: v for k, v in comparison["collection"].items() if v is not None}
         comparison["collection"] = counts

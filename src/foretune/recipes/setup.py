@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from foretune.errors import UserError
+from foretune.processes import num_processes
 from foretune.recipes.console import Console
 from foretune.recipes.forgetting import check_texts_of
 from foretune.recipes.schema import Recipe
@@ -116,6 +117,13 @@ def set_up(recipe: Recipe, console: Console, turn: int = 0) -> Setup:
     if unseen is not None:
         unseen = unseen.with_objective(with_tokenizer(objective.fit(unseen), tokenizer))
     check_sides(model, seen, unseen, console)
+    if recipe.answers and num_processes() > 1:
+        raise UserError("questions are answered in a single process: set answers to 0")
+    if recipe.answers and not _has_conversations(unseen):
+        raise UserError(
+            f"answers={recipe.answers}: no test row of an unseen task has messages to answer; set "
+            "answers to 0"
+        )
     if recipe.forgetting is not None:
         check_texts_of(recipe.forgetting, model, tokenizer)
     setup = Setup(recipe, model, tokenizer, seen, unseen, seen, turn=turn)
@@ -125,6 +133,11 @@ def set_up(recipe: Recipe, console: Console, turn: int = 0) -> Setup:
             f"be a multiple of {setup.turns}, got {recipe.seeds}"
         )
     return setup.for_repeat(turn)
+
+
+def _has_conversations(tasks: TaskCollection | None) -> bool:
+    """Whether a test row has `messages`."""
+    return any("messages" in row for task in tasks or () for row in task.test)
 
 
 def check_sides(

@@ -121,6 +121,12 @@ class Choice(Objective):
         Raises:
             UserError: The model has one, and compares no contexts and responses.
         """
+        predicts = getattr(model, "get_output_embeddings", lambda: None)() is not None
+        if predicts and self.scoring == "bi-encoder":
+            raise UserError(
+                f"{type(model).__name__} predicts tokens: it scores candidates by scoring causal "
+                "(objective.scoring in a recipe); bi-encoder compares hidden states of an encoder"
+            )
         sentences = sentence_cache(model)
         if sentences is not None and not isinstance(model, DualTower):
             raise UserError(
