@@ -187,7 +187,11 @@ def _load(
     dtype: torch.dtype | str,
     **options: Any,
 ) -> Any:
-    """As `build`; the options are arguments of `from_pretrained`."""
+    """As `build`; the options are arguments of `from_pretrained`.
+
+    Raises:
+        UserError: The weights do not fit the config.
+    """
     for marker_file, loader in LOADERS.items():
         if (Path(where) / marker_file).is_file():
             model = entry_point(loader)(auto, config, Path(where), dtype)

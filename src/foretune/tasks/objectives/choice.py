@@ -26,9 +26,8 @@ from foretune.run import check_at_least, check_int, check_one_of, check_positive
 from foretune.tasks.batch import Batch
 from foretune.tasks.drawn_rows import DrawnRows
 from foretune.tasks.example import SPLITS, DrawnExample, row_name
-from foretune.tasks.objectives import text
+from foretune.tasks.objectives import embedded_choice, text
 from foretune.tasks.objectives.accuracy import accuracies
-from foretune.tasks.objectives.embedded_choice import collate_embedded, embedded_scores
 from foretune.tasks.objectives.shared_context import log_likelihoods, shared_rows
 from foretune.tasks.rows import check_repeats
 from foretune.tasks.task import Objective, Task, TaskCollection
@@ -121,12 +120,7 @@ class Choice(Objective):
         Raises:
             UserError: The model has one, and compares no contexts and responses.
         """
-        predicts = getattr(model, "get_output_embeddings", lambda: None)() is not None
-        if predicts and self.scoring == "bi-encoder":
-            raise UserError(
-                f"{type(model).__name__} predicts tokens: it scores candidates by scoring causal "
-                "(objective.scoring in a recipe); bi-encoder compares hidden states of an encoder"
-            )
+        embedded_choice.check_embeds(model, self.scoring)
         sentences = sentence_cache(model)
         if sentences is not None and not isinstance(model, DualTower):
             raise UserError(
@@ -259,7 +253,7 @@ class Choice(Objective):
         if self.scoring == "causal":
             return self._collate_causal(rows, slots)
         if self.sentences is not None:
-            return collate_embedded(rows, slots, self.sentences)
+            return embedded_choice.collate_embedded(rows, slots, self.sentences)
         width = max(len(row["candidates"]) for row in rows)
         index = np.zeros((len(rows), width), dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=bool)
@@ -371,7 +365,7 @@ class Choice(Objective):
         if self.scoring == "causal":
             return log_likelihoods(model, inputs, batch.extra["text_slots"])[inputs["index"]]
         if "contexts" in inputs:
-            return embedded_scores(model, batch)
+            return embedded_choice.embedded_scores(model, batch)
         with route(batch.extra["text_slots"]):
             texts = embed(model, inputs["text_ids"], inputs["text_mask"])
         contexts = texts.index_select(0, inputs["context_index"])

@@ -8,11 +8,26 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from foretune.errors import UserError
 from foretune.models.routing import route
 from foretune.models.sentence_cache import SentenceCache
 from foretune.tasks.batch import Batch
+
+
+def check_embeds(model: nn.Module, scoring: str) -> None:
+    """Checks that a model that is to compare hidden states gives some.
+
+    Raises:
+        UserError: It predicts tokens.
+    """
+    predicts = getattr(model, "get_output_embeddings", lambda: None)() is not None
+    if predicts and scoring == "bi-encoder":
+        raise UserError(
+            f"{type(model).__name__} predicts tokens: it scores candidates by scoring causal "
+            "(objective.scoring in a recipe); bi-encoder compares hidden states of an encoder"
+        )
 
 
 def collate_embedded(

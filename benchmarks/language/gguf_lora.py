@@ -1,7 +1,7 @@
 """Does llama.cpp generate with our LoRA files what transformers generates with the PEFT folders?
 
     pip install llama-cpp-python        # built from source: some minutes
-    python benchmarks/language/llama_cpp.py
+    python benchmarks/language/gguf_lora.py
 
 Two adapters are trained on SmolLM2-135M-Instruct, each to answer in a manner of its own, and
 exported as GGUF. llama.cpp loads the model's own file, in 4 bits, with each of them, and generates
@@ -72,7 +72,7 @@ def main() -> None:
     RESULT.write_text(
         json.dumps(
             {
-                "command": "python benchmarks/language/llama_cpp.py",
+                "command": "python benchmarks/language/gguf_lora.py",
                 "machine": environment(),
                 "llama_cpp_python": llama_cpp.__version__,
                 "answers": answers,
