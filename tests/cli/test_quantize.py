@@ -1,4 +1,4 @@
-"""`--quantize` and `--dtype` of adapt, compare, generate and datastore."""
+"""`--quantize` and `--dtype` of adapt and compare."""
 
 from __future__ import annotations
 
@@ -40,9 +40,6 @@ def test_a_walk(base: Path, options: tuple[str, ...]) -> None:
     # the adapters belong to the original, on which stock PEFT reads them as foretune does
     checked = the_json("check", base, out)
     assert checked["ok"] and len(checked["adapters"]) == 2
-    assert the_json("generate", out / "a", "one", "--max-new-tokens", 2, *options)["results"]
-    store = ("datastore", "build", base, "--rows", rows, "--out", base.parent / "store")
-    assert the_json(*store, *options)["entries"] > 0
     compare = ("compare", base, "--tasks", rows, "--objective", "causal-lm", "steps=1")
     assert the_json(*compare, "--shots", "1", "--out", base.parent / "cmp", *options)["means"]
 

@@ -35,7 +35,7 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Write adapters as a merged model, as files for llama.cpp, or as ONNX."""
+    """Write adapters merged, for llama.cpp, or as ONNX."""
     from foretune.recipes.export import export_adapters
 
     with quiet_stdout(), trusted_code(trust_remote_code):

@@ -18,6 +18,7 @@ from foretune.cli.output import (
     quiet_stdout,
     table,
 )
+from foretune.entry_points import entry_point
 from foretune.errors import UserError
 from foretune.files import CARD_FILE, REPORT_FILE
 
@@ -40,7 +41,7 @@ def run(
     Every method of the recipe retrains the base on the seen tasks. The bases are adapted to the
     unseen tasks, and the report compares their scores. An experiment recipe runs its experiment.
     """
-    from foretune.recipes.schema import Recipe, load_any
+    from foretune.recipes.schema import AFTER_A_RUN, Recipe, load_any
 
     loaded = load_any(recipe, changes or [])
     if out is not None:
@@ -58,10 +59,8 @@ def run(
         )
         answers: list[dict[str, Any]] = []
         if loaded.answers:
-            from foretune.decoding.answers import answer_unseen
-
             try:
-                answers = answer_unseen(loaded, comparison, StderrConsole())
+                answers = entry_point(AFTER_A_RUN["answers"])(loaded, comparison, StderrConsole())
             except UserError as error:  # the results of the run stand
                 StderrConsole().say(f"no answers: {error}")
     if json:

@@ -46,6 +46,10 @@ PACKAGES = (
     "foretune.recipes",
     "foretune.theory",
 )
+AFTER_A_RUN: dict[str, str] = {
+    "answers": "foretune.decoding.answers:answer_unseen",
+}
+"""Key of a recipe → what does its work after a run, from the recipe and the comparison."""
 EXPERIMENTS = {
     "experiment": "foretune.theory.recipe:parse_experiment",
 }
