@@ -34,8 +34,8 @@ def forgetting_sentence(forgetting: Mapping[str, Any], labels: Mapping[str, str]
     """Which bases fell, and what may be done about it.
 
     >>> fell = {"name": "standard", "base_change": {"mean": -0.2, "low": -0.3, "high": -0.1}}
-    >>> forgetting_sentence({"bases": [fell]}, {})[:61]
-    'On general texts standard fell (by 0.2 nats per token). A base'
+    >>> forgetting_sentence({"bases": [fell]}, {})[:55]
+    'On general texts standard fell (by 0.2 nats per token).'
     """
     fallen = [row for row in forgetting["bases"] if row["base_change"]["high"] < 0]
     if not fallen:
