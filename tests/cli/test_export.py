@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +136,15 @@ def test_what_gguf_cannot_hold_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "files").exists()
 
 
+@pytest.mark.skipif(find_spec("onnxscript") is None, reason="needs the onnx extra")
 class TestOnnx:
     """Encoders and classifiers for runtimes without torch."""
 
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
-
     def outputs(self, file: Path, **inputs: torch.Tensor) -> torch.Tensor:
         """What onnxruntime computes."""
-        session = self.onnxruntime.InferenceSession(str(file))
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(file))
         arrays = {name: value.numpy() for name, value in inputs.items()}
         return torch.from_numpy(session.run(None, arrays)[0])
 
@@ -196,6 +197,21 @@ class TestOnnx:
             expected = model(**inputs).logits
         output = self.outputs(tmp_path / "out" / "model.onnx", **inputs)
         torch.testing.assert_close(output, expected.detach(), atol=1e-4, rtol=1e-4)
+
+    def test_pairs_of_texts_keep_their_segments(self, tmp_path: Path) -> None:
+        from foretune.models.onnx_file import write_onnx
+
+        model = tiny_models.bert(num_labels=2, type_vocab_size=2, initializer_range=0.5).float()
+        tokenizer = tiny_models.tokenizer()
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+        write_onnx(model.eval(), tmp_path, tokenizer)
+        inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+        segments = torch.tensor([[0, 0, 1, 1, 1]])
+        with torch.no_grad():
+            expected = model(**inputs, token_type_ids=segments).logits
+            assert not torch.allclose(model(**inputs).logits, expected, atol=1e-3)
+        output = self.outputs(tmp_path / "model.onnx", **inputs, token_type_ids=segments)
+        torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
 
     def test_a_file_that_computes_something_else_is_not_left(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

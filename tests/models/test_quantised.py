@@ -14,7 +14,9 @@ from foretune.adapters.fingerprint import base_record, fingerprint, is_base
 from foretune.adapters.head_copies import escaped
 from foretune.adapters.peft_format import peft_config, peft_tensors, write_adapter
 from foretune.errors import UserError
-from foretune.models.loading import load_base, load_model, save_base
+from foretune.models.frozen_prefix import frozen_prefix
+from foretune.models.loading import load_base, load_model, load_module, save_base
+from foretune.models.prefix_cache import prefix_cache
 from foretune.models.quantised import dense_weight, quantised_as, quantised_layers
 from foretune.models.routing import route
 from foretune.tasks.objectives.causal_lm import CausalLM
@@ -124,14 +126,19 @@ def test_gradient_after_a_call_in_evaluation(folder):
     ).eval()
     ids = _ids(4)
 
-    def gradients() -> list[torch.Tensor]:
+    def gradients(model=stock) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        bank = _bank(stock)
+        bank = _bank(model)
         with bank.attached(), route(torch.tensor([0, 1, 1, 0])):
-            stock(ids).logits.square().sum().backward()
+            model(ids).logits.square().sum().backward()
         return [p.grad for p in bank.parameters()]
 
     first = gradients()
+    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for name, layer in quantised_layers(stock).items():
+        dense.get_submodule(name).weight.data = dense_weight(layer).clone()
+    for value, reference in zip(first, gradients(dense), strict=True):
+        assert torch.allclose(value, reference, atol=1e-4 * reference.abs().max().item())
     with torch.no_grad():
         stock(ids)
     assert all(map(torch.equal, gradients(), first))
@@ -177,6 +184,53 @@ def test_quantised_checkpoint(folder, quantize, tmp_path):
     assert not is_base(loaded, record)
     with pytest.raises(UserError, match="is quantised already"):
         load_base(tmp_path / "small", quantize=quantize)
+
+
+def test_rows_in_8_bits_do_not_depend_on_one_another(folder):
+    """Which inputs are outliers would be decided for the batch as a whole."""
+    model, tokenizer = load_base(folder)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "layernorm" in name:
+                p *= 4  # inputs beyond 6, the usual threshold
+    save_base(model, tokenizer, folder.parent / "outliers")
+    loaded, _ = load_base(folder.parent / "outliers", quantize="int8")
+    ids = _ids(5)
+    with torch.no_grad():
+        alone = torch.cat([loaded(row[None]).logits for row in ids])
+        assert torch.allclose(loaded(ids).logits, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_states_are_not_shared_by_bases_of_other_scales(folder, quantize):
+    """Weights twice as large have the same integers."""
+    model, tokenizer = load_base(folder)
+    ids = _ids(3)
+
+    def logits_and_cache(where) -> tuple[torch.Tensor, object]:
+        base, _ = load_base(where, quantize=quantize)
+        last = len(base.model.layers) - 1
+        base.requires_grad_(False)
+        cache = prefix_cache(base, last, {})
+        with torch.no_grad(), frozen_prefix(base, [f"model.layers.{last}.mlp.up_proj"]):
+            return base(ids).logits, cache
+
+    first, first_cache = logits_and_cache(folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight *= 2
+    save_base(model, tokenizer, folder.parent / "scaled")
+    second, second_cache = logits_and_cache(folder.parent / "scaled")
+    assert second_cache is not first_cache
+    assert not torch.allclose(first, second, atol=1e-4)
+
+
+def test_own_code_keeps_its_weights(tmp_path):
+    (tmp_path / "net.py").write_text("import torch\ndef build(): return torch.nn.Linear(2, 2)\n")
+    save_base(load_module(tmp_path / "net.py"), None, tmp_path / "base")
+    for options in ({"dtype": "bfloat16"}, {"quantize": "nf4"}):
+        with pytest.raises(UserError, match="keeps the weights that it makes"):
+            load_base(tmp_path / "base", **options)
+    assert load_base(tmp_path / "base", dtype="auto")[0].weight.dtype == torch.float32
 
 
 def test_trainable_layers_are_those_adapted(folder):

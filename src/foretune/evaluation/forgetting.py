@@ -69,9 +69,14 @@ def encoded_texts(
         )
     most = min(max_tokens, num_positions(model) or max_tokens)
     objective = CausalLM(tokenizer, max_tokens=most)
-    return [
-        objective.encode({"text": text}, f"general text {i}") for i, text in enumerate(texts, 1)
-    ]
+    rows: list[dict[str, Any]] = []
+    for number, text in enumerate(texts, 1):
+        try:
+            rows.append(objective.encode({"text": text}, ""))
+        except UserError as error:
+            reason = str(error).partition(": ")[2] or str(error)
+            raise UserError(f"forgetting, text {number}: {reason}") from error
+    return rows
 
 
 def change(after: np.ndarray, before: np.ndarray) -> dict[str, float]:

@@ -23,7 +23,7 @@ from foretune.models.base_record import check_fingerprint, restore
 from foretune.models.capacity import pad_within
 from foretune.models.checkpoint import check_files, tensor_shapes
 from foretune.models.named import NAMES, folder_of, is_named
-from foretune.models.precision import Quantize, precision_of
+from foretune.models.precision import Precision, Quantize, precision_of
 from foretune.models.pretrained import (
     build,
     load_tokenizer,
@@ -129,9 +129,8 @@ def load_model(
     trusted = is_trusted(trust_remote_code)
     precision = precision_of(dtype, quantize)
     tokenizer: Any = None
-    if precision.quantize and (tower is not None or (Path(where) / MODULE_FILE).is_file()):
-        kind = "a model of your own code" if tower is None else "a tower"
-        raise UserError(f"{kind} is not quantised: leave quantize out")
+    if precision.quantize and tower is not None:
+        raise UserError("a tower is not quantised: leave quantize out")
     if tower is not None:
         if trainable_layers is not None:
             raise UserError(
@@ -144,7 +143,7 @@ def load_model(
                 where, tower, head, num_labels, trusted, seed, precision.torch_dtype
             )
     elif (Path(where) / MODULE_FILE).is_file():
-        model = _load_plain(Path(where), trusted)
+        model = _load_plain(Path(where), trusted, precision)
     else:
         with quiet(), user_errors(where):
             config = read_config(where, trusted)
@@ -337,9 +336,7 @@ def load_base(
     where = locate(where if is_named(where) or Path(where).is_absolute() else f"./{where}")
     trusted = is_trusted(trust_remote_code)
     if (Path(where) / MODULE_FILE).is_file():
-        if precision.quantize:
-            raise UserError("a model of your own code is not quantised: leave quantize out")
-        model = _load_plain(Path(where), trusted)
+        model = _load_plain(Path(where), trusted, precision)
         restore(Path(where), model)
         return model, None
     with quiet(), user_errors(where):
@@ -387,14 +384,20 @@ def load_named_module(record: Path, fields: Any, *, trust_remote_code: bool) -> 
     return _execute(Path(fields["file"]), fields["factory"], fields["args"])
 
 
-def _load_plain(folder: Path, trusted: bool) -> nn.Module:
+def _load_plain(folder: Path, trusted: bool, precision: Precision) -> nn.Module:
     """The model that a user's Python file builds, with saved weights.
 
     Its head becomes as wide as the saved one: retraining fits it to the tasks.
 
     Raises:
-        UserError: The file is missing or may not be executed, or the weights do not fit.
+        UserError: The file is missing or may not be executed, the weights do not fit, or they are
+            to be held otherwise than the file has them.
     """
+    if precision.quantize or precision.torch_dtype not in (torch.float32, "auto"):
+        raise UserError(
+            f"{folder / MODULE_FILE}: a model of your own code keeps the weights that it makes: "
+            "leave dtype and quantize out"
+        )
     record = folder / MODULE_FILE
     fields = read_json(record, _ModuleRecord, MODULE)
     model = load_named_module(record, fields, trust_remote_code=trusted)

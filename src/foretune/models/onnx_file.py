@@ -43,12 +43,14 @@ def check_packages() -> None:
         raise UserError(f"ONNX files need {', '.join(missing)}: pip install 'foretune[onnx]'")
 
 
-def write_onnx(model: nn.Module, folder: Path) -> float:
+def write_onnx(model: nn.Module, folder: Path, tokenizer: Any = None) -> float:
     """Writes model.onnx: `logits` of a classifier, `last_hidden_state` of an encoder.
 
     Args:
         model: A model of transformers that reads token ids or images.
         folder: An existing folder.
+        tokenizer: Its tokenizer. Where that makes `token_type_ids`, by which pairs of texts are
+            told apart, the file takes them, too.
 
     Returns:
         The largest difference between what onnxruntime and torch compute, as a share of the largest
@@ -64,7 +66,8 @@ def write_onnx(model: nn.Module, folder: Path) -> float:
         raise UserError(
             f"{kind} generates text, which ONNX is not written for: export encoders and classifiers"
         )
-    inputs = _inputs(model, *SHAPES[0])
+    segments = "token_type_ids" in getattr(tokenizer, "model_input_names", ())
+    inputs = _inputs(model, *SHAPES[0], segments)
     dims = ("rows", "tokens") if "input_ids" in inputs else ("rows",)
     open_dims = {name: dict.fromkeys(range(len(dims)), torch.export.Dim.DYNAMIC) for name in inputs}
     traced = _ByName(model, tuple(inputs))
@@ -85,7 +88,7 @@ def write_onnx(model: nn.Module, folder: Path) -> float:
         except Exception as error:  # whatever the exporter cannot trace
             cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
             raise UserError(f"{kind} cannot be written as ONNX: {reason_of(cause)}") from error
-        difference = _difference(model, traced, path)
+        difference = _difference(model, traced, path, segments)
     if difference > TOLERANCE:
         raise UserError(
             f"{kind} cannot be written as ONNX: the file computes other outputs (by "
@@ -110,8 +113,8 @@ class _ByName(nn.Module):
         return result
 
 
-def _inputs(model: Any, rows: int, tokens: int) -> dict[str, Tensor]:
-    """Inputs of a model: ids and mask (rows, tokens), the last row padded; or images.
+def _inputs(model: Any, rows: int, tokens: int, segments: bool) -> dict[str, Tensor]:
+    """Inputs of a model: ids, mask and segments (rows, tokens), the last row padded; or images.
 
     Raises:
         UserError: It reads something else.
@@ -126,7 +129,10 @@ def _inputs(model: Any, rows: int, tokens: int) -> dict[str, Tensor]:
         if rows > 1:
             mask[-1, tokens // 2 :] = 0
         ids = torch.where((ids == pad) & (mask > 0), (pad + 1) % config.vocab_size, ids)
-        return {"input_ids": torch.where(mask > 0, ids, pad), "attention_mask": mask}
+        inputs = {"input_ids": torch.where(mask > 0, ids, pad), "attention_mask": mask}
+        if segments and getattr(config, "type_vocab_size", 0) > 1:
+            inputs["token_type_ids"] = (torch.arange(tokens) >= tokens // 2).long() * mask
+        return inputs
     if model.main_input_name == "pixel_values":
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -135,14 +141,14 @@ def _inputs(model: Any, rows: int, tokens: int) -> dict[str, Tensor]:
     raise UserError(f"{type(model).__name__} reads neither token ids nor images: no ONNX file")
 
 
-def _difference(model: nn.Module, traced: _ByName, path: Path) -> float:
+def _difference(model: nn.Module, traced: _ByName, path: Path, segments: bool) -> float:
     """The largest difference of the file's outputs from the model's, relative to the largest."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     worst = 0.0
     for rows, tokens in SHAPES:
-        inputs = _inputs(model, rows, tokens)
+        inputs = _inputs(model, rows, tokens, segments)
         expected = traced(*inputs.values())
         [output] = session.run(None, {name: x.numpy() for name, x in inputs.items()})
         change = (torch.from_numpy(output) - expected).abs()

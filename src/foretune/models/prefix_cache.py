@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from foretune.errors import UserError
+from foretune.models.quantised import scales
 from foretune.models.surgery import block_list
 
 SKIPPED_CONFIG = frozenset(
@@ -90,6 +91,7 @@ def _fingerprint(model: nn.Module, first_block: int, outside: Mapping[str, Tenso
     tensors = [outside[name] for name in sorted(outside)]
     for block in blocks[:first_block]:
         tensors += [*block.parameters(), *block.buffers()]
+        tensors += [scale for _, scale in scales(block)]
     for tensor in tensors:
         plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -8,7 +8,7 @@ adapter records the fingerprint of the original, by which it is recognised on ei
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 import importlib.util
 import logging
 import os
@@ -45,13 +45,17 @@ def load_quantised(
         raise UserError(f"{where} is quantised already: leave quantize out")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"quantize {precision.quantize} needs bitsandbytes: {INSTALL}")
-    original = _Original(load, config)
+    original = functools.partial(load, config=config, dtype="auto")
     model = original()
-    # transformers leaves out the last layer, but a head may have several; a pooler that the
-    # checkpoint lacks is copied for each task as they are
-    excluded = head_modules(model) if has_fresh_head(model) else None
-    poolers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]
-    excluded = None if excluded is None and not poolers else [*(excluded or ()), *poolers]
+    # Named, because by itself transformers leaves out only the last layer: a head may have several,
+    # and a pooler that the checkpoint lacks is copied for each task as heads are.
+    output = model.get_output_embeddings()
+    excluded = head_modules(model) if has_fresh_head(model) else []
+    excluded += [
+        name
+        for name, module in model.named_modules()
+        if module is output or name.rpartition(".")[2] == "pooler"
+    ]
     dtype = precision.torch_dtype
     dtype = next(model.parameters()).dtype if dtype == "auto" else dtype
     del model
@@ -64,9 +68,9 @@ def load_quantised(
     else:
         # Above a threshold, what counts as an outlier depends on the other rows of the batch.
         options = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
-    quantization = BitsAndBytesConfig(**options, llm_int8_skip_modules=excluded)
+    quantization = BitsAndBytesConfig(**options, llm_int8_skip_modules=excluded or None)
     with _one_weight_at_a_time():
-        model = load(config=copy.deepcopy(config), dtype=dtype, quantization_config=quantization)
+        model = load(config=config, dtype=dtype, quantization_config=quantization)
     model.foretune_original = original
     return model
 
@@ -93,21 +97,13 @@ def prepare_quantised(model: nn.Module) -> None:
     to bfloat16, and from then on gives no gradient to what lies below. Also silences what it logs
     at every call of a layer in 8 bits.
     """
-    for layer in quantised_layers(model).values():
+    layers = quantised_layers(model)
+    for layer in layers.values():
         if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
             layer.state_dict()  # which unpacks the weight in place
         layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    if layers:
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-
-
-class _Original:
-    """Loads the original of a quantised model again, in the dtype of its checkpoint."""
-
-    def __init__(self, load: Callable[..., Any], config: Any) -> None:
-        self.load, self.config = load, copy.deepcopy(config)
-
-    def __call__(self) -> Any:
-        return self.load(config=copy.deepcopy(self.config), dtype="auto")
 
 
 def is_quantised(module: nn.Module) -> bool:

@@ -96,7 +96,7 @@ def _write_onnx(bases: BasesOfAdapters, adapter: Path | None, target: Path) -> l
     if adapter is not None:
         model, notes = _merged(copy.deepcopy(bases.of(adapter)), adapter)
     target.mkdir(parents=True, exist_ok=True)
-    write_onnx(model.float().cpu(), target)
+    write_onnx(model.float().cpu(), target, bases.tokenizer)
     model.config.save_pretrained(target)
     if bases.tokenizer is not None:
         bases.tokenizer.save_pretrained(target)
