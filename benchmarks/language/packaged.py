@@ -27,9 +27,10 @@ def main() -> None:
         for line in lines:
             vote = json.loads(line)
             votes[vote["task"]].append(vote)
-    balance: Counter[str] = Counter()  # of all votes on a statement: agree minus disagree
+    balance: Counter[str] = Counter()  # of the training votes on a statement: agree minus disagree
     for its_votes in votes.values():
-        balance.update({v["text"]: 1 if v["label"] == "agree" else -1 for v in its_votes})
+        training = [v for v in its_votes if v["split"] != "test"]
+        balance.update({v["text"]: 1 if v["label"] == "agree" else -1 for v in training})
     chosen: list[tuple[float, str, dict[str, list[dict[str, Any]]]]] = []
     for task, its_votes in votes.items():
         by_split = {
