@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file
 from torch import nn
 
 import foretune
@@ -19,6 +20,9 @@ from foretune.adapters.fingerprint import base_record
 from foretune.adapters.peft_format import peft_config, peft_tensors, write_adapter
 from foretune.adapters.stored_adapter import read_adapter
 from foretune.models.routing import route
+from foretune.run import Run
+from foretune.tasks.objectives.classification import Classification
+from foretune.tasks.task import Task, TaskCollection
 from linear_tasks import Net
 
 SIZES = {
@@ -262,3 +266,23 @@ def test_dense_layers_of_a_mixture_are_listed_as_modules_again(tmp_path):
     assert not fused.model.layers[0].mlp.up_proj.weight.equal(
         model.model.layers[0].mlp.up_proj.weight
     )
+
+
+@pytest.mark.parametrize("kind", ("llama", "gpt2"))
+def test_the_head_of_a_decoder_is_one_module_as_wide_as_the_bases(kind, tmp_path):
+    """What servers read: a full weight named score, and LoRA of one rank for all else."""
+    base = getattr(tiny_models, kind)(num_labels=3)
+    rows = [{"text": "the cat", "label": "x"}, {"text": "a dog", "label": "y"}]
+    tasks = TaskCollection(
+        (Task("t", rows, rows, rows),), Classification(tokenizer=tiny_models.tokenizer())
+    )
+    foretune.adapt(base, tasks, foretune.LoRA(), Run(steps=1, out=tmp_path / "adapters"))
+    folder = tmp_path / "adapters" / "t"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["score"] and config["task_type"] == "SEQ_CLS"
+    assert not config["rank_pattern"] and not config["alpha_pattern"]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    heads = {name for name in tensors if ".lora_A." not in name and ".lora_B." not in name}
+    assert heads == {"base_model.model.score.weight"}
+    assert tensors["base_model.model.score.weight"].shape == base.score.weight.shape
+    assert {min(t.shape) for name, t in tensors.items() if name not in heads} == {config["r"]}

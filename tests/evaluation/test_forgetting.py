@@ -15,7 +15,7 @@ import tiny_models
 from command_line import call, the_json
 from foretune.errors import UserError
 from foretune.evaluation.forgetting import text_scores
-from foretune.evaluation.forgetting_text import forgetting_rows, forgetting_sentence
+from foretune.evaluation.forgetting_text import forgetting_rows, forgetting_sentences
 from foretune.models.loading import load_base, save_base
 
 TOKENIZER = tiny_models.tokenizer(special=False)
@@ -74,8 +74,9 @@ def test_before_after_and_adapted_stand_in_the_report(recipe: Path) -> None:
     assert "the model as it was" in result.stdout and "On general texts" in result.stdout
     run = recipe.parent / "run"
     forgetting = json.loads((run / "comparison.json").read_text())["forgetting"]
-    none, standard = forgetting["bases"]
-    assert none["base"] == forgetting["before"] and none["base_change"]["mean"] == 0
+    [texts] = forgetting["measures"]
+    none, standard = texts["bases"]
+    assert none["base"] == texts["before"] and none["base_change"]["mean"] == 0
     base = run / "bases" / "standard" / "seed-0" / "base"
     assert standard["base"] == pytest.approx(log_likelihoods(load_base(base)[0]).mean(), abs=1e-5)
     adapted = [
@@ -90,8 +91,76 @@ def test_before_after_and_adapted_stand_in_the_report(recipe: Path) -> None:
     (recipe.parent / "general.jsonl").write_text(
         "\n".join(json.dumps({"text": text}) for text in (longest, "red blue"))
     )
-    changed = the_json("run", recipe, "retrain.learning_rate=1e-2", "--resume")["forgetting"]
-    assert changed["texts"] == 2 and changed["before"] != forgetting["before"]
+    again = the_json("run", recipe, "retrain.learning_rate=1e-2", "--resume")
+    [changed] = again["forgetting"]["measures"]
+    assert changed["examples"] == 2 and changed["before"] != texts["before"]
+
+
+@pytest.fixture
+def quiz(tmp_path: Path) -> Path:
+    """A task of lm-eval's, of questions with two answers."""
+    questions = [
+        {"question": "the cat", "choices": ["one", "red"], "answer": i % 2} for i in range(3)
+    ]
+    questions += [{"question": "a b", "choices": ["two dog", "mat"], "answer": 1}]
+    (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    (tmp_path / "quiz.yaml").write_text(f"""
+task: quiz
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "quiz.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+""")
+    return tmp_path / "quiz.yaml"
+
+
+def accuracy(model: Any, quiz: Path) -> float:
+    """The share of questions whose right answer is the likelier one, summed over its tokens."""
+    right = []
+    for line in quiz.with_suffix(".jsonl").read_text().splitlines():
+        row = json.loads(line)
+        start = len(TOKENIZER(row["question"])["input_ids"])
+        scores = []
+        for choice in row["choices"]:
+            ids = TOKENIZER(f"{row['question']} {choice}")["input_ids"]
+            with torch.no_grad():
+                log_p = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores.append(sum(float(log_p[i - 1, ids[i]]) for i in range(start, len(ids))))
+        right.append(int(np.argmax(scores)) == row["answer"])
+    return float(np.mean(right))
+
+
+def test_benchmarks_of_lm_eval_stand_beside_the_texts(recipe: Path, quiz: Path) -> None:
+    pytest.importorskip("lm_eval")
+    settings = ["retrain.learning_rate=1e-1", f"forgetting.benchmarks=[{quiz}]"]
+    result = call("run", recipe, *settings)
+    assert result.exit_code == 0, result.output
+    assert "quiz, acc" in result.stdout and "On quiz no base clearly became worse" in result.stdout
+    run = recipe.parent / "run"
+    record = json.loads((run / "comparison.json").read_text())["forgetting"]
+    texts, of_quiz = record["measures"]
+    assert texts["name"] == "general texts" and of_quiz["examples"] == 4
+    before = load_base(recipe.parent / "model")[0]
+    assert of_quiz["before"] == accuracy(before, quiz)
+    base = run / "bases" / "standard" / "seed-0" / "base"
+    row = of_quiz["bases"][1]
+    assert row["base"] == accuracy(load_base(base)[0], quiz)
+    assert row["base_change"]["mean"] == pytest.approx(row["base"] - of_quiz["before"])
+    adapted = [
+        accuracy(peft.PeftModel.from_pretrained(load_base(base)[0], folder), quiz)
+        for folder in sorted((run / "adapters" / "standard").iterdir())
+    ]
+    assert row["adapted"] == pytest.approx(np.mean(adapted))
+    assert "quiz, acc" in (run / "report.html").read_text()
+    again = the_json("run", recipe, *settings, "--resume")
+    assert again["forgetting"] == record
+    alone = the_json("run", recipe, *settings, "forgetting.source=null", "--overwrite")
+    assert [measure["name"] for measure in alone["forgetting"]["measures"]] == ["quiz"]
 
 
 def last_line(*args: object) -> str:
@@ -111,19 +180,50 @@ def test_mistakes_come_before_training(recipe: Path) -> None:
     assert "needs two tokens or more" in last_line("plan", recipe)
     texts.unlink()
     assert "general.jsonl" in last_line("run", recipe)
+    assert "forgetting needs source" in last_line("run", recipe, "forgetting.source=null")
     with pytest.raises(UserError, match="a decoder that predicts tokens, which BertModel is not"):
         text_scores(tiny_models.bert(), TOKENIZER, TEXTS)
 
 
-def test_a_base_that_fell_is_named_with_what_would_help() -> None:
+def test_mistakes_in_benchmarks_come_before_training(recipe: Path, quiz: Path) -> None:
+    pytest.importorskip("lm_eval")
+
+    def mistake(name: str) -> str:
+        return last_line("plan", recipe, f"forgetting.benchmarks=[{name}]")
+
+    assert "has no task hellaswga: did you mean hellaswag?" in mistake("hellaswga")
+    assert "hellaswag cannot be loaded" in mistake("hellaswag")
+    assert "absent.yaml does not exist" in mistake("absent.yaml")
+    quiz.with_suffix(".jsonl").unlink()
+    assert "quiz.yaml cannot be loaded" in mistake(str(quiz))
+    quiz.write_text("task: [")
+    assert "quiz.yaml cannot be loaded" in mistake(str(quiz))
+
+
+def test_a_base_that_became_worse_is_named_with_what_would_help() -> None:
     def row(name: str, low: float, high: float) -> dict[str, Any]:
         change = {"mean": (low + high) / 2, "low": low, "high": high}
         return {"name": name, "base": -3.0, "base_change": change}
 
-    record = {"before": -2.5, "bases": [row("standard", -0.4, -0.2), row("peft-ml", -0.2, 0.1)]}
-    sentence = forgetting_sentence(record, {"standard": "standard retraining"})
-    assert "standard retraining fell (by 0.3 nats" in sentence and "interpolate" in sentence
-    assert "peft-ml fell" not in sentence
-    rows = forgetting_rows(record, {})
+    measure = {
+        "name": "general texts",
+        "metric": "log-likelihood per token",
+        "higher_is_better": True,
+        "before": -2.5,
+        "bases": [row("standard", -0.4, -0.2), row("peft-ml", -0.2, 0.1)],
+    }
+    first, advice = forgetting_sentences([measure], {"standard": "standard retraining"})
+    assert "standard retraining became worse (log-likelihood per token −0.3)" in first
+    assert "peft-ml" not in first and "interpolate" in advice
+    rows = forgetting_rows(measure, {})
     assert rows[2] == ["standard", "−3.000", "−0.300 (−0.400 to −0.200)", "", ""]
-    assert "no base clearly fell" in forgetting_sentence({"bases": record["bases"][1:]}, {})
+    level = {**measure, "bases": measure["bases"][1:]}
+    assert forgetting_sentences([level], {}) == ["On general texts no base clearly became worse."]
+    perplexity = {**measure, "metric": "perplexity", "higher_is_better": False}
+    assert len(forgetting_sentences([perplexity], {})) == 1
+    perplexity["bases"] = [row("standard", 0.2, 0.4)]
+    assert "standard became worse (perplexity +0.3)" in forgetting_sentences([perplexity], {})[0]
+    without_interval = {"mean": 1.0, "low": None, "high": None}
+    perplexity["bases"] = [{"name": "standard", "base": 9.0, "base_change": without_interval}]
+    assert len(forgetting_sentences([perplexity], {})) == 1
+    assert forgetting_rows(perplexity, {})[2][2] == "+1.000"

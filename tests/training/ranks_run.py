@@ -25,12 +25,16 @@ from torch import nn
 import foretune
 import linear_tasks
 import tiny_models
+from foretune.adapters.basis_file import set_basis
 from foretune.errors import ForetuneError
 from foretune.run import Run
 from foretune.tasks.objectives.causal_lm import CausalLM
 from foretune.tasks.objectives.choice import Choice
 from foretune.tasks.objectives.classification import Classification
 from foretune.tasks.task import Task, TaskCollection
+from foretune.training.fit_basis import fit_basis
+from foretune.training.learners import joint
+from foretune.training.sharding import shard
 
 torch.set_num_threads(1)
 LORA = {"r": 2}
@@ -120,9 +124,12 @@ def adapt(
     *,
     num_tasks: int = 5,
     shots: int | None = None,
+    draws: int = 2,
     stops: bool = False,
     score_at: tuple[int, ...] = (),
     labelled: bool = False,
+    tokens: str | None = None,
+    model: nn.Module | None = None,
     on_update: Callable[[], None] = lambda: None,
     **changes: Any,
 ) -> dict[str, Any]:
@@ -130,6 +137,9 @@ def adapt(
     tasks = linear_tasks.family(rows=[9, 3, 12, 5, 7][:num_tasks], prefix="unseen")
     if labelled:
         tasks = signs(tasks)
+    if tokens is not None:
+        model = getattr(tiny_models, tokens)()
+        tasks = TaskCollection(tuple(words(3, 9)), CausalLM(tiny_models.tokenizer()))
     waves = []
 
     def progress(update: int, *_: Any) -> None:
@@ -139,9 +149,9 @@ def adapt(
             raise StopError("stopped")
 
     run = RUN.replace(**changes)
-    model = linear_tasks.Net()
+    model = model or linear_tasks.Net()
     result = foretune.adapt(
-        model, tasks, method, run, shots=shots, draws=2, score_at=score_at, progress=progress
+        model, tasks, method, run, shots=shots, draws=draws, score_at=score_at, progress=progress
     )
     return {
         "scores": result.scores,
@@ -153,6 +163,27 @@ def adapt(
         "models": {key: model.state_dict() for key, model in result.models.items()},
         "cost": {k: result.cost[k] for k in ("tokens", "examples", "trainable_parameters")},
     }
+
+
+def adapt_in_basis() -> dict[str, Any]:
+    """What an adaptation in a basis gave that starts from one of the seen adapters."""
+    base = linear_tasks.Net()
+    seen = linear_tasks.family(rows=UNEVEN)
+    with alone():
+        basis = fit_basis(base, seen, LORA_ADAPT, RUN)
+    set_basis(base, basis)
+    return adapt(foretune.FromBasis(start="nearest"), model=base)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside the block this is the only process."""
+    size = os.environ.pop("WORLD_SIZE", None)
+    try:
+        yield
+    finally:
+        if size is not None:
+            os.environ["WORLD_SIZE"] = size
 
 
 @contextlib.contextmanager
@@ -175,6 +206,7 @@ FACTORISED = foretune.FactorisedHeads(
 PULLED = replace(PEFT, form="both", penalty=0.1, penalty_towards="mean")
 WILD = foretune.Standard(learning_rate=0.2)
 LORA_ADAPT = foretune.LoRA(learning_rate=0.05, lora=LORA)
+SLOW_LORA = replace(LORA_ADAPT, learning_rate=0.005)
 REPTILE, FOMAML = foretune.Reptile(**INNER), foretune.FOMAML(**INNER)
 HELD_OUT = foretune.HeldOut(
     tasks=linear_tasks.family(3, prefix="held", seed=0),
@@ -230,6 +262,15 @@ ADAPTED: Cases = {
     "adapt-patience": lambda _: adapt(LORA_ADAPT, patience=1, eval_every=2),
     "adapt-path": lambda _: adapt(LORA_ADAPT, score_at=(0, 3, 12), num_tasks=3),
     "adapt-labels": lambda _: adapt(LORA_ADAPT, score_at=(0, 12), labelled=True),
+    "sharded-adapt": lambda _: adapt(LORA_ADAPT),
+    "sharded-adapt-waves": lambda out: adapt(LORA_ADAPT, tasks_per_wave=1, out=out),
+    "sharded-adapt-path": lambda _: adapt(LORA_ADAPT, score_at=(0, 3, 12), num_tasks=3),
+    "sharded-adapt-labels": lambda _: adapt(LORA_ADAPT, score_at=(0, 12), labelled=True),
+    "sharded-adapt-head": lambda _: adapt(foretune.Head(learning_rate=0.05), labelled=True),
+    "sharded-adapt-one-task": lambda _: adapt(LORA_ADAPT, num_tasks=1, draws=1),
+    "sharded-adapt-basis": lambda _: adapt_in_basis(),
+    "sharded-adapt-llama": lambda _: adapt(SLOW_LORA, tokens="llama", token_budget=40),
+    "sharded-adapt-gpt2": lambda _: adapt(SLOW_LORA, tokens="gpt2", gradient_checkpointing=True),
     "adapt-full": lambda _: adapt(foretune.Full(learning_rate=0.05), num_tasks=2),
 }
 # Each of them is stopped, and continued by another number of processes.
@@ -239,6 +280,7 @@ RESUMED: dict[str, Callable[..., Any]] = {
     "resumed-pooled": lambda **more: retrain(POOLED, **more),
     "sharded-resumed": lambda **more: retrain(PEFT, **more),
     "resumed-adapt": lambda **more: adapt(LORA_ADAPT, tasks_per_wave=2, **more),
+    "sharded-resumed-adapt": lambda **more: adapt(LORA_ADAPT, tasks_per_wave=1, **more),
 }
 
 
@@ -260,18 +302,28 @@ ERRORS: Cases = {
     ),
     "in-one-process": lambda _: adapt(LORA_ADAPT, on_update=full_disk),
     "sharded-reptile": lambda _: retrain(REPTILE),
+    "sharded-full": lambda _: adapt(foretune.Full(learning_rate=0.05)),
+    "sharded-patience": lambda _: adapt(LORA_ADAPT, patience=1),
+    "sharded-diverged": lambda _: adapt(replace(LORA_ADAPT, learning_rate=1e30)),
 }
+
+
+shard_calls: list[int] = []
+joint.shard = lambda *args: (shard_calls.append(1), shard(*args))
 
 
 def play(cases: Cases, folder: Path, who: str) -> None:
     """Runs cases; what they gave goes to disk, be it an error."""
     for name, case in cases.items():
         under = sharded if name.startswith("sharded") and who != "alone" else contextlib.nullcontext
+        shard_calls.clear()
         try:
             with under():
                 result = case(folder / f"{name}-{'alone' if who == 'alone' else 'two'}")
         except ForetuneError as error:
             result = f"{type(error).__name__}: {error}"
+        if isinstance(result, dict):
+            result["sharded"] = bool(shard_calls)
         torch.save(result, folder / f"{name}-{who}.pt")
 
 

@@ -14,7 +14,8 @@ from foretune.run import Run
 from foretune.tasks.task import Task, TaskCollection
 from foretune.training import adapting
 from foretune.training.data import TaskData
-from foretune.training.learners.joint import Learner, make_bank
+from foretune.training.learners.banks import make_bank
+from foretune.training.learners.joint import Learner
 from foretune.training.token_budget import default_token_budget
 from linear_tasks import Net, equal_bits, family
 

@@ -32,7 +32,11 @@ SHARDED = ("", "-one-task", "-one-a-step", "-pooled", "-heads", "-best", "-on-di
 SHARDED = tuple(f"sharded{name}" for name in (*SHARDED, "-gpt2", "-choice"))
 ADAPTED = ("adapt", "adapt-waves", "adapt-shots", "adapt-patience", "adapt-full", "adapt-path")
 ADAPTED += ("adapt-labels",)
+SHARDED_ADAPTED = ("", "-waves", "-path", "-labels", "-head", "-one-task", "-basis", "-llama")
+SHARDED_ADAPTED = tuple(f"sharded-adapt{name}" for name in (*SHARDED_ADAPTED, "-gpt2"))
 RESUMED = ("resumed", "resumed-one-a-step", "resumed-pooled", "sharded-resumed", "resumed-adapt")
+RESUMED += ("sharded-resumed-adapt",)
+ON_DISK = ("on-disk", "sharded-on-disk", "best-on-disk", "adapt-waves", "sharded-adapt-waves")
 # The true gradient of a key's bias is zero; AdamW makes a step of the rounding error.
 NOISE = ("key.bias", "c_attn.bias")
 # Cosines divided by 0.05 and AdamW make more of rounding errors; a wrong weight would be 1e-3.
@@ -139,6 +143,15 @@ def test_two_processes_retrain_as_one_does(name: str, played: Path) -> None:
 def test_a_sharded_base_is_retrained_as_a_whole_one(name: str, played: Path) -> None:
     alone, *ranks = load(played, f"{name}-alone", f"{name}-0", f"{name}-1")
     same_retraining(ranks, alone, ATOL.get(name, 1e-6))
+    assert [rank["sharded"] for rank in (alone, *ranks)] == [False, True, True]
+
+
+@pytest.mark.parametrize("name", SHARDED_ADAPTED)
+def test_tasks_are_adapted_on_a_sharded_base_as_on_a_whole_one(name: str, played: Path) -> None:
+    alone, *ranks = load(played, f"{name}-alone", f"{name}-0", f"{name}-1")
+    same_adaptation(ranks, alone)
+    assert ranks[0]["cost"] == ranks[1]["cost"]
+    assert [rank["sharded"] for rank in (alone, *ranks)] == [False, True, True]
 
 
 @pytest.mark.parametrize("name", ADAPTED)
@@ -156,12 +169,12 @@ def test_another_number_of_processes_continues(name: str, played: Path) -> None:
     assert load(played, *begun) == ["StopError: stopped"] * 3
     from_one = load(played, f"{name}-from-one-0", f"{name}-from-one-1")
     from_two = load(played, f"{name}-from-two-alone")
-    same = same_adaptation if name == "resumed-adapt" else same_retraining
+    same = same_adaptation if name.endswith("adapt") else same_retraining
     same(from_one, alone)
     same(from_two, alone)
 
 
-@pytest.mark.parametrize("name", ("on-disk", "sharded-on-disk", "best-on-disk", "adapt-waves"))
+@pytest.mark.parametrize("name", ON_DISK)
 def test_the_folder_is_what_one_process_writes(name: str, played: Path) -> None:
     alone, two = played / f"{name}-alone", played / f"{name}-two"
     names = {path.relative_to(alone) for path in alone.rglob("*")}
@@ -184,6 +197,9 @@ def test_all_processes_raise_the_same_error(played: Path) -> None:
         "statistics": r"UserError: 0 \(BatchNorm1d\) keeps batch statistics",
         "in-one-process": "ForetuneError: the disk is full",
         "sharded-reptile": "UserError: an inner loop needs the whole base",
+        "sharded-full": "UserError: full trains a whole copy of the base for each task",
+        "sharded-patience": "UserError: patience=1 stops tasks one by one",
+        "sharded-diverged": "DivergedError: .*task",
     }
     for name, message in messages.items():
         first, second = load(played, f"{name}-0", f"{name}-1")

@@ -79,10 +79,10 @@ class Layout:
 def index_of(slots: Sequence[int]) -> slice | list[int]:
     """An index of these ascending slots: a slice, which gives a view, where they are contiguous.
 
-    >>> index_of([2, 3, 4]), index_of([2, 4])
-    (slice(2, 5, None), [2, 4])
+    >>> index_of([2, 3, 4]), index_of([2, 4]), index_of([])
+    (slice(2, 5, None), [2, 4], [])
     """
-    contiguous = slots[-1] - slots[0] == len(slots) - 1
+    contiguous = bool(slots) and slots[-1] - slots[0] == len(slots) - 1
     return slice(slots[0], slots[-1] + 1) if contiguous else list(slots)
 
 

@@ -100,7 +100,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def comparison_text(comparison: Mapping[str, Any]) -> str:
     """The table, the verdict and the choices of a comparison as text."""
-    from foretune.evaluation.forgetting_text import forgetting_rows, forgetting_sentence
+    from foretune.evaluation.forgetting_text import forgetting_rows, forgetting_sentences
     from foretune.evaluation.report import summary_rows
     from foretune.evaluation.wording import choice_sentences
 
@@ -108,8 +108,10 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
     forgetting = comparison.get("forgetting")
     if forgetting is not None:
         labels = {base["name"]: base["label"] for base in comparison["bases"]}
-        header, *rows = forgetting_rows(forgetting, labels)
-        sentences += [table(header, rows), forgetting_sentence(forgetting, labels)]
+        for measure in forgetting["measures"]:
+            header, *rows = forgetting_rows(measure, labels)
+            sentences.append(table(header, rows))
+        sentences.append("\n".join(forgetting_sentences(forgetting["measures"], labels)))
     return "\n\n".join([table(*summary_rows(comparison)), *sentences])
 
 

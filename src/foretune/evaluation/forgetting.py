@@ -1,13 +1,15 @@
-"""What a language model could do before: the likelihood of general texts, before and after.
+"""What a language model could do before: general texts and benchmarks, before and after.
 
 A base that is retrained on a pile of tasks, and then adapted, may become worse at everything else.
-The score is the mean log-likelihood per token of texts that have nothing to do with the tasks; the
-difference to the model as it was is taken text by text.
+It is scored on texts that have nothing to do with the tasks (the mean log-likelihood per token),
+and on benchmarks; the difference to the model as it was is taken example by example.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,57 @@ from foretune.models.routing import routed
 from foretune.tasks.objectives.causal_lm import CausalLM
 
 BATCH = 8  # texts at once
+TEXTS = "general texts"  # the measure that scores texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one model reached in one measure.
+
+    Args:
+        name: The measure, such as "general texts" or a benchmark.
+        metric: Its unit.
+        score: The score over all examples.
+        num_examples: Number of examples.
+        by_example: (n,) the score of each example; None where the score is no mean over them.
+        higher_is_better: Whether a lower score is a loss.
+    """
+
+    name: str
+    metric: str
+    score: float
+    num_examples: int
+    by_example: np.ndarray | None = None
+    higher_is_better: bool = True
+
+
+def measured_texts(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], max_tokens: int = 128
+) -> Measured:
+    """The score of n texts; arguments and errors are those of `text_scores`.
+
+    Raises:
+        UserError: As `text_scores`.
+    """
+    scores = text_scores(model, tokenizer, texts, max_tokens)
+    return Measured(
+        name=TEXTS,
+        metric="log-likelihood per token",
+        score=float(scores.mean()),
+        num_examples=len(texts),
+        by_example=scores,
+    )
+
+
+def mean_of(models: Sequence[Measured]) -> Measured:
+    """The mean over models, all of the same measure; at least one."""
+    first = models[0]
+    by_example = [m.by_example for m in models if m.by_example is not None]
+    return dataclasses.replace(
+        first,
+        score=float(np.mean([m.score for m in models])),
+        by_example=np.mean(by_example, axis=0) if len(by_example) == len(models) else None,
+    )
 
 
 def text_scores(
@@ -61,12 +114,7 @@ def encoded_texts(
     Raises:
         UserError: As `text_scores`.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None or tokenizer is None or model.config.is_encoder_decoder:  # type: ignore[union-attr]
-        raise UserError(
-            f"forgetting scores texts by a decoder that predicts tokens, which "
-            f"{type(model).__name__} is not: leave forgetting out"
-        )
+    check_predicts_tokens(model, tokenizer)
     most = min(max_tokens, num_positions(model) or max_tokens)
     objective = CausalLM(tokenizer, max_tokens=most)
     rows: list[dict[str, Any]] = []
@@ -79,7 +127,26 @@ def encoded_texts(
     return rows
 
 
-def change(after: np.ndarray, before: np.ndarray) -> dict[str, float]:
-    """The mean difference of two (n,) scores of the same texts, with its 95 % interval."""
-    mean, low, high = mean_interval((after - before)[:, None])
+def check_predicts_tokens(model: nn.Module, tokenizer: Any) -> None:
+    """Checks that a model is a decoder with a head over tokens.
+
+    Raises:
+        UserError: It is not.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None or tokenizer is None or model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        raise UserError(
+            f"forgetting scores texts by a decoder that predicts tokens, which "
+            f"{type(model).__name__} is not: leave forgetting out"
+        )
+
+
+def change(after: Measured, before: Measured) -> dict[str, float | None]:
+    """The difference of two scores of the same examples, with its 95 % interval over examples.
+
+    Where the score is no mean over examples, there is no interval.
+    """
+    if after.by_example is None or before.by_example is None:
+        return {"mean": after.score - before.score, "low": None, "high": None}
+    mean, low, high = mean_interval((after.by_example - before.by_example)[:, None])
     return {"mean": mean, "low": low, "high": high}

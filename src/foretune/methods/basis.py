@@ -91,8 +91,8 @@ class FromBasis(AdaptMethod):
         from foretune.adapters.basis_bank import coefficients_in, lora_of
         from foretune.adapters.basis_file import basis_of
         from foretune.tasks.labels import shown
+        from foretune.training.learners.banks import make_bank
         from foretune.training.learners.basis import BasisLearner
-        from foretune.training.learners.joint import make_bank
 
         basis = basis_of(model)
         if basis is None:

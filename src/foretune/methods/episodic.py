@@ -59,8 +59,8 @@ class EpisodicMethod(RetrainMethod):
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
+        from foretune.training.learners.banks import make_bank
         from foretune.training.learners.episodic import EpisodicLearner
-        from foretune.training.learners.joint import make_bank
 
         lora = self.lora if self.inner == "adapter" else None
         bank = make_bank(model, objective, keys, run.seed, lora=lora)

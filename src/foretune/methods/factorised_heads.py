@@ -104,8 +104,8 @@ class FactorisedHeads(RetrainMethod):
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
         from foretune.adapters.factors import shared_heads
+        from foretune.training.learners.banks import labels_differ, make_bank
         from foretune.training.learners.factorised import FactorisedHeadsLearner
-        from foretune.training.learners.joint import labels_differ, make_bank
 
         if labels_differ(objective):
             raise UserError(

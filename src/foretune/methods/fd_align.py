@@ -143,8 +143,8 @@ class FDAlign(AdaptMethod):
     ) -> Learner:
         from foretune.linalg.prototypes import representatives, spurious_prototypes
         from foretune.tasks.objectives.prompts import PromptClassification
+        from foretune.training.learners.banks import make_bank
         from foretune.training.learners.fd_align import FDAlignLearner
-        from foretune.training.learners.joint import make_bank
 
         if not isinstance(objective, PromptClassification):
             raise UserError(

@@ -47,7 +47,7 @@ class Head(AdaptMethod):
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        from foretune.training.learners.joint import make_bank
+        from foretune.training.learners.banks import make_bank
         from foretune.training.learners.pulled import PulledLearner
 
         bank = make_bank(model, objective, keys, run.seed, head_copies=True)

@@ -68,7 +68,7 @@ class LoRA(AdaptMethod):
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        from foretune.training.learners.joint import make_bank
+        from foretune.training.learners.banks import make_bank
         from foretune.training.learners.pulled import PulledLearner
 
         bank = make_bank(model, objective, keys, run.seed, lora=self.lora)

@@ -161,7 +161,7 @@ class PEFTML(RetrainMethod):
     def learner(
         self, model: nn.Module, objective: Objective, keys: Sequence[str], run: Run
     ) -> Learner:
-        from foretune.training.learners.joint import labels_differ, make_bank
+        from foretune.training.learners.banks import labels_differ, make_bank
         from foretune.training.learners.peft_ml import PEFTMLLearner
 
         own_heads = self.form in ("last-layer", "both")

@@ -298,17 +298,21 @@ class AdaptBlock(_AdaptRunBlock):
 
 
 class ForgettingBlock(Block):
-    """General texts, by which is seen what a language model has lost.
+    """General texts and benchmarks, by which is seen what a language model has lost.
 
     Args:
-        source: Rows with `text`.
+        source: Rows with `text`; None for none.
         max_rows: The first so many are scored.
         max_tokens: Longer texts lose their end.
-        adapters: Adapters of unseen tasks, per base, that score the texts too.
+        benchmarks: Tasks of lm-eval: their names, or paths of task files.
+        max_examples: Examples that are scored of each benchmark; None for all.
+        adapters: Adapters of unseen tasks, per base, that are scored too.
     """
 
-    source: str
+    source: str | None = None
     max_rows: int = Field(default=200, ge=2)
+    benchmarks: list[str] = []
+    max_examples: int | None = Field(default=200, ge=2)
     max_tokens: int = Field(default=128, ge=2)
     adapters: int = Field(default=4, ge=0)
 

@@ -1,4 +1,4 @@
-"""The stage of a run that scores general texts by the model as it was, the bases and adapters."""
+"""The stage of a run that scores what the model could do before: as it was, bases and adapters."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE
@@ -20,14 +18,19 @@ from foretune.recipes.console import Console
 from foretune.recipes.folder import write_json
 from foretune.tasks.readers import read_rows
 
+if TYPE_CHECKING:
+    from foretune.evaluation.benchmarks import Benchmarks
+    from foretune.evaluation.forgetting import Measured
+
 FORGETTING_FILE = "forgetting.json"
 
 
-def check_texts_of(block: ForgettingBlock, model: Any, tokenizer: Any) -> None:
-    """Checks that there are texts and that the model can score them.
+def check_forgetting(block: ForgettingBlock, model: Any, tokenizer: Any) -> None:
+    """Checks that there is something to score, and that the model can score it.
 
     Raises:
-        UserError: As `general_texts`, or the model does not predict tokens.
+        UserError: As `general_texts` and `Benchmarks`, there is neither, or the model does not
+            predict tokens.
     """
     from foretune.evaluation.forgetting import encoded_texts
 
@@ -35,16 +38,28 @@ def check_texts_of(block: ForgettingBlock, model: Any, tokenizer: Any) -> None:
         raise UserError(
             "general texts are scored in a single process: remove forgetting, or launch one process"
         )
+    if block.source is None and not block.benchmarks:
+        raise UserError("forgetting needs source (general texts), benchmarks (of lm-eval), or both")
     encoded_texts(model, tokenizer, general_texts(block), block.max_tokens)
+    _benchmarks_of(block)
+
+
+def _benchmarks_of(block: ForgettingBlock) -> Benchmarks | None:
+    """The benchmarks, loaded; None where the block names none."""
+    from foretune.evaluation.benchmarks import Benchmarks
+
+    return Benchmarks(block.benchmarks, block.max_examples) if block.benchmarks else None
 
 
 def general_texts(block: ForgettingBlock) -> list[str]:
-    """The first texts of the source.
+    """The first texts of the source; none without one.
 
     Raises:
         UserError: There is no such source, it has too few rows, or a row has no text.
     """
     texts: list[str] = []
+    if block.source is None:
+        return texts
     for row in read_rows(block.source):
         text = row.fields.get("text")
         if not isinstance(text, str) or not text.strip():
@@ -68,7 +83,7 @@ def forgetting_stage(
     out: Path,
     console: Console,
 ) -> dict[str, Any] | None:
-    """Scores of the texts by each base, and by each with adapters of unseen tasks.
+    """What each base reaches in each measure, and each with adapters of unseen tasks.
 
     Args:
         block: The block of the recipe; None where it has none.
@@ -81,47 +96,58 @@ def forgetting_stage(
     if block is None:
         return None
     texts = general_texts(block)
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    benchmarks = _benchmarks_of(block)
+    inputs = [*texts, "" if benchmarks is None else benchmarks.digest, str(block)]
+    digest = hashlib.sha256("\0".join(inputs).encode()).hexdigest()
     if (out / FORGETTING_FILE).is_file():
         earlier = read_json(out / FORGETTING_FILE, dict[str, Any])
         if earlier.get("digest") == digest:
             console.say("forgetting: already done")
             return earlier
-    from foretune.evaluation.forgetting import change, text_scores
+    from foretune.evaluation.forgetting import change, mean_of, measured_texts
 
-    def scores_of(model: Any) -> np.ndarray:
-        return text_scores(model, tokenizer, texts, block.max_tokens)
+    def measure(model: Any) -> list[Measured]:
+        measured = [] if benchmarks is None else benchmarks.measure(model, tokenizer)
+        if texts:
+            measured.insert(0, measured_texts(model, tokenizer, texts, block.max_tokens))
+        return measured
 
-    console.say(f"scoring {len(texts)} general texts")
-    before = scores_of(model)
-    rows: list[dict[str, Any]] = []
-    for name, base in bases.items():
-        retrained = scores_of(base)
-        row: dict[str, Any] = {
-            "name": name,
-            "base": float(retrained.mean()),
-            "base_change": change(retrained, before),
+    console.say("forgetting: the model as it was")
+    before = measure(model)
+    measures: list[dict[str, Any]] = [
+        {
+            "name": measured.name,
+            "metric": measured.metric,
+            "higher_is_better": measured.higher_is_better,
+            "examples": measured.num_examples,
+            "before": measured.score,
+            "bases": [],
         }
+        for measured in before
+    ]
+    for name, base in bases.items():
+        console.say(f"forgetting: {name}")
+        retrained = measure(base)
         adapters = sorted(path for path in (out / "adapters" / name).glob("*") if path.is_dir())
-        adapted: list[np.ndarray] = []
+        adapted: list[list[Measured]] = []
         for adapter in adapters[: block.adapters]:
             with _with(base, adapter) as with_adapter:
-                adapted.append(scores_of(with_adapter))
-        if adapted:
-            mean = np.mean(adapted, axis=0)
-            row |= {
-                "adapters": len(adapted),
-                "adapted": float(mean.mean()),
-                "adapted_change": change(mean, before),
+                adapted.append(measure(with_adapter))
+        for i, measured in enumerate(before):
+            row: dict[str, Any] = {
+                "name": name,
+                "base": retrained[i].score,
+                "base_change": change(retrained[i], measured),
             }
-        rows.append(row)
-    record = {
-        "source": block.source,
-        "texts": len(texts),
-        "digest": digest,
-        "before": float(before.mean()),
-        "bases": rows,
-    }
+            if adapted:
+                mean = mean_of([of_adapter[i] for of_adapter in adapted])
+                row |= {
+                    "adapters": len(adapted),
+                    "adapted": mean.score,
+                    "adapted_change": change(mean, measured),
+                }
+            measures[i]["bases"].append(row)
+    record = {"source": block.source, "digest": digest, "measures": measures}
     write_json(out / FORGETTING_FILE, record)
     return record
 

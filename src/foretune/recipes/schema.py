@@ -114,8 +114,9 @@ class Recipe(Block):
     def reads(self) -> list[str]:
         """The files and folders, or names on the hub, that the recipe reads."""
         source = self.source()
-        general = None if self.forgetting is None else self.forgetting.source
-        texts = (source.source, source.unseen, self.model.name, self.model.file, general)
+        texts = [source.source, source.unseen, self.model.name, self.model.file]
+        if self.forgetting is not None:
+            texts += [self.forgetting.source, *self.forgetting.benchmarks]
         return [text for text in texts if isinstance(text, str)]
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 from foretune.errors import UserError
 from foretune.processes import num_processes
 from foretune.recipes.console import Console
-from foretune.recipes.forgetting import check_texts_of
+from foretune.recipes.forgetting import check_forgetting
 from foretune.recipes.schema import Recipe
 from foretune.recipes.text_checks import Alike, check_texts
 from foretune.tasks.example import SPLITS
@@ -125,7 +125,7 @@ def set_up(recipe: Recipe, console: Console, turn: int = 0) -> Setup:
             "answers to 0"
         )
     if recipe.forgetting is not None:
-        check_texts_of(recipe.forgetting, model, tokenizer)
+        check_forgetting(recipe.forgetting, model, tokenizer)
     setup = Setup(recipe, model, tokenizer, seen, unseen, seen, turn=turn)
     if recipe.seeds % setup.turns:
         raise UserError(

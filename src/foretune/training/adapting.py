@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,8 +16,9 @@ from foretune.adapters.fingerprint import base_record
 from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
 from foretune.models.checkpoint import unstored_modules
-from foretune.models.quantised import refuse_quantised
+from foretune.models.quantised import quantised_as, refuse_quantised
 from foretune.models.surgery import head_width
+from foretune.processes import base_is_sharded
 from foretune.run import Run
 from foretune.tasks.objectives import settings_of
 from foretune.tasks.task import Objective, TaskCollection
@@ -29,6 +31,7 @@ from foretune.training.model_copies import copy_to_adapt, interpolate
 from foretune.training.outcome import Adapted, folder_names, labels_of
 from foretune.training.process_group import (
     Partition,
+    ProcessGroup,
     check_model,
     partition_slots,
     process_group,
@@ -45,6 +48,8 @@ from foretune.training.resume import (
 from foretune.training.shots import draw_shots
 from foretune.training.stopping import EarlyStopping
 from foretune.training.text_limits import TextLimits
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,19 +126,18 @@ def adapt_in(model: nn.Module, tasks: TaskCollection, how: Adaptation) -> Adapte
     result.folders = folder_names(task_draws, {key: task.folder for key, task in saved.items()})
     # Whole models have their own head; adapters are loaded onto the base's.
     shares_base = any(way.method.shares_base for way in ways)
+    if base_is_sharded():
+        _check_sharding(model, ways)
     if shares_base and objective.num_outputs() is not None:
         width = head_width(model)
         is_stored = width == head_width(base) and not unstored_modules(base)
         result.num_labels = None if is_stored else width
     with torch.random.fork_rng(), metered() as cost, group.raise_together():
         for way in ways:
-            data = TaskData(way.slots, objective, limits)
-            batch_size, num_slots = way.run.batch_size, len(way.slots)
-            partition = partition_slots(group, data, batch_size, num_slots, pooled=False)
-            for wave in _waves(partition, _wave_size(model, objective, way)):
-                _adapt_wave(model, wave, objective, way, how, result)
+            for wave in _waves(group, TaskData(way.slots, objective, limits), way, model):
+                keys = _adapt_wave(model, wave, objective, way, how, result)
                 if out is not None:
-                    save_wave(result, [(rows.task, rows.draw) for rows in wave], out, group)
+                    save_wave(result, keys, out, group)
     result.cost = group.total_cost(result.cost | cost)
     for key, task in saved.items():
         if task.score is not None:
@@ -174,19 +178,21 @@ def _begin_adapting(
 
 def _adapt_wave(
     model: nn.Module,
-    wave: Sequence[SlotRows],
+    wave: Partition,
     objective: Objective,
     way: Way,
     how: Adaptation,
     result: Adapted,
-) -> None:
-    """Adapts the tasks of one wave, and adds them to the result."""
+) -> list[TaskDraw]:
+    """Adapts the tasks of one wave, and adds those of this process to the result."""
     method, run = way.method, way.run
     if not method.shares_base:
         advice = "adapt it with lora or head, or load it without quantize"
         refuse_quantised(model, method.name, advice)
-    data = TaskData(wave, objective, TextLimits.of(model, objective))
-    base = model if method.shares_base else copy.deepcopy(model)
+    data = wave.local_data
+    keys = [(data.slots[i].task, data.slots[i].draw) for i in range(len(wave.slots))]
+    # A base that is sharded is a copy: the next wave, and its record, need the whole one.
+    base = copy.deepcopy(model) if wave.sharded or not method.shares_base else model
     requires_grad = {p: p.requires_grad for p in base.parameters()}
     torch.manual_seed(run.seed)
     learner: Learner = method.learner(base, objective, data.keys, run)
@@ -198,7 +204,7 @@ def _adapt_wave(
     def score(step: int) -> None:
         if step not in how.score_at:
             return
-        interpolates = base is not model and method.interpolate != 1
+        interpolates = not method.shares_base and method.interpolate != 1
         state = learner.slot_state(0) if interpolates else {}
         if interpolates:
             interpolate(base, model, method.interpolate)
@@ -213,32 +219,32 @@ def _adapt_wave(
     stopping = EarlyStopping(learner, run.patience) if run.patience else None
     record = fit(
         learner,
-        data,
-        sampler_for(data, run, pooled=method.pooled),
+        wave.data,
+        sampler_for(wave.data, run, pooled=method.pooled),
         run,
         validate=False,
         stopping=stopping,
         progress=how.progress,
+        partition=wave,
         at_step=score,
     )
-    if base is not model:
+    if not method.shares_base:
         interpolate(base, model, method.interpolate)
     scores = path.get(run.steps)
     if scores is None:
         with learner.ready():
             scores = scores_after(run.steps, learner, data, how.split, None, run)
-    keys = [(rows.task, rows.draw) for rows in wave]
     for merged, by_step in ((result.path, path), (result.path_losses, losses)):
         for step, by_slot in by_step.items():
-            merged.setdefault(step, {}).update({keys[s]: value for s, value in by_slot.items()})
-    for slot, value in scores.items():
-        result.scores[keys[slot]] = value
-        result.num_rows[keys[slot]] = data.num_rows(slot, how.split)
+            merged.setdefault(step, {}).update(_by_key(by_slot, keys))
+    result.scores |= _by_key(scores, keys)
+    result.num_rows |= _by_key({s: data.num_rows(s, how.split) for s in scores}, keys)
     for slot, step in stopping.stopped.items() if stopping else ():
         result.stopped[keys[slot]] = step
     if learner.bank is not None:
-        result.config = peft_config(learner.bank, base, getattr(base, "name_or_path", None) or None)
-        result.base_fingerprint = base_record(base, learner.bank.head_names)
+        name = getattr(model, "name_or_path", None) or None
+        result.config = peft_config(learner.bank, model, name)
+        result.base_fingerprint = base_record(model, learner.bank.head_names)
         for slot, key in enumerate(keys):
             result.tensors[key] = peft_tensors(learner.bank, slot)
             result.records[key] = (result.config, result.base_fingerprint)
@@ -248,9 +254,17 @@ def _adapt_wave(
         result.learners[keys[0]] = learner
     result.cost["trainable_parameters"] = max(per_task, result.cost.get("trainable_parameters", 0))
     for name in ("tokens", "examples"):
-        result.cost[name] = result.cost.get(name, 0) + record[name]
+        # Where processes train together, each has counted what all of them did.
+        counted = record[name] if wave.group.rank == 0 else 0
+        result.cost[name] = result.cost.get(name, 0) + counted
     for p, trained in requires_grad.items():  # the method may have added parameters
         p.requires_grad_(trained)
+    return keys
+
+
+def _by_key(values: Mapping[int, V], keys: Sequence[TaskDraw]) -> dict[TaskDraw, V]:
+    """The values of slots by task and draw; of a slot without a key, an unused copy, none."""
+    return {keys[slot]: value for slot, value in values.items() if slot < len(keys)}
 
 
 def _wave_size(model: nn.Module, objective: Objective, way: Way) -> int:
@@ -269,7 +283,44 @@ def _wave_size(model: nn.Module, objective: Objective, way: Way) -> int:
     return max(1, free_memory(run.device) // 2 // bytes_per_task)
 
 
-def _waves(partition: Partition, size: int) -> Iterator[list[SlotRows]]:
-    slots = [partition.data.slots[slot] for slot in partition.slots]
+def _waves(group: ProcessGroup, data: TaskData, way: Way, model: nn.Module) -> Iterator[Partition]:
+    """This process's part of each wave: alone with its own tasks, or together on a sharded base."""
+
+    def partition_of(part: TaskData) -> Partition:
+        return partition_slots(group, part, way.run.batch_size, len(part), pooled=False)
+
+    size = _wave_size(model, data.objective, way)
+    if base_is_sharded():
+        size = min(group.gather(size)) * group.size
+        for start in range(0, len(data), size):
+            part = TaskData(data.slots[start : start + size], data.objective, data.limits)
+            yield dataclasses.replace(partition_of(part), sharded=True)
+        return
+    partition = partition_of(data)
+    slots = [data.slots[slot] for slot in partition.slots]
     for start in range(0, len(slots), size):
-        yield slots[start : start + size]
+        yield Partition(TaskData(slots[start : start + size], data.objective, data.limits))
+
+
+def _check_sharding(model: nn.Module, ways: Sequence[Way]) -> None:
+    """Checks that these ways can adapt a base that is sharded over the processes.
+
+    Raises:
+        UserError: One cannot.
+    """
+    if quantised_as(model) is not None:
+        raise UserError(
+            "a quantised base cannot be sharded (FSDP): adapt without FSDP, each process then "
+            "holds all of it"
+        )
+    for way in ways:
+        if not way.method.shares_base:
+            raise UserError(
+                f"{way.method.name} trains a whole copy of the base for each task, which is not "
+                "sharded (FSDP): adapt with lora or head, or without FSDP"
+            )
+        if way.run.patience:
+            raise UserError(
+                f"patience={way.run.patience} stops tasks one by one, which a sharded base (FSDP) "
+                "does not allow: leave patience out, or adapt without FSDP"
+            )

@@ -20,7 +20,7 @@ from foretune.training.data import Sampler, TaskData, episodes
 from foretune.training.learners.joint import Learner
 from foretune.training.process_group import Partition
 from foretune.training.record import counted
-from foretune.training.sharding import local_tensor, unsharded
+from foretune.training.sharding import local_tensor
 from foretune.training.stopping import EarlyStopping
 
 Progress = Callable[[int, int, dict[str, Any]], None]  # (update, num_updates, latest figures)
@@ -313,12 +313,12 @@ def _restored(learner: Learner, store: CheckpointStore) -> dict[str, Any]:
 def _scores(learner: Learner, partition: Partition, run: Run, step: int) -> dict[int, float]:
     """The validation scores of all slots; each process scores its own."""
     local_scores = {}
-    with partition.group.raise_together(), unsharded(learner.model):
-        if partition.slots:
+    with partition.group.raise_together():
+        if partition.slots or partition.sharded:
             local_scores = scores_after(
                 step, learner, partition.local_data, "validation", run.eval_rows, run
             )
-    return partition.gather_scores(local_scores)
+    return partition.gather_scores(local_scores if partition.slots else {})
 
 
 def _check_finite(

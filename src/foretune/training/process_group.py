@@ -252,21 +252,13 @@ class Partition:
             step = self.local_data.step(local_picks, "train", train=True, seed=seed, budget=budget)
             num_slots = len({slot for slot, _ in picks})
             step = dataclasses.replace(step, num_slots=num_slots, num_rows=len(picks))
-        return self._pad_with_fillers(step) if self.sharded else step
+        data = self.data if self.by_rows else self.local_data
+        return pad_with_fillers(step, data, self.group) if self.sharded else step
 
     def _local_rows(self, sizes: Sequence[int]) -> list[int]:
         """Indices of this process's part of the examples with these numbers of tokens."""
         owners = self.group.owners(sizes, max(1, len(sizes)))
         return [i for i, owner in enumerate(owners) if owner == self.group.rank]
-
-    def _pad_with_fillers(self, step: Step) -> Step:
-        """The step with chunks of weight zero, so that all processes have equally many."""
-        missing = max(self.group.gather(len(step.chunks))) - len(step.chunks)
-        if not missing:
-            return step
-        data = self.data if self.by_rows else self.local_data
-        chunks = step.chunks or data.step([(0, 0)], "train", train=True, seed=[0]).chunks
-        return dataclasses.replace(step, fillers=(chunks[-1],) * missing)
 
     def mean_over_slots(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The mean over the slots of all processes, from that over the slots of each."""
@@ -367,6 +359,21 @@ def partition_slots(
     num_slots = max(1, len(data))
     slots_per_step = num_slots if pooled else slots_per_step or num_slots
     return Partition(data, group, group.owners(loads, slots_per_step))
+
+
+def pad_with_fillers(step: Step, data: TaskData, group: ProcessGroup) -> Step:
+    """The step with chunks of weight zero, so that all processes have equally many.
+
+    Args:
+        step: This process's step.
+        data: Where a chunk is taken from if the step has none.
+        group: The processes.
+    """
+    missing = max(group.gather(len(step.chunks))) - len(step.chunks)
+    if not missing:
+        return step
+    chunks = step.chunks or data.step([(0, 0)], "train", train=True, seed=[0]).chunks
+    return dataclasses.replace(step, fillers=(chunks[-1],) * missing)
 
 
 def _load(data: TaskData, slot: int, batch_size: int, pooled: bool) -> float:

@@ -13,6 +13,10 @@ from foretune.errors import DivergedError
 from foretune.models.packing import packed
 from foretune.tasks.batch import Batch
 from foretune.training.data import Pick, TaskData
+from foretune.training.process_group import ProcessGroup, pad_with_fillers
+from foretune.training.sharding import reshard
+
+ALONE = ProcessGroup()
 
 
 def score_slots(
@@ -24,6 +28,7 @@ def score_slots(
     batch_size: int = 64,
     budget: int | None = None,
     only: int | None = None,
+    in_step_with: ProcessGroup = ALONE,
 ) -> dict[int, float]:
     """The mean score of each slot that has rows in `split`.
 
@@ -36,6 +41,8 @@ def score_slots(
         batch_size: Examples scored together, of one slot or of several.
         budget: Tokens scored together; None for no limit.
         only: Score this slot alone.
+        in_step_with: Processes over which the model is sharded: all of them score at the same time,
+            each its own data, and call the model equally often.
 
     Returns:
         Mean score by slot; a slot without examples is left out.
@@ -49,7 +56,8 @@ def score_slots(
     def measure(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"score": data.objective.scores(model, batch)}
 
-    return _means(measure, model, data, split, picks, batch_size, budget).get("score", {})
+    means = _means(measure, model, data, split, picks, batch_size, budget, in_step_with)
+    return means.get("score", {})
 
 
 def scores_and_losses(
@@ -59,6 +67,7 @@ def scores_and_losses(
     *,
     batch_size: int = 64,
     budget: int | None = None,
+    in_step_with: ProcessGroup = ALONE,
 ) -> tuple[dict[int, float], dict[int, float]]:
     """The mean score and the mean loss of each slot that has rows in `split`, as `score_slots`.
 
@@ -72,7 +81,7 @@ def scores_and_losses(
             zip(("score", "loss"), data.objective.scores_and_losses(model, batch), strict=True)
         )
 
-    means = _means(measure, model, data, split, picks, batch_size, budget)
+    means = _means(measure, model, data, split, picks, batch_size, budget, in_step_with)
     return means.get("score", {}), means.get("loss", {})
 
 
@@ -85,33 +94,41 @@ def _means(
     picks: Sequence[Pick],
     batch_size: int,
     budget: int | None,
+    group: ProcessGroup,
 ) -> dict[str, dict[int, float]]:
     """The means by slot of each of the values, (n,) for a batch, that `measure` returns by name.
 
     Raises:
         DivergedError: A value is not finite; the message names task and row.
     """
+    parts = [picks[start : start + batch_size] for start in range(0, len(picks), batch_size)]
+    parts += [[]] * (max(group.gather(len(parts))) - len(parts))
+    error: DivergedError | None = None
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     try:
         with packed(model):
-            for start in range(0, len(picks), batch_size):
-                part = picks[start : start + batch_size]
+            for part in parts:
                 step = data.step(part, split, train=False, seed=[0], budget=budget)
+                step = pad_with_fillers(step, data, group)
                 measured: dict[str, list[float]] = defaultdict(list)
                 for chunk in step.chunks:
                     for name, of_rows in measure(model, chunk.to(device)).items():
                         measured[name] += of_rows.tolist()
+                for chunk in step.fillers:
+                    measure(model, chunk.to(device))
                 for name, row_values in measured.items():
                     for slot, i, value in zip(step.slots, step.rows, row_values, strict=True):
                         if not math.isfinite(value):
                             row = data.name_of(slot, split, i)
-                            raise DivergedError(f"{row}: the {name} is {value}")
+                            error = error or DivergedError(f"{row}: the {name} is {value}")
                         values[name][slot].append(value)
     finally:
         model.train(was_training)
+        reshard(model)
+    group.raise_on_all(error)
     return {
         name: {slot: sum(of_slot) / len(of_slot) for slot, of_slot in by_slot.items()}
         for name, by_slot in values.items()

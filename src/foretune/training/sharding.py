@@ -6,9 +6,7 @@ An adapted layer reads its weight inside the block's forward, where it is unshar
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -41,22 +39,13 @@ def shard(model: nn.Module, device: torch.device, size: int) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
-@contextlib.contextmanager
-def unsharded(model: nn.Module) -> Iterator[None]:
-    """Inside the block each process has all weights and may call the model any number of times.
+def reshard(model: nn.Module) -> None:
+    """Frees weights that a call without a backward pass has left whole; all else is unchanged.
 
-    Does nothing to a model that is not sharded.
+    The outermost module keeps its own until the backward pass.
     """
-    modules = _sharded(model)
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.reshard()
-            module.set_reshard_after_forward(id(module) != id(model), recurse=False)
+    for module in _sharded(model):
+        module.reshard()
 
 
 def load_full_weights(plain: nn.Module, model: nn.Module) -> nn.Module:

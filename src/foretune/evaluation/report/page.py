@@ -18,7 +18,7 @@ from foretune.evaluation.conflict_text import (
     expectation,
 )
 from foretune.evaluation.forgetting_text import QUESTION as FORGETTING
-from foretune.evaluation.forgetting_text import forgetting_rows, forgetting_sentence
+from foretune.evaluation.forgetting_text import forgetting_rows, forgetting_sentences
 from foretune.evaluation.report.choices import adapting, choices, searches
 from foretune.evaluation.report.figure import NARROW, Figure
 from foretune.evaluation.report.figures import all_figures, forest_name
@@ -212,21 +212,25 @@ def _conflict(view: View) -> dict[str, Any] | None:
 
 
 def _forgetting(view: View) -> dict[str, Any] | None:
-    """What became of general texts, as a table and in words; None where none were scored."""
+    """What became of general texts and benchmarks, as tables and in words; None without any."""
     forgetting = view.comparison.get("forgetting")
     if not forgetting:
         return None
-    header, *rows = forgetting_rows(forgetting, view.labels)
-    adapters = max((row.get("adapters", 0) for row in forgetting["bases"]), default=0)
     return {
         "question": FORGETTING,
-        "about": f"{counted(forgetting['texts'], 'text')} of {forgetting['source']}; adapted: the "
-        f"mean over {counted(adapters, 'adapter')} of unseen tasks. Changes with 95 % intervals "
-        "over texts.",
-        "header": header,
-        "rows": rows,
-        "sentence": forgetting_sentence(forgetting, view.labels),
+        "sentences": forgetting_sentences(forgetting["measures"], view.labels),
+        "tables": [_measure(measure, view.labels) for measure in forgetting["measures"]],
     }
+
+
+def _measure(measure: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
+    header, *rows = forgetting_rows(measure, labels)
+    adapters = max((row.get("adapters", 0) for row in measure["bases"]), default=0)
+    caption = f"{counted(measure['examples'], 'example')}, first repeat. "
+    if adapters:
+        caption += f"Adapted: the mean over {counted(adapters, 'adapter')} of unseen tasks. "
+    caption += "Changes from the model as it was, with 95 % intervals over examples."
+    return {"name": measure["name"], "caption": caption, "header": header, "rows": rows}
 
 
 def _costs(base: Mapping[str, Any]) -> dict[str, Any]:

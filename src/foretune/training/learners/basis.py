@@ -16,7 +16,7 @@ from foretune.tasks.task import Objective
 from foretune.training.data import Step
 from foretune.training.learners.joint import Learner
 from foretune.training.optim import SlotAdamW
-from foretune.training.process_group import Partition
+from foretune.training.process_group import Partition, pad_with_fillers
 
 
 class BasisLearner(Learner):
@@ -131,10 +131,13 @@ class BasisLearner(Learner):
             (slot, i) for slot in range(len(data)) for i in range(data.num_rows(slot, "train"))
         ]
         step = data.step(picks, "train", train=True, seed=[0], budget=self.token_budget)
+        step = pad_with_fillers(step, data, self.sharded_over)
         sums = torch.zeros(len(data), device=device)
         for chunk in step.chunks:
             losses = self.row_losses(chunk, device).float()
             sums.index_add_(0, torch.tensor(chunk.slots, device=device), losses)
+        for chunk in step.fillers:
+            self.row_losses(chunk, device)
         return dict(enumerate((sums / self.num_rows).tolist()))
 
     @override

@@ -23,13 +23,13 @@ from foretune.models.packing import packed
 from foretune.models.recompute import recomputed, recomputed_on_route
 from foretune.models.row_dropout import RowDropout, only_known_recomputation
 from foretune.models.sentence_cache import embedding_with
-from foretune.models.surgery import batch_norms, head_modules, name_outputs
+from foretune.models.surgery import batch_norms, name_outputs
 from foretune.run import Run
 from foretune.tasks.batch import Batch
 from foretune.tasks.task import Objective
 from foretune.training.data import Step, TaskData
 from foretune.training.optim import SlotAdamW, is_8bit, make_adamw
-from foretune.training.process_group import Partition
+from foretune.training.process_group import Partition, ProcessGroup
 from foretune.training.record import count
 from foretune.training.scoring import score_slots, scores_and_losses
 from foretune.training.sharding import place_like, shard
@@ -95,6 +95,13 @@ class Learner:
     def sharded(self) -> bool:
         """Whether the base is sharded over the processes."""
         return self.partition is not None and self.partition.sharded
+
+    @property
+    def sharded_over(self) -> ProcessGroup:
+        """The processes over which the base is sharded; this one alone where it is whole."""
+        if self.partition is None or not self.partition.sharded:
+            return ProcessGroup()
+        return self.partition.group
 
     @property
     def parameters_per_task(self) -> int:
@@ -337,13 +344,22 @@ class Learner:
 
     def score(self, data: TaskData, split: str, max_rows: int | None) -> dict[int, float]:
         """The mean score of each slot that has examples in that split; call it inside `ready`."""
-        return score_slots(self.model, data, split, max_rows, budget=self.token_budget)
+        return score_slots(
+            self.model,
+            data,
+            split,
+            max_rows,
+            budget=self.token_budget,
+            in_step_with=self.sharded_over,
+        )
 
     def scores_and_losses(
         self, data: TaskData, split: str
     ) -> tuple[dict[int, float], dict[int, float]]:
         """The mean score and the mean loss of each slot, as `score`."""
-        return scores_and_losses(self.model, data, split, budget=self.token_budget)
+        return scores_and_losses(
+            self.model, data, split, budget=self.token_budget, in_step_with=self.sharded_over
+        )
 
     def state(self, *, optimizers: bool) -> dict[str, Tensor]:
         """The tensors that training changes, by name; with those of the optimisers on request."""
@@ -399,41 +415,3 @@ def _moment(p: Tensor, value: Tensor, optimizer: str) -> Tensor:
     if value.shape == p.shape:
         return place_like(p, value).clone()
     return value.clone() if optimizer == "bank_adamw" else value.to(p.device).clone()
-
-
-def make_bank(
-    model: nn.Module,
-    objective: Objective,
-    keys: Sequence[str],
-    seed: int,
-    *,
-    lora: Mapping[str, Any] | None = None,
-    sparse: float | None = None,
-    head_copies: bool = False,
-) -> AdapterBank:
-    """A bank with adapters, with one head per slot, or with both.
-
-    Where the label sets of the tasks differ, each slot has its own, freshly initialised head. One
-    that the base's checkpoint lacks (`copy_to_adapt`) is copied too.
-
-    Args:
-        model: The base.
-        objective: The fitted objective.
-        keys: The key of each slot.
-        seed: Random seed of fresh adapters and heads.
-        lora: Settings of LoRA adapters; None for none.
-        sparse: Fraction of the entries that sparse adapters train; None for none.
-        head_copies: Also give each slot a head where the label sets are the same; it then starts
-            as a copy of the base's.
-    """
-    fresh = labels_differ(objective)
-    head_copies = head_copies or getattr(model, "head_per_task", False)
-    heads = head_modules(model) if fresh or head_copies else []
-    return AdapterBank(
-        model, keys, lora=lora, sparse=sparse, heads=heads, fresh_heads=fresh, seed=seed
-    )
-
-
-def labels_differ(objective: Objective) -> bool:
-    """Whether the outputs of a head stand for other labels in each task."""
-    return objective.num_outputs() is not None and objective.shared() is not objective
