@@ -19,6 +19,7 @@ from foretune.models.loading import load_base, load_model, load_module, save_bas
 from foretune.models.prefix_cache import prefix_cache
 from foretune.models.quantised import dense_weight, quantised_as, quantised_layers
 from foretune.models.routing import route
+from foretune.run import Run
 from foretune.tasks.objectives.causal_lm import CausalLM
 from foretune.tasks.task import Task, TaskCollection
 
@@ -257,3 +258,12 @@ def test_kept_apart_from_full_weights(folder):
 def test_nothing_else_is_quantised(tmp_path):
     with pytest.raises(UserError, match="quantize must be one of nf4, int8; got 'int4'"):
         load_base(tmp_path, quantize="int4")
+
+
+def test_not_sharded(folder, monkeypatch):
+    model, tokenizer = load_model(folder, head="causal-lm", quantize="nf4")
+    rows = [{"text": "the cat sat"}]
+    tasks = TaskCollection((Task("t", rows, rows, rows),), CausalLM(tokenizer))
+    monkeypatch.setattr("foretune.training.adapting.base_is_sharded", lambda: True)
+    with pytest.raises(UserError, match="a quantised base cannot be sharded"):
+        foretune.adapt(model, tasks, foretune.LoRA(), Run(steps=1))

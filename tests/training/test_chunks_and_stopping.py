@@ -177,7 +177,9 @@ def test_waves_are_as_large_as_the_free_memory_allows(monkeypatch):
     sizes = []
     plain = adapting._adapt_wave
     monkeypatch.setattr(
-        adapting, "_adapt_wave", lambda m, wave, *a: (sizes.append(len(wave)), plain(m, wave, *a))
+        adapting,
+        "_adapt_wave",
+        lambda m, wave, *a: (sizes.append(len(wave.data)), plain(m, wave, *a))[1],
     )
     probe = (
         foretune.LoRA(lora={"r": 2})
