@@ -133,13 +133,20 @@ def is_used(folder: Path) -> bool:
     return bool(foreign_files(folder)) or _holds_results(folder)
 
 
-def claim_file(file: Path, *, overwrite: bool, reads: Sequence[Path | str] = ()) -> None:
+def claim_file(
+    file: Path,
+    *,
+    overwrite: bool,
+    reads: Sequence[Path | str] = (),
+    marks: Sequence[bytes] = MARKS,
+) -> None:
     """Checks that a result may be written as `file`; does not touch it.
 
     Args:
         file: The output file.
         overwrite: Whether the user asked to replace what is there.
         reads: Files and folders that the command reads.
+        marks: A file that holds one of these was made by foretune.
 
     Raises:
         UserError: It is a folder or a link, or a file that may not be replaced.
@@ -155,7 +162,7 @@ def claim_file(file: Path, *, overwrite: bool, reads: Sequence[Path | str] = ())
         if not overwrite:
             raise UserError(f"{file} exists: use --overwrite to replace it, or another name")
         check_not_read(file, reads)
-        if not file.is_file() or not any(mark in file.read_bytes() for mark in MARKS):
+        if not file.is_file() or not any(mark in file.read_bytes() for mark in marks):
             raise UserError(
                 f"{file} was not made by foretune: --overwrite does not replace it; choose another "
                 "name"

@@ -76,6 +76,11 @@ def is_base(model: nn.Module, record: Mapping[str, Any]) -> bool:
     return any(value == digests.get(name) for name, value in zip(held, actual, strict=True))
 
 
+def keep_digests(model: nn.Module) -> None:
+    """From now on the digests of a model are computed once: nothing may write to its weights."""
+    model.foretune_unchanged = True  # type: ignore[assignment]
+
+
 def base_and_adapter(model: Any) -> dict[str, str | None]:
     """The fingerprints of a model's base and of its active adapter.
 
@@ -108,10 +113,11 @@ def _digests(
 ) -> list[str]:
     """The digests of the parameters in these precisions.
 
-    Those of a quantised base are cached, because the original must be loaded for them.
+    Those of a quantised base are cached, because the original must be loaded for them, and those of
+    a model after `keep_digests`.
     """
     cache: dict[tuple[str, ...], str] = {}
-    if hasattr(model, "foretune_original"):
+    if hasattr(model, "foretune_original") or getattr(model, "foretune_unchanged", False):
         state = [identity(p) for p in model.parameters()]
         cached_state, cached = vars(model).get("foretune_digests", (None, {}))
         cache = cached if cached_state == state else {}

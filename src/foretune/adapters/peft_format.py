@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from foretune.adapters.peft_names import (
     stored_heads,
     stored_targets,
 )
-from foretune.adapters.stored_adapter import FINGERPRINT_FILE, read_adapter
+from foretune.adapters.stored_adapter import FINGERPRINT_FILE, StoredAdapter, read_adapter
 from foretune.errors import UserError
 from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from foretune.formats import ADAPTER, stamped
 from foretune.manifest import final_path
+
+FIELDS = ("r", "lora_alpha", "use_rslora", "target_modules")  # what adapters of a bank share
 
 
 def peft_config(bank: AdapterBank, model: nn.Module, base: str | None) -> dict[str, Any]:
@@ -81,6 +83,21 @@ def write_adapter(
         json.dumps(config, indent=2, sort_keys=True, default=str)
     )
     (folder / FINGERPRINT_FILE).write_text(json.dumps(stamped(base, ADAPTER), indent=1))
+
+
+def bank_like(model: nn.Module, stored: StoredAdapter, keys: Sequence[str]) -> AdapterBank:
+    """A bank whose slots have the layers and heads of a stored adapter, not yet its values.
+
+    Raises:
+        UserError: It is not LoRA of one rank, or heads alone.
+    """
+    config = stored.config
+    if (feature := stored.beyond_plain_lora()) is not None:
+        raise UserError(f"the bank has no adapters with {feature}")
+    lora = {name: config[name] for name in FIELDS if config.get(name) is not None}
+    heads = [name.removeprefix(PREFIX) for name in config.get("modules_to_save") or ()]
+    has_layers = any(".lora_A." in name for name in stored.tensors)
+    return AdapterBank(model, keys, lora=lora if has_layers else None, heads=heads)
 
 
 def load_adapter(

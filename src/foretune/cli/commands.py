@@ -19,6 +19,7 @@ from foretune.cli import (
     generate,
     init,
     plan,
+    predict,
     prune,
     retrain_adapt,
     run,
@@ -60,6 +61,7 @@ app.command("init")(init.init)
 app.command("plan")(plan.plan)
 app.command("retrain")(retrain_adapt.retrain)
 app.command("adapt")(retrain_adapt.adapt)
+app.command("predict")(predict.predict)
 app.command("check")(check.check)
 app.command("export")(export.export)
 app.command("compare")(compare_report.compare)

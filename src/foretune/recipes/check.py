@@ -19,9 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foretune.adapters.bank import AdapterBank
-from foretune.adapters.peft_format import load_adapter
-from foretune.adapters.peft_names import PREFIX
+from foretune.adapters.peft_format import bank_like, load_adapter
 from foretune.adapters.stored_adapter import (
     StoredAdapter,
     read_adapter,
@@ -124,10 +122,11 @@ class BasesOfAdapters:
 
     Args:
         folder: Its folder.
-        dtype: Dtype of the weights; "auto" for the one that they were saved in.
+        dtype: Dtype of the weights; "auto" for the one that they were saved in, None for that of
+            `held_in`.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype | str) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype | str | None) -> None:
         self.folder, self.dtype = folder, dtype
         with quiet():
             self.model, self.tokenizer = load_base(self.folder, dtype=dtype)
@@ -324,22 +323,9 @@ def _by_bank(
     Raises:
         UserError: The bank has no such adapters.
     """
-    config = stored.config
-    if (feature := stored.beyond_plain_lora()) is not None:
-        raise UserError(f"the bank has no adapters with {feature}")
-    names = ("r", "lora_alpha", "use_rslora", "target_modules")
-    lora = {name: config[name] for name in names if config.get(name) is not None}
     model = copy.deepcopy(model)
-    heads = [name.removeprefix(PREFIX) for name in config.get("modules_to_save") or ()]
-    bank = AdapterBank(
-        model, [folder.name], lora=lora if _has_layers(stored) else None, heads=heads
-    )
+    bank = bank_like(model, stored, [folder.name])
     load_adapter(bank, 0, folder, model, allow_unverified=True)
     num_rows = len(next(iter(probe.values())))
     with bank.attached(), route([0] * num_rows):
         return _outputs(model, probe)
-
-
-def _has_layers(stored: StoredAdapter) -> bool:
-    """Whether an adapter has layers beside its heads."""
-    return any(".lora_A." in name for name in stored.tensors)

@@ -293,6 +293,27 @@ def settings(tasks: str, changes: Sequence[str]) -> tuple[AdaptBlock, Source]:
     return block, Source(**data.model_dump(exclude={"rotate"}))
 
 
+def rows_source(rows: str, changes: Sequence[str]) -> Source:
+    """Where rows without answers are, and how they are read.
+
+    Args:
+        rows: A file, a folder or a dataset.
+        changes: `tasks.key=value` for keys of the `tasks:` block of a recipe.
+
+    Raises:
+        UserError: Another key, or a bad value.
+    """
+    for change in changes:
+        if not change.startswith("tasks."):
+            raise UserError(
+                f"{change}: only tasks.KEY=VALUE is a setting here, how the rows are read"
+            )
+    data = parse_block(
+        TasksBlock, [f"source={json.dumps(rows)}", *(c.removeprefix("tasks.") for c in changes)]
+    )
+    return Source(**data.model_dump(exclude={"rotate"}))
+
+
 class _Loaded(Mapping[str, Any]):
     """Name → model, loaded from its folder on access, so that one is in memory at a time."""
 

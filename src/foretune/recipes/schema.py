@@ -50,6 +50,14 @@ AFTER_A_RUN: dict[str, str] = {
     "answers": "foretune.decoding.answers:answer_unseen",
 }
 """Key of a recipe → what does its work after a run, from the recipe and the comparison."""
+WRITES_TEXT: dict[str, str] = {
+    "causal-lm": "foretune.decoding.generation:generate_texts",
+}
+"""Kind of objective → what writes the answers to prompts."""
+ENCODES_PROMPTS: dict[str, str] = {
+    "causal-lm": "foretune.decoding.generation:encode",
+}
+"""Kind of objective → what makes inputs of prompts."""
 EXPERIMENTS = {
     "experiment": "foretune.theory.recipe:parse_experiment",
 }

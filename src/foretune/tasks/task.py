@@ -172,6 +172,17 @@ class Objective(Protocol):
         """
         return self.scores(model, batch), self.losses(model, batch)
 
+    def outputs(self, model: Any, batch: Batch) -> Tensor:
+        """(n, k) what is predicted: logits of labels, scores of candidates, or values.
+
+        Of labels and candidates the highest is the prediction, the softmax its probabilities; −inf
+        where a row has fewer. It does not depend on the rows' answers.
+
+        Raises:
+            UserError: This kind of objective predicts nothing of a row.
+        """
+        raise UserError(f"{self.kind} tells nothing of a row that could be predicted")
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields with "kind"; `make_objective(tokenizer=…, **fields)` restores it."""
         ...

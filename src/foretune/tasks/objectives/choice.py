@@ -333,12 +333,10 @@ class Choice(Objective):
     def losses(self, model: Any, batch: Batch) -> Tensor:
         if self.scoring != "cross-encoder":
             return self.scores_and_losses(model, batch)[1]
-        present, answer = batch.inputs["present"], batch.inputs["answer"]
-        logits = self._pair_logits(model, batch)
-        target = F.one_hot(answer, present.shape[1])
-        losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-        losses = losses.view_as(present) * present
-        return losses.sum(1) / present.sum(1)
+        present, logits = batch.inputs["present"], self._pair_logits(model, batch)
+        target = F.one_hot(batch.inputs["answer"], present.shape[1]).flatten()
+        losses = F.cross_entropy(logits.flatten(0, 1), target, reduction="none")
+        return (losses.view_as(present) * present).sum(1) / present.sum(1)
 
     @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
@@ -351,11 +349,14 @@ class Choice(Objective):
         The loss of a cross-encoder's pairs, most of which are wrong ones, falls with every model
         that only learns how many are.
         """
-        present, answer = batch.inputs["present"], batch.inputs["answer"]
-        values = self._candidate_scores(model, batch).masked_fill(~present, -torch.inf)
+        values, answer = self.outputs(model, batch), batch.inputs["answer"]
+        return accuracies(values, answer), F.cross_entropy(values, answer, reduction="none")
+
+    @override
+    def outputs(self, model: Any, batch: Batch) -> Tensor:
         scale = 1.0 if self.scoring == "cross-encoder" else self.temperature
-        losses = F.cross_entropy(values / scale, answer, reduction="none")
-        return accuracies(values, answer), losses
+        values = self._candidate_scores(model, batch) / scale
+        return values.masked_fill(~batch.inputs["present"], -torch.inf)
 
     def _candidate_scores(self, model: Any, batch: Batch) -> Tensor:
         """(n, candidates) cosines, class-1 logits or log-likelihoods, depending on `scoring`."""

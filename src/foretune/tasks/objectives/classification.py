@@ -295,6 +295,10 @@ class Classification(Objective):
         logits, labels = self.logits(model, batch), batch.inputs["label"]
         return accuracies(logits, labels), F.cross_entropy(logits, labels, reduction="none")
 
+    @override
+    def outputs(self, model: Any, batch: Batch) -> Tensor:
+        return self.logits(model, batch)
+
     def logits(self, model: Any, batch: Batch) -> Tensor:
         """(n, outputs) logits, −inf where an output is not a label of the example's task.
 

@@ -205,7 +205,13 @@ class Preference(Objective):
         return (1 + margins.sign()) / 2, -F.logsigmoid(margins)
 
     def _margins(self, model: Any, batch: Batch) -> Tensor:
-        """(n,) reward of the chosen answer minus that of the rejected one.
+        """(n,) reward of the chosen answer minus that of the rejected one."""
+        chosen, rejected = self.outputs(model, batch).T
+        return chosen - rejected
+
+    @override
+    def outputs(self, model: Any, batch: Batch) -> Tensor:
+        """(n, 2) rewards of the chosen answer and of the rejected one.
 
         Raises:
             UserError: DPO has no reference.
@@ -221,7 +227,8 @@ class Preference(Objective):
             if self.reference is None:
                 raise UserError("DPO compares with a reference: call objective.bind(model)")
             rewards = self.beta * (rewards - self.reference.log_likelihoods(inputs))
-        return rewards[inputs["places"]] - rewards[inputs["places"] + 1]
+        places = inputs["places"]
+        return torch.stack([rewards[places], rewards[places + 1]], 1)
 
     def _head_outputs(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """(2n,) outputs of the head.

@@ -209,6 +209,10 @@ class PromptClassification(Classification):
         logits = self._class_logits(self.features(model, batch), batch)
         return accuracies(logits, labels), F.cross_entropy(logits, labels, reduction="none")
 
+    @override
+    def outputs(self, model: Any, batch: Batch) -> Tensor:
+        return self._class_logits(self.features(model, batch), batch)
+
     def losses_of(self, features: Tensor, batch: Batch) -> Tensor:
         """(n,) cross-entropy, given the embeddings (n, d)."""
         logits = self._class_logits(features, batch)

@@ -49,14 +49,18 @@ class Regression(Objective):
 
     @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
-        with route(batch.slots):
-            predicted = logits_of(model(batch.inputs["x"])).float().flatten(1)
+        predicted = self.outputs(model, batch)
         y = batch.inputs["y"].reshape(len(batch), -1)
         if predicted.shape != y.shape:
             raise UserError(
                 f"the model returns {predicted.shape[1]} numbers per example, y has {y.shape[1]}"
             )
         return (predicted - y).square().sum(1)
+
+    @override
+    def outputs(self, model: Any, batch: Batch) -> Tensor:
+        with route(batch.slots):
+            return logits_of(model(batch.inputs["x"])).float().flatten(1)
 
     @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
