@@ -5,23 +5,33 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from foretune.cli.output import Json, emit, emit_json, table
+from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
 from foretune.errors import UserError, did_you_mean
 
 
 def ls(
     what: Annotated[
-        str | None, typer.Argument(help="What to list: methods or recipes (default: both).")
+        str | None,
+        typer.Argument(help="What to list: methods, recipes (default: both), or adapters."),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(help="Of adapters: the folder that holds them.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """List methods and packaged recipes."""
+    """List methods and packaged recipes, or the adapters in a folder."""
+    if what == "adapters":
+        _list_adapters(folder, json)
+        return
+    if folder is not None:
+        raise UserError(f"{folder}: only adapters are listed of a folder: foretune ls adapters")
     listers = {"methods": _methods, "recipes": _recipes}
-    _check_kind(what, list(listers))
+    _check_kind(what, [*listers, "adapters"])
     listings = {kind: lister() for kind, lister in listers.items() if what in (None, kind)}
     if json:
         emit_json(listings)
@@ -90,6 +100,28 @@ def bibtex(paper: dict[str, Any]) -> str:
         fields |= {"eprint": paper["arxiv"], "archivePrefix": "arXiv"}
     lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
     return f"@article{{{key},\n{lines}\n}}"
+
+
+def _list_adapters(folder: Path | None, json: bool) -> None:
+    """Prints the adapters of a folder.
+
+    Raises:
+        UserError: There is none.
+    """
+    from foretune.recipes.adapter_list import listed_adapters
+
+    if folder is None:
+        raise UserError("which folder? foretune ls adapters FOLDER")
+    with quiet_stdout():
+        rows = listed_adapters(folder)
+    if json:
+        emit_json({"adapters": rows})
+        return
+    header = ["task", "version", "rows", "score", "adapted", "base"]
+    cells = [["-" if row[name] is None else row[name] for name in header] for row in rows]
+    for cell in cells:
+        cell[3] = cell[3] if isinstance(cell[3], str) else f"{cell[3]:.3f}"
+    emit(table(header, cells))
 
 
 def _check_kind(kind: str | None, kinds: list[str]) -> None:

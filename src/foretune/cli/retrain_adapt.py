@@ -20,6 +20,7 @@ from foretune.cli.output import (
     quiet_stdout,
     table,
 )
+from foretune.errors import UserError
 from foretune.models.precision import held_in
 from foretune.models.trusted_code import trusted_code
 from foretune.run import MAX_SEED
@@ -77,7 +78,10 @@ def adapt(
     ] = None,
     tasks: Annotated[str, typer.Option(help="New tasks: a file, a folder or a dataset.")] = ...,  # type: ignore[assignment]
     out: Annotated[
-        Path, typer.Option(help="Output folder; it gets one subfolder per task.")
+        Path,
+        typer.Option(
+            help="Output folder; it gets one subfolder per task. New tasks join those in it."
+        ),
     ] = Path("adapters"),
     shots: Annotated[
         int | None, typer.Option(min=1, help="Training examples per task (default: all).")
@@ -92,6 +96,14 @@ def adapt(
         str | None,
         typer.Option(help="Name of the base in adapter_config.json (default: its folder)."),
     ] = None,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="Adapt tasks again whose rows have changed; their earlier adapters are kept in "
+            "the subfolder versions.",
+        ),
+    ] = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     dtype: DTypeOption = "float32",
@@ -100,6 +112,8 @@ def adapt(
     json: Json = False,
 ) -> None:
     """Adapt a base to new tasks and save one adapter per task."""
+    if replace and overwrite:
+        raise UserError("--replace keeps the other tasks and --overwrite removes them: choose one")
     with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize):
         from foretune.cli.progress import StderrConsole
         from foretune.evaluation.wording import counted, setting_phrase
@@ -114,6 +128,7 @@ def adapt(
             base_name=base_name,
             shots=shots,
             seed=seed,
+            replace=replace,
             resume=resume,
             overwrite=overwrite,
             console=StderrConsole(),
@@ -131,9 +146,20 @@ def adapt(
         emit(f"Not scored, without test examples: {', '.join(unscored)}")
     for row in result["adapting"]:
         emit(f"Adapted {setting_phrase(row)}: {counted(len(row['tasks']), 'task')}")
+    for tasks_of, what in (
+        ("there", "Already there, not adapted again"),
+        ("replaced", "Adapted again"),
+    ):
+        names = result[tasks_of]
+        if names:
+            emit(f"{what}: {counted(len(names), 'task')} ({_first(names)})")
     for line in result["drawn"]:
         emit(f"Adapted on {line}")
     emit(f"Adapters: {out}")
     if result["num_labels"] is not None:
         emit("The adapters have a head that the base lacks, or a wider one; load them like this:")
         emit("\n".join(result["code"]))
+
+
+def _first(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

@@ -13,6 +13,7 @@ import foretune
 from foretune.errors import UserError
 from foretune.files import RUN_FILE
 from foretune.formats import RUN, read_json
+from foretune.manifest import read_manifest
 from foretune.models.loading_code import class_name, loading_code
 from foretune.models.precision import Precision, precision_of
 from foretune.recipes.blocks import AdaptBlock, TasksBlock
@@ -59,6 +60,7 @@ def adapt_folder(
     base_name: str | None = None,
     shots: int | None = None,
     seed: int = 0,
+    replace: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     console: Console = SILENT,
@@ -66,7 +68,7 @@ def adapt_folder(
     """Adapts a base to every task of a source and saves one adapter folder per task in `out`.
 
     Without changes that say how, it is adapted as held-out tasks chose when it was retrained, by
-    the number of rows of each task.
+    the number of rows of each task. Tasks join those that `out` holds already.
 
     Args:
         base: Folder of the base.
@@ -79,13 +81,16 @@ def adapt_folder(
             None for its folder.
         shots: Training examples per task (per class for classification); None for all.
         seed: Random seed of the draw of shots and of the fresh adapters.
-        resume: Keep what is in `out`.
+        replace: Adapt tasks of `out` again whose rows have changed; the earlier adapters go to
+            `versions`.
+        resume: Keep what is in `out`, as is done anyway where it holds adapters.
         overwrite: Replace an earlier result in `out`.
         console: Receives the progress.
 
     Returns:
-        Scores and training examples per task, the mean score, how the tasks were adapted (if that
-        was chosen by held-out tasks), the cost, and Python code that loads the first adapter.
+        Scores and training examples per task, which tasks were there already or were replaced, the
+        mean score, how the tasks were adapted (if that was chosen by held-out tasks), the cost, and
+        Python code that loads the first adapter.
 
     Raises:
         UserError: The folder is not a base, or the data, a setting or `out` is not acceptable.
@@ -100,6 +105,7 @@ def adapt_folder(
     if kind is None:
         saved.objective(None, None)  # raises
     reads: list[Path | str] = [base, saved.folder, *read_by(source)]
+    resume = resume or (holds_adapters(out) and not overwrite)
     with run_folder(out, "adapt", resume=resume, overwrite=overwrite, reads=reads) as folder:
         collection, _ = load_tasks(source, str(kind))
         fitted = saved.objective(objective, None).fit(collection)
@@ -112,7 +118,13 @@ def adapt_folder(
         check_sides(model, collection, None, console)
         with console.bar(f"adapting {saved.folder} to {len(collection)} tasks") as progress:
             adapted = foretune.adapt(
-                model, collection, method, run.replace(out=folder), shots=shots, progress=progress
+                model,
+                collection,
+                method,
+                run.replace(out=folder),
+                shots=shots,
+                replace=replace,
+                progress=progress,
             )
     scores = {task: score for (task, _), score in adapted.scores.items()}
     drawn = draw_shots(collection, fitted.kind, shots, 1, seed)
@@ -123,6 +135,8 @@ def adapt_folder(
         "metric": fitted.metric,
         "scores": scores,
         "num_train": num_train,
+        "there": [name for name in collection.names if (name, 0) not in adapted.num_train],
+        "replaced": [task for task, draw in adapted.earlier if draw == 0],
         "adapting": [
             {**setting.to_dict(), "tasks": names} for setting, names in _by_setting(adapted)
         ],
@@ -137,6 +151,12 @@ def adapt_folder(
         ),
         "cost": adapted.cost,
     }
+
+
+def holds_adapters(folder: Path) -> bool:
+    """Whether `adapt` has written a folder."""
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    return manifest is not None and manifest.kind == "adapt" and (folder / RUN_FILE).is_file()
 
 
 def _by_setting(adapted: Adapted) -> list[tuple[Setting, list[str]]]:

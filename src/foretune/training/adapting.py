@@ -63,6 +63,7 @@ class Adaptation:
     split: str
     score_at: Sequence[int]
     progress: Progress | None
+    replace: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +109,23 @@ def adapt_in(model: nn.Module, tasks: TaskCollection, how: Adaptation) -> Adapte
     slots = list(draw_shots(tasks, objective.kind, how.shots, how.draws, run.seed))
     task_draws = [(slot.task, slot.draw) for slot in slots]
     saved: dict[TaskDraw, SavedTask] = {}
+    changed: dict[TaskDraw, SavedTask] = {}
     if out is not None:
         # Tasks may be added later, and labels with them, so the settings leave labels out.
         inputs = {"shots": how.shots, "split": how.split, "objective": settings_of(objective)}
         inputs |= inputs_to_adapt(base, model, tasks, objective)
-        saved = group.on_first_process(lambda: _begin_adapting(out, how.method, run, inputs))
+        saved = group.on_first_process(
+            lambda: _begin_adapting(out, how.method, run, inputs, how.replace)
+        )
+        changed = {
+            key: task
+            for key, task in saved.items()
+            if key in task_draws and task.digest not in (None, tasks[key[0]].digest)
+        }
+        saved = {key: task for key, task in saved.items() if key not in changed}
         slots = [slot for slot in slots if (slot.task, slot.draw) not in saved]
-    result = Adapted({}, {}, {}, {}, {})
+    result = Adapted({}, {}, {}, {}, {}, earlier=changed)
+    result.digests = {task.name: task.digest for task in tasks}
     ways = _ways(how, run, slots)
     if isinstance(how.method, AdaptPlan):
         result.settings = {
@@ -122,8 +133,9 @@ def adapt_in(model: nn.Module, tasks: TaskCollection, how: Adaptation) -> Adapte
             for way in ways
             for slot in way.slots
         }
+    in_use = {key: task.folder for key, task in (saved | changed).items()}
     result.labels = labels_of(objective, tasks.names)
-    result.folders = folder_names(task_draws, {key: task.folder for key, task in saved.items()})
+    result.folders = folder_names(task_draws, in_use)
     # Whole models have their own head; adapters are loaded onto the base's.
     shares_base = any(way.method.shares_base for way in ways)
     if base_is_sharded():
@@ -169,10 +181,11 @@ def _ways(how: Adaptation, run: Run, slots: Sequence[SlotRows]) -> list[Way]:
 
 
 def _begin_adapting(
-    out: Path, method: AdaptMethod | AdaptPlan, run: Run, inputs: dict[str, Any]
+    out: Path, method: AdaptMethod | AdaptPlan, run: Run, inputs: dict[str, Any], replace: bool
 ) -> dict[TaskDraw, SavedTask]:
     """Records what begins in the folder; returns the tasks that have finished there."""
-    begin(out, method, run, inputs)
+    advice = "--replace (replace=True) adapts that task again and keeps the earlier adapter"
+    begin(out, method, run, inputs, replace=replace, about_rows=advice)
     return collect_scores(out)
 
 
@@ -237,6 +250,7 @@ def _adapt_wave(
     for merged, by_step in ((result.path, path), (result.path_losses, losses)):
         for step, by_slot in by_step.items():
             merged.setdefault(step, {}).update(_by_key(by_slot, keys))
+    result.num_train |= {key: data.num_rows(s, "train") for s, key in enumerate(keys)}
     result.scores |= _by_key(scores, keys)
     result.num_rows |= _by_key({s: data.num_rows(s, how.split) for s in scores}, keys)
     for slot, step in stopping.stopped.items() if stopping else ():

@@ -24,6 +24,7 @@ from foretune.files import (
     METRICS_FILE,
     RUN_FILE,
     SCORES_FILE,
+    VERSIONS,
     same_on_disk,
     whole_folder,
     write_whole,
@@ -40,7 +41,7 @@ from foretune.training.methods import RetrainMethod
 from foretune.training.record import environment
 
 # Names in a folder of adapters that are not those of tasks: a folder with `base/` holds a base.
-RESERVED = (RUN_FILE, SCORES_FILE, "base")
+RESERVED = (RUN_FILE, SCORES_FILE, VERSIONS, "base")
 
 
 @dataclass
@@ -189,6 +190,9 @@ class Adapted:
             were adapted in this call.
         path_losses: Mean losses of the same examples; empty where the objective is not
             `select_by_loss`.
+        num_train: Number of training examples of each task and draw that was adapted in this call.
+        digests: Digest of the examples of each task.
+        earlier: What was saved of the tasks that this call adapts again.
     """
 
     scores: dict[tuple[str, int], float]
@@ -209,6 +213,9 @@ class Adapted:
     )
     path: dict[int, dict[tuple[str, int], float]] = field(default_factory=dict)
     path_losses: dict[int, dict[tuple[str, int], float]] = field(default_factory=dict)
+    num_train: dict[tuple[str, int], int] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    earlier: dict[tuple[str, int], Any] = field(default_factory=dict)
 
     def first_draw(self) -> Adapted:
         """The part of the result of each task's first draw."""

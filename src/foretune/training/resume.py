@@ -7,8 +7,9 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from torch import nn
 from typing_extensions import TypedDict
@@ -18,8 +19,9 @@ from foretune.adapters.fingerprint import fingerprint
 from foretune.adapters.peft_format import load_adapter
 from foretune.claims import output_folder
 from foretune.errors import UserError
-from foretune.files import METRICS_FILE, RUN_FILE, SCORES_FILE, write_whole
+from foretune.files import METRICS_FILE, RUN_FILE, SCORES_FILE, VERSIONS, write_whole
 from foretune.formats import RUN, damage_named, parse_json, read_json, stamped
+from foretune.manifest import record_files
 from foretune.method import Method
 from foretune.models.identity import config_of, tokenizer_digest
 from foretune.models.loading import load_weights
@@ -35,6 +37,9 @@ TaskDraw = tuple[str, int]
 SCORES_OF_RANK = ".scores-{}.json"  # until the last process has finished
 # Fields that may differ between a run and its continuation: they do not change the result.
 MOVABLE = ("out", "resume", "overwrite", "device", "tasks_per_wave")
+
+
+START_OVER = "resume with these, or start over with --overwrite"
 
 
 class RunRecord(TypedDict, total=False):
@@ -59,6 +64,10 @@ class ScoreRow(TypedDict):
     folder: str
     score: float | None
     num_rows: int
+    num_train: NotRequired[int | None]
+    adapted: NotRequired[str | None]
+    digest: NotRequired[str | None]
+    version: NotRequired[int]
 
 
 @contextlib.contextmanager
@@ -118,7 +127,13 @@ def inputs_to_adapt(
 
 
 def begin(
-    folder: Path, method: Method | AdaptPlan, run: Run, inputs: Mapping[str, Any]
+    folder: Path,
+    method: Method | AdaptPlan,
+    run: Run,
+    inputs: Mapping[str, Any],
+    *,
+    replace: bool = False,
+    about_rows: str = START_OVER,
 ) -> dict[str, Any] | None:
     """Records which run begins in the folder, or checks that it is the one that was begun there.
 
@@ -128,6 +143,8 @@ def begin(
         run: The run.
         inputs: What else must be the same, as JSON types. Of "rows" only the tasks of both runs
             are compared, and new tasks are added.
+        replace: Whether a task may have other rows than before.
+        about_rows: What to do where it may not, and has.
 
     Returns:
         The record of a run that has finished there, else None.
@@ -142,7 +159,7 @@ def begin(
         write_whole(file, json.dumps(stamped({"finished": False, **current}, RUN), indent=1))
         return None
     begun = read_record(file, RUN)
-    check_same(folder, begun, current)
+    check_same(folder, {**begun, "rows": {}} if replace else begun, current, about_rows)
     if begun.get("finished"):
         missing = [key for key in ("validation_score", "cost") if key not in begun]
         if missing:
@@ -167,18 +184,30 @@ def read_record(file: Path, current_format: str) -> dict[str, Any]:
     return stamped(read_json(file, RunRecord, current_format), current_format)
 
 
-def check_same(folder: Path, begun: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def check_same(
+    folder: Path,
+    begun: Mapping[str, Any],
+    current: Mapping[str, Any],
+    about_rows: str = START_OVER,
+) -> None:
     """Checks that the current run's record agrees with that of the run begun in the folder.
+
+    Args:
+        folder: The folder.
+        begun: The record in the folder.
+        current: The current record.
+        about_rows: What to do where a task has other rows.
 
     Raises:
         UserError: They differ; the message names the first difference.
     """
     for part in current:
         if part in begun:  # earlier versions recorded less
-            _check_part(folder, part, begun[part], current[part])
+            advice = about_rows if part == "rows" else START_OVER
+            _check_part(folder, part, begun[part], current[part], advice)
 
 
-def _check_part(folder: Path, part: str, begun: Any, current: Any) -> None:
+def _check_part(folder: Path, part: str, begun: Any, current: Any, advice: str) -> None:
     if not (isinstance(begun, Mapping) and isinstance(current, Mapping)):
         begun, current = {part: begun}, {part: current}
     for name in dict.fromkeys([*current, *begun]):
@@ -194,9 +223,7 @@ def _check_part(folder: Path, part: str, begun: Any, current: Any) -> None:
             what = "another tokenizer"
         else:
             what = f"{name}={str(was)[:80]}, this run has {name}={str(now)[:80]}"
-        raise UserError(
-            f"{folder} was started with {what}: resume with these, or start over with --overwrite"
-        )
+        raise UserError(f"{folder} was started with {what}: {advice}")
 
 
 def load_finished(
@@ -230,32 +257,71 @@ class SavedTask:
         folder: Name of its folder.
         score: Its mean score; None without examples to score on.
         num_rows: Number of examples that were scored.
+        num_train: Number of examples that it was adapted on; None where an earlier version wrote
+            the record, as for the next two.
+        adapted: When, in ISO 8601 and UTC.
+        digest: Digest of all its examples.
+        version: 1, and one more each time that the task was adapted again.
     """
 
     folder: str
     score: float | None
     num_rows: int
+    num_train: int | None = None
+    adapted: str | None = None
+    digest: str | None = None
+    version: int = 1
 
 
 def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: ProcessGroup) -> None:
-    """Writes the adapters of one wave, then adds its scores to this process's scores on disk."""
+    """Writes the adapters of one wave, then adds its scores to this process's scores on disk.
+
+    An adapter that takes the place of an earlier one of its task is its next version; the earlier
+    one goes to the folder `versions`.
+    """
+    for task in (result.earlier[key] for key in wave if key in result.earlier):
+        keep_version(folder, task)
     tensors = {key: result.tensors[key] for key in wave if key in result.tensors}
     models = {key: result.models[key] for key in wave if key in result.models}
     replace(result, tensors=tensors, models=models).save(folder)
     file = folder / (SCORES_FILE if group.size == 1 else SCORES_OF_RANK.format(group.rank))
     saved = {
-        key: SavedTask(result.folders[key], result.scores.get(key), result.num_rows.get(key, 0))
+        key: SavedTask(
+            folder=result.folders[key],
+            score=result.scores.get(key),
+            num_rows=result.num_rows.get(key, 0),
+            num_train=result.num_train.get(key),
+            adapted=datetime.now(UTC).isoformat(timespec="seconds"),
+            digest=result.digests.get(key[0]),
+            version=_last_version(folder / VERSIONS / result.folders[key]) + 1,
+        )
         for key in wave
     }
-    _write_scores(file, _read_scores(file) | saved)
+    _write_scores(file, read_scores(file) | saved)
+
+
+def keep_version(folder: Path, task: SavedTask) -> None:
+    """Moves the adapter of a task to `versions/TASK/N`, unless that was done already."""
+    place, kept = folder / task.folder, folder / VERSIONS / task.folder / str(task.version)
+    if place.is_dir() and not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        files = [path.relative_to(place) for path in sorted(place.rglob("*")) if path.is_file()]
+        record_files(kept, [kept / file for file in files])
+        place.rename(kept)
+
+
+def _last_version(folder: Path) -> int:
+    """The number of the newest of the versions in a folder; 0 without any."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def collect_scores(folder: Path) -> dict[TaskDraw, SavedTask]:
     """The finished tasks, merged into one file; a task whose folder is gone is not finished."""
     parts = sorted(folder.glob(SCORES_OF_RANK.format("*")))
-    saved = _read_scores(folder / SCORES_FILE)
+    saved = read_scores(folder / SCORES_FILE)
     for part in parts:
-        saved |= _read_scores(part)
+        saved |= read_scores(part)
     if parts:
         _write_scores(folder / SCORES_FILE, saved)
         for part in parts:
@@ -263,11 +329,20 @@ def collect_scores(folder: Path) -> dict[TaskDraw, SavedTask]:
     return {key: task for key, task in saved.items() if (folder / task.folder).is_dir()}
 
 
-def _read_scores(file: Path) -> dict[TaskDraw, SavedTask]:
+def read_scores(file: Path) -> dict[TaskDraw, SavedTask]:
+    """The tasks that a scores.json lists; none if there is no such file."""
     if not file.is_file():
         return {}
     return {
-        (row["task"], row["draw"]): SavedTask(row["folder"], row["score"], row["num_rows"])
+        (row["task"], row["draw"]): SavedTask(
+            folder=row["folder"],
+            score=row["score"],
+            num_rows=row["num_rows"],
+            num_train=row.get("num_train"),
+            adapted=row.get("adapted"),
+            digest=row.get("digest"),
+            version=row.get("version", 1),
+        )
         for row in read_json(file, list[ScoreRow])
     }
 

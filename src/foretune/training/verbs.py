@@ -122,6 +122,7 @@ def adapt(
     draws: int = 1,
     split: str = "test",
     score_at: Sequence[int] = (),
+    replace: bool = False,
     progress: Progress | None = None,
 ) -> Adapted:
     """Adapts the model to each of many unseen tasks; adapters of many tasks train at once.
@@ -146,6 +147,8 @@ def adapt(
             accuracy, `Adapted.path_losses` too), 0 for before the first; this changes nothing
             else. With a constant learning rate and no warmup, the score after s steps is that of a
             run of s steps.
+        replace: With `run.resume`: tasks in the folder whose examples have changed are adapted
+            again, and the earlier adapter goes to the folder `versions`; False refuses them.
         progress: Called with (update, num_updates, figures) after every update, wave by wave.
 
     Returns:
@@ -181,6 +184,7 @@ def adapt(
             split=split,
             score_at=score_at,
             progress=progress,
+            replace=replace,
         )
         return adapt_in(model, tasks.with_objective(objective), how)
 

@@ -1,0 +1,55 @@
+"""`foretune ls adapters`: what a folder of adapters holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from foretune.adapters.stored_adapter import read_config
+from foretune.errors import UserError
+from foretune.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, SCORES_FILE
+from foretune.training.resume import SavedTask, read_scores
+
+
+def listed_adapters(folder: Path) -> list[dict[str, Any]]:
+    """The adapters in a folder, by the names of their tasks.
+
+    Args:
+        folder: A folder that `adapt` or `run` has written, or any that holds PEFT folders.
+
+    Returns:
+        For each adapter, and each model of a task, its task, folder, version, rows (number of
+        training examples), score, when it was adapted, and the name of its base; None for what is
+        not recorded.
+
+    Raises:
+        UserError: There is no such folder, or no adapter in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}")
+    folders = sorted(
+        path
+        for path in folder.iterdir()
+        if any((path / file).is_file() for file in (ADAPTER_CONFIG_FILE, CONFIG_FILE))
+    )
+    if not folders:
+        raise UserError(f"{folder} holds no adapters")
+    saved = {task.folder: (key, task) for key, task in read_scores(folder / SCORES_FILE).items()}
+    unknown = SavedTask(folder="", score=None, num_rows=0)
+    rows = []
+    for path in folders:
+        (task, draw), record = saved.get(path.name, ((path.name, 0), unknown))
+        is_adapter = (path / ADAPTER_CONFIG_FILE).is_file()
+        base = read_config(path).get("base_model_name_or_path") if is_adapter else None
+        rows.append(
+            {
+                "task": task if draw == 0 else f"{task} (draw {draw})",
+                "folder": str(path),
+                "version": record.version if path.name in saved else None,
+                "rows": record.num_train,
+                "score": record.score,
+                "adapted": record.adapted,
+                "base": base,
+            }
+        )
+    return sorted(rows, key=lambda row: str(row["task"]))
