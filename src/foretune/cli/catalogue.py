@@ -25,11 +25,9 @@ def ls(
     json: Json = False,
 ) -> None:
     """List methods and packaged recipes, or the adapters in a folder."""
-    if what == "adapters":
-        _list_adapters(folder, json)
+    if what == "adapters" or folder is not None:
+        _list_adapters(what, folder, json)
         return
-    if folder is not None:
-        raise UserError(f"{folder}: only adapters are listed of a folder: foretune ls adapters")
     listers = {"methods": _methods, "recipes": _recipes}
     _check_kind(what, [*listers, "adapters"])
     listings = {kind: lister() for kind, lister in listers.items() if what in (None, kind)}
@@ -102,14 +100,16 @@ def bibtex(paper: dict[str, Any]) -> str:
     return f"@article{{{key},\n{lines}\n}}"
 
 
-def _list_adapters(folder: Path | None, json: bool) -> None:
+def _list_adapters(what: str | None, folder: Path | None, json: bool) -> None:
     """Prints the adapters of a folder.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or something else is to be listed of a folder.
     """
     from foretune.recipes.adapter_list import listed_adapters
 
+    if what != "adapters":
+        raise UserError(f"{folder}: only adapters are listed of a folder: foretune ls adapters")
     if folder is None:
         raise UserError("which folder? foretune ls adapters FOLDER")
     with quiet_stdout():

@@ -61,7 +61,7 @@ def predict(
     allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
-    """Predict labels, candidates or texts for new rows, with the adapters of their tasks."""
+    """Predict labels, candidates or texts for new rows."""
     from foretune.recipes.on_folders import rows_source
     from foretune.tasks.writers import check_suffix, json_line, write_rows
 

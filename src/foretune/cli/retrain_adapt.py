@@ -112,8 +112,7 @@ def adapt(
     json: Json = False,
 ) -> None:
     """Adapt a base to new tasks and save one adapter per task."""
-    if replace and overwrite:
-        raise UserError("--replace keeps the other tasks and --overwrite removes them: choose one")
+    _check_one_of(replace, overwrite)
     with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize):
         from foretune.cli.progress import StderrConsole
         from foretune.evaluation.wording import counted, setting_phrase
@@ -159,6 +158,16 @@ def adapt(
     if result["num_labels"] is not None:
         emit("The adapters have a head that the base lacks, or a wider one; load them like this:")
         emit("\n".join(result["code"]))
+
+
+def _check_one_of(replace: bool, overwrite: bool) -> None:
+    """Checks that an option keeps earlier adapters, or one removes them.
+
+    Raises:
+        UserError: Both are given.
+    """
+    if replace and overwrite:
+        raise UserError("--replace keeps the other tasks and --overwrite removes them: choose one")
 
 
 def _first(names: list[str], most: int = 5) -> str:

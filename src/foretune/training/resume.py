@@ -302,12 +302,12 @@ def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: Pr
 
 def keep_version(folder: Path, task: SavedTask) -> None:
     """Moves the adapter of a task to `versions/TASK/N`, unless that was done already."""
-    place, kept = folder / task.folder, folder / VERSIONS / task.folder / str(task.version)
-    if place.is_dir() and not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
+    place, target = folder / task.folder, folder / VERSIONS / task.folder / str(task.version)
+    if place.is_dir() and not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
         files = [path.relative_to(place) for path in sorted(place.rglob("*")) if path.is_file()]
-        record_files(kept, [kept / file for file in files])
-        place.rename(kept)
+        record_files(target, [target / file for file in files])
+        place.rename(target)
 
 
 def _last_version(folder: Path) -> int:
