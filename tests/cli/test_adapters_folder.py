@@ -82,6 +82,8 @@ def test_changed_rows_are_a_new_version_on_request(place: Path) -> None:
     assert close("adapters/versions/a/2", "alone/a")
     adapters = the_json("ls", "adapters", "adapters")["adapters"]
     assert [(row["task"], row["version"]) for row in adapters] == [("a", 3), ("b", 1)]
+    checked = the_json("check", "base", "adapters")["adapters"]
+    assert [row["adapter"] for row in checked] == ["adapters/a", "adapters/b"]
     # the marker lists the versions, so that they are foretune's to replace
     assert call("adapt", "base", "--tasks", "rows.jsonl", *HOW, "--overwrite").exit_code == 0
     assert not Path("adapters/versions").exists()

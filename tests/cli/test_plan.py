@@ -61,3 +61,48 @@ def test_what_cannot_be_measured_is_one_line(recipe: str) -> None:
     assert " ".join(lines).startswith(
         "Does retraining with adapters pay? It cannot be measured: it takes 4 seen tasks"
     )
+
+
+def notes(*args: object) -> list[str]:
+    shown = call("plan", *args)
+    assert shown.exit_code == 0, shown.output
+    [part] = [part for part in shown.stdout.split("\n\n") if part.startswith("before you run")] or [
+        ""
+    ]
+    assert max(map(len, part.splitlines()), default=0) <= 80
+    joined = " ".join(line.strip() for line in part.splitlines()[1:])
+    assert the_json("plan", *args)["notes"] == [] or joined
+    return joined.split(". ") if joined else []
+
+
+def test_what_would_make_a_run_worthless_is_said_before_it(recipe: str) -> None:
+    few = " ".join(notes(recipe, "tasks.unseen=1"))
+    assert "1 unseen task: too few for a verdict" in few and "6 are the least" in few
+    assert "to retrain on" not in few
+    most = " ".join(notes(recipe, "tasks.unseen=38"))
+    assert "2 tasks to retrain on, 38 unseen ones" in most and "too few" not in most
+    assert "1 seen task: there is nothing to learn across tasks" in " ".join(
+        notes(recipe, "tasks.unseen=39")
+    )
+    assert notes(recipe, "tasks.unseen=20") == []
+    chosen = " ".join(
+        notes(
+            recipe,
+            "tasks.unseen=20",
+            "adapt.learning_rates=[1e-3,1e-2]",
+            "adapt.learning_rate=null",
+            "adapt.search_tasks=3",
+        )
+    )
+    assert "are chosen by " in chosen and chosen.count(",") >= 3
+
+
+def test_tasks_with_one_label_are_named(recipe: str) -> None:
+    data = dict(np.load("votes.npz"))
+    data["y"][data["task"] == "3"] = 1
+    np.savez("one.npz", **data)
+    assert "3: one label only" in " ".join(notes(recipe, "tasks.source=one.npz", "tasks.unseen=20"))
+    data["y"][:] = 1
+    np.savez("one.npz", **data)
+    all_of_them = " ".join(notes(recipe, "tasks.source=one.npz", "tasks.unseen=20"))
+    assert "All tasks have one label each, so every prediction is right" in all_of_them

@@ -102,9 +102,11 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
     """The table, the verdict and the choices of a comparison as text."""
     from foretune.evaluation.forgetting_text import forgetting_rows, forgetting_sentences
     from foretune.evaluation.report import summary_rows
-    from foretune.evaluation.wording import choice_sentences
+    from foretune.evaluation.wording import choice_sentences, edge_sentences
 
-    sentences = [comparison["verdict"]["sentence"], *choice_sentences(comparison["bases"])]
+    bases = comparison["bases"]
+    sentences = [comparison["verdict"]["sentence"], *choice_sentences(bases)]
+    sentences += edge_sentences(bases)
     forgetting = comparison.get("forgetting")
     if forgetting is not None:
         labels = {base["name"]: base["label"] for base in comparison["bases"]}

@@ -36,6 +36,8 @@ def plan(
 def plan_text(plan: Mapping[str, Any]) -> str:
     """A plan as text."""
     parts = [_conflict(plan["conflict"]), _tasks("seen", plan["seen"])]
+    if plan["notes"]:
+        parts.insert(1, "\n".join(["before you run", *map(_wrapped, plan["notes"])]))
     if plan["unseen"]:
         parts.append(_tasks("unseen", plan["unseen"]))
     if plan["labels"]:
@@ -94,7 +96,8 @@ def _tasks(side: str, tasks: Mapping[str, Mapping[str, int]], most: int = 12) ->
     if len(tasks) > most:
         rest = list(tasks.values())[most:]
         rows.append([f"and {len(rest)} more", *(sum(task[s] for task in rest) for s in splits)])
-    return f"{len(tasks)} {side} tasks\n" + table([f"{side} task", *splits], rows)
+    noun = "task" if len(tasks) == 1 else "tasks"
+    return f"{len(tasks)} {side} {noun}\n" + table([f"{side} task", *splits], rows)
 
 
 def _labels(labels: Mapping[str, list[Any]], most: int = 8) -> str:

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from foretune.errors import UserError
 from foretune.evaluation.conflict_reading import Inputs, read_rows
 from foretune.evaluation.conflict_rows import Indices, LabelledInputs
 from foretune.evaluation.conflict_steps import RANKS, Given, fit_steps, mean_targets
@@ -158,7 +159,11 @@ class _Scores:
 def _scored(
     rows: LabelledInputs, folds: Indices, shots: Sequence[int | None], seed: int
 ) -> _Scores:
-    """Holds out each fold of tasks in turn and scores every step on it."""
+    """Holds out each fold of tasks in turn and scores every step on it.
+
+    Raises:
+        UserError: All answers are the same.
+    """
     shape = (len(shots), rows.num_tasks)
     everything = rows.moments(np.arange(len(rows.tasks)))
     draws = [
@@ -191,6 +196,8 @@ def _scored(
             spread[place] += rows.task_means(distances, part) / DRAWS
             num_given[place] += rows.num_examples(learnt) / DRAWS
     spread = spread.mean(1, keepdims=True)
+    if not (spread > 0).all():
+        raise UserError("all answers are the same")
     return _Scores({name: e / spread for name, e in errors.items()}, hits, num_given)
 
 

@@ -180,6 +180,29 @@ def choice_sentences(bases: Sequence[Mapping[str, Any]]) -> list[str]:
     return sentences
 
 
+def edge_sentences(bases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each base whose learning rate is the lowest or highest that was tried: so it is.
+
+    >>> tried = [{"learning_rate": 1e-4, "score": 0.5}, {"learning_rate": 1e-3, "score": 0.6}]
+    >>> base = {"label": "PEFT-ML", "retrain": {"learning_rate": 1e-3, "searched": tried}}
+    >>> edge_sentences([base])
+    ['PEFT-ML took the highest learning rate that was tried, 0.001: a higher one may be better.']
+    """
+    sentences = []
+    for base in bases:
+        record = base.get("retrain") or {}
+        rates = {trial["learning_rate"] for trial in record.get("searched") or []}
+        if len(rates) < 2:
+            continue
+        for extreme, word, beyond in ((min, "lowest", "lower"), (max, "highest", "higher")):
+            if record.get("learning_rate") == extreme(rates):
+                sentences.append(
+                    f"{base['label']} took the {word} learning rate that was tried, "
+                    f"{extreme(rates):g}: a {beyond} one may be better."
+                )
+    return sentences
+
+
 def _sureness(choice: Mapping[str, Any]) -> str:
     level = [row["over"] for row in choice["above"] if row["low"] <= 0]
     number = max((row["num_tasks"] for row in choice["above"]), default=0)

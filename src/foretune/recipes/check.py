@@ -27,7 +27,7 @@ from foretune.adapters.stored_adapter import (
     read_config,
 )
 from foretune.errors import ForetuneError, UserError
-from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, VERSIONS
 from foretune.formats import read_tensors
 from foretune.models.loading import head_of_class, load_base, load_model
 from foretune.models.pretrained import quiet
@@ -103,14 +103,18 @@ def all_adapters(folders: Sequence[Path]) -> list[Path]:
 
 
 def adapter_folders(folder: Path) -> list[Path]:
-    """The PEFT folders in a folder, which may be one itself.
+    """The PEFT folders in a folder, which may be one itself; without earlier versions.
 
     Raises:
         UserError: There is none.
     """
     if (folder / ADAPTER_CONFIG_FILE).is_file():
         return [folder]
-    inside = sorted(path.parent for path in folder.glob(f"**/{ADAPTER_CONFIG_FILE}"))
+    inside = sorted(
+        path.parent
+        for path in folder.glob(f"**/{ADAPTER_CONFIG_FILE}")
+        if VERSIONS not in path.relative_to(folder).parts
+    )
     if not inside:
         what = f"no {ADAPTER_CONFIG_FILE} in it" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder} is not an adapter, and holds none: {what}")

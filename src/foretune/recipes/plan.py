@@ -17,6 +17,7 @@ from foretune.recipes.adapting import BASIS_STEPS_FACTOR, candidates_of, held_ou
 from foretune.recipes.conflict import conflict_record, recipe_conflict
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.entries import MethodEntry, adapt_record, takes_rate
+from foretune.recipes.plan_notes import plan_notes
 from foretune.recipes.schema import Recipe
 from foretune.recipes.setup import Setup, set_up
 from foretune.tasks.leakage import Leak, SharedInputs, find_overlaps
@@ -55,6 +56,7 @@ class Plan:
 
     Args:
         name: Name of the recipe.
+        notes: Sentences on tasks that are too few, that tell nothing, or that choose.
         conflict: Whether retraining is likely to pay, or why that cannot be measured.
         seen: Task → number of examples per split.
         unseen: The same for unseen tasks; None if the recipe has none.
@@ -67,6 +69,7 @@ class Plan:
     """
 
     name: str
+    notes: list[str]
     conflict: Conflict | str
     seen: dict[str, dict[str, int]]
     unseen: dict[str, dict[str, int]] | None
@@ -116,14 +119,16 @@ def plan_recipe(recipe: Recipe, console: Console = SILENT) -> Plan:
         console.say("adapting: timing a few steps")
         adapt = _adapt_cost(setup, setup.unseen)
     overlaps = find_overlaps(setup.seen, setup.unseen)
+    labels = _labels(setup)
     return Plan(
         name=recipe.name,
+        notes=plan_notes(setup, labels),
         conflict=conflict,
         seen=describe(setup.seen),
         unseen=None if setup.unseen is None else describe(setup.unseen),
         leaks=overlaps.leaks,
         shared_inputs=overlaps.shared_inputs,
-        labels=_labels(setup),
+        labels=labels,
         drawn=[] if setup.unseen is None else _drawn(setup, setup.unseen),
         retrain=costs,
         adapt=adapt,

@@ -27,7 +27,13 @@ from foretune.evaluation.report.snippet import load_lines
 from foretune.evaluation.report.svg import DARK, LIGHT, PAGE, Ink
 from foretune.evaluation.report.view import View
 from foretune.evaluation.verdict import Contrast
-from foretune.evaluation.wording import choice_sentences, counted, p_text, shots_phrase
+from foretune.evaluation.wording import (
+    choice_sentences,
+    counted,
+    edge_sentences,
+    p_text,
+    shots_phrase,
+)
 from foretune.files import REPORT_FILE, write_whole
 from foretune.printable import printable
 
@@ -87,7 +93,7 @@ def _page(view: View, folder: Path) -> str:
         adapting=adapting(view),
         searches=searches(view),
         choices=choices(view),
-        took=choice_sentences(view.bases),
+        took=[*choice_sentences(view.bases), *edge_sentences(view.bases)],
         load=_load(view, folder),
         recipe=comparison.get("recipe") or "",
         view=view,
