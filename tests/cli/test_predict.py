@@ -145,7 +145,9 @@ def test_mistakes(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "has no rows" in mistake([]) or "is empty" in mistake([])
     assert "no such folder" in mistake([good], adapters="absent")
     Path("empty").mkdir()
-    assert "holds none" in mistake([good], adapters="empty")
+    assert "holds none of what lora, head" in mistake(
+        [good], "--objective", "classification", adapters="empty"
+    )
     assert "only tasks.KEY=VALUE" in mistake([good], "steps=3")
     assert not Path("out.jsonl").exists()
     save_base(tiny_models.bert(num_labels=3, seed=5), tiny_models.tokenizer(), Path("other"))
@@ -238,9 +240,10 @@ out: {tmp_path / "run"}
         assert again["scores"] == pytest.approx(predicted["scores"][::-1][:2], abs=1e-5)
 
 
-def test_texts_of_many_adapters_in_one_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ("llama", "gpt2"))  # which has absolute positions
+def test_texts_of_many_adapters_in_one_batch(tmp_path: Path, kind: str) -> None:
     tokenizer = tiny_models.tokenizer()
-    save_base(tiny_models.llama().float(), tokenizer, tmp_path / "base")
+    save_base(getattr(tiny_models, kind)().float(), tokenizer, tmp_path / "base")
     rows = [
         {"task": task, "prompt": text, "completion": f"{word} {word}"}
         for task, word in zip("abc", ("red", "blue", "mat"), strict=True)
@@ -315,3 +318,164 @@ out: {tmp_path / "run"}
         with bank.attached(), route([0]), torch.no_grad():
             expected = model(torch.tensor([row["x"]]))[0].tolist()
         assert row["prediction"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_texts_that_cannot_be_written_are_said_with_their_row(tmp_path: Path) -> None:
+    save_base(tiny_models.gpt2().float(), tiny_models.tokenizer(), tmp_path / "base")
+    rows = [{"task": "a", "prompt": text, "completion": "red"} for text in texts(6)]
+    write(tmp_path / "rows.jsonl", rows)
+    settings = ("method=lora", "learning_rate=1e-3", "steps=1", "--objective", "causal-lm")
+    adapters = adapted(tmp_path, *settings, "--out", tmp_path / "adapters")
+
+    def mistake(row: dict[str, Any]) -> str:
+        good = {"task": "a", "prompt": "the cat"}
+        new = write(tmp_path / "new.jsonl", [good, {"task": "a", **row}])
+        return the_error("predict", tmp_path / "base", adapters, new, "--max-new-tokens", 4)
+
+    assert "line 2: a prompt of" in mistake({"prompt": "cat " * 90})
+    assert "line 2: neither messages, nor prompt" in mistake({"body": "cat"})
+    assert "line 2: messages, turn 1" in mistake({"messages": [{"role": "cat", "content": "x"}]})
+    assert "line 2, prompt" in mistake({"prompt": "\ud83d cat"})
+    save_base(tiny_models.bert(), tiny_models.tokenizer(), tmp_path / "encoder")
+    new = write(tmp_path / "new.jsonl", [{"task": "a", "prompt": "the cat"}])
+    line = the_error("predict", tmp_path / "encoder", adapters, new)
+    assert "lacks weights that BertLMHeadModel needs" in line
+
+
+@pytest.mark.parametrize("method", ("lora", "full"))
+def test_words_are_compared_with_prompts_of_the_base(tmp_path: Path, method: str) -> None:
+    from foretune.models.loading import load_base
+    from foretune.tasks.objectives.prompts import PromptClassification
+    from foretune.tasks.task import Task, TaskCollection
+
+    tokenizer = tiny_models.tokenizer()
+    save_base(tiny_models.bert(), tokenizer, tmp_path / "base")
+    labels = {"a": ["red", "blue"], "b": ["cat", "dog", "mat"]}
+    rows = [
+        {"task": task, "text": text, "label": of_task[i % len(of_task)]}
+        for task, of_task in labels.items()
+        for i, text in enumerate(texts(12))
+    ]
+    write(tmp_path / "rows.jsonl", rows)
+    new = [{"task": "ab"[i % 2], "text": text} for i, text in enumerate(texts(8))]
+    write(tmp_path / "new.jsonl", new)
+    settings = (f"method={method}", "learning_rate=1e-2", "steps=8", "--objective", "prompts")
+    adapters = adapted(tmp_path, *settings, "--out", tmp_path / "adapters")
+    predicted = the_json("predict", tmp_path / "base", adapters, tmp_path / "new.jsonl")["rows"]
+    base = load_base(tmp_path / "base")[0].eval()
+    tasks = TaskCollection(
+        tuple(
+            Task(task, [{"text": "the cat", "label": label} for label in of_task])
+            for task, of_task in labels.items()
+        )
+    )
+    objective = PromptClassification(tokenizer).fit(tasks).bind(base)
+    for row, prediction in zip(new, predicted, strict=True):
+        folder = adapters / row["task"]
+        if method == "full":
+            model = load_base(folder)[0].eval()
+        else:
+            model = stock(AutoModel, tmp_path, folder)
+        example = {"text": row["text"], "label": labels[row["task"]][0]}
+        batch = objective.collate([objective.encode(example, row["task"])], [0])
+        with torch.no_grad():
+            logits = objective.outputs(model, batch)[0]
+        names = objective.labels[row["task"]]
+        expected = dict(zip(names, logits[: len(names)].softmax(0).tolist(), strict=True))
+        assert prediction["probabilities"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_models_of_another_base_are_refused(labelled: Path) -> None:
+    adapters = adapted(labelled, "method=full", *FAST, "--out", labelled / "adapters")
+    save_base(tiny_models.bert(num_labels=3, seed=5), tiny_models.tokenizer(), labelled / "other")
+    line = the_error("predict", labelled / "other", adapters, labelled / "new.jsonl")
+    assert "was adapted from another base" in line
+    (adapters / "run.json").unlink()
+    command = ("predict", labelled / "base", adapters, labelled / "new.jsonl")
+    command = (*command, "--objective", "classification")
+    assert "does not record which base" in the_error(*command)
+    assert call(*command, "--allow-unverified").exit_code == 0
+
+
+def test_adapters_that_peft_wrote(labelled: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(labelled / "base")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base, config)
+    for name, p in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(labelled / "plain")
+    new = write(labelled / "new.jsonl", [{"text": text} for text in texts(5)])
+    command = ("predict", labelled / "base", labelled / "plain", new)
+    command = (*command, "--objective", "classification")
+    assert "--allow-unverified" in the_error(*command)
+    predicted = the_json(*command, "--allow-unverified")["rows"]
+    model.eval()
+    for row in predicted:
+        ids = torch.tensor([tiny_models.tokenizer()(row["text"])["input_ids"]])
+        with torch.no_grad():
+            expected = model(input_ids=ids).logits[0].softmax(0).tolist()
+        assert [*row["probabilities"].values()] == pytest.approx(expected, abs=1e-5)
+    file = labelled / "plain" / "adapter_config.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "init_lora_weights": "pissa"}))
+    line = the_error(*command, "--allow-unverified")
+    assert "plain: the bank has no adapters with init_lora_weights pissa" in line
+
+
+def test_columns_stay_as_they_are(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datetime
+
+    import pyarrow
+
+    adapted(labelled, "method=lora", *FAST, "--out", labelled / "adapters")
+    monkeypatch.chdir(labelled)
+    when = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+    table = {"task": ["a", "b"], "body": ["the cat", "a dog"], "when": [when, None]}
+    parquet.write_table(pyarrow.table({**table, "raw": [b"\x00\xff", b""]}), "new.parquet")
+    command = ("predict", "base", "adapters", "new.parquet", "tasks.columns.body=text")
+    assert call(*command, "--out", "p.parquet").exit_code == 0
+    written = parquet.read_table("p.parquet")
+    before = parquet.read_table("new.parquet")
+    for name in before.column_names:
+        assert written.column(name).equals(before.column(name)), name
+    assert the_json(*command)["rows"][0]["when"].startswith("2020-01-01")
+    rows = [{"task": "a", "text": "the\rcat", "w": float("nan"), "meta": {}}]
+    write(Path("odd.jsonl"), rows)
+    command = ("predict", "base", "adapters", "odd.jsonl")
+    assert the_json(*command)["rows"][0]["w"] is None
+    assert call(*command, "--out", "odd.csv").exit_code == 0
+    with Path("odd.csv").open(newline="") as file:
+        [row] = csv.DictReader(file)
+    assert row["text"] == "the\rcat" and row["meta"] == "{}"
+    again = call("predict", "base", "adapters", "odd.csv")
+    assert again.exit_code == 2 and "a column prediction is there" in again.stderr
+    result = call(*command, "--out", "odd.parquet")
+    assert result.exit_code == 2 and "Parquet does not take the values of" in result.stderr
+    assert not list(Path().glob("*unfinished*"))
+
+
+def test_nothing_is_taken_that_has_no_effect(
+    labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted(labelled, "method=lora", *FAST, "--out", labelled / "adapters")
+    monkeypatch.chdir(labelled)
+    command = ("predict", "base", "adapters", "new.jsonl")
+    assert "tasks.max_rows is not used here" in the_error(*command, "tasks.max_rows=1")
+    rows = [{"task": "a", "text": "the cat", "body": "red blue"}]
+    both = ("predict", "base", "adapters", write(Path("both.jsonl"), rows))
+    assert 'already has a column "text"' in the_error(*both, "tasks.columns.body=text")
+    assert "does not have" in the_error(*both, "tasks.columns.absent=text")
+    Path("notes.csv").write_text("day,note\nmon,my prediction is rain\n")
+    line = the_error(*command, "--out", "notes.csv", "--overwrite")
+    assert "was not made by foretune" in line
+    Path("bytes.csv").write_bytes(b"task,text,note\na,the cat,caf\xe9\n")
+    assert "not UTF-8" in the_error("predict", "base", "adapters", "bytes.csv")
+    long = write(Path("long.jsonl"), [{"task": "a", "text": "cat " * 500}])
+    assert the_json("predict", "base", "adapters", long)["rows"][0]["prediction"] in LABELS["a"]
+    assert "nothing is predicted by the objective denoising" in the_error(
+        *command, "--objective", "denoising"
+    )
+    Path("adapters/a/labels.json").write_text("[null, null]")
+    assert "labels.json is damaged" in the_error(*command)

@@ -140,6 +140,7 @@ def test_benchmarks_of_lm_eval_stand_beside_the_texts(recipe: Path, quiz: Path) 
     settings = ["retrain.learning_rate=1e-1", f"forgetting.benchmarks=[{quiz}]"]
     result = call("run", recipe, *settings)
     assert result.exit_code == 0, result.output
+    assert "it/s" not in result.stderr
     assert "quiz, acc" in result.stdout and "On quiz no base clearly became worse" in result.stdout
     run = recipe.parent / "run"
     record = json.loads((run / "comparison.json").read_text())["forgetting"]
@@ -194,10 +195,38 @@ def test_mistakes_in_benchmarks_come_before_training(recipe: Path, quiz: Path) -
     assert "has no task hellaswga: did you mean hellaswag?" in mistake("hellaswga")
     assert "hellaswag cannot be loaded" in mistake("hellaswag")
     assert "absent.yaml does not exist" in mistake("absent.yaml")
+    text = quiz.read_text()
+    again = quiz.with_name("again.yaml")
+    again.write_text(text)
+    assert "again.yaml brings a second task quiz" in mistake(f"{quiz},{again}")
+    again.write_text(text.replace("metric: acc", "metric: no_such_metric"))
+    assert "knows no metric of task quiz" in mistake(str(again))
     quiz.with_suffix(".jsonl").unlink()
     assert "quiz.yaml cannot be loaded" in mistake(str(quiz))
     quiz.write_text("task: [")
     assert "quiz.yaml cannot be loaded" in mistake(str(quiz))
+
+
+def test_groups_and_examples_in_prompts(quiz: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from foretune.evaluation.benchmarks import Benchmarks
+
+    group = quiz.with_name("group.yaml")
+    group.write_text("group: quizzes\ntask: [quiz]\n")
+    [measured] = Benchmarks([str(group)]).measure(tiny_models.llama(), TOKENIZER)
+    [alone] = Benchmarks([str(quiz)]).measure(tiny_models.llama(), TOKENIZER)
+    assert measured.score == alone.score == accuracy(tiny_models.llama(), quiz)
+    shots = quiz.with_name("shots.jsonl")
+    shots.write_text(quiz.with_suffix(".jsonl").read_text())
+    few = quiz.with_name("few.yaml")
+    few.write_text(
+        quiz.read_text().replace("{test:", f"{{train: {shots}, test:")
+        + "num_fewshot: 1\ntraining_split: train\n"
+    )
+    before = Benchmarks([str(few)]).digest
+    assert before == Benchmarks([str(few)]).digest
+    shots.write_text(shots.read_text().replace("the cat", "a dog"))
+    assert before != Benchmarks([str(few)]).digest
 
 
 def test_a_base_that_became_worse_is_named_with_what_would_help() -> None:

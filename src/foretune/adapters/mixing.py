@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -99,6 +100,7 @@ class MixedCalls:
             real: The method.
         """
 
+        @functools.wraps(real)  # `generate` asks for the signature
         def call(*args: Any, **kwargs: Any) -> Any:
             rows = current_rows()
             if _INSIDE.get() or rows is None:

@@ -26,7 +26,11 @@ from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from foretune.formats import ADAPTER, stamped
 from foretune.manifest import final_path
 
-FIELDS = ("r", "lora_alpha", "use_rslora", "target_modules")  # what adapters of a bank share
+# What adapters of a bank share.
+FIELDS = (
+    *("r", "lora_alpha", "use_rslora"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+)
 
 
 def peft_config(bank: AdapterBank, model: nn.Module, base: str | None) -> dict[str, Any]:
@@ -95,7 +99,12 @@ def bank_like(model: nn.Module, stored: StoredAdapter, keys: Sequence[str]) -> A
     if (feature := stored.beyond_plain_lora()) is not None:
         raise UserError(f"the bank has no adapters with {feature}")
     lora = {name: config[name] for name in FIELDS if config.get(name) is not None}
-    heads = [name.removeprefix(PREFIX) for name in config.get("modules_to_save") or ()]
+    names = [name for name, _ in model.named_modules()]
+    heads = [  # PEFT lists those that a classifier may have
+        head
+        for head in (name.removeprefix(PREFIX) for name in config.get("modules_to_save") or ())
+        if any(name == head or name.endswith(f".{head}") for name in names)
+    ]
     has_layers = any(".lora_A." in name for name in stored.tensors)
     return AdapterBank(model, keys, lora=lora if has_layers else None, heads=heads)
 

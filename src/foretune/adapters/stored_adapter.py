@@ -66,6 +66,7 @@ class AdapterConfig(TypedDict):
     megatron_config: NotRequired[dict[str, Any] | None]
 
 
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # values of init_lora_weights
 BEYOND_PLAIN_LORA = ("rank_pattern", "alpha_pattern", "use_dora")  # fields of a config
 
 
@@ -89,6 +90,9 @@ class StoredAdapter:
         """What it is or has that is not LoRA of one rank and alpha; None if nothing."""
         if self.config.get("peft_type") != "LORA":
             return str(self.config.get("peft_type"))
+        start = str(self.config.get("init_lora_weights")).casefold()
+        if start.startswith(CHANGES_BASE):  # when PEFT loads it
+            return f"init_lora_weights {start}"
         return next((name for name in BEYOND_PLAIN_LORA if self.config.get(name)), None)
 
 

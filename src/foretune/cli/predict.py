@@ -12,7 +12,6 @@ from foretune.cli.output import (
     AllowUnverified,
     DTypeOption,
     Json,
-    Overwrite,
     QuantizeOption,
     TrustRemoteCode,
     emit,
@@ -54,7 +53,9 @@ def predict(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Largest length of an answer that is a text.")
     ] = 64,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output file of earlier predictions.")
+    ] = False,
     dtype: DTypeOption = "float32",
     quantize: QuantizeOption = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -63,12 +64,14 @@ def predict(
 ) -> None:
     """Predict labels, candidates or texts for new rows."""
     from foretune.recipes.on_folders import rows_source
-    from foretune.tasks.writers import check_suffix, json_line, write_rows
+    from foretune.recipes.questions import has_predictions
+    from foretune.tasks.writers import check_suffix, json_line, plain, write_rows
 
     source = rows_source(str(rows), changes or [])
     if out is not None:
         check_suffix(out)
-        claim_file(out, overwrite=overwrite, reads=[base, adapters, rows], marks=[b"prediction"])
+        marks = [b""] if overwrite and has_predictions(out) else [b"foretune predictions"]
+        claim_file(out, overwrite=overwrite, reads=[base, adapters, rows], marks=marks)
     with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize):
         from foretune.cli.progress import StderrConsole
         from foretune.recipes.predict import predict_rows
@@ -86,7 +89,7 @@ def predict(
         if out is not None:
             write_rows(out, predicted)
     if json:
-        emit_json({"rows": predicted, "out": None if out is None else str(out)})
+        emit_json({"rows": plain(predicted), "out": None if out is None else str(out)})
     elif out is not None:
         emit(f"Predictions: {out}")
     else:

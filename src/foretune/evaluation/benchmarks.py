@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import io
 import json
 import logging
-import os
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from foretune.models.calls import eval_no_grad
 from foretune.models.routing import routed
 
 BATCH = 8  # requests at once
+FILES = (".yaml", ".yml")
+GROUP = re.compile(r"^group:\s*['\"]?([^'\"#\n]+?)['\"]?\s*$", re.MULTILINE)
 SEED = 1234  # lm-eval's, for the examples in a prompt
 
 
@@ -45,14 +48,14 @@ class Benchmarks:
                 "forgetting.benchmarks needs lm-eval: pip install 'foretune[eval]'"
             ) from error
         self.max_examples = max_examples
-        files = [name for name in names if name.endswith((".yaml", ".yml"))]
+        files = [name for name in names if name.endswith(FILES)]
         with _quiet():
             manager = TaskManager(include_defaults=len(files) < len(names))
             for name in names:
                 _check_name(name, manager.all_tasks)
             self._loaded: Any = {}
             for name in names:
-                self._loaded = _merged(self._loaded, _load(manager, name))
+                self._loaded = _merged(self._loaded, _load(manager, name), name)
         for task in self._loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
@@ -68,14 +71,26 @@ class Benchmarks:
         tasks: dict[str, Any] = self._loaded["tasks"]
         return tasks
 
+    def try_on(self, model: nn.Module, tokenizer: Any) -> None:
+        """Scores two examples of each task.
+
+        Raises:
+            UserError: As `measure`.
+        """
+        self._measure(model, tokenizer, 2)
+
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measured]:
         """The scores of a decoder, one for each metric of each task.
 
         Prompts are plain texts: no chat template is applied.
 
         Raises:
-            UserError: The model does not predict tokens, or lm-eval cannot score it.
+            UserError: The model does not predict tokens, lm-eval cannot score it, or a task has no
+                metric that it knows.
         """
+        return self._measure(model, tokenizer, self.max_examples)
+
+    def _measure(self, model: nn.Module, tokenizer: Any, most: int | None) -> list[Measured]:
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -86,31 +101,54 @@ class Benchmarks:
                 results = evaluate(
                     lm=scorer,
                     task_dict=self._loaded,
-                    limit=self.max_examples,
+                    limit=most,
                     bootstrap_iters=0,
                     log_samples=True,
                 )
             except Exception as error:
                 raise UserError(f"lm-eval: {_first_line(error)}") from error
-        return [
-            measured
-            for name in self._tasks
-            for measured in _measures(name, results["results"][name], results)
-        ]
+        measured: list[Measured] = []
+        for name in self._tasks:
+            of_task = [*_measures(name, results["results"][name], results)]
+            if not of_task:
+                raise UserError(f"forgetting.benchmarks: lm-eval knows no metric of task {name}")
+            measured += of_task
+        return measured
 
 
 def _load(manager: Any, name: str) -> Any:
+    """The tasks of a name or file.
+
+    Raises:
+        UserError: They cannot be loaded.
+    """
     try:
-        return manager.load([name])
+        group = GROUP.search(Path(name).read_text("utf-8")) if name.endswith(FILES) else None
+        if group is None:
+            return manager.load([name])
+        beside = type(manager)(include_path=str(Path(name).parent), include_defaults=False)
+        return beside.load([group[1]])
     except Exception as error:  # whatever a data set or a task file may raise
-        reason = _first_line(error)
+        hint = " (its data must be at hand, or on the hub and HF_HUB_OFFLINE not set)"
+        from_outside = isinstance(error, OSError)
         raise UserError(
-            f"forgetting.benchmarks: {name} cannot be loaded: {reason} (its data must be at hand "
-            "or, without HF_HUB_OFFLINE, on the hub)"
+            f"forgetting.benchmarks: {name} cannot be loaded: {_first_line(error)}"
+            f"{hint if from_outside else ''}"
         ) from error
 
 
-def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The tasks of both.
+
+    Raises:
+        UserError: One is in both.
+    """
+    twice = first.get("tasks", {}).keys() & second["tasks"].keys()
+    if twice:
+        raise UserError(
+            f"forgetting.benchmarks: {name} brings a second task {min(twice)}: leave one out, or "
+            "give it another name"
+        )
     return {key: {**first.get(key, {}), **part} for key, part in second.items()}
 
 
@@ -120,7 +158,7 @@ def _check_name(name: str, task_names: Sequence[str]) -> None:
     Raises:
         UserError: It is not.
     """
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith(FILES):
         if not Path(name).is_file():
             raise UserError(f"forgetting.benchmarks: {name} does not exist")
     elif name not in task_names:
@@ -156,7 +194,10 @@ def _measures(
 
 def _described(task: Any) -> str:
     settings = json.dumps(task.dump_config(), default=str, sort_keys=True)
-    return settings + json.dumps(list(task.eval_docs), default=str)
+    examples = [list(task.eval_docs)]
+    if task.get_config("num_fewshot"):
+        examples.append(list(task.fewshot_docs() or ()))
+    return settings + json.dumps(examples, default=str)
 
 
 @contextlib.contextmanager
@@ -164,18 +205,14 @@ def _quiet() -> Iterator[None]:
     """Inside the block lm-eval logs errors alone and shows no bars."""
     loggers = [logging.getLogger("lm_eval"), logging.getLogger("lm-eval")]
     levels = [logger.level for logger in loggers]
-    bars = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        os.environ.pop("TQDM_DISABLE")
-        if bars is not None:
-            os.environ["TQDM_DISABLE"] = bars
 
 
 @contextlib.contextmanager

@@ -41,7 +41,9 @@ def check_forgetting(block: ForgettingBlock, model: Any, tokenizer: Any) -> None
     if block.source is None and not block.benchmarks:
         raise UserError("forgetting needs source (general texts), benchmarks (of lm-eval), or both")
     encoded_texts(model, tokenizer, general_texts(block), block.max_tokens)
-    _benchmarks_of(block)
+    benchmarks = _benchmarks_of(block)
+    if benchmarks is not None:
+        benchmarks.try_on(model, tokenizer)
 
 
 def _benchmarks_of(block: ForgettingBlock) -> Benchmarks | None:

@@ -46,6 +46,8 @@ RECIPE_ONLY = {
     "methods": "how to adapt is chosen by `foretune run` only; set method",
     "search_tasks": "how to adapt is chosen by `foretune run` only",
 }
+# Keys of `tasks:` that say how a row is read.
+READ_BY = ("columns", "messages", "task_column")
 # Settings that say how much fits at once, not how to adapt.
 OF_THE_MACHINE = ("tasks_per_wave", "token_budget", "gradient_checkpointing")
 
@@ -327,6 +329,11 @@ def rows_source(rows: str, changes: Sequence[str]) -> Source:
         if not change.startswith("tasks."):
             raise UserError(
                 f"{change}: only tasks.KEY=VALUE is a setting here, how the rows are read"
+            )
+        key = change.removeprefix("tasks.").partition("=")[0].partition(".")[0]
+        if key not in READ_BY:
+            raise UserError(
+                f"tasks.{key} is not used here, where rows are only read: {', '.join(READ_BY)} are"
             )
     data = parse_block(
         TasksBlock, [f"source={json.dumps(rows)}", *(c.removeprefix("tasks.") for c in changes)]

@@ -54,10 +54,11 @@ def _one_label(labels: Mapping[str, Sequence[Any]]) -> str | None:
     tasks = [task for task, of_task in labels.items() if len(of_task) == 1]
     if not tasks:
         return None
-    all_of_them = "All tasks have" if len(tasks) == len(labels) else f"{_some(tasks)}:"
-    one = " one label each" if len(tasks) == len(labels) else " one label only"
+    which = f"{_listed(tasks)}: one label only"
+    if len(tasks) == len(labels):
+        which = "All tasks have one label each"
     return (
-        f"{all_of_them}{one}, so every prediction is right and the scores say nothing. Leave them "
+        f"{which}, so every prediction is right and the scores say nothing. Leave them "
         "out, or add rows with other labels."
     )
 
@@ -67,11 +68,11 @@ def _held_out(setup: Setup) -> str | None:
     if not names:
         return None
     return (
-        f"Rates and how to adapt are chosen by {_some(names)}, which no base is retrained on; "
+        f"Rates and how to adapt are chosen by {_listed(names)}, which no base is retrained on; "
         "other repeats hold out others."
     )
 
 
-def _some(names: Sequence[str], most: int = 8) -> str:
+def _listed(names: Sequence[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -14,44 +14,44 @@ import numpy as np
 from torch import nn
 
 from foretune.adapters.bank import AdapterBank
-from foretune.adapters.fingerprint import keep_digests
+from foretune.adapters.fingerprint import fingerprint, keep_digests
 from foretune.adapters.peft_format import FIELDS, bank_like, load_adapter
 from foretune.adapters.stored_adapter import read_adapter
 from foretune.entry_points import entry_point
-from foretune.errors import UserError, did_you_mean
-from foretune.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, RUN_FILE, SCORES_FILE
+from foretune.errors import UserError
+from foretune.evaluation.forgetting import check_predicts_tokens
+from foretune.files import ADAPTER_CONFIG_FILE, RUN_FILE
 from foretune.formats import RUN, read_json
 from foretune.models.calls import eval_no_grad
+from foretune.models.capacity import num_positions
 from foretune.models.loading import load_base
 from foretune.models.routing import route
 from foretune.models.sentence_cache import embedding_with
-from foretune.models.surgery import head_width
+from foretune.models.surgery import head_modules, head_width
+from foretune.printable import in_one_line
 from foretune.recipes.check import BasesOfAdapters
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.predictions import (
     COLUMNS,
     PREDICTION,
     Prediction,
-    Question,
-    examples_of,
     labels_of,
     prediction_of,
-    prompt_of,
 )
+from foretune.recipes.questions import Question, examples_of, prompt_of, read_questions
 from foretune.recipes.saved_base import SavedBase, find_base
 from foretune.recipes.schema import ENCODES_PROMPTS, WRITES_TEXT
 from foretune.recipes.setup import with_tokenizer
 from foretune.run import Run
-from foretune.tasks.messages import with_message_names
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.objectives.classification import Classification
-from foretune.tasks.readers import read_rows
+from foretune.tasks.objectives.regression import check_arrays
+from foretune.tasks.readers import Row
 from foretune.tasks.row_store import RowStore
-from foretune.tasks.rows import task_of
 from foretune.tasks.sources import Source
+from foretune.tasks.task import Task, TaskCollection
 from foretune.training.data import SlotRows, TaskData
 from foretune.training.loop import make_accelerator
-from foretune.training.outcome import folder_name
 from foretune.training.predicting import predicted_outputs
 from foretune.training.text_limits import TextLimits
 from foretune.training.token_budget import default_token_budget
@@ -92,21 +92,23 @@ def predict_rows(
             objective predicts nothing.
     """
     saved = find_base(base)
-    questions = list(_questions(source, adapters))
+    if not adapters.is_dir():
+        raise UserError(f"no adapters in {adapters}: no such folder")
     kind, settings = _objective_of(saved, adapters, objective)
+    questions = read_questions(source, adapters, COLUMNS[kind])
     predictor = _Predictor(saved, kind, settings, batch_size, max_new_tokens, allow_unverified)
     answers: dict[int, Prediction] = {}
     for group in predictor.groups(questions):
         answers |= predictor.answer(group)
         console.say(f"{len(answers)} of {len(questions)} rows answered")
-    return [{**question.row.fields, **answers[question.number]} for question in questions]
+    return [{**question.columns, **answers[question.number]} for question in questions]
 
 
 def _objective_of(saved: SavedBase, adapters: Path, kind: str | None) -> tuple[str, dict[str, Any]]:
     """The kind of objective and its fields: those that the adapters record, or the base's.
 
     Raises:
-        UserError: Neither records one, and none is asked for.
+        UserError: Neither records one, and none is asked for, or it predicts nothing.
     """
     recorded: dict[str, Any] = {}
     for folder in (adapters, adapters.parent):
@@ -118,74 +120,12 @@ def _objective_of(saved: SavedBase, adapters: Path, kind: str | None) -> tuple[s
         recorded = {"kind": kind}
     if "kind" not in recorded:
         saved.objective(None, None)  # raises
+    if recorded["kind"] not in COLUMNS:
+        raise UserError(
+            f"nothing is predicted by the objective {recorded['kind']}; those that predict are "
+            f"{', '.join(COLUMNS)}"
+        )
     return str(recorded["kind"]), recorded
-
-
-def _questions(source: Source, adapters: Path) -> Iterator[Question]:
-    """The rows with their adapters.
-
-    Raises:
-        UserError: There is no adapter, a row names no task or one without an adapter, or has a
-            column that the predictions take.
-    """
-    is_one = any((adapters / file).is_file() for file in (ADAPTER_CONFIG_FILE, CONFIG_FILE))
-    by_task = {} if is_one else _folders_of(adapters)
-    number = -1
-    for number, row in enumerate(read_rows(source.source)):
-        fields = {source.columns.get(k, k): v for k, v in row.fields.items()}
-        if source.messages:
-            fields = with_message_names(fields, source.messages)
-        row = row._replace(fields=fields)
-        for name in COLUMNS:
-            if name in fields:
-                raise UserError(
-                    f"{row.place}: a column {name} is there already, and would be written again: "
-                    "remove or rename it"
-                )
-        folder = adapters
-        if not is_one:
-            task = task_of(row, source.task_column)
-            if task not in by_task:
-                raise UserError(
-                    f"{row.place}: no adapter of task {task} in {adapters}, which has "
-                    f"{len({*by_task.values()})}.{did_you_mean(task, by_task)}"
-                )
-            folder = by_task[task]
-        yield Question(row=row, adapter=folder, number=number)
-    if number < 0:
-        raise UserError(f"{source.source} has no rows")
-
-
-def _folders_of(adapters: Path) -> dict[str, Path]:
-    """Task → the folder of its adapter, or of its own model.
-
-    Raises:
-        UserError: There is none.
-    """
-    if not adapters.is_dir():
-        raise UserError(f"no adapters in {adapters}: no such folder")
-    folders = {
-        path.parent.name: path.parent
-        for file in (ADAPTER_CONFIG_FILE, CONFIG_FILE)
-        for path in sorted(adapters.glob(f"*/{file}"))
-    }
-    if not folders:
-        raise UserError(f"{adapters} is not an adapter, and holds none")
-    tasks = {name: name for name in folders}
-    if (adapters / SCORES_FILE).is_file():
-        rows = read_json(adapters / SCORES_FILE, list[dict[str, Any]])
-        tasks |= {str(row["task"]): str(row["folder"]) for row in reversed(rows)}
-    return _ByTask({task: folders[name] for task, name in tasks.items() if name in folders})
-
-
-class _ByTask(dict[str, Path]):
-    """Also finds a task by the name that its folder has by rule."""
-
-    def __contains__(self, task: object) -> bool:
-        return super().__contains__(task) or super().__contains__(folder_name(str(task)))
-
-    def __missing__(self, task: str) -> Path:
-        return self[folder_name(task)]
 
 
 class _Predictor:
@@ -258,24 +198,53 @@ class _Predictor:
 
     @contextlib.contextmanager
     def _adapted(self, folders: Sequence[Path]) -> Iterator[tuple[nn.Module, AdapterBank | None]]:
-        """The model with a bank of these adapters attached; or the only task's own model."""
+        """The model with a bank of these adapters attached; or the only task's own model.
+
+        Raises:
+            UserError: An adapter is of another base, damaged, or nothing that a bank holds.
+        """
         if not (folders[0] / ADAPTER_CONFIG_FILE).is_file():
+            self._check_own_model(folders[0])
             model = load_base(folders[0])[0].to(self.device).eval()
             with route(None):
                 yield model, None
             return
         model = self.bases.of(folders[0])
         stored = read_adapter(folders[0], model, allow_unverified=self.allow_unverified)
-        bank = bank_like(model, stored, [str(folder) for folder in folders])
+        try:
+            bank = bank_like(model, stored, [str(folder) for folder in folders])
+        except UserError as error:
+            raise UserError(f"{folders[0]}: {error}") from error
         for slot, folder in enumerate(folders):
             load_adapter(bank, slot, folder, model, allow_unverified=self.allow_unverified)
         with bank.to(self.device).attached():
             yield model, bank
 
+    def _check_own_model(self, folder: Path) -> None:
+        """Checks that a task's own model was made of this base.
+
+        Raises:
+            UserError: It was made of another one, or does not say of which.
+        """
+        file, base = folder.parent / RUN_FILE, self.bases.model
+        recorded = read_json(file, dict[str, Any], RUN).get("model") if file.is_file() else None
+        if recorded is None and not self.allow_unverified:
+            raise UserError(
+                f"{folder} does not record which base it was adapted from: if it is this one, use "
+                "--allow-unverified"
+            )
+        without = ((), head_modules(base))  # a head does not count where each task has its own
+        if recorded not in (None, *(fingerprint(base, heads, buffers=True) for heads in without)):
+            raise UserError(f"{folder} was adapted from another base")
+
     def _outputs(
         self, model: nn.Module, questions: Sequence[Question], folders: Sequence[Path]
     ) -> dict[int, Prediction]:
-        """The predictions that are made of the objective's outputs."""
+        """The predictions that are made of the objective's outputs.
+
+        Raises:
+            UserError: The model does not take the rows.
+        """
         labels = {folder: labels_of(folder, model) for folder in folders}
         if self.kind == "prompts":  # which has an output for each of a task's labels
             labels = {f: [v for v in names if v is not None] for f, names in labels.items()}
@@ -293,10 +262,16 @@ class _Predictor:
             SlotRows(names[f], (), test=store.rows(of_folder[f]), task=names[f]) for f in folders
         ]
         data = TaskData(slots, objective, TextLimits.of(model, objective))
-        with embedding_with(model):
-            outputs = predicted_outputs(
-                model, data, batch_size=self.batch_size, budget=default_token_budget(model)
-            )
+        if any("x" in row for slot in slots for row in slot.test):
+            check_arrays(TaskCollection(tuple(_task(slot) for slot in slots)), ("x",))
+        budget = default_token_budget(model)
+        try:
+            with embedding_with(model):
+                outputs = predicted_outputs(model, data, batch_size=self.batch_size, budget=budget)
+        except RuntimeError as error:
+            raise UserError(
+                f"{type(model).__name__} does not take these rows: {in_one_line(str(error))[:200]}"
+            ) from error
         by_row: dict[int, list[np.ndarray]] = defaultdict(list)
         for (slot, i), values in sorted(outputs.items()):
             by_row[parts[folders[slot]][i][0]].append(values)
@@ -308,8 +283,13 @@ class _Predictor:
         }
 
     def _fitted(self, model: nn.Module, labels: Mapping[str, Sequence[Any]]) -> Any:
-        """The objective for these tasks: each output of a head is a label of its own number."""
-        objective = self.objective
+        """The objective for these tasks: each output of a head is a label of its own number.
+
+        What it takes from a model before any training, it takes from the base.
+        """
+        objective, most = self.objective, num_positions(model)
+        if most is not None and getattr(objective, "max_tokens", 0) > most:
+            objective = dataclasses.replace(objective, max_tokens=most)
         if self.kind == "prompts":
             words = {task: tuple(of_task) for task, of_task in labels.items()}
             objective = dataclasses.replace(objective, labels=words)
@@ -318,7 +298,9 @@ class _Predictor:
             objective = dataclasses.replace(
                 objective, labels={task: tuple(width) for task in labels}
             )
-        return objective.bind(model)
+        of_base = self.kind in ("prompts", "preference")
+        with route(None):
+            return objective.bind(self.bases.model.to(self.device) if of_base else model)
 
     def _texts(
         self,
@@ -333,7 +315,8 @@ class _Predictor:
             UserError: A row has no prompt, or one that is too long.
         """
         slots = {folder: slot for slot, folder in enumerate(folders)}
-        prompts = [prompt_of(question.row) for question in questions]
+        check_predicts_tokens(model, self.bases.tokenizer)
+        prompts = [self._checked_prompt(model, question.row) for question in questions]
         owners = [slots[question.adapter] for question in questions]
         order = [*range(len(questions))]
         parts = [order[i : i + self.batch_size] for i in order[:: self.batch_size]]
@@ -355,6 +338,20 @@ class _Predictor:
                 answers[questions[i].number] = {PREDICTION: text.text.strip()}
         return answers
 
+    def _checked_prompt(self, model: nn.Module, row: Row) -> Any:
+        """The prompt of a row, which the model can read.
+
+        Raises:
+            UserError: It has none, or it is too long.
+        """
+        prompt = prompt_of(row)
+        encode = entry_point(ENCODES_PROMPTS["causal-lm"])
+        try:
+            encode(model, self.bases.tokenizer, [prompt], self.max_new_tokens)
+        except UserError as error:
+            raise UserError(f"{row.place}: {error}") from error
+        return prompt
+
     def _mixes(
         self, model: nn.Module, bank: AdapterBank, prompts: Sequence[Any], owners: Sequence[int]
     ) -> bool:
@@ -365,3 +362,7 @@ class _Predictor:
         with route([owners[i] for i in rows]), eval_no_grad(model):
             model(**inputs, use_cache=False)
         return bank.settle() is None
+
+
+def _task(slot: SlotRows) -> Task:
+    return Task(slot.key, test=slot.test)

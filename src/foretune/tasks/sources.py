@@ -251,7 +251,7 @@ def _read(
             numbers[name] = tuple(array("q") for _ in SPLITS)
         numbers[name][SPLITS.index(split)].append(len(store))
         store.add(example, f"{row.file} {row.unit}", row.number)
-    _check_renames(source, sorted(columns))
+    check_renames_of(source, sorted(columns))
     if fault is not None:
         raise fault
     _check_group(source, sorted({source.columns.get(name, name) for name in columns}))
@@ -304,7 +304,12 @@ def _renamed(row: Row, names: dict[str, str]) -> Row:
     return row._replace(fields={names.get(k, k): v for k, v in row.fields.items()})
 
 
-def _check_renames(source: Source, columns: list[str]) -> None:
+def check_renames_of(source: Source, columns: list[str]) -> None:
+    """Checks that the columns to be renamed are there, and their new names are not.
+
+    Raises:
+        UserError: One is missing, or a new name is taken.
+    """
     for old, new in source.columns.items():
         if old not in columns:
             raise UserError(

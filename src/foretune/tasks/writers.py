@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import numpy as np
 from foretune.errors import UserError
 from foretune.files import disk_errors, write_whole
 from foretune.manifest import UNFINISHED
+from foretune.printable import in_one_line
 
 Rows = Sequence[Mapping[str, Any]]
+ARRAYS = (np.ndarray, np.generic)
 
 
 def check_suffix(file: Path) -> None:
@@ -24,7 +27,7 @@ def check_suffix(file: Path) -> None:
     Raises:
         UserError: They cannot.
     """
-    if file.suffix not in WRITERS:
+    if file.suffix.lower() not in WRITERS:
         raise UserError(f"{file}: rows are written as {', '.join(WRITERS)}; choose one of these")
 
 
@@ -41,12 +44,25 @@ def write_rows(file: Path, rows: Rows) -> None:
         UserError: The name says no format, or Parquet takes no column of values so different.
     """
     check_suffix(file)
-    WRITERS[file.suffix](file, rows)
+    WRITERS[file.suffix.lower()](file, rows)
 
 
 def json_line(row: Mapping[str, Any]) -> str:
     """A row as one line of JSON."""
-    return json.dumps(row, ensure_ascii=False, default=_plain)
+    return json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: arrays are lists, NaN and infinity null, all else is a text."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def _write_json_lines(file: Path, rows: Rows) -> None:
@@ -55,11 +71,21 @@ def _write_json_lines(file: Path, rows: Rows) -> None:
 
 def _write_table(file: Path, rows: Rows) -> None:
     text = io.StringIO()
-    delimiter = "\t" if file.suffix == ".tsv" else ","
-    writer = csv.DictWriter(text, _columns(rows), delimiter=delimiter, lineterminator="\n")
+    cells = [{name: _cell(value) for name, value in row.items()} for row in rows]
+    names = _columns(rows)
+    # A lone carriage return is not quoted by itself, and would end the line.
+    bare = any("\r" in str(cell) for row in cells for cell in row.values()) or "\r" in "".join(
+        names
+    )
+    writer = csv.DictWriter(
+        text,
+        names,
+        delimiter="\t" if file.suffix.lower() == ".tsv" else ",",
+        lineterminator="\n",
+        quoting=csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL,
+    )
     writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _cell(value) for name, value in row.items()})
+    writer.writerows(cells)
     write_whole(file, text.getvalue())
 
 
@@ -67,25 +93,26 @@ def _write_parquet(file: Path, rows: Rows) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    columns = {
-        name: [json.loads(json_line({"": row.get(name)}))[""] for row in rows]
-        for name in _columns(rows)
-    }
-    try:
-        table = pyarrow.table(columns)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-        raise UserError(
-            f"{file}: a column holds values of several types, which Parquet does not take: write "
-            ".jsonl"
-        ) from error
+    columns: dict[str, Any] = {}
     temporary = file.with_name(UNFINISHED + file.name)
-    with disk_errors(file):
-        try:
+    name = ""
+    try:
+        for name in _columns(rows):
+            values = [row.get(name) for row in rows]
+            columns[name] = pyarrow.array(
+                [v.tolist() if isinstance(v, ARRAYS) else v for v in values]
+            )
+        name = ", ".join(columns)
+        with disk_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            pyarrow.parquet.write_table(table, temporary)
+            pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
             temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+    except (pyarrow.ArrowException, OverflowError, TypeError) as error:
+        raise UserError(
+            f"{file}: Parquet does not take the values of {in_one_line(name)}: write .jsonl"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 WRITERS: dict[str, Callable[[Path, Rows], None]] = {
@@ -102,10 +129,4 @@ def _columns(rows: Rows) -> list[str]:
 
 def _cell(value: Any) -> Any:
     is_nested = isinstance(value, (list, dict, np.ndarray))
-    return json.dumps(value, ensure_ascii=False, default=_plain) if is_nested else value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
-    return str(value)
+    return json.dumps(plain(value), ensure_ascii=False) if is_nested else value

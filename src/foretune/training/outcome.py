@@ -284,7 +284,7 @@ def folder_names(
             continue
         name = folder_name(task, draw)
         if same_on_disk(name) in used:
-            name = f"{name}-{_digest(f'{task}/{draw}')}"
+            name = suffixed_name(task, draw)
         used.add(same_on_disk(name))
         names[task, draw] = name
     return names
@@ -302,6 +302,11 @@ def folder_name(task: str, draw: int = 0) -> str:
     if safe.endswith(".") or safe.casefold() in RESERVED or DEVICES.fullmatch(safe.casefold()):
         safe = f"{safe.rstrip('.')}-{_digest(task)}"
     return safe if draw == 0 else f"{safe}-draw{draw}"
+
+
+def suffixed_name(task: str, draw: int = 0) -> str:
+    """The folder name of a task whose `folder_name` a file system takes for another task's."""
+    return f"{folder_name(task, draw)}-{_digest(f'{task}/{draw}')}"
 
 
 def readable_name(task: str) -> str:
