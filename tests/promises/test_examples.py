@@ -66,14 +66,17 @@ def test_own_data_as_the_readme_tells_it(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     write_tickets(tmp_path / "tickets.jsonl", [f"shop-{i}" for i in range(13)])
     write_tickets(tmp_path / "new.jsonl", ["new-shop"])
+    rows = [{"task": "new-shop", "text": text} for texts in TEXTS.values() for text in texts]
+    (tmp_path / "unlabelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = [line for line in shell_lines(ROOT / "README.md", "foretune") if "tickets" in line]
-    assert [shlex.split(line)[1] for line in lines] == ["init", "plan", "run", "adapt"]
+    assert [shlex.split(line)[1] for line in lines] == ["init", "plan", "run", "adapt", "predict"]
     for line in lines:
         _, command, *args = shlex.split(line)
         extra = {"run": SMALL, "plan": SMALL, "adapt": ["steps=2"]}.get(command, [])
         done = CliRunner().invoke(app, [command, *args, *extra])
         assert done.exit_code == 0, done.output
     assert (tmp_path / "runs/tickets/report.html").is_file()
+    assert len((tmp_path / "predicted.csv").read_text().splitlines()) == 1 + len(rows)
     loading, api = blocks(ROOT / "README.md", "python")
     exec(loading, {})
     exec(api.replace("steps=200", "steps=2").replace("(4, 16)", "(2,)"), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,23 @@ def parse_recipe_yaml(text: str, where: str) -> Any:
     """
     raw = parse_yaml(text, where)
     return unstamped(Path(where), raw, RECIPE) if isinstance(raw, dict) else raw
+
+
+def as_yaml_value(value: Any) -> str:
+    """A text, number, list or mapping as it stands behind a key, on one line.
+
+    >>> as_yaml_value("a/b.csv"), as_yaml_value("yes"), as_yaml_value([4, "all"])
+    ('a/b.csv', '"yes"', '[4, all]')
+    """
+    if isinstance(value, dict):
+        items = (f"{as_yaml_value(k)}: {as_yaml_value(v)}" for k, v in value.items())
+        return "{" + ", ".join(items) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_yaml_value, value)) + "]"
+    if isinstance(value, str):
+        is_plain = re.fullmatch(r"[\w./-]+", value) and parse_yaml(value, "") == value
+        return value if is_plain else json.dumps(value, ensure_ascii=False)
+    return str(value)
 
 
 def dump_yaml(value: Any) -> str:
