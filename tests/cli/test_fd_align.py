@@ -65,10 +65,10 @@ def test_with_lora_each_task_gets_an_adapter(base: Path) -> None:
     assert (base.parent / "out" / "pets" / "adapter_model.safetensors").is_file()
 
 
-def test_a_second_run_needs_overwrite(base: Path) -> None:
+def test_a_second_run_adapts_nothing_again(base: Path) -> None:
     assert fd_align(base).exit_code == 0
-    refused = fd_align(base)
-    assert refused.exit_code == 2 and "is not empty" in refused.output
+    again = fd_align(base)
+    assert again.exit_code == 0 and "Already there, not adapted again" in again.output
     assert fd_align(base, "--overwrite").exit_code == 0
 
 

@@ -416,4 +416,5 @@ def test_the_first_process_alone_speaks(place: Path) -> None:
     alone = launch(place, *source, "--out", "one", processes=1)
     assert json.loads(two.stdout)["scores"] == json.loads(alone.stdout)["scores"]
     rows = [json.loads((place / name / "scores.json").read_text()) for name in ("one", "two")]
+    assert all(row.pop("adapted") for of_run in rows for row in of_run)
     assert sorted(rows[0], key=str) == sorted(rows[1], key=str)
