@@ -135,6 +135,7 @@ def test_a_plan_tells_leaks_from_shared_inputs() -> None:
     shared = [dataclasses.asdict(SharedInputs("b", 25, 20, 25, "text 0"))]
     plan: dict[str, Any] = {
         "conflict": {"unmeasured": "it takes 4 tasks"},
+        "notes": [],
         "seen": {"a": {"train": 1}},
         "unseen": None,
         "retrain": [],

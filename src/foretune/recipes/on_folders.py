@@ -157,8 +157,11 @@ def adapt_folder(
 
 def holds_adapters(folder: Path) -> bool:
     """Whether `adapt` has written a folder."""
-    manifest = read_manifest(folder) if folder.is_dir() else None
-    return manifest is not None and manifest.kind == "adapt" and (folder / RUN_FILE).is_file()
+    try:
+        manifest = read_manifest(folder) if folder.is_dir() else None
+        return manifest is not None and manifest.kind == "adapt" and (folder / RUN_FILE).is_file()
+    except OSError:  # which claiming the folder will say
+        return False
 
 
 def _by_setting(adapted: Adapted) -> list[tuple[Setting, list[str]]]:

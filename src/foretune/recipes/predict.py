@@ -120,7 +120,7 @@ def _objective_of(saved: SavedBase, adapters: Path, kind: str | None) -> tuple[s
         recorded = {"kind": kind}
     if "kind" not in recorded:
         saved.objective(None, None)  # raises
-    if recorded["kind"] not in COLUMNS:
+    if recorded["kind"] not in COLUMNS or (recorded["kind"] == "causal-lm" and not WRITES_TEXT):
         raise UserError(
             f"nothing is predicted by the objective {recorded['kind']}; those that predict are "
             f"{', '.join(COLUMNS)}"
