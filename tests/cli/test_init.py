@@ -65,6 +65,11 @@ def test_columns_of_other_names_are_found_and_said(
     tasks = load_recipe("t.yaml").tasks
     assert tasks.task_column == "Customer"
     assert tasks.columns == {"body": "text", "category": "label"}
+    Path("half.csv").write_text("customer,text,category\n" + "\n".join(lines))
+    half = the_json("init", "h.yaml", "--data", "half.csv")
+    assert half["template"] == "classification" and half["columns"] == {"category": "label"}
+    Path("texts.csv").write_text("customer,text\na,hello\nb,hi\n")
+    assert the_json("init", "x.yaml", "--data", "texts.csv")["template"] == "causal-lm"
 
 
 def test_what_cannot_be_told_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def test_mistakes(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "has no rows" in mistake([]) or "is empty" in mistake([])
     assert "no such folder" in mistake([good], adapters="absent")
     Path("empty").mkdir()
-    assert "holds none of what lora, head" in mistake(
+    assert "holds no adapters: neither" in mistake(
         [good], "--objective", "classification", adapters="empty"
     )
     assert "only tasks.KEY=VALUE" in mistake([good], "steps=3")
@@ -401,3 +401,32 @@ def test_nothing_is_taken_that_has_no_effect(
     )
     Path("adapters/a/labels.json").write_text("[null, null]")
     assert "labels.json is damaged" in the_error(*command)
+
+
+def test_models_of_a_base_without_a_head(tmp_path: Path) -> None:
+    """The base that adapt loads has a head which the folder lacks."""
+    save_base(tiny_models.bert(), tiny_models.tokenizer(), tmp_path / "base")
+    rows = [{"task": "a", "text": text, "label": "xy"[i % 2]} for i, text in enumerate(texts(10))]
+    write(tmp_path / "rows.jsonl", rows)
+    new = write(tmp_path / "new.jsonl", [{"task": "a", "text": text} for text in texts(4)])
+    for method in ("lora", "full"):
+        settings = (f"method={method}", *FAST, "--out", tmp_path / "adapters", "--overwrite")
+        adapters = adapted(tmp_path, *settings)
+        rows = the_json("predict", tmp_path / "base", adapters, new)["rows"]
+        assert {row["prediction"] for row in rows} <= {"x", "y"}, method
+
+
+def test_tasks_whose_names_differ_in_case(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"task": task, "text": text, "label": labels[i % 2]}
+        for task, labels in {"Red": "xy", "red": "zw"}.items()
+        for i, text in enumerate(texts(10))
+    ]
+    write(labelled / "rows.jsonl", rows)
+    adapters = adapted(labelled, "method=lora", *FAST, "--out", labelled / "adapters")
+    new = write(labelled / "new.jsonl", [{"task": t, "text": "a b"} for t in ("Red", "red")])
+    command = ("predict", labelled / "base", adapters, new, "--objective", "classification")
+    for _ in range(2):  # as the folder records them, and by the names of folders alone
+        upper, lower = the_json(*command)["rows"]
+        assert {*upper["probabilities"]} == {"x", "y"} and {*lower["probabilities"]} == {"z", "w"}
+        (adapters / "scores.json").unlink(missing_ok=True)

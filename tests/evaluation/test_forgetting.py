@@ -192,7 +192,10 @@ def test_mistakes_in_benchmarks_come_before_training(recipe: Path, quiz: Path) -
     def mistake(name: str) -> str:
         return last_line("plan", recipe, f"forgetting.benchmarks=[{name}]")
 
-    assert "has no task hellaswga: did you mean hellaswag?" in mistake("hellaswga")
+    assert (
+        'has no task hellaswga; `lm-eval ls tasks` lists them. Did you mean "hellaswag"?'
+        in mistake("hellaswga")
+    )
     assert "hellaswag cannot be loaded" in mistake("hellaswag")
     assert "absent.yaml does not exist" in mistake("absent.yaml")
     text = quiz.read_text()

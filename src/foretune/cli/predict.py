@@ -70,7 +70,7 @@ def predict(
     source = rows_source(str(rows), changes or [])
     if out is not None:
         check_suffix(out)
-        marks = [b""] if overwrite and has_predictions(out) else [b"foretune predictions"]
+        marks = [b""] if overwrite and has_predictions(out) else []
         claim_file(out, overwrite=overwrite, reads=[base, adapters, rows], marks=marks)
     with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize):
         from foretune.cli.progress import StderrConsole

@@ -115,7 +115,7 @@ def adapt(
     _check_one_of(replace, overwrite)
     with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize):
         from foretune.cli.progress import StderrConsole
-        from foretune.evaluation.wording import counted, setting_phrase
+        from foretune.evaluation.wording import counted, listed, setting_phrase
         from foretune.recipes.on_folders import adapt_folder
 
         result = adapt_folder(
@@ -151,7 +151,7 @@ def adapt(
     ):
         names = result[tasks_of]
         if names:
-            emit(f"{what}: {counted(len(names), 'task')} ({_first(names)})")
+            emit(f"{what}: {counted(len(names), 'task')} ({listed(names)})")
     for line in result["drawn"]:
         emit(f"Adapted on {line}")
     emit(f"Adapters: {out}")
@@ -168,7 +168,3 @@ def _check_one_of(replace: bool, overwrite: bool) -> None:
     """
     if replace and overwrite:
         raise UserError("--replace keeps the other tasks and --overwrite removes them: choose one")
-
-
-def _first(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

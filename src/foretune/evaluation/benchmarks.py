@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import io
 import json
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from foretune.errors import UserError
+from foretune.errors import UserError, did_you_mean
 from foretune.evaluation.forgetting import Measured, check_predicts_tokens
 from foretune.models.calls import eval_no_grad
 from foretune.models.routing import routed
@@ -162,9 +161,10 @@ def _check_name(name: str, task_names: Sequence[str]) -> None:
         if not Path(name).is_file():
             raise UserError(f"forgetting.benchmarks: {name} does not exist")
     elif name not in task_names:
-        near = difflib.get_close_matches(name, task_names, n=1)
-        advice = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists them"
-        raise UserError(f"forgetting.benchmarks: lm-eval has no task {name}: {advice}")
+        raise UserError(
+            f"forgetting.benchmarks: lm-eval has no task {name}; `lm-eval ls tasks` lists them."
+            f"{did_you_mean(name, task_names)}"
+        )
 
 
 def _measures(

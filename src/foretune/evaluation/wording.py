@@ -221,6 +221,16 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first names and the number of further ones.
+
+    >>> listed(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def p_text(p_value: float) -> str:
     """A p-value: '0.031', or '<0.001' for all smaller ones."""
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"

@@ -7,7 +7,8 @@ from typing import Any
 
 from foretune.adapters.stored_adapter import read_config
 from foretune.errors import UserError
-from foretune.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, SCORES_FILE
+from foretune.files import ADAPTER_CONFIG_FILE, SCORES_FILE
+from foretune.recipes.questions import adapters_in
 from foretune.training.resume import SavedTask, read_scores
 
 
@@ -27,13 +28,7 @@ def listed_adapters(folder: Path) -> list[dict[str, Any]]:
     """
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
-    folders = sorted(
-        path
-        for path in folder.iterdir()
-        if any((path / file).is_file() for file in (ADAPTER_CONFIG_FILE, CONFIG_FILE))
-    )
-    if not folders:
-        raise UserError(f"{folder} holds no adapters")
+    folders = adapters_in(folder)
     saved = {task.folder: (key, task) for key, task in read_scores(folder / SCORES_FILE).items()}
     unknown = SavedTask(folder="", score=None, num_rows=0)
     rows = []

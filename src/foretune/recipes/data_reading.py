@@ -176,9 +176,12 @@ def _fit(
         UserError: None fits, or not the one that is asked for.
     """
     candidates = NEEDS if template is None else {template: NEEDS[template]}
+    # A text alone is learnt only where no other column, of whatever name, is its answer.
     for with_aliases in (False, True):
         for name, needs in candidates.items():
             for needed in needs:
+                if len(needed) == 1 and needed[0] == "text" and not with_aliases:
+                    continue
                 renames = _renames(columns, task_column, needed, with_aliases)
                 if renames is not None:
                     return name, renames

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foretune.evaluation.verdict import tasks_needed
-from foretune.evaluation.wording import counted
+from foretune.evaluation.wording import counted, listed
 from foretune.recipes.setup import Setup
 
 
@@ -54,7 +54,7 @@ def _one_label(labels: Mapping[str, Sequence[Any]]) -> str | None:
     tasks = [task for task, of_task in labels.items() if len(of_task) == 1]
     if not tasks:
         return None
-    which = f"{_listed(tasks)}: one label only"
+    which = f"{listed(tasks)}: one label only"
     if len(tasks) == len(labels):
         which = "All tasks have one label each"
     return (
@@ -68,11 +68,6 @@ def _held_out(setup: Setup) -> str | None:
     if not names:
         return None
     return (
-        f"Rates and how to adapt are chosen by {_listed(names)}, which no base is retrained on; "
+        f"Rates and how to adapt are chosen by {listed(names)}, which no base is retrained on; "
         "other repeats hold out others."
     )
-
-
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from foretune.files import ADAPTER_CONFIG_FILE, RUN_FILE
 from foretune.formats import RUN, read_json
 from foretune.models.calls import eval_no_grad
 from foretune.models.capacity import num_positions
-from foretune.models.loading import load_base
+from foretune.models.loading import has_classifier, load_base, load_model
+from foretune.models.pretrained import quiet
 from foretune.models.routing import route
 from foretune.models.sentence_cache import embedding_with
 from foretune.models.surgery import head_modules, head_width
@@ -35,7 +37,7 @@ from foretune.recipes.predictions import (
     COLUMNS,
     PREDICTION,
     Prediction,
-    labels_of,
+    output_labels,
     prediction_of,
 )
 from foretune.recipes.questions import Question, examples_of, prompt_of, read_questions
@@ -226,16 +228,31 @@ class _Predictor:
         Raises:
             UserError: It was made of another one, or does not say of which.
         """
-        file, base = folder.parent / RUN_FILE, self.bases.model
+        file = folder.parent / RUN_FILE
         recorded = read_json(file, dict[str, Any], RUN).get("model") if file.is_file() else None
         if recorded is None and not self.allow_unverified:
             raise UserError(
                 f"{folder} does not record which base it was adapted from: if it is this one, use "
                 "--allow-unverified"
             )
-        without = ((), head_modules(base))  # a head does not count where each task has its own
-        if recorded not in (None, *(fingerprint(base, heads, buffers=True) for heads in without)):
-            raise UserError(f"{folder} was adapted from another base")
+        if recorded is not None and recorded not in self._digests:
+            raise UserError(
+                f"{folder} was adapted from another base, or from this one in another --dtype"
+            )
+
+    @cached_property
+    def _digests(self) -> set[str]:
+        """What `adapt` may have recorded of the base: with its head, or without it."""
+        models = [self.bases.model]
+        if self.kind == "classification" and not has_classifier(self.bases.folder):
+            # adapting gave it a head, and the names that go with one
+            with quiet():
+                models.append(load_model(self.bases.folder, head=self.objective.head)[0])
+        return {
+            fingerprint(model, heads, buffers=True)
+            for model in models
+            for heads in ((), head_modules(model))
+        }
 
     def _outputs(
         self, model: nn.Module, questions: Sequence[Question], folders: Sequence[Path]
@@ -245,7 +262,7 @@ class _Predictor:
         Raises:
             UserError: The model does not take the rows.
         """
-        labels = {folder: labels_of(folder, model) for folder in folders}
+        labels = {folder: output_labels(folder, model) for folder in folders}
         if self.kind == "prompts":  # which has an output for each of a task's labels
             labels = {f: [v for v in names if v is not None] for f, names in labels.items()}
         names = {folder: str(folder) for folder in folders}

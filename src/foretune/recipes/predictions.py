@@ -70,7 +70,7 @@ def prediction_of(
     }
 
 
-def labels_of(folder: Path, model: nn.Module) -> list[Any]:
+def output_labels(folder: Path, model: nn.Module) -> list[Any]:
     """The label of each output of a task's head; None where it is none of the task's.
 
     Raises:

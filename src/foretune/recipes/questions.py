@@ -105,6 +105,21 @@ def _is_one(folder: Path) -> bool:
     return any((folder / file).is_file() for file in (ADAPTER_CONFIG_FILE, CONFIG_FILE))
 
 
+def adapters_in(folder: Path) -> list[Path]:
+    """The folders of the adapters, and of tasks' own models, in a folder.
+
+    Raises:
+        UserError: There is none.
+    """
+    folders = sorted(path for path in folder.iterdir() if _is_one(path))
+    if not folders:
+        raise UserError(
+            f"{folder} holds no adapters: neither PEFT's, which lora, head and basis write, nor "
+            "models, which full writes"
+        )
+    return folders
+
+
 def adapters_by_task(folder: Path) -> dict[str, Path]:
     """Task → the folder of its adapter, or of its own model.
 
@@ -113,12 +128,7 @@ def adapters_by_task(folder: Path) -> dict[str, Path]:
     Raises:
         UserError: There is none.
     """
-    folders = {path.name: path for path in sorted(folder.iterdir()) if _is_one(path)}
-    if not folders:
-        raise UserError(
-            f"{folder} holds none of what lora, head, basis and full write: adapters of PEFT, or "
-            "models"
-        )
+    folders = {path.name: path for path in adapters_in(folder)}
     saved = read_scores(folder / SCORES_FILE)
     by_name = {
         task: folders[record.folder]
