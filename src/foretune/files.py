@@ -23,6 +23,8 @@ COMPARISON_FILE = "comparison.json"
 REPORT_FILE = "report.html"
 CARD_FILE = "README.md"
 LABELS_FILE = "labels.json"  # beside an adapter: the labels of its head
+TRAINED_ON_FILE = "trained_on.json"  # beside an adapter: its rows' digest, how it was trained
+SPARSE_FILE = "sparse_delta.safetensors"  # the changes that SaRA makes for a task
 # Names that transformers and peft give.
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -21,6 +21,7 @@ from foretune.cli import (
     plan,
     predict,
     prune,
+    push,
     retrain_adapt,
     run,
     sfda,
@@ -64,6 +65,7 @@ app.command("adapt")(retrain_adapt.adapt)
 app.command("predict")(predict.predict)
 app.command("check")(check.check)
 app.command("export")(export.export)
+app.command("push")(push.push)
 app.command("compare")(compare_report.compare)
 app.command("report")(compare_report.report)
 app.command("fuse")(fuse.fuse)

@@ -26,6 +26,7 @@ def loading_code(
     *,
     tokenizer: str | None = None,
     labels: str | None = None,
+    subfolder: str | None = None,
 ) -> list[str]:
     """The lines of Python that load a base and, if given, an adapter on it.
 
@@ -36,6 +37,8 @@ def loading_code(
         num_labels: Outputs of the adapter's head if more than the base's.
         tokenizer: Folder of the tokenizer.
         labels: File with the labels of the outputs, in order.
+        subfolder: Where in a repository of the Hub the adapter is, or the base if there is none;
+            None for its root.
 
     >>> loading_code("BertModel", "base")[1:]
     ['', 'base = BertModel.from_pretrained("base")']
@@ -43,6 +46,7 @@ def loading_code(
     'base = AutoModel.from_pretrained("base", trust_remote_code=True)'
     """
     standard, others, classes = [], [], []
+    place = "" if subfolder is None else f", subfolder={_quoted(subfolder)}"
     if name is None:
         others.append("from foretune.models.loading import load_base")
         lines = [f"base, _ = load_base({_quoted(base)})"]
@@ -54,15 +58,17 @@ def loading_code(
         wide = f", num_labels={num_labels}, ignore_mismatched_sizes=True"
         options = wide if num_labels is not None else ""
         options += ", trust_remote_code=True" if name in TOWERS else ""
+        options += place if adapter is None else ""
         lines = [f"base = {classes[0]}.from_pretrained({_quoted(base)}{options})"]
     model = "base"
     if adapter is not None:
         model = "model"
         others.append("from peft import PeftModel")
-        lines.append(f"model = PeftModel.from_pretrained(base, {_quoted(adapter)})")
+        lines.append(f"model = PeftModel.from_pretrained(base, {_quoted(adapter)}{place})")
     if tokenizer is not None:
         classes.append("AutoTokenizer")
-        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({_quoted(tokenizer)})")
+        code = ", trust_remote_code=True" if name in TOWERS else ""
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({_quoted(tokenizer)}{code})")
     if labels is not None:
         standard += ["import json", "from pathlib import Path"]
         lines.append(f'labels = json.loads(Path({_quoted(labels)}).read_text("utf-8"))')

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from foretune.errors import UserError
+from foretune.files import TOKENIZER_CONFIG_FILE
+from foretune.models.hub_card import front_matter, result, task_type
 from foretune.printable import markdown
+from foretune.recipes.yaml_io import parse_yaml
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+TAGS = ("foretune", "meta-learning", "peft")
 
 
 def model_card(comparison: dict[str, Any], folder: Path = Path()) -> str:
@@ -28,11 +37,14 @@ def model_card(comparison: dict[str, Any], folder: Path = Path()) -> str:
     retrained = "" if seen is None else f" retrained on {seen} tasks and"
     drawn = "".join(f"; {part}" for part in View(comparison).rows_drawn())
     lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [foretune, meta-learning, peft]",
-        "---",
-        "",
+        front_matter(
+            library="transformers",
+            tags=TAGS,
+            name=comparison["title"],
+            base_model=comparison.get("base_model"),
+            datasets=comparison.get("datasets") or [],
+            results=results_of(comparison, chosen["name"], folder / path),
+        ),
         f"# {markdown(comparison['title'])}",
         "",
         markdown(comparison["verdict"]["sentence"]),
@@ -54,3 +66,40 @@ def model_card(comparison: dict[str, Any], folder: Path = Path()) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def results_of(comparison: dict[str, Any], name: str, base: Path) -> list[EvalResult]:
+    """The mean scores of a base on the unseen tasks, as the Hub lists them.
+
+    Args:
+        comparison: The content of `comparison.json`.
+        name: Name of the base.
+        base: Its folder.
+    """
+    from foretune.evaluation.report.view import View
+
+    view, metric = View(comparison), comparison["metric"]["name"]
+    kind = _objective(comparison.get("recipe") or "")
+    number = comparison["collection"]["num_unseen"]
+    tasks = "task that was" if number == 1 else "tasks that were"
+    return [
+        result(
+            task_type(kind, (base / TOKENIZER_CONFIG_FILE).is_file()),
+            f"{number} {tasks} not part of any retraining",
+            metric,
+            row["mean"],
+            f"mean {metric}, {view.shots_label(row['shots'])}",
+        )
+        for row in comparison["means"]
+        if row["base"] == name
+    ]
+
+
+def _objective(recipe: str) -> str | None:
+    """The kind of a recipe's objective; None where it names none."""
+    try:
+        content = parse_yaml(recipe, "the recipe")
+    except UserError:  # recipes of runs that were joined
+        return None
+    objective = content.get("objective") if isinstance(content, dict) else None
+    return objective.get("kind") if isinstance(objective, dict) else None

@@ -81,6 +81,8 @@ def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
     comparison |= {
         "title": recipe.name,
         "recipe": recipe.to_yaml(),
+        "base_model": recipe.base_model,
+        "datasets": recipe.datasets,
         "collection": _counts(first),
         "conflict": conflict_record(conflict),
         "spectrum": spectrum_stage(first, out, lora_rates(repeats[0]), console),

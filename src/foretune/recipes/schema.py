@@ -14,6 +14,8 @@ from foretune import methods
 from foretune.entry_points import entry_point
 from foretune.errors import UserError, did_you_mean
 from foretune.files import check_file_name, same_on_disk
+from foretune.models.hub_card import hub_id
+from foretune.models.named import WHEELS
 from foretune.recipes.blocks import (
     AdaptBlock,
     Block,
@@ -136,6 +138,20 @@ class Recipe(Block):
         """
         entries = [parse_entry(item, self.retrain.rates) for item in self.retrain.methods]
         return [self._choosing(e, entries) if e.method == "auto" else e for e in entries]
+
+    @property
+    def base_model(self) -> str | None:
+        """Where the pretrained model is on the Hub; None where it came from elsewhere."""
+        name = self.model.name
+        return WHEELS[name].hub_id if name in WHEELS else hub_id(name)
+
+    @property
+    def datasets(self) -> list[str]:
+        """The data sets of the Hub that the tasks are from."""
+        source = self.source()
+        texts = [text for text in (source.source, source.unseen) if isinstance(text, str)]
+        names = (hub_id(text.partition(":")[0]) for text in texts if not Path(text).exists())
+        return [name for name in dict.fromkeys(names) if name is not None]
 
     def with_method(self, name: str) -> MethodEntry:
         """An entry for a method that the recipe does not list, with the method's defaults."""
