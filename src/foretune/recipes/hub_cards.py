@@ -115,7 +115,7 @@ def _base_card(place: Path, repository: str, base_model: str | None, license: st
     results = []
     if score is not None and metric is not None:
         texts = (place / TOKENIZER_CONFIG_FILE).is_file()
-        rows = "validation rows of the tasks that chose when to stop"
+        rows = "validation rows, by which the retraining was stopped"
         results.append(result(task_type(kind, texts), rows, metric, score, f"mean {metric}"))
     head = front_matter(
         library="transformers",
@@ -130,10 +130,13 @@ def _base_card(place: Path, repository: str, base_model: str | None, license: st
     if method is not None:
         version = record.get("foretune")
         by = f"foretune {version}" if version else "foretune"
-        lines += [f"A base, retrained by {by} with {method} so that it adapts to new tasks.", ""]
+        how = f"retrained by {by} with {method}" if method != "none" else f"not retrained, by {by}"
+        lines += [f"A base to be adapted to new tasks, {how}.", ""]
     model_class = None
     if (place / CONFIG_FILE).is_file():
-        model_class = (read_json(place / CONFIG_FILE, _Config).get("architectures") or [None])[0]
+        model_class = next(
+            iter(read_json(place / CONFIG_FILE, _Config).get("architectures") or ()), None
+        )
     lines += [*_base_code(model_class, place, repository), *_adapting(record, repository)]
     return "\n".join([head, *lines])
 

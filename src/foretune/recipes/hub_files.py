@@ -234,7 +234,7 @@ def _without_paths(file: Path) -> Path | str:
     """
     if file.stat().st_size > 2**20:  # a vocabulary
         return file
-    content = read_json(file, Any)  # type: ignore[arg-type]
+    content = read_json(file, Any)
     cleaned = _cleaned(content, PATHS)
     if cleaned == content:
         return file

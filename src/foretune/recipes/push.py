@@ -1,9 +1,8 @@
-"""`foretune push`: a run's best base, a base or adapters as a repository of the Hugging Face Hub."""
+"""`foretune push`: a run's best base, a base or adapters, to the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ import foretune
 from foretune.errors import ForetuneError, UserError
 from foretune.files import CARD_FILE
 from foretune.models.hub_card import REPOSITORY
-from foretune.recipes.hub_cards import add_cards
 from foretune.recipes.hub_files import Upload, files_of
 from foretune.tasks.file_formats import one_line
 
@@ -54,6 +52,8 @@ def push(
     upload = files_of(folder)
     if not dry_run:
         _check_token()
+    from foretune.recipes.hub_cards import add_cards
+
     add_cards(upload, folder, repository, base_model, license)
     url, commit = (None, None) if dry_run else _upload(upload, repository, private)
     return {
@@ -75,7 +75,7 @@ def _check_name(option: str, name: str) -> None:
         UserError: It is not.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
@@ -178,7 +178,7 @@ def _hub_errors(repository: str, endpoint: str) -> Iterator[None]:
 
 
 def _size(content: Path | str) -> int:
-    return len(content.encode()) if isinstance(content, str) else os.stat(content).st_size
+    return len(content.encode()) if isinstance(content, str) else content.stat().st_size
 
 
 def _notes(upload: Upload, base_model: str | None) -> list[str]:
