@@ -20,6 +20,9 @@ from cli.hub_stand_in import Hub, running_hub
 from command_line import call, the_error, the_json
 from foretune import formats
 from foretune.models.loading import save_base
+from foretune.recipes.schema import load_recipe
+from foretune.tasks.example import ReadExample
+from foretune.tasks.task import Task, TaskCollection
 from foretune.training.trained_on import read_trained_on
 from format_checks import assert_versions
 
@@ -303,3 +306,23 @@ def test_adapters_of_earlier_versions_are_pushed_too(place: Path, hub: Hub, tmp_
     assert card_of(hub.files["org/old"], "resident-0/README.md").data.library_name == "peft"
     [row] = the_json("ls", "adapters", tmp_path / "adapters")["adapters"]
     assert row["task"] == "resident-0"
+
+
+def test_cards_name_what_is_on_the_hub_and_nothing_else(place: Path, tmp_path: Path) -> None:
+    def origin(*changes: str) -> tuple[str | None, list[str]]:
+        recipe = load_recipe(place / "my.yaml", changes)
+        return recipe.base_model, recipe.datasets
+
+    assert origin() == (None, [])
+    assert origin("model.name=minilm")[0] == "sentence-transformers/all-MiniLM-L6-v2"
+    there = ("model.name=org/model", "tasks.source=org/data:en", "tasks.unseen=org/more")
+    assert origin(*there) == ("org/model", ["org/data", "org/more"])
+    rows = [ReadExample(row, "org/data:en (train) row", i) for i, row in enumerate(ROWS[:20])]
+    tasks = TaskCollection((Task("votes", rows[:16], (), rows[16:]),))
+    model = tiny_models.bert(num_labels=2, num_hidden_layers=1)
+    model.name_or_path = "org/base"
+    fitted = tasks.with_objective(foretune.Classification(tokenizer=tiny_models.tokenizer()))
+    run = foretune.Run(steps=1, batch_size=4)
+    foretune.adapt(model, fitted, foretune.LoRA(), run).save(tmp_path / "adapters")
+    data = ModelCard.load(tmp_path / "adapters/votes/README.md").data
+    assert (data.base_model, data.datasets) == ("org/base", ["org/data"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from foretune.tasks.digest import rows_sha256
+from foretune.tasks.drawn_rows import undrawn
 from foretune.tasks.row_store import RowStore
 from foretune.tasks.sources import Source, load_tasks
 from foretune.tasks.task import Task
@@ -136,3 +137,18 @@ def test_the_sha256_of_rows_is_what_its_description_says():
     digests = sorted(hashlib.sha256(text.encode()).digest() for text in texts)
     rows = [{"text": "c", "label": "b", "spare": None}, {"text": "ä", "label": 1}]
     assert rows_sha256(rows) == hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def test_drawn_candidates_do_not_change_the_sha256_of_rows(tmp_path, monkeypatch):
+    file = tmp_path / "replies.jsonl"
+    rows = [{"task": f"t{i % 2}", "context": f"c{i}", "response": f"r{i}"} for i in range(60)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+
+    def drawn(seed):
+        source = Source(source=str(file), num_candidates=4, candidate_seed=seed)
+        return [rows_sha256(undrawn(task.train)) for task in load_tasks(source, "choice")[0]]
+
+    in_memory = drawn(0)
+    assert in_memory == drawn(1) != in_memory[::-1]
+    monkeypatch.setattr("foretune.tasks.row_store.IN_MEMORY_BYTES", 100)
+    assert drawn(1) == in_memory

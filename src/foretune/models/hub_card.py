@@ -18,6 +18,7 @@ TASK_TYPES = {
     ("classification", False): "tabular-classification",
     ("regression", False): "tabular-regression",
 }
+LONGEST = 96  # characters of the id of a repository
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -27,7 +28,7 @@ def hub_id(name: str | None) -> str | None:
     >>> hub_id("org/name"), hub_id("a/b/c"), hub_id("name"), hub_id("./name")
     ('org/name', None, None, None)
     """
-    if not name or not REPOSITORY.fullmatch(name) or Path(name).exists():
+    if not name or len(name) > LONGEST or not REPOSITORY.fullmatch(name) or Path(name).exists():
         return None
     return name
 

@@ -74,7 +74,7 @@ def _run_card(
     record = read_base_record(upload.place) or {}
     header, rows = summary_rows(comparison)
     head = front_matter(
-        library="transformers",
+        library=_library(upload.place),
         tags=TAGS,
         name=repository.rpartition("/")[2],
         base_model=base_model or record.get("base_model"),
@@ -118,7 +118,7 @@ def _base_card(place: Path, repository: str, base_model: str | None, license: st
         rows = "validation rows, by which the retraining was stopped"
         results.append(result(task_type(kind, texts), rows, metric, score, f"mean {metric}"))
     head = front_matter(
-        library="transformers",
+        library=_library(place),
         tags=["foretune", *([method] if method else [])],
         name=name,
         base_model=base_model or record.get("base_model"),
@@ -251,6 +251,11 @@ def _base_code(model_class: str | None, place: Path, repository: str) -> list[st
     tokenizer = repository if (place / TOKENIZER_CONFIG_FILE).is_file() else None
     code = loading_code(model_class if known else "AutoModel", repository, tokenizer=tokenizer)
     return ["```python", *code, "```", ""]
+
+
+def _library(place: Path) -> str | None:
+    """What loads a base: no library that the Hub knows, for a module of the user's own code."""
+    return "transformers" if (place / CONFIG_FILE).is_file() else None
 
 
 def _classes() -> set[str]:

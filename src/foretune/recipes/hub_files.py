@@ -38,8 +38,10 @@ UPLOADED = re.compile(
     r"(config|generation_config|preprocessor_config|processor_config|tokenizer|tokenizer_config"
     r"|special_tokens_map|added_tokens|vocab|chat_template|adapter_config|base_fingerprint|labels"
     r"|trained_on|foretune|foretune_module|experts|modules|sentence_bert_config"
+    r"|config_sentence_transformers"
     r"|model\.safetensors\.index)\.json"
-    r"|(model|pytorch_model|adapter_model|sparse_delta|foretune_experts)(-\d+-of-\d+)?\.safetensors"
+    r"|(model|diffusion_pytorch_model|adapter_model|sparse_delta|foretune_experts)"
+    r"(-\d+-of-\d+)?\.safetensors"
     r"|foretune_basis/basis\.safetensors|1_Pooling/config\.json"
     r"|[\w.-]+\.(py|model|jinja)|additional_chat_templates/[\w.-]+\.jinja"
     r"|(vocab|merges)\.txt|(LICENSE|NOTICE)[\w.-]*"
@@ -108,6 +110,8 @@ def files_of(folder: Path) -> Upload:
         _check_finished(place.parent)
         upload = Upload("base", place)
         upload.add_model(place)
+        if place != folder:
+            upload.leave_out(folder, (place.name,))
         return _checked(upload)
     if _kind(folder) == "retrain":
         raise UserError(_unfinished(folder))

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from foretune.tasks.example import DrawnExample, Example
 from foretune.tasks.row_store import View
 
 
@@ -28,19 +29,24 @@ def digest_of(splits: Mapping[str, Sequence[Any]]) -> str:
     return digest.hexdigest()
 
 
-def rows_sha256(rows: Iterable[Mapping[str, Any]]) -> str:
+def rows_sha256(rows: Iterable[Example]) -> str:
     """64 hexadecimal digits, equal for equal rows in any order, whichever format they came in.
 
     It is the SHA-256 of the sorted SHA-256 digests (32 bytes each) of the rows, each written as
     JSON in UTF-8 with sorted keys and without blanks. Cells that are null are left out; numbers
     are written as text, since a CSV file has nothing else, with the precision of float32, which is
-    what a model reads; an array is its shape and the SHA-256 of its float32 values.
+    what a model reads; an array is its shape and the SHA-256 of its float32 values. Candidates that
+    were drawn are left out: a row counts as it was read.
     """
     digests = sorted(hashlib.sha256(_canonical_text(row)).digest() for row in rows)
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def _canonical_text(row: Mapping[str, Any]) -> bytes:
+def _canonical_text(row: Example) -> bytes:
+    if isinstance(row, DrawnExample):
+        drawn = ("candidates", "answer")
+        fields = {name: value for name, value in row.items() if name not in drawn}
+        row = {**fields, "response": row["candidates"][row["answer"]]}
     text = json.dumps(_canonical(row), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return text.encode(errors="surrogatepass")
 

@@ -22,6 +22,7 @@ from foretune.models.hub_card import front_matter, hub_id, result, task_type
 from foretune.models.loading_code import TOWERS, class_name, loading_code
 from foretune.printable import markdown
 from foretune.tasks.digest import rows_sha256
+from foretune.tasks.drawn_rows import undrawn
 from foretune.tasks.example import Example
 from foretune.tasks.readers import hub_dataset
 from foretune.tasks.task import Objective
@@ -89,7 +90,7 @@ class TrainedOn:
             "task": self.task,
             "draw": self.draw,
             "num_rows": len(self.rows),
-            "sha256": rows_sha256(self.rows),
+            "sha256": rows_sha256(undrawn(self.rows)),
             "datasets": [] if dataset is None else [dataset],
             "method": dict(self.method),
             "steps": self.steps,
