@@ -273,10 +273,16 @@ def _absolute_paths(value: Any) -> Iterator[str]:
 
 
 def _replaced(text: str, paths: Iterable[str]) -> str:
-    """The text with the last part of these paths, as they are and as HTML and JSON write them."""
+    """The text with the last part of these paths, as they are and as HTML and JSON write them.
+
+    >>> _replaced("<div>/d, /d/x</div>", ["/d"])
+    '<div>d, d/x</div>'
+    """
     for path in sorted(paths, key=len, reverse=True):
         for form in (str, escape, lambda path: json.dumps(path, ensure_ascii=False)[1:-1]):
-            text = text.replace(str(form(path)), str(form(_last_part(path))))
+            name = str(form(_last_part(path)))
+            pattern = rf"(?<![\w.<]){re.escape(str(form(path)))}(?![\w-])"
+            text = re.sub(pattern, lambda _, name=name: name, text)  # type: ignore[misc]
     return text
 
 
