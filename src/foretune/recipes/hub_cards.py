@@ -183,11 +183,15 @@ def _adapters_card(
     bases = {record.get("base_model") for record in records}
     base = base_model or (bases.pop() if len(bases) == 1 else None)
     scored = [record for record in records if record.get("score") is not None]
-    is_peft = all((path / ADAPTER_CONFIG_FILE).is_file() for path in folders)
+    libraries = {"peft": ADAPTER_CONFIG_FILE, "transformers": CONFIG_FILE}
+    library = next(
+        (n for n, file in libraries.items() if all((path / file).is_file() for path in folders)),
+        None,
+    )
     methods = {name for r in records if (name := r.get("method", {}).get("name")) is not None}
     name = repository.rpartition("/")[2]
     head = front_matter(
-        library="peft" if is_peft else None,
+        library=library,
         tags=["foretune", *sorted(methods)],
         name=name,
         base_model=base,
@@ -247,9 +251,9 @@ def _base_code(model_class: str | None, place: Path, repository: str) -> list[st
     """Code that loads a base from the Hub; none for a module of the user's own code."""
     if model_class is None or not (place / CONFIG_FILE).is_file():
         return []
-    known = model_class in TOWERS or model_class in _classes()
+    has_class = model_class in TOWERS or model_class in _classes()
     tokenizer = repository if (place / TOKENIZER_CONFIG_FILE).is_file() else None
-    code = loading_code(model_class if known else "AutoModel", repository, tokenizer=tokenizer)
+    code = loading_code(model_class if has_class else "AutoModel", repository, tokenizer=tokenizer)
     return ["```python", *code, "```", ""]
 
 

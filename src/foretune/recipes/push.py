@@ -12,6 +12,7 @@ import foretune
 from foretune.errors import ForetuneError, UserError
 from foretune.files import CARD_FILE
 from foretune.models.hub_card import REPOSITORY
+from foretune.printable import in_one_line
 from foretune.recipes.hub_files import Upload, files_of
 from foretune.tasks.file_formats import one_line
 
@@ -167,13 +168,12 @@ def _hub_errors(repository: str, endpoint: str) -> Iterator[None]:
             raise UserError(
                 f"{endpoint} knows no {repository} that this token may see (404): check its name"
             ) from error
-        reason = one_line(error)
-        if status is not None:
-            said = getattr(cause, "server_message", None)
-            reason = f"{status}{f', {one_line(Exception(said))}' if said else ''}"
-            raise ForetuneError(f"{endpoint} refused the upload: {reason}") from error
+        if isinstance(cause, HfHubHTTPError):
+            reason = in_one_line(str(cause.server_message or ""))
+            answer = f"{status}, {reason}" if reason else str(status)
+            raise ForetuneError(f"{endpoint} refused the upload: {answer}") from error
         raise ForetuneError(
-            f"cannot upload to {endpoint}: {reason}; push again when it can be reached"
+            f"cannot upload to {endpoint}: {one_line(error)}; push again when it can be reached"
         ) from error
 
 
