@@ -39,7 +39,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 LOCK := $(BIN)/uv pip compile --quiet --python-version 3.11 --python-platform linux \
 	--custom-compile-command "make lock" pyproject.toml
 TESTED := $(LOCK) --extra quickstart --extra dev --upgrade --annotation-style line
-EXTRAS := smollm quant onnx eval figures rtd prototypes diffusion scenes tensorboard trackio mlflow
+EXTRAS := smollm quant onnx eval figures rtd prototypes diffusion scenes
 lock: setup
 	echo $(TORCH) | $(TESTED) - -o constraints.txt
 	$(TESTED) --resolution lowest-direct -o constraints-oldest.txt

@@ -19,6 +19,7 @@ RUN_FILE = "run.json"  # method, run and digests of what a folder was started wi
 BASE_FILE = "foretune.json"  # beside a retrained base: its method, objective and fingerprint
 BASIS_FILE = "foretune_basis/basis.safetensors"  # beside a base: the basis of its adapters
 METRICS_FILE = "metrics.jsonl"  # the history of a training run
+PROGRESS_FILE = "progress.jsonl"  # what a run said and how far it was, for `foretune watch`
 COMPARISON_FILE = "comparison.json"
 REPORT_FILE = "report.html"
 CARD_FILE = "README.md"

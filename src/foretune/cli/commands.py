@@ -25,6 +25,7 @@ from foretune.cli import (
     retrain_adapt,
     run,
     sfda,
+    watch,
 )
 from foretune.cli.group import Group
 
@@ -58,6 +59,7 @@ def root(
 
 
 app.command("run")(run.run)
+app.command("watch")(watch.watch)
 app.command("init")(init.init)
 app.command("plan")(plan.plan)
 app.command("retrain")(retrain_adapt.retrain)

@@ -19,6 +19,7 @@ from foretune.recipes.folder import check_inputs, run_folder, write_json, write_
 from foretune.recipes.forgetting import forgetting_stage
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.model_card import model_card
+from foretune.recipes.observers import observed
 from foretune.recipes.schema import Recipe
 from foretune.recipes.setup import Setup, need_unseen, set_up
 from foretune.recipes.stages import base_folder, base_stage, make_base
@@ -57,15 +58,18 @@ def run_recipe(
         raise UserError(
             "the spectrum is measured in a single process: remove spectrum, or launch one process"
         )
-    with run_folder(
-        recipe.folder,
-        "run",
-        resume=resume,
-        overwrite=overwrite,
-        config=recipe.to_yaml(),
-        reads=[*recipe.reads, *reads],
-    ) as out:
-        return _run_in(out, recipe, console)
+    with (
+        run_folder(
+            recipe.folder,
+            "run",
+            resume=resume,
+            overwrite=overwrite,
+            config=recipe.to_yaml(),
+            reads=[*recipe.reads, *reads],
+        ) as out,
+        observed(console, recipe, out) as observers,
+    ):
+        return _run_in(out, recipe, observers)
 
 
 def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
@@ -98,6 +102,7 @@ def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
     if forgetting is not None:
         comparison["forgetting"] = forgetting
     finish(out, comparison)
+    console.results(comparison)
     return comparison
 
 
@@ -141,18 +146,21 @@ def retrain_one(
         UserError: `name`, `out`, the data or the model does not fit the recipe.
     """
     entry = find_entry(recipe, name)
-    with run_folder(
-        out,
-        "retrain",
-        resume=resume,
-        overwrite=overwrite,
-        config=recipe.to_yaml(),
-        reads=[*recipe.reads, *reads],
-    ) as folder:
-        setup = set_up(recipe, console)
+    with (
+        run_folder(
+            out,
+            "retrain",
+            resume=resume,
+            overwrite=overwrite,
+            config=recipe.to_yaml(),
+            reads=[*recipe.reads, *reads],
+        ) as folder,
+        observed(console, recipe, folder) as observers,
+    ):
+        setup = set_up(recipe, observers)
         check_inputs(folder, setup.model, setup.all_seen, setup.tokenizer)
-        outcome, _, trials = make_base(setup, entry, 0, folder, console)
-        choose_adapting(setup, name, 0, folder, console)
+        outcome, _, trials = make_base(setup, entry, 0, folder, observers)
+        choose_adapting(setup, name, 0, folder, observers)
     return {
         "base": str(out / "base"),
         "method": outcome.method.to_dict(),

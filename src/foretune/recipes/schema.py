@@ -37,6 +37,7 @@ from foretune.recipes.entries import (
 from foretune.recipes.messages import user_error
 from foretune.recipes.objective_blocks import OBJECTIVES, ObjectiveBlock
 from foretune.recipes.overrides import apply_overrides, override_keys
+from foretune.recipes.trackers import Tracker
 from foretune.recipes.yaml_io import dump_yaml, parse_recipe_yaml
 from foretune.run import Run, check_int
 from foretune.tasks.sources import Source
@@ -97,6 +98,7 @@ class Recipe(Block):
         answers: Questions of unseen tasks that the model before retraining and an adapter answer
             at the end, side by side; for conversations (`messages`).
         seeds: Number of repeats of retraining, adapting and the draw of shots.
+        trackers: What follows the figures of a run: tensorboard, trackio, wandb or mlflow.
         out: Output folder; `{name}` is replaced by the name.
     """
 
@@ -111,6 +113,7 @@ class Recipe(Block):
     forgetting: ForgettingBlock | None = None
     answers: int = Field(default=0, ge=0)
     seeds: int = Field(default=1, ge=1)
+    trackers: list[Tracker] = Field(default=[])
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str | None = None
     out: str = "runs/{name}"
