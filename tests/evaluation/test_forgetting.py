@@ -210,10 +210,15 @@ def test_mistakes_in_benchmarks_come_before_training(recipe: Path, quiz: Path) -
     assert "quiz.yaml cannot be loaded" in mistake(str(quiz))
 
 
-def test_groups_and_examples_in_prompts(quiz: Path) -> None:
+def test_groups_and_examples_in_prompts(quiz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval")
+    import datasets
+
     from foretune.evaluation.benchmarks import Benchmarks
 
+    sessions: list[str] = []  # of datasets' count of who loads what, which it keeps online
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.load, "get_session", lambda: sessions.append("a session"))
     group = quiz.with_name("group.yaml")
     group.write_text("group: quizzes\ntask: [quiz]\n")
     [measured] = Benchmarks([str(group)]).measure(tiny_models.llama(), TOKENIZER)
@@ -230,6 +235,7 @@ def test_groups_and_examples_in_prompts(quiz: Path) -> None:
     assert before == Benchmarks([str(few)]).digest
     shots.write_text(shots.read_text().replace("the cat", "a dog"))
     assert before != Benchmarks([str(few)]).digest
+    assert sessions == []
 
 
 def test_a_base_that_became_worse_is_named_with_what_would_help() -> None:

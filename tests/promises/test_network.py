@@ -21,7 +21,7 @@ PICKLE, SAFETENSORS = "pytorch_model.bin", "model.safetensors"
 RECIPE = """
 name: chats
 model: {name: tiny, chat_template: chat.jinja}
-tasks: {source: chats.jsonl, unseen: 2}
+tasks: {source: chats, unseen: 2}
 objective: {kind: causal-lm}
 retrain: {methods: [none, standard, peft-ml], steps: 2, learning_rate: 1e-3, tasks_per_step: 2}
 adapt: {method: lora, steps: 2, learning_rate: 1e-3, shots: [4]}
@@ -29,6 +29,12 @@ answers: 1
 forgetting: {source: general.jsonl}
 spectrum: null
 seeds: 1
+"""
+CARD = """---
+configs:
+- config_name: default
+  data_files: rows.jsonl
+---
 """
 BASE = "runs/chats/bases/peft-ml/seed-0/base"
 COMMANDS = [
@@ -57,6 +63,9 @@ def chats(tmp_path: Path) -> Path:
     (folder / "chat.jinja").write_text(CHATML)
     rows = [chat(task, i) for task in range(6) for i in range(10)]
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "chats").mkdir()  # as on the hub, which `datasets` reads
+    (folder / "chats" / "rows.jsonl").symlink_to(folder / "chats.jsonl")
+    (folder / "chats" / "README.md").write_text(CARD)
     (folder / "general.jsonl").write_text('{"text": "the cat sat on the mat"}\n' * 8)
     (folder / "chats.yaml").write_text(RECIPE)
     return folder
