@@ -49,7 +49,8 @@ COMMANDS = [
 
 
 def chat(task: int, i: int) -> dict[str, Any]:
-    asked, answered = (" ".join(WORDS[(k + i) % 20] for k in (task, shift)) for shift in (3, 7))
+    places = (task, 13, 3, 16, 7)
+    asked, answered = (" ".join(WORDS[(k + i + shift) % 20] for k in places) for shift in (0, 9))
     said = [("user", asked), ("assistant", answered)]
     return {"task": f"t{task}", "messages": [{"role": r, "content": text} for r, text in said]}
 
@@ -76,6 +77,12 @@ def test_no_command_on_local_files_uses_the_network(chats: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert (chats / "merged").is_dir() and (chats / "predicted.jsonl").is_file()
     assert attempts == ["doctor huggingface.co"]  # which also shows that the guard works
+    # Nor does a run write rows down, but for the answers that the recipe asks for.
+    rows = map(json.loads, (chats / "chats.jsonl").read_text().splitlines())
+    texts = {turn["content"] for row in rows for turn in row["messages"]}
+    files = [path for path in (chats / "runs").rglob("*") if path.is_file()]
+    holding = {p.name for p in files if any(text.encode() in p.read_bytes() for text in texts)}
+    assert "answers.json" in holding <= {"answers.json", "report.html"}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
