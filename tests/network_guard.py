@@ -43,7 +43,11 @@ for line in sys.argv[1:]:
             print(f"exit {end.code}: {line}", file=sys.stderr)
             raise
 """
-OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+# What would keep it offline, or lead it elsewhere.
+UNSET = (
+    *("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_ENDPOINT", "HF_TOKEN"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
+)
 
 
 def run_guarded(
@@ -66,7 +70,7 @@ def run_guarded(
     beside.mkdir()
     (beside / "sitecustomize.py").write_text(GUARD)
     attempts = beside / "attempts.txt"
-    usual = {name: value for name, value in os.environ.items() if name not in OFFLINE}
+    usual = {name: value for name, value in os.environ.items() if name.upper() not in UNSET}
     usual |= {
         "PYTHONPATH": os.pathsep.join([str(beside), *filter(None, sys.path)]),
         "NETWORK_ATTEMPTS": str(attempts),

@@ -210,15 +210,10 @@ def test_mistakes_in_benchmarks_come_before_training(recipe: Path, quiz: Path) -
     assert "quiz.yaml cannot be loaded" in mistake(str(quiz))
 
 
-def test_groups_and_examples_in_prompts(quiz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_and_examples_in_prompts(quiz: Path) -> None:
     pytest.importorskip("lm_eval")
-    import datasets
-
     from foretune.evaluation.benchmarks import Benchmarks
 
-    sessions: list[str] = []  # of datasets' count of who loads what, which it keeps online
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.load, "get_session", lambda: sessions.append("a session"))
     group = quiz.with_name("group.yaml")
     group.write_text("group: quizzes\ntask: [quiz]\n")
     [measured] = Benchmarks([str(group)]).measure(tiny_models.llama(), TOKENIZER)
@@ -235,7 +230,28 @@ def test_groups_and_examples_in_prompts(quiz: Path, monkeypatch: pytest.MonkeyPa
     assert before == Benchmarks([str(few)]).digest
     shots.write_text(shots.read_text().replace("the cat", "a dog"))
     assert before != Benchmarks([str(few)]).digest
-    assert sessions == []
+
+
+def test_nobody_counts_what_is_loaded(quiz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Online these libraries tell a server, for local files, too."""
+    pytest.importorskip("lm_eval")
+    import datasets
+    import evaluate
+
+    from foretune.evaluation.benchmarks import Benchmarks
+    from foretune.tasks.uncounted import uncounted
+
+    told: list[str] = []
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.load, "get_session", lambda: told.append("datasets"))
+    monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", False)
+    monkeypatch.setattr(evaluate.loading, "head_hf_s3", lambda *_, **__: told.append("evaluate"))
+    Benchmarks([str(quiz)])
+    with uncounted():
+        evaluate.loading.increase_load_count("accuracy", "metric")
+    assert told == []
+    evaluate.loading.increase_load_count("accuracy", "metric")
+    assert told == ["evaluate"]
 
 
 def test_a_base_that_became_worse_is_named_with_what_would_help() -> None:
