@@ -72,6 +72,7 @@ def chats(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_no_command_on_local_files_uses_the_network(chats: Path) -> None:
     done, attempts = run_guarded([*COMMANDS, "doctor"], chats)
     assert done.returncode == 0, done.stdout + done.stderr
