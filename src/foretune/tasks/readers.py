@@ -28,6 +28,7 @@ from foretune.tasks.file_formats import (
     suffix_of,
 )
 from foretune.tasks.split_names import LEFT_OUT, SplitNames
+from foretune.tasks.uncounted import uncounted
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 HUB_ROW = re.compile(r"([\w.-]+/[\w.-]+)(:[\w.-]+)? \(.*\) row")  # where an example was read
@@ -140,7 +141,8 @@ def _read_dataset(source: str, splits: SplitNames, saved_to_disk: bool = False) 
         if saved_to_disk:
             loaded = datasets.load_from_disk(source)
         else:
-            loaded = datasets.load_dataset(name, config or None)
+            with uncounted():
+                loaded = datasets.load_dataset(name, config or None)
     except Exception as error:  # any error of the library or the network becomes one line
         path = Path(source)
         missing = "" if path.is_dir() else f"; there is no file or folder {source} either"
