@@ -21,6 +21,7 @@ BASIS_FILE = "foretune_basis/basis.safetensors"  # beside a base: the basis of i
 METRICS_FILE = "metrics.jsonl"  # the history of a training run
 COMPARISON_FILE = "comparison.json"
 REPORT_FILE = "report.html"
+SCORES_TABLE = "scores.csv"  # all scores of a comparison
 CARD_FILE = "README.md"
 LABELS_FILE = "labels.json"  # beside an adapter: the labels of its head
 # Names that transformers and peft give.

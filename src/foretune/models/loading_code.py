@@ -26,6 +26,7 @@ def loading_code(
     *,
     tokenizer: str | None = None,
     labels: str | None = None,
+    has_labels: bool = False,
 ) -> list[str]:
     """The lines of Python that load a base and, if given, an adapter on it.
 
@@ -35,7 +36,8 @@ def loading_code(
         adapter: PEFT folder of an adapter on it.
         num_labels: Outputs of the adapter's head if more than the base's.
         tokenizer: Folder of the tokenizer.
-        labels: File with the labels of the outputs, in order.
+        labels: File with the labels of the outputs, in order; null for an output without one.
+        has_labels: Whether the config of the base names the labels of its outputs.
 
     >>> loading_code("BertModel", "base")[1:]
     ['', 'base = BertModel.from_pretrained("base")']
@@ -45,7 +47,8 @@ def loading_code(
     standard, others, classes = [], [], []
     if name is None:
         others.append("from foretune.models.loading import load_base")
-        lines = [f"base, _ = load_base({_quoted(base)})"]
+        # Neither a class of transformers nor a tower: its code comes with it.
+        lines = [f"base, _ = load_base({_quoted(base)}, trust_remote_code=True)"]
         if num_labels is not None:
             others.append("from foretune.models.surgery import match_head")
             lines.append(f"match_head(base, {num_labels}, seed=0)")
@@ -62,16 +65,21 @@ def loading_code(
         lines.append(f"model = PeftModel.from_pretrained(base, {_quoted(adapter)})")
     if tokenizer is not None:
         classes.append("AutoTokenizer")
-        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({_quoted(tokenizer)})")
+        code = ", trust_remote_code=True" if name in TOWERS else ""
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({_quoted(tokenizer)}{code})")
     if labels is not None:
         standard += ["import json", "from pathlib import Path"]
         lines.append(f'labels = json.loads(Path({_quoted(labels)}).read_text("utf-8"))')
+    if tokenizer is not None and (labels is not None or has_labels):
+        lines += ["", f'logits = {model}(**tokenizer("A text", return_tensors="pt")).logits[0]']
     if tokenizer is not None and labels is not None:
         lines += [
-            "",
-            f'logits = {model}(**tokenizer("A text", return_tensors="pt")).logits',
-            "print(labels[int(logits[0, : len(labels)].argmax())])",
+            "scores = dict(zip(labels, logits.tolist()))",
+            "scores.pop(None, None)  # an output without a label",
+            "print(max(scores, key=scores.get))",
         ]
+    elif tokenizer is not None and has_labels:
+        lines.append(f"print({model}.config.id2label[int(logits.argmax())])")
     if classes:
         others.append(f"from transformers import {', '.join(sorted(classes))}")
     imports = [*standard, *[""] * bool(standard), *sorted(others)]

@@ -13,15 +13,11 @@ def model_card(comparison: dict[str, Any], folder: Path = Path()) -> str:
 
     Args:
         comparison: The content of `comparison.json`.
-        folder: Its folder, in which the code of the card runs.
+        folder: Its folder.
     """
-    from foretune.evaluation.report.snippet import load_lines
+    from foretune.evaluation.report.advice import WHERE, advice
     from foretune.evaluation.report.view import View
 
-    best = comparison["verdict"]["best"]
-    bases = {base["name"]: base for base in comparison["bases"]}
-    chosen = bases[best] if best in bases else next(iter(bases.values()))
-    path = chosen.get("path") or "base"
     collection = comparison["collection"]
     seen, number = collection.get("num_seen"), collection["num_unseen"]
     tasks = "task" if number == 1 else "tasks"
@@ -39,18 +35,19 @@ def model_card(comparison: dict[str, Any], folder: Path = Path()) -> str:
         "",
         f"Bases{retrained} compared by adapting each to {number} {tasks} that were not part of "
         f"any retraining{drawn}. `report.html` shows few-shot curves, differences by task and "
-        "costs; `comparison.json` has all scores; `foretune run config.yaml` repeats the run.",
+        "costs; `comparison.json` and `scores.csv` have all scores.",
         "",
         "| base | method | folder |",
         "|---|---|---|",
         *(
             f"| {markdown(b['label'])} | {b['method']} | `{b.get('path') or '-'}` |"
-            for b in bases.values()
+            for b in comparison["bases"]
         ),
         "",
-        "```python",
-        *load_lines({**chosen, "path": path}, folder),
-        "```",
-        "",
     ]
+    steps = advice(comparison, folder)
+    for step in steps:
+        lines += [markdown(step.sentence), f"```{step.language}", step.code, "```", ""]
+    if steps:
+        lines += [WHERE, ""]
     return "\n".join(lines)

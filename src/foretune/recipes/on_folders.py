@@ -16,6 +16,7 @@ from foretune.formats import RUN, read_json
 from foretune.manifest import read_manifest
 from foretune.models.loading_code import class_name, loading_code
 from foretune.models.precision import Precision, precision_of
+from foretune.recipes.adapt_words import compare_words, loading_words
 from foretune.recipes.blocks import AdaptBlock, TasksBlock
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.entries import adapt_record, run_of
@@ -251,6 +252,9 @@ def compare_folders(
         # The folders of the bases do not record which tasks they were retrained on.
         counts = {k: v for k, v in comparison["collection"].items() if v is not None}
         comparison["collection"] = counts
+        comparison["data"] = tasks
+        comparison["adapt_with"] = [*loading_words(objective), *changes]
+        comparison["command"] = compare_words(folders, tasks, changes, shots, draws, objective)
         finish(folder, comparison)
     return comparison
 
