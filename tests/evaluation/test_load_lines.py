@@ -67,7 +67,7 @@ def test_lines_name_the_folders_of_a_run_that_are_no_longer_there(tmp_path, monk
     comparison["bases"][0]["path"] = "bases/base/seed-0/base"
     monkeypatch.chdir(tmp_path)
     code = loading_code(write_report(comparison, Path("runs/new")))
-    assert 'from_pretrained("runs/new/bases/base/seed-0/base"' in code
+    assert '"runs/new/bases/base/seed-0/base"' in code
     assert 'from_pretrained(base, "runs/new/adapters/base/TASK")' in code
 
 

@@ -222,7 +222,7 @@ def test_page_says_the_verdict_first_and_all_sections(tmp_path):
         assert heading in page.text
     for phrase in ("What it cost", "81.2 s", "1.23 M", "812 MB", "Use the result", "x: <y> & z"):
         assert phrase in page.text
-    assert f'from_pretrained("{tmp_path}/bases/' in page.text
+    assert f'"{tmp_path}/bases/' in page.text
     assert {"few-shot-curves.svg", "differences-16.svg", "task-differences.svg"} <= {
         path.name for path in (tmp_path / "figures").iterdir()
     }

@@ -14,7 +14,7 @@ from foretune.errors import UserError
 from foretune.files import RUN_FILE
 from foretune.formats import RUN, read_json
 from foretune.manifest import read_manifest
-from foretune.models.loading_code import class_name, loading_code
+from foretune.models.loading_code import class_name, folder_code
 from foretune.models.precision import Precision, precision_of
 from foretune.recipes.adapt_words import compare_words, loading_words
 from foretune.recipes.blocks import AdaptBlock, TasksBlock
@@ -146,10 +146,10 @@ def adapt_folder(
         "drawn": rows_drawn({shots: num_train.values()}, unit) if shots else [],
         "mean": sum(scores.values()) / len(scores) if scores else None,
         "num_labels": adapted.num_labels,
-        "code": loading_code(
+        "code": folder_code(
             class_name(model),
-            str(saved.folder),
-            str(out / adapted.folders[collection.names[0], 0]),
+            saved.folder,
+            out / adapted.folders[collection.names[0], 0],
             adapted.num_labels,
         ),
         "cost": adapted.cost,

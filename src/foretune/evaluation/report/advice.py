@@ -6,22 +6,15 @@ Paths are as the user typed them, so commands and code run where foretune was ca
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from foretune.evaluation.wording import AS_IT_IS
-from foretune.files import (
-    ADAPTER_CONFIG_FILE,
-    CONFIG_FILE,
-    LABELS_FILE,
-    RECIPE,
-    TOKENIZER_CONFIG_FILE,
-)
+from foretune.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, RECIPE
 from foretune.manifest import final_path
-from foretune.models.loading_code import loading_code
+from foretune.models.loading_code import folder_code, loading_code
 
 WHERE = (
     "Paths are those of the folder in which foretune was called: run this there, or change the "
@@ -63,7 +56,7 @@ def advice(comparison: Mapping[str, Any], folder: Path) -> list[Step]:
     code = "\n".join(load_lines(base, folder))
     steps = [Step(f"To load {label} in Python:", code, "python")]
     if "adapt_with" in comparison:
-        path = str(_place(base["path"], folder))
+        path = final_path(_place(base["path"], folder))
         words = ["foretune", "adapt", path, "--tasks", "NEW.jsonl", *comparison["adapt_with"]]
         sentence = "To adapt to new tasks in the same way:"
         steps.append(Step(sentence, shlex.join(words), "shell"))
@@ -99,40 +92,16 @@ def load_lines(base: Mapping[str, Any], folder: Path) -> list[str]:
         folder: The folder of the comparison.
     """
     name, outputs = base["model_class"], base["num_labels"]
-    where = folder / base["path"] if (folder / base["path"]).is_dir() else Path(base["path"])
-    shown = str(_place(base["path"], folder))
+    where = _place(base["path"], folder)
     adapters = folder / "adapters" / base["name"]
     if not where.is_dir():
-        task = final_path(folder / "adapters" / base["name"] / "TASK")
-        return loading_code(name, shown, task, outputs)
-    tokenizer = shown if (where / TOKENIZER_CONFIG_FILE).is_file() else None
-    tasks = sorted(adapters.glob(f"*/{ADAPTER_CONFIG_FILE}"))
-    models = sorted(adapters.glob(f"*/{CONFIG_FILE}"))  # where all weights were trained
-    if not tasks and not models:
-        return loading_code(
-            name, shown, tokenizer=tokenizer, has_labels=_names_labels(where / CONFIG_FILE)
-        )
-    task_folder = [*tasks, *models][0].parent
-    task = final_path(task_folder)
-    labels = f"{task}/{LABELS_FILE}" if (task_folder / LABELS_FILE).is_file() else None
-    if not tasks:
-        return loading_code(name, task, tokenizer=tokenizer, labels=labels)
-    return loading_code(name, shown, task, outputs, tokenizer=tokenizer, labels=labels)
+        return loading_code(name, final_path(where), final_path(adapters / "TASK"), outputs)
+    files = sorted(adapters.glob(f"*/{ADAPTER_CONFIG_FILE}"))
+    files += sorted(adapters.glob(f"*/{CONFIG_FILE}"))  # where all weights were trained
+    return folder_code(name, where, files[0].parent if files else None, outputs)
 
 
 def _place(path: str, folder: Path) -> Path:
-    """A base's path as seen from where foretune was called.
-
-    Those of a run are relative to its folder, others to where one works.
-    """
+    """A base's folder: those of a run are relative to its folder, others to where one works."""
     inside = (folder / path).is_dir() or not Path(path).is_dir()
-    return Path(final_path(folder / path)) if inside else Path(path)
-
-
-def _names_labels(config: Path) -> bool:
-    """Whether a config names the labels of a classifier's outputs."""
-    try:
-        names = json.loads(config.read_text("utf-8"))["id2label"]
-        return any(str(names[key]) != f"LABEL_{key}" for key in names)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return folder / path if inside else Path(path)

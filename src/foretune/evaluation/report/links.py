@@ -57,27 +57,30 @@ def pages() -> list[tuple[str, str]]:
     return [(title, DOCS + page) for title, page in PAGES.items()]
 
 
-def files(view: View, folder: Path) -> list[tuple[str, str, str]]:
-    """(relative address, name, what it holds) of each file and folder that belongs to the report.
+def files(folder: Path) -> list[tuple[str, str, str]]:
+    """(relative address, name, what it holds) of each file that belongs to the report.
 
     Args:
-        view: The comparison.
-        folder: Its folder.
+        folder: That of the comparison.
     """
     written = {SCORES_TABLE, "figures"}  # with the page
-    listed = [
+    return [
         (quote(name), name, holds)
         for name, holds in FILES.items()
         if name in written or (folder / name).exists()
     ]
+
+
+def results(view: View, folder: Path) -> list[tuple[str, str, str]]:
+    """The same of the bases that were compared, and of the adapters on them."""
+    listed = []
     for base in view.bases:
         adapters = Path("adapters", base["name"])
         if base.get("path") and (path := _base_path(str(base["path"]), folder)) is not None:
-            listed.append((quote(path), path, f"{base['label']}, a base"))
+            listed.append((quote(path), path, f"the base of {base['label']}"))
         if (folder / adapters).is_dir():
             name = adapters.as_posix()
-            holds = f"adapters on {base['label']}, one per unseen task"
-            listed.append((quote(name), name, holds))
+            listed.append((quote(name), name, f"adapters on {base['label']}, one per unseen task"))
     return listed
 
 

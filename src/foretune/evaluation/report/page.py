@@ -24,7 +24,7 @@ from foretune.evaluation.report.choices import adapting, choices, searches
 from foretune.evaluation.report.figure import NARROW, Figure
 from foretune.evaluation.report.figures import all_figures, forest_name
 from foretune.evaluation.report.intro import compared, facts, headline
-from foretune.evaluation.report.links import files, methods, pages
+from foretune.evaluation.report.links import files, methods, pages, results
 from foretune.evaluation.report.svg import DARK, LIGHT, PAGE, Ink
 from foretune.evaluation.report.task_scores import COLUMNS, score_table, scores_csv
 from foretune.evaluation.report.view import View
@@ -105,7 +105,8 @@ def _page(view: View, folder: Path) -> str:
         steps=advice(comparison, folder),
         where=WHERE,
         again=run_again(comparison, folder),
-        files=files(view, folder),
+        files=files(folder),
+        results=results(view, folder),
         pages=pages(),
         recipe=comparison.get("recipe") or "",
         view=view,
