@@ -12,7 +12,7 @@ import foretune
 import tiny_models
 from foretune import PEFTML, Classification, Full, LoRA, Run, Task, TaskCollection
 from foretune.evaluation.report import write_report
-from foretune.evaluation.report.advice import load_lines
+from foretune.evaluation.report.advice import load_lines, run_again
 
 WORDS = ["the", "cat", "dog", "house"]
 STEPS = Run(steps=2, batch_size=4, device="cpu")
@@ -87,3 +87,8 @@ def test_lines_name_the_folder_that_an_unfinished_one_will_become(tmp_path, monk
     (unfinished / "bases/b").mkdir(parents=True)
     base = {"name": "b", "path": "bases/b", "model_class": "BertModel", "num_labels": None}
     assert 'from_pretrained("runs/new/bases/b")' in load_lines(base, unfinished)[-1]
+    command = {"command": ["foretune", "compare", "a b"]}
+    again = {Path(): "../new-again", unfinished: "runs/new-again", Path(".."): "../../runs-again"}
+    monkeypatch.chdir(Path("runs/.unfinished-new").rename("runs/new"))
+    for folder, out in again.items():
+        assert run_again(command, folder) == f"foretune compare 'a b' --out {out}"

@@ -45,7 +45,7 @@ def test_advice_is_the_same_everywhere_and_runs_as_it_stands(
     page = (folder / "report.html").read_text("utf-8")
     card = (folder / "README.md").read_text("utf-8")
     [python], [adapt, again] = blocks(page, "python"), blocks(page, "shell")
-    assert blocks(card, "python") == [python] and blocks(card, "shell") == [adapt]
+    assert blocks(card, "python") == [python] and blocks(card, "shell") == [adapt, again]
     assert f"in Python:\n{python}\n" in run.stdout
     assert run.stdout.endswith(f"in the same way: {adapt}\n")
     # Without foretune, where the user typed the command.

@@ -15,7 +15,7 @@ def model_card(comparison: dict[str, Any], folder: Path = Path()) -> str:
         comparison: The content of `comparison.json`.
         folder: Its folder.
     """
-    from foretune.evaluation.report.advice import WHERE, advice
+    from foretune.evaluation.report.advice import WHERE, advice, run_again
     from foretune.evaluation.report.view import View
 
     collection = comparison["collection"]
@@ -48,6 +48,9 @@ def model_card(comparison: dict[str, Any], folder: Path = Path()) -> str:
     steps = advice(comparison, folder)
     for step in steps:
         lines += [markdown(step.sentence), f"```{step.language}", step.code, "```", ""]
-    if steps:
+    again = run_again(comparison, folder)
+    if again is not None:
+        lines += ["To run it again:", "```shell", again, "```", ""]
+    if steps or again is not None:
         lines += [WHERE, ""]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ Paths are as the user typed them, so commands and code run where foretune was ca
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,11 +67,12 @@ def advice(comparison: Mapping[str, Any], folder: Path) -> list[Step]:
 def run_again(comparison: Mapping[str, Any], folder: Path) -> str | None:
     """The command that repeats a run or a comparison; None where it is not recorded."""
     final = Path(final_path(folder))
-    out = final.with_name(f"{final.name}-again") if final.name else final / "again"
+    name = final.resolve().name if final.name in ("", "..") else final.name
+    out = os.path.normpath(final / ".." / f"{name}-again")
     if (folder / RECIPE).is_file():
-        return shlex.join(["foretune", "run", str(final / RECIPE), "--out", str(out)])
+        return shlex.join(["foretune", "run", str(final / RECIPE), "--out", out])
     if comparison.get("command"):
-        return shlex.join([*comparison["command"], "--out", str(out)])
+        return shlex.join([*comparison["command"], "--out", out])
     return None
 
 
