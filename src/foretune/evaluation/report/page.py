@@ -58,7 +58,7 @@ def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
     for name, figure in all_figures(view, WIDE_PX, LIGHT).items():
         texts[f"figures/{name}.svg"] = figure.standalone(LIGHT)
     for name in texts:
-        claim_file(folder / name, overwrite=True, marks=(*MARKS, ",".join(COLUMNS).encode()))
+        claim_file(folder / name, overwrite=True, marks=(*MARKS, ",".join(COLUMNS[:4]).encode()))
     for name, text in texts.items():
         write_whole(folder / name, text)
     return folder / REPORT_FILE
