@@ -22,6 +22,7 @@ METRICS_FILE = "metrics.jsonl"  # the history of a training run
 PROGRESS_FILE = "progress.jsonl"  # what a run said and how far it was, for `foretune watch`
 COMPARISON_FILE = "comparison.json"
 REPORT_FILE = "report.html"
+SCORES_TABLE = "scores.csv"  # all scores of a comparison
 CARD_FILE = "README.md"
 LABELS_FILE = "labels.json"  # beside an adapter: the labels of its head
 TRAINED_ON_FILE = "trained_on.json"  # beside an adapter: its rows' digest, how it was trained

@@ -17,6 +17,7 @@ from foretune.cli.output import (
     QuantizeOption,
     Resume,
     TrustRemoteCode,
+    advice_text,
     comparison_text,
     emit,
     emit_json,
@@ -77,6 +78,7 @@ def compare(
         return
     emit(comparison_text(comparison))
     emit(f"\nReport: {out / REPORT_FILE}")
+    emit(advice_text(comparison, out))
 
 
 def report(

@@ -161,6 +161,13 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
     return "\n\n".join([table(*summary_rows(comparison)), *sentences])
 
 
+def advice_text(comparison: Mapping[str, Any], folder: Path) -> str:
+    """What to do with the result of a comparison, as its report says it."""
+    from foretune.evaluation.report.advice import advice
+
+    return "\n".join(f"\n{step.text}" for step in advice(comparison, folder))
+
+
 def _numeral(cell: object) -> bool:
     return str(cell)[:1].isdigit() or str(cell) in ("-", "")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from foretune.evaluation.report.advice import best_base
 from foretune.files import (
     ADAPTER_CONFIG_FILE,
     CARD_FILE,
@@ -22,7 +23,6 @@ from foretune.models.base_record import BaseRecord, read_base_record
 from foretune.models.hub_card import front_matter, result, task_type
 from foretune.models.loading_code import TOWERS, loading_code
 from foretune.printable import markdown
-from foretune.recipes.adapt_command import best_base
 from foretune.recipes.hub_files import Upload, comparison_of, task_folders
 from foretune.recipes.model_card import TAGS, results_of
 from foretune.training.trained_on import TrainedOnRecord, adapter_card, read_trained_on

@@ -12,6 +12,7 @@ from typing import Any
 from markupsafe import escape
 
 from foretune.errors import UserError
+from foretune.evaluation.report.advice import best_base
 from foretune.files import (
     ADAPTER_CONFIG_FILE,
     BASE_FILE,
@@ -28,7 +29,6 @@ from foretune.files import (
 )
 from foretune.formats import COMPARISON, RUN, read_json, stamped
 from foretune.manifest import MARKER_FILE, all_files, read_manifest
-from foretune.recipes.adapt_command import best_base
 from foretune.recipes.yaml_io import dump_yaml, parse_yaml
 
 # What a model folder, or that of an adapter, may hold of transformers, PEFT, tokenizers and

@@ -22,16 +22,12 @@ def model_card(comparison: dict[str, Any], folder: Path = Path()) -> str:
 
     Args:
         comparison: The content of `comparison.json`.
-        folder: Its folder, in which the code of the card runs.
+        folder: Its folder.
     """
-    from foretune.evaluation.report.snippet import load_lines
+    from foretune.evaluation.report.advice import WHERE, advice, best_base, run_again
     from foretune.evaluation.report.view import View
 
-    best = comparison["verdict"]["best"]
-    bases = {base["name"]: base for base in comparison["bases"]}
-    chosen = bases[best] if best in bases else next(iter(bases.values()))
-    path = chosen.get("path") or "base"
-    collection = comparison["collection"]
+    best, collection = best_base(comparison), comparison["collection"]
     seen, number = collection.get("num_seen"), collection["num_unseen"]
     tasks = "task" if number == 1 else "tasks"
     retrained = "" if seen is None else f" retrained on {seen} tasks and"
@@ -43,7 +39,7 @@ def model_card(comparison: dict[str, Any], folder: Path = Path()) -> str:
             name=comparison["title"],
             base_model=comparison.get("base_model"),
             datasets=comparison.get("datasets") or [],
-            results=results_of(comparison, chosen["name"], folder / path),
+            results=results_of(comparison, best["name"], folder / (best.get("path") or "base")),
         ),
         f"# {markdown(comparison['title'])}",
         "",
@@ -51,20 +47,24 @@ def model_card(comparison: dict[str, Any], folder: Path = Path()) -> str:
         "",
         f"Bases{retrained} compared by adapting each to {number} {tasks} that were not part of "
         f"any retraining{drawn}. `report.html` shows few-shot curves, differences by task and "
-        "costs; `comparison.json` has all scores; `foretune run config.yaml` repeats the run.",
+        "costs; `comparison.json` and `scores.csv` have all scores.",
         "",
         "| base | method | folder |",
         "|---|---|---|",
         *(
             f"| {markdown(b['label'])} | {b['method']} | `{b.get('path') or '-'}` |"
-            for b in bases.values()
+            for b in comparison["bases"]
         ),
         "",
-        "```python",
-        *load_lines({**chosen, "path": path}, folder),
-        "```",
-        "",
     ]
+    steps = advice(comparison, folder)
+    for step in steps:
+        lines += [markdown(step.sentence), f"```{step.language}", step.code, "```", ""]
+    again = run_again(comparison, folder)
+    if again is not None:
+        lines += ["To run it again:", "```shell", again, "```", ""]
+    if steps or again is not None:
+        lines += [WHERE, ""]
     return "\n".join(lines)
 
 

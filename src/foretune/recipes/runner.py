@@ -11,6 +11,7 @@ from foretune.errors import UserError, did_you_mean
 from foretune.files import CARD_FILE, COMPARISON_FILE, write_whole
 from foretune.formats import COMPARISON, SPECTRUM, damage_named, read_json, stamped
 from foretune.processes import num_processes, process_rank
+from foretune.recipes.adapt_words import adapt_with
 from foretune.recipes.adapting import candidates_of, choose_adapting
 from foretune.recipes.conflict import conflict_record, recipe_conflict
 from foretune.recipes.console import SILENT, Console
@@ -88,6 +89,7 @@ def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
         "base_model": recipe.base_model,
         "datasets": recipe.datasets,
         "collection": _counts(first),
+        "adapt_with": adapt_with(recipe),
         "conflict": conflict_record(conflict),
         "spectrum": spectrum_stage(first, out, lora_rates(repeats[0]), console),
     }
@@ -327,12 +329,12 @@ def _counts(setup: Setup) -> dict[str, Any]:
 
 
 def finish(out: Path, comparison: dict[str, Any]) -> None:
-    """Writes comparison.json, report.html, README.md and run.json."""
+    """Writes comparison.json, README.md, report.html with what lies beside it, and run.json."""
     if process_rank() > 0:
         return
     from foretune.evaluation.report import write_report
 
     write_json(out / COMPARISON_FILE, comparison)
-    write_report(comparison, out)
     write_whole(out / CARD_FILE, model_card(comparison, out))
+    write_report(comparison, out)
     write_run_record(out)
