@@ -18,10 +18,11 @@ from foretune.cli import app
 from foretune.cli.output import comparison_text
 from foretune.errors import DivergedError, ForetuneError, UserError
 from foretune.recipes.adapting import candidates_of
-from foretune.recipes.plan import Plan, Stopwatch, plan_recipe
+from foretune.recipes.plan import Plan, plan_recipe
 from foretune.recipes.runner import find_entry, retrain_one, run_recipe
 from foretune.recipes.schema import Recipe, load_recipe
 from foretune.recipes.templates import template_text
+from foretune.recipes.timing import Stopwatch
 
 MODEL = """
 from torch import nn
@@ -355,8 +356,7 @@ def test_the_plan_counts_a_frozen_part_once_for_each_row(
         return 4.0 if len(watches) % 2 else 1.0  # the first watch of a method sees new rows
 
     monkeypatch.setattr(Stopwatch, "seconds_per_update", seconds)
-    monkeypatch.setattr("foretune.recipes.plan._keeps_states", lambda setup: True)
-    monkeypatch.setattr("foretune.recipes.plan.SLOW_STEP", 0.0)  # no further timing
+    monkeypatch.setattr("foretune.recipes.timing._keeps_states", lambda setup: True)
     plan = plan_recipe(load_recipe("my.yaml", changes))
     rows = sum(splits["train"] + splits["validation"] for splits in plan.seen.values())
     run = load_recipe("my.yaml", changes).retrain_run()

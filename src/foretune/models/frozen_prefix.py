@@ -42,8 +42,10 @@ __all__ = [
 ERRORS = (
     *(AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
 )  # what a model raises whose blocks pass on more than hidden states
-ROWS = 16  # missing rows are computed in batches of this many …
-STEP = 8  # … padded to a multiple of this length, see `FrozenPrefix._compute`
+# Missing rows are computed in batches of so many, see `FrozenPrefix._compute`; on a CPU of about so
+# many tokens, from which on more at once take no less time per row.
+ROWS, CPU_TOKENS = 16, 64
+STEP = 8  # rows are padded to a multiple of this length
 MASK = "attention_mask"
 TOKEN_INPUTS = ("input_ids", MASK, "token_type_ids")
 
@@ -215,8 +217,9 @@ class FrozenPrefix:
                 by_length.setdefault(self._padded(int(lengths[i])), {})[key] = i
         for length, missing in sorted(by_length.items()):
             rows = list(missing.items())
-            for start in range(0, len(rows), ROWS):
-                chunk = rows[start : start + ROWS]
+            together = self._together(length)
+            for start in range(0, len(rows), together):
+                chunk = rows[start : start + together]
                 computed = self._compute(inputs, [i for _, i in chunk], length)
                 for (key, _), row in zip(chunk, computed, strict=True):
                     states[key] = row
@@ -230,17 +233,23 @@ class FrozenPrefix:
         rounded = -(-length // STEP) * STEP
         return rounded if most is None else max(length, min(rounded, most))
 
+    def _together(self, length: int) -> int:
+        """How many rows of this padded length are computed at once; more would be filled up."""
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        return max(1, CPU_TOKENS // length) if on_cpu else ROWS
+
     def _compute(
         self, inputs: Mapping[str, np.ndarray], rows: list[int], length: int
     ) -> list[Tensor]:
         """(L, d) states of each of these rows, computed by the real blocks.
 
-        The batch always has ROWS rows, filled up by repetition, and a row's padding depends on its
-        own length only, so its states are bitwise independent of which other rows were missing from
+        The number of rows in the batch, filled up by repetition, and a row's padding depend on its
+        length only, so its states are bitwise independent of which other rows were missing from
         the cache. Otherwise a resumed run, which starts with an empty cache, would drift from an
         uninterrupted one.
         """
-        filled = (rows * ROWS)[:ROWS]
+        together = self._together(length)
+        filled = (rows * together)[:together]
         cut = {name: values[filled, :length] for name, values in inputs.items()}
         cut = {k: np.pad(v, ((0, 0), (0, length - v.shape[1]))) for k, v in cut.items()}
         fill = getattr(_config(self.model), "pad_token_id", None)

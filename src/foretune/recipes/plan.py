@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +17,12 @@ from foretune.recipes.entries import MethodEntry, adapt_record, takes_rate
 from foretune.recipes.plan_notes import plan_notes
 from foretune.recipes.schema import Recipe
 from foretune.recipes.setup import Setup, set_up
+from foretune.recipes.timing import Stopwatch, evenly, time_steps
 from foretune.tasks.leakage import Leak, SharedInputs, find_overlaps
 from foretune.tasks.summary import describe
-from foretune.tasks.task import Task, TaskCollection
+from foretune.tasks.task import TaskCollection
 
-TIMED_STEPS = 2
-# What a process does once may take longer than a small model's steps: those that seem to take less
-# than SLOW_STEP are timed again, as many as fit into about two seconds.
-SLOW_STEP, MOST_TIMED_STEPS = 3.0, 16
+STATE_BYTES = 16  # per trained parameter: its value, its gradient and two moments
 FORWARD_SHARE = 1 / 3  # of the time of a forward and backward pass, approximately
 
 
@@ -38,9 +33,10 @@ class Cost:
     Args:
         name: Name in the recipe.
         parameters: Trainable parameters by role: base, adapter (per task), head (per task).
-        step_seconds: Mean time of two real steps; None for a method that trains nothing.
+        step_seconds: Time of a step; None for a method that trains nothing.
         seconds: Estimate for the whole recipe, including search, repeats and validations.
-        peak_memory_mb: Peak memory of those steps; None if the system does not report it.
+        peak_memory_mb: Peak memory of the steps that were timed, plus adapters that were left out;
+            None if the system does not report it.
     """
 
     name: str
@@ -98,7 +94,7 @@ class Plan:
 
 
 def plan_recipe(recipe: Recipe, console: Console = SILENT) -> Plan:
-    """Reads the data and times two real steps of each method.
+    """Reads the data and times a few steps of each method.
 
     Args:
         recipe: The recipe.
@@ -109,11 +105,11 @@ def plan_recipe(recipe: Recipe, console: Console = SILENT) -> Plan:
     """
     setup = set_up(recipe, console)
     conflict = recipe_conflict(setup, console)
-    costs = []
+    costs: list[Cost] = []
     for entry in recipe.entries:
         console.say(f"{entry.name}: timing a few steps")
         cost = _choosing_cost if entry.method == "auto" else _retrain_cost
-        costs.append(cost(setup, entry))
+        costs.append(cost(setup, entry, all(c.step_seconds is None for c in costs)))
     adapt = None
     if setup.unseen is not None:
         console.say("adapting: timing a few steps")
@@ -163,41 +159,38 @@ def _drawn(setup: Setup, unseen: TaskCollection) -> list[str]:
     return rows_drawn(numbers, "rows per class" if kind in CLASSES else "rows")
 
 
-def _retrain_cost(setup: Setup, entry: MethodEntry) -> Cost:
+def _retrain_cost(setup: Setup, entry: MethodEntry, is_first: bool) -> Cost:
+    """The cost of retraining, of which the first bears that of a frozen part reading each row."""
     full_run = setup.recipe.retrain_run()
     if not takes_rate(entry.method):  # it trains nothing
         return Cost(name=entry.name, parameters={}, step_seconds=None, seconds=0.0)
-    run = full_run.replace(eval_every=0)
-    tasks = _trimmed(setup.seen, run.batch_size, setup)
-
     record = entry.record()
     # A method with episodes over all tasks updates the base once per several batches.
     episode = record.batches_per_update
+    together = min(full_run.tasks_per_step or len(setup.seen), len(setup.seen))
 
-    def train(updates: int, watch: Stopwatch) -> Any:
-        timed_run = run.replace(steps=episode * updates)
+    def train(tasks: TaskCollection, num_tasks: int, updates: int, watch: Stopwatch) -> Any:
+        run = full_run.replace(steps=episode * updates, eval_every=0, tasks_per_step=num_tasks)
         return foretune.retrain(
-            setup.model, tasks, record, timed_run, tokenizer=setup.tokenizer, progress=watch
+            setup.model, tasks, record, run, tokenizer=setup.tokenizer, progress=watch
         )
 
-    timed, watch, frozen = _timed(train, setup)
-    per_step = watch.updates / (episode * watch.planned)
-    step = watch.seconds_per_update() * per_step
-    together = min(run.tasks_per_step or len(setup.seen), len(setup.seen))
-    per_row = step / (together * run.batch_size)
-    # the frozen part reads each row once, whichever method comes first
+    timing = time_steps(train, setup, setup.seen, together, full_run.batch_size)
+    per_step = timing.watch.updates / (episode * timing.watch.planned)
+    step = timing.seconds * per_step
+    per_row = step / (together * full_run.batch_size)
     rows = sum(len(task.split(split)) for task in setup.seen for split in ("train", "validation"))
-    once = frozen * per_step / (together * run.batch_size) * rows
+    once = timing.new_rows_seconds * per_step / (together * full_run.batch_size) * rows
     seconds = 0.0
     for steps in _retrainings(setup.recipe, entry):
         validations = _validations(full_run.eval_every, steps)
         seconds += steps * step + validations * _validated_rows(setup, record) * per_row
     return Cost(
         name=entry.name,
-        parameters=_parameters(timed.model, timed.bank),
+        parameters=_parameters(timing.outcome.model, timing.outcome.bank),
         step_seconds=step,
-        seconds=once + setup.recipe.seeds * seconds,
-        peak_memory_mb=timed.cost.get("peak_memory_mb"),
+        seconds=once * is_first + setup.recipe.seeds * seconds,
+        peak_memory_mb=timing.outcome.cost.get("peak_memory_mb"),
     )
 
 
@@ -222,7 +215,7 @@ def _validated_rows(setup: Setup, record: Any) -> float:
     return held_out.draws * (trained + FORWARD_SHARE * scored)
 
 
-def _choosing_cost(setup: Setup, entry: MethodEntry) -> Cost:
+def _choosing_cost(setup: Setup, entry: MethodEntry, is_first: bool) -> Cost:
     """The cost of `auto`, if each candidate is equally likely to stay.
 
     Candidates that differ only in their learning rate cost the same; one of them is timed.
@@ -237,7 +230,7 @@ def _choosing_cost(setup: Setup, entry: MethodEntry) -> Cost:
         kind = f"{candidate['name']} {fields}"
         if kind not in cost_by_kind:
             timed_entry = MethodEntry(name=kind, method=candidate["name"], fields=fields, rates=[])
-            cost_by_kind[kind] = _retrain_cost(setup, timed_entry)
+            cost_by_kind[kind] = _retrain_cost(setup, timed_entry, is_first and not cost_by_kind)
         timed.append(cost_by_kind[kind])
     seconds = sum(cost.seconds for cost in timed)
     trained = [cost for cost in timed if cost.step_seconds is not None]
@@ -267,15 +260,19 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
     full_run, methods = recipe.adapt_run(), candidates_of(recipe)
     plain = [method for method in methods if method.fits(setup.model)]
     record = plain[-1] if block.searches else adapt_record(block)  # the last one trains the most
-    tasks = _trimmed(unseen, full_run.batch_size, setup)
 
-    def train(updates: int, watch: Stopwatch) -> Any:
+    def train(tasks: TaskCollection, num_tasks: int, updates: int, watch: Stopwatch) -> Any:
+        part = dataclasses.replace(tasks, tasks=evenly(tasks, num_tasks))
         run = full_run.replace(steps=updates, eval_every=0)
-        return foretune.adapt(setup.model, tasks, record, run, progress=watch)
+        return foretune.adapt(setup.model, part, record, run, progress=watch)
 
-    timed, watch, frozen = _timed(train, setup)
-    step = watch.seconds_per_update()
-    once = frozen / full_run.batch_size * sum(len(t.train) + len(t.test) for t in unseen)
+    timing = time_steps(train, setup, unseen, len(unseen), full_run.batch_size)
+    step, parameters = timing.seconds, int(timing.outcome.cost.get("trainable_parameters") or 0)
+    peak = timing.outcome.cost.get("peak_memory_mb")
+    if peak is not None:  # the adapters that were left out, with gradients and optimiser state
+        peak += (len(unseen) - timing.num_tasks) * parameters * STATE_BYTES / 2**20
+    once = timing.new_rows_seconds / full_run.batch_size
+    once *= sum(len(t.train) + len(t.test) for t in unseen)
     once /= len(unseen)  # a step has a batch of each task
     bases = len(recipe.entries) * recipe.seeds
     comparisons = bases * len(block.shots) * block.draws
@@ -292,11 +289,11 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
     per_task = step / len(unseen)
     return Cost(
         name=", ".join(dict.fromkeys(method.name for method in methods)),
-        parameters={"adapter": int(timed.cost.get("trainable_parameters") or 0)},
+        parameters={"adapter": parameters},
         step_seconds=step,
         seconds=once
         + per_task * (full_run.steps * adaptations + FORWARD_SHARE * rows / full_run.batch_size),
-        peak_memory_mb=timed.cost.get("peak_memory_mb"),
+        peak_memory_mb=peak,
     )
 
 
@@ -322,73 +319,10 @@ def _tried(recipe: Recipe, num_tasks: int) -> int:
     return num_adaptations(len(candidates_of(recipe)), num_tasks)
 
 
-def _timed(train: Callable[[int, Stopwatch], Any], setup: Setup) -> tuple[Any, Stopwatch, float]:
-    """The result of a few updates, the watch that timed them, and seconds of an update's new rows.
-
-    Where lower blocks are frozen, what they make of a row is kept, so that an update on rows that
-    were read before is what a run consists of.
-
-    Args:
-        train: Makes so many updates and calls the watch after each; the same rows each time.
-        setup: The model and the tasks.
-    """
-    new_rows = 0.0
-    if _keeps_states(setup):
-        first = Stopwatch(1 + TIMED_STEPS)
-        train(first.planned, first)
-        new_rows = first.seconds_per_update()
-    watch = Stopwatch(1 + TIMED_STEPS)
-    result = train(watch.planned, watch)
-    seconds = watch.seconds_per_update()
-    if seconds < SLOW_STEP:
-        again = max(TIMED_STEPS, min(MOST_TIMED_STEPS, round(2 / max(seconds, 1e-3))))
-        watch = Stopwatch(1 + again)
-        result = train(watch.planned, watch)
-    return result, watch, max(0.0, new_rows - watch.seconds_per_update())
-
-
-def _keeps_states(setup: Setup) -> bool:
-    """Whether lower blocks are frozen, so that a row goes through them once."""
-    return setup.recipe.model.trainable_layers is not None
-
-
-class Stopwatch:
-    """A progress callback that times updates; the first one is left out as a warm-up.
-
-    Args:
-        planned: Updates that are asked for; a method may make another number of them.
-    """
-
-    def __init__(self, planned: int) -> None:
-        self.planned = planned
-        self.ticks: list[float] = []
-        self.updates = 0
-
-    def __call__(self, update: int, updates: int, figures: dict[str, Any]) -> None:
-        """Records the end of an update and the total number of updates."""
-        self.ticks.append(time.perf_counter())
-        self.updates = updates
-
-    def seconds_per_update(self) -> float:
-        """Median time of an update in seconds."""
-        intervals = [end - start for start, end in itertools.pairwise(self.ticks)]
-        return statistics.median(intervals) if intervals else 0.0
-
-
 def _validations(eval_every: int | None, steps: int) -> int:
     if eval_every == 0:
         return 0
     return math.ceil(steps / (eval_every or math.ceil(steps / 10)))
-
-
-def _trimmed(tasks: TaskCollection, batch_size: int, setup: Setup) -> TaskCollection:
-    """The tasks with no more training rows than the timed steps read, so that only these are timed.
-
-    A training row serves as the test row, because a real one may have a label that is cut off.
-    """
-    rows = batch_size * (1 + (TIMED_STEPS if _keeps_states(setup) else MOST_TIMED_STEPS))
-    small = tuple(Task(t.name, train=t.train[:rows], test=t.train[:1]) for t in tasks)
-    return dataclasses.replace(tasks, tasks=small)
 
 
 def _parameters(model: Any, bank: Any) -> dict[str, int]:
