@@ -1,0 +1,95 @@
+"""What MkDocs does not do itself, while the site is built.
+
+Pages come from outside docs/ (the changelog, the guide for contributors), from the docstrings (the
+public names, in the sections of reference.md) and from the command line's help. Links to files
+that are not pages of the site lead to the repository, where they are on GitHub.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import typer.cli
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from foretune import __all__ as PUBLIC
+from foretune.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTSIDE = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+LINK = re.compile(r"^[ ]*```.*?^[ ]*```|`[^`\n]+`|(?<=\]\()[^)\s]+(?=\))", re.DOTALL | re.MULTILINE)
+SECTION = re.compile(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+NAME = re.compile(r"`(\w+)[^`]*`")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages that are not files of docs/."""
+    for page, source in OUTSIDE.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    pages = {"cli.md": command_line(), **python_api((ROOT / "docs/reference.md").read_text())}
+    for page, text in pages.items():
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turns each link to a file into one to its page, or to the repository if it has none."""
+    if page.file.abs_src_path is None:  # generated from code: no links to files
+        return markdown
+    folder = Path(page.file.abs_src_path).parent
+    pages = {file.abs_src_path: file.src_uri for file in files if file.abs_src_path}
+
+    def link(match: re.Match[str]) -> str:
+        target, hash_, anchor = match[0].partition("#")
+        if not target or match[0].startswith(("`", " ", "http:", "https:", "mailto:")):
+            return match[0]
+        path = (folder / target).resolve()
+        if str(path) in pages:
+            start = Path(page.file.src_uri).parent
+            return os.path.relpath(pages[str(path)], start) + hash_ + anchor
+        if not path.exists():
+            return match[0]  # MkDocs refuses it, by its page
+        kind = "tree" if path.is_dir() else "blob"
+        return f"{config.repo_url}/{kind}/main/{path.relative_to(ROOT)}{hash_}{anchor}"
+
+    return LINK.sub(link, markdown)
+
+
+def python_api(reference: str) -> dict[str, str]:
+    """A page for each section of reference.md, with the docstrings of the names it lists.
+
+    A row of a table lists the names of its first column, a paragraph all of its names.
+    """
+    pages = {}
+    for title, text in SECTION.findall(reference):
+        lines = [
+            line.split("|")[1] if line[0] == "|" else line for line in text.split("\n") if line
+        ]
+        names = dict.fromkeys(name for line in lines for name in NAME.findall(line))
+        blocks = [f"::: foretune.{name}" for name in names if name in PUBLIC[1:]]
+        pages[f"api/{title.lower().replace(' ', '-')}.md"] = "\n\n".join(
+            [f"# {title}", *blocks, ""]
+        )
+    return pages
+
+
+def command_line() -> str:
+    """The help of every command, as Markdown."""
+    command: Any = typer.main.get_command(app)
+    uncut(command)
+    context = command.make_context("foretune", [], resilient_parsing=True)
+    return typer.cli.get_docs_for_click(
+        obj=command, ctx=context, name="foretune", title="Command line"
+    )
+
+
+def uncut(command: Any) -> None:
+    """Lists of commands show the whole first line of each, which typer would cut."""
+    for below in getattr(command, "commands", {}).values():
+        below.short_help = re.split(r"(?<=\.)\s", below.help)[0]
+        uncut(below)
