@@ -17,10 +17,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from foretune import __all__ as PUBLIC
+import foretune
 from foretune.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
+NAMES = set(foretune.__all__) - {"__version__"}
+REFERENCE = "reference.md"
 OUTSIDE = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 LINK = re.compile(r"^[ ]*```.*?^[ ]*```|`[^`\n]+`|(?<=\]\()[^)\s]+(?=\))", re.DOTALL | re.MULTILINE)
 SECTION = re.compile(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", re.DOTALL | re.MULTILINE)
@@ -31,7 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that are not files of docs/."""
     for page, source in OUTSIDE.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
-    pages = {"cli.md": command_line(), **python_api((ROOT / "docs/reference.md").read_text())}
+    pages = {"cli.md": command_line(), **python_api((ROOT / "docs" / REFERENCE).read_text("utf-8"))}
     for page, text in pages.items():
         files.append(File.generated(config, page, content=text))
     return files
@@ -57,7 +59,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         kind = "tree" if path.is_dir() else "blob"
         return f"{config.repo_url}/{kind}/main/{path.relative_to(ROOT)}{hash_}{anchor}"
 
-    return LINK.sub(link, markdown)
+    markdown = LINK.sub(link, markdown)
+    return NAME.sub(to_docstring, markdown) if page.file.src_uri == REFERENCE else markdown
+
+
+def to_docstring(match: re.Match[str]) -> str:
+    """A public name in code, linked to its docstring."""
+    return f"[{match[0]}][foretune.{match[1]}]" if match[1] in NAMES else match[0]
 
 
 def python_api(reference: str) -> dict[str, str]:
@@ -71,7 +79,7 @@ def python_api(reference: str) -> dict[str, str]:
             line.split("|")[1] if line[0] == "|" else line for line in text.split("\n") if line
         ]
         names = dict.fromkeys(name for line in lines for name in NAME.findall(line))
-        blocks = [f"::: foretune.{name}" for name in names if name in PUBLIC[1:]]
+        blocks = [f"::: foretune.{name}" for name in names if name in NAMES]
         pages[f"api/{title.lower().replace(' ', '-')}.md"] = "\n\n".join(
             [f"# {title}", *blocks, ""]
         )

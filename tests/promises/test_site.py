@@ -70,6 +70,7 @@ def test_every_public_name_has_one_place_in_the_reference(site: Path) -> None:
     anchors = Counter(a for page in (site / "api").glob("*.html") for a in Page(page).anchors)
     for name in foretune.__all__:
         assert anchors[f"foretune.{name}"] == (name != "__version__"), name
+    assert "api/verbs.html#foretune.retrain" in Page(site / "reference.html").links
 
 
 def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
