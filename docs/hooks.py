@@ -2,7 +2,7 @@
 
 Pages come from outside docs/ (the changelog, the guide for contributors), from the docstrings (the
 public names, in the sections of reference.md) and from the command line's help. Links to files
-that are not pages of the site lead to the repository, where they are on GitHub.
+that are not pages of the site lead to the repository. The methods' pages are listed by verb.
 """
 
 from __future__ import annotations
@@ -19,14 +19,33 @@ from mkdocs.structure.pages import Page
 
 import foretune
 from foretune.cli import app
+from foretune.methods import methods_of
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = set(foretune.__all__) - {"__version__"}
 REFERENCE = "reference.md"
+VERBS = {
+    "retrain": "Retraining",
+    "adapt": "Adapting",
+    "fuse": "Fusing",
+    "prune": "Pruning",
+    "decode": "Decoding",
+}
 OUTSIDE = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 LINK = re.compile(r"^[ ]*```.*?^[ ]*```|`[^`\n]+`|(?<=\]\()[^)\s]+(?=\))", re.DOTALL | re.MULTILINE)
 SECTION = re.compile(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", re.DOTALL | re.MULTILINE)
 NAME = re.compile(r"`(\w+)[^`]*`")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Lists the methods in the navigation, in the order of their table."""
+    for entry in config.nav or ():
+        if "Methods" in entry:
+            entry["Methods"] = [
+                {title: [{name: f"methods/{name}.md"} for name in methods_of(verb)]}
+                for verb, title in VERBS.items()
+            ]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -57,7 +76,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if not path.exists():
             return match[0]  # MkDocs refuses it, by its page
         kind = "tree" if path.is_dir() else "blob"
-        return f"{config.repo_url}/{kind}/main/{path.relative_to(ROOT)}{hash_}{anchor}"
+        return f"{config.extra['repository']}/{kind}/main/{path.relative_to(ROOT)}{hash_}{anchor}"
 
     markdown = LINK.sub(link, markdown)
     return NAME.sub(to_docstring, markdown) if page.file.src_uri == REFERENCE else markdown
@@ -75,14 +94,11 @@ def python_api(reference: str) -> dict[str, str]:
     """
     pages = {}
     for title, text in SECTION.findall(reference):
-        lines = [
-            line.split("|")[1] if line[0] == "|" else line for line in text.split("\n") if line
-        ]
+        lines = [line.split("|")[1] if line[:1] == "|" else line for line in text.split("\n")]
         names = dict.fromkeys(name for line in lines for name in NAME.findall(line))
         blocks = [f"::: foretune.{name}" for name in names if name in NAMES]
-        pages[f"api/{title.lower().replace(' ', '-')}.md"] = "\n\n".join(
-            [f"# {title}", *blocks, ""]
-        )
+        file = f"api/{title.lower().replace(' ', '-')}.md"
+        pages[file] = "\n\n".join([f"# {title}", *blocks, ""])
     return pages
 
 
