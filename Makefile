@@ -8,6 +8,7 @@
 # make bench-quickstart | bench-evidence DATA=folder                        reproduce benchmarks/results,
 # make bench-speed DATA=path | bench-claims DATA=folder                     docs/conflict.md
 # make bench-theory                                                         and docs/reproduce.md
+# make release   dist/: sdist, wheel, SBOM and checksums, tried in a fresh environment; the tree must be committed
 # make architectures   try every architecture of the catalogue and write docs/architectures.md
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -21,7 +22,7 @@ EXAMPLES ?= 500
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .PHONY: setup lock quickstart test test-oldest test-newest fuzz fast check lint types imports docs site format bench-quickstart \
-	bench-evidence bench-speed bench-theory bench-claims architectures clean
+	bench-evidence bench-speed bench-theory bench-claims architectures release clean
 
 setup: $(INSTALLED)
 
@@ -40,7 +41,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 LOCK := $(BIN)/uv pip compile --quiet --python-version 3.11 --python-platform linux \
 	--custom-compile-command "make lock" pyproject.toml
 TESTED := $(LOCK) --extra quickstart --extra dev --upgrade --annotation-style line
-EXTRAS := smollm quant onnx eval figures rtd prototypes diffusion scenes tensorboard trackio mlflow
+EXTRAS := smollm quant onnx eval figures rtd prototypes diffusion scenes
 lock: setup
 	echo $(TORCH) | $(TESTED) - -o constraints.txt
 	$(TESTED) --resolution lowest-direct -o constraints-oldest.txt
@@ -137,5 +138,28 @@ bench-speed: setup
 architectures: setup
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/architecture_table.py
 
+# Each in an environment of its own, which uv keeps in its cache.
+TWINE := $(BIN)/uv tool run --from twine==7.0.0 twine
+CHECK_WHEEL := $(BIN)/uv tool run --from check-wheel-contents==0.6.3 check-wheel-contents
+CYCLONEDX := $(BIN)/uv tool run --from cyclonedx-bom==7.5.0 cyclonedx-py
+RELEASED := .venv-release/bin/python -I
+
+# What is not committed would not be in the tag; -I keeps the sources out of the tests. torch comes with CUDA unless pip knows an index of CPU builds.
+release: setup
+	@test -z "$$(git status --porcelain)" || { git status --short; echo "commit these first"; exit 2; }
+	$(PYTEST) tests/promises/test_repository.py
+	rm -rf dist build .venv-release
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/uv build --build-constraint constraints.txt
+	$(TWINE) check --strict dist/*
+	$(CHECK_WHEEL) dist/*.whl
+	$(PYTHON) -m venv .venv-release
+	$(RELEASED) -m pip install -c constraints.txt "$$(echo dist/*.whl)[quickstart]"
+	$(RELEASED) -m pip check
+	$(RELEASED) tests/release_smoke.py
+	$(CYCLONEDX) environment .venv-release --pyproject pyproject.toml --output-reproducible -o dist/foretune.cdx.json
+	cd dist && sha256sum foretune* > SHA256SUMS
+	rm -rf .venv-release
+	@cat dist/SHA256SUMS
+
 clean:
-	rm -rf .venv .venv-oldest .venv-newest build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-release build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -18,7 +18,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from foretune.errors import UserError
-from foretune.files import INPUTS, RECIPE, RUN_FILE, disk_errors, put_in_place, remove, replaced
+from foretune.files import (
+    INPUTS,
+    PROGRESS_FILE,
+    RECIPE,
+    RUN_FILE,
+    disk_errors,
+    put_in_place,
+    remove,
+    replaced,
+)
 from foretune.manifest import (
     FORMAT,
     MARKER_FILE,
@@ -26,19 +35,14 @@ from foretune.manifest import (
     all_files,
     append,
     foreign_files,
+    lock,
     read_manifest,
     root_of,
 )
 
-try:
-    import fcntl
-except ImportError:  # Windows, where folders are not locked
-    fcntl = None  # type: ignore[assignment]
-
 # What a run writes before its first result: a folder of these holds nothing that could be lost.
-EARLY = (RECIPE, INPUTS, RUN_FILE, MARKER_FILE)
+EARLY = (RECIPE, INPUTS, RUN_FILE, MARKER_FILE, PROGRESS_FILE)
 MARKS = (b"foretune", b'id="figure-title"')  # in every page, recipe and figure of ours
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EIO)
 _held: set[Path] = set()  # the folders that this process has claimed
 
 
@@ -85,7 +89,7 @@ def output_folder(
     target = out.resolve() if at_once or out.name in ("", "..") else out
     with contextlib.ExitStack() as locks:
         with disk_errors(out):
-            beside = _beside(target)
+            beside = place_beside(target)
             _recover(target)
             # What another process is working on is locked before it is looked at.
             for place in (beside, target):
@@ -219,7 +223,7 @@ def _check_name(path: Path) -> None:
         path.lstat()  # unlike `exists`, it does not hide a name that is too long
 
 
-def _beside(target: Path) -> Path:
+def place_beside(target: Path) -> Path:
     """Where the new result is written until it takes the place of `target`.
 
     Raises:
@@ -391,17 +395,15 @@ def _lock(folder: Path, out: Path) -> Iterator[None]:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         descriptor = os.open(folder / MARKER_FILE, flags, 0o666)
     try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise UserError(_owner(folder, out)) from None
-                warnings.warn(
-                    f"{out} cannot be locked ({error.strerror}): make sure that no other process "
-                    "writes to it",
-                    stacklevel=2,
-                )
+        try:
+            failure = lock(descriptor)
+        except OSError:
+            raise UserError(_owner(folder, out)) from None
+        if failure is not None:
+            warnings.warn(
+                f"{out} cannot be locked ({failure}): make sure that no other process writes to it",
+                stacklevel=2,
+            )
         _check_still_there(descriptor, folder, out)
         _held.add(real)
         yield

@@ -19,10 +19,14 @@ RUN_FILE = "run.json"  # method, run and digests of what a folder was started wi
 BASE_FILE = "foretune.json"  # beside a retrained base: its method, objective and fingerprint
 BASIS_FILE = "foretune_basis/basis.safetensors"  # beside a base: the basis of its adapters
 METRICS_FILE = "metrics.jsonl"  # the history of a training run
+PROGRESS_FILE = "progress.jsonl"  # what a run said and how far it was, for `foretune watch`
 COMPARISON_FILE = "comparison.json"
 REPORT_FILE = "report.html"
+SCORES_TABLE = "scores.csv"  # all scores of a comparison
 CARD_FILE = "README.md"
 LABELS_FILE = "labels.json"  # beside an adapter: the labels of its head
+TRAINED_ON_FILE = "trained_on.json"  # beside an adapter: its rows' digest, how it was trained
+SPARSE_FILE = "sparse_delta.safetensors"  # the changes that SaRA makes for a task
 # Names that transformers and peft give.
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

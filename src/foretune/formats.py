@@ -42,6 +42,7 @@ RUN = "foretune-run-1"  # run.json
 SPARSE = "foretune-sparse-1"  # sparse_delta.safetensors
 SPECTRUM = "foretune-spectrum-1"  # spectrum.json
 STAGE = "foretune-stage-1"  # stage.json
+TRAINED_ON = "foretune-trained-on-1"  # trained_on.json, beside an adapter
 
 _NAME = re.compile(r"(foretune-[a-z-]+)-(\d+)")
 

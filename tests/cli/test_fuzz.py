@@ -116,7 +116,7 @@ def test_a_damaged_file_is_read_or_one_line(
 
 
 def _report_files(name: str) -> bool:
-    return name.startswith(("compared/report.html", "compared/figures/"))
+    return name.startswith(("compared/report.html", "compared/scores.csv", "compared/figures/"))
 
 
 @pytest.mark.parametrize("file", ["run.json", "t0/adapter_model.safetensors", "adapt_scores.json"])

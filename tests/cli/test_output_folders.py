@@ -415,7 +415,7 @@ def test_a_file_system_without_locks_is_told(
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("foretune.claims.fcntl.flock", flock)
+    monkeypatch.setattr("foretune.manifest.fcntl.flock", flock)
     with pytest.warns(UserWarning, match=r"cannot be locked \(No locks available\)"):
         make(tmp_path / "out")
 

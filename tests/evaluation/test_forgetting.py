@@ -232,6 +232,28 @@ def test_groups_and_examples_in_prompts(quiz: Path) -> None:
     assert before != Benchmarks([str(few)]).digest
 
 
+def test_nobody_counts_what_is_loaded(quiz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Online these libraries tell a server, for local files, too."""
+    pytest.importorskip("lm_eval")
+    import datasets
+    import evaluate
+
+    from foretune.evaluation.benchmarks import Benchmarks
+    from foretune.tasks.uncounted import uncounted
+
+    told: list[str] = []
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.load, "get_session", lambda: told.append("datasets"))
+    monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", False)
+    monkeypatch.setattr(evaluate.loading, "head_hf_s3", lambda *_, **__: told.append("evaluate"))
+    Benchmarks([str(quiz)])
+    with uncounted():
+        evaluate.loading.increase_load_count("accuracy", "metric")
+    assert told == []
+    evaluate.loading.increase_load_count("accuracy", "metric")
+    assert told == ["evaluate"]
+
+
 def test_a_base_that_became_worse_is_named_with_what_would_help() -> None:
     def row(name: str, low: float, high: float) -> dict[str, Any]:
         change = {"mean": (low + high) / 2, "low": low, "high": high}

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import re
+import tomllib
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+import foretune
 from foretune import Classification, Task, TaskCollection
 from foretune.evaluation.conflict import measure_conflict
 from foretune.evaluation.conflict_text import QUESTION
 from foretune.evaluation.report import summary_rows, write_report
 from foretune.evaluation.report.gain_figure import Collection, gain_against_conflict
+from foretune.evaluation.report.links import DOCS
 from foretune.evaluation.report.svg import LIGHT, text_width, ticks
 from foretune.evaluation.report.view import Mean
 from foretune.evaluation.statistics import pairs_and_means, verdict
+from foretune.files import COMPARISON_FILE
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 NASTY = """<script>alert("x")</script> & 'co' \x00"""
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 FORTY = "a label of exactly forty letters, really"
@@ -151,22 +158,71 @@ def written(record, folder):
 
 def test_page_is_self_contained(tmp_path):
     html, page = written(comparison(), tmp_path)
-    assert "http" not in html and "url(" not in html and "@import" not in html
+    assert "url(" not in html and "@import" not in html and "fetch(" not in html
+    assert [attributes for tag, attributes in page.tags if tag == "script"] == [{}]
     for tag, attributes in page.tags:
-        assert tag not in {"script", "link", "img", "iframe"}
-        assert not {"src", "href"} & attributes.keys()
+        assert tag not in {"link", "img", "iframe"}
+        assert "src" not in attributes
+        assert tag == "a" or "href" not in attributes
+
+
+def test_links_lead_to_files_beside_the_page_and_to_pages_that_exist(tmp_path):
+    record = comparison()
+    (tmp_path / COMPARISON_FILE).write_text(json.dumps(record))
+    (tmp_path / "bases" / "peft-ml" / "é %" / "base").mkdir(parents=True)
+    (tmp_path / "adapters" / "peft-ml").mkdir(parents=True)
+    record["bases"][2]["path"] = "bases/peft-ml/é %/base"
+    _, page = written(record, tmp_path)
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in ids
+        elif link.startswith("https:"):
+            name, _, heading = link.removeprefix(DOCS).partition("#")
+            text = (ROOT / "docs" / name).read_text("utf-8")
+            titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            assert not heading or heading in [re.sub(r"\W+", "-", t.lower()) for t in titles]
+        else:
+            assert (tmp_path / unquote(link)).exists()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert DOCS.startswith(project["urls"]["Repository"])
+    assert {"comparison.json", "scores.csv", "figures", "adapters/peft-ml"} <= {*links}
+    assert "bases/peft-ml/%C3%A9%20%25/base" in links
+
+
+def test_methods_are_explained_as_the_catalogue_does(tmp_path):
+    record = comparison(names=("none", "peft-ml", "a name of the user's"))
+    record["adapt"] |= {"methods": ["head", "basis"]}
+    _, page = written(record, tmp_path)
+    for cls in (foretune.PEFTML, foretune.Head, foretune.FromBasis):
+        assert cls.__doc__.partition("\n")[0] in page.text
+
+
+def test_every_score_is_in_the_csv(tmp_path):
+    record = comparison(shots=(0, 4, None), task=lambda index: f'"a", {index}')
+    written(record, tmp_path)
+    with (tmp_path / "scores.csv").open(encoding="utf-8", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert len(rows) == len(record["scores"])
+    for row, score in zip(rows, record["scores"], strict=True):
+        assert row["task"] == score["task"] and float(row["score"]) == score["score"]
+        assert row["shots"] == ("all" if score["shots"] is None else str(score["shots"]))
+        assert row["label"] == score["base"].upper() and row["metric"] == "accuracy"
 
 
 def test_page_says_the_verdict_first_and_all_sections(tmp_path):
     record = comparison()
     html, page = written(record, tmp_path)
     assert record["verdict"]["best"] is not None
-    assert f"<h1>{record['verdict']['sentence'].split('. ')[0].rstrip('.')}" in html
+    answer, margins = record["verdict"]["sentence"].split(": ", 1)
+    assert f"<h1>{answer}:</h1>" in html and margins in page.text
+    assert html.index('class="compared"') < html.index("<h1>") < html.index("<section")
     for heading in ("Before and after", "Against the controls", "Task by task", "How much must"):
         assert heading in page.text
-    for phrase in ("What it cost", "81.2 s", "1.23 M", "812 MB", "Load the result", "x: <y> & z"):
+    for phrase in ("What it cost", "81.2 s", "1.23 M", "812 MB", "Use the result", "x: <y> & z"):
         assert phrase in page.text
-    assert 'from_pretrained("bases/' in page.text
+    assert f'"{tmp_path}/bases/' in page.text
     assert {"few-shot-curves.svg", "differences-16.svg", "task-differences.svg"} <= {
         path.name for path in (tmp_path / "figures").iterdir()
     }
@@ -187,9 +243,8 @@ def test_user_strings_are_escaped(tmp_path, num_tasks):
     )
     record["title"] = record["recipe"] = record["adapt"]["method"] = NASTY
     html, page = written(record, tmp_path)
-    assert "<script" not in html
+    assert html.count("<script") == 1  # which sorts tables
     assert "</title>none" not in html
-    assert "script" not in {tag for tag, _ in page.tags}
     assert '<script>alert("x")</script>' in page.text
 
 
@@ -205,7 +260,7 @@ def test_only_clear_differences_are_bold(tmp_path):
     for index, pair in enumerate(record["pairs"]):
         pair["p_holm"] = 0.001 if index == 0 else 0.5
     html, _ = written(record, tmp_path)
-    table = html[html.index("Paired differences, 16 rows, in") : html.index("Task by task")]
+    table = html[html.index("Paired differences, 16 rows, in") : html.index("<h2>Task by task")]
     assert table.count('<tr class="clear">') == 1
 
 
@@ -272,7 +327,7 @@ def test_report_needs_no_pairs_and_no_optional_parts(tmp_path):
     for base in record["bases"]:
         base |= {"path": None, "retrain": None, "adapt": None}
     _, page = written(record, tmp_path)
-    assert "Against the controls" not in page.text and "Load the result" not in page.text
+    assert "Against the controls" not in page.text and "Use the result" not in page.text
 
 
 def test_summary_holds_means_and_differences_from_the_controls():
@@ -315,9 +370,9 @@ def searched(names=("none", "standard", "peft-ml")):
 def test_first_line_says_what_was_compared_on_what_and_with_which_model(tmp_path):
     html, page = written(searched(), tmp_path)
     line = (
-        "NONE, STANDARD and PEFT-ML were compared as ways to prepare a network of 64 and 64 units "
-        "on minilm for new tasks, on votes.jsonl: 40 tasks (4,000 rows) to learn from, 8 other "
-        "tasks to be scored on."
+        "Three ways to prepare a network of 64 and 64 units on minilm for tasks that it has not "
+        "seen were compared: NONE, STANDARD and PEFT-ML. The data: votes.jsonl, with 40 tasks "
+        "(4,000 rows) to learn from and 8 other tasks to be scored on."
     )
     assert line in page.text
     assert html.index('class="compared"') < html.index("<h1>")
@@ -330,7 +385,7 @@ def test_first_line_says_what_was_compared_on_what_and_with_which_model(tmp_path
 def test_first_line_needs_no_readable_recipe(tmp_path, recipe):
     record = comparison(spectrum=False) | {"recipe": recipe, "collection": {"num_unseen": 1}}
     _, page = written(record, tmp_path)
-    assert "for new tasks: 1 task to be scored on." in page.text
+    assert "The data: 1 task to be scored on." in page.text
     assert ("the model m.py" if "file" in recipe else "a BertModel") in page.text
 
 
@@ -364,8 +419,8 @@ def test_task_table_has_the_scores_of_the_focus_and_the_controls(tmp_path):
         f"{50 * sum(cells[name, 'task 3', seed] for seed in (0, 1)):.1f}"
         for name in ("peft-ml", "standard", "none")
     ]
-    assert "TaskPEFT-MLSTANDARDNONEDifference" in page.text
-    assert f"task 3{''.join(means)}" in page.text
+    assert "TaskDifferencePEFT-MLSTANDARDNONE" in page.text
+    assert re.search(rf"task 3[+−]\d+\.\d{''.join(means)}", page.text)
 
 
 def test_conflict_is_shown_where_it_was_measured(tmp_path):

@@ -13,7 +13,8 @@ import linear_tasks
 import tiny_models
 from foretune import Run, SaRA, Task, TaskCollection, UserError, load_sparse
 from foretune.adapters.entries import entries_below, threshold_of
-from foretune.adapters.sparse import FILE, SparseDelta
+from foretune.adapters.sparse import SparseDelta
+from foretune.files import SPARSE_FILE
 from foretune.linalg.low_rank import nuclear_gradient
 from linear_tasks import copy_of, equal_bits, family
 
@@ -432,15 +433,15 @@ def test_another_base_is_refused(tmp_path):
 def test_bad_files_and_alphas_are_refused(tmp_path):
     base, folders = two_changes(tmp_path)
     with pytest.raises(UserError, match=r"no sparse change in .*nowhere"):
-        load_sparse(base, tmp_path / "nowhere" / FILE)
+        load_sparse(base, tmp_path / "nowhere" / SPARSE_FILE)
     with pytest.raises(UserError, match="2 folders need as many alphas, got 1"):
         load_sparse(base, folders, [0.5])
-    (folders[0] / FILE).write_bytes(b"no tensors")
+    (folders[0] / SPARSE_FILE).write_bytes(b"no tensors")
     with pytest.raises(UserError, match="is not a complete safetensors file"):
         load_sparse(base, folders[0])
     from safetensors.torch import save_file
 
-    save_file({"a": torch.zeros(1)}, str(folders[0] / FILE))
+    save_file({"a": torch.zeros(1)}, str(folders[0] / SPARSE_FILE))
     with pytest.raises(UserError, match="its format is None"):
         load_sparse(base, folders[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import subprocess
@@ -49,7 +50,12 @@ def test_version_is_the_same_everywhere() -> None:
     assert foretune.__version__ == project["version"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert citation["version"] == project["version"]
-    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    # The newest version of the changelog, below what is not released yet.
+    log = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    [(version, date), *_] = re.findall(r"^## (?!Unreleased$)(\S+)(?: - (\S+))?$", log, re.MULTILINE)
+    assert version == project["version"]
+    assert date == str(citation["date-released"])
+    assert datetime.date.fromisoformat(date)
 
 
 @pytest.mark.parametrize("name", packaged_recipes())

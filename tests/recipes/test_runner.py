@@ -431,12 +431,12 @@ def test_code_in_the_readme_of_a_run_loads_its_result(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_recipe(recipe)
-    monkeypatch.chdir(recipe.folder)
-    for folder in (".", "bases/peft-ml/seed-0"):
-        [code] = re.findall("```python\n(.*?)```", Path(folder, "README.md").read_text(), re.S)
+    # The card of a run is read where the run was started, that of a base in its folder.
+    for card, where in ((recipe.folder, "."), (recipe.folder / "bases/peft-ml/seed-0",) * 2):
+        [code] = re.findall("```python\n(.*?)```", Path(card, "README.md").read_text(), re.S)
         variables: dict[str, Any] = {}
         with monkeypatch.context() as patch:
-            patch.chdir(folder)
+            patch.chdir(where)
             exec(code, variables)
         assert variables["base"](torch.zeros(1, 4)).shape == (1, 2)
 

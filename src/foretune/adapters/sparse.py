@@ -30,11 +30,10 @@ from typing_extensions import TypedDict
 
 from foretune.adapters.entries import within
 from foretune.errors import UserError
+from foretune.files import SPARSE_FILE
 from foretune.formats import SPARSE, check_format, parse_json, read_tensors
 from foretune.linalg.low_rank import nuclear_gradient
 from foretune.models.surgery import has_fresh_head, head_modules, match_head
-
-FILE = "sparse_delta.safetensors"
 
 
 class SparseDelta:
@@ -215,7 +214,7 @@ class SparseDelta:
         Returns:
             Its path.
         """
-        path = Path(folder) / FILE
+        path = Path(folder) / SPARSE_FILE
         parameters = dict(self.model.named_parameters())
         tensors = {}
         for name, positions in self.support.items():
@@ -264,7 +263,7 @@ def load_sparse(
     base_parameters = dict(model.named_parameters())
     sources: dict[str, Path] = {}  # name of a tensor that cannot be added up → its file
     for where, weight in zip(folders, alphas, strict=True):
-        path = Path(where) / FILE if Path(where).is_dir() else Path(where)
+        path = Path(where) / SPARSE_FILE if Path(where).is_dir() else Path(where)
         header, tensors = _read(path)
         _check_base(model, header, hashes, path)
         for name, shape in header["whole"].items():

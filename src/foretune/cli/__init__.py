@@ -18,6 +18,7 @@ def main() -> None:
     signals.install()  # first of all: what follows takes time, and may be interrupted
     # Otherwise waiting OpenMP threads spin and take time from the working ones on busy cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("DO_NOT_TRACK", "true")  # the usage statistics of libraries
     from foretune.allocator import keep_freed_memory
 
     keep_freed_memory()

@@ -21,9 +21,11 @@ from foretune.cli import (
     plan,
     predict,
     prune,
+    push,
     retrain_adapt,
     run,
     sfda,
+    watch,
 )
 from foretune.cli.group import Group
 
@@ -57,6 +59,7 @@ def root(
 
 
 app.command("run")(run.run)
+app.command("watch")(watch.watch)
 app.command("init")(init.init)
 app.command("plan")(plan.plan)
 app.command("retrain")(retrain_adapt.retrain)
@@ -64,6 +67,7 @@ app.command("adapt")(retrain_adapt.adapt)
 app.command("predict")(predict.predict)
 app.command("check")(check.check)
 app.command("export")(export.export)
+app.command("push")(push.push)
 app.command("compare")(compare_report.compare)
 app.command("report")(compare_report.report)
 app.command("fuse")(fuse.fuse)

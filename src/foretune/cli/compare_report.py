@@ -17,6 +17,7 @@ from foretune.cli.output import (
     QuantizeOption,
     Resume,
     TrustRemoteCode,
+    advice_text,
     comparison_text,
     emit,
     emit_json,
@@ -77,6 +78,7 @@ def compare(
         return
     emit(comparison_text(comparison))
     emit(f"\nReport: {out / REPORT_FILE}")
+    emit(advice_text(comparison, out))
 
 
 def report(
@@ -85,7 +87,7 @@ def report(
 ) -> None:
     """Rebuild report.html from comparison.json."""
     path = folder / COMPARISON_FILE
-    comparison = _read_comparison(path)
+    comparison = read_comparison(path)
     with quiet_stdout(), damage_named(path):
         from foretune.evaluation.report import write_report
 
@@ -144,7 +146,7 @@ class _Comparison(TypedDict):
     verdict: dict[str, Any]
 
 
-def _read_comparison(path: Path) -> dict[str, Any]:
+def read_comparison(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no comparison in {path.parent}: it holds no {COMPARISON_FILE}")
     return stamped(read_json(path, _Comparison, COMPARISON), COMPARISON)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +17,9 @@ import typer
 from foretune.models.precision import DType, Quantize
 from foretune.printable import printable, printable_json
 from foretune.processes import process_rank
+
+NARROW = 80  # columns of a narrow terminal, and where there is none
+SENTENCE = 40  # columns from which on a cell is wrapped
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")]
@@ -71,6 +77,8 @@ def emit_json(value: Any) -> None:
 @contextlib.contextmanager
 def quiet_stdout() -> Iterator[None]:
     """Sends what libraries and the user's code print to stderr: stdout is for results."""
+    if "torch" not in sys.modules and process_rank() == 0:
+        print("loading PyTorch", file=sys.stderr, flush=True)  # which takes seconds
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
@@ -78,24 +86,60 @@ def quiet_stdout() -> Iterator[None]:
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Rows as aligned columns of text, numeric columns to the right.
 
+    Where they are wider than the terminal, or 80 columns, headers and columns of sentences are
+    wrapped, and what is still too wide follows below, after the first column once more.
+
     >>> print(table(["base", "score"], [["none", 0.5]]))
     base  score
     none    0.5
     """
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    columns = range(len(header))
     numeric = [
         bool(rows) and all(isinstance(row[i], int | float) or _numeral(row[i]) for row in rows)
-        for i in range(len(header))
+        for i in columns
     ]
-    lines = (
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ).rstrip()
-        for row in cells
+    terminal = max(NARROW, shutil.get_terminal_size().columns)
+    widths = [max(len(row[i]) for row in cells) for i in columns]
+    if _width(widths) > terminal:
+        body = [max((len(row[i]) for row in cells[1:]), default=0) for i in columns]
+        widths = [max(w, *map(len, title.split())) for w, title in zip(body, cells[0], strict=True)]
+        widest = max(columns, key=widths.__getitem__)
+        if widths[widest] > SENTENCE:
+            rest = _width(widths) - widths[widest]
+            widths[widest] = max(min(widths[widest], terminal - rest), SENTENCE)
+    blocks, block = [], [0]
+    for i in columns[1:]:
+        if len(block) > 1 and _width([widths[j] for j in [*block, i]]) > terminal:
+            blocks.append(block)
+            block = [0]
+        block.append(i)
+    return "\n\n".join(
+        "\n".join(line for row in cells for line in _wrapped(row, block, widths, numeric))
+        for block in [*blocks, block]
     )
-    return "\n".join(lines)
+
+
+def _width(widths: Sequence[int]) -> int:
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _wrapped(
+    row: Sequence[str], block: Sequence[int], widths: Sequence[int], numeric: Sequence[bool]
+) -> Iterator[str]:
+    """The lines of some columns of a row, each cell wrapped to the width of its column."""
+    columns = [
+        textwrap.wrap(row[i], widths[i], break_long_words=False, break_on_hyphens=False)
+        if len(row[i]) > widths[i]
+        else [row[i]]
+        for i in block
+    ]
+    for cells in itertools.zip_longest(*columns, fillvalue=""):
+        aligned = (
+            cell.rjust(widths[i]) if numeric[i] else cell.ljust(widths[i])
+            for i, cell in zip(block, cells, strict=True)
+        )
+        yield "  ".join(aligned).rstrip()
 
 
 def comparison_text(comparison: Mapping[str, Any]) -> str:
@@ -115,6 +159,13 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
             sentences.append(table(header, rows))
         sentences.append("\n".join(forgetting_sentences(forgetting["measures"], labels)))
     return "\n\n".join([table(*summary_rows(comparison)), *sentences])
+
+
+def advice_text(comparison: Mapping[str, Any], folder: Path) -> str:
+    """What to do with the result of a comparison, as its report says it."""
+    from foretune.evaluation.report.advice import advice
+
+    return "\n".join(f"\n{step.text}" for step in advice(comparison, folder))
 
 
 def _numeral(cell: object) -> bool:

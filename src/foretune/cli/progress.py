@@ -12,32 +12,9 @@ from typing_extensions import override
 
 from foretune.printable import printable
 from foretune.processes import process_rank
-from foretune.recipes.console import Console, Progress
+from foretune.recipes.console import Console, Progress, Rounds
 
 LINE_INTERVAL_S = 10.0  # minimum time between two plain lines of one bar
-
-
-class Rounds:
-    """Progress over several trainings that run one after another.
-
-    Args:
-        rounds: Number of trainings.
-    """
-
-    def __init__(self, rounds: int) -> None:
-        self.rounds, self.round, self.last = rounds, 0, 0
-
-    def share(self, step: int, steps: int) -> float:
-        """The share completed, from 0 to 1, after `step` of the `steps` of the current training.
-
-        >>> rounds = Rounds(2)
-        >>> [rounds.share(step, 2) for step in (1, 2, 1, 2)]
-        [0.25, 0.5, 0.75, 1.0]
-        """
-        if step <= self.last:
-            self.round += 1
-        self.last = step
-        return min(1.0, (self.round + step / steps) / max(self.rounds, self.round + 1))
 
 
 class StderrConsole(Console):
@@ -100,5 +77,9 @@ def _plain_bar(label: str, rounds: Rounds) -> Iterator[Progress]:
 
 def _figures(figures: dict[str, Any]) -> str:
     doing = [printable(figures["doing"])] if "doing" in figures else []
-    numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
+    numbers = {
+        name: value
+        for name, value in figures.items()
+        if isinstance(value, float) and name != "learning_rate"  # known before the run
+    }
     return " ".join([*doing, *(f"{name} {value:.3g}" for name, value in numbers.items())])

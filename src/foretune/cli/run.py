@@ -12,6 +12,7 @@ from foretune.cli.output import (
     Overrides,
     Overwrite,
     Resume,
+    advice_text,
     comparison_text,
     emit,
     emit_json,
@@ -51,7 +52,6 @@ def run(
         return
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
-        from foretune.recipes.adapt_command import adapt_command
         from foretune.recipes.runner import run_recipe
 
         comparison = run_recipe(
@@ -71,7 +71,7 @@ def run(
     for answer in answers:
         emit(_answer_text(answer, loaded.model.name))
     emit(f"\nReport: {loaded.folder / REPORT_FILE}")
-    emit(f"To adapt to new tasks in the same way: {adapt_command(loaded, comparison)}")
+    emit(advice_text(comparison, loaded.folder))
 
 
 def _answer_text(answer: dict[str, Any], model: str | None) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from foretune.evaluation.report.advice import best_base
 from foretune.files import write_whole
-from foretune.recipes.adapt_command import best_base
 from foretune.recipes.console import SILENT, Console
 from foretune.tasks.messages import Message
 from foretune.tasks.sources import load_tasks

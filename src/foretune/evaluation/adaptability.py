@@ -61,7 +61,7 @@ class Comparison:
         return self.record
 
     def save(self, folder: Path | str) -> Path:
-        """Writes comparison.json and report.html; returns the path of the report."""
+        """Writes comparison.json, scores.csv and report.html; returns the path of the report."""
         from foretune.evaluation.report import write_report
 
         folder = Path(folder)

@@ -21,6 +21,7 @@ from foretune.errors import UserError, did_you_mean
 from foretune.evaluation.forgetting import Measured, check_predicts_tokens
 from foretune.models.calls import eval_no_grad
 from foretune.models.routing import routed
+from foretune.tasks.uncounted import uncounted
 
 BATCH = 8  # requests at once
 FILES = (".yaml", ".yml")
@@ -48,7 +49,7 @@ class Benchmarks:
             ) from error
         self.max_examples = max_examples
         files = [name for name in names if name.endswith(FILES)]
-        with _quiet():
+        with _quiet(), uncounted():
             manager = TaskManager(include_defaults=len(files) < len(names))
             for name in names:
                 _check_name(name, manager.all_tasks)

@@ -11,11 +11,10 @@ import torch
 import transformers
 from torch import nn
 
-from foretune.adapters.sparse import FILE as SPARSE_FILE
 from foretune.adapters.sparse import load_sparse
 from foretune.adapters.stored_adapter import read_base_record
 from foretune.errors import UserError
-from foretune.files import ADAPTER_CONFIG_FILE
+from foretune.files import ADAPTER_CONFIG_FILE, SPARSE_FILE
 from foretune.fusion.finetuned import Finetuned, Source
 from foretune.fusion.full_models import class_of_folder, live_model, model_folder, spellings
 from foretune.fusion.lora_adapters import adapter_folder, live_adapter

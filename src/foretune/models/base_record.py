@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ class ObjectiveRecord(TypedDict, total=False):
 class BaseRecord(TypedDict, total=False):
     """How the base was retrained, and what its weights do not say."""
 
+    foretune: str
+    base_model: str | None
+    datasets: list[str]
     method: dict[str, Any]
     objective: ObjectiveRecord
     fingerprint: str
@@ -58,9 +61,26 @@ def record_adapting(folder: Path, adapting: Mapping[str, Any]) -> None:
         folder: The folder of the base.
         adapting: What held-out tasks chose, as JSON types.
     """
+    _add(folder, adapting=adapting)
+
+
+def record_origin(folder: Path, base_model: str | None, datasets: Sequence[str]) -> None:
+    """Adds to the record of a base what of the Hub it was made from.
+
+    Args:
+        folder: The folder of the base.
+        base_model: Id of the pretrained model; None where it is not of the Hub.
+        datasets: Ids of the data sets that it was retrained on.
+    """
+    _add(folder, base_model=base_model, datasets=list(datasets))
+
+
+def _add(folder: Path, **fields: Any) -> None:
     file = folder / BASE_FILE
-    record = {**read_json(file, dict[str, Any], BASE), "adapting": adapting}
-    write_whole(file, json.dumps(stamped(record, BASE), indent=1))
+    earlier = read_json(file, dict[str, Any], BASE)
+    record = {**earlier, **fields}
+    if record != earlier:
+        write_whole(file, json.dumps(stamped(record, BASE), indent=1))
 
 
 def restore(folder: Path, model: nn.Module) -> None:

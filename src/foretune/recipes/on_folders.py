@@ -14,8 +14,9 @@ from foretune.errors import UserError
 from foretune.files import RUN_FILE
 from foretune.formats import RUN, read_json
 from foretune.manifest import read_manifest
-from foretune.models.loading_code import class_name, loading_code
+from foretune.models.loading_code import class_name, folder_code
 from foretune.models.precision import Precision, precision_of
+from foretune.recipes.adapt_words import compare_words, loading_words
 from foretune.recipes.blocks import AdaptBlock, TasksBlock
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.entries import adapt_record, run_of
@@ -145,10 +146,10 @@ def adapt_folder(
         "drawn": rows_drawn({shots: num_train.values()}, unit) if shots else [],
         "mean": sum(scores.values()) / len(scores) if scores else None,
         "num_labels": adapted.num_labels,
-        "code": loading_code(
+        "code": folder_code(
             class_name(model),
-            str(saved.folder),
-            str(out / adapted.folders[collection.names[0], 0]),
+            saved.folder,
+            out / adapted.folders[collection.names[0], 0],
             adapted.num_labels,
         ),
         "cost": adapted.cost,
@@ -251,6 +252,9 @@ def compare_folders(
         # The folders of the bases do not record which tasks they were retrained on.
         counts = {k: v for k, v in comparison["collection"].items() if v is not None}
         comparison["collection"] = counts
+        comparison["data"] = tasks
+        comparison["adapt_with"] = [*loading_words(objective), *changes]
+        comparison["command"] = compare_words(folders, tasks, changes, shots, draws, objective)
         finish(folder, comparison)
     return comparison
 

@@ -11,6 +11,7 @@ from foretune.errors import UserError, did_you_mean
 from foretune.files import CARD_FILE, COMPARISON_FILE, write_whole
 from foretune.formats import COMPARISON, SPECTRUM, damage_named, read_json, stamped
 from foretune.processes import num_processes, process_rank
+from foretune.recipes.adapt_words import adapt_with
 from foretune.recipes.adapting import candidates_of, choose_adapting
 from foretune.recipes.conflict import conflict_record, recipe_conflict
 from foretune.recipes.console import SILENT, Console
@@ -19,6 +20,7 @@ from foretune.recipes.folder import check_inputs, run_folder, write_json, write_
 from foretune.recipes.forgetting import forgetting_stage
 from foretune.recipes.merge import merge_repeats
 from foretune.recipes.model_card import model_card
+from foretune.recipes.observers import observed
 from foretune.recipes.schema import Recipe
 from foretune.recipes.setup import Setup, need_unseen, set_up
 from foretune.recipes.stages import base_folder, base_stage, make_base
@@ -57,15 +59,18 @@ def run_recipe(
         raise UserError(
             "the spectrum is measured in a single process: remove spectrum, or launch one process"
         )
-    with run_folder(
-        recipe.folder,
-        "run",
-        resume=resume,
-        overwrite=overwrite,
-        config=recipe.to_yaml(),
-        reads=[*recipe.reads, *reads],
-    ) as out:
-        return _run_in(out, recipe, console)
+    with (
+        run_folder(
+            recipe.folder,
+            "run",
+            resume=resume,
+            overwrite=overwrite,
+            config=recipe.to_yaml(),
+            reads=[*recipe.reads, *reads],
+        ) as out,
+        observed(console, recipe, out) as observers,
+    ):
+        return _run_in(out, recipe, observers)
 
 
 def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
@@ -81,7 +86,10 @@ def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
     comparison |= {
         "title": recipe.name,
         "recipe": recipe.to_yaml(),
+        "base_model": recipe.base_model,
+        "datasets": recipe.datasets,
         "collection": _counts(first),
+        "adapt_with": adapt_with(recipe),
         "conflict": conflict_record(conflict),
         "spectrum": spectrum_stage(first, out, lora_rates(repeats[0]), console),
     }
@@ -96,6 +104,7 @@ def _run_in(out: Path, recipe: Recipe, console: Console) -> dict[str, Any]:
     if forgetting is not None:
         comparison["forgetting"] = forgetting
     finish(out, comparison)
+    console.results(comparison)
     return comparison
 
 
@@ -139,18 +148,21 @@ def retrain_one(
         UserError: `name`, `out`, the data or the model does not fit the recipe.
     """
     entry = find_entry(recipe, name)
-    with run_folder(
-        out,
-        "retrain",
-        resume=resume,
-        overwrite=overwrite,
-        config=recipe.to_yaml(),
-        reads=[*recipe.reads, *reads],
-    ) as folder:
-        setup = set_up(recipe, console)
+    with (
+        run_folder(
+            out,
+            "retrain",
+            resume=resume,
+            overwrite=overwrite,
+            config=recipe.to_yaml(),
+            reads=[*recipe.reads, *reads],
+        ) as folder,
+        observed(console, recipe, folder) as observers,
+    ):
+        setup = set_up(recipe, observers)
         check_inputs(folder, setup.model, setup.all_seen, setup.tokenizer)
-        outcome, _, trials = make_base(setup, entry, 0, folder, console)
-        choose_adapting(setup, name, 0, folder, console)
+        outcome, _, trials = make_base(setup, entry, 0, folder, observers)
+        choose_adapting(setup, name, 0, folder, observers)
     return {
         "base": str(out / "base"),
         "method": outcome.method.to_dict(),
@@ -317,12 +329,12 @@ def _counts(setup: Setup) -> dict[str, Any]:
 
 
 def finish(out: Path, comparison: dict[str, Any]) -> None:
-    """Writes comparison.json, report.html, README.md and run.json."""
+    """Writes comparison.json, README.md, report.html with what lies beside it, and run.json."""
     if process_rank() > 0:
         return
     from foretune.evaluation.report import write_report
 
     write_json(out / COMPARISON_FILE, comparison)
-    write_report(comparison, out)
     write_whole(out / CARD_FILE, model_card(comparison, out))
+    write_report(comparison, out)
     write_run_record(out)

@@ -14,6 +14,8 @@ from foretune import methods
 from foretune.entry_points import entry_point
 from foretune.errors import UserError, did_you_mean
 from foretune.files import check_file_name, same_on_disk
+from foretune.models.hub_card import hub_id
+from foretune.models.named import WHEELS
 from foretune.recipes.blocks import (
     AdaptBlock,
     Block,
@@ -35,6 +37,7 @@ from foretune.recipes.entries import (
 from foretune.recipes.messages import user_error
 from foretune.recipes.objective_blocks import OBJECTIVES, ObjectiveBlock
 from foretune.recipes.overrides import apply_overrides, override_keys
+from foretune.recipes.trackers import Tracker
 from foretune.recipes.yaml_io import dump_yaml, parse_recipe_yaml
 from foretune.run import Run, check_int
 from foretune.tasks.sources import Source
@@ -95,6 +98,7 @@ class Recipe(Block):
         answers: Questions of unseen tasks that the model before retraining and an adapter answer
             at the end, side by side; for conversations (`messages`).
         seeds: Number of repeats of retraining, adapting and the draw of shots.
+        trackers: What follows the figures of a run: tensorboard, trackio, wandb or mlflow.
         out: Output folder; `{name}` is replaced by the name.
     """
 
@@ -109,6 +113,7 @@ class Recipe(Block):
     forgetting: ForgettingBlock | None = None
     answers: int = Field(default=0, ge=0)
     seeds: int = Field(default=1, ge=1)
+    trackers: list[Tracker] = Field(default=[])
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str | None = None
     out: str = "runs/{name}"
@@ -136,6 +141,20 @@ class Recipe(Block):
         """
         entries = [parse_entry(item, self.retrain.rates) for item in self.retrain.methods]
         return [self._choosing(e, entries) if e.method == "auto" else e for e in entries]
+
+    @property
+    def base_model(self) -> str | None:
+        """Where the pretrained model is on the Hub; None where it came from elsewhere."""
+        name = self.model.name
+        return WHEELS[name].hub_id if name in WHEELS else hub_id(name)
+
+    @property
+    def datasets(self) -> list[str]:
+        """The data sets of the Hub that the tasks are from."""
+        source = self.source()
+        texts = [text for text in (source.source, source.unseen) if isinstance(text, str)]
+        names = (hub_id(text.partition(":")[0]) for text in texts if not Path(text).exists())
+        return [name for name in dict.fromkeys(names) if name is not None]
 
     def with_method(self, name: str) -> MethodEntry:
         """An entry for a method that the recipe does not list, with the method's defaults."""

@@ -13,6 +13,7 @@ from foretune.recipes.console import Console
 from foretune.recipes.forgetting import check_forgetting
 from foretune.recipes.schema import Recipe
 from foretune.recipes.text_checks import Alike, check_texts
+from foretune.recipes.trackers import check_trackers
 from foretune.tasks.example import SPLITS
 from foretune.tasks.file_formats import one_line
 from foretune.tasks.labels import label_text
@@ -99,6 +100,7 @@ def set_up(recipe: Recipe, console: Console, turn: int = 0) -> Setup:
     from foretune.training.loop import check_device
 
     check_device(recipe.device)
+    check_trackers(recipe.trackers)
     seen, unseen = read_tasks(recipe, turn)
     num_held_out = len(held_out_names(recipe, seen, turn))
     counts = f"tasks: {_counted(seen)} seen"

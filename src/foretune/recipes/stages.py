@@ -12,10 +12,11 @@ from typing_extensions import TypedDict
 
 from foretune.files import RUN_FILE
 from foretune.formats import STAGE, read_json, stamped
+from foretune.models.base_record import record_origin
 from foretune.recipes.adapting import choose_adapting
 from foretune.recipes.console import Console
 from foretune.recipes.entries import MethodEntry
-from foretune.recipes.folder import write_json
+from foretune.recipes.folder import on_first_process, write_json
 from foretune.recipes.setup import Setup
 from foretune.recipes.trials import best_trial, retrain, say_score, total_cost
 
@@ -91,6 +92,8 @@ def make_base(
     is_finished = (folder / RUN_FILE).is_file()
     run = setup.recipe.retrain_run(seed=seed, out=folder, resume=True)
     outcome = retrain(setup, entry, settings, run, console)
+    recipe = setup.recipe
+    on_first_process(lambda: record_origin(folder / "base", recipe.base_model, recipe.datasets))
     if not is_finished:
         say_score(setup, name, outcome, console)
     return outcome, settings, trials

@@ -19,6 +19,7 @@ from foretune.tasks.data_folder import (
     data_files,
     has_dataset_card,
 )
+from foretune.tasks.example import ReadExample
 from foretune.tasks.file_formats import (
     one_line,
     read_cells,
@@ -27,8 +28,10 @@ from foretune.tasks.file_formats import (
     suffix_of,
 )
 from foretune.tasks.split_names import LEFT_OUT, SplitNames
+from foretune.tasks.uncounted import uncounted
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+HUB_ROW = re.compile(r"([\w.-]+/[\w.-]+)(:[\w.-]+)? \(.*\) row")  # where an example was read
 CHUNK = 1000  # rows of a dataset that become Python objects at once
 
 
@@ -53,6 +56,18 @@ class Row(NamedTuple):
     def place(self) -> str:
         """Where the row came from, for messages: "a.jsonl line 3"."""
         return f"{self.file} {self.unit} {self.number}"
+
+
+def hub_dataset(example: Any) -> str | None:
+    """The id of the data set on the Hub that an example was read from; None for another source.
+
+    >>> from foretune.tasks.example import ReadExample
+    >>> hub_dataset(ReadExample({}, "org/name:en (train) row", 3)), hub_dataset({})
+    ('org/name', None)
+    """
+    source = example.source if isinstance(example, ReadExample) else ""
+    match = HUB_ROW.fullmatch(source)
+    return None if match is None or Path(match[1]).exists() else match[1]
 
 
 def read_rows(source: str, splits: SplitNames | None = None) -> Iterator[Row]:
@@ -126,7 +141,8 @@ def _read_dataset(source: str, splits: SplitNames, saved_to_disk: bool = False) 
         if saved_to_disk:
             loaded = datasets.load_from_disk(source)
         else:
-            loaded = datasets.load_dataset(name, config or None)
+            with uncounted():
+                loaded = datasets.load_dataset(name, config or None)
     except Exception as error:  # any error of the library or the network becomes one line
         path = Path(source)
         missing = "" if path.is_dir() else f"; there is no file or folder {source} either"

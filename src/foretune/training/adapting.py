@@ -48,6 +48,7 @@ from foretune.training.resume import (
 from foretune.training.shots import draw_shots
 from foretune.training.stopping import EarlyStopping
 from foretune.training.text_limits import TextLimits
+from foretune.training.trained_on import TrainedOn, base_of
 
 V = TypeVar("V")
 
@@ -266,6 +267,16 @@ def _adapt_wave(
         learner.stop()
         result.models[keys[0]] = base
         result.learners[keys[0]] = learner
+    for slot, key in enumerate(keys):
+        result.trained_on[key] = TrainedOn(
+            task=key[0],
+            draw=key[1],
+            rows=data.slots[slot].train,
+            method=method.to_dict(),
+            steps=run.steps,
+            objective=objective,
+            **base_of(model, result.num_labels),
+        )
     result.cost["trainable_parameters"] = max(per_task, result.cost.get("trainable_parameters", 0))
     for name in ("tokens", "examples"):
         # Where processes train together, each has counted what all of them did.

@@ -97,6 +97,7 @@ def fit(
     }
     record |= _restored(learner, store) if run.resume else {}
     losses: list[float] = []
+    full_rate = learner.learning_rate or learner.bank_learning_rate
     with contextlib.ExitStack() as ready:
         validation = _Validation(
             learner, partition, run, store, record, ready, adapted_scores if validate else None
@@ -119,15 +120,17 @@ def fit(
                 if not picks[0]:
                     break
             budget = learner.token_budget
+            rate = schedule(run, update / num_updates)
             steps = [
                 partition.step(part, seed=[run.seed, number, 1], budget=budget)
                 for number, part in zip(numbers, picks, strict=True)
             ]
-            by_slot = learner.update(steps, run, schedule(run, update / num_updates), seed)
+            by_slot = learner.update(steps, run, rate, seed)
             _check_finite(by_slot, update, data, learner, run)
             if learner.average:
                 learner.add_to_mean(update, num_updates)
-            losses.append(sum(by_slot.values()) / len(by_slot))
+            loss = sum(by_slot.values()) / len(by_slot)
+            losses.append(loss)
             tokens = torch.tensor(sum(step.num_tokens for step in steps))
             record["tokens"] += int(partition.group.sum(tokens))
             record["examples"] += sum(step.num_rows for step in steps)
@@ -146,7 +149,11 @@ def fit(
                 progress(
                     update + 1,
                     num_updates,
-                    {"loss": losses[-1] if losses else None, "score": record["best_score"]},
+                    {
+                        "loss": loss,
+                        "score": _latest_score(record),
+                        "learning_rate": rate * full_rate,
+                    },
                 )
         if learner.average:
             learner.take_mean()
@@ -227,6 +234,12 @@ class _Validation:
         elif by_task is None or not is_level(by_task, peak["by_task"]):
             return
         record |= {"best_step": record["step"], "best_score": score, "by_task": by_task}
+
+
+def _latest_score(record: dict[str, Any]) -> float | None:
+    """The score of the last validation."""
+    latest = record["history"][-1] if record["history"] else {}
+    return latest.get("score", latest.get("adapted_score"))
 
 
 def _is_over(record: dict[str, Any], run: Run, learner: Learner) -> bool:

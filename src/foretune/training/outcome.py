@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+import foretune
 from foretune.adapters.bank import AdapterBank
 from foretune.adapters.basis import Basis
 from foretune.adapters.basis_file import save_basis
@@ -34,11 +35,13 @@ from foretune.models.loading import save_base
 from foretune.models.loading_code import class_name, loading_code
 from foretune.models.surgery import head_labels, name_outputs
 from foretune.run import Run
+from foretune.tasks.example import Example
 from foretune.tasks.task import Objective
 from foretune.training.adapt_plan import Setting
 from foretune.training.learners.joint import Learner
 from foretune.training.methods import RetrainMethod
 from foretune.training.record import environment
+from foretune.training.trained_on import TrainedOn
 
 # Names in a folder of adapters that are not those of tasks: a folder with `base/` holds a base.
 RESERVED = (RUN_FILE, SCORES_FILE, VERSIONS, "base")
@@ -67,6 +70,7 @@ class Outcome:
             where none fit the base that is returned.
         inputs: With a folder, what must be the same when the run is resumed: tasks, objective,
             and digests of the pretrained model and of the examples.
+        rows: The training examples of each seen task.
     """
 
     model: nn.Module
@@ -83,6 +87,7 @@ class Outcome:
     choice: dict[str, Any] | None = None
     basis: Basis | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
+    rows: Mapping[str, Sequence[Example]] = field(default_factory=dict)
 
     def save(self, folder: Path | str) -> Path:
         """Writes `base/`, `adapters/<task>/`, run.json, metrics.jsonl and a model card.
@@ -113,6 +118,21 @@ class Outcome:
             with whole_folder(folder / "adapters" / names[task, 0]) as part:
                 write_adapter(part, config, peft_tensors(self.bank, slot), base)
                 _write_labels(part, labels.get(task))
+                if task in self.rows:
+                    place = folder / "adapters" / names[task, 0]
+                    self._trained_on(folder, task).write(part, place)
+
+    def _trained_on(self, folder: Path, task: str) -> TrainedOn:
+        return TrainedOn(
+            task=task,
+            rows=self.rows[task],
+            method=self.method.to_dict(),
+            steps=self.run.steps,
+            objective=self.objective,
+            base=str(folder / "base"),
+            base_model=None,
+            model_class=class_name(self.model),
+        )
 
     def record(self) -> dict[str, Any]:
         """The contents of run.json."""
@@ -134,6 +154,7 @@ class Outcome:
 
     def _base_record(self) -> dict[str, Any]:
         record = {
+            "foretune": foretune.__version__,
             "method": self.method.to_dict(),
             "objective": self.objective.to_dict(),
             "fingerprint": fingerprint(self.model),
@@ -193,6 +214,7 @@ class Adapted:
         num_train: Number of training examples of each task and draw that was adapted in this call.
         digests: Digest of the examples of each task.
         earlier: What was saved of the tasks that this call adapts again.
+        trained_on: The rows of each task and draw that was adapted in this call, and how it was.
     """
 
     scores: dict[tuple[str, int], float]
@@ -216,6 +238,7 @@ class Adapted:
     num_train: dict[tuple[str, int], int] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     earlier: dict[tuple[str, int], Any] = field(default_factory=dict)
+    trained_on: dict[tuple[str, int], TrainedOn] = field(default_factory=dict)
 
     def first_draw(self) -> Adapted:
         """The part of the result of each task's first draw."""
@@ -237,6 +260,7 @@ class Adapted:
                 config, base = self.records.get((task, draw), (self.config, self.base_fingerprint))
                 write_adapter(part, config, tensors, base)
                 _write_labels(part, self.labels.get(task))
+                self._write_trained_on(part, folder / names[task, draw], (task, draw))
         for (task, draw), model in self.models.items():
             labels = self.labels.get(task)
             learner = self.learners.get((task, draw))
@@ -247,7 +271,13 @@ class Adapted:
                     name_outputs(model, labels or ())
                     save_base(model, None, part)
                 _write_labels(part, labels)
+                self._write_trained_on(part, folder / names[task, draw], (task, draw))
         return folder
+
+    def _write_trained_on(self, folder: Path, place: Path, key: tuple[str, int]) -> None:
+        trained_on = self.trained_on.get(key)
+        if trained_on is not None:
+            trained_on.write(folder, place, self.scores.get(key), self.num_rows.get(key, 0))
 
 
 def labels_of(objective: Objective, tasks: Iterable[str]) -> dict[str, tuple[Any, ...]]:

@@ -135,6 +135,7 @@ def retrain_in(
         tasks=data.keys,
         basis=basis,
         inputs=inputs,
+        rows={task.name: task.train for task in tasks},
     )
     if run.out is not None:
         _save(outcome, partition, run.out, save=finished is None)

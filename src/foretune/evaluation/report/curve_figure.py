@@ -26,7 +26,8 @@ def retraining_curves(view: View, width: int, ink: Ink) -> Figure:
     last = max(step for step, _ in points)
     x = svg.linear((0.0, max(last, 1)), (left + 6, right - 6))
     parts = [head, svg.text(view.scale.axis, 0, top - 14, ink.muted, size=12), grid]
-    for tick in svg.ticks(0.0, max(last, 1), count=max(2, int((right - left) / 80))):
+    most = min(int((right - left) / 45), last + 1)  # steps are whole numbers
+    for tick in svg.ticks(0.0, max(last, 1), most=max(2, most)):
         label = svg.tick_text(tick, 1.0)
         parts.append(svg.text(label, x(tick), bottom + 18, ink.muted, anchor="middle", size=12))
     title = "steps of retraining"

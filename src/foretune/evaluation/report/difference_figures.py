@@ -182,7 +182,7 @@ def _bottom_axis(
 ) -> str:
     """Vertical grid lines (a stronger one at zero), with numbers and a title below."""
     parts = []
-    for tick in svg.ticks(*domain, count=max(2, int((span[1] - span[0]) / 60))):
+    for tick in svg.ticks(*domain, most=max(3, int((span[1] - span[0]) / 55))):
         color = ink.muted if tick == 0 else ink.line
         parts.append(svg.line(x(tick), top, x(tick), bottom, color))
         label = svg.tick_text(tick, view.scale.factor)

@@ -75,7 +75,7 @@ def gain_against_conflict(
     x = svg.linear(x_domain, (left + 4, right - 4))
     parts = [svg.text(y_title, 0, 14, ink.muted, size=SIZE), grid]
     parts.append(svg.line(left, y(0), right, y(0), ink.muted))
-    for tick in svg.ticks(*x_domain, count=max(2, int((right - left) / 70))):
+    for tick in svg.ticks(*x_domain, most=max(3, int((right - left) / 60))):
         parts.append(svg.line(x(tick), bottom, x(tick), bottom + 5, ink.muted))
         label = svg.tick_text(tick, x_factor)
         parts.append(svg.text(label, x(tick), bottom + 19, ink.muted, anchor="middle", size=SIZE))

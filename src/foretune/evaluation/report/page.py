@@ -1,8 +1,8 @@
-"""Writes report.html and figures/*.svg from a comparison."""
+"""Writes report.html, scores.csv and figures/*.svg from a comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from foretune.claims import claim_file
+from foretune.claims import MARKS, claim_file
 from foretune.evaluation.conflict_text import (
     QUESTION,
     about_tasks,
@@ -19,12 +19,14 @@ from foretune.evaluation.conflict_text import (
 )
 from foretune.evaluation.forgetting_text import QUESTION as FORGETTING
 from foretune.evaluation.forgetting_text import forgetting_rows, forgetting_sentences
+from foretune.evaluation.report.advice import WHERE, advice, run_again
 from foretune.evaluation.report.choices import adapting, choices, searches
 from foretune.evaluation.report.figure import NARROW, Figure
 from foretune.evaluation.report.figures import all_figures, forest_name
-from foretune.evaluation.report.intro import compared, facts
-from foretune.evaluation.report.snippet import load_lines
+from foretune.evaluation.report.intro import compared, facts, headline
+from foretune.evaluation.report.links import files, methods, pages, results
 from foretune.evaluation.report.svg import DARK, LIGHT, PAGE, Ink
+from foretune.evaluation.report.task_scores import COLUMNS, score_table, scores_csv
 from foretune.evaluation.report.view import View
 from foretune.evaluation.verdict import Contrast
 from foretune.evaluation.wording import (
@@ -32,16 +34,15 @@ from foretune.evaluation.wording import (
     counted,
     edge_sentences,
     p_text,
-    shots_phrase,
 )
-from foretune.files import REPORT_FILE, write_whole
+from foretune.files import REPORT_FILE, SCORES_TABLE, write_whole
 from foretune.printable import printable
 
 WIDE_PX, NARROW_PX = 720, 340  # The page shows the one that fits, so that text stays readable.
 
 
 def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
-    """Writes `folder`/report.html, one self-contained file, and `folder`/figures/*.svg.
+    """Writes `folder`/report.html, one self-contained file; scores.csv and figures/*.svg beside it.
 
     Args:
         comparison: The content of `comparison.json`.
@@ -52,11 +53,12 @@ def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
     """
     view = View(comparison)
     folder = Path(folder)
-    texts = {REPORT_FILE: _page(view, folder)}  # all of them before the first is written
+    # All of them before the first is written.
+    texts = {SCORES_TABLE: scores_csv(comparison), REPORT_FILE: _page(view, folder)}
     for name, figure in all_figures(view, WIDE_PX, LIGHT).items():
         texts[f"figures/{name}.svg"] = figure.standalone(LIGHT)
     for name in texts:
-        claim_file(folder / name, overwrite=True)
+        claim_file(folder / name, overwrite=True, marks=(*MARKS, ",".join(COLUMNS[:4]).encode()))
     for name, text in texts.items():
         write_whole(folder / name, text)
     return folder / REPORT_FILE
@@ -71,14 +73,18 @@ def _page(view: View, folder: Path) -> str:
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
+    environment.filters["tight"] = lambda text: text.replace(" %", "\u00a0%")
     template = environment.from_string((here / "template.html.j2").read_text(encoding="utf-8"))
     style = (here / "style.css").read_text(encoding="utf-8")
     comparison = view.comparison
-    headline, _, rest = str(comparison["verdict"]["sentence"]).partition(". ")
+    script = (here / "sort.js").read_text(encoding="utf-8")
+    answer, margins, rest = headline(view)
     return template.render(
         title=comparison["title"],
         style=Markup(_variables("light", LIGHT) + _variables("dark", DARK) + style),
-        headline=headline if not rest else f"{headline}.",
+        script=Markup(script),
+        answer=answer,
+        margins=margins,
         rest=rest,
         compared=compared(view),
         facts=facts(view),
@@ -87,14 +93,21 @@ def _page(view: View, folder: Path) -> str:
         figures=_inline_figures(view),
         means=_means_table(view),
         differences=_differences(view),
-        tasks=_tasks(view),
+        tasks=score_table(view),
+        table_file=SCORES_TABLE,
+        methods=methods(view),
         costs=[_costs(base) for base in view.bases],
         rank_costs=_rank_costs(view),
         adapting=adapting(view),
         searches=searches(view),
         choices=choices(view),
         took=[*choice_sentences(view.bases), *edge_sentences(view.bases)],
-        load=_load(view, folder),
+        steps=advice(comparison, folder),
+        where=WHERE,
+        again=run_again(comparison, folder),
+        files=files(folder),
+        results=results(view, folder),
+        pages=pages(),
         recipe=comparison.get("recipe") or "",
         view=view,
         created=comparison.get("created", ""),
@@ -169,36 +182,6 @@ def _difference_row(view: View, pair: Contrast) -> dict[str, Any]:
         "p": p_text(pair.p_holm),
         "record": f"{pair.wins} / {pair.ties} / {pair.losses}",
         "is_clear": pair.better or pair.worse,
-    }
-
-
-def _tasks(view: View) -> dict[str, Any] | None:
-    """The focus task by task: its scores beside those of the controls, and its difference."""
-    focus = view.focus()
-    if focus is None:
-        return None
-    names = [focus.a, *(name for name in reversed(view.controls) if name != focus.a)]
-    if focus.b not in names:
-        names.append(focus.b)
-    scores = {name: view.task_means(name, view.judged) for name in names}
-    level, signed = view.scale.level, view.scale.signed
-    rows = [
-        (
-            task,
-            [level(scores[name][task]) if task in scores[name] else "–" for name in names],
-            signed(value),
-        )
-        for task, value in view.task_differences(focus.a, focus.b, view.judged)
-    ]
-    return {
-        "a": view.labels[focus.a],
-        "b": view.rival(focus.b),
-        "at": shots_phrase(view.judged, view.shots_unit),
-        "wins": focus.wins,
-        "losses": focus.losses,
-        "ties": focus.ties,
-        "columns": [view.labels[name] for name in names],
-        "rows": rows,
     }
 
 
@@ -294,10 +277,3 @@ def _large(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:g}"
-
-
-def _load(view: View, folder: Path) -> list[tuple[str, str, Sequence[str]]]:
-    """(label, path, code) of every base that was saved to disk, the recommended one first."""
-    saved = [base for base in view.bases if base.get("path")]
-    saved.sort(key=lambda base: base["name"] != view.best)
-    return [(base["label"], base["path"], load_lines(base, folder)) for base in saved]

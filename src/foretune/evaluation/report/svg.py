@@ -161,16 +161,17 @@ def linear(domain: tuple[float, float], pixels: tuple[float, float]) -> Callable
     return lambda value: first + (value - low) / (high - low) * (last - first)
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers between low and high.
+def ticks(low: float, high: float, most: int = 7) -> list[float]:
+    """As many evenly spaced round numbers between low and high as there can be, at most `most`.
 
-    >>> ticks(0.31, 0.52)
-    [0.35, 0.4, 0.45, 0.5]
+    >>> ticks(0.31, 0.52), ticks(61.0, 86.0)
+    ([0.35, 0.4, 0.45, 0.5], [65.0, 70.0, 75.0, 80.0, 85.0])
     """
-    raw = (high - low) / max(count, 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * nice for nice in (1, 2, 2.5, 5, 10) if power * nice >= raw * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    power = 10.0 ** (math.floor(math.log10(high - low)) - 1)
+    for step in (power * nice for nice in (1, 2, 2.5, 5, 10, 20, 25, 50, 100)):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first < most:
+            break
     return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 
 
