@@ -2,6 +2,7 @@
 # make test          all tests          make fast    those under ten seconds each
 # make fuzz          damaged files and hostile settings, drawn anew (EXAMPLES=500 of each kind)
 # make check         format, lint, types, import contracts, docs        make setup   .venv only
+# make site          the pages, the docstrings and the commands' help as a site in site/
 # make test-oldest | test-newest   the fast tests with the oldest versions allowed, or the newest available
 # make lock          regenerate constraints.txt, constraints-oldest.txt and the versions that doctor calls tested
 # make bench-quickstart | bench-evidence DATA=folder                        reproduce benchmarks/results,
@@ -20,7 +21,7 @@ WORKERS ?= 2
 EXAMPLES ?= 500
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: setup lock quickstart test test-oldest test-newest fuzz fast check lint types imports docs format bench-quickstart \
+.PHONY: setup lock quickstart test test-oldest test-newest fuzz fast check lint types imports docs site format bench-quickstart \
 	bench-evidence bench-speed bench-theory bench-claims architectures release clean
 
 setup: $(INSTALLED)
@@ -85,11 +86,15 @@ types: setup
 imports: setup
 	$(BIN)/lint-imports
 
-docs: setup
+docs: site
 	$(BIN)/python benchmarks/publish.py --check
 	$(BIN)/python benchmarks/speed/page.py --check
 	$(BIN)/python benchmarks/architecture_table.py --check
 	$(PYTEST) -m "not slow" tests/promises
+
+# Without a network: fonts and scripts are in the site, and a link or anchor that leads nowhere fails.
+site: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -157,4 +162,4 @@ release: setup
 	@cat dist/SHA256SUMS
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-release build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-release build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -34,6 +34,7 @@ from foretune.files import write_whole
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURE = ROOT / "docs" / "figures" / "conflict.svg"
+RAW = "https://raw.githubusercontent.com/foretune/foretune/main/"  # of images in the README
 FORMS = ("peft-ml-last-layer", "peft-ml-lora", "peft-ml")  # the first that a collection has
 RIVALS = ("standard", "reptile", "fomaml", "none", "factorised-heads")
 BEATEN = ("standard", "reptile", "fomaml", "none")  # by goal 1
@@ -553,7 +554,7 @@ TABLES: dict[str, Callable[[Row], str]] = {
     "pays": pays_sentence,
     "realised": realised_sentence,
     "picture": partial(picture, folder=""),
-    "picture in README": partial(picture, folder="docs/"),
+    "picture in README": partial(picture, folder=f"{RAW}docs/"),
 }
 
 

@@ -20,7 +20,7 @@ from foretune.recipes.templates import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = re.compile(
-    r"\.git|\.venv[-\w]*|runs|build|dist|\w*_*cache_*|\.\w+_cache|\.hypothesis|.*\.egg-info"
+    r"\.git|\.venv[-\w]*|runs|build|dist|site|\w*_*cache_*|\.\w+_cache|\.hypothesis|.*\.egg-info"
 )
 TEXT = {".py", ".md", ".yaml", ".toml", ".txt", ".json", ".j2", ".css", ""}
 # Spelt in halves, or this file would be the first to be found.

@@ -78,6 +78,10 @@ def test_arrays_need_neither_a_model_file_nor_a_name(data: str, place: Path) -> 
     assert done.exit_code == 0, done.output
     model, _ = load_base(place / "out/bases/standard/seed-0/base")
     assert (model.config.input_size, model.config.widths) == (6, [64, 64])
+    base = str(place / "out/bases/peft-ml/seed-0/base")  # which has a basis beside it
+    command = ("adapt", base, "--tasks", f"{data}.npz", "--out", "more")
+    assert call(*command, "method=basis", "steps=2", "learning_rate=0.1").exit_code == 0
+    assert call("check", base, "more", "--rows", f"{data}.npz").exit_code == 0
 
 
 def test_plan_reads_and_times_a_tower(place: Path) -> None:

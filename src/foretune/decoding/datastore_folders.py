@@ -38,7 +38,7 @@ def rows_of(source: str, *, task: str | None = None, split: str | None = None) -
         has = sorted(str(v) for v in (tasks if task else splits) if v is not None)
         raise UserError(
             f"{source} has no row"
-            + (f" of {condition}; it has {', '.join(has[:8])}" if condition else "")
+            + (f" of {condition}; it has {', '.join(has[:8]) or 'none'}" if condition else "")
         )
     return selected
 

@@ -216,7 +216,7 @@ def has_classifier(folder: Path) -> bool:
     if not (folder / CONFIG_FILE).is_file():
         return True
     names = read_json(folder / CONFIG_FILE, _Architectures).get("architectures")
-    return str((names or [""])[0]).endswith(CLASSIFIERS)
+    return str((names or [""])[0]).endswith((*CLASSIFIERS, "TowerForArrays"))
 
 
 def locate(name: str) -> str:
