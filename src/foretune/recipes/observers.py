@@ -11,7 +11,7 @@ from foretune.recipes.console import Console, Consoles
 from foretune.recipes.folder import flat
 from foretune.recipes.journal import Journal
 from foretune.recipes.schema import Recipe
-from foretune.recipes.trackers import TrackerConsole, setting
+from foretune.recipes.trackers import TrackerConsole, as_settings
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def observed(console: Console, recipe: Recipe, folder: Path) -> Iterator[Console
     if process_rank() > 0:
         yield console
         return
-    settings = {key: setting(value) for key, value in flat(recipe.model_dump(mode="json")).items()}
+    settings = as_settings(flat(recipe.model_dump(mode="json")))
     with contextlib.ExitStack() as closing:
         observers: list[Console] = [console, Journal(folder)]
         for name in dict.fromkeys(recipe.trackers):

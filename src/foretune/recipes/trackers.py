@@ -24,6 +24,15 @@ from foretune.recipes.console import Console, Progress
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 TRACKERS = "trackers"  # the folder in that of a run
 ID_FILE = "id.json"  # in it: what the run is called in the trackers, so that it can be resumed
+# What mlflow gets unless the user has set it: no usage statistics, and no minutes of waiting for a
+# server that does not answer.
+MLFLOW_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+}
+LONGEST = 5000  # characters of a value in the settings; mlflow has a limit
 INTERVAL_S = 0.2  # minimum time between two points of one curve; the first and last are logged
 
 
@@ -163,10 +172,11 @@ class TrackerConsole(Console):
             return tracking.WandBTracker(
                 self.project, name=name, id=ids["id"], resume="allow", dir=str(self.folder)
             )
+        for variable, value in MLFLOW_SETTINGS.items():
+            os.environ.setdefault(variable, value)
         import mlflow
 
         if "MLFLOW_TRACKING_URI" not in os.environ:
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             mlflow.set_tracking_uri((self.folder / "mlflow").resolve().as_uri())
         return tracking.MLflowTracker(self.project, run_id=ids.get("mlflow"), run_name=name)
 
@@ -214,9 +224,21 @@ def curve_name(*labels: str) -> str:
     return "/".join(re.sub(r"[^\w.-]+", "_", part).strip("_") for part in parts)
 
 
-def setting(value: object) -> str | int | float | bool:
-    """A value of a recipe as every tracker takes it: lists and nulls as JSON."""
-    return value if isinstance(value, str | int | float) else json.dumps(value)
+def as_settings(recipe: Mapping[str, object]) -> dict[str, str | int | float | bool]:
+    """The values of a recipe by dotted key as every tracker takes them: lists and nulls as JSON.
+
+    >>> as_settings({"adapt.shots": [2, None], "tasks.columns.kg/m² (dry)": "x"})
+    {'adapt.shots': '[2, null]', 'tasks.columns.kg/m_ _dry_': 'x'}
+    """
+    settings: dict[str, str | int | float | bool] = {}
+    for key, value in recipe.items():
+        name = re.sub(r"[^a-zA-Z0-9_./ -]", "_", key)  # a column may have any name
+        if isinstance(value, int | float):
+            settings[name] = value
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            settings[name] = text[:LONGEST]
+    return settings
 
 
 def _set_tag(tracker: Any, key: str, value: str) -> None:
