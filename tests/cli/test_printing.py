@@ -69,6 +69,8 @@ def test_tables_are_aligned_in_any_script() -> None:
 def test_a_wide_table_may_have_a_column_without_a_title() -> None:
     text = table(["", "check", "found"], [["ok", "disk", "word " * 30], ["fix", "hub", "x" * 90]])
     assert text.splitlines()[0].split() == ["check", "found"]
+    text = table(["field", "default", "meaning"], [["a", "word " * 30, "word " * 20]])
+    assert max(map(len, text.splitlines())) <= 80
     assert table(["", "a" * 90], []).split() == ["a" * 90]
 
 

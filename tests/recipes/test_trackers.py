@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,8 @@ import pytest
 from command_line import call, the_error, the_json
 from foretune.recipes import trackers
 from foretune.recipes.console import Console, Rounds
+from foretune.recipes.observers import observed
+from foretune.recipes.schema import load_recipe
 from foretune.recipes.templates import template_text
 from foretune.recipes.trackers import Steps, TrackerConsole, as_settings, curve_name
 
@@ -105,6 +108,24 @@ def test_a_tracker_that_does_not_start_ends_the_run(
     assert result.exit_code == 1
     assert "error: the tracker mlflow does not start: " in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_run_that_is_interrupted_has_not_finished(folder: Path) -> None:
+    recipe = load_recipe("my.yaml", [*SMALL, "trackers=[mlflow]"])
+    states = []
+    for error in (KeyboardInterrupt, None):
+        with (
+            pytest.raises(error) if error else contextlib.nullcontext(),
+            observed(Console(), recipe, folder) as console,
+            console.bar("standard, seed 0") as progress,
+        ):
+            assert progress is not None
+            progress(1, 2, {"loss": 0.5})
+            if error:
+                raise error
+        [record] = mlflow_runs(folder)
+        states.append(record.info.status)
+    assert states == ["FAILED", "FINISHED"]
 
 
 def test_mlflow_sends_no_statistics_and_does_not_wait_for_minutes(

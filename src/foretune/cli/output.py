@@ -108,10 +108,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     if _width(widths) > terminal:
         words = [max(map(_length, title.split()), default=0) for title in cells[0]]
         widths = [max([words[i], *(_length(row[i]) for row in cells[1:])]) for i in columns]
-        widest = max(columns, key=widths.__getitem__)
-        if widths[widest] > SENTENCE:
-            rest = _width(widths) - widths[widest]
-            widths[widest] = max(min(widths[widest], terminal - rest), SENTENCE)
+        for i in sorted(columns, key=widths.__getitem__, reverse=True):
+            if widths[i] > SENTENCE:
+                rest = _width(widths) - widths[i]
+                widths[i] = max(min(widths[i], terminal - rest), SENTENCE)
     blocks, block = [], [0]
     for i in columns[1:]:
         if len(block) > 1 and _width([widths[j] for j in [*block, i]]) > terminal:

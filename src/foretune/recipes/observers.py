@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from foretune.processes import process_rank
@@ -34,6 +35,11 @@ def observed(console: Console, recipe: Recipe, folder: Path) -> Iterator[Console
         observers: list[Console] = [console, Journal(folder)]
         for name in dict.fromkeys(recipe.trackers):
             tracker = TrackerConsole(name, recipe.name, settings, folder, console)
-            closing.callback(tracker.close)
+            closing.push(partial(_close, tracker))
             observers.append(tracker)
         yield Consoles(observers)
+
+
+def _close(tracker: TrackerConsole, error: type[BaseException] | None, *_: object) -> None:
+    """Ends a tracker's run, which has failed if an error ended the block."""
+    tracker.close(failed=error is not None)

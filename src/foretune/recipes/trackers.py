@@ -118,10 +118,14 @@ class TrackerConsole(Console):
         else:
             self._safely(lambda tracker: tracker.log({"verdict": sentence}, step=0))
 
-    def close(self) -> None:
-        """Ends the tracker's run."""
+    def close(self, *, failed: bool = False) -> None:
+        """Ends the tracker's run.
+
+        Args:
+            failed: The run has not come to its end.
+        """
         if self.tracker is not None:
-            self._safely(_finish)
+            self._safely(lambda tracker: _finish(tracker, failed=failed))
 
     def _log(self, figures: Mapping[str, float], step: int) -> None:
         if figures:
@@ -138,7 +142,7 @@ class TrackerConsole(Console):
         except Exception as error:
             self.is_over = True
             with contextlib.suppress(Exception):
-                _finish(self.tracker)
+                _finish(self.tracker, failed=True)
             self.console.say(f"{self.name} fails, the run goes on without it: {_one_line(error)}")
 
     def _start(self) -> Any:
@@ -247,11 +251,17 @@ def _set_tag(tracker: Any, key: str, value: str) -> None:
     mlflow.MlflowClient().set_tag(tracker.tracker.info.run_id, key, value)
 
 
-def _finish(tracker: Any) -> None:
+def _finish(tracker: Any, *, failed: bool) -> None:
     if tracker.name == "trackio":  # accelerate's `finish` does not keep it from a second one
         import trackio
 
         trackio.finish()
+    elif failed and tracker.name == "mlflow":  # accelerate's calls each run finished
+        import mlflow
+
+        mlflow.end_run("FAILED")
+    elif failed and tracker.name == "wandb":
+        tracker.tracker.finish(exit_code=1)
     else:
         tracker.finish()
 
