@@ -201,12 +201,7 @@ def edge_sentences(bases: Sequence[Mapping[str, Any]]) -> list[str]:
                     f"a {beyond} one may be better."
                 )
                 labels.setdefault(took, []).append(base["label"])
-    return [f"{_and(names)} {took}" for took, names in labels.items()]
-
-
-def _and(names: Sequence[str]) -> str:
-    *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last
+    return [f"{listed(names)} {took}" for took, names in labels.items()]
 
 
 def _sureness(choice: Mapping[str, Any]) -> str:
@@ -228,13 +223,13 @@ def counted(number: int, noun: str) -> str:
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
-    """The first names and the number of further ones.
+    """Names as a list in a sentence: the first ones, and the number of further ones.
 
-    >>> listed(["a", "b", "c"], most=2)
-    'a, b and 1 more'
+    >>> listed(["a", "b", "c"]), listed(["a", "b", "c"], most=2)
+    ('a, b and c', 'a, b and 1 more')
     """
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    *others, last = names if len(names) <= most else [*names[:most], f"{len(names) - most} more"]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def p_text(p_value: float) -> str:

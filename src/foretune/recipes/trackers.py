@@ -221,22 +221,25 @@ class Steps:
 def curve_name(*labels: str) -> str:
     """A name that every tracker takes, in parts.
 
-    >>> curve_name("standard (learning_rate 1e-4), seed 0")
-    'standard_learning_rate_1e-4/seed_0'
+    Brackets and blanks are dropped, other characters that mlflow refuses are named by their code.
+
+    >>> curve_name("standard (learning_rate 1e-4), seed 0"), curve_name("peft-ml+")
+    ('standard_learning_rate_1e-4/seed_0', 'peft-mlx2b')
     """
     parts = [part for label in labels for part in re.split(r"[,:] ", label)]
-    return "/".join(re.sub(r"[^\w.-]+", "_", part).strip("_") for part in parts)
+    words = [re.sub(r"[\s()\[\]{}'\",]+", "_", part).strip("_") for part in parts]
+    return "/".join(re.sub(r"[^\w.-]", lambda c: f"x{ord(c[0]):x}", word) for word in words)
 
 
 def as_settings(recipe: Mapping[str, object]) -> dict[str, str | int | float | bool]:
     """The values of a recipe by dotted key as every tracker takes them: lists and nulls as JSON.
 
     >>> as_settings({"adapt.shots": [2, None], "tasks.columns.kg/m² (dry)": "x"})
-    {'adapt.shots': '[2, null]', 'tasks.columns.kg/m_ _dry_': 'x'}
+    {'adapt.shots': '[2, null]', 'tasks.columns.kg/m² _dry_': 'x'}
     """
     settings: dict[str, str | int | float | bool] = {}
     for key, value in recipe.items():
-        name = re.sub(r"[^a-zA-Z0-9_./ -]", "_", key)  # a column may have any name
+        name = re.sub(r"[^\w./ -]", "_", key)  # a column may have any name
         if isinstance(value, int | float):
             settings[name] = value
         else:
