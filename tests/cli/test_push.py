@@ -217,8 +217,9 @@ def test_a_link_out_of_the_folder_is_left_out(place: Path, hub: Hub, tmp_path: P
         (base / name).symlink_to(tmp_path / "id_rsa")
     (base / "LICENSE-of-alice.csv").write_text("private")
     (base / "NOTICE.txt").symlink_to("config.json")
+    (base / "merges.txt").symlink_to("merges.txt")
     result = the_json("push", base, "--repo", "org/links")
-    assert result["left_out"] == ["LICENSE", "LICENSE-of-alice.csv", "vocab.json"]
+    assert result["left_out"] == ["LICENSE", "LICENSE-of-alice.csv", "merges.txt", "vocab.json"]
     assert "NOTICE.txt" in result["files"]
     assert b"private" not in b"".join(hub.files["org/links"].values())
 

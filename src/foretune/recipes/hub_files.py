@@ -98,8 +98,9 @@ class Upload:
 
 def is_part(file: Path, folder: Path) -> bool:
     """Whether this is a file, and no link to what lies outside the folder."""
-    inside = not file.is_symlink() or file.resolve().is_relative_to(folder.resolve())
-    return inside and file.is_file()
+    if not file.is_file():  # nor where a link leads to itself
+        return False
+    return not file.is_symlink() or file.resolve().is_relative_to(folder.resolve())
 
 
 def files_of(folder: Path) -> Upload:
