@@ -57,7 +57,7 @@ def test_new_tasks_join_those_that_are_there(place: Path) -> None:
     assert {*again["scores"]} == {"b", "c"}
     assert {name: weights(name) for name in "ab"} == before
     result = call("adapt", "base", "--tasks", "rows.jsonl", *HOW)
-    assert "Already there, not adapted again: 2 tasks (b, c)" in result.stdout
+    assert "Already there, not adapted again: 2 tasks (b and c)" in result.stdout
     alone = adapt([*rows_of("b"), *rows_of("c")], "--out", "alone")
     assert alone["scores"] == again["scores"]
     assert close("alone/c", "adapters/c")

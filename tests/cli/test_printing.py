@@ -14,7 +14,7 @@ from tests.command_line import call, the_error
 from tests.evaluation.test_report import comparison
 
 from foretune.cli.group import explain
-from foretune.cli.output import emit, emit_json
+from foretune.cli.output import emit, emit_json, table
 from foretune.evaluation.report import write_report
 from foretune.printable import markdown, printable
 from foretune.recipes.model_card import model_card
@@ -57,6 +57,21 @@ def test_control_characters_are_printed_as_escapes(capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert printable(out) == out
     assert json.loads(out) == {"task": HOSTILE}
+
+
+def test_tables_are_aligned_in_any_script() -> None:
+    text = table(["task", "score"], [["日本語", 0.5], ["e\u0301te\u0301", 12], ["plain", 3]])
+    assert text.splitlines() == [
+        *("task    score", "日本語    0.5", "e\u0301te\u0301        12", "plain       3"),
+    ]
+
+
+def test_a_wide_table_may_have_a_column_without_a_title() -> None:
+    text = table(["", "check", "found"], [["ok", "disk", "word " * 30], ["fix", "hub", "x" * 90]])
+    assert text.splitlines()[0].split() == ["check", "found"]
+    text = table(["field", "default", "meaning"], [["a", "word " * 30, "word " * 20]])
+    assert max(map(len, text.splitlines())) <= 80
+    assert table(["", "a" * 90], []).split() == ["a" * 90]
 
 
 def test_control_characters_of_an_argument_are_escaped_in_the_error() -> None:

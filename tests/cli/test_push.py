@@ -209,6 +209,21 @@ def test_what_is_no_part_of_a_model_is_left_out(place: Path, hub: Hub, tmp_path:
     assert card_of(files).data.tags == ["theirs"] and card_of(files).data.license == "mit"
 
 
+def test_a_link_out_of_the_folder_is_left_out(place: Path, hub: Hub, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_base(tiny_models.bert(num_hidden_layers=1), tiny_models.tokenizer(), base)
+    (tmp_path / "id_rsa").write_text("private")
+    for name in ("LICENSE", "vocab.json", "README.md"):
+        (base / name).symlink_to(tmp_path / "id_rsa")
+    (base / "LICENSE-of-alice.csv").write_text("private")
+    (base / "NOTICE.txt").symlink_to("config.json")
+    (base / "merges.txt").symlink_to("merges.txt")
+    result = the_json("push", base, "--repo", "org/links")
+    assert result["left_out"] == ["LICENSE", "LICENSE-of-alice.csv", "merges.txt", "vocab.json"]
+    assert "NOTICE.txt" in result["files"]
+    assert b"private" not in b"".join(hub.files["org/links"].values())
+
+
 def test_private_does_not_publish_into_a_public_repository(place: Path, hub: Hub) -> None:
     command = ("push", place / "adapters/resident-0", "--repo", "org/open")
     assert call(*command).exit_code == 0

@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
+from foretune.cli import app, signals
 from recipes.killed_recipe import write_inputs
 
 PROGRAM = "import foretune.cli, sys; print('started', flush=True); foretune.cli.main()"
@@ -71,6 +73,18 @@ def test_a_signal_before_the_first_result_leaves_no_folder(
     assert process.returncode == 128 + number
     assert errors.splitlines()[-1].endswith(LINE)
     assert not (tmp_path / "deep").exists()
+
+
+def test_only_commands_that_resume_speak_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = {
+        name
+        for name, command in get_command(app).commands.items()  # type: ignore[attr-defined]
+        if any("--resume" in parameter.opts for parameter in command.params)
+    }
+    assert commands == {*signals.RESUMABLE}
+    for words, ending in ((["run", "x.yaml"], LINE), (["watch", "runs/x"], ""), ([], "")):
+        monkeypatch.setattr("sys.argv", ["foretune", "--debug", *words])
+        assert signals.message(signal.SIGINT) == f"interrupted{ending}"
 
 
 SWALLOWED = """

@@ -13,6 +13,7 @@ import pytest
 from command_line import call, the_error, the_json
 from foretune.claims import output_folder
 from foretune.cli.watch import Replay
+from foretune.errors import ForetuneError
 from foretune.files import PROGRESS_FILE, write_whole
 from foretune.manifest import is_claimed
 from foretune.recipes.console import Console, Consoles
@@ -30,7 +31,7 @@ RUNNING = """
 import sys
 from pathlib import Path
 from foretune.claims import output_folder
-from foretune.files import write_whole
+from foretune.recipes.folder import write_run_record
 from foretune.recipes.journal import Journal
 with output_folder(Path("run"), "run", overwrite={overwrite}) as folder:
     journal = Journal(folder)
@@ -72,12 +73,34 @@ def test_a_finished_run_shows_what_it_said_and_its_result(recipe: Path) -> None:
     assert call("watch", "runs/my").exit_code == 0
 
 
+def test_a_run_has_many_names(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call("run", "my.yaml", *SMALL).exit_code == 0
+    shown = call("watch", "runs/my")
+    assert "loading PyTorch" not in shown.stderr
+    Path("link").symlink_to("runs/my")
+    for name in ("runs/my/", "link", "runs/my/figures/.."):
+        assert call("watch", name).stderr == shown.stderr
+    monkeypatch.chdir("runs/my")
+    assert call("watch", ".").stderr == shown.stderr
+    # A journal that leads elsewhere is not written.
+    Path(PROGRESS_FILE).unlink()
+    Path(PROGRESS_FILE).symlink_to(recipe)
+    monkeypatch.chdir(recipe.parent)
+    assert "is a symbolic link" in call("run", "my.yaml", *SMALL, "--resume").stderr
+    assert recipe.read_text() == template_text("arrays")
+
+
 def test_a_retraining_can_be_watched(recipe: Path) -> None:
     assert call("retrain", "my.yaml", "--method", "standard", "--out", "ml", *SMALL).exit_code == 0
     watched = call("watch", "ml")
     assert watched.exit_code == 0
     assert watched.stdout == "finished: ml\n"
     assert "standard, seed 0" in watched.stderr
+    record = json.loads(Path("ml/run.json").read_text())
+    Path("ml/run.json").write_text(json.dumps({**record, "finished": False}))  # as if killed
+    watched = call("watch", "ml")
+    assert watched.exit_code == 1
+    assert "the run in ml has stopped before its end" in watched.stderr
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -89,7 +112,7 @@ def test_a_run_in_another_process(
         with output_folder(Path("run"), "run") as folder:
             Journal(folder).say("the earlier one")
             write_whole(folder / "report.html", "")
-    code = RUNNING.format(overwrite=overwrite, last="write_whole(folder / 'run.json', '{}')")
+    code = RUNNING.format(overwrite=overwrite, last="write_run_record(folder)")
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -132,8 +155,18 @@ def test_a_run_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_there_is_nothing_to_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "there is no such folder" in the_error("watch", "nowhere")
+    assert "there is no such folder" in the_error("watch", "a" * 300)
+    for name in ("", "."):
+        assert f"it holds no {PROGRESS_FILE}" in the_error("watch", name)
     Path("a").mkdir()
     assert f"it holds no {PROGRESS_FILE}" in the_error("watch", "a")
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.path = Path("/dev/full")
+    with pytest.raises(ForetuneError, match="the disk is full: could not write /dev/full"):
+        journal.say("tasks: 3 seen")
 
 
 class Recorder(Console):

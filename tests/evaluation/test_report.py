@@ -492,3 +492,14 @@ def test_ticks_are_few_and_inside(low, high):
     values = ticks(low, high)
     assert 2 <= len(values) <= 7
     assert low - 1e-9 <= values[0] and values[-1] <= high * (1 + 1e-9) + 1e-12
+
+
+def test_many_bases_leave_the_first_lines_short(tmp_path: Path) -> None:
+    names = ("none", "standard", *(f"m{number}" for number in range(28)))
+    record = comparison(names, spectrum=False)
+    for base in record["bases"][1:]:
+        tried = [{"learning_rate": rate, "score": 0.4} for rate in (1e-4, 1e-3)]
+        base["retrain"] = {**base["retrain"], "searched": tried}
+    page = write_report(record, tmp_path).read_text("utf-8")
+    assert "M4, M5 and 22 more" in page
+    assert page.count("took the lowest learning rate that was tried") == 1

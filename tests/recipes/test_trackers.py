@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ import pytest
 from command_line import call, the_error, the_json
 from foretune.recipes import trackers
 from foretune.recipes.console import Console, Rounds
+from foretune.recipes.observers import observed
+from foretune.recipes.schema import load_recipe
 from foretune.recipes.templates import template_text
-from foretune.recipes.trackers import Steps, TrackerConsole, curve_name
+from foretune.recipes.trackers import Steps, TrackerConsole, as_settings, curve_name
 
 SMALL = (
     *("name=my", "model.tower=[6]", "tasks.unseen=2", "retrain.methods=[none, standard]"),
@@ -105,6 +108,52 @@ def test_a_tracker_that_does_not_start_ends_the_run(
     assert result.exit_code == 1
     assert "error: the tracker mlflow does not start: " in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_run_that_is_interrupted_has_not_finished(folder: Path) -> None:
+    recipe = load_recipe("my.yaml", [*SMALL, "trackers=[mlflow]"])
+    states = []
+    for error in (KeyboardInterrupt, None):
+        with (
+            pytest.raises(error) if error else contextlib.nullcontext(),
+            observed(Console(), recipe, folder) as console,
+            console.bar("standard, seed 0") as progress,
+        ):
+            assert progress is not None
+            progress(1, 2, {"loss": 0.5})
+            if error:
+                raise error
+        [record] = mlflow_runs(folder)
+        states.append(record.info.status)
+    assert states == ["FAILED", "FINISHED"]
+
+
+def test_mlflow_sends_no_statistics_and_does_not_wait_for_minutes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import environment_variables as variables
+
+    for name in trackers.MLFLOW_SETTINGS:
+        monkeypatch.setenv(name, "")  # so that it is removed again
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
+    TrackerConsole("mlflow", "my", {}, folder, Console())._make()
+    assert variables.MLFLOW_DISABLE_TELEMETRY.get()
+    assert variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES.get() == 2
+    assert variables.MLFLOW_HTTP_REQUEST_TIMEOUT.get() == 7  # the user's
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "mlflow"])
+def test_a_recipe_may_name_any_column_and_be_long(
+    folder: Path, name: Literal["tensorboard", "trackio", "mlflow"]
+) -> None:
+    settings = as_settings({"tasks.columns.Wert (°C)": "x", "tasks.args": ["y" * 7000]})
+    console = TrackerConsole(name, "läuft", settings, folder, Console())
+    with console.bar("standard, seed 0") as progress:
+        assert progress is not None
+        progress(1, 1, {"loss": 0.5})
+    assert not console.is_over
+    console.close()
 
 
 class Broken:

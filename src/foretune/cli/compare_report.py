@@ -88,7 +88,7 @@ def report(
     """Rebuild report.html from comparison.json."""
     path = folder / COMPARISON_FILE
     comparison = read_comparison(path)
-    with quiet_stdout(), damage_named(path):
+    with quiet_stdout(loads_torch=False), damage_named(path):
         from foretune.evaluation.report import write_report
 
         written = write_report(comparison, folder)
@@ -147,6 +147,11 @@ class _Comparison(TypedDict):
 
 
 def read_comparison(path: Path) -> dict[str, Any]:
+    """The content of a `comparison.json`.
+
+    Raises:
+        UserError: There is none, or it is damaged.
+    """
     if not path.is_file():
         raise UserError(f"no comparison in {path.parent}: it holds no {COMPARISON_FILE}")
     return stamped(read_json(path, _Comparison, COMPARISON), COMPARISON)

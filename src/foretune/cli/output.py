@@ -75,9 +75,13 @@ def emit_json(value: Any) -> None:
 
 
 @contextlib.contextmanager
-def quiet_stdout() -> Iterator[None]:
-    """Sends what libraries and the user's code print to stderr: stdout is for results."""
-    if "torch" not in sys.modules and process_rank() == 0:
+def quiet_stdout(*, loads_torch: bool = True) -> Iterator[None]:
+    """Sends what libraries and the user's code print to stderr: stdout is for results.
+
+    Args:
+        loads_torch: Whether what follows loads PyTorch, which is then said.
+    """
+    if loads_torch and "torch" not in sys.modules and process_rank() == 0:
         print("loading PyTorch", file=sys.stderr, flush=True)  # which takes seconds
     with contextlib.redirect_stdout(sys.stderr):
         yield
@@ -100,14 +104,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         for i in columns
     ]
     terminal = max(NARROW, shutil.get_terminal_size().columns)
-    widths = [max(len(row[i]) for row in cells) for i in columns]
+    widths = [max(_length(row[i]) for row in cells) for i in columns]
     if _width(widths) > terminal:
-        body = [max((len(row[i]) for row in cells[1:]), default=0) for i in columns]
-        widths = [max(w, *map(len, title.split())) for w, title in zip(body, cells[0], strict=True)]
-        widest = max(columns, key=widths.__getitem__)
-        if widths[widest] > SENTENCE:
-            rest = _width(widths) - widths[widest]
-            widths[widest] = max(min(widths[widest], terminal - rest), SENTENCE)
+        words = [max(map(_length, title.split()), default=0) for title in cells[0]]
+        widths = [max([words[i], *(_length(row[i]) for row in cells[1:])]) for i in columns]
+        for i in sorted(columns, key=widths.__getitem__, reverse=True):
+            if widths[i] > SENTENCE:
+                rest = _width(widths) - widths[i]
+                widths[i] = max(min(widths[i], terminal - rest), SENTENCE)
     blocks, block = [], [0]
     for i in columns[1:]:
         if len(block) > 1 and _width([widths[j] for j in [*block, i]]) > terminal:
@@ -120,6 +124,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     )
 
 
+def _length(text: str) -> int:
+    """Columns of a terminal that a text takes: two for a Chinese character, none for an accent."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
 def _width(widths: Sequence[int]) -> int:
     return sum(widths) + 2 * (len(widths) - 1)
 
@@ -130,15 +143,15 @@ def _wrapped(
     """The lines of some columns of a row, each cell wrapped to the width of its column."""
     columns = [
         textwrap.wrap(row[i], widths[i], break_long_words=False, break_on_hyphens=False)
-        if len(row[i]) > widths[i]
+        if _length(row[i]) > widths[i]
         else [row[i]]
         for i in block
     ]
     for cells in itertools.zip_longest(*columns, fillvalue=""):
-        aligned = (
-            cell.rjust(widths[i]) if numeric[i] else cell.ljust(widths[i])
-            for i, cell in zip(block, cells, strict=True)
-        )
+        aligned = []
+        for i, cell in zip(block, cells, strict=True):
+            blanks = " " * (widths[i] - _length(cell))
+            aligned.append(blanks + cell if numeric[i] else cell + blanks)
         yield "  ".join(aligned).rstrip()
 
 

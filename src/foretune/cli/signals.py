@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from foretune.processes import process_rank
 
+RESUMABLE = ("run", "retrain", "adapt", "compare")  # commands that have --resume
 AGAIN_S = 1.0  # seconds after which an exception that was swallowed is raised again
 received: list[int] = []  # signals that came while a folder was claimed
 
@@ -25,6 +26,9 @@ def install() -> None:
 def message(number: int) -> str:
     """What the program says when a signal ends it."""
     word = "terminated" if number == signal.SIGTERM else "interrupted"
+    command = next((arg for arg in sys.argv[1:] if not arg.startswith("-")), None)
+    if command not in RESUMABLE:
+        return word
     return f"{word}; --resume continues from the last checkpoint, if there is one"
 
 

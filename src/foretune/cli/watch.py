@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +15,10 @@ from foretune.cli.compare_report import read_comparison
 from foretune.cli.output import Json, comparison_text, emit, emit_json, quiet_stdout
 from foretune.cli.progress import StderrConsole
 from foretune.errors import ForetuneError, UserError
-from foretune.files import COMPARISON_FILE, PROGRESS_FILE, REPORT_FILE, RUN_FILE
+from foretune.files import COMPARISON_FILE, PROGRESS_FILE, REPORT_FILE
 from foretune.manifest import is_claimed
 from foretune.recipes.console import Console, Progress
+from foretune.recipes.folder import is_finished
 from foretune.recipes.journal import JournalReader
 
 POLL_S = 0.5  # seconds between two looks at the journal
@@ -46,17 +48,13 @@ def watch(
             if not running:
                 break
             time.sleep(POLL_S)
-    finished = (run / RUN_FILE).is_file() and not (place != run and place.exists())
-    if not finished:
-        raise ForetuneError(
-            f"the run in {run} has stopped before its end: start it again with --resume"
-        )
+    _check_finished(run, place)
     compared = (run / COMPARISON_FILE).is_file()
     comparison = read_comparison(run / COMPARISON_FILE) if compared else {}
     if json:
         emit_json({"out": str(run), **comparison})
     elif compared:
-        with quiet_stdout():
+        with quiet_stdout(loads_torch=False):
             text = comparison_text(comparison)
         emit(f"{text}\n\nReport: {run / REPORT_FILE}")
     else:
@@ -95,15 +93,29 @@ class Replay:
         self.progress = None
 
 
+def _check_finished(run: Path, place: Path) -> None:
+    """Checks that a run that no process holds any more has come to its end.
+
+    Raises:
+        ForetuneError: It has not.
+    """
+    if not is_finished(run) or (place != run and place.exists()):
+        raise ForetuneError(
+            f"the run in {run} has stopped before its end: start it again with --resume"
+        )
+
+
 def _followed(run: Path) -> Path:
     """The folder in which a run writes: its own, or one beside it while it replaces another.
 
     Raises:
         UserError: There is no run, or one of an earlier version.
     """
-    beside = place_beside(run)
-    place = beside if is_claimed(beside) else run
-    if not run.is_dir() and place == run:
+    place = run
+    with contextlib.suppress(OSError, UserError):  # a name that is too long, or no place beside it
+        beside = place_beside(run.resolve() if run.name in ("", "..") else run)
+        place = beside if beside.is_dir() and is_claimed(beside) else run
+    if not os.path.isdir(run) and place == run:  # noqa: PTH112  # `is_dir` fails on a long name
         raise UserError(f"no run in {run}: there is no such folder")
     if not (place / PROGRESS_FILE).is_file():
         raise UserError(f"no run to follow in {run}: it holds no {PROGRESS_FILE}")

@@ -181,14 +181,14 @@ def choice_sentences(bases: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def edge_sentences(bases: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each base whose learning rate is the lowest or highest that was tried: so it is.
+    """Which bases took the lowest or the highest learning rate that was tried.
 
     >>> tried = [{"learning_rate": 1e-4, "score": 0.5}, {"learning_rate": 1e-3, "score": 0.6}]
-    >>> base = {"label": "PEFT-ML", "retrain": {"learning_rate": 1e-3, "searched": tried}}
-    >>> edge_sentences([base])
-    ['PEFT-ML took the highest learning rate that was tried, 0.001: a higher one may be better.']
+    >>> retrain = {"learning_rate": 1e-3, "searched": tried}
+    >>> edge_sentences([{"label": "A", "retrain": retrain}, {"label": "B", "retrain": retrain}])
+    ['A and B took the highest learning rate that was tried, 0.001: a higher one may be better.']
     """
-    sentences = []
+    labels: dict[str, list[str]] = {}
     for base in bases:
         record = base.get("retrain") or {}
         rates = {trial["learning_rate"] for trial in record.get("searched") or []}
@@ -196,11 +196,12 @@ def edge_sentences(bases: Sequence[Mapping[str, Any]]) -> list[str]:
             continue
         for extreme, word, beyond in ((min, "lowest", "lower"), (max, "highest", "higher")):
             if record.get("learning_rate") == extreme(rates):
-                sentences.append(
-                    f"{base['label']} took the {word} learning rate that was tried, "
-                    f"{extreme(rates):g}: a {beyond} one may be better."
+                took = (
+                    f"took the {word} learning rate that was tried, {extreme(rates):g}: "
+                    f"a {beyond} one may be better."
                 )
-    return sentences
+                labels.setdefault(took, []).append(base["label"])
+    return [f"{listed(names)} {took}" for took, names in labels.items()]
 
 
 def _sureness(choice: Mapping[str, Any]) -> str:
@@ -222,13 +223,13 @@ def counted(number: int, noun: str) -> str:
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
-    """The first names and the number of further ones.
+    """Names as a list in a sentence: the first ones, and the number of further ones.
 
-    >>> listed(["a", "b", "c"], most=2)
-    'a, b and 1 more'
+    >>> listed(["a", "b", "c"]), listed(["a", "b", "c"], most=2)
+    ('a, b and c', 'a, b and 1 more')
     """
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    *others, last = names if len(names) <= most else [*names[:most], f"{len(names) - most} more"]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def p_text(p_value: float) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foretune.printable import in_one_line
+
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
@@ -93,7 +95,8 @@ def front_matter(
     """
     from huggingface_hub import ModelCardData
 
-    fields: dict[str, Any] = {"eval_results": list(results), "model_name": name} if results else {}
+    shown = in_one_line(name).replace("<", "&lt;")  # some show the front matter as a text
+    fields: dict[str, Any] = {"eval_results": list(results), "model_name": shown} if results else {}
     data = ModelCardData(
         base_model=base_model,
         datasets=list(datasets) or None,

@@ -13,7 +13,7 @@ from foretune.errors import UserError
 from foretune.files import INPUTS, RECIPE, RUN_FILE, write_whole
 from foretune.formats import INPUTS as INPUTS_FORMAT
 from foretune.formats import RECIPE as RECIPE_FORMAT
-from foretune.formats import RUN, stamped
+from foretune.formats import RUN, read_json, stamped
 from foretune.processes import num_processes, process_rank
 from foretune.recipes.yaml_io import parse_recipe_yaml
 
@@ -98,6 +98,12 @@ def write_run_record(folder: Path) -> None:
 
     record = {"format": RUN, "finished": True, "environment": environment()}
     write_whole(folder / RUN_FILE, json.dumps(record, indent=1, ensure_ascii=False))
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run or the retraining in a folder has come to its end."""
+    file = folder / RUN_FILE
+    return file.is_file() and read_json(file, dict[str, Any], RUN).get("finished") is True
 
 
 def write_json(path: Path, value: Any) -> None:

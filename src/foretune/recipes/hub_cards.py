@@ -23,7 +23,7 @@ from foretune.models.base_record import BaseRecord, read_base_record
 from foretune.models.hub_card import front_matter, result, task_type
 from foretune.models.loading_code import TOWERS, loading_code
 from foretune.printable import markdown
-from foretune.recipes.hub_files import Upload, comparison_of, task_folders
+from foretune.recipes.hub_files import Upload, comparison_of, is_part, task_folders
 from foretune.recipes.model_card import TAGS, results_of
 from foretune.training.trained_on import TrainedOnRecord, adapter_card, read_trained_on
 
@@ -101,7 +101,7 @@ def _run_card(
 def _base_card(place: Path, repository: str, base_model: str | None, license: str | None) -> str:
     """The card of a base; of a model that foretune did not retrain, its own where it has one."""
     record = read_base_record(place)
-    if record is None and (place / CARD_FILE).is_file():
+    if record is None and is_part(place / CARD_FILE, place):
         return _with_fields((place / CARD_FILE).read_text("utf-8"), base_model, license)
     record = record or {}
     method = record.get("method", {}).get("name")

@@ -22,13 +22,13 @@ from foretune.files import (
     MODULE_FILE,
     RECIPE,
     REPORT_FILE,
-    RUN_FILE,
     SCORES_FILE,
     SPARSE_FILE,
     TRAINED_ON_FILE,
 )
-from foretune.formats import COMPARISON, RUN, read_json, stamped
+from foretune.formats import COMPARISON, read_json, stamped
 from foretune.manifest import MARKER_FILE, all_files, read_manifest
+from foretune.recipes.folder import is_finished
 from foretune.recipes.yaml_io import dump_yaml, parse_yaml
 
 # What a model folder, or that of an adapter, may hold of transformers, PEFT, tokenizers and
@@ -44,7 +44,7 @@ UPLOADED = re.compile(
     r"(-\d+-of-\d+)?\.safetensors"
     r"|foretune_basis/basis\.safetensors|1_Pooling/config\.json"
     r"|[\w.-]+\.(py|model|jinja)|additional_chat_templates/[\w.-]+\.jinja"
-    r"|(vocab|merges)\.txt|(LICENSE|NOTICE)[\w.-]*"
+    r"|(vocab|merges)\.txt|(LICENSE|NOTICE)(-[A-Z]+)?(\.(md|txt))?"
 )
 # Keys of such files whose values may be paths on this machine.
 PATHS = (
@@ -73,6 +73,8 @@ class Upload:
     def add_model(self, folder: Path, prefix: str = "") -> None:
         """Adds the files of a model or an adapter, their paths on this machine taken out.
 
+        A link to what lies outside the folder is left out: it may lead to anything.
+
         Args:
             folder: Its folder.
             prefix: Where in the repository they are to be, with a slash at its end.
@@ -81,8 +83,8 @@ class Upload:
         has_code = config.is_file() and bool(read_json(config, dict[str, Any]).get("auto_map"))
         for file in sorted(all_files(folder)):
             name = file.relative_to(folder).as_posix()
-            is_code = file.suffix == ".py"
-            if UPLOADED.fullmatch(name) and file.is_file() and (has_code or not is_code):
+            is_uploaded = UPLOADED.fullmatch(name) and (has_code or file.suffix != ".py")
+            if is_uploaded and is_part(file, folder):
                 self.files[prefix + name] = _without_paths(file) if name[-5:] == ".json" else file
             elif name not in (CARD_FILE, MARKER_FILE):
                 self.left_out.append(prefix + name)
@@ -92,6 +94,13 @@ class Upload:
         for path in sorted(folder.iterdir()):
             if path.name not in (*uploaded, CARD_FILE, MARKER_FILE):
                 self.left_out.append(f"{path.name}/" if path.is_dir() else path.name)
+
+
+def is_part(file: Path, folder: Path) -> bool:
+    """Whether this is a file, and no link to what lies outside the folder."""
+    if not file.is_file():  # nor where a link leads to itself
+        return False
+    return not file.is_symlink() or file.resolve().is_relative_to(folder.resolve())
 
 
 def files_of(folder: Path) -> Upload:
@@ -155,7 +164,7 @@ def _run(folder: Path) -> Upload:
     Raises:
         UserError: The run has not finished, or its bases are elsewhere.
     """
-    if not (folder / COMPARISON_FILE).is_file() or not _is_finished(folder):
+    if not (folder / COMPARISON_FILE).is_file() or not is_finished(folder):
         raise UserError(_unfinished(folder))
     comparison = comparison_of(folder)
     base = best_base(comparison)
@@ -211,18 +220,13 @@ def _kind(folder: Path) -> str | None:
     return None if manifest is None else manifest.kind
 
 
-def _is_finished(folder: Path) -> bool:
-    file = folder / RUN_FILE
-    return file.is_file() and read_json(file, dict[str, Any], RUN).get("finished") is True
-
-
 def _check_finished(folder: Path) -> None:
     """Checks that the retraining in a folder, if there was any, has finished.
 
     Raises:
         UserError: It has not.
     """
-    if _kind(folder) == "retrain" and not _is_finished(folder):
+    if _kind(folder) == "retrain" and not is_finished(folder):
         raise UserError(_unfinished(folder))
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from typing_extensions import override
 
-from foretune.files import PROGRESS_FILE
+from foretune.errors import UserError
+from foretune.files import PROGRESS_FILE, disk_errors
 from foretune.manifest import record_files
 from foretune.recipes.console import Console, Progress, Rounds
 
@@ -27,12 +28,18 @@ class Journal(Console):
 
     Args:
         folder: Folder of the run. What an earlier part of the run wrote stays.
+
+    Raises:
+        UserError: The journal may not be written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / PROGRESS_FILE
-        record_files(self.path, [self.path])
-        self.path.touch()
+        if self.path.is_symlink():
+            raise UserError(f"{self.path} is a symbolic link, which foretune does not follow")
+        with disk_errors(self.path):
+            record_files(self.path, [self.path])
+            self.path.touch()
 
     @override
     def say(self, line: str) -> None:
@@ -56,7 +63,7 @@ class Journal(Console):
 
     def _write(self, event: dict[str, Any]) -> None:
         line = json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False)
-        with self.path.open("a", encoding="utf-8") as file:
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 

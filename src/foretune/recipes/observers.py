@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from foretune.processes import process_rank
@@ -11,7 +12,7 @@ from foretune.recipes.console import Console, Consoles
 from foretune.recipes.folder import flat
 from foretune.recipes.journal import Journal
 from foretune.recipes.schema import Recipe
-from foretune.recipes.trackers import TrackerConsole, setting
+from foretune.recipes.trackers import TrackerConsole, as_settings
 
 
 @contextlib.contextmanager
@@ -29,11 +30,16 @@ def observed(console: Console, recipe: Recipe, folder: Path) -> Iterator[Console
     if process_rank() > 0:
         yield console
         return
-    settings = {key: setting(value) for key, value in flat(recipe.model_dump(mode="json")).items()}
+    settings = as_settings(flat(recipe.model_dump(mode="json")))
     with contextlib.ExitStack() as closing:
         observers: list[Console] = [console, Journal(folder)]
         for name in dict.fromkeys(recipe.trackers):
             tracker = TrackerConsole(name, recipe.name, settings, folder, console)
-            closing.callback(tracker.close)
+            closing.push(partial(_close, tracker))
             observers.append(tracker)
         yield Consoles(observers)
+
+
+def _close(tracker: TrackerConsole, error: type[BaseException] | None, *_: object) -> None:
+    """Ends a tracker's run, which has failed if an error ended the block."""
+    tracker.close(failed=error is not None)

@@ -24,6 +24,15 @@ from foretune.recipes.console import Console, Progress
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 TRACKERS = "trackers"  # the folder in that of a run
 ID_FILE = "id.json"  # in it: what the run is called in the trackers, so that it can be resumed
+# What mlflow gets unless the user has set it: no usage statistics, and no minutes of waiting for a
+# server that does not answer.
+MLFLOW_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+}
+LONGEST = 5000  # characters of a value in the settings; mlflow has a limit
 INTERVAL_S = 0.2  # minimum time between two points of one curve; the first and last are logged
 
 
@@ -109,10 +118,14 @@ class TrackerConsole(Console):
         else:
             self._safely(lambda tracker: tracker.log({"verdict": sentence}, step=0))
 
-    def close(self) -> None:
-        """Ends the tracker's run."""
+    def close(self, *, failed: bool = False) -> None:
+        """Ends the tracker's run.
+
+        Args:
+            failed: The run has not come to its end.
+        """
         if self.tracker is not None:
-            self._safely(_finish)
+            self._safely(lambda tracker: _finish(tracker, failed=failed))
 
     def _log(self, figures: Mapping[str, float], step: int) -> None:
         if figures:
@@ -129,7 +142,7 @@ class TrackerConsole(Console):
         except Exception as error:
             self.is_over = True
             with contextlib.suppress(Exception):
-                _finish(self.tracker)
+                _finish(self.tracker, failed=True)
             self.console.say(f"{self.name} fails, the run goes on without it: {_one_line(error)}")
 
     def _start(self) -> Any:
@@ -163,10 +176,11 @@ class TrackerConsole(Console):
             return tracking.WandBTracker(
                 self.project, name=name, id=ids["id"], resume="allow", dir=str(self.folder)
             )
+        for variable, value in MLFLOW_SETTINGS.items():
+            os.environ.setdefault(variable, value)
         import mlflow
 
         if "MLFLOW_TRACKING_URI" not in os.environ:
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             mlflow.set_tracking_uri((self.folder / "mlflow").resolve().as_uri())
         return tracking.MLflowTracker(self.project, run_id=ids.get("mlflow"), run_name=name)
 
@@ -207,16 +221,31 @@ class Steps:
 def curve_name(*labels: str) -> str:
     """A name that every tracker takes, in parts.
 
-    >>> curve_name("standard (learning_rate 1e-4), seed 0")
-    'standard_learning_rate_1e-4/seed_0'
+    Brackets and blanks are dropped, other characters that mlflow refuses are named by their code.
+
+    >>> curve_name("standard (learning_rate 1e-4), seed 0"), curve_name("peft-ml+")
+    ('standard_learning_rate_1e-4/seed_0', 'peft-mlx2b')
     """
     parts = [part for label in labels for part in re.split(r"[,:] ", label)]
-    return "/".join(re.sub(r"[^\w.-]+", "_", part).strip("_") for part in parts)
+    words = [re.sub(r"[\s()\[\]{}'\",]+", "_", part).strip("_") for part in parts]
+    return "/".join(re.sub(r"[^\w.-]", lambda c: f"x{ord(c[0]):x}", word) for word in words)
 
 
-def setting(value: object) -> str | int | float | bool:
-    """A value of a recipe as every tracker takes it: lists and nulls as JSON."""
-    return value if isinstance(value, str | int | float) else json.dumps(value)
+def as_settings(recipe: Mapping[str, object]) -> dict[str, str | int | float | bool]:
+    """The values of a recipe by dotted key as every tracker takes them: lists and nulls as JSON.
+
+    >>> as_settings({"adapt.shots": [2, None], "tasks.columns.kg/m² (dry)": "x"})
+    {'adapt.shots': '[2, null]', 'tasks.columns.kg/m² _dry_': 'x'}
+    """
+    settings: dict[str, str | int | float | bool] = {}
+    for key, value in recipe.items():
+        name = re.sub(r"[^\w./ -]", "_", key)  # a column may have any name
+        if isinstance(value, int | float):
+            settings[name] = value
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            settings[name] = text[:LONGEST]
+    return settings
 
 
 def _set_tag(tracker: Any, key: str, value: str) -> None:
@@ -225,11 +254,17 @@ def _set_tag(tracker: Any, key: str, value: str) -> None:
     mlflow.MlflowClient().set_tag(tracker.tracker.info.run_id, key, value)
 
 
-def _finish(tracker: Any) -> None:
+def _finish(tracker: Any, *, failed: bool) -> None:
     if tracker.name == "trackio":  # accelerate's `finish` does not keep it from a second one
         import trackio
 
         trackio.finish()
+    elif failed and tracker.name == "mlflow":  # accelerate's calls each run finished
+        import mlflow
+
+        mlflow.end_run("FAILED")
+    elif failed and tracker.name == "wandb":
+        tracker.tracker.finish(exit_code=1)
     else:
         tracker.finish()
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from foretune.evaluation.report.view import View
-from foretune.evaluation.wording import counted
+from foretune.evaluation.wording import counted, listed
 
 
 def compared(view: View) -> str:
@@ -58,16 +58,6 @@ def facts(view: View) -> str:
     ]
     drawn = view.rows_drawn()
     return " ".join([*sentences, *([f"Rows to adapt on: {'; '.join(drawn)}."] if drawn else [])])
-
-
-def listed(names: list[str]) -> str:
-    """Names as a list in a sentence.
-
-    >>> listed(["a", "b", "c"])
-    'a, b and c'
-    """
-    *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _tasks(collection: Mapping[str, Any]) -> str:
