@@ -40,7 +40,7 @@ def push(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Upload a run's best base, a base or adapters to the Hugging Face Hub."""
+    """Upload a run's best base, a base or adapters to the Hub."""
     with quiet_stdout():
         from foretune.evaluation.wording import counted
         from foretune.recipes.push import push
