@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from command_line import call, the_error, the_json
 from foretune.models.loading import save_base
 
 HOW = ("--objective", "classification", "method=lora", "learning_rate=1e-2", "steps=3")
+TYPED = ("--tasks", "rows.jsonl", "--shots", "2", *HOW)
 TASKS = ("d", "B", "a", "c", "b")  # sorted: B, a, b, c, d
 
 
@@ -38,7 +38,6 @@ def write(*tasks: str, start: int = 0) -> None:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = tiny_models.bert(num_labels=2)
-    model.config.hidden_dropout_prob = 0.1  # the draws of a task are its own
     save_base(model, tiny_models.tokenizer(), tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     write(*TASKS)
@@ -46,8 +45,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def adapt(*more: object) -> dict[str, Any]:
-    command = ("adapt", "base", "--tasks", "rows.jsonl", "--shots", "2", *HOW)
-    result: dict[str, Any] = the_json(*command, *more)
+    result: dict[str, Any] = the_json("adapt", "base", *TYPED, *more)
     return result
 
 
@@ -68,7 +66,7 @@ def close(first: Path, second: Path) -> bool:
     """Whether two adapters are equal up to the order of sums in batches."""
     tensors, others = (load_file(path / "adapter_model.safetensors") for path in (first, second))
     return tensors.keys() == others.keys() and all(
-        torch.allclose(tensors[name], other, atol=1e-6) for name, other in others.items()
+        torch.allclose(tensors[name], other, atol=1e-5) for name, other in others.items()
     )
 
 
@@ -78,7 +76,7 @@ def test_shards_together_are_the_adaptation_without_shards(place: Path) -> None:
     assert (result["out"], result["shard"]) == ("adapters-1-of-3", "1/3")
     assert {*result["num_train"]} == {"B", "c"}
     write(*sorted(TASKS))  # in another order
-    typed = call("adapt", "base", "--tasks", "rows.jsonl", "--shots", "2", *HOW, "--shard", "2/3")
+    typed = call("adapt", "base", *TYPED, "--shard", "2/3")
     assert "shard 2/3: 2 of 5 tasks, in adapters-2-of-3" in typed.stderr
     assert "Adapters: adapters-2-of-3" in typed.stdout
     adapt("--shard", "3/3")
@@ -103,32 +101,32 @@ def test_shards_together_are_the_adaptation_without_shards(place: Path) -> None:
     assert names["B"] == "B" and names["b"].startswith("b-")
     assert len(the_json("check", "base", "adapters")["adapters"]) == 5
     Path("new.jsonl").write_text(json.dumps({"task": "b", "text": "red"}))
-    predicted = the_json("predict", "base", "adapters", "--rows", "new.jsonl", "--out", "p.jsonl")
-    assert predicted
+    predicted = the_json("predict", "base", "adapters", "new.jsonl")["rows"]
+    assert [row["task"] for row in predicted] == ["b"]
     assert adapt()["there"] == sorted(TASKS)  # and `adapt` goes on in the merged folder
 
 
-@pytest.mark.parametrize("link", [os.link, None])
 def test_a_shard_goes_on_and_its_versions_come_along(
-    place: Path, monkeypatch: pytest.MonkeyPatch, link: Callable[..., None] | None
+    place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if link is None:
-
-        def no_links(*_: object) -> None:
-            raise OSError(95, "Operation not supported")
-
-        monkeypatch.setattr(os, "link", no_links)
     folders = shards(2, "--resume")
     assert adapt("--shard", "1/2")["there"] == ["B", "b", "d"]
     assert the_json("merge-shards", "adapters", *folders)["added"] == sorted(TASKS)
     weights = Path("a", "adapter_model.safetensors")
-    assert Path("adapters", weights).samefile(Path(folders[1], weights)) is (link is not None)
+    assert Path("adapters", weights).samefile(Path(folders[1], weights))
     again = the_json("merge-shards", "adapters", *folders)
     assert again["added"] == [] and again["there"] == sorted(TASKS)
     write(*TASKS, start=5)
     assert adapt("--shard", "2/2", "--replace")["replaced"] == ["a", "c"]
     assert "other rows of task" in the_error("merge-shards", "adapters", *folders)
-    the_json("merge-shards", "newer", *shards(2, "--replace"))
+    adapt("--shard", "1/2", "--replace")
+
+    def no_links(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    the_json("merge-shards", "newer", *folders)
+    assert not Path("newer", weights).samefile(Path(folders[1], weights))
     assert Path("newer/versions/a/1", weights.name).read_bytes() == (
         Path("adapters", weights).read_bytes()
     )
@@ -141,10 +139,7 @@ def test_new_tasks_join_those_of_the_folder(place: Path) -> None:
     before = files("adapters")
     write("e", "f")
     week = shards(3, "--out", "week")
-    empty = call(
-        *("adapt", "base", "--tasks", "rows.jsonl", "--shots", "2", *HOW, "--out", "week"),
-        *("--shard", "3/3"),
-    )
+    empty = call("adapt", "base", *TYPED, "--out", "week", "--shard", "3/3")
     assert empty.exit_code == 0 and "Shard 3/3 has no task" in empty.stdout
     shown = call("merge-shards", "adapters", *week)
     assert "Merged 3 shards: 2 tasks added" in shown.stdout, shown.output
@@ -156,8 +151,18 @@ def test_new_tasks_join_those_of_the_folder(place: Path) -> None:
         "e",
         "f",
     }
-    call("adapt", "base", "--tasks", "rows.jsonl", "--shots", "2", *HOW, "--overwrite")
-    assert {*files("adapters")} & {"a/adapter_model.safetensors"} == set()  # all was foretune's
+    adapt("--overwrite")
+    assert not Path("adapters/a").exists()  # all of it was foretune's to replace
+
+
+def altered(folder: str, old: str, new: str, to: str = "altered") -> str:
+    """A copy of a folder with another text in its run.json."""
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(folder, to)
+    text = Path(to, "run.json").read_text()
+    assert old in text
+    Path(to, "run.json").write_text(text.replace(old, new))
+    return to
 
 
 def test_shards_that_do_not_belong_together_are_refused(place: Path) -> None:
@@ -174,30 +179,30 @@ def test_shards_that_do_not_belong_together_are_refused(place: Path) -> None:
     assert "base is not a shard" in refused(first, "base")
     adapt("--out", "plain")
     assert "plain is not a shard" in refused(first, "plain")
-    other = adapt("--shard", "2/2", "--out", "other", "learning_rate=1e-3")["out"]
+    other = altered(second, '"learning_rate": 0.01', '"learning_rate": 0.001')
     assert "learning_rate=0.001, adapters-1-of-2 with learning_rate=0.01" in refused(first, other)
-    thirds = adapt("--shard", "2/3", "--out", "thirds")["out"]
-    assert "is shard 2/3" in refused(first, thirds)
+    assert "is shard 2/3" in refused(first, altered(second, '"2/2"', '"2/3"'))
+    assert "another list of tasks" in refused(
+        first, altered(second, '"all_tasks": "', '"all_tasks": "0')
+    )
+    assert "another model" in refused(first, altered(second, '"model": "', '"model": "0'))
+    twice = altered(first, '"1/2"', '"2/2"')
+    assert f'task "B" is in {first} and in {twice}' in refused(first, twice)
     assert "is one of the shards" in the_error("merge-shards", first, first, second)
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("x")
     assert "(notes.txt)" in the_error("merge-shards", "mine", first, second)
     the_json("merge-shards", "plain2", first, second)
-    line = the_error("merge-shards", "plain2", *shards(2, "--out", "slow", "steps=4"))
-    assert "plain2 was started with steps=3, the shards with steps=4" in line
+    altered("plain2", '"steps": 3', '"steps": 4', to="slower")
+    line = the_error("merge-shards", "slower", first, second)
+    assert "slower was started with steps=4, the shards with steps=3" in line
     shutil.rmtree(Path(second, "a"))
     assert "is not finished, 1 of 2 tasks are missing (a)" in refused(first, second)
     write(*TASKS, "new")
-    grown = adapt("--shard", "2/2", "--out", "grown")["out"]
-    assert "another list of tasks" in refused(first, grown)
-    line = the_error(
-        *("adapt", "base", "--tasks", "rows.jsonl", "--shots", "2", *HOW, "--shard", "1/2")
-    )
+    result = call("adapt", "base", *TYPED, "--shard", "1/2")
+    assert result.exit_code == 2
+    line = result.stderr.splitlines()[-1]
     assert "adapters-1-of-2 was started with another list of tasks" in line
-    save_base(tiny_models.bert(num_labels=2, seed=3), tiny_models.tokenizer(), place / "base")
-    write(*TASKS)
-    others = adapt("--shard", "2/2", "--out", "others")["out"]
-    assert "was started with another model" in refused(first, others)
 
 
 def test_a_merge_that_ends_early_leaves_what_was_there(
@@ -217,7 +222,9 @@ def test_a_merge_that_ends_early_leaves_what_was_there(
             assert call("merge-shards", "adapters", *week).exit_code == 130
             assert call("merge-shards", "fresh", *week).exit_code == 130
         assert files("adapters") == before and not Path("fresh").exists()
+    shutil.copytree("adapters", ".unfinished-adapters")  # as a kill leaves it
     assert the_json("merge-shards", "adapters", *week)["added"] == ["e", "f"]
+    assert not Path(".unfinished-adapters").exists()
 
 
 @pytest.mark.parametrize("shard", ["0/8", "9/8", "a/b", "2", "-1/8", "1/0", "²/8"])

@@ -14,7 +14,7 @@ from foretune.claims import is_used, output_folder
 from foretune.errors import UserError
 from foretune.files import RUN_FILE, SCORES_FILE, VERSIONS, disk_errors, write_whole
 from foretune.formats import RUN
-from foretune.manifest import MARKER_FILE, UNFINISHED, all_files, foreign_files, is_claimed
+from foretune.manifest import MARKER_FILE, all_files, foreign_files, is_claimed
 from foretune.recipes.on_folders import holds_adapters
 from foretune.tasks.shard import Shard
 from foretune.training.outcome import folder_names
@@ -26,6 +26,8 @@ from foretune.training.resume import (
     read_scores,
     write_scores,
 )
+
+RECORDS = (MARKER_FILE, RUN_FILE, SCORES_FILE)  # of a folder of adapters
 
 
 @dataclass(frozen=True)
@@ -194,10 +196,10 @@ def _joined(out: Path, record: dict[str, Any]) -> tuple[dict[str, Any], dict[Tas
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard links to the files below a folder, or copies; none of its list, nor unfinished ones."""
+    """Hard links to the files below a folder, or copies; not to its own records."""
     for file in all_files(source):
         name = file.relative_to(source)
-        if name.parts[0] == MARKER_FILE or name.parts[0].startswith(UNFINISHED):
+        if name.name in RECORDS and source == file.parent:
             continue
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)

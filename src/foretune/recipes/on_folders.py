@@ -152,7 +152,7 @@ def adapt_folder(
         "adapting": [
             {**setting.to_dict(), "tasks": names} for setting, names in _by_setting(adapted)
         ],
-        "drawn": rows_drawn({shots: num_train.values()}, unit) if shots else [],
+        "drawn": rows_drawn({shots: num_train.values()}, unit) if shots and names else [],
         "mean": sum(scores.values()) / len(scores) if scores else None,
         "num_labels": adapted.num_labels,
         "code": folder_code(
