@@ -148,16 +148,16 @@ def _checked(parts: Sequence[_Part]) -> Sequence[_Part]:
                 f"{part.folder} is shard {part.shard}, {first.folder} is {first.shard}: merge the "
                 "shards of one adaptation"
             )
-        other = by_number.setdefault(part.shard.number, part.folder)
-        if other is not part.folder:
-            raise UserError(f"{other} and {part.folder} are both shard {part.shard}: name one")
+        first_folder = by_number.setdefault(part.shard.number, part.folder)
+        if first_folder is not part.folder:
+            raise UserError(f"{first_folder} and {part.folder} are both shard {part.shard}: name one")
         same = {**part.record, "shard": None}, {**first.record, "shard": None, "rows": {}}
         advice = "merge the shards of one adaptation"
         check_same(part.folder, *same, than=f"{first.folder} with", advice=advice)
         for task, _ in part.saved:
-            other = by_task.setdefault(task, part.folder)
-            if other is not part.folder:
-                raise UserError(f'task "{task}" is in {other} and in {part.folder}')
+            first_folder = by_task.setdefault(task, part.folder)
+            if first_folder is not part.folder:
+                raise UserError(f'task "{task}" is in {first_folder} and in {part.folder}')
     missing = [str(k) for k in range(1, first.shard.of + 1) if k not in by_number]
     if missing:
         raise UserError(
