@@ -18,7 +18,7 @@ def merge_shards(
     shards: Annotated[
         list[Path],
         typer.Argument(
-            metavar="SHARD...",
+            metavar="SHARD",
             help="Folders of all shards, as the shell expands adapters-*-of-8. They stay.",
         ),
     ],

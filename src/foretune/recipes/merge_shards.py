@@ -148,16 +148,16 @@ def _checked(parts: Sequence[_Part]) -> Sequence[_Part]:
                 f"{part.folder} is shard {part.shard}, {first.folder} is {first.shard}: merge the "
                 "shards of one adaptation"
             )
-        first_folder = by_number.setdefault(part.shard.number, part.folder)
-        if first_folder is not part.folder:
-            raise UserError(f"{first_folder} and {part.folder} are both shard {part.shard}: name one")
+        if part.shard.number in by_number:
+            both = f"{by_number[part.shard.number]} and {part.folder}"
+            raise UserError(f"{both} are both shard {part.shard}: name only one of them")
+        by_number[part.shard.number] = part.folder
         same = {**part.record, "shard": None}, {**first.record, "shard": None, "rows": {}}
         advice = "merge the shards of one adaptation"
         check_same(part.folder, *same, than=f"{first.folder} with", advice=advice)
         for task, _ in part.saved:
-            first_folder = by_task.setdefault(task, part.folder)
-            if first_folder is not part.folder:
-                raise UserError(f'task "{task}" is in {first_folder} and in {part.folder}')
+            if by_task.setdefault(task, part.folder) != part.folder:
+                raise UserError(f'task "{task}" is in {by_task[task]} and in {part.folder}')
     missing = [str(k) for k in range(1, first.shard.of + 1) if k not in by_number]
     if missing:
         raise UserError(
