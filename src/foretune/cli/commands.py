@@ -18,6 +18,7 @@ from foretune.cli import (
     fuse,
     generate,
     init,
+    merge_shards,
     plan,
     predict,
     prune,
@@ -64,6 +65,7 @@ app.command("init")(init.init)
 app.command("plan")(plan.plan)
 app.command("retrain")(retrain_adapt.retrain)
 app.command("adapt")(retrain_adapt.adapt)
+app.command("merge-shards")(merge_shards.merge_shards)
 app.command("predict")(predict.predict)
 app.command("check")(check.check)
 app.command("export")(export.export)

@@ -104,6 +104,14 @@ def adapt(
             "the subfolder versions.",
         ),
     ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N",
+            help="Adapt only every N-th task by name, from the K-th on, in the folder OUT-K-of-N: "
+            "one of N jobs that need no communication. merge-shards joins their folders.",
+        ),
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     dtype: DTypeOption = "float32",
@@ -112,7 +120,10 @@ def adapt(
     json: Json = False,
 ) -> None:
     """Adapt a base to new tasks and save one adapter per task."""
+    from foretune.tasks.shard import Shard
+
     _check_one_of(replace, overwrite)
+    part = None if shard is None else Shard.parse(shard)
     with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize):
         from foretune.cli.progress import StderrConsole
         from foretune.evaluation.wording import counted, listed, setting_phrase
@@ -128,6 +139,7 @@ def adapt(
             shots=shots,
             seed=seed,
             replace=replace,
+            shard=part,
             resume=resume,
             overwrite=overwrite,
             console=StderrConsole(),
@@ -138,6 +150,8 @@ def adapt(
     rows = [[task, f"{score:.3f}"] for task, score in result["scores"].items()]
     if rows:
         emit(table(["task", result["metric"]], [*rows, ["mean", f"{result['mean']:.3f}"]]))
+    elif not result["num_train"]:
+        emit(f"Shard {shard} has no task: there are fewer tasks than shards.")
     else:
         emit("No task has test examples, so nothing was scored.")
     unscored = [task for task in result["num_train"] if task not in result["scores"]]
@@ -154,8 +168,8 @@ def adapt(
             emit(f"{what}: {counted(len(names), 'task')} ({listed(names)})")
     for line in result["drawn"]:
         emit(f"Adapted on {line}")
-    emit(f"Adapters: {out}")
-    if result["num_labels"] is not None:
+    emit(f"Adapters: {result['out']}")
+    if result["num_labels"] is not None and result["code"]:
         emit("The adapters have a head that the base lacks, or a wider one; load them like this:")
         emit("\n".join(result["code"]))
 

@@ -29,6 +29,7 @@ from foretune.recipes.schema import parse_block
 from foretune.recipes.setup import check_sides, check_tokenizer, with_tokenizer
 from foretune.run import Run
 from foretune.tasks.rows import CLASSES
+from foretune.tasks.shard import Shard
 from foretune.tasks.sources import Source, load_tasks
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def adapt_folder(
     shots: int | None = None,
     seed: int = 0,
     replace: bool = False,
+    shard: Shard | None = None,
     resume: bool = False,
     overwrite: bool = False,
     console: Console = SILENT,
@@ -86,6 +88,7 @@ def adapt_folder(
         seed: Random seed of the draw of shots and of the fresh adapters.
         replace: Adapt tasks of `out` again whose rows have changed; the earlier adapters go to
             `versions`.
+        shard: Adapt only its tasks, in its folder beside `out`; None for all tasks.
         resume: Keep what is in `out`, as is done anyway where it holds adapters.
         overwrite: Replace an earlier result in `out`.
         console: Receives the progress.
@@ -101,6 +104,7 @@ def adapt_folder(
     from foretune.evaluation.wording import rows_drawn
     from foretune.training.shots import draw_shots
 
+    out = out if shard is None else shard.folder(out)
     block, source = settings(tasks, changes)
     saved, run = find_base(base), run_of(block, seed=seed)
     method = (None if says_how(changes) else saved.plan) or fixed_record(block)
@@ -119,7 +123,10 @@ def adapt_folder(
         fitted = with_tokenizer(fitted, tokenizer)
         collection = collection.with_objective(fitted)
         check_sides(model, collection, None, console)
-        with console.bar(f"adapting {saved.folder} to {len(collection)} tasks") as progress:
+        names = collection.names if shard is None else shard.names(collection.names)
+        if shard is not None:
+            console.say(f"shard {shard}: {len(names)} of {len(collection)} tasks, in {out}")
+        with console.bar(f"adapting {saved.folder} to {len(names)} tasks") as progress:
             adapted = foretune.adapt(
                 model,
                 collection,
@@ -127,31 +134,35 @@ def adapt_folder(
                 run.replace(out=folder),
                 shots=shots,
                 replace=replace,
+                shard=shard,
                 progress=progress,
             )
     scores = {task: score for (task, _), score in adapted.scores.items()}
-    drawn = draw_shots(collection, fitted.kind, shots, 1, seed)
+    drawn = draw_shots([collection[name] for name in names], fitted.kind, shots, 1, seed)
     num_train = {slot.task: len(slot.train) for slot in drawn}
     unit = "rows per class" if fitted.kind in CLASSES else "rows"
     return {
         "out": str(out),
+        "shard": None if shard is None else str(shard),
         "metric": fitted.metric,
         "scores": scores,
         "num_train": num_train,
-        "there": [name for name in collection.names if (name, 0) not in adapted.num_train],
+        "there": [name for name in names if (name, 0) not in adapted.num_train],
         "replaced": [task for task, draw in adapted.earlier if draw == 0],
         "adapting": [
             {**setting.to_dict(), "tasks": names} for setting, names in _by_setting(adapted)
         ],
-        "drawn": rows_drawn({shots: num_train.values()}, unit) if shots else [],
+        "drawn": rows_drawn({shots: num_train.values()}, unit) if shots and names else [],
         "mean": sum(scores.values()) / len(scores) if scores else None,
         "num_labels": adapted.num_labels,
         "code": folder_code(
             class_name(model),
             saved.folder,
-            out / adapted.folders[collection.names[0], 0],
+            out / adapted.folders[names[0], 0],
             adapted.num_labels,
-        ),
+        )
+        if names
+        else [],
         "cost": adapted.cost,
     }
 

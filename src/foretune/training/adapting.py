@@ -21,6 +21,7 @@ from foretune.models.surgery import head_width
 from foretune.processes import base_is_sharded
 from foretune.run import Run
 from foretune.tasks.objectives import settings_of
+from foretune.tasks.shard import Shard, digest_of_names
 from foretune.tasks.task import Objective, TaskCollection
 from foretune.training.adapt_plan import AdaptPlan, Setting
 from foretune.training.data import SlotRows, TaskData, sampler_for
@@ -65,6 +66,7 @@ class Adaptation:
     score_at: Sequence[int]
     progress: Progress | None
     replace: bool = False
+    shard: Shard | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +109,20 @@ def adapt_in(model: nn.Module, tasks: TaskCollection, how: Adaptation) -> Adapte
     model, objective = copy_to_adapt(base, tasks.objective, run.seed)
     check_model(group, model)
     limits = TextLimits.of(base, objective)
-    slots = list(draw_shots(tasks, objective.kind, how.shots, how.draws, run.seed))
+    # The objective is that of all tasks, so that a head is as wide in every shard.
+    names = tasks.names if how.shard is None else how.shard.names(tasks.names)
+    part = [tasks[name] for name in names]
+    slots = list(draw_shots(part, objective.kind, how.shots, how.draws, run.seed))
     task_draws = [(slot.task, slot.draw) for slot in slots]
     saved: dict[TaskDraw, SavedTask] = {}
     changed: dict[TaskDraw, SavedTask] = {}
     if out is not None:
         # Tasks may be added later, and labels with them, so the settings leave labels out.
         inputs = {"shots": how.shots, "split": how.split, "objective": settings_of(objective)}
-        inputs |= inputs_to_adapt(base, model, tasks, objective)
+        inputs |= inputs_to_adapt(base, model, part, objective)
+        inputs |= {"shard": None if how.shard is None else str(how.shard)}
+        if how.shard is not None:
+            inputs |= {"all_tasks": digest_of_names(tasks.names)}
         saved = group.on_first_process(
             lambda: _begin_adapting(out, how.method, run, inputs, how.replace)
         )
@@ -126,7 +134,7 @@ def adapt_in(model: nn.Module, tasks: TaskCollection, how: Adaptation) -> Adapte
         saved = {key: task for key, task in saved.items() if key not in changed}
         slots = [slot for slot in slots if (slot.task, slot.draw) not in saved]
     result = Adapted({}, {}, {}, {}, {}, earlier=changed)
-    result.digests = {task.name: task.digest for task in tasks}
+    result.digests = {task.name: task.digest for task in part}
     ways = _ways(how, run, slots)
     if isinstance(how.method, AdaptPlan):
         result.settings = {
@@ -135,7 +143,7 @@ def adapt_in(model: nn.Module, tasks: TaskCollection, how: Adaptation) -> Adapte
             for slot in way.slots
         }
     in_use = {key: task.folder for key, task in (saved | changed).items()}
-    result.labels = labels_of(objective, tasks.names)
+    result.labels = labels_of(objective, names)
     result.folders = folder_names(task_draws, in_use)
     # Whole models have their own head; adapters are loaded onto the base's.
     shares_base = any(way.method.shares_base for way in ways)

@@ -27,7 +27,7 @@ from foretune.models.identity import config_of, tokenizer_digest
 from foretune.models.loading import load_weights
 from foretune.models.surgery import head_modules, head_width
 from foretune.run import Run
-from foretune.tasks.task import Objective, Task, TaskCollection
+from foretune.tasks.task import Objective, Task
 from foretune.training.adapt_plan import AdaptPlan
 from foretune.training.learners.joint import Learner
 from foretune.training.outcome import Adapted, folder_names, readable_name
@@ -111,7 +111,7 @@ def inputs_of(
 
 
 def inputs_to_adapt(
-    base: nn.Module, model: nn.Module, tasks: TaskCollection, objective: Objective
+    base: nn.Module, model: nn.Module, tasks: Iterable[Task], objective: Objective
 ) -> dict[str, Any]:
     """What must be the same when more tasks are added: a head only where the tasks begin from it.
 
@@ -189,6 +189,9 @@ def check_same(
     begun: Mapping[str, Any],
     current: Mapping[str, Any],
     about_rows: str = START_OVER,
+    *,
+    than: str = "this run has",
+    advice: str = START_OVER,
 ) -> None:
     """Checks that the current run's record agrees with that of the run begun in the folder.
 
@@ -197,17 +200,22 @@ def check_same(
         begun: The record in the folder.
         current: The current record.
         about_rows: What to do where a task has other rows.
+        than: What the current record is of, for the message.
+        advice: What to do where anything else differs.
 
     Raises:
         UserError: They differ; the message names the first difference.
     """
     for part in current:
         if part in begun:  # earlier versions recorded less
-            advice = about_rows if part == "rows" else START_OVER
-            _check_part(folder, part, begun[part], current[part], advice)
+            what = _difference(part, begun[part], current[part], than)
+            if what is not None:
+                todo = about_rows if part == "rows" else advice
+                raise UserError(f"{folder} was started with {what}: {todo}")
 
 
-def _check_part(folder: Path, part: str, begun: Any, current: Any, advice: str) -> None:
+def _difference(part: str, begun: Any, current: Any, than: str) -> str | None:
+    """What a part of a record has other than the current one; None for nothing."""
     if not (isinstance(begun, Mapping) and isinstance(current, Mapping)):
         begun, current = {part: begun}, {part: current}
     for name in dict.fromkeys([*current, *begun]):
@@ -216,14 +224,15 @@ def _check_part(folder: Path, part: str, begun: Any, current: Any, advice: str) 
         if was == now or added or (part == "run" and name in MOVABLE):
             continue
         if part == "rows":
-            what = f'other rows of task "{name}"'
-        elif part in ("model", "head"):
-            what = "another model"
-        elif part == "tokenizer":
-            what = "another tokenizer"
-        else:
-            what = f"{name}={str(was)[:80]}, this run has {name}={str(now)[:80]}"
-        raise UserError(f"{folder} was started with {what}: {advice}")
+            return f'other rows of task "{name}"'
+        if part == "all_tasks":
+            return "another list of tasks"
+        if part in ("model", "head"):
+            return "another model"
+        if part == "tokenizer":
+            return "another tokenizer"
+        return f"{name}={str(was)[:80]}, {than} {name}={str(now)[:80]}"
+    return None
 
 
 def load_finished(
@@ -297,7 +306,7 @@ def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: Pr
         )
         for key in wave
     }
-    _write_scores(file, read_scores(file) | saved)
+    write_scores(file, read_scores(file) | saved)
 
 
 def keep_version(folder: Path, task: SavedTask) -> None:
@@ -323,7 +332,7 @@ def collect_scores(folder: Path) -> dict[TaskDraw, SavedTask]:
     for part in parts:
         saved |= read_scores(part)
     if parts:
-        _write_scores(folder / SCORES_FILE, saved)
+        write_scores(folder / SCORES_FILE, saved)
         for part in parts:
             part.unlink()
     return {key: task for key, task in saved.items() if (folder / task.folder).is_dir()}
@@ -347,7 +356,8 @@ def read_scores(file: Path) -> dict[TaskDraw, SavedTask]:
     }
 
 
-def _write_scores(file: Path, saved: Mapping[TaskDraw, SavedTask]) -> None:
+def write_scores(file: Path, saved: Mapping[TaskDraw, SavedTask]) -> None:
+    """Writes a scores.json."""
     rows = [
         {"task": task, "draw": draw, **dataclasses.asdict(entry)}
         for (task, draw), entry in saved.items()

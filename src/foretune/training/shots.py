@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,12 @@ from foretune.errors import UserError
 from foretune.tasks.labels import label_of
 from foretune.tasks.row_store import select
 from foretune.tasks.rows import CLASSES
-from foretune.tasks.task import Task, TaskCollection
+from foretune.tasks.task import Task
 from foretune.training.data import SlotRows, stable_hash
 
 
 def draw_shots(
-    tasks: TaskCollection, kind: str, shots: int | None, draws: int, seed: int
+    tasks: Iterable[Task], kind: str, shots: int | None, draws: int, seed: int
 ) -> Iterator[SlotRows]:
     """One slot per task and draw, with the first examples of a seeded permutation.
 

@@ -14,6 +14,7 @@ from foretune.method import check_verb
 from foretune.models.quantised import refuse_quantised
 from foretune.processes import base_is_sharded
 from foretune.run import Run
+from foretune.tasks.shard import Shard
 from foretune.tasks.task import Objective, TaskCollection
 from foretune.training.adapt_plan import AdaptPlan, plan_of
 from foretune.training.adapting import Adaptation, adapt_in, check_path
@@ -123,6 +124,7 @@ def adapt(
     split: str = "test",
     score_at: Sequence[int] = (),
     replace: bool = False,
+    shard: tuple[int, int] | None = None,
     progress: Progress | None = None,
 ) -> Adapted:
     """Adapts the model to each of many unseen tasks; adapters of many tasks train at once.
@@ -149,6 +151,8 @@ def adapt(
             run of s steps.
         replace: With `run.resume`: tasks in the folder whose examples have changed are adapted
             again, and the earlier adapter goes to the folder `versions`; False refuses them.
+        shard: (K, N) adapts every N-th task by name, from the K-th on: one of N jobs that need no
+            communication. The result of a task is as without it, up to the order of sums.
         progress: Called with (update, num_updates, figures) after every update, wave by wave.
 
     Returns:
@@ -185,6 +189,7 @@ def adapt(
             score_at=score_at,
             progress=progress,
             replace=replace,
+            shard=None if shard is None else Shard(*shard).checked(),
         )
         return adapt_in(model, tasks.with_objective(objective), how)
 
