@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from promises.pages import FENCE, ROOT
+from promises.wheel import run_python
 
 TUTORIALS = sorted((ROOT / "docs").glob("tutorial-*.md"))
 NOT_RUN = ("pip", "docker", "vllm")
-
-
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with foretune as its wheel installs it, before what is installed else."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
-    subprocess.run([*build, str(source)], check=True, capture_output=True)
-    [file] = folder.glob("*.whl")
-    target = folder / "installed"
-    install = [*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(file)]
-    subprocess.run(install, check=True, capture_output=True)
-    return target
 
 
 def typed(line: str, folder: Path, wheel: Path) -> str:
@@ -41,14 +21,7 @@ def typed(line: str, folder: Path, wheel: Path) -> str:
     program, *args = shlex.split(line)
     command = ["-m", "foretune", *args] if program == "foretune" else args
     assert program in ("foretune", "python"), line
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(wheel), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = run_python(command, folder, wheel)
     assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     assert "Traceback" not in done.stderr
     return done.stdout
