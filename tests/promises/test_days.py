@@ -134,3 +134,73 @@ def test_customers(wheel: Path, tmp_path: Path) -> None:
     write(tmp_path / "unlabelled.jsonl", [{k: r[k] for k in ("task", "text")} for r in new])
     printed = day("customers", tmp_path, wheel)
     for line, text in printed.items(): print(">>>", line); print(text)
+
+
+@needs("gguf")
+def test_chats(wheel: Path, tmp_path: Path) -> None:
+    save(
+        tiny_models.llama(num_hidden_layers=2, max_position_embeddings=512),
+        tmp_path / "tiny",
+        chat_template=CHATML,
+    )
+
+    def chat(task: str, i: int) -> dict[str, Any]:
+        turns = [{"role": r, "content": words(i + len(r))} for r in ("user", "assistant")]
+        return {"task": task, "messages": turns}
+
+    write(tmp_path / "chats.jsonl", [chat(f"p{t}", i) for t in range(16) for i in range(8)])
+    write(tmp_path / "new.jsonl", rows_of("chats") + [chat("p17", i) for i in range(7)])
+    printed = day("chats", tmp_path, wheel)
+    for line, text in printed.items(): print(">>>", line); print(text)
+
+
+def test_fuse_and_prune(wheel: Path, tmp_path: Path) -> None:
+    from pruning.tiny_mixtures import mixture
+
+    save(tiny_models.bert(num_labels=3, num_hidden_layers=1), tmp_path / "base")
+    save(mixture("mixtral", num_hidden_layers=1), tmp_path / "mixture")
+    labelled = [
+        {"task": task, "text": words(i), "label": "abc"[(i + j) % 3]}
+        for j, task in enumerate(("shop", "bank"))
+        for i in range(16)
+    ]
+    write(tmp_path / "labelled.jsonl", labelled)
+    texts = [{"task": row["task"], "text": row["text"]} for row in labelled]
+    write(tmp_path / "texts.jsonl", texts)
+    write(tmp_path / "rows.jsonl", [{"task": "json", "text": words(i)} for i in range(20)])
+    adapt = "foretune adapt base --tasks labelled.jsonl method=lora learning_rate=0.01 steps=2 --objective classification"
+    printed = day("fuse-prune", tmp_path, wheel, [(adapt, "")])
+    for line, text in printed.items(): print(">>>", line); print(text)
+
+
+def test_sensors(wheel: Path, tmp_path: Path) -> None:
+    from foretune.forecasting.scenes import save_scenes
+    from foretune.tasks.task import Task, TaskCollection
+    from foretune.forecasting.junctions import junctions
+
+    rng = np.random.default_rng(0)
+    for name, gain in (("old-sensor", 1.0), ("new-sensor", 0.5)):
+        y = np.arange(60) % 3
+        x = (gain * (rng.normal(size=(60, 3, 32)) + y[:, None, None])).astype("float32")
+        split = np.where(np.arange(60) < 40, "train", "test")
+        np.savez(tmp_path / f"{name}.npz", x=x, y=y, split=split)
+    old, new = junctions(12, 1), junctions(12, 2)
+    save_scenes(tmp_path / "old-town.npz", TaskCollection((Task("old", old[:8], old[8:]),)))
+    save_scenes(tmp_path / "new-town.npz", TaskCollection((Task("new", new[:8], (), new[8:]),)))
+    printed = day("sensors", tmp_path, wheel)
+    for line, text in printed.items(): print(">>>", line); print(text)
+
+
+def test_steer(wheel: Path, tmp_path: Path) -> None:
+    save(
+        tiny_models.llama(num_hidden_layers=1, hidden_size=32, max_position_embeddings=512),
+        tmp_path / "tiny",
+        chat_template=CHATML,
+    )
+    write(tmp_path / "style.jsonl", rows_of("steer") * 8)
+    references = [
+        {"prompt": words(i), "completion": words(i + 50), "split": "test" if i % 4 == 3 else "train"} for i in range(24)
+    ]
+    write(tmp_path / "references.jsonl", references)
+    printed = day("steer", tmp_path, wheel)
+    for line, text in printed.items(): print(">>>", line); print(text)
