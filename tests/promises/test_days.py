@@ -21,11 +21,31 @@ from promises.pages import FENCE, ROOT
 from promises.wheel import run_steps
 
 # Recipe → what `init` wrote → what the user writes instead.
-QUICK = {"seeds: 3 ": "seeds: 1 ", "  steps: 80 ": "  steps: 4 "}
+FIXED = {
+    "seeds: 3 ": "seeds: 1 ",
+    "learning_rates: null ": "learning_rate: 1e-2 ",
+    "methods: [head, lora, basis]": "method: lora",
+    "  steps: 80 ": "  steps: 8 ",
+}
 EDITS = {
-    "tickets.yaml": {**QUICK, "  steps: 1000 ": "  steps: 4 ", "name: minilm": "name: tiny"},
-    "chats.yaml": {**QUICK, "  steps: 200 ": "  steps: 4 ", "name: smollm2": "name: tiny"},
-    "windows.yaml": {**QUICK, "  steps: 1000 ": "  steps: 4 "},
+    "tickets.yaml": {
+        "name: minilm": "name: tiny",
+        "learning_rates: [5e-4, 2e-3]": "learning_rate: 1e-2",
+        "  steps: 1000 ": "  steps: 8 ",
+        "  steps: 80 ": "  steps: 8 ",
+        "seeds: 3 ": "seeds: 1 ",
+    },
+    "chats.yaml": {
+        **FIXED,
+        "name: smollm2": "name: tiny",
+        "learning_rates: [5e-5, 2e-4]": "learning_rate: 1e-2",
+        "  steps: 200 ": "  steps: 8 ",
+    },
+    "windows.yaml": {
+        **FIXED,
+        "learning_rates: [5e-4, 2e-3]": "learning_rate: 1e-2",
+        "  steps: 1000 ": "  steps: 8 ",
+    },
 }
 # Start of a line → what is typed behind it.
 ADDED = {
@@ -145,8 +165,9 @@ def test_chats(wheel: Path, tmp_path: Path) -> None:
     )
 
     def chat(task: str, i: int) -> dict[str, Any]:
-        turns = [{"role": r, "content": words(i + len(r))} for r in ("user", "assistant")]
-        return {"task": task, "messages": turns}
+        reply = f"{WORDS[int(task[1:])]} " * 4
+        turns = {"user": words(i), "assistant": reply.strip()}
+        return {"task": task, "messages": [{"role": r, "content": c} for r, c in turns.items()]}
 
     write(tmp_path / "chats.jsonl", [chat(f"p{t}", i) for t in range(16) for i in range(8)])
     write(tmp_path / "new.jsonl", rows_of("chats") + [chat("p17", i) for i in range(7)])

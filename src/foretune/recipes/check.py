@@ -227,8 +227,9 @@ def _checked(
             return Checked(adapter=str(folder), faults=faults, notes=notes)
         effect = float((applied - plain).abs().max())
         if not effect > 0:
-            meant = ": leave it out if its task was not to be adapted" if stored.is_zero else ""
-            faults.append(f"changes no output on the probe{meant}")
+            faults.append(
+                "changes no output on the probe: leave it out if its task was not to be adapted"
+            )
         difference = None
         try:
             ours = _by_bank(model, folder, stored, probe)
