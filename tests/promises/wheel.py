@@ -20,12 +20,13 @@ STEPS = f"""
 import json, runpy, shlex, sys, traceback
 from foretune.cli import main
 
+names = {{"__name__": "__main__"}}
 for line, code in json.loads(sys.stdin.read()):
     print({MARK!r}, flush=True)
     program, *sys.argv = shlex.split(line)
     try:
         if code:
-            exec(compile(code, line, "exec"), {{"__name__": "__main__"}})
+            exec(compile(code, line, "exec"), names)
         elif program == "python":
             runpy.run_path(sys.argv[0], run_name="__main__")
         else:
@@ -82,7 +83,8 @@ def run_steps(steps: Sequence[tuple[str, str]], folder: Path, wheel: Path) -> li
     """What each step prints, run one after the other in one process; all must succeed.
 
     Args:
-        steps: (a command line of foretune or python, ""), or (a name, Python code).
+        steps: (a command line of foretune or python, ""), or (a name, Python code); all code has
+            the same variables.
         folder: The folder that they run in.
         wheel: What `install_wheel` returned.
     """
