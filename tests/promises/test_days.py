@@ -118,8 +118,8 @@ class Day:
             before: A command typed before.
             after: Code run afterwards, with the variables of the page's code.
         """
-        steps = [(before, ""), *self.steps(), ("after", after)]
-        steps = [(line, code) for line, code in steps if line and (code or line != "after")]
+        steps = [(before, "")] if before else []
+        steps += [*self.steps(), *([("after", after)] if after else [])]
         texts = run_steps(steps, self.folder, self.wheel)
         return list(zip([line for line, _ in steps], texts, strict=True))
 
