@@ -329,12 +329,13 @@ def rtd(data: dict[str, Any]) -> str:
             "neighbours, made-up keys in clusters. `each call` is the search of earlier versions, "
             f"which converts and centres all keys in each call: {100 * same:.4g} % of the "
             f"neighbours are the same, and probabilities differ by at most {error:.0e}. `held` is "
-            "memory beside the keys.\n",
+            "memory beside the keys. `freed memory` is kept on foretune's command line, and goes "
+            "back to the system in Python.\n",
             table(
-                ["entries", "keys", "exact", "each call", "each call / exact", "keys, MB",
-                 "held, MB"],
+                ["entries", "keys", "freed memory", "exact", "each call", "each call / exact",
+                 "keys, MB", "held, MB"],
                 [
-                    [size(row), row["key_type"], row["seconds"]["exact"],
+                    [size(row), row["key_type"], row["memory"], row["seconds"]["exact"],
                      row["seconds"]["each call"], shown(row["each_call_to_exact"]),
                      row["keys_mb"], row["held_mb"]]
                     for row in parts["exact"]
