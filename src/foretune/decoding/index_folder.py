@@ -107,7 +107,7 @@ def _read(folder: Path, parts: tuple[Tensor, ...], digest: str) -> list[FaissInd
 
 
 def _mapped(file: Path, keys: Tensor) -> Any:
-    """faiss's index of keys (N, d), mapped from its file.
+    """The index of faiss for keys (N, d), mapped from its file.
 
     Raises:
         UserError: The file is damaged, or its vectors are not these keys.

@@ -134,7 +134,7 @@ class FaissIndex:
 
 
 def _built(keys: Tensor) -> Any:
-    """faiss's index of keys (N, d)."""
+    """The index of faiss for keys (N, d)."""
     faiss, width = faiss_module(), keys.shape[1]
     half = {torch.float16: "QT_fp16", torch.bfloat16: "QT_bf16"}.get(keys.dtype)
     if len(keys) <= FLAT:
