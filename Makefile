@@ -132,6 +132,7 @@ bench-speed: setup
 	$(SPEED)/adaptation.py
 	$(SPEED)/bank.py
 	$(SPEED)/pipeline.py
+	$(SPEED)/rtd.py
 	$(SPEED)/gpu.py
 	$(BIN)/python benchmarks/speed/page.py
 

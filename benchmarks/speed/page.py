@@ -318,6 +318,50 @@ def added(row: dict[str, Any]) -> float:
     return row["peak_mb_beyond_imports"]
 
 
+def rtd(data: dict[str, Any]) -> str:
+    parts = {what: [r for r in data["rows"] if r["part"] == what] for what in ("exact", "graph")}
+    error = max(row["probability_error"] for row in parts["exact"])
+    same = min(row["same_neighbours"] for row in parts["exact"])
+    return "\n".join(
+        [
+            "## Looking up in RTD's store\n",
+            f"CPU seconds per state, looked up one at a time, {parts['exact'][0]['neighbours']} "
+            "neighbours, made-up keys in clusters. `each call` is the search of earlier versions, "
+            f"which converts and centres all keys in each call: {100 * same:.4g} % of the "
+            f"neighbours are the same, and probabilities differ by at most {error:.0e}. `held` is "
+            "memory beside the keys. `freed memory` is kept on foretune's command line, and goes "
+            "back to the system in Python.\n",
+            table(
+                ["entries", "keys", "freed memory", "exact", "each call", "each call / exact",
+                 "keys, MB", "held, MB"],
+                [
+                    [size(row), row["key_type"], row["memory"], row["seconds"]["exact"],
+                     row["seconds"]["each call"], shown(row["each_call_to_exact"]),
+                     row["keys_mb"], row["held_mb"]]
+                    for row in parts["exact"]
+                ],
+            ),
+            "faiss's graph, mapped from its file beside the store, and exact search of the same "
+            "states. Recall is the share of the K nearest entries that the graph returns.\n",
+            table(
+                ["entries", "keys", "build, s", "open, s", "store, MB", "index, MB", "exact",
+                 "faiss", "exact / faiss", "recall at 1, 8, 32"],
+                [
+                    [size(row), row["key_type"], row["build_seconds"], row["open_seconds"],
+                     row["store_mb"], row["index_mb"], row["seconds"]["exact"],
+                     row["seconds"]["faiss"], shown(row["exact_to_faiss"]),
+                     ", ".join(f"{share:.3f}" for share in row["recall"].values())]
+                    for row in parts["graph"]
+                ],
+            ),
+        ]
+    )  # fmt: skip
+
+
+def size(row: dict[str, Any]) -> str:
+    return f"{row['entries']:,} × {row['width']}"
+
+
 def gpu(data: dict[str, Any]) -> str:
     rows = [row for row in data["rows"] if "not_run" not in row]
     return "\n".join(
@@ -345,6 +389,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "heads": heads,
     "bank": bank,
     "pipeline": pipeline,
+    "rtd": rtd,
     "gpu": gpu,
 }
 

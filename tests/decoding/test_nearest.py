@@ -49,6 +49,31 @@ def test_a_key_is_its_own_neighbour_at_distance_zero():
     assert torch.equal(squared, torch.zeros_like(squared))
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("key_type", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0.0, 2.0, 30.0])
+def test_answers_are_those_of_float64_in_any_layout(key_type, offset, heads):
+    """Probabilities to 1e-6, in slices of keys, near zero and far from it."""
+    keys, queries = points(400, offset=offset).to(key_type), points(20, seed=1, offset=offset)
+    values = torch.arange(400) % 11
+    for part, states in zip(keys.chunk(heads, 1), queries.chunk(heads, 1), strict=True):
+        squared, places = ExactIndex(part).search(states, 16)
+        wanted, where = brute_force(part, states, 16)
+        np.testing.assert_array_equal(places.numpy(), where)
+        exact = votes(neighbour_weights(torch.from_numpy(wanted), 20.0), values[where], 11)
+        answer = votes(neighbour_weights(squared, 20.0), values[places], 11)
+        torch.testing.assert_close(answer.double(), exact, rtol=0, atol=1e-6)
+
+
+def test_keys_are_copied_only_where_their_type_or_place_asks_for_it():
+    near = points(offset=1.0)
+    assert ExactIndex(near).rows is near
+    for keys in (near.half(), near.double(), points(offset=100.0)):
+        index = ExactIndex(keys)
+        assert index.rows.dtype == torch.float32
+        assert index.rows.mean(0).abs().max() < 0.01
+
+
 @pytest.mark.parametrize("cells", [2**24, 100])
 def test_a_group_that_is_left_out_is_not_found(monkeypatch, cells):
     monkeypatch.setattr(nearest, "CELLS", cells)

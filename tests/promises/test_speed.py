@@ -20,6 +20,7 @@ SCRIPTS = [
     ("adaptation", [], 3),
     ("bank", [], 2),
     ("heads", [], 2),
+    ("rtd", [], 5),
     ("gpu", ["--device", "cpu"], 5),
 ]
 

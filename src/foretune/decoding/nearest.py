@@ -17,6 +17,7 @@ from torch import Tensor
 from foretune.errors import UserError
 
 CELLS = 2**24  # of the distance matrix held at once: 64 MB
+NEAR = 16.0  # squared centre over the keys' variance up to which no bits of note are lost
 RERANKED = 8  # candidates beyond K whose distances are computed exactly
 FLAT = 100_000  # keys up to which faiss searches exhaustively; beyond, it walks an HNSW graph
 LINKS, EFFORT = 32, 128  # of that graph: edges per key, candidates held during a search
@@ -32,8 +33,10 @@ class Index(Protocol):
 class ExactIndex:
     """Exact search in torch, in chunks.
 
-    Candidates are found by |q|² + |k|² − 2 q·k, which loses precision where keys lie close
-    together and far from zero; the distances returned are computed from the differences.
+    Candidates are found by |k − c|² − 2 (q − c)·k, which differs from |q − k|² by what is the same
+    for all keys. It loses precision where keys lie far from zero and close together, so a
+    translated float32 copy of the keys is held where they do, or where they have another type. The
+    distances returned are computed from the differences.
 
     Args:
         keys: (N, d), any float type.
@@ -42,8 +45,17 @@ class ExactIndex:
 
     def __init__(self, keys: Tensor, groups: Tensor | None = None) -> None:
         self.keys, self.groups = keys, groups
-        # A translation changes no distance, and small numbers have small errors.
-        self.centre = keys[:CELLS].float().mean(0)
+        step = max(1, CELLS // keys.shape[1])
+        pieces = keys.split(step)
+        self.centre = torch.stack([piece.float().sum(0) for piece in pieces]).sum(0) / len(keys)
+        moved = ((piece.float() - self.centre).square().sum(-1) for piece in pieces)
+        self.norms = torch.cat(list(moved))
+        near = bool(self.centre.square().sum() <= NEAR * self.norms.mean())
+        self.rows = keys
+        if keys.dtype != torch.float32 or not near:
+            self.rows = torch.empty_like(keys, dtype=torch.float32)
+            for piece, rows in zip(pieces, self.rows.split(step), strict=True):
+                torch.sub(piece.float(), self.centre, out=rows)
 
     def search(
         self, queries: Tensor, k: int, without: Tensor | None = None
@@ -76,14 +88,14 @@ class ExactIndex:
     ) -> tuple[Tensor, Tensor]:
         moved = queries.float() - self.centre
         best, places = None, None
-        chunk = max(k + RERANKED, CELLS // max(self.keys.shape[1], len(queries)))
-        for start in range(0, len(self.keys), chunk):
-            keys = self.keys[start : start + chunk].float() - self.centre
-            far = torch.addmm(keys.square().sum(-1), moved, keys.T, alpha=-2)
+        chunk = max(k + RERANKED, CELLS // len(queries))
+        for start in range(0, len(self.rows), chunk):
+            rows = self.rows[start : start + chunk]
+            far = torch.addmm(self.norms[start : start + chunk], moved, rows.T, alpha=-2)
             if without is not None and self.groups is not None:
                 same = without[:, None] == self.groups[None, start : start + chunk]
                 far = far.masked_fill(same, torch.inf)
-            low, at = far.topk(min(k + RERANKED, len(keys)), largest=False)
+            low, at = far.topk(min(k + RERANKED, len(rows)), largest=False)
             at = at + start
             if best is not None and places is not None:
                 low, at = torch.cat([best, low], 1), torch.cat([places, at], 1)
@@ -101,22 +113,16 @@ class FaissIndex:
     """Search by faiss: exact up to `FLAT` keys, approximate (an HNSW graph) beyond.
 
     Args:
-        keys: (N, d), any float type; faiss keeps float32 copies.
+        keys: (N, d), any float type. The graph holds float16 and bfloat16 keys as they are, all
+            others in float32.
+        index: faiss's index of these keys; None to build it.
 
     Raises:
         UserError: faiss is not installed.
     """
 
-    def __init__(self, keys: Tensor) -> None:
-        faiss = _faiss()
-        width = keys.shape[1]
-        if len(keys) <= FLAT:
-            self.index = faiss.IndexFlatL2(width)
-        else:
-            self.index = faiss.IndexHNSWFlat(width, LINKS)
-            self.index.hnsw.efSearch = EFFORT
-        for start in range(0, len(keys), FLAT):
-            self.index.add(keys[start : start + FLAT].float().cpu().contiguous().numpy())
+    def __init__(self, keys: Tensor, index: Any = None) -> None:
+        self.index = _built(keys) if index is None else index
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(squared distances (Q, k), indices (Q, k)) as returned by `ExactIndex.search`."""
@@ -127,7 +133,29 @@ class FaissIndex:
         return squared.masked_fill(places < 0, torch.inf), places.clamp(min=0)
 
 
-def _faiss() -> Any:
+def _built(keys: Tensor) -> Any:
+    """The index of faiss for keys (N, d)."""
+    faiss, width = faiss_module(), keys.shape[1]
+    half = {torch.float16: "QT_fp16", torch.bfloat16: "QT_bf16"}.get(keys.dtype)
+    if len(keys) <= FLAT:
+        index = faiss.IndexFlatL2(width)
+    else:
+        if half is None:
+            index = faiss.IndexHNSWFlat(width, LINKS)
+        else:
+            index = faiss.IndexHNSWSQ(width, getattr(faiss.ScalarQuantizer, half), LINKS)
+        index.hnsw.efSearch = EFFORT
+    for piece in keys.split(FLAT):
+        index.add(piece.float().cpu().contiguous().numpy())
+    return index
+
+
+def faiss_module() -> Any:
+    """The module faiss.
+
+    Raises:
+        UserError: It is not installed.
+    """
     try:
         import faiss
     except ImportError:

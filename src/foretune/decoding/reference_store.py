@@ -17,6 +17,7 @@ from torch import Tensor
 from foretune.adapters.fingerprint import base_and_adapter
 from foretune.claims import output_folder
 from foretune.decoding import STORE_FILE
+from foretune.decoding.index_folder import store_indices
 from foretune.decoding.lookup import (
     MIXES,
     MULTIPLES,
@@ -103,7 +104,9 @@ class ReferenceStore:
         self.lookup = lookup or Lookup()
         check_tensors(*_tensors(self), num_rows=len(self.rows))
         check_heads(self.lookup.heads, keys.shape[1])
-        self._indices: dict[tuple[int, str, str], list[Index]] = {}
+        self.folder: Path | None = None  # where it is saved
+        self._exact: dict[tuple[int, str], list[ExactIndex]] = {}
+        self._faiss: dict[int, list[FaissIndex]] = {}
         self._automatic: dict[tuple[int, int], float] = {}
 
     def __len__(self) -> int:
@@ -361,6 +364,7 @@ class ReferenceStore:
         tensors = {n: t.contiguous() for n, t in zip(TENSOR_NAMES, _tensors(self), strict=True)}
         with output_folder(Path(folder), "datastore", overwrite=overwrite, at_once=True) as part:
             write_store(part, tensors, self.rows, self._metadata())
+        self.folder = Path(folder)
 
     def save_lookup(self, folder: str | Path) -> None:
         """Writes the result of `tune` into the store's folder; nothing else changes."""
@@ -376,7 +380,7 @@ class ReferenceStore:
         folder = Path(folder)
         tensors, rows, metadata = read_store(folder)
         with damage_named(folder / STORE_FILE):
-            return cls(
+            store = cls(
                 *(tensors[name] for name in TENSOR_NAMES),
                 rows=rows,
                 kind=metadata["kind"],
@@ -386,6 +390,8 @@ class ReferenceStore:
                 lookup=Lookup(**metadata["lookup"]),
                 tuned=metadata["tuned"],
             )
+        store.folder = folder
+        return store
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -400,22 +406,28 @@ class ReferenceStore:
             "hidden_size": self.keys.shape[1],
         }
 
-    def _index(self, heads: int, search: Search, device: torch.device) -> list[Index]:
-        key = (heads, search, str(device))
-        if key not in self._indices:
+    def _index(self, heads: int, search: Search, device: torch.device) -> Sequence[Index]:
+        check_one_of("search", search, ("exact", "faiss"))
+        if search == "exact":
+            return self._exact_index(heads, device)
+        if heads not in self._faiss:
             check_heads(heads, self.keys.shape[1])
-            check_one_of("search", search, ("exact", "faiss"))
-            index: type = ExactIndex if search == "exact" else FaissIndex
-            parts = self.keys.to(device).chunk(heads, dim=1)
-            self._indices[key] = [index(part) for part in parts]
-        return self._indices[key]
+            self._faiss[heads] = store_indices(self.keys, heads, self.folder)
+        return self._faiss[heads]
+
+    def _exact_index(self, heads: int, device: torch.device) -> list[ExactIndex]:
+        key = (heads, str(device))
+        if key not in self._exact:
+            check_heads(heads, self.keys.shape[1])
+            keys, sources = self.keys.to(device), self.sources.to(device)
+            self._exact[key] = [ExactIndex(part, sources) for part in keys.chunk(heads, dim=1)]
+        return self._exact[key]
 
     def _nearest_in_other_rows(self, entries: Tensor, k: int, heads: int) -> tuple[Tensor, Tensor]:
         """(squared distances, indices) of their nearest entries from other rows, (H, S, K) each."""
-        check_heads(heads, self.keys.shape[1])
         per_head = [
-            ExactIndex(part, self.sources).search(part[entries], k, self.sources[entries])
-            for part in self.keys.chunk(heads, dim=1)
+            index.search(index.keys[entries], k, self.sources[entries])
+            for index in self._exact_index(heads, self.keys.device)
         ]
         return torch.stack([h[0] for h in per_head]), torch.stack([h[1] for h in per_head])
 
