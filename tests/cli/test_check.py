@@ -66,6 +66,20 @@ def adapters_in(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("**/adapter_config.json"))
 
 
+def test_adapters_that_were_not_to_be_trained_are_no_fault(folders: tuple[Path, Path]) -> None:
+    base, _ = folders
+    model, _ = load_base(base)
+    kind = "classification" if "Classification" in type(model).__name__ else "causal-lm"
+    untrained = base.parent / "untrained"
+    run = foretune.Run(steps=0, batch_size=2, out=untrained)
+    foretune.adapt(model, tasks(kind), foretune.LoRA(learning_rate=1e-2), run)
+    result = the_json("check", base, untrained)
+    assert result["ok"]
+    if kind == "causal-lm":  # a classifier of two tasks has a head for each
+        notes = [note for adapter in result["adapters"] for note in adapter["notes"]]
+        assert notes.count("changes no output: it was trained for 0 steps") == 2
+
+
 def test_sound_adapters_pass(folders: tuple[Path, Path]) -> None:
     base, adapted = folders
     shown = call("check", base, adapted)

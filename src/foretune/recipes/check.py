@@ -36,6 +36,7 @@ from foretune.models.surgery import head_modules, head_width, match_head
 from foretune.printable import in_one_line
 from foretune.recipes.saved_base import find_base
 from foretune.tasks.readers import read_rows
+from foretune.training.trained_on import read_trained_on
 
 PROBE = "What would you do? I agree with most of it, but not with the last point."
 NUM_ROWS = 8  # of a file of rows
@@ -205,8 +206,10 @@ def _checked(
     except ForetuneError as error:
         return Checked(adapter=str(folder), faults=[str(error)], notes=notes)
     notes += stored.notes
+    # Where held-out tasks chose not to adapt, an adapter has no effect on purpose.
+    untrained = read_trained_on(folder).get("steps") == 0
     same = first_with.setdefault(_digest(stored), str(folder))
-    if same != str(folder):
+    if same != str(folder) and not untrained:
         faults.append(f"has the same weights as {same}")
     probe = _probe(model, bases.tokenizer, rows)
     with torch.no_grad():
@@ -226,10 +229,10 @@ def _checked(
             notes.append("not compared: it changes the shape of the outputs")
             return Checked(adapter=str(folder), faults=faults, notes=notes)
         effect = float((applied - plain).abs().max())
-        if not effect > 0:
-            faults.append(
-                "changes no output on the probe: leave it out if its task was not to be adapted"
-            )
+        if not effect > 0 and untrained:
+            notes.append("changes no output: it was trained for 0 steps")
+        elif not effect > 0:
+            faults.append("changes no output on the probe")
         difference = None
         try:
             ours = _by_bank(model, folder, stored, probe)
