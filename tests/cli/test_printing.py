@@ -14,11 +14,17 @@ from tests.command_line import call, the_error
 from tests.evaluation.test_report import comparison
 
 from foretune.cli.group import explain
-from foretune.cli.output import emit, emit_json, table
-from foretune.evaluation.report import write_report
+from foretune.cli.output import emit, emit_json, quiet_stdout, table
+from foretune.evaluation.report import summary_rows, write_report
 from foretune.printable import markdown, printable
 from foretune.recipes.model_card import model_card
 
+ROOT = Path(__file__).resolve().parents[2]
+COMPARISONS = [
+    path
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    if '"foretune-comparison-1"' in path.read_text("utf-8")[:100]
+]
 HOSTILE = "red\x1b]0;owned\x07\x9b31m\u202e\ud800"
 
 
@@ -64,6 +70,29 @@ def test_tables_are_aligned_in_any_script() -> None:
     assert text.splitlines() == [
         *("task    score", "日本語    0.5", "e\u0301te\u0301        12", "plain       3"),
     ]
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_the_table_of_a_comparison_fits_eighty_columns(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = json.loads(path.read_text("utf-8"))
+    monkeypatch.setenv("COLUMNS", "80")
+    header, rows = summary_rows(comparison)
+    text = table(header, rows)
+    assert max(map(len, text.splitlines())) <= 80
+    for row in rows:
+        assert all(word in text for cell in row for word in cell.split())
+
+
+def test_what_takes_seconds_is_said_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with quiet_stdout():
+        assert capsys.readouterr().err == ""
+    monkeypatch.delitem(sys.modules, "torch")
+    with quiet_stdout():
+        assert capsys.readouterr().err == "loading PyTorch\n"
 
 
 def test_a_wide_table_may_have_a_column_without_a_title() -> None:
