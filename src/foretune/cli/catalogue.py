@@ -24,7 +24,7 @@ def ls(
     ] = None,
     json: Json = False,
 ) -> None:
-    """List methods and packaged recipes, or the adapters in a folder."""
+    """List methods and recipes, or the adapters in a folder."""
     if what == "adapters" or folder is not None:
         _list_adapters(what, folder, json)
         return

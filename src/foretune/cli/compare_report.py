@@ -54,7 +54,7 @@ def compare(
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Adapt bases to the same unseen tasks and compare their scores."""
+    """Adapt bases to the same unseen tasks and compare scores."""
     counts = parse_shots(shots)
     changes, folders = _changes_and_folders(bases)
     with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize):

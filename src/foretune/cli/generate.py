@@ -101,7 +101,7 @@ def generate(
     allow_unverified: AllowUnverified = False,
     json: Json = False,
 ) -> None:
-    """Continue prompts with a model, plain or steered by EFT or RTD."""
+    """Continue prompts with a model, plain or with EFT or RTD."""
     from foretune.decoding.prompts import check_resources, split_words
 
     prompt, settings = split_words(words or [], method, prompts is not None)

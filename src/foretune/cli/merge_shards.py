@@ -24,7 +24,7 @@ def merge_shards(
     ],
     json: Json = False,
 ) -> None:
-    """Merge the shards of an adaptation into one folder of adapters."""
+    """Merge the shards of an adaptation into one folder."""
     with quiet_stdout():
         from foretune.evaluation.wording import counted, listed
         from foretune.recipes.merge_shards import merge_shards

@@ -15,7 +15,7 @@ from foretune.run import MAX_SEED
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Adapt a classifier of sensor windows to an unlabelled target. Only the preparation needs "
+    help="Adapt a sensor classifier to an unlabelled target. Only the preparation needs "
     "source data.",
 )
 Rows = Annotated[
