@@ -61,7 +61,8 @@ def test_one_sparse_file_per_task_comes_out(base: nn.Module) -> None:
     summary = json.loads(result.stdout)
     assert summary["metric"] == "negative denoising loss" and set(summary["scores"]) == {"a", "b"}
     for name in "ab":
-        assert [path.name for path in Path("out", name).iterdir()] == ["sparse_delta.safetensors"]
+        files = {path.name for path in Path("out", name).iterdir()}
+        assert files == {"sparse_delta.safetensors", "trained_on.json", "README.md"}
         loaded = load_sparse(load_base("base")[0], Path("out", name))
         pairs = zip(loaded.parameters(), base.parameters(), strict=True)
         moved = sum(int((p != q).sum()) for p, q in pairs)
