@@ -204,7 +204,8 @@ def test_a_whole_model_is_factorised_on_the_way_and_none_leaves_it():
 def test_saved_state_is_only_what_moved_and_comes_back(prepared, fields, tmp_path):
     adapted = adapt(prepared, **fields)
     folder = adapted.save(tmp_path / "out") / "target"
-    assert {p.name for p in folder.iterdir()} == {"core.safetensors", "core.json", "README.md"}
+    files = {"core.safetensors", "core.json", "trained_on.json", "README.md"}
+    assert {p.name for p in folder.iterdir()} == files
     loaded = load_core(prepared, folder)
     assert not moved(loaded, adapted.models["target", 0])
     from safetensors.torch import load_file
