@@ -30,10 +30,6 @@ COPIED = ("src", "tests", "docs", "benchmarks", "examples")
 # What is about all methods at once: pages, tables of results, and this file.
 ABOUT_ALL = ("tests/promises", "tests/claims", "tests/architectures")
 
-# Rooms that no table of wings leads through: without the wings their tests can be collected, which
-# is looked at for each wing, and run as before.
-UNTOUCHED = ("adapters", "evaluation", "linalg", "models", "parity", "training")
-
 
 def commands_of(wing: str) -> list[str]:
     """The modules of the command line that call the wing."""
@@ -93,5 +89,4 @@ def test_the_core_works_without_all_wings(tmp_path: Path) -> None:
     copy_of_the_tree(tmp_path)
     for wing in WINGS:
         remove(wing, tmp_path)
-    left_out = [f"--ignore=tests/{room}" for room in UNTOUCHED]
-    check_tests(tmp_path, "-n", "2", "-x", "-m", "not slow and not hypothesis", *left_out)
+    check_tests(tmp_path, "-n", "2", "-x", "-m", "not slow and not hypothesis")
