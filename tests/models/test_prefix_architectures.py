@@ -174,10 +174,11 @@ def test_whatever_moves_the_states_are_those_of_the_model(name):
 @pytest.mark.parametrize("name", SERVED)
 def test_the_prefix_of_a_common_architecture_is_served(name, caplog):
     model = built(name)
+    caplog.clear()  # what transformers says of the tiny config
     freeze_lower(model, 1)
     with fp.frozen_prefix(model, []):
         assert "forward" in vars(block_list(model)[1][0])
-    assert not [record for record in caplog.records if record.name == "foretune"]
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", TRAINED_BY_ALL)
