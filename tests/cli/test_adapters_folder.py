@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +138,29 @@ def test_the_list_of_adapters(place: Path) -> None:
     assert "no such folder: absent" in the_error("ls", "adapters", "absent")
     assert "only adapters are listed of a folder" in the_error("ls", "methods", "adapters")
     assert "cannot list" in the_error("ls", "adaptors")
+
+
+def test_the_list_needs_no_pytorch(place: Path) -> None:
+    adapt(rows_of("a"))
+    code = (
+        "import sys; sys.modules.update(torch=None, transformers=None, peft=None)\n"
+        "from foretune.cli import app; app(['ls', 'adapters', 'adapters'])"
+    )
+    listing = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (listing.returncode, listing.stderr) == (0, "")
+    assert listing.stdout.splitlines()[1].split()[:3] == ["a", "1", "9"]
+
+
+def test_what_libraries_say_to_developers_is_not_printed(place: Path) -> None:
+    """PEFT imports bitsandbytes where that is installed, which logs a warning about its kernels."""
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows_of("a"))))
+    command = ["adapt", "base", "--tasks", "rows.jsonl", *HOW]
+    adapting = subprocess.run(
+        [sys.executable, "-m", "foretune", *command], capture_output=True, text=True, check=False
+    )
+    assert adapting.returncode == 0, adapting.stderr
+    first, *progress = adapting.stderr.splitlines()
+    assert first == "loading PyTorch"
+    assert all("adapt" in line for line in progress), progress

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from foretune.cli.output import Json, emit, emit_json, quiet_stdout, table
+from foretune.cli.output import Json, emit, emit_json, table
 from foretune.errors import UserError, did_you_mean
 
 
@@ -112,8 +112,7 @@ def _list_adapters(what: str | None, folder: Path | None, json: bool) -> None:
         raise UserError(f"{folder}: only adapters are listed of a folder: foretune ls adapters")
     if folder is None:
         raise UserError("which folder? foretune ls adapters FOLDER")
-    with quiet_stdout():
-        rows = listed_adapters(folder)
+    rows = listed_adapters(folder)
     if json:
         emit_json({"adapters": rows})
         return

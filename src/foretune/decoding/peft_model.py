@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from foretune.adapters.stored_adapter import StoredAdapter, read_adapter, read_config
+from foretune.adapters.config_file import read_config
+from foretune.adapters.stored_adapter import StoredAdapter, read_adapter
 from foretune.errors import ForetuneError, UserError
 from foretune.files import ADAPTER_CONFIG_FILE
 from foretune.models.loading import load_model

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from foretune.adapters.stored_adapter import read_config
+from foretune.adapters.config_file import read_config
 from foretune.errors import UserError
-from foretune.files import ADAPTER_CONFIG_FILE, SCORES_FILE
-from foretune.recipes.questions import adapters_in
-from foretune.training.resume import SavedTask, read_scores
+from foretune.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, SCORES_FILE
+from foretune.training.scores_file import SavedTask, read_scores
 
 
 def listed_adapters(folder: Path) -> list[dict[str, Any]]:
@@ -48,3 +47,41 @@ def listed_adapters(folder: Path) -> list[dict[str, Any]]:
             }
         )
     return sorted(rows, key=lambda row: str(row["task"]))
+
+
+def adapters_in(folder: Path) -> list[Path]:
+    """The folders of the adapters, and of tasks' own models, in a folder.
+
+    Raises:
+        UserError: There is none.
+    """
+    folders = sorted(path for path in folder.iterdir() if is_adapter(path))
+    if not folders:
+        raise UserError(
+            f"{folder} holds no adapters: neither PEFT's, which lora, head and basis write, nor "
+            "models, which full writes"
+        )
+    return folders
+
+
+def adapters_by_task(folder: Path) -> dict[str, Path]:
+    """Task → the folder of its adapter, or of its own model.
+
+    A task is known by its name where the folder records that, and by the name of its folder.
+
+    Raises:
+        UserError: There is none.
+    """
+    folders = {path.name: path for path in adapters_in(folder)}
+    saved = read_scores(folder / SCORES_FILE)
+    by_name = {
+        task: folders[record.folder]
+        for (task, draw), record in saved.items()
+        if draw == 0 and record.folder in folders
+    }
+    return folders | by_name
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is an adapter, or a task's own model."""
+    return any((folder / file).is_file() for file in (ADAPTER_CONFIG_FILE, CONFIG_FILE))

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from foretune.adapters.config_file import read_config
 from foretune.adapters.peft_format import bank_like, load_adapter
 from foretune.adapters.stored_adapter import (
     StoredAdapter,
     read_adapter,
     read_base_record,
-    read_config,
 )
 from foretune.errors import ForetuneError, UserError
 from foretune.files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, VERSIONS

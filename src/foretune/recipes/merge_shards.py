@@ -19,13 +19,10 @@ from foretune.recipes.on_folders import holds_adapters
 from foretune.tasks.shard import Shard
 from foretune.training.outcome import folder_names
 from foretune.training.resume import (
-    SavedTask,
-    TaskDraw,
     check_same,
     read_record,
-    read_scores,
-    write_scores,
 )
+from foretune.training.scores_file import SavedTask, TaskDraw, read_scores, write_scores
 
 RECORDS = (MARKER_FILE, RUN_FILE, SCORES_FILE)  # of a folder of adapters
 

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
-from foretune.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, SCORES_FILE
 from foretune.printable import in_one_line
+from foretune.recipes.adapter_list import adapters_by_task, is_adapter
 from foretune.tasks.file_formats import check_unicode
 from foretune.tasks.messages import checked_turns, with_message_names
 from foretune.tasks.readers import Row, read_rows
 from foretune.tasks.rows import CLASSES, check_repeats, example_of, readable, task_of
 from foretune.tasks.sources import Source, check_renames_of
 from foretune.training.outcome import folder_name, suffixed_name
-from foretune.training.resume import read_scores
 
 READS = {  # kind of objective → what a row must have beside its task
     "choice": ("context", "candidates"),
@@ -54,7 +53,7 @@ def read_questions(source: Source, adapters: Path, added: Collection[str]) -> li
         UserError: There is no adapter or no row, a row names no task or one without an adapter, a
             cell cannot be read, or a row has a column that is added.
     """
-    by_task = None if _is_one(adapters) else adapters_by_task(adapters)
+    by_task = None if is_adapter(adapters) else adapters_by_task(adapters)
     questions: list[Question] = []
     names: set[str] = set()
     for row in read_rows(source.source):
@@ -99,43 +98,6 @@ def has_predictions(file: Path) -> bool:
         return "prediction" in next(read_rows(str(file))).fields
     except (UserError, StopIteration):
         return False
-
-
-def _is_one(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in (ADAPTER_CONFIG_FILE, CONFIG_FILE))
-
-
-def adapters_in(folder: Path) -> list[Path]:
-    """The folders of the adapters, and of tasks' own models, in a folder.
-
-    Raises:
-        UserError: There is none.
-    """
-    folders = sorted(path for path in folder.iterdir() if _is_one(path))
-    if not folders:
-        raise UserError(
-            f"{folder} holds no adapters: neither PEFT's, which lora, head and basis write, nor "
-            "models, which full writes"
-        )
-    return folders
-
-
-def adapters_by_task(folder: Path) -> dict[str, Path]:
-    """Task → the folder of its adapter, or of its own model.
-
-    A task is known by its name where the folder records that, and by the name of its folder.
-
-    Raises:
-        UserError: There is none.
-    """
-    folders = {path.name: path for path in adapters_in(folder)}
-    saved = read_scores(folder / SCORES_FILE)
-    by_name = {
-        task: folders[record.folder]
-        for (task, draw), record in saved.items()
-        if draw == 0 and record.folder in folders
-    }
-    return folders | by_name
 
 
 def _adapter_of(task: str, by_task: Mapping[str, Path]) -> Path | None:

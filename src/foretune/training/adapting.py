@@ -39,13 +39,12 @@ from foretune.training.process_group import (
 )
 from foretune.training.record import free_memory, metered
 from foretune.training.resume import (
-    SavedTask,
-    TaskDraw,
     begin,
     collect_scores,
     inputs_to_adapt,
     save_wave,
 )
+from foretune.training.scores_file import SavedTask, TaskDraw
 from foretune.training.shots import draw_shots
 from foretune.training.stopping import EarlyStopping
 from foretune.training.text_limits import TextLimits

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 from torch import nn
 from typing_extensions import TypedDict
@@ -32,8 +31,8 @@ from foretune.training.adapt_plan import AdaptPlan
 from foretune.training.learners.joint import Learner
 from foretune.training.outcome import Adapted, folder_names, readable_name
 from foretune.training.process_group import ProcessGroup
+from foretune.training.scores_file import SavedTask, TaskDraw, read_scores, write_scores
 
-TaskDraw = tuple[str, int]
 SCORES_OF_RANK = ".scores-{}.json"  # until the last process has finished
 # Fields that may differ between a run and its continuation: they do not change the result.
 MOVABLE = ("out", "resume", "overwrite", "device", "tasks_per_wave")
@@ -54,20 +53,6 @@ class RunRecord(TypedDict, total=False):
     validation_score: float | None
     held_out_scores: dict[str, float] | None
     cost: dict[str, Any]
-
-
-class ScoreRow(TypedDict):
-    """A row of scores.json."""
-
-    task: str
-    draw: int
-    folder: str
-    score: float | None
-    num_rows: int
-    num_train: NotRequired[int | None]
-    adapted: NotRequired[str | None]
-    digest: NotRequired[str | None]
-    version: NotRequired[int]
 
 
 @contextlib.contextmanager
@@ -258,30 +243,6 @@ def load_finished(
     return [parse_json(line, file, dict[str, Any]) for line in lines]
 
 
-@dataclass(frozen=True)
-class SavedTask:
-    """A task that has been adapted to, as scores.json records it.
-
-    Args:
-        folder: Name of its folder.
-        score: Its mean score; None without examples to score on.
-        num_rows: Number of examples that were scored.
-        num_train: Number of examples that it was adapted on; None where an earlier version wrote
-            the record, as for the next two.
-        adapted: When, in ISO 8601 and UTC.
-        digest: Digest of all its examples.
-        version: 1, and one more each time that the task was adapted again.
-    """
-
-    folder: str
-    score: float | None
-    num_rows: int
-    num_train: int | None = None
-    adapted: str | None = None
-    digest: str | None = None
-    version: int = 1
-
-
 def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: ProcessGroup) -> None:
     """Writes the adapters of one wave, then adds its scores to this process's scores on disk.
 
@@ -336,30 +297,3 @@ def collect_scores(folder: Path) -> dict[TaskDraw, SavedTask]:
         for part in parts:
             part.unlink()
     return {key: task for key, task in saved.items() if (folder / task.folder).is_dir()}
-
-
-def read_scores(file: Path) -> dict[TaskDraw, SavedTask]:
-    """The tasks that a scores.json lists; none if there is no such file."""
-    if not file.is_file():
-        return {}
-    return {
-        (row["task"], row["draw"]): SavedTask(
-            folder=row["folder"],
-            score=row["score"],
-            num_rows=row["num_rows"],
-            num_train=row.get("num_train"),
-            adapted=row.get("adapted"),
-            digest=row.get("digest"),
-            version=row.get("version", 1),
-        )
-        for row in read_json(file, list[ScoreRow])
-    }
-
-
-def write_scores(file: Path, saved: Mapping[TaskDraw, SavedTask]) -> None:
-    """Writes a scores.json."""
-    rows = [
-        {"task": task, "draw": draw, **dataclasses.asdict(entry)}
-        for (task, draw), entry in saved.items()
-    ]
-    write_whole(file, json.dumps(rows, indent=1))
