@@ -197,7 +197,7 @@ def text_world(seed: int, file: str) -> dict[str, Any]:
     import torch
 
     import foretune
-    from foretune.tasks.objectives.prompts import TEXTS
+    from foretune.tasks.objectives.prompt_templates import TEXTS
 
     templates = TEXTS[:8]
     if not PROMPTED:

@@ -93,7 +93,7 @@ def test_images_from_an_npz_tune_a_clip(tmp_path: Path) -> None:
     [
         ("fields.weigth=2", 'fd-align has no field "weigth"'),
         ("fields.weight=-1", "weight must be a number not below 0, got -1"),
-        ("fields.num_kept=99", "num_kept is 99, but there are 20 templates"),
+        ("fields.num_kept=99", "num_kept is 99, but there are 80 templates"),
         ("lora.r=2", "the settings may have lora only with the method lora, not with fd-align"),
     ],
 )

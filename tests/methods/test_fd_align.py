@@ -16,6 +16,7 @@ from foretune import FDAlign, PromptClassification, Run, Task, TaskCollection
 from foretune.errors import UserError
 from foretune.methods import make
 from foretune.models import dual_encoder
+from foretune.tasks.objectives.prompt_templates import IMAGES, TEXTS
 from foretune.training.data import TaskData, sampler_for, slot_of
 from foretune.training.learners.fd_align import FDAlignLearner, keys_of
 from foretune.training.loop import fit
@@ -171,6 +172,17 @@ def test_the_authors_settings_are_converted() -> None:
     method = FDAlign.official(learning_rate=1e-4)
     assert (method.weight, method.num_kept, method.num_prototypes) == (1.0, 60, 20)
     assert FDAlign.official(beta=12, num_prototypes=8).weight == 1.5
+
+
+@pytest.mark.parametrize(("kind", "templates"), [("clip", IMAGES), ("bert", TEXTS)])
+def test_the_authors_settings_run_with_the_default_templates(
+    kind: str, templates: tuple[str, ...]
+) -> None:
+    assert len(set(templates)) == 80
+    model, tasks = world(kind)
+    tasks = tasks.with_objective(PromptClassification(tiny_models.tokenizer()))
+    adapted = foretune.adapt(model, tasks, FDAlign.official(), RUN.replace(steps=1))
+    assert adapted.scores.keys() == {("one", 0), ("two", 0)}
 
 
 @pytest.mark.parametrize("lora", [None, LORA])

@@ -14,7 +14,7 @@ import tiny_models
 from foretune import PromptClassification, Task, TaskCollection
 from foretune.errors import UserError
 from foretune.tasks.objectives import make_objective
-from foretune.tasks.objectives.prompts import IMAGES, TEXTS
+from foretune.tasks.objectives.prompt_templates import IMAGES, TEXTS
 
 ROWS = [
     {"text": "the red_cat sat", "label": "cat"},
@@ -70,7 +70,7 @@ def test_binding_does_not_change_the_model() -> None:
 
 
 def test_the_default_sets_are_distinct_and_hold_one_blank_each() -> None:
-    assert (len(set(IMAGES)), len(set(TEXTS))) == (24, 20)
+    assert (len(set(IMAGES)), len(set(TEXTS))) == (80, 80)
     assert all(template.count("{}") == 1 for template in (*IMAGES, *TEXTS))
 
 

@@ -36,39 +36,9 @@ from foretune.tasks.labels import label_places, label_text, shown
 from foretune.tasks.objectives import text
 from foretune.tasks.objectives.accuracy import accuracies
 from foretune.tasks.objectives.classification import LEARNT, Classification
+from foretune.tasks.objectives.prompt_templates import IMAGES, TEXTS
 from foretune.tasks.objectives.regression import check_arrays, stack
 from foretune.tasks.task import TaskCollection
-
-IMAGES = tuple(
-    f"{of} {{}}."
-    for of in (
-        *("a photo of a", "a blurry photo of a", "a dark photo of a", "a bright photo of a"),
-        *(
-            "a close-up of a",
-            "a small picture of a",
-            "a large picture of a",
-            "a cropped photo of a",
-        ),
-        *("a black and white photo of a", "a colourful photo of a", "a drawing of a"),
-        *("a painting of a", "a sketch of a", "a sculpture of a", "a toy that shows a"),
-        *(
-            "a video frame with a",
-            "a photo of many of a",
-            "a photo of a clean",
-            "a photo of a dirty",
-        ),
-        *("a photo from above of a", "a photo at night of a", "a print of a"),
-        *("a logo with a", "an old photo of a"),
-    )
-)
-TEXTS = (
-    *("{}", "a text about {}", "this is about {}.", "the topic is {}.", "a question about {}"),
-    *("i want to talk about {}", "please help me with {}", "can you tell me about {}?"),
-    *("a short message on {}", "a long letter on {}", "a formal request concerning {}"),
-    *("an angry complaint about {}", "a friendly note about {}", "hey, {}!"),
-    *("someone asks: {}", "someone says: {}", "a spoken command: {}", "a headline: {}"),
-    *("a keyword: {}", "my problem is {}"),
-)
 
 
 @dataclass(frozen=True)
@@ -82,8 +52,8 @@ class PromptClassification(Classification):
         tokenizer: The model's tokenizer.
         max_tokens: Maximum length of an input text, special tokens included; longer ones lose
             their end.
-        templates: Texts that contain `{}` in place of the name; None for a default set, 24 for
-            images or 20 for texts.
+        templates: Texts that contain `{}` in place of the name; None for a default set, 80 for
+            images and 80 for texts.
         temperature: Divides the cosines; None for exp(−logit_scale) of the model, or 0.05 if it
             has none.
         labels: The labels of each task, learnt by `fit`.
