@@ -239,6 +239,10 @@ def arms(rates: Mapping[str, float]) -> dict[str, tuple[str, Any]]:
         "full": ("base", Full(learning_rate=rates["full"])),
         "LoRA": ("lora", Full(learning_rate=rates["LoRA"])),
         "SaRA": ("base", SaRA(**plain)),
+        "SaRA, the equation's nuclear term": (
+            "base",
+            SaRA(**plain, nuclear=5e-3, nuclear_over="all"),
+        ),
         "SaRA, no nuclear term": ("base", SaRA(**plain, nuclear=0.0)),
         "SaRA, no reselection": ("base", SaRA(**plain, reselect=None)),
         "smallest alone": ("base", SaRA(**plain, **off)),

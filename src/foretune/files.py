@@ -39,6 +39,7 @@ RECIPE = "config.yaml"
 INPUTS = "inputs.json"  # digests of the model and the examples of a recipe's run
 SCORES_FILE = "scores.json"  # in a folder of adapters: the finished tasks, with their folders
 VERSIONS = "versions"  # in a folder of adapters: those that were replaced, by task and version
+PIPELINE_FILE = "model_index.json"  # of diffusers
 MODULE_FILE = "foretune_module.json"  # beside the weights of a module that is not Hugging Face's
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -16,6 +16,8 @@ from foretune.adapters.entries import entries_below, threshold_of
 from foretune.adapters.sparse import SparseDelta
 from foretune.files import SPARSE_FILE
 from foretune.linalg.low_rank import nuclear_gradient
+from foretune.tasks.objectives.regression import Regression
+from foretune.training.learners.sara import SaRALearner
 from linear_tasks import copy_of, equal_bits, family
 
 RUN = Run(steps=8, batch_size=4, device="cpu", weight_decay=0.1, warmup=0.0)
@@ -289,9 +291,35 @@ def test_nuclear_term_is_the_gradient_of_the_norm_of_the_masked_matrix():
 
 def test_nuclear_term_changes_what_is_learnt():
     without, with_it = (
-        adapted(SaRA(fraction=0.5, learning_rate=0.05, nuclear=nuclear)) for nuclear in (0.0, 1.0)
+        adapted(SaRA(fraction=0.5, learning_rate=0.05, nuclear=nuclear, nuclear_over="all"))
+        for nuclear in (0.0, 1.0)
     )
     assert not torch.equal(without.out.weight, with_it.out.weight)
+
+
+def test_one_large_matrix_in_each_step_has_the_nuclear_term():
+    sizes = [(1, 65), (65, 70), (70, 66), (66, 64), (64, 1)]
+    model = seeded(lambda: nn.Sequential(*(nn.Linear(*size) for size in sizes)))
+    delta = delta_of(model, 0.5)
+    assert delta.large_matrices() == ["1.weight", "2.weight"]
+    learner = SaRALearner(
+        delta, Regression(), learning_rate=1e-3, nuclear=1.0, nuclear_over="one", reselect=None
+    )
+    drawn = []
+    for learner.updates in range(12):
+        [name] = learner.one_matrix(seed=0)
+        drawn.append(name)
+        assert learner.one_matrix(seed=0) == [name]
+    assert set(drawn) == {"1.weight", "2.weight"}
+    delta.add_nuclear(1.0, ["2.weight"])
+    assert [name for name, value in delta.values.items() if value.grad is not None] == ["2.weight"]
+
+
+def test_small_matrices_have_no_nuclear_term_unless_all_have():
+    without, one = (
+        adapted(SaRA(fraction=0.5, learning_rate=0.05, nuclear=nuclear)) for nuclear in (0.0, 1.0)
+    )
+    assert torch.equal(without.out.weight, one.out.weight)
 
 
 # --- reselection ----------------------------------------------------------------------------------
@@ -502,6 +530,7 @@ def test_learning_rate_stays_where_the_fit_of_equation_12_ends():
         ({"nuclear": None}, "nuclear must be a number not below 0, got None"),
         ({"nuclear": math.nan}, "nuclear must be a number not below 0, got nan"),
         ({"nuclear": math.inf}, "nuclear must be .* got inf"),
+        ({"nuclear_over": "some"}, "nuclear_over must be one of"),
         ({"reselect": 1}, "reselect must be a number above 0 and below 1, or None; got 1"),
         ({"reselect": "half"}, "reselect must be .* got 'half'"),
     ],

@@ -19,7 +19,7 @@ import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +34,8 @@ from foretune.files import SPARSE_FILE
 from foretune.formats import SPARSE, check_format, parse_json, read_tensors
 from foretune.linalg.low_rank import nuclear_gradient
 from foretune.models.surgery import has_fresh_head, head_modules, match_head
+
+SMALL_SIDE = 64  # rows or columns of a matrix that the authors' code takes for low-rank anyway
 
 
 class SparseDelta:
@@ -191,16 +193,34 @@ class SparseDelta:
             value.data = value.data[keep].clone()
         return before, after
 
+    def large_matrices(self) -> list[str]:
+        """Names of the matrices of more than 64 rows and columns that hold trained entries."""
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        return [
+            name
+            for name, value in self.values.items()
+            if len(shapes[name]) == 2
+            and min(shapes[name]) > SMALL_SIDE
+            and len(value)
+            and not within(name, self.heads)
+        ]
+
     @torch.no_grad()
-    def add_nuclear(self, weight: float) -> None:
+    def add_nuclear(self, weight: float, names: Collection[str] | None = None) -> None:
         """Adds the gradient of weight · Σ ‖P ⊙ M‖_* to `.grad` of the values (eq. 5).
 
         A parameter of more than two axes is a matrix of its first axis by all others; one of a
         single axis has no rank and is left out, and so are heads.
+
+        Args:
+            weight: λ.
+            names: The parameters that the sum is taken over; None for all.
         """
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         for name, value in self.values.items():
             if len(shapes[name]) < 2 or within(name, self.heads) or not len(value):
+                continue
+            if names is not None and name not in names:
                 continue
             matrix = value.new_zeros(shapes[name].numel())
             matrix[self.indices[name]] = value.detach()

@@ -11,18 +11,25 @@ import torch
 from torch import nn
 
 from foretune.errors import UserError
+from foretune.models import diffusion
 
 GAP = 2  # pixels between images
 
 
 @torch.no_grad()
 def draw_samples(
-    model: nn.Module, objective: Any, shape: Sequence[int], num: int = 16, *, seed: int = 0
+    model: nn.Module,
+    objective: Any,
+    shape: Sequence[int],
+    num: int = 16,
+    *,
+    seed: int = 0,
+    inputs: Mapping[str, torch.Tensor] | None = None,
 ) -> np.ndarray:
-    """Images from noise, by ancestral sampling over all timesteps of the schedule.
+    """Images from noise, over all timesteps of the schedule.
 
-    Ho, Jain, Abbeel, arXiv:2006.11239, algorithm 2. Two models with the same seed start from the
-    same noise.
+    By ancestral sampling (Ho, Jain, Abbeel, arXiv:2006.11239, algorithm 2), or where the model
+    predicts a flow, by Euler's method. Two models with the same seed start from the same noise.
 
     Args:
         model: Called as model(noisy, t); its training mode is restored afterwards.
@@ -30,6 +37,7 @@ def draw_samples(
         shape: Shape of one image, (channels, height, width).
         num: Number of images.
         seed: Random seed of the noise.
+        inputs: Further arguments of the model, (num, …) each.
 
     Returns:
         Images (num, *shape), float32, clipped to −1..1.
@@ -44,9 +52,13 @@ def draw_samples(
     was_training = model.training
     model.eval()
     for t in reversed(range(objective.num_steps)):
-        answer = model(x, torch.full((num,), t, device=device))
-        noise = answer if isinstance(answer, torch.Tensor) else answer.sample
-        x = scheduler.step(noise, t, x, generator=generator).prev_sample
+        is_flow = objective.prediction == "flow"
+        times = torch.full((num,), t + is_flow, device=device)
+        predicted = diffusion.call(model, x, times, inputs or {})
+        if is_flow:
+            x = x - predicted / objective.num_steps
+        else:
+            x = scheduler.step(predicted, t, x, generator=generator).prev_sample
     model.train(was_training)
     return x.clamp(-1, 1).float().cpu().numpy()
 

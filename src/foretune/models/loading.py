@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from typing_extensions import TypedDict
 
 from foretune.errors import UserError, did_you_mean
-from foretune.files import CONFIG_FILE, MODULE_FILE, WEIGHTS_FILE
+from foretune.files import CONFIG_FILE, MODULE_FILE, PIPELINE_FILE, WEIGHTS_FILE
 from foretune.formats import MODULE, read_json, stamped
+from foretune.models import diffusion
 from foretune.models.base_record import check_fingerprint, restore
 from foretune.models.capacity import pad_within
 from foretune.models.checkpoint import check_files, tensor_shapes
@@ -144,6 +145,8 @@ def load_model(
             )
     elif (Path(where) / MODULE_FILE).is_file():
         model = _load_plain(Path(where), trusted, precision)
+    elif diffusion.is_diffusers(Path(where)):
+        model = _load_diffusers(Path(where), precision)
     else:
         with quiet(), user_errors(where):
             config = read_config(where, trusted)
@@ -230,7 +233,7 @@ def locate(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         files = sorted(p.name for p in path.iterdir())
-        if CONFIG_FILE not in files and MODULE_FILE not in files:
+        if not {CONFIG_FILE, MODULE_FILE, PIPELINE_FILE} & set(files):
             shown = ", ".join(files[:8]) + (" …" if len(files) > 8 else "")
             raise UserError(
                 f"{path} is not a model folder: it holds {shown or 'nothing'}; "
@@ -302,6 +305,9 @@ def save_base(model: nn.Module, tokenizer: Any, folder: str | Path) -> None:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             return
+        if diffusion.saves_itself(model):
+            model.save_pretrained(folder)  # type: ignore[operator]
+            return
     safetensors.torch.save_model(model, str(folder / WEIGHTS_FILE))
     recipe = getattr(model, "foretune_module", None)
     if recipe is not None:
@@ -339,6 +345,10 @@ def load_base(
         model = _load_plain(Path(where), trusted, precision)
         restore(Path(where), model)
         return model, None
+    if diffusion.is_diffusers(Path(where)):
+        model = _load_diffusers(Path(where), precision)
+        restore(Path(where), model)
+        return model, None
     with quiet(), user_errors(where):
         config = read_config(where, trusted)
         model_class = saved_class(where, config, trusted)
@@ -359,7 +369,9 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         UserError: The folder holds other weights than those that were saved.
     """
     folder = Path(folder)
-    if not isinstance(model, PreTrainedModel):
+    if diffusion.saves_itself(model):
+        model.load_state_dict(diffusion.load_denoiser(folder, torch.float32).state_dict())
+    elif not isinstance(model, PreTrainedModel):
         safetensors.torch.load_model(model, str(folder / WEIGHTS_FILE))
     else:
         with quiet(), user_errors(str(folder)):
@@ -382,6 +394,19 @@ def load_named_module(record: Path, fields: Any, *, trust_remote_code: bool) -> 
     """
     check_named_file(record, Path(fields["file"]), asked=trust_remote_code)
     return _execute(Path(fields["file"]), fields["factory"], fields["args"])
+
+
+def _load_diffusers(folder: Path, precision: Precision) -> nn.Module:
+    """The denoiser of a folder of diffusers.
+
+    Raises:
+        UserError: It is to be quantised, or cannot be read.
+    """
+    if precision.quantize:
+        raise UserError(f"{folder} is a model of diffusers, which is not quantised here")
+    model = diffusion.load_denoiser(folder, precision.torch_dtype)
+    check_fingerprint(folder, model)
+    return model
 
 
 def _load_plain(folder: Path, trusted: bool, precision: Precision) -> nn.Module:

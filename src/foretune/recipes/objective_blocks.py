@@ -69,6 +69,7 @@ class DenoisingBlock(Block):
     num_steps: int = 1000
     schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     score_draws: int = 4
+    prediction: Literal["epsilon", "v_prediction", "flow"] = "epsilon"
 
 
 ObjectiveBlock = (

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foretune.errors import UserError
-from foretune.files import ADAPTER_CONFIG_FILE, BASE_FILE, CONFIG_FILE, MODULE_FILE
+from foretune.files import (
+    ADAPTER_CONFIG_FILE,
+    BASE_FILE,
+    CONFIG_FILE,
+    MODULE_FILE,
+    PIPELINE_FILE,
+)
 from foretune.formats import damage_named
 from foretune.models.base_record import read_base_record
 from foretune.models.named import folder_of, is_named, short_name
@@ -21,6 +27,8 @@ from foretune.tasks.objectives import make_objective
 
 if TYPE_CHECKING:
     from foretune.training.adapt_plan import AdaptPlan
+
+MODEL_FILES = (CONFIG_FILE, MODULE_FILE, PIPELINE_FILE, BASE_FILE)  # one of which a base has
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ def find_base(folder: Path) -> SavedBase:
     if not folder.is_dir():
         raise UserError(f"no base in {folder}: no such folder")
     place = folder / "base" if (folder / "base").is_dir() else folder
-    if not any((place / file).is_file() for file in (CONFIG_FILE, MODULE_FILE, BASE_FILE)):
+    if not any((place / file).is_file() for file in MODEL_FILES):
         raise UserError(_no_base(place))
     name = folder.resolve().parent.name if folder.name == "base" else folder.resolve().name
     return SavedBase(name, place, dict(read_base_record(place) or {}))

@@ -112,7 +112,8 @@ def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> dict[str, Any]:
         _check_label(example["label"], "label", row)
     elif kind == "denoising":
         _need(example, ("x",), row, kind)
-        example = {"x": _array(example["x"], "x", row)}
+        example = {k: v for k, v in example.items() if k == "x" or _may_be_argument(v)}
+        example["x"] = _array(example["x"], "x", row)
     else:
         _need(example, ("x",) if kind == "unlabelled" else ("x", "y"), row, kind)
         example["x"] = _array(example["x"], "x", row)
@@ -247,6 +248,18 @@ def _target(value: Any, row: Row) -> Any:
             raise UserError(f"{row.place}: y must be a finite number, got {short(value)}")
         return number
     return _array(value, "y", row)
+
+
+def _may_be_argument(cell: Any) -> bool:
+    """Whether a denoiser may take a cell beside x: an array, a number, or a text to encode."""
+    import numpy as np
+
+    if isinstance(cell, list):
+        try:
+            cell = np.asarray(cell, dtype=np.float32)
+        except (TypeError, ValueError, OverflowError):
+            return False
+    return isinstance(cell, np.ndarray | np.generic | int | float | str)
 
 
 def _array(value: Any, field: str, row: Row) -> Any:

@@ -14,7 +14,12 @@ def _each(template: str, words: str) -> tuple[str, ...]:
 
 
 IMAGES = (
-    *("a photo of a {}.", "a photo of several {}.", "a video frame with a {}.", "a logo with a {}."),
+    *(
+        "a photo of a {}.",
+        "a photo of several {}.",
+        "a video frame with a {}.",
+        "a logo with a {}.",
+    ),
     *_each(
         "a @ photo of a {}.",
         "blurry, dark, bright, cropped, grainy, faded, sharp, overexposed, black and white, "
@@ -58,7 +63,12 @@ TEXTS = (
         "a diary entry, a newspaper article, a form, a note on the door, a chat with support, "
         "an advertisement, a speech, a rumour, a joke, a survey answer, a lecture",
     ),
-    *("quick question about {}", "any news on {}?", "not sure what to do about {}", "regarding {}:"),
+    *(
+        "quick question about {}",
+        "any news on {}?",
+        "not sure what to do about {}",
+        "regarding {}:",
+    ),
     *("sorry to bother you, but {}", "as i said before, {}", "just so you know, {}"),
     *("it is {} again", "could somebody look into {}?", "i was wondering about {}"),
     *("we need to discuss {}", "tell me more about {}", "in one word: {}", "a child mentions {}"),

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -27,6 +28,8 @@ class SaRALearner(Learner):
         objective: Losses and scores.
         learning_rate: Learning rate of the entries.
         nuclear: λ of λ · Σ ‖P ⊙ M‖_*, which is added to the loss.
+        nuclear_over: "one" for the sum over one random matrix of more than 64 rows and columns in
+            each step, "all" for the sum over all matrices and kernels.
         reselect: Fraction of the updates after which only the entries that are still below the
             threshold are trained further; None for no reselection.
 
@@ -41,10 +44,12 @@ class SaRALearner(Learner):
         *,
         learning_rate: float,
         nuclear: float,
+        nuclear_over: str,
         reselect: float | None,
     ) -> None:
         super().__init__(delta.model, objective, learning_rate=learning_rate)
         self.delta, self.nuclear, self.reselect = delta, nuclear, reselect
+        self.nuclear_over = nuclear_over
         self.base = list(delta.parameters())
         self.updates = 0
         self.reselected: tuple[int, int] | None = None
@@ -75,8 +80,14 @@ class SaRALearner(Learner):
     def gradients(self, steps: Sequence[Step], seed: int = 0) -> dict[int, float]:
         losses = super().gradients(steps, seed)
         if self.nuclear:
-            self.delta.add_nuclear(self.nuclear)
+            names = None if self.nuclear_over == "all" else self.one_matrix(seed)
+            self.delta.add_nuclear(self.nuclear, names)
         return losses
+
+    def one_matrix(self, seed: int) -> list[str]:
+        """The matrix that this step's nuclear term is taken over; none where all are small."""
+        names = self.delta.large_matrices()
+        return [np.random.default_rng([seed, self.updates]).choice(names)] if names else []
 
     @override
     @torch.no_grad()
