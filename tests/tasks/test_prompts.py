@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import foretune
 import tiny_models
-from foretune import PromptClassification, Task, TaskCollection
+from foretune import PromptClassification, Run, Task, TaskCollection
 from foretune.errors import UserError
 from foretune.tasks.objectives import make_objective
 from foretune.tasks.objectives.prompt_templates import IMAGES, TEXTS
@@ -94,7 +95,9 @@ def test_compare_scores_the_untouched_model_and_every_method() -> None:
 
 @pytest.mark.parametrize("name", ["full", "head", "lora"])
 def test_other_methods_adapt_by_label_names_too(name: str) -> None:
-    rows = [{"x": np.full((3, 8, 8), i % 2, "f4"), "y": ("cat", "dog")[i % 2]} for i in range(4)]
+    rows = [
+        {"x": np.full((3, 8, 8), i % 2 * 2 - 1, "f4"), "y": ("cat", "dog")[i % 2]} for i in range(4)
+    ]
     tasks = TaskCollection((Task("one", rows, (), rows),), objective(templates=("a {}",)))
     run = foretune.Run(steps=2, batch_size=2, device="cpu")
     method = foretune.methods.make(name)
@@ -157,3 +160,44 @@ def test_an_unbound_objective_is_refused() -> None:
 def test_binding_returns_other_objectives_unchanged() -> None:
     plain = foretune.Classification(tiny_models.tokenizer())
     assert plain.bind(tiny_models.bert(num_labels=2)) == plain
+
+
+class OpenClip(nn.Module):
+    """The interface of open_clip's CLIP: `visual`, the text tower's parts, `encode_*`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.visual = nn.Sequential(nn.Flatten(), nn.Linear(192, 16))
+            self.token_embedding = nn.Embedding(300, 16)
+            self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+    def encode_image(self, image: Any) -> Any:
+        return self.visual(image)
+
+    def encode_text(self, text: Any) -> Any:
+        return self.token_embedding(text).mean(1)
+
+
+def tokens_of(texts: Any) -> Any:
+    """As open_clip's tokenizers: (n, 12) ids."""
+    return torch.tensor([[ord(c) % 300 for c in text.ljust(12)[:12]] for text in texts])
+
+
+def test_models_of_open_clip() -> None:
+    rows = [
+        {"x": np.full((3, 8, 8), i % 2 * 2 - 1, "f4"), "y": ["cat", "dog"][i % 2]} for i in range(6)
+    ]
+    tasks = TaskCollection((Task("one", rows, (), rows),), PromptClassification(tokens_of))
+    model = OpenClip()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run = Run(steps=20, batch_size=6, device="cpu", eval_every=0)
+    adapted = foretune.adapt(model, tasks, foretune.FDAlign(learning_rate=1e-2), run)
+    assert adapted.scores["one", 0] == 1.0
+    after = adapted.models["one", 0].state_dict()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved == {"visual.1.weight", "visual.1.bias"}
+    bad = tasks.with_objective(PromptClassification(lambda texts: {"input_ids": texts}))
+    with pytest.raises(UserError, match=r"open_clip\.get_tokenizer"):
+        foretune.adapt(model, bad, foretune.FDAlign(), run)

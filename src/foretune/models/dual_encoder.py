@@ -1,7 +1,9 @@
 """Models that embed inputs and texts into one space: CLIP, SigLIP, and sentence encoders.
 
-A dual encoder has an image tower and a text tower. A sentence encoder has a single tower, which
-reads both the input's text and the label's prompt; an embedding is the mean over its tokens.
+A dual encoder has an image tower and a text tower, which transformers calls by
+`get_image_features` and `get_text_features`, open_clip by `encode_image` and `encode_text`. A
+sentence encoder has a single tower, which reads both the input's text and the label's prompt; an
+embedding is the mean over its tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +28,13 @@ def has_towers(model: nn.Module) -> bool:
     >>> has_towers(nn.Linear(2, 2))
     False
     """
-    return hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
+    names = ("get_image_features", "get_text_features")
+    return is_open_clip(model) or all(hasattr(model, name) for name in names)
+
+
+def is_open_clip(model: nn.Module) -> bool:
+    """Whether the towers are called as open_clip does."""
+    return hasattr(model, "encode_image") and hasattr(model, "encode_text")
 
 
 def embeddings(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -46,7 +54,7 @@ def embeddings(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
             raise UserError(
                 f"arrays need a model with an image and a text tower (CLIP, SigLIP), got {kind}"
             )
-        vectors = _vectors(model.get_image_features(pixel_values=inputs["x"]))  # type: ignore[operator]
+        vectors = _image_vectors(model, inputs["x"])
     else:
         if has_towers(model):
             raise UserError(
@@ -63,7 +71,7 @@ def text_embeddings(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> T
 
     Args:
         model: A dual encoder or a sentence encoder.
-        tokenizer: The model's tokenizer.
+        tokenizer: The model's tokenizer; of open_clip, what `get_tokenizer` returns.
         texts: Texts to embed, truncated to the length that the model reads.
 
     Raises:
@@ -71,6 +79,8 @@ def text_embeddings(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> T
     """
     if tokenizer is None:
         raise UserError("label names are read by the model and need its tokenizer, got None")
+    if is_open_clip(model):
+        return _open_clip_texts(model, tokenizer, texts)
     config: Any = getattr(model, "config", None)
     text_config = getattr(config, "text_config", config)
     options = {"truncation": True, "return_tensors": "pt", "return_attention_mask": True}
@@ -100,7 +110,8 @@ def freeze_text(model: nn.Module) -> None:
     """Freeze, in place, what embedding an input does not use: text tower, scales, pooler."""
     if has_towers(model):
         for name, p in model.named_parameters():
-            if name.startswith(("text_model.", "text_projection.", "logit_")):
+            of_texts = name.startswith(("text_model.", "text_projection.", "logit_"))
+            if of_texts or (is_open_clip(model) and not name.startswith("visual.")):
                 p.requires_grad_(False)
         if hasattr(model, "visual_projection"):  # the module that `Head` trains
             model.head_modules = ["visual_projection"]  # type: ignore[assignment]
@@ -108,6 +119,30 @@ def freeze_text(model: nn.Module) -> None:
     pooler = getattr(model, "pooler", None)
     if isinstance(pooler, nn.Module):
         pooler.requires_grad_(False)
+
+
+def _image_vectors(model: Any, x: Tensor) -> Tensor:
+    """(n, d) embeddings of images (n, channels, height, width)."""
+    if is_open_clip(model):
+        vectors: Tensor = model.encode_image(x)
+        return vectors
+    return _vectors(model.get_image_features(pixel_values=x))
+
+
+def _open_clip_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """(n, d) embeddings of texts by a model of open_clip, of unit length."""
+    device = next(model.parameters()).device
+    parts = []
+    with eval_no_grad(model):
+        for start in range(0, len(texts), BATCH):
+            tokens = tokenizer(list(texts[start : start + BATCH]))
+            if not isinstance(tokens, Tensor):
+                raise UserError(
+                    "a model of open_clip reads what its own tokenizer makes: "
+                    "open_clip.get_tokenizer(NAME)"
+                )
+            parts.append(model.encode_text(tokens.to(device)))
+    return F.normalize(torch.cat(parts).float(), dim=-1)
 
 
 def _vectors(output: Any) -> Tensor:
