@@ -181,8 +181,8 @@ class OpenClip(nn.Module):
 
 
 def tokens_of(texts: Any) -> Any:
-    """As open_clip's tokenizers: (n, 12) ids."""
-    return torch.tensor([[ord(c) % 300 for c in text.ljust(12)[:12]] for text in texts])
+    """As open_clip's tokenizers: (n, 40) ids."""
+    return torch.tensor([[ord(c) % 300 for c in text.rjust(40)[-40:]] for text in texts])
 
 
 def test_models_of_open_clip() -> None:
