@@ -106,9 +106,10 @@ def test_at_the_first_step_the_divergence_and_its_gradient_are_zero(
     for g in gradients(learner, extra.sum()):
         assert g is None or g.abs().max() < 1e-3
     moved = fresh_copy(model, data.objective, 0)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in moved.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
     learner.model = moved
     extra = learner.row_losses(chunk, torch.device("cpu")) - data.objective.losses(moved, chunk)
     assert extra.min() > 1e-4
