@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from command_line import call, the_error, the_json
 from foretune.source_free import core_state, tucker_format
+from foretune.source_free.sampling import stretched
 from format_checks import assert_versions_by_command
 from fuzzing import check_command, copied, damaged
 
@@ -251,6 +252,69 @@ def test_bad_rows_are_named_and_leave_nothing_behind(place, tmp_path):
     broken[3, 0, 0] = np.nan
     assert "row 4: x holds NaN or infinity" in refused("4.npz", x=broken)
     assert "no training windows of target" in refused("5.npz", x=x, split=["test"] * len(x))
+
+
+def test_a_target_of_another_sampling_rate_is_noticed_and_resampled(place, tmp_path):
+    x, y = arrays(0.7, seed=1)
+    columns = {"y": LABELS[y], "split": np.array(["train"] * 24 + ["test"] * 12)}
+    np.savez(tmp_path / "half.npz", x=x[:, :, ::2], **columns)
+    np.savez(tmp_path / "long.npz", x=np.concatenate([x, x], -1), **columns)
+    adapt = ("sfda", "adapt", place / "prepared", "steps=1", "--rows", tmp_path / "half.npz")
+    assert "windows of 12 steps, but the source's have 24: if both last as long" in the_error(
+        *adapt, "--out", tmp_path / "a"
+    )
+    result = the_json(*adapt, "--resample", "--out", tmp_path / "a")
+    assert result["stretched"] == 2.0
+    scored = the_json("sfda", "eval", tmp_path / "a", "--rows", tmp_path / "half.npz")
+    assert 0 <= scored["after"]["accuracy"] <= 1
+    line = call(*adapt, "--resample", "--out", tmp_path / "b").stdout
+    assert "24 windows of target, resampled to 2 times as many steps; " in line
+
+    known = ("sfda", "prepare", "new", "--rows", place / "source.npz", "--steps", 1, "--epochs", 1)
+    the_json(*known, "--rate", 50, "--out", tmp_path / "at50")
+    adapt = ("sfda", "adapt", tmp_path / "at50", "steps=1", "--rows")
+    assert "was sampled at 25 Hz, but the source at 50 Hz" in the_error(
+        *adapt, tmp_path / "half.npz", "--rate", 25, "--out", tmp_path / "c"
+    )
+    many = (tmp_path / "half.npz", "--rate", 25, "--resample", "--out", tmp_path / "c")
+    assert the_json(*adapt, *many)["stretched"] == 2.0
+    same = (tmp_path / "long.npz", "--rate", 50, "--out", tmp_path / "d")
+    assert the_json(*adapt, *same)["stretched"] == 1.0
+    assert "--rate must be" in the_error(*known, "--rate", 0, "--out", tmp_path / "e")
+
+
+def test_resampling_keeps_what_both_rates_can_show():
+    steps = np.arange(64)
+    slow, fast = np.sin(0.2 * steps), np.sin(2.9 * steps)
+    down = stretched(np.stack([slow, fast]), 16)
+    np.testing.assert_allclose(down[0], np.sin(0.2 * (4 * np.arange(16) + 1.5)), atol=0.05)
+    assert np.abs(down[1]).max() < 0.35  # every fourth sample alone has an amplitude of 1
+    up = stretched(slow[None], 128)
+    np.testing.assert_allclose(
+        up[0, 2:-2], np.sin(0.2 * ((np.arange(128) + 0.5) / 2 - 0.5))[2:-2], atol=0.01
+    )
+    np.testing.assert_array_equal(stretched(slow[None].astype("f4"), 64), slow[None].astype("f4"))
+
+
+def test_a_new_model_has_the_sizes_that_are_asked_for(place, tmp_path):
+    prepare = (
+        "sfda",
+        "prepare",
+        "new",
+        "--rows",
+        place / "source.npz",
+        "--steps",
+        1,
+        "--epochs",
+        1,
+    )
+    sizes = ("--kernel-size", 9, "--stride", 2, "--width", 16)
+    the_json(*prepare, *sizes, "--out", tmp_path / "p")
+    model, _ = tucker_format.load_tucker(tmp_path / "p")
+    assert {"mid": 16, "kernel_size": 9, "stride": 2}.items() <= model.sizes.items()
+    assert "are sizes of a new model" in the_error(
+        *("sfda", "prepare", tmp_path, "--rows", place / "source.npz", "--width", 16)
+    )
 
 
 def test_rows_without_or_with_unknown_labels_cannot_be_scored(place, tmp_path):

@@ -54,6 +54,18 @@ def prepare(
     imputer: Annotated[
         bool, typer.Option("--imputer", help="Also train the imputer that loss=mapu needs.")
     ] = False,
+    kernel_size: Annotated[
+        int | None, typer.Option(min=1, help="new: kernel size of the first layer (default: 5).")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="new: stride of the first layer (default: 1).")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="new: channels of the first layer (default: 64).")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Samples per second, to notice targets at another rate.")
+    ] = None,
     seed: Seed = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a prepared model in the output folder.")
@@ -66,6 +78,8 @@ def prepare(
 
     check_positive("--learning-rate", learning_rate)
     check_one_of("--layers", layers, ("all", "convolutions", "linear"))
+    options = {"kernel_size": kernel_size, "stride": stride, "mid": width}
+    sizes = {name: value for name, value in options.items() if value is not None}
     with quiet_stdout(), trusted_code(trust_remote_code):
         from foretune.cli.progress import StderrConsole
         from foretune.source_free.folders import prepare_folder
@@ -82,6 +96,8 @@ def prepare(
             learning_rate=learning_rate,
             batch_size=batch_size,
             imputer=imputer,
+            sizes=sizes,
+            rate=rate,
             seed=seed,
             overwrite=overwrite,
             console=StderrConsole(),
@@ -116,6 +132,11 @@ def adapt(
     max_rows: Annotated[
         int | None, typer.Option(min=1, help="Use at most this many windows (default: all).")
     ] = None,
+    rate: Annotated[float | None, typer.Option(help="Samples per second of these windows.")] = None,
+    resample: Annotated[
+        bool,
+        typer.Option("--resample", help="Bring windows of another sampling rate to the source's."),
+    ] = False,
     seed: Seed = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an adapted state in the output folder.")
@@ -135,6 +156,8 @@ def adapt(
             changes or [],
             domain=domain,
             max_rows=max_rows,
+            rate=rate,
+            resample=resample,
             seed=seed,
             overwrite=overwrite,
             console=StderrConsole(),
@@ -142,9 +165,12 @@ def adapt(
     if json:
         emit_json(result)
         return
+    stretch = result["stretched"]
+    resampled = "" if stretch == 1 else f", resampled to {stretch:.3g} times as many steps"
     emit(
-        f"Adapted: {out} ({result['rows']} windows of {result['domain']}; {result['tuned']:,} of "
-        f"{result['parameters']:,} parameters tuned, {result['bytes'] / 1000:.1f} kB)"
+        f"Adapted: {out} ({result['rows']} windows of {result['domain']}{resampled}; "
+        f"{result['tuned']:,} of {result['parameters']:,} parameters tuned, "
+        f"{result['bytes'] / 1000:.1f} kB)"
     )
 
 

@@ -130,7 +130,11 @@ def _image_vectors(model: Any, x: Tensor) -> Tensor:
 
 
 def _open_clip_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """(n, d) embeddings of texts by a model of open_clip, of unit length."""
+    """(n, d) embeddings of texts by a model of open_clip, of unit length.
+
+    Raises:
+        UserError: The tokenizer is not one of open_clip.
+    """
     device = next(model.parameters()).device
     parts = []
     with eval_no_grad(model):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import safetensors.torch
 import torch
@@ -80,6 +80,7 @@ class Metadata(TypedDict):
     base: str
     rest: str
     factored: dict[str, list[int | None]]
+    stretched: NotRequired[float]
 
 
 def read_metadata(folder: Path | str) -> Metadata:
@@ -92,6 +93,13 @@ def read_metadata(folder: Path | str) -> Metadata:
     if not file.is_file():
         raise UserError(f"{folder} holds no adapted state: it has no {STATE_FILE}")
     return read_json(file, Metadata, FORMAT)
+
+
+def record_stretch(folder: Path, factor: float) -> None:
+    """Adds to core.json by how much the windows were stretched, as others must be, too."""
+    file = folder / STATE_FILE
+    record = {**read_json(file, dict[str, Any], FORMAT), "stretched": factor}
+    file.write_text(json.dumps(stamped(record, FORMAT), indent=1) + "\n", encoding="utf-8")
 
 
 def load_core(base: nn.Module, folder: Path | str) -> nn.Module:

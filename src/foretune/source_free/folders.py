@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,9 @@ from foretune.claims import output_folder
 from foretune.errors import DivergedError, UserError
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import method_and_run
-from foretune.run import Run, check_int
+from foretune.run import Run, check_int, check_positive
 from foretune.source_free import MODEL_FILE, STATE_WEIGHTS_FILE
+from foretune.source_free.sampling import factor_of, resampled
 from foretune.source_free.subspace_sfda import SubspaceSFDA
 from foretune.source_free.windows import read_windows
 from foretune.tasks.task import Task, TaskCollection
@@ -63,6 +64,8 @@ def prepare_folder(
     learning_rate: float = 1e-3,
     batch_size: int = 32,
     imputer: bool = False,
+    sizes: Mapping[str, int] | None = None,
+    rate: float | None = None,
     seed: int = 0,
     overwrite: bool = False,
     console: Console = SILENT,
@@ -81,6 +84,9 @@ def prepare_folder(
         learning_rate: Learning rate of both training stages.
         batch_size: Windows per batch.
         imputer: Whether to train the imputer that loss mapu needs.
+        sizes: Of a new model: kernel_size, stride, mid and features of `TimeSeriesCNN`.
+        rate: Samples per second of the windows, which a target's are compared with; None if
+            unknown.
         seed: Random seed of the initial weights and the order of the windows.
         overwrite: Whether to replace a prepared model in `out`.
         console: Reports the progress.
@@ -93,6 +99,10 @@ def prepare_folder(
     Raises:
         UserError: `out` may not be written, or the windows or the model do not fit.
     """
+    if rate is not None:
+        check_positive("--rate", rate)
+    if sizes and model != NEW:
+        raise UserError(f"{', '.join(sizes)} are sizes of a new model, but {model} has its own")
     reads: list[Path | str] = [rows, *([] if model == NEW else [model])]
     with output_folder(out, "sfda-prepare", overwrite=overwrite, at_once=True, reads=reads) as part:
         task = _read_training(rows, domain, labelled=True)
@@ -101,7 +111,7 @@ def prepare_folder(
         fitted = Classification().fit(TaskCollection((task,)))
         run = Run(seed=seed, batch_size=batch_size, eval_every=0, weight_decay=0.0)
         source_steps = (300 if model == NEW else 0) if steps is None else steps
-        original = _source_model(model, task, fitted, seed)
+        original = _source_model(model, task, fitted, seed, sizes or {})
         fitted = fitted.bind(original)  # a base's outputs are in an order of their own
         source = TaskCollection((task,), fitted)
         label = "training the source model"
@@ -127,6 +137,7 @@ def prepare_folder(
             "domain": task.name,
             "labels": list(fitted.space or ()),
             "shape": list(task.train[0]["x"].shape),
+            "rate": rate,
             "rank_factor": rank_factor,
             "parameters": [sum(p.numel() for p in m.parameters()) for m in models],
             "macs": [_macs(m, task) for m in models],
@@ -145,6 +156,8 @@ def adapt_folder(
     *,
     domain: str | None = None,
     max_rows: int | None = None,
+    rate: float | None = None,
+    resample: bool = False,
     seed: int = 0,
     overwrite: bool = False,
     console: Console = SILENT,
@@ -158,12 +171,15 @@ def adapt_folder(
         changes: Settings of `SubspaceSFDA` and of the run, such as `loss=nrc`, `steps=200`.
         domain: The domain to use; may be None if `rows` has only one.
         max_rows: Maximum number of windows, drawn with the seed; None for all.
+        rate: Samples per second of the windows; None if unknown.
+        resample: Whether to bring windows of another sampling rate to the source's.
         seed: Random seed of the draw and the order of the windows.
         overwrite: Whether to replace an adapted state in `out`.
         console: Reports the progress.
 
     Returns:
-        out, base, domain, rows (windows adapted to), tuned (number of trained parameters),
+        out, base, domain, stretched (by how much windows were resampled; 1 for not at all), rows
+        (windows adapted to), tuned (number of trained parameters),
         parameters (of the model) and bytes (of the state).
 
     Raises:
@@ -176,20 +192,33 @@ def adapt_folder(
             raise UserError(f"no prepared model in {base}: no such folder")
         task = _read_training(rows, domain, labelled=False)
         import foretune
+        from foretune.source_free.core_state import record_stretch
         from foretune.source_free.tucker_format import load_tucker
 
         model, metadata = load_tucker(base)
         objective = _objective(base, metadata)
         _check_fits(model, base, metadata, task, rows)
+        source_shape = metadata["shape"]
+        factor = factor_of(
+            rows,
+            task.train[0]["x"].shape[-1],
+            source_shape[-1],
+            rate=rate,
+            source_rate=metadata.get("rate"),
+            resample=resample,
+        )
+        task = resampled(task, factor)
         tasks = TaskCollection((Task(task.name, task.train),), objective)
         with console.bar(f"adapting to {task.name}") as progress:
             result = foretune.adapt(model, tasks, method, run, shots=max_rows, progress=progress)
         adapted = result.models[task.name, 0]
         result.learners[task.name, 0].write(part, None)
+        record_stretch(part, factor)
     return {
         "out": str(out),
         "base": str(base),
         "domain": task.name,
+        "stretched": factor,
         "rows": min(max_rows or len(task.train), len(task.train)),
         "tuned": result.cost["trainable_parameters"],
         "parameters": sum(p.numel() for p in adapted.parameters()),
@@ -226,10 +255,11 @@ def eval_folder(
     from foretune.source_free.shift import write_shift
     from foretune.source_free.tucker_format import load_tucker
 
-    recorded_base = read_metadata(folder)["base"]
+    record = read_metadata(folder)
+    recorded_base = record["base"]
     if base is None and not recorded_base:
         raise UserError(f"{folder} does not record the model it was adapted from; pass --base")
-    task = read_windows(rows, domain, labelled=True)
+    task = resampled(read_windows(rows, domain, labelled=True), record.get("stretched", 1.0))
     windows = task.split(split)
     if not windows:
         raise UserError(f"{rows} has no {split} windows of {task.name}; choose another --split")
@@ -258,7 +288,9 @@ def _read_training(rows: str, domain: str | None, *, labelled: bool) -> Task:
     return task
 
 
-def _source_model(name: str, task: Task, objective: Any, seed: int) -> nn.Module:
+def _source_model(
+    name: str, task: Task, objective: Any, seed: int, sizes: Mapping[str, int]
+) -> nn.Module:
     if name != NEW:
         from foretune.models.loading import load_base
         from foretune.models.quantised import refuse_quantised
@@ -278,7 +310,7 @@ def _source_model(name: str, task: Task, objective: Any, seed: int) -> nn.Module
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return TimeSeriesCNN(shape[0], objective.num_outputs())
+        return TimeSeriesCNN(shape[0], objective.num_outputs(), **sizes)
 
 
 def _trained(

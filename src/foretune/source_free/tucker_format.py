@@ -71,6 +71,7 @@ class Metadata(TypedDict):
     labels: NotRequired[list[str | int]]
     domain: NotRequired[str]
     shape: NotRequired[list[int]]
+    rate: NotRequired[float | None]
 
 
 def load_tucker(
