@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 import tiny_models
 from foretune.errors import UserError
-from foretune.pruning.experts import find_blocks, parse_router_output
+from foretune.pruning.experts import find_blocks
 from foretune.pruning.plan import (
     BlockPlan,
     Plan,
@@ -26,6 +26,7 @@ from foretune.pruning.plan import (
     merge,
 )
 from foretune.pruning.prune import collect_statistics
+from foretune.pruning.routers import parse_router_output
 from foretune.pruning.statistics import Collector, ExpertStatistics
 from pruning import tiny_mixtures
 
@@ -149,9 +150,9 @@ def test_parameters_fall_by_those_of_the_experts_and_their_router_rows(family: s
     model = eager(family)
     blocks = find_blocks(model)
     hidden, inner = 16, tiny_mixtures.INNER
-    matrices = 2 if family == "switch" else 3
+    matrices = 2 if family in ("switch", "nemotron-h") else 3
     expert = matrices * hidden * inner + (2 * inner + hidden if family == "gpt-oss" else 0)
-    row = hidden + (1 if family in ("gpt-oss", "switch") else 0)
+    row = hidden + (family in ("gpt-oss", "switch", "ernie", "afmoe", "gemma4"))  # one more number
     before = sum(p.numel() for p in model.parameters())
     assert all(block.num_parameters == expert for block in blocks)
     pruned(model, lambda block: keep(highest(np.arange(8), 4, block.num_groups), 8))
@@ -242,12 +243,15 @@ def test_padding_changes_no_statistic(family: str) -> None:
     for name, one in alone.items():
         other = padded[name]
         assert one.num_tokens == other.num_tokens
-        for field in ("frequency", "gate_sum", "logit_products", "activation", "output_sum"):
-            a, b = getattr(one, field), getattr(other, field)
+        fields = ("frequency", "gate_sum", "logit_products", "output_sum")
+        pairs = [(getattr(one, field), getattr(other, field)) for field in fields]
+        assert one.activation is not None and other.activation is not None
+        pairs += [(one.activation[kind], other.activation[kind]) for kind in one.activation]
+        for a, b in pairs:
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3 * np.abs(a).max())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "switch"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "switch", "hunyuan"])
 def test_statistics_are_those_of_the_block_itself(family: str) -> None:
     """Σ g·f over the experts chosen is what the block returns."""
     model = eager(family)
@@ -256,17 +260,41 @@ def test_statistics_are_those_of_the_block_itself(family: str) -> None:
     with torch.no_grad(), Collector([block], outputs=True) as collector:
         output = block.block(x)
         output = output[0] if isinstance(output, tuple) else output
+    with torch.no_grad():
         given = block.router(x[0] if family != "switch" else x)
         every = torch.stack([block.output(e, x[0]) for e in ALL])  # (E, N, H)
+        if family == "hunyuan":  # the shared expert takes part, too
+            output = output - block.block.shared_mlp(x)
     found = collector.statistics[block.name]
     routing = parse_router_output(given)
     assert routing is not None
     gates = torch.zeros(10, 8).scatter(1, routing.indices, routing.scores)
     torch.testing.assert_close(torch.einsum("ne,enh->nh", gates, every), output.reshape(10, 16))
-    np.testing.assert_allclose(found.output_sum / 2, every.sum(1), rtol=1e-4, atol=1e-3)
-    wanted = (gates * every.norm(dim=-1).T).sum(0)
-    np.testing.assert_allclose(found.activation / 2, wanted, rtol=1e-4, atol=1e-4)
-    assert found.num_tokens == 20  # the block once, its router once more
+    np.testing.assert_allclose(found.output_sum, every.sum(1), rtol=1e-4, atol=1e-3)
+    norms = every.norm(dim=-1).T
+    softmax = torch.zeros(10, 8).scatter(
+        1, routing.indices, routing.logits.softmax(-1).gather(1, routing.indices)
+    )
+    for kind, weights in {"router": gates, "softmax": softmax}.items():
+        whole = weights / weights.sum(1, keepdim=True)
+        for name, expected in {kind: weights, f"renormalised {kind}": whole}.items():
+            np.testing.assert_allclose(
+                found.activation[name], (expected * norms).sum(0), rtol=1e-4, atol=1e-4
+            )
+    assert found.num_tokens == 10
+
+
+def test_experts_that_read_other_vectors_than_their_router_are_measured_on_them() -> None:
+    """Gemma 4 normalises the hidden states anew for its experts."""
+    model = eager("gemma4")
+    block = find_blocks(model)[0]
+    read: list[torch.Tensor] = []
+    handle = block.experts.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    found = seen(model, IDS, outputs=True)[block.name]
+    handle.remove()
+    with torch.no_grad():
+        expected = torch.stack([block.output(e, read[0]).sum(0) for e in ALL])
+    np.testing.assert_allclose(found.output_sum, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_correlation_is_that_of_numpy_and_knows_constant_columns() -> None:

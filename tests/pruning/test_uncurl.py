@@ -13,7 +13,7 @@ import transformers
 
 import foretune
 import tiny_models
-from foretune.errors import UserError
+from foretune.errors import ForetuneError, UserError
 from foretune.methods import make
 from foretune.pruning.experts import find_blocks
 from foretune.pruning.prune import collect_statistics, held_out_loss, prune_with
@@ -160,12 +160,20 @@ def test_reap_is_a_mean_over_the_tokens_of_an_expert_and_not_a_sum() -> None:
     often = statistics(
         [90, 1, 1, 1, 1, 0, 0, 0],
         np.zeros((4, 8)),
-        activation=np.array([450.0, 9, 1, 8, 7, 0, 0, 0]),
-        activation_renormalised=np.array([9.0, 5, 3, 2, 4, 0, 0, 0]),
+        activation={
+            "softmax": np.array([450.0, 9, 1, 8, 7, 0, 0, 0]),
+            "renormalised softmax": np.array([9.0, 5, 3, 2, 4, 0, 0, 0]),
+            "router": np.array([0.0, 0, 0, 0, 1, 2, 3, 4]),
+        },
     )
     model = tiny_mixtures.mixture("mixtral")
-    for renormalise, kept in ((False, [0, 1, 3, 4]), (True, [1, 2, 3, 4])):
-        plan = planned(model, often, "reap", renormalise=renormalise)
+    cases = (
+        ({}, [0, 1, 3, 4]),
+        ({"renormalise": True}, [1, 2, 3, 4]),
+        ({"weigh": "router"}, [4, 5, 6, 7]),
+    )
+    for fields, kept in cases:
+        plan = planned(model, often, "reap", **fields)
         assert [group[0] for group in plan.groups] == kept
 
 
@@ -352,3 +360,21 @@ def test_texts_for_an_encoder_decoder_are_refused() -> None:
         foretune.prune(
             tiny_mixtures.switch(), ["a b c"], make("frequency"), tokenizer=tiny_models.tokenizer()
         )
+
+
+def test_a_folder_that_does_not_give_the_model_back_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = prune(tiny_mixtures.mixture("mixtral"), "frequency", experts=4)
+    whole = type(result.model).from_pretrained
+
+    def damaged(*args: Any, **options: Any) -> Any:
+        model = whole(*args, **options)
+        with torch.no_grad():
+            model.model.layers[1].mlp.gate.weight[0] += 1e-3
+        return model
+
+    monkeypatch.setattr(type(result.model), "from_pretrained", damaged)
+    with pytest.raises(ForetuneError, match=r"layers\.1\.mlp\.gate\.weight is not the same when"):
+        result.save(tmp_path / "pruned")
+    assert not (tmp_path / "pruned").exists()

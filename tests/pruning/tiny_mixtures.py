@@ -31,6 +31,30 @@ DEEPSEEK = {
     "v_head_dim": 8,
     "num_key_value_heads": 2,
 }
+ATTENTION = ["full_attention"] * 2
+AFMOE = {
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "num_shared_experts": 1,
+    "num_dense_layers": 0,
+    "head_dim": 8,
+}
+GEMMA4 = {
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "enable_moe_block": True,
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "hidden_size_per_layer_input": 0,
+}
+NEMOTRON = {
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 2,
+    "moe_shared_expert_intermediate_size": 8,
+    "layers_block_type": ["attention", "moe"],
+    "head_dim": 8,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 8}),
     "qwen2-moe": ("Qwen2Moe", {"num_experts": 8, "shared_expert_intermediate_size": 8}),
@@ -38,6 +62,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", {"num_experts": 8}),
     "gpt-oss": ("GptOss", {"num_local_experts": 8, "head_dim": 8}),
     "deepseek-v3": ("DeepseekV3", DEEPSEEK),
+    # a bias (1, E) in the router; biases in the block, which the router gets; a router with a
+    # layer in it; one that reads other vectors than the experts; experts without a gate
+    "ernie": ("Ernie4_5_Moe", {"moe_num_experts": 8, "moe_k": 2, "moe_layer_start_index": 0}),
+    "minimax-m2": ("MiniMaxM2", {"num_local_experts": 8, "head_dim": 8}),
+    "lfm2-moe": ("Lfm2Moe", {"num_experts": 8, "num_dense_layers": 0, "layer_types": ATTENTION}),
+    "afmoe": ("Afmoe", {**AFMOE, "layer_types": ATTENTION}),
+    "hunyuan": ("HunYuanMoEV1", {"num_experts": 8, "moe_topk": 2, "head_dim": 8}),
+    "gemma4": ("Gemma4", {**GEMMA4, "layer_types": ATTENTION}),
+    "nemotron-h": ("NemotronH", NEMOTRON),
 }
 # The softmax of these runs over all experts, and the weights of those chosen are not scaled up.
 OVER_ALL = ("qwen2-moe", "olmoe", "switch")
@@ -51,15 +84,20 @@ def mixture(family: str, *, seed: int = 0, **changes: Any) -> Any:
     fields = {**MIXTURE, **own, **changes}
     if family in ("mixtral", "olmoe", "gpt-oss"):
         fields.pop("moe_intermediate_size")
-    config = getattr(transformers, f"{name}Config")(**fields)
+    if family == "ernie":
+        fields.pop("num_experts_per_tok")
+    if family == "minimax-m2":
+        fields.pop("moe_intermediate_size")
+    config_class = getattr(transformers, f"{name}TextConfig", None)
+    config = (config_class or getattr(transformers, f"{name}Config"))(**fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for parameter in model.parameters():  # biases too, which start at zero
-            if parameter.dim() < 3 and not parameter.any():
-                parameter.normal_(0, 0.3)
+        for tensor in (*model.parameters(), *model.buffers()):  # biases too, which start at zero
+            if tensor.is_floating_point() and tensor.dim() < 3 and not tensor.any():
+                tensor.normal_(0, 0.3)
     return model
 
 

@@ -2,42 +2,26 @@
 
     fused       `experts.gate_up_proj` (E, 2I, H) and `experts.down_proj` (E, H, I), or transposed,
                 gate and up concatenated or interleaved, with or without biases: most mixtures of
-                transformers 5 (Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss, …)
+                transformers 5 (Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss, …); without a gate
+                `experts.up_proj` (E, I, H) (Nemotron-H)
     modules     `experts` is a ModuleDict or ModuleList of networks with one hidden layer (Switch)
 
-Blocks are recognised by their attributes, not by their class, and routers by their output: a
-forward pass on a few random vectors shows how a router normalises. A router with any other output
-is refused, because statistics of a misread router would be worse than none.
+Blocks are recognised by their attributes, not by their class, and routers by their output
+(`foretune.pruning.routers`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foretune.errors import UserError
+from foretune.pruning.routers import probe
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
-
-
-@dataclass(frozen=True)
-class RouterOutput:
-    """A router's decision for N tokens.
-
-    Args:
-        logits: (N, E).
-        scores: (N, k), weights of the chosen experts.
-        indices: (N, k), the chosen experts; -1 where a token exceeds the capacity (Switch).
-    """
-
-    logits: Tensor
-    scores: Tensor
-    indices: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,12 +35,14 @@ class ExpertBlock:
         normalises: "chosen" for a softmax over the chosen experts (or scores that do not depend on
             other experts at all): dropping an expert that was not chosen changes nothing.
             "all" for a softmax over all experts: dropping any of them raises the others' weights.
+        top_k: Experts per token.
     """
 
     name: str
     block: nn.Module
     router_name: str
     normalises: Literal["chosen", "all"]
+    top_k: int
 
     @property
     def experts(self) -> Any:
@@ -77,11 +63,6 @@ class ExpertBlock:
     def num_experts(self) -> int:
         """Number of experts, E."""
         return _count(self.experts)
-
-    @property
-    def top_k(self) -> int:
-        """Experts per token."""
-        return int(getattr(self.router, "top_k", 1))
 
     @property
     def num_groups(self) -> int:
@@ -142,19 +123,17 @@ def count_experts(model: nn.Module) -> list[int]:
 
 def is_fused(experts: nn.Module) -> bool:
     """Whether the experts are 3-D tensors whose layout transformers records beside them."""
-    pair = [getattr(experts, name, None) for name in ("gate_up_proj", "down_proj")]
-    return hasattr(experts, "is_transposed") and all(
-        isinstance(p, Tensor) and p.dim() == 3 for p in pair
-    )
+    return has_gate(experts) or _all_3d(experts, "up_proj", "down_proj")
 
 
-def router_tensors(router: nn.Module, num_experts: int) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """(owner, name, tensor) of the router's parameters and buffers with one row per expert."""
-    for owner in router.modules():
-        tensors = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
-        for name, tensor in tensors:
-            if tensor.dim() and len(tensor) == num_experts:
-                yield owner, name, tensor
+def has_gate(experts: nn.Module) -> bool:
+    """Whether a hidden unit of fused experts is a product of two, gate and up."""
+    return hasattr(experts, "is_transposed") and _all_3d(experts, "gate_up_proj", "down_proj")
+
+
+def _all_3d(experts: nn.Module, *names: str) -> bool:
+    tensors = [getattr(experts, name, None) for name in names]
+    return all(isinstance(tensor, Tensor) and tensor.dim() == 3 for tensor in tensors)
 
 
 def set_tensor(owner: nn.Module, name: str, value: Tensor) -> None:
@@ -163,22 +142,6 @@ def set_tensor(owner: nn.Module, name: str, value: Tensor) -> None:
     if isinstance(old, nn.Parameter):
         value = nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
     setattr(owner, name, value)
-
-
-def parse_router_output(output: Any) -> RouterOutput | None:
-    """A router's output in one form for all architectures; None for an unsupported one."""
-    if not (isinstance(output, tuple) and len(output) == 3):
-        return None
-    first, second, third = output
-    if not third.is_floating_point() and third.shape == second.shape and first.dim() == 2:
-        return RouterOutput(first, second, third)
-    # Switch: one-hot choices, zero beyond an expert's capacity; their probabilities; logits.
-    if first.shape == third.shape and second.shape == (*third.shape[:-1], 1):
-        chosen, logits = first.flatten(0, -2), third.flatten(0, -2)
-        indices = chosen.argmax(-1, keepdim=True)
-        dropped = chosen.sum(-1, keepdim=True) == 0
-        return RouterOutput(logits, second.flatten(0, -2), indices.masked_fill(dropped, -1))
-    return None
 
 
 def _view(name: str, block: nn.Module) -> ExpertBlock:
@@ -192,12 +155,22 @@ def _view(name: str, block: nn.Module) -> ExpertBlock:
     if not all(p.is_floating_point() for p in experts.parameters()):
         raise UserError(f"{kind} holds quantised weights; load the model without quantisation")
     count = _count(experts)
+    refused = ""
     for child_name, child in block.named_children():
-        weight = getattr(getattr(child, "classifier", child), "weight", None)
-        if child is not experts and isinstance(weight, Tensor) and weight.dim() == 2:
-            if len(weight) != count:
-                continue
-            return ExpertBlock(name, block, child_name, _normalises(child, weight, kind))
+        if child is experts or not any(
+            p.dim() == 2 and len(p) == count for p in child.parameters()
+        ):
+            continue
+        shown = probe(block, child, count)
+        if shown is not None:
+            return ExpertBlock(name, block, child_name, shown.normalises, shown.top_k)
+        if not refused or "rout" in child_name or "gate" in child_name:
+            refused = type(child).__name__
+    if refused:
+        raise UserError(
+            f"{kind} is routed by a {refused}, whose output is not supported; "
+            "supported are (logits, weights, experts) as in Mixtral, and that of Switch"
+        )
     raise UserError(f"{kind}: found no router with {count} rows beside the experts of this block")
 
 
@@ -206,41 +179,16 @@ def _are_networks(experts: Any) -> bool:
 
 
 def _count(experts: Any) -> int:
-    return experts.gate_up_proj.shape[0] if is_fused(experts) else len(_networks(experts))
-
-
-@torch.no_grad()
-def _normalises(router: Any, weight: Tensor, kind: str) -> Literal["chosen", "all"]:
-    generator = torch.Generator().manual_seed(0)
-    shape = (16, weight.shape[1]) if hasattr(router, "top_k") else (1, 16, weight.shape[1])
-    x = torch.randn(shape, generator=generator).to(weight)
-    was_training = router.training
-    router.eval()
-    try:
-        output = parse_router_output(router(x))
-    except (RuntimeError, TypeError, IndexError, ValueError):
-        output = None
-    finally:
-        router.train(was_training)
-    if output is None:
-        raise UserError(
-            f"{kind} is routed by a {type(router).__name__}, whose output is not supported; "
-            "supported are (logits, weights, experts) as in Mixtral, and that of Switch"
-        )
-    routed = (output.indices >= 0).all(-1)
-    chosen = output.indices.clamp(min=0)
-    probabilities = output.logits.float().softmax(-1).gather(-1, chosen)
-    ratio = (output.scores.float() / probabilities)[routed]
-    # The softmax over all experts may be scaled by a constant (DeepSeek).
-    over_all = bool(ratio.max() - ratio.min() < 0.02 * ratio.mean())
-    over_chosen = bool((output.scores.float().sum(-1)[routed] - 1).abs().max() < 1e-2)
-    return "all" if over_all and not (over_chosen and chosen.shape[1] > 1) else "chosen"
+    return experts.down_proj.shape[0] if is_fused(experts) else len(_networks(experts))
 
 
 # --- fused ----------------------------------------------------------------------------------------
 
 
 def _read_fused(experts: Any) -> tuple[Tensor, Tensor]:
+    if not has_gate(experts):
+        down = experts.down_proj.detach().transpose(1, 2)  # (E, I, H)
+        return torch.cat([experts.up_proj.detach(), down], -1), down.new_zeros(len(down), 0)
     joint, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
     if experts.is_transposed:
         joint = joint.transpose(1, 2)  # (E, 2I, H)
@@ -256,6 +204,12 @@ def _read_fused(experts: Any) -> tuple[Tensor, Tensor]:
 
 
 def _write_fused(experts: Any, units: Tensor, rest: Tensor) -> None:
+    experts.num_experts = len(units)
+    if not has_gate(experts):
+        up, down = units.split([experts.up_proj.shape[2], experts.down_proj.shape[1]], -1)
+        set_tensor(experts, "up_proj", up)
+        set_tensor(experts, "down_proj", down.transpose(1, 2))
+        return
     hidden = experts.gate_up_proj.shape[1 if experts.is_transposed else 2]
     has_bias = isinstance(getattr(experts, "gate_up_proj_bias", None), Tensor)
     gate, up, down, *biases = units.split([hidden] * 3 + [1] * 2 * has_bias, -1)
@@ -268,7 +222,6 @@ def _write_fused(experts: Any, units: Tensor, rest: Tensor) -> None:
         set_tensor(experts, "gate_up_proj_bias", _joined(gate, up, experts).squeeze(-1))
     if rest.shape[1]:
         set_tensor(experts, "down_proj_bias", rest)
-    experts.num_experts = len(units)
 
 
 def _halves(joint: Tensor, experts: Any) -> list[Tensor]:
@@ -327,69 +280,3 @@ def _write_modules(experts: Any, units: Tensor, rest: Tensor) -> None:
             if outward.bias is not None:
                 outward.bias.copy_(last)
     experts.num_experts = len(units)
-
-
-# --- routers that keep more rows than there are experts -------------------------------------------
-
-
-class RemappedRouter(nn.Module):
-    """The original router over E experts, whose choices are mapped to K clusters.
-
-    Args:
-        router: The original router.
-        group_of: The cluster of each of the E experts.
-    """
-
-    def __init__(self, router: Any, group_of: list[int]) -> None:
-        super().__init__()
-        self.router = router
-        self.top_k = int(getattr(router, "top_k", 1))
-        self.num_experts = max(group_of) + 1
-        self.register_buffer("group_of", torch.tensor(group_of, device=_device(router)))
-
-    def forward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The router's output, its choices (N, k), or one-hot (…, E), mapped to clusters."""
-        first, second, third = self.router(*args)
-        group_of: Any = self.group_of
-        if not third.is_floating_point():
-            return first, second, group_of[third]
-        routed = first.sum(-1, keepdim=True)  # 0 where the token exceeds the capacity
-        chosen = F.one_hot(group_of[first.argmax(-1)], self.num_experts)
-        return chosen.to(first.dtype) * routed.to(first.dtype), second, third
-
-
-class KeptDenominatorRouter(nn.Module):
-    """A router over K experts whose softmax still counts the dropped experts.
-
-    Each weight is multiplied by Σ_kept exp(h) / Σ_all exp(h), which restores the value it has in
-    the softmax over all experts.
-
-    Args:
-        router: Router over the kept experts, its scores a softmax over all of these.
-        weight: (D, H), router rows of the dropped experts.
-        bias: (D,), their biases; None where the router has none.
-    """
-
-    def __init__(self, router: Any, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.router = router
-        self.top_k = int(getattr(router, "top_k", 1))
-        self.num_experts = router.num_experts
-        self.dropped_weight = nn.Parameter(weight.clone())
-        self.dropped_bias = None if bias is None else nn.Parameter(bias.clone())
-
-    def forward(self, hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The router's output for hidden states (…, H), with its weights rescaled."""
-        output = self.router(hidden, *args)
-        fused = not output[2].is_floating_point()
-        logits = output[0] if fused else output[2]
-        weight = self.dropped_weight
-        dropped_logits = F.linear(hidden.to(weight.dtype), weight, self.dropped_bias).float()
-        log_kept = logits.float().logsumexp(-1, keepdim=True)
-        log_dropped = dropped_logits.reshape(*logits.shape[:-1], -1).logsumexp(-1, keepdim=True)
-        share = torch.exp(log_kept - torch.logaddexp(log_kept, log_dropped))
-        return output[0], (output[1] * share).to(output[1].dtype), output[2]
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

@@ -27,12 +27,10 @@ from foretune.pruning.alignment import merge_networks
 from foretune.pruning.experts import (
     COUNTS,
     ExpertBlock,
-    KeptDenominatorRouter,
-    RemappedRouter,
     find_blocks,
-    router_tensors,
     set_tensor,
 )
+from foretune.pruning.routers import KeptDenominatorRouter, RemappedRouter, expert_tensors
 
 WEIGHTS_FILE = "foretune_experts.safetensors"
 RouterForm = Literal["mean", "dominant", "remap", "keep-denominator"]
@@ -304,10 +302,13 @@ def _route(block: ExpertBlock, plan: BlockPlan) -> None:
                 group_of[expert] = g
         setattr(block.block, block.router_name, RemappedRouter(router, group_of))
         return
-    tensors = [*router_tensors(router, plan.num_experts)]
-    dropped = {name: tensor[plan.dropped].detach().clone() for _, name, tensor in tensors}
-    for owner, name, tensor in tensors:
-        set_tensor(owner, name, _rows(tensor.detach(), plan))
+    tensors = [*expert_tensors(block.block, router, plan.num_experts)]
+    dropped = {}
+    for owner, name, tensor, axis in tensors:
+        by_expert = tensor.detach().movedim(axis, 0)
+        if owner is not block.block:
+            dropped[name] = by_expert[plan.dropped].clone()
+        set_tensor(owner, name, _rows(by_expert, plan).movedim(0, axis))
         if isinstance(owner, nn.Linear):
             owner.out_features = count
     router.num_experts = count

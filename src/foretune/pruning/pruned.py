@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from foretune.claims import output_folder
+from foretune.errors import ForetuneError, UserError
 from foretune.method import Method
 from foretune.models.loading import save_base
+from foretune.printable import in_one_line
 from foretune.pruning import FORMAT, PLAN_FILE
 from foretune.pruning.plan import Plan, loads_in_transformers, save_for_foretune
 from foretune.pruning.statistics import ExpertStatistics
@@ -81,4 +84,35 @@ class Pruned:
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(part)
             (part / PLAN_FILE).write_text(json.dumps(self.record(), indent=1) + "\n", "utf-8")
+            self._check_saved(part)
         return folder
+
+    def _check_saved(self, part: Path) -> None:
+        """Checks that the folder gives the model back: all tensors, bit for bit.
+
+        Raises:
+            ForetuneError: It does not, or cannot be loaded.
+        """
+        from foretune.models.loading import load_model
+        from foretune.models.pretrained import quiet
+
+        saved_class: Any = type(self.model)
+        try:
+            if self.loads_with == "transformers":
+                with quiet():
+                    loaded = saved_class.from_pretrained(part, dtype=self.model.dtype)
+            else:
+                dtype: Any = self.model.dtype
+                loaded, _ = load_model(part, head="causal-lm", dtype=dtype)
+        except (UserError, OSError, ValueError, RuntimeError) as error:
+            reason = in_one_line(str(error))
+            raise ForetuneError(
+                f"the pruned model is not saved, because it does not load again: {reason}"
+            ) from error
+        state = loaded.state_dict()
+        for name, tensor in self.model.state_dict().items():
+            same = name in state and torch.equal(state[name].cpu(), tensor.cpu())
+            if not same:
+                raise ForetuneError(
+                    f"the pruned model is not saved: {name} is not the same when it is loaded again"
+                )

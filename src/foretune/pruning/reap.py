@@ -7,11 +7,16 @@ Paper: Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Co
 
     symbol   here         shape   meaning
     |X_j|    frequency    (E,)    number of tokens that the router sends to expert j
-    g_j(t)                        router weight of expert j for token t
+    g_j(t)                        weight of expert j for token t: softmax of the router's logits
     f_j(t)                        output of expert j for token t
     Σ g‖f‖   activation   (E,)    the sum above
 
 Deviations:
+    - for routers that weigh otherwise (sigmoid: DeepSeek-V3, GLM-4.5, MiniMax-M2) the authors' code
+      still takes the softmax of the logits, and so do we by default; `weigh="router"` takes the
+      weights that the router outputs
+    - the authors' code scales a token's weights to sum to one since March 2026; the equation does
+      not, and neither do we by default (`renormalise`)
     - an expert that no token is sent to scores 0
 """
 
@@ -19,10 +24,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from foretune.pruning.method import ExpertPruning
-from foretune.run import check_bool, check_ints
+from foretune.run import check_bool, check_ints, check_one_of
 
 if TYPE_CHECKING:
     from foretune.pruning.experts import ExpertBlock
@@ -49,13 +54,16 @@ class REAP(ExpertPruning):
         keep_denominator: For routers whose softmax runs over all experts (Qwen2-MoE, OLMoE,
             Switch): still count the dropped experts in it, so that the weights of the kept ones do
             not grow. Only foretune loads such a model.
+        weigh: g: "softmax" of the router's logits, as in the authors' code; "router" for what the
+            router outputs.
         renormalise: Scale the weights of a token's chosen experts to sum to one before averaging,
             as the authors' code does since March 2026.
     """
 
     experts: int | Sequence[int] | None = None
     keep_denominator: bool = False
-    renormalise: bool = True
+    weigh: Literal["softmax", "router"] = "softmax"
+    renormalise: bool = False
 
     name: ClassVar[str] = "reap"
     label: ClassVar[str] = "REAP"
@@ -65,6 +73,7 @@ class REAP(ExpertPruning):
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", check_ints("experts", self.experts))
         check_bool("keep_denominator", self.keep_denominator)
+        check_one_of("weigh", self.weigh, ("softmax", "router"))
         check_bool("renormalise", self.renormalise)
 
     def plan(
@@ -78,6 +87,6 @@ class REAP(ExpertPruning):
 
     def score(self, block: ExpertStatistics) -> Any:
         """S of a block's experts, (E,)."""
-        total = block.activation_renormalised if self.renormalise else block.activation
-        assert total is not None
-        return total / block.frequency.clip(1)
+        assert block.activation is not None
+        kind = f"renormalised {self.weigh}" if self.renormalise else self.weigh
+        return block.activation[kind] / block.frequency.clip(1)

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from foretune.pruning.experts import ExpertBlock, RouterOutput, parse_router_output
+from foretune.pruning.experts import ExpertBlock
+from foretune.pruning.routers import RouterOutput, parse_router_output
+
+WEIGHTS = ("softmax", "router", "renormalised softmax", "renormalised router")
 
 
 @dataclass
@@ -25,9 +28,10 @@ class ExpertStatistics:
         gate_sum: (E,), Σ of the weights with which each expert was chosen.
         logit_sum: (E,), Σ_t h_t of the router's logits.
         logit_products: (E, E), Σ_t h_t h_tᵀ.
-        activation: (E,), Σ g·‖f‖ over the tokens an expert was chosen for, its weight times the
-            norm of its output; None without statistics of outputs.
-        activation_renormalised: (E,), the same with each token's weights scaled to sum to one.
+        activation: Kind of weight → (E,), Σ g·‖f‖ over the tokens an expert was chosen for, its
+            weight times the norm of its output; None without statistics of outputs. The kinds are
+            "softmax" (of the router's logits) and "router" (the router's own weights), and
+            "renormalised softmax" and "renormalised router", scaled to sum to one for each token.
         output_sum: (E, H), Σ_t f_e(x_t) over all tokens, chosen or not; None without statistics of
             outputs.
     """
@@ -37,8 +41,7 @@ class ExpertStatistics:
     gate_sum: np.ndarray
     logit_sum: np.ndarray
     logit_products: np.ndarray
-    activation: np.ndarray | None = None
-    activation_renormalised: np.ndarray | None = None
+    activation: dict[str, np.ndarray] | None = None
     output_sum: np.ndarray | None = None
 
     @classmethod
@@ -47,7 +50,7 @@ class ExpertStatistics:
         e = num_experts
         zeros = cls(0, np.zeros(e), np.zeros(e), np.zeros(e), np.zeros((e, e)))
         if hidden_size is not None:
-            zeros.activation, zeros.activation_renormalised = np.zeros(e), np.zeros(e)
+            zeros.activation = {kind: np.zeros(e) for kind in WEIGHTS}
             zeros.output_sum = np.zeros((e, hidden_size))
         return zeros
 
@@ -90,20 +93,36 @@ class Collector:
 
     def __enter__(self) -> Collector:
         for block in self.blocks:
-            self._handles.append(block.router.register_forward_hook(self._hook(block)))
+            self._handles += self._hooks(block)
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, block: ExpertBlock) -> Any:
-        in_decoder = "decoder" in block.name.split(".")
+    def _hooks(self, block: ExpertBlock) -> list[RemovableHandle]:
+        """Hooks that count a block's tokens: by what the router says, and what the experts read.
 
-        def count(module: Any, args: Any, output: Any) -> None:
+        The two may read different vectors (Gemma 4 normalises each anew). A list of networks is not
+        called as one module, so there the router's input is taken for that of the experts.
+        """
+        in_decoder = "decoder" in block.name.split(".")
+        routings: list[RouterOutput] = []
+
+        def routed(module: Any, args: Any, output: Any) -> None:
             routing = parse_router_output(output)
             assert routing is not None  # checked by `find_blocks`
-            x = args[0].reshape(-1, args[0].shape[-1])
+            if block.fused:
+                routings[:] = [routing]
+            else:
+                count(args[0], routing)
+
+        def read(module: Any, args: Any, options: Any) -> None:
+            if routings:
+                count(args[0] if args else options["hidden_states"], routings.pop())
+
+        def count(hidden: Tensor, routing: RouterOutput) -> None:
+            x = hidden.reshape(-1, hidden.shape[-1])
             mask = self.decoder_mask if in_decoder and self.decoder_mask is not None else self.mask
             if mask is not None:
                 tokens = mask.reshape(-1).bool().to(x.device)
@@ -116,7 +135,10 @@ class Collector:
                 self.statistics[block.name] = ExpertStatistics.empty(block.num_experts, size)
             _add(self.statistics[block.name], block, x, routing)
 
-        return count
+        handles = [block.router.register_forward_hook(routed)]
+        if block.fused:
+            handles.append(block.experts.register_forward_pre_hook(read, with_kwargs=True))
+        return handles
 
 
 @torch.no_grad()
@@ -134,13 +156,16 @@ def _add(sums: ExpertStatistics, block: ExpertBlock, x: Tensor, routing: RouterO
     sums.logit_products += _numpy(logits.T @ logits)
     if sums.activation is None:
         return
-    assert sums.activation_renormalised is not None and sums.output_sum is not None
-    total = gates.sum(1, keepdim=True).clamp(min=1e-20)
+    assert sums.output_sum is not None
+    by_kind = {"softmax": logits.softmax(1) * chosen, "router": gates}
+    for kind, weights in [*by_kind.items()]:
+        total = weights.sum(1, keepdim=True).clamp(min=1e-20)
+        by_kind[f"renormalised {kind}"] = weights / total
     for expert in range(block.num_experts):
         output = block.output(expert, x).double()
         norm = output.norm(dim=1)
-        sums.activation[expert] += float((gates[:, expert] * norm).sum())
-        sums.activation_renormalised[expert] += float((gates[:, expert] / total[:, 0] * norm).sum())
+        for kind, weights in by_kind.items():
+            sums.activation[kind][expert] += float((weights[:, expert] * norm).sum())
         sums.output_sum[expert] += _numpy(output.sum(0))
 
 
