@@ -18,7 +18,7 @@ app = typer.Typer(
 Scenes = Annotated[
     Path,
     typer.Option(
-        help="Scenes: .npz, .parquet, tracks (.txt), or a folder of tracks or of Argoverse 2."
+        help="Scenes: .npz, .parquet, tracks (.csv, .txt), or a folder of tracks or of Argoverse 2."
     ),
 ]
 Changes = Annotated[
@@ -62,6 +62,28 @@ def pretrain(
         f"Model: {result['out']} ({result['parameters']:,} parameters, {result['scenes']} scenes "
         f"of {num_tasks} task{'' if num_tasks == 1 else 's'}{validation})"
     )
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint of a Forecast-MAE that its authors' code pretrained.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the pretrained model.")] = (
+        Path("forecast-mae")
+    ),
+    num_heads: Annotated[
+        int, typer.Option(min=1, help="Attention heads, which the file does not show.")
+    ] = 8,
+    overwrite: Replace = False,
+    json: Json = False,
+) -> None:
+    """Convert a checkpoint of Forecast-MAE's authors to a pretrained model."""
+    with quiet_stdout():
+        from foretune.forecasting.folders import convert_checkpoint
+
+        result = convert_checkpoint(checkpoint, out, num_heads=num_heads, overwrite=overwrite)
+    emit_json(result) if json else emit(f"Model: {out} ({result['parameters']:,} parameters)")
 
 
 @app.command()

@@ -146,6 +146,33 @@ def pretrain_folder(
     }
 
 
+def convert_checkpoint(
+    checkpoint: Path, out: Path, *, num_heads: int = 8, overwrite: bool = False
+) -> dict[str, Any]:
+    """Writes a checkpoint of Forecast-MAE's authors as a pretrained model's folder.
+
+    Args:
+        checkpoint: The file; see `foretune.forecasting.checkpoints`.
+        out: Folder of the model.
+        num_heads: Attention heads of its blocks.
+        overwrite: Replace a model already in the folder.
+
+    Returns:
+        The folder and the number of parameters.
+
+    Raises:
+        UserError: The file is no such checkpoint, or the folder is in use.
+    """
+    from foretune.forecasting.checkpoints import read_checkpoint
+    from foretune.forecasting.model import save_forecast_mae
+
+    kind = "forecast-pretrain"
+    with output_folder(out, kind, overwrite=overwrite, at_once=True, reads=[checkpoint]) as folder:
+        model = read_checkpoint(checkpoint, num_heads=num_heads)
+        save_forecast_mae(model, folder)
+    return {"out": str(out), "parameters": sum(p.numel() for p in model.parameters())}
+
+
 def adapt_folder(
     base: Path,
     method: AdaptMethod,

@@ -1,4 +1,4 @@
-"""Readers of scenes: plain files, tracks of lines `frame id x y`, and folders of Argoverse 2."""
+"""Readers of scenes: plain files, tracks (`frame id x y`, or CSV), and folders of Argoverse 2."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from foretune.errors import UserError
+from foretune.forecasting.csv_tracks import read_csv_points
 from foretune.forecasting.scenes import Arrays, collection_of, read_npz
 from foretune.formats import damage_named, read_json
 from foretune.tasks.example import SPLITS
@@ -20,6 +21,7 @@ TRAIN, VALIDATION = 0.5, 0.6  # ends of these splits as shares of a recording; t
 AV2_KINDS = {"vehicle": 0, "bus": 0, "pedestrian": 1, "cyclist": 2, "motorcyclist": 2}
 AV2_SPLITS = {"train": "train", "val": "test"}  # Argoverse's test split has no futures
 AV2_STEPS, AV2_HISTORY = 110, 50
+TRACKS = (".csv", ".csv.gz", ".txt", ".txt.gz")  # ends of the names of files of tracks
 
 
 def load_scenes(
@@ -33,8 +35,8 @@ def load_scenes(
     """Read scenes from a file or folder of any supported format.
 
     Args:
-        path: .npz or .parquet in the plain format; a file of tracks (.txt, .txt.gz) or a folder of
-            them, one task per file; a folder of Argoverse 2 scenarios, one task per city.
+        path: .npz or .parquet in the plain format; a file of tracks (.csv, .txt, also gzipped) or
+            a folder of them, one task per file; a folder of Argoverse 2, one task per city.
         history_steps: Tracks: observed steps.
         future_steps: Tracks: steps that follow.
         lane_points: Argoverse 2: points per lane after resampling.
@@ -52,22 +54,22 @@ def load_scenes(
     if path.is_dir():
         if any(path.rglob("scenario_*.parquet")):
             return read_argoverse2(path, lane_points=lane_points)
-        files = sorted([*path.rglob("*.txt"), *path.rglob("*.txt.gz")])
+        files = sorted(file for end in TRACKS for file in path.rglob(f"*{end}"))
         if not files:
             raise UserError(
                 f"{path} holds neither Argoverse 2 scenarios (scenario_*.parquet) nor tracks "
-                "(*.txt, *.txt.gz)"
+                f"({', '.join(f'*{end}' for end in TRACKS)})"
             )
         return read_tracks(files, history_steps, future_steps, stride=stride)
     if path.suffix == ".npz":
         return read_npz(path)
     if path.suffix == ".parquet":
         return read_parquet(path)
-    if path.name.endswith((".txt", ".txt.gz")):
+    if path.name.endswith(TRACKS):
         return read_tracks([path], history_steps, future_steps, stride=stride)
     raise UserError(
-        f"{path}: scenes must be .npz, .parquet, tracks in .txt or .txt.gz, or a folder of tracks "
-        "or of Argoverse 2 scenarios"
+        f"{path}: scenes must be .npz, .parquet, tracks in {', '.join(TRACKS)}, or a folder of "
+        "tracks or of Argoverse 2 scenarios"
     )
 
 
@@ -108,7 +110,10 @@ def _parquet(path: Path) -> dict[str, list[Any]]:
 def read_tracks(
     files: list[Path], history_steps: int, future_steps: int, *, stride: int = 4
 ) -> TaskCollection:
-    """Read tracks of lines `frame id x y`: one task per file, one scene per complete window.
+    """Read tracks: one task per file, one scene per complete window.
+
+    A text file has lines `frame id x y`; a CSV file has a header, whose columns are recognised by
+    their names (`COLUMNS`), and times instead of frames if it has those.
 
     A window is complete if one track, the focal agent, was observed at all of its steps; the other
     agents are those observed at the last history step. The first half of a recording, by time, is
@@ -132,7 +137,8 @@ def read_tracks(
         ):
             rows[split].append(row)
         if any(rows.values()):
-            tasks.append(Task(file.name.split(".txt")[0], **rows))
+            name = next(file.name.removesuffix(end) for end in TRACKS if file.name.endswith(end))
+            tasks.append(Task(name, **rows))
     if not tasks:
         raise UserError(
             f"no track in {files[0]}{' …' if len(files) > 1 else ''} was observed for "
@@ -149,6 +155,8 @@ def _points(file: Path) -> np.ndarray:
     """
     if not file.is_file():
         raise UserError(f"{file} is a pipe or a device, which cannot be read")
+    if ".csv" in file.suffixes:
+        return read_csv_points(file)
     opener = gzip.open if file.suffix == ".gz" else open
     points = []
     try:
