@@ -133,6 +133,7 @@ bench-speed: setup
 	$(SPEED)/bank.py
 	$(SPEED)/pipeline.py
 	$(SPEED)/rtd.py
+	$(SPEED)/large_shapes.py
 	$(SPEED)/gpu.py
 	$(BIN)/python benchmarks/speed/page.py
 

@@ -362,6 +362,67 @@ def size(row: dict[str, Any]) -> str:
     return f"{row['entries']:,} × {row['width']}"
 
 
+def large_shapes(data: dict[str, Any]) -> str:
+    plans = [row for row in data["rows"] if row["part"] == "plan"]
+    layers = [row for row in data["rows"] if row["part"] == "layer"]
+    first = plans[0]
+    ratios = [row["measured_to_planned"]["median"] for row in layers]
+    return "\n".join(
+        [
+            "## A large decoder, layer by layer\n",
+            "A decoder of Llama's shape with 32 layers of width 4096 (11008 inside, 32,000 tokens, "
+            "6.7 B parameters), as `foretune plan --layers` plans it from the config alone. Time "
+            "is the step's operations divided by this machine's rate of matrix products "
+            f"({first['flops_per_second'] / 1e9:.0f} GFLOP/s in fp32). PEFT-ML on "
+            f"{first['tasks']} tasks × {first['rows']} rows × {first['length']} tokens, "
+            f"{first['tokens_at_once']} tokens at once, every linear layer adapted at rank 8:\n",
+            table(
+                ["part", "parameters, M", "weights, GB", "gradients and optimiser, GB", "kept, GB",
+                 "TFLOP", "time, s"],
+                [large_part(part) for part in first["parts"]],
+            ),
+            "The whole step, and its share in each of "
+            f"{first['processes']} processes over which the base is sharded (FSDP2; without the "
+            "transfer). `retrain` trains base and adapters, `adapt` the adapters alone.\n",
+            table(
+                ["step", "precision", "GB", "time, s", "GB of each", "time of each, s",
+                 "received by each, GB"],
+                [
+                    [row["what"], row["precision"], gigabytes(row["memory_mb"]),
+                     f"{row['seconds']:,.0f}", gigabytes(row["memory_of_each_mb"]),
+                     f"{row['seconds_of_each']:,.0f}", gigabytes(row["received_by_each_mb"])]
+                    for row in plans
+                ],
+            ),
+            "One layer of it was really stepped, forward and backward, in fp32, with the adapters "
+            f"of so many tasks: it takes {min(ratios):.2f} to {max(ratios):.2f} times the planned "
+            "time. `kept` is what the plan says is kept for the backward pass, `rise` by how much "
+            "the process's memory rose, which includes what is held for a moment.\n",
+            table(
+                ["step", "tasks × examples × length", "GFLOP/s of products", "planned, s",
+                 "measured, s", "measured / planned", "kept, MB", "rise, MB"],
+                [
+                    [row["what"], f"{row['tasks']} × {row['rows']} × {row['length']}",
+                     f"{row['flops_per_second'] / 1e9:.0f}", row["seconds"]["plan"],
+                     row["seconds"]["layer"], shown(row["measured_to_planned"]),
+                     f"{row['kept_mb']:.0f}", f"{row['rise_mb']:.0f}"]
+                    for row in layers
+                ],
+            ),
+        ]
+    )  # fmt: skip
+
+
+def large_part(part: dict[str, Any]) -> list[str]:
+    sizes = [gigabytes(part[key], 2) for key in ("weights_mb", "training_mb", "kept_mb")]
+    flops, seconds = f"{part['flops'] / 1e12:,.2f}", f"{part['seconds']:,.1f}"
+    return [part["name"], f"{part['parameters'] / 1e6:,.1f}", *sizes, flops, seconds]
+
+
+def gigabytes(megabytes: float, digits: int = 1) -> str:
+    return f"{megabytes / 1024:,.{digits}f}"
+
+
 def gpu(data: dict[str, Any]) -> str:
     rows = [row for row in data["rows"] if "not_run" not in row]
     return "\n".join(
@@ -390,6 +451,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bank": bank,
     "pipeline": pipeline,
     "rtd": rtd,
+    "large-shapes": large_shapes,
     "gpu": gpu,
 }
 

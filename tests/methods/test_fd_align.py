@@ -346,7 +346,7 @@ def test_an_adapter_is_a_plain_peft_folder(tmp_path: Path) -> None:
     loaded = peft.PeftModel.from_pretrained(model, tmp_path / "one").eval()
     objective = tasks.objective.fit(tasks).bind(model)
     data = TaskData([slot_of(task) for task in tasks], objective)
-    assert score_slots(loaded, data, "test", only=0)[0] == adapted.scores["one", 0]
+    assert score_slots(loaded, data, "test", only=[0])[0] == adapted.scores["one", 0]
 
 
 def test_another_objective_is_refused() -> None:

@@ -192,6 +192,17 @@ STILL: dict[str, Callable[[], bool]] = {
     "peft.utils.merge_utils.ties": lambda: _takes(
         "peft.utils.merge_utils.ties", "task_tensors", "weights", "density"
     ),
+    "torch._subclasses.fake_tensor.FakeTensorMode": lambda: _takes(
+        "torch._subclasses.fake_tensor.FakeTensorMode", "allow_non_fake_inputs"
+    ),
+    "_base": lambda: (base := torch.ones(2, 3)).T._base is base,
+    **{
+        name: lambda name=name: bool(getattr(torch.ops.aten, name).default)
+        for name in (
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_flash_attention_for_cpu_backward",
+        )
+    },
     "torch.optim.adamw.adamw": lambda: _takes("torch.optim.adamw.adamw", "state_steps", "fused"),
 }
 

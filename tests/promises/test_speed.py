@@ -22,6 +22,7 @@ SCRIPTS = [
     ("heads", [], 2),
     ("rtd", [], 5),
     ("gpu", ["--device", "cpu"], 5),
+    ("large_shapes", [], 6),
 ]
 
 

@@ -254,6 +254,18 @@ RETRAINED: Cases = {
         SLOW, tokens="gpt2", token_budget=40, gradient_checkpointing=True
     ),
     "sharded-choice": lambda _: retrain(SLOW, tokens="bert"),
+    "sharded-both": lambda _: retrain(replace(PEFT, form="both")),
+    "sharded-sparse": lambda _: retrain(replace(PEFT, form="sparse")),
+    "sharded-towards-mean": lambda _: retrain(PULLED),
+    "sharded-reptile": lambda _: retrain(REPTILE),
+    "sharded-reptile-chunks": lambda _: retrain(REPTILE, token_budget=3),
+    "sharded-reptile-one-task": lambda _: retrain(REPTILE, rows=[9]),
+    "sharded-reptile-adapter": lambda _: retrain(replace(REPTILE, inner="adapter")),
+    "sharded-fomaml": lambda _: retrain(FOMAML),
+    "sharded-fomaml-adapter": lambda _: retrain(replace(FOMAML, inner="adapter")),
+    "sharded-fomaml-llama": lambda _: retrain(
+        replace(FOMAML, learning_rate=0.002, inner_learning_rate=0.005), tokens="llama"
+    ),
 }
 ADAPTED: Cases = {
     "adapt": lambda _: adapt(LORA_ADAPT),
@@ -301,7 +313,10 @@ ERRORS: Cases = {
         POOLED, model=nn.Sequential(nn.BatchNorm1d(4), linear_tasks.Net())
     ),
     "in-one-process": lambda _: adapt(LORA_ADAPT, on_update=full_disk),
-    "sharded-reptile": lambda _: retrain(REPTILE),
+    "sharded-factorised": lambda _: retrain(FACTORISED),
+    "sharded-sara": lambda _: adapt(foretune.SaRA(learning_rate=0.05)),
+    "sharded-held-out": lambda _: retrain(PEFT, held_out=HELD_OUT),
+    "sharded-8bit": lambda _: retrain(PEFT, optimizer="adamw-8bit"),
     "sharded-full": lambda _: adapt(foretune.Full(learning_rate=0.05)),
     "sharded-patience": lambda _: adapt(LORA_ADAPT, patience=1),
     "sharded-diverged": lambda _: adapt(replace(LORA_ADAPT, learning_rate=1e30)),

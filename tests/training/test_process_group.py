@@ -29,7 +29,10 @@ BY_ROW = ("pooled", "pooled-chunks", "pooled-choice", "best-in-memory", "best-on
 OTHERS = ("towards-mean", "reptile", "reptile-adapter", "fomaml", "fomaml-adapter", "none")
 OTHERS += ("factorised", "held-out", "held-out-last-layer", "held-out-none")
 SHARDED = ("", "-one-task", "-one-a-step", "-pooled", "-heads", "-best", "-on-disk", "-llama")
-SHARDED = tuple(f"sharded{name}" for name in (*SHARDED, "-gpt2", "-choice"))
+SHARDED += ("-gpt2", "-choice", "-both", "-sparse", "-towards-mean")
+SHARDED += ("-reptile", "-reptile-chunks", "-reptile-one-task")
+SHARDED += ("-reptile-adapter", "-fomaml", "-fomaml-adapter", "-fomaml-llama")
+SHARDED = tuple(f"sharded{name}" for name in SHARDED)
 ADAPTED = ("adapt", "adapt-waves", "adapt-shots", "adapt-patience", "adapt-full", "adapt-path")
 ADAPTED += ("adapt-labels",)
 SHARDED_ADAPTED = ("", "-waves", "-path", "-labels", "-head", "-one-task", "-basis", "-llama")
@@ -196,7 +199,10 @@ def test_all_processes_raise_the_same_error(played: Path) -> None:
         "other-models": "UserError: the 2 processes of this job have different models",
         "statistics": r"UserError: 0 \(BatchNorm1d\) keeps batch statistics",
         "in-one-process": "ForetuneError: the disk is full",
-        "sharded-reptile": "UserError: an inner loop needs the whole base",
+        "sharded-factorised": "UserError: the shared heads of factorised-heads cannot be sharded",
+        "sharded-sara": "UserError: sara trains a whole copy of the base for each task",
+        "sharded-held-out": "UserError: held-out tasks need the whole base in every process",
+        "sharded-8bit": "UserError: optimizer adamw-8bit cannot be sharded",
         "sharded-full": "UserError: full trains a whole copy of the base for each task",
         "sharded-patience": "UserError: patience=1 stops tasks one by one",
         "sharded-diverged": "DivergedError: .*task",

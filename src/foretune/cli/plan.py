@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from foretune.cli.output import Json, Overrides, emit, emit_json, quiet_stdout, table
 from foretune.tasks.labels import shown
 
+if TYPE_CHECKING:
+    from foretune.recipes.schema import Recipe
+
 
 def plan(
     recipe: Annotated[str, typer.Argument(help="Packaged recipe (see foretune ls) or YAML file.")],
     changes: Overrides = None,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers",
+            help="Plan a step layer by layer from the model's config. Weights are not loaded, "
+            "and need not be there.",
+        ),
+    ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="With --layers: processes over which the base is to be sharded (FSDP2)."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say beforehand whether retraining pays, and what it costs.
@@ -22,15 +39,35 @@ def plan(
     Shows tasks, leaks, parameters, memory and time. Times a few training steps of each method and
     saves nothing.
     """
-    from foretune.recipes.schema import load_recipe
-
-    loaded = load_recipe(recipe, changes or [])
+    loaded = _checked(recipe, changes or [], layers, processes)
     with quiet_stdout():
         from foretune.cli.progress import StderrConsole
         from foretune.recipes.plan import plan_recipe
 
-        planned = plan_recipe(loaded, StderrConsole()).to_dict()
+        planned = plan_recipe(
+            loaded, StderrConsole(), layers=layers, processes=processes or 1
+        ).to_dict()
     emit_json(planned) if json else emit(plan_text(planned))
+
+
+def _checked(recipe: str, changes: Sequence[str], layers: bool, processes: int | None) -> Recipe:
+    """The recipe, once the options fit it; without importing torch.
+
+    Raises:
+        UserError: They do not, or there is no such recipe.
+    """
+    from foretune.errors import UserError
+    from foretune.recipes.schema import load_recipe
+
+    if processes is not None and not layers:
+        raise UserError("--processes plans a sharded base, layer by layer: add --layers")
+    loaded = load_recipe(recipe, changes)
+    if layers and (loaded.model.name is None or loaded.model.tower is not None):
+        raise UserError(
+            "--layers plans a model of texts by its config alone: it needs model.name, and neither "
+            "model.file nor model.tower"
+        )
+    return loaded
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:
@@ -47,12 +84,16 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     parts.append(_leaks(plan["leaks"]))
     if plan["shared_inputs"]:
         parts.append(_shared_inputs(plan["shared_inputs"]))
-    rows = [_cost(cost) for cost in [*plan["retrain"], *([plan["adapt"]] if plan["adapt"] else [])]]
+    costs = [*plan["retrain"], *([plan["adapt"]] if plan["adapt"] else [])]
+    layered = [cost for cost in costs if cost["layers"]]
+    parts += map(_layers, layered)
+    rows = [_cost(cost) for cost in costs]
     header = ["method", "base", "adapter per task", "head per task", "s per step", "total"]
     parts.append("trainable parameters and time\n" + table(header, rows))
     memory = plan["peak_memory_mb"]
     peak = f", up to {memory:.0f} MB of memory" if memory else ""
-    parts.append(f"Total: about {duration(plan['seconds'])}{peak} (measured on a few steps).")
+    how = "planned from shapes" if layered else "measured on a few steps"
+    parts.append(f"Total: about {duration(plan['seconds'])}{peak} ({how}).")
     return "\n\n".join(parts)
 
 
@@ -147,6 +188,53 @@ def _shared_inputs(shared: list[Mapping[str, Any]]) -> str:
         "in its own way; scores hold for new tasks that answer such inputs, too."
     )
     return textwrap.fill(text, 80, subsequent_indent="  ")
+
+
+def _layers(cost: Mapping[str, Any]) -> str:
+    """A step of a method, or of adapting, by its parts."""
+    plan = cost["layers"]
+    columns = ("weights_mb", "training_mb", "kept_mb")
+    rows = [
+        [
+            part["name"],
+            f"{part['parameters'] / 1e6:,.1f}",
+            *(f"{part[key] / 1024:,.2f}" for key in columns),
+            f"{part['flops'] / 1e12:,.2f}",
+            f"{part['seconds']:,.1f}",
+        ]
+        for part in plan["parts"]
+    ]
+    totals = [sum(part[key] for part in plan["parts"]) for key in columns]
+    rows.append(
+        [
+            "all",
+            f"{sum(part['parameters'] for part in plan['parts']) / 1e6:,.1f}",
+            *(f"{total / 1024:,.2f}" for total in totals),
+            f"{sum(part['flops'] for part in plan['parts']) / 1e12:,.2f}",
+            f"{sum(part['seconds'] for part in plan['parts']):,.1f}",
+        ]
+    )
+    header = ["part", "params, M", "weights", "training", "kept", "TFLOP", "s"]
+    lines = [
+        f"{cost['name']}, a step of {plan['tokens']:,} tokens, layer by layer (GB)",
+        table(header, rows),
+        _wrapped(
+            f"{sum(totals) / 1024:,.1f} GB in one process, {plan['tokens_at_once']:,} tokens at "
+            f"once. Training: gradients and optimiser state; kept: for the backward pass. "
+            f"Products of {plan['precision']} matrices reach {plan['rate'] / 1e9:,.0f} GFLOP/s "
+            "here."
+        ),
+    ]
+    share = plan["share"]
+    if share:
+        lines.append(
+            _wrapped(
+                f"In each of {share['processes']} processes (FSDP2): "
+                f"{share['memory_mb'] / 1024:,.1f} GB and {share['seconds']:,.1f} s a step, "
+                f"without the transfer of {share['received_mb'] / 1024:,.1f} GB."
+            )
+        )
+    return "\n".join(lines)
 
 
 def _cost(cost: Mapping[str, Any]) -> list[str]:

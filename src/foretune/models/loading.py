@@ -91,6 +91,7 @@ def load_model(
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
     quantize: Quantize | None = None,
+    weights: bool = True,
 ) -> tuple[nn.Module, Any]:
     """Load a model in eval mode, and its tokenizer.
 
@@ -113,6 +114,8 @@ def load_model(
         dtype: Dtype of the weights, float32 by default; "auto" for that of the checkpoint.
         quantize: "nf4" or "int8": hold linear layers in 4 or 8 bits (bitsandbytes), for adapters
             only; heads, embeddings and the rest keep `dtype`.
+        weights: Whether to load the weights. False takes the shapes alone, from the config: the
+            model is on the meta device, and its folder need not hold weights.
 
     Returns:
         (model, tokenizer); the tokenizer is None for a model without one.
@@ -154,10 +157,15 @@ def load_model(
             if head in LABELLED and num_labels is not None and not _names_all(config, labels):
                 config.num_labels = num_labels
             fresh_head = head in LABELLED
-            model = build(
-                *(auto, where, config, trusted, seed, precision.torch_dtype, precision.quantize),
-                fresh_head=fresh_head,
-            )
+            if weights:
+                model = build(
+                    *(auto, where, config, trusted, seed, precision.torch_dtype),
+                    precision.quantize,
+                    fresh_head=fresh_head,
+                )
+            else:
+                with torch.device("meta"):
+                    model = auto.from_config(config, trust_remote_code=trusted).eval()
             tokenizer = load_tokenizer(where, trusted, reads_text=head != "image-classification")
     pad_within(model, tokenizer)
     if chat_template is not None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import foretune
 from foretune.evaluation.conflict import Conflict
@@ -18,9 +18,13 @@ from foretune.recipes.plan_notes import plan_notes
 from foretune.recipes.schema import Recipe
 from foretune.recipes.setup import Setup, set_up
 from foretune.recipes.timing import Stopwatch, evenly, time_steps
+from foretune.run import Run
 from foretune.tasks.leakage import Leak, SharedInputs, find_overlaps
 from foretune.tasks.summary import describe
 from foretune.tasks.task import TaskCollection
+
+if TYPE_CHECKING:
+    from foretune.recipes.plan_layers import LayerPlan
 
 STATE_BYTES = 16  # per trained parameter: its value, its gradient and two moments
 FORWARD_SHARE = 1 / 3  # of the time of a forward and backward pass, approximately
@@ -37,6 +41,8 @@ class Cost:
         seconds: Estimate for the whole recipe, including search, repeats and validations.
         peak_memory_mb: Peak memory of the steps that were timed, plus adapters that were left out;
             None if the system does not report it.
+        layers: A step by its parts, from which time and memory were planned; None if steps were
+            timed.
     """
 
     name: str
@@ -44,6 +50,7 @@ class Cost:
     step_seconds: float | None
     seconds: float
     peak_memory_mb: float | None = None
+    layers: LayerPlan | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,27 +100,35 @@ class Plan:
         return {**fields, "seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
 
 
-def plan_recipe(recipe: Recipe, console: Console = SILENT) -> Plan:
+def plan_recipe(
+    recipe: Recipe, console: Console = SILENT, *, layers: bool = False, processes: int = 1
+) -> Plan:
     """Reads the data and times a few steps of each method.
 
     Args:
         recipe: The recipe.
         console: Receives the progress.
+        layers: Plan the steps layer by layer instead, from the shapes of a model that is not
+            loaded.
+        processes: With `layers`, processes over which the base would be sharded (FSDP2).
 
     Raises:
-        UserError: The data or the model does not fit the recipe.
+        UserError: The data or the model does not fit the recipe, or cannot be planned by layers.
     """
-    setup = set_up(recipe, console)
-    conflict = recipe_conflict(setup, console)
+    setup = set_up(recipe, console, weights=not layers)
+    conflict: Conflict | str = "the model that measures it is not loaded"
+    if not layers:
+        conflict = recipe_conflict(setup, console)
+    doing = "planning a step" if layers else "timing a few steps"
     costs: list[Cost] = []
     for entry in recipe.entries:
-        console.say(f"{entry.name}: timing a few steps")
+        console.say(f"{entry.name}: {doing}")
         cost = _choosing_cost if entry.method == "auto" else _retrain_cost
-        costs.append(cost(setup, entry, all(c.step_seconds is None for c in costs)))
+        costs.append(cost(setup, entry, all(c.step_seconds is None for c in costs), processes))
     adapt = None
     if setup.unseen is not None:
-        console.say("adapting: timing a few steps")
-        adapt = _adapt_cost(setup, setup.unseen)
+        console.say(f"adapting: {doing}")
+        adapt = _adapt_cost(setup, setup.unseen, processes)
     overlaps = find_overlaps(setup.seen, setup.unseen)
     labels = _labels(setup)
     return Plan(
@@ -145,6 +160,11 @@ def _labels(setup: Setup) -> dict[str, list[Any]]:
     return {name: list(names) for name, names in one_form(labels).items()}
 
 
+def is_on_meta(model: Any) -> bool:
+    """Whether the model has shapes and no weights."""
+    return any(p.is_meta for p in model.parameters())
+
+
 def _drawn(setup: Setup, unseen: TaskCollection) -> list[str]:
     """What the recipe's numbers of shots come to in the unseen tasks."""
     from foretune.evaluation.wording import rows_drawn
@@ -159,15 +179,49 @@ def _drawn(setup: Setup, unseen: TaskCollection) -> list[str]:
     return rows_drawn(numbers, "rows per class" if kind in CLASSES else "rows")
 
 
-def _retrain_cost(setup: Setup, entry: MethodEntry, is_first: bool) -> Cost:
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """A step of full size, timed or planned: time, its first time on new rows, and memory."""
+
+    seconds: float
+    new_rows_seconds: float
+    parameters: dict[str, int]
+    peak_memory_mb: float | None
+    layers: LayerPlan | None = None
+
+
+def _retrain_cost(setup: Setup, entry: MethodEntry, is_first: bool, processes: int) -> Cost:
     """The cost of retraining, of which the first bears that of a frozen part reading each row."""
     full_run = setup.recipe.retrain_run()
     if not takes_rate(entry.method):  # it trains nothing
         return Cost(name=entry.name, parameters={}, step_seconds=None, seconds=0.0)
     record = entry.record()
+    together = min(full_run.tasks_per_step or len(setup.seen), len(setup.seen))
+    if is_on_meta(setup.model):
+        timed = _planned_retraining(setup, record, full_run, processes)
+    else:
+        timed = _timed_retraining(setup, record, full_run, together)
+    step = timed.seconds
+    per_row = step / (together * full_run.batch_size)
+    rows = sum(len(task.split(split)) for task in setup.seen for split in ("train", "validation"))
+    once = timed.new_rows_seconds / (together * full_run.batch_size) * rows
+    seconds = 0.0
+    for steps in _retrainings(setup.recipe, entry):
+        validations = _validations(full_run.eval_every, steps)
+        seconds += steps * step + validations * _validated_rows(setup, record) * per_row
+    return Cost(
+        name=entry.name,
+        parameters=timed.parameters,
+        step_seconds=step,
+        seconds=once * is_first + setup.recipe.seeds * seconds,
+        peak_memory_mb=timed.peak_memory_mb,
+        layers=timed.layers,
+    )
+
+
+def _timed_retraining(setup: Setup, record: Any, full_run: Run, together: int) -> _Step:
     # A method with episodes over all tasks updates the base once per several batches.
     episode = record.batches_per_update
-    together = min(full_run.tasks_per_step or len(setup.seen), len(setup.seen))
 
     def train(tasks: TaskCollection, num_tasks: int, updates: int, watch: Stopwatch) -> Any:
         run = full_run.replace(steps=episode * updates, eval_every=0, tasks_per_step=num_tasks)
@@ -177,20 +231,40 @@ def _retrain_cost(setup: Setup, entry: MethodEntry, is_first: bool) -> Cost:
 
     timing = time_steps(train, setup, setup.seen, together, full_run.batch_size)
     per_step = timing.watch.updates / (episode * timing.watch.planned)
-    step = timing.seconds * per_step
-    per_row = step / (together * full_run.batch_size)
-    rows = sum(len(task.split(split)) for task in setup.seen for split in ("train", "validation"))
-    once = timing.new_rows_seconds * per_step / (together * full_run.batch_size) * rows
-    seconds = 0.0
-    for steps in _retrainings(setup.recipe, entry):
-        validations = _validations(full_run.eval_every, steps)
-        seconds += steps * step + validations * _validated_rows(setup, record) * per_row
-    return Cost(
-        name=entry.name,
+    return _Step(
+        seconds=timing.seconds * per_step,
+        new_rows_seconds=timing.new_rows_seconds * per_step,
         parameters=_parameters(timing.outcome.model, timing.outcome.bank),
-        step_seconds=step,
-        seconds=once * is_first + setup.recipe.seeds * seconds,
         peak_memory_mb=timing.outcome.cost.get("peak_memory_mb"),
+    )
+
+
+def _planned_retraining(setup: Setup, record: Any, full_run: Run, processes: int) -> _Step:
+    from foretune.training.model_copies import fresh_copy
+    from foretune.training.verbs import objective_of
+
+    objective = record.objective_for(objective_of(setup.seen).bind(setup.model))
+    model = fresh_copy(setup.model, objective, full_run.seed)
+    learner = record.learner(model, objective, setup.seen.names[:1], full_run)
+    run = record.run_for(full_run, len(setup.seen))
+    tasks = setup.seen.with_objective(objective)
+    return _planned_step(learner, tasks, record, run, processes, run.steps / full_run.steps)
+
+
+def _planned_step(
+    learner: Any, tasks: TaskCollection, record: Any, run: Run, processes: int, factor: float
+) -> _Step:
+    """A step on all these tasks, planned by its layers; `factor` of them are one of full size."""
+    from foretune.recipes.plan_layers import plan_layers
+
+    parameters = _parameters(learner.model, learner.bank)
+    plan = plan_layers(learner, tasks, record, run, processes)
+    return _Step(
+        seconds=plan.seconds * factor,
+        new_rows_seconds=0.0,
+        parameters=parameters,
+        peak_memory_mb=plan.memory_mb,
+        layers=plan,
     )
 
 
@@ -215,7 +289,7 @@ def _validated_rows(setup: Setup, record: Any) -> float:
     return held_out.draws * (trained + FORWARD_SHARE * scored)
 
 
-def _choosing_cost(setup: Setup, entry: MethodEntry, is_first: bool) -> Cost:
+def _choosing_cost(setup: Setup, entry: MethodEntry, is_first: bool, processes: int) -> Cost:
     """The cost of `auto`, if each candidate is equally likely to stay.
 
     Candidates that differ only in their learning rate cost the same; one of them is timed.
@@ -230,7 +304,8 @@ def _choosing_cost(setup: Setup, entry: MethodEntry, is_first: bool) -> Cost:
         kind = f"{candidate['name']} {fields}"
         if kind not in cost_by_kind:
             timed_entry = MethodEntry(name=kind, method=candidate["name"], fields=fields, rates=[])
-            cost_by_kind[kind] = _retrain_cost(setup, timed_entry, is_first and not cost_by_kind)
+            first = is_first and not cost_by_kind
+            cost_by_kind[kind] = _retrain_cost(setup, timed_entry, first, processes)
         timed.append(cost_by_kind[kind])
     seconds = sum(cost.seconds for cost in timed)
     trained = [cost for cost in timed if cost.step_seconds is not None]
@@ -253,7 +328,7 @@ def _remaining_shares(auto: Any) -> list[float]:
     return [count / number for count in remaining]
 
 
-def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
+def _adapt_cost(setup: Setup, unseen: TaskCollection, processes: int) -> Cost:
     from foretune.evaluation.adapt_search import NUM_STOPS
 
     block, recipe = setup.recipe.adapt, setup.recipe
@@ -261,17 +336,11 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
     plain = [method for method in methods if method.fits(setup.model)]
     record = plain[-1] if block.searches else adapt_record(block)  # the last one trains the most
 
-    def train(tasks: TaskCollection, num_tasks: int, updates: int, watch: Stopwatch) -> Any:
-        part = dataclasses.replace(tasks, tasks=evenly(tasks, num_tasks))
-        run = full_run.replace(steps=updates, eval_every=0)
-        return foretune.adapt(setup.model, part, record, run, progress=watch)
-
-    timing = time_steps(train, setup, unseen, len(unseen), full_run.batch_size)
-    step, parameters = timing.seconds, int(timing.outcome.cost.get("trainable_parameters") or 0)
-    peak = timing.outcome.cost.get("peak_memory_mb")
-    if peak is not None:  # the adapters that were left out, with gradients and optimiser state
-        peak += (len(unseen) - timing.num_tasks) * parameters * STATE_BYTES / 2**20
-    once = timing.new_rows_seconds / full_run.batch_size
+    if is_on_meta(setup.model):
+        timed = _planned_adaptation(setup, unseen, record, full_run, processes)
+    else:
+        timed = _timed_adaptation(setup, unseen, record, full_run)
+    step, once = timed.seconds, timed.new_rows_seconds / full_run.batch_size
     once *= sum(len(t.train) + len(t.test) for t in unseen)
     once /= len(unseen)  # a step has a batch of each task
     bases = len(recipe.entries) * recipe.seeds
@@ -289,12 +358,48 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection) -> Cost:
     per_task = step / len(unseen)
     return Cost(
         name=", ".join(dict.fromkeys(method.name for method in methods)),
-        parameters={"adapter": parameters},
+        parameters=timed.parameters,
         step_seconds=step,
         seconds=once
         + per_task * (full_run.steps * adaptations + FORWARD_SHARE * rows / full_run.batch_size),
+        peak_memory_mb=timed.peak_memory_mb,
+        layers=timed.layers,
+    )
+
+
+def _timed_adaptation(setup: Setup, unseen: TaskCollection, record: Any, full_run: Run) -> _Step:
+    def train(tasks: TaskCollection, num_tasks: int, updates: int, watch: Stopwatch) -> Any:
+        part = dataclasses.replace(tasks, tasks=evenly(tasks, num_tasks))
+        run = full_run.replace(steps=updates, eval_every=0)
+        return foretune.adapt(setup.model, part, record, run, progress=watch)
+
+    timing = time_steps(train, setup, unseen, len(unseen), full_run.batch_size)
+    parameters = int(timing.outcome.cost.get("trainable_parameters") or 0)
+    peak = timing.outcome.cost.get("peak_memory_mb")
+    if peak is not None:  # the adapters that were left out, with gradients and optimiser state
+        peak += (len(unseen) - timing.num_tasks) * parameters * STATE_BYTES / 2**20
+    return _Step(
+        seconds=timing.seconds,
+        new_rows_seconds=timing.new_rows_seconds,
+        parameters={"adapter": parameters},
         peak_memory_mb=peak,
     )
+
+
+def _planned_adaptation(
+    setup: Setup, unseen: TaskCollection, record: Any, full_run: Run, processes: int
+) -> _Step:
+    from foretune.training.model_copies import copy_to_adapt
+    from foretune.training.verbs import objective_of
+
+    bound = objective_of(unseen).bind(setup.model)
+    model, objective = copy_to_adapt(setup.model, bound, full_run.seed)
+    learner = record.learner(model, objective, unseen.names[:1], full_run)
+    tasks, factor = unseen.with_objective(objective), 1
+    if not record.shares_base:  # one task after the other, each with a copy of the base
+        tasks, factor = tasks.subset(unseen.names[:1]), len(unseen)
+    planned = _planned_step(learner, tasks, record, full_run, processes, factor)
+    return dataclasses.replace(planned, parameters={"adapter": learner.parameters_per_task})
 
 
 def _searches(setup: Setup) -> Iterator[tuple[float, list[Sequence[Any]]]]:

@@ -83,13 +83,14 @@ class Setup:
         )
 
 
-def set_up(recipe: Recipe, console: Console, turn: int = 0) -> Setup:
+def set_up(recipe: Recipe, console: Console, turn: int = 0, *, weights: bool = True) -> Setup:
     """Reads the tasks, then the model, so that bad data is reported early.
 
     Args:
         recipe: The recipe.
         console: Receives what was read.
         turn: The turn of `tasks.rotate`, which is the number of the repeat.
+        weights: Whether the model's weights are loaded; else it is on the meta device.
 
     Returns:
         The setup of the repeat with this number.
@@ -110,8 +111,8 @@ def set_up(recipe: Recipe, console: Console, turn: int = 0) -> Setup:
     # The labels are collected before the model is loaded: the width of its head depends on them.
     objective = make_objective(recipe.objective.kind, None, **recipe.objective_fields())
     fitted = objective.fit(seen)
-    model, tokenizer = load(recipe, fitted, seen)
-    console.say(f"model: {recipe.model}")
+    model, tokenizer = load(recipe, fitted, seen, weights=weights)
+    console.say(f"model: {recipe.model}" + ("" if weights else ", its shapes alone"))
     check_tokenizer(recipe.model.name or recipe.model.file, tokenizer, fitted, seen)
     seen = seen.with_objective(with_tokenizer(fitted, tokenizer))
     if recipe.model.file is not None:
@@ -194,7 +195,9 @@ def held_out_names(recipe: Recipe, seen: TaskCollection, repeat: int) -> list[st
     return [name for name in seen.names if name in chosen]
 
 
-def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, Any]:
+def load(
+    recipe: Recipe, objective: Any, tasks: TaskCollection, *, weights: bool = True
+) -> tuple[Any, Any]:
     """(model, tokenizer) of a recipe; the tokenizer is None for a model of arrays.
 
     Raises:
@@ -232,6 +235,7 @@ def load(recipe: Recipe, objective: Any, tasks: TaskCollection) -> tuple[Any, An
         tower=block.tower,
         chat_template=block.chat_template,
         trust_remote_code=block.trust_remote_code,
+        weights=weights,
     )
 
 

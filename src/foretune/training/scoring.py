@@ -27,7 +27,7 @@ def score_slots(
     *,
     batch_size: int = 64,
     budget: int | None = None,
-    only: int | None = None,
+    only: Sequence[int] | None = None,
     in_step_with: ProcessGroup = ALONE,
 ) -> dict[int, float]:
     """The mean score of each slot that has rows in `split`.
@@ -40,7 +40,7 @@ def score_slots(
             ordered by label. None for all.
         batch_size: Examples scored together, of one slot or of several.
         budget: Tokens scored together; None for no limit.
-        only: Score this slot alone.
+        only: Score these slots alone.
         in_step_with: Processes over which the model is sharded: all of them score at the same time,
             each its own data, and call the model equally often.
 
@@ -50,7 +50,7 @@ def score_slots(
     Raises:
         DivergedError: A score is not finite; the message names task and row.
     """
-    chosen = range(len(data)) if only is None else [only]
+    chosen = range(len(data)) if only is None else only
     picks = [(s, i) for s in chosen for i in spread(data.num_rows(s, split), max_rows)]
 
     def measure(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from foretune.adapters.bank import AdapterBank
-from foretune.errors import UserError
 from foretune.run import Run
 from foretune.tasks.task import Objective
 from foretune.training.data import PerTaskSampler, Step, TaskData
 from foretune.training.learners.joint import Learner
 from foretune.training.optim import SlotAdamW
-from foretune.training.process_group import Partition
+from foretune.training.process_group import pad_with_fillers
 from foretune.training.scoring import score_slots
+from foretune.training.sharding import place_like
 
 
 class EpisodicLearner(Learner):
@@ -57,15 +58,6 @@ class EpisodicLearner(Learner):
         self.batches_per_update = inner_steps + query
 
     @override
-    def place(self, device: torch.device, partition: Partition) -> None:
-        if partition.sharded:
-            raise UserError(
-                "an inner loop needs the whole base in every process: train Reptile and FOMAML "
-                "without FSDP"
-            )
-        super().place(device, partition)
-
-    @override
     def start(self, run: Run) -> None:
         super().start(run)
         self.bank_optimizer = None  # the bank is reset in each episode
@@ -80,13 +72,17 @@ class EpisodicLearner(Learner):
             by_slot = self.backward(steps[-1])
             if self.bank is not None:
                 self.bank.zero_grad()
-        elif self.inner_all and by_slot:
+        elif self.inner_all and self._takes_part(by_slot):
             for p, start in zip(self.base, before, strict=True):
                 p.grad = start - p.detach()
-        elif by_slot:
+        elif self._takes_part(by_slot):
             self._reptile_gradient(sorted(by_slot), steps[0].num_slots)
         _restore(self.base, before)
         return by_slot
+
+    def _takes_part(self, present: Collection[int]) -> bool:
+        """Whether this process has a task of the episode, or a shard of the base it moves."""
+        return bool(present) or self.sharded
 
     def _adapt(self, steps: Sequence[Step], present: Sequence[int], seed: int) -> dict[int, float]:
         """Runs the inner loop for the slots in `present`; leaves the adapted values in place."""
@@ -100,55 +96,78 @@ class EpisodicLearner(Learner):
                 torch.optim.AdamW(self.base, self.inner_learning_rate, weight_decay=0.0, fused=True)
             ]
         by_slot: dict[int, float] = {}
-        with _frozen([] if self.inner_all else self.base):
-            for step in steps if present else ():
+        # A shard cannot be frozen for a while: its gradient is computed, and dropped.
+        with _frozen([] if self.inner_all or self.sharded else self.base):
+            for step in steps if self._takes_part(present) else ():
                 by_slot = self.backward(step)
                 for optimizer in inner:
                     optimizer.step()
                     optimizer.zero_grad()
-                if slots is not None:
+                if slots is not None and present:
                     slots.step_slots(present, grad_scale=step.num_slots)
+        if self.sharded and not self.inner_all:
+            for p in self.base:
+                p.grad = None
         return by_slot
 
     @torch.no_grad()
     def _reptile_gradient(self, present: Sequence[int], num_slots: int) -> None:
         """Reptile's outer gradient after an inner loop on adapters: W − mean_t (W + s·B_t A_t).
 
-        Only the part of the slots in `present`; the mean is over `num_slots`.
+        Only the part of the slots in `present`, unless the base is sharded; the mean is over
+        `num_slots`.
         """
         assert self.bank is not None
         modules = dict(self.model.named_modules())
         for name in self.bank.layer_names:
-            weight = modules[name].weight
+            weight: Any = modules[name].weight
             if weight.requires_grad:
                 share = len(present) / num_slots
-                weight.grad = -share * self.bank.mean_delta(name, present)
+                # The mean over no slot would not be zero, but not a number.
+                gradient = -share * self.bank.mean_delta(name, present or [0])
+                weight.grad = place_like(weight, self.sharded_over.sum(gradient))
 
     @override
     def score(self, data: TaskData, split: str, max_rows: int | None) -> dict[int, float]:
         """Scores each task after the inner loop on its own training examples."""
-        sizes = [len(slot.train) for slot in data.slots]
         scores: dict[int, float] = {}
-        groups = [[s] for s in range(len(data))] if self.inner_all else [list(range(len(data)))]
         before = [p.detach().clone() for p in self.base] if self.inner_all else []
         # Four examples per task and inner step, always the same.
+        sizes = [len(slot.train) for slot in data.slots]
         sampler = PerTaskSampler(sizes, 4, None, 0, data.keys)
-        for group in groups:
+        for group in self._scored_together(data):
             steps = []
             for i in range(self.inner_steps):
                 picks = [pick for pick in sampler.picks(i) if pick[0] in group]
-                steps.append(
-                    data.step(picks, "train", train=True, seed=[0, i], budget=self.token_budget)
-                )
+                step = data.step(picks, "train", train=True, seed=[0, i], budget=self.token_budget)
+                steps.append(pad_with_fillers(step, data, self.sharded_over))
             with torch.enable_grad(), torch.random.fork_rng():
                 torch.manual_seed(0)
                 self._adapt(steps, sorted(set(steps[0].slots)), seed=0)
-            only = group[0] if self.inner_all else None
             scores |= score_slots(
-                self.model, data, split, max_rows, budget=self.token_budget, only=only
+                self.model,
+                data,
+                split,
+                max_rows,
+                budget=self.token_budget,
+                only=group,
+                in_step_with=self.sharded_over,
             )
             _restore(self.base, before)
         return scores
+
+    def _scored_together(self, data: TaskData) -> list[list[int]]:
+        """The slots of each inner loop: all, or one after the other where it moves the base.
+
+        On a sharded base all processes go through the tasks of all; a task of another process is
+        an empty list.
+        """
+        if not self.inner_all:
+            return [list(range(len(data)))]
+        if self.partition is None or not self.sharded:
+            return [[slot] for slot in range(len(data))]
+        place = {slot: i for i, slot in enumerate(self.partition.slots)}
+        return [[place[slot]] if slot in place else [] for slot in range(len(self.partition.data))]
 
 
 @contextmanager
