@@ -423,6 +423,30 @@ def gigabytes(megabytes: float, digits: int = 1) -> str:
     return f"{megabytes / 1024:,.{digits}f}"
 
 
+def forecast(data: dict[str, Any]) -> str:
+    rows = data["rows"]
+    first = rows[0]
+    return "\n".join(
+        [
+            "## Pretraining a forecaster\n",
+            f"A Forecast-MAE of the released size on {first['scenes']:,} scenes of pedestrians at "
+            f"{first['places']} places, CPU seconds of one thread. A step reads "
+            f"{first['scenes_per_step']} scenes (32 of each place, or all it has), a validation "
+            f"{first['scenes_per_validation']}, once in {first['steps_between_validations']} "
+            "steps.\n",
+            table(
+                ["tokens at once", "a step", "a validation", "share of validating", "peak MB"],
+                [
+                    [row["tokens_at_once"], f"{row['step_seconds']:.1f}",
+                     f"{row['validation_seconds']:.1f}",
+                     f"{100 * row['share_of_validating']:.1f} %", f"{row['peak_mb']:,.0f}"]
+                    for row in rows
+                ],
+            ),
+        ]
+    )  # fmt: skip
+
+
 def gpu(data: dict[str, Any]) -> str:
     rows = [row for row in data["rows"] if "not_run" not in row]
     return "\n".join(
@@ -451,6 +475,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bank": bank,
     "pipeline": pipeline,
     "rtd": rtd,
+    "forecast": forecast,
     "large-shapes": large_shapes,
     "gpu": gpu,
 }

@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +18,10 @@ import foretune.forecasting
 from command_line import call, the_error, the_json
 from forecasting.tiny_scenes import scene_tasks
 from foretune.forecasting import folders, model
+from foretune.forecasting.junctions import junctions
+from foretune.forecasting.pretraining import SceneReconstruction
 from foretune.forecasting.scenes import save_scenes
+from foretune.tasks.task import Task, TaskCollection
 from format_checks import assert_versions_by_command
 from fuzzing import check_command, copied, damaged
 
@@ -226,3 +231,46 @@ def test_a_damaged_file_is_read_or_one_line(data: st.DataObject, file: str, worl
         (folder / file).write_bytes(data.draw(damaged(folder / file)))
         command = ("forecast", "eval", "forecast-peft", "--scenes", "s.npz", "--base", "base")
         check_command(folder, command)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scored_each_time"),
+    [
+        (["steps=3", "batch_size=10"], 3),  # validated after each step, of 10 scenes
+        (["steps=4", "batch_size=10", "eval_every=2"], 6),
+        (["steps=3", "batch_size=10", "eval_rows=9"], 9),  # as asked for
+        (["steps=3", "batch_size=1"], 1),
+    ],
+)
+def test_validating_takes_at_most_a_tenth_of_pretraining(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], scored_each_time: int
+) -> None:
+    scenes = junctions(24, 0)
+    one = Task("one", scenes[:12], scenes[12:], ())
+    save_scenes(tmp_path / "s.npz", TaskCollection((one,)))
+    read: dict[str, list[int]] = {"trained": [], "scored": []}
+
+    def counting(name: str, of: str) -> None:
+        real = getattr(SceneReconstruction, name)
+
+        def counted(self: SceneReconstruction, model: Any, batch: Any) -> Any:
+            if torch.is_grad_enabled() == (of == "trained"):
+                read[of].append(len(batch.slots))
+            return real(self, model, batch)
+
+        monkeypatch.setattr(SceneReconstruction, name, counted)
+
+    counting("losses", "trained")
+    counting("scores", "scored")
+    command = ["forecast", "pretrain", *SIZES.split(), "lane_points=10", *changes]
+    result = the_json(*command, "--scenes", tmp_path / "s.npz", "--out", tmp_path / "base")
+    assert set(read["scored"]) == {scored_each_time}
+    assert result["validation_loss"] is not None
+    if scored_each_time not in (1, 9):
+        assert sum(read["scored"]) / 3 <= 0.1 * sum(read["trained"])
+
+
+def test_pretraining_reads_few_scenes_at_once() -> None:
+    assert folders.pretrain_settings([], 0).run.token_budget == folders.TOKENS_AT_ONCE
+    assert folders.pretrain_settings(["token_budget=null"], 0).run.token_budget is None
+    assert folders.pretrain_settings([], 0).run.eval_rows == 32

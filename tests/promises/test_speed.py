@@ -23,6 +23,7 @@ SCRIPTS = [
     ("rtd", [], 5),
     ("gpu", ["--device", "cpu"], 5),
     ("large_shapes", [], 6),
+    ("forecast", [], 2),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from foretune.run import Run, check_positive
 from foretune.training.methods import AdaptMethod
 
 SUMMARY, FORMAT = "forecasts.json", "foretune-forecasts-1"
+VALIDATED = 0.1  # of the time of pretraining, at most
+FORWARD_SHARE = 1 / 3  # of the time of a forward and backward pass, approximately
+# Scenes are padded to the one with the most agents; a step of many tasks at once takes gigabytes.
+TOKENS_AT_ONCE = 2048
 ADAPT_METHODS = ("forecast-peft", "full")
 RUN_FIELDS = tuple(
     f.name for f in dataclasses.fields(Run) if f.name not in ("seed", "out", "resume", "overwrite")
@@ -48,6 +53,9 @@ class PretrainSettings:
 def pretrain_settings(changes: Sequence[str], seed: int) -> PretrainSettings:
     """Check the settings of `foretune forecast pretrain`, without importing torch.
 
+    Where they do not say how many scenes each validation scores, these take at most a tenth of the
+    time, and are 32 of each task at most.
+
     Args:
         changes: `key=value` of the model's sizes, the learning rate and the run.
         seed: Random seed of the run.
@@ -59,8 +67,17 @@ def pretrain_settings(changes: Sequence[str], seed: int) -> PretrainSettings:
     sizes, run = method_and_run(changes, "the model", [*size_names, "learning_rate"], RUN_FIELDS)
     learning_rate = sizes.pop("learning_rate", 1e-3)
     check_positive("learning_rate", learning_rate)
-    run = {"schedule": "cosine", "batch_size": 32, **run}
-    return PretrainSettings(ForecastMAEConfig(**sizes), learning_rate, Run(**run, seed=seed))
+    defaults: dict[str, Any] = {
+        "schedule": "cosine",
+        "batch_size": 32,
+        "token_budget": TOKENS_AT_ONCE,
+    }
+    checked = Run(**(defaults | run), seed=seed)
+    if "eval_rows" not in run and checked.eval_every != 0:
+        period = checked.eval_every or math.ceil(checked.steps / 10)
+        affordable = int(VALIDATED / FORWARD_SHARE * checked.batch_size * period)
+        checked = checked.replace(eval_rows=max(1, min(affordable, checked.eval_rows or 1)))
+    return PretrainSettings(ForecastMAEConfig(**sizes), learning_rate, checked)
 
 
 def adapt_settings(name: str, changes: Sequence[str], seed: int) -> tuple[Any, Run]:
