@@ -21,7 +21,7 @@ SCRIPTS = [
     ("bank", [], 2),
     ("heads", [], 2),
     ("rtd", [], 5),
-    ("gpu", ["--device", "cpu"], 5),
+    ("gpu", ["--device", "cpu"], 16),
     ("large_shapes", [], 6),
     ("forecast", [], 2),
 ]
@@ -40,6 +40,14 @@ def test_a_benchmark_runs(name, options, rows, tmp_path):
         assert data["rows"][0]["gradient_error"] < 1e-5
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert again.stdout == ""  # nothing is measured twice
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpu_ends_itself(tmp_path):
+    command = [sys.executable, "-W", "ignore", str(SPEED / "gpu.py"), "--quick", "--device", "cpu"]
+    command += ["--minutes", "0.001", "--out", str(tmp_path)]
+    ended = subprocess.run(command, check=True, capture_output=True)
+    assert b"minutes are over; run it again for what is missing" in ended.stdout
 
 
 def test_the_page_is_made_from_the_results():
