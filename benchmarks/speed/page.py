@@ -244,6 +244,45 @@ def adaptation(data: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def many_tasks(data: dict[str, Any]) -> str:
+    loops = [row for row in data["rows"] if row["what"] == "a loop"]
+    runs = [row for row in data["rows"] if row["what"] == "adapt"]
+    return "\n".join(
+        [
+            "## Ten thousand unseen tasks\n",
+            "`foretune adapt` of tasks with a few short texts of their own, MiniLM's last layer "
+            "adapted and the others cached, one text of each task per step, in waves. The command "
+            "was killed halfway and resumed. Seconds and peak are those of the processes, loading, "
+            "scoring and saving included; *two waves* is an uninterrupted run of the tasks of the "
+            "waves around the interruption, whose adapters are compared.\n",
+            table(
+                ["method", "tasks", "steps", "CPU seconds", "ms per task", "peak, MB",
+                 "peak of two waves, MB", "same adapters", "on disk, MB"],
+                [
+                    [row["method"], f"{row['tasks']:,}", row["steps"], f"{row['cpu_seconds']:,}",
+                     f"{1000 * row['cpu_seconds'] / row['tasks']:.0f}", f"{row['peak_mb']:.0f}",
+                     f"{row['two_waves']['peak_mb']:.0f}",
+                     f"{row['two_waves']['same_bytes']:,} of {row['two_waves']['tasks']:,}",
+                     f"{row['adapters_mb']:.0f}"]
+                    for row in runs
+                ],
+            ),
+            f"Per task, compared with a loop that trains one LoRA of rank 2 after the other, as "
+            f"many steps on one text at a time: {loops[0]['tasks']} tasks at once in Python, "
+            f"{loops[0]['loop_tasks']} in the loops, other tasks in each turn. `plain` runs the "
+            "whole model in each step, `cached` computes what is below the last layer once.\n",
+            table(
+                ["method", "ms per task", "plain loop / ours", "cached loop / ours"],
+                [
+                    [row["method"], f"{1000 * row['seconds_per_task']['ours']:.0f}",
+                     shown(row["plain_to_ours"]), shown(row["cached_to_ours"])]
+                    for row in loops
+                ],
+            ),
+        ]
+    )  # fmt: skip
+
+
 def heads(data: dict[str, Any]) -> str:
     return "\n".join(
         [
@@ -386,6 +425,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory": memory,
     "quantised": quantised,
     "adaptation": adaptation,
+    "many-tasks": many_tasks,
     "heads": heads,
     "bank": bank,
     "pipeline": pipeline,

@@ -16,6 +16,7 @@ from foretune.adapters.fingerprint import base_record
 from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
 from foretune.models.checkpoint import unstored_modules
+from foretune.models.prefix_cache import renew_prefix_caches
 from foretune.models.quantised import quantised_as, refuse_quantised
 from foretune.models.surgery import head_width
 from foretune.processes import base_is_sharded
@@ -51,6 +52,9 @@ from foretune.training.text_limits import TextLimits
 from foretune.training.trained_on import TrainedOn, base_of
 
 V = TypeVar("V")
+# Tasks that are adapted at the same time at most, where nothing else is set: so many keep a machine
+# busy, and what is saved after each wave is not lost when a run is interrupted.
+MOST_PER_WAVE = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +158,10 @@ def adapt_in(model: nn.Module, tasks: TaskCollection, how: Adaptation) -> Adapte
         result.num_labels = None if is_stored else width
     with torch.random.fork_rng(), metered() as cost, group.raise_together():
         for way in ways:
-            for wave in _waves(group, TaskData(way.slots, objective, limits), way, model):
+            waves = _waves(group, TaskData(way.slots, objective, limits), way, model)
+            for number, wave in enumerate(waves):
+                if number:
+                    renew_prefix_caches()
                 keys = _adapt_wave(model, wave, objective, way, how, result)
                 if out is not None:
                     save_wave(result, keys, out, group)
@@ -312,7 +319,7 @@ def _wave_size(model: nn.Module, objective: Objective, way: Way) -> int:
         p.requires_grad_(trained)
     assert bank is not None  # a method that shares its base trains a bank
     bytes_per_task = 4 * 4 * bank.parameters_per_slot  # float32 value, gradient and two moments
-    return max(1, free_memory(run.device) // 2 // bytes_per_task)
+    return max(1, min(MOST_PER_WAVE, free_memory(run.device) // 2 // bytes_per_task))
 
 
 def _waves(group: ProcessGroup, data: TaskData, way: Way, model: nn.Module) -> Iterator[Partition]:
