@@ -106,7 +106,7 @@ def test_the_states_of_a_wave_make_room_for_those_of_the_next(monkeypatch):
     method = foretune.LoRA(lora={**lora, "target_modules": ["query"]})
     foretune.adapt(model, texts(0, 12), method, RUN.replace(tasks_per_wave=2))
     assert len(sizes) == 5 and max(sizes) <= 2 * max(sizes[0], 1) + 3
-    assert 0 < sizes[0] and sizes[-1] < 12 * 4
+    assert sizes[0] > 0 and sizes[-1] < 12 * 4
 
 
 def test_a_prefix_cache_drops_what_a_wave_has_not_used():

@@ -59,7 +59,11 @@ MOST_PER_WAVE = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptation:
-    """What `adapt` was asked for, beside model and tasks; its arguments by their names."""
+    """What `adapt` was asked for, beside model and tasks; its arguments by their names.
+
+    With `variants`, which differ from `method` in `slot_fields` alone, each draw is adapted by each
+    of them side by side: they are numbered as further draws.
+    """
 
     method: AdaptMethod | AdaptPlan
     run: Run
@@ -70,6 +74,11 @@ class Adaptation:
     progress: Progress | None
     replace: bool = False
     shard: Shard | None = None
+    variants: Sequence[AdaptMethod] = ()
+
+    def variant_of(self, draw: int) -> int:
+        """Which of the variants a draw is adapted by: there are `draws` of each in turn."""
+        return draw // self.draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +125,12 @@ def adapt_in(model: nn.Module, tasks: TaskCollection, how: Adaptation) -> Adapte
     names = tasks.names if how.shard is None else how.shard.names(tasks.names)
     part = [tasks[name] for name in names]
     slots = list(draw_shots(part, objective.kind, how.shots, how.draws, run.seed))
+    if how.variants:  # with the same key, on which all depends that is random
+        slots = [
+            dataclasses.replace(slot, draw=slot.draw + how.draws * i)
+            for i in range(len(how.variants))
+            for slot in slots
+        ]
     task_draws = [(slot.task, slot.draw) for slot in slots]
     saved: dict[TaskDraw, SavedTask] = {}
     changed: dict[TaskDraw, SavedTask] = {}
@@ -224,6 +239,8 @@ def _adapt_wave(
     requires_grad = {p: p.requires_grad for p in base.parameters()}
     torch.manual_seed(run.seed)
     learner: Learner = method.learner(base, objective, data.keys, run)
+    if how.variants:
+        learner.vary([how.variants[how.variant_of(slot.draw)] for slot in data.slots])
     per_task = learner.parameters_per_task
 
     path: dict[int, dict[int, float]] = {}

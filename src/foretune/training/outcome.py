@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ from foretune.training.learners.joint import Learner
 from foretune.training.methods import RetrainMethod
 from foretune.training.record import environment
 from foretune.training.trained_on import TrainedOn
+
+V = TypeVar("V")
 
 # Names in a folder of adapters that are not those of tasks: a folder with `base/` holds a base.
 RESERVED = (RUN_FILE, SCORES_FILE, VERSIONS, "base")
@@ -276,13 +278,23 @@ class Adapted:
 
     def first_draw(self) -> Adapted:
         """The part of the result of each task's first draw."""
+        return self.part(range(1))
+
+    def part(self, draws: range) -> Adapted:
+        """The part of the result of these draws, which are numbered from 0 on in it."""
+
+        def of(values: Mapping[tuple[str, int], V]) -> dict[tuple[str, int], V]:
+            return {(t, d - draws.start): v for (t, d), v in values.items() if d in draws}
+
         return replace(
             self,
-            scores={key: v for key, v in self.scores.items() if key[1] == 0},
-            num_rows={key: v for key, v in self.num_rows.items() if key[1] == 0},
-            tensors={key: v for key, v in self.tensors.items() if key[1] == 0},
-            models={key: v for key, v in self.models.items() if key[1] == 0},
-            learners={key: v for key, v in self.learners.items() if key[1] == 0},
+            scores=of(self.scores),
+            num_rows=of(self.num_rows),
+            tensors=of(self.tensors),
+            models=of(self.models),
+            learners=of(self.learners),
+            path={step: of(by_draw) for step, by_draw in self.path.items()},
+            path_losses={step: of(by_draw) for step, by_draw in self.path_losses.items()},
         )
 
     def save(self, folder: Path | str) -> Path:
