@@ -353,7 +353,7 @@ def main() -> None:
     parser = timing.parser(__doc__)
     parser.add_argument("--tasks", type=int, nargs="+", default=[10_000])
     parser.add_argument("--wave", type=int, default=500, help="tasks_per_wave")
-    parser.add_argument("--sample", type=int, default=200, help="tasks of ours in part 3")
+    parser.add_argument("--sample", type=int, default=100, help="tasks of ours in part 3")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--work", type=Path, help="a folder to keep and continue; else temporary")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
