@@ -246,6 +246,69 @@ def adaptation(data: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def many_tasks(data: dict[str, Any]) -> str:
+    loops = [row for row in data["rows"] if row["what"] == "a loop"]
+    runs = [row for row in data["rows"] if row["what"] == "adapt"]
+    return "\n".join(
+        [
+            "## Ten thousand unseen tasks\n",
+            "`foretune adapt` of tasks with a few short texts of their own, MiniLM's last layer "
+            "adapted and the others cached, one text of each task per step, in waves. The command "
+            "was killed halfway and resumed. Seconds and peak are those of the processes, loading, "
+            "scoring and saving included; *two waves* is an uninterrupted run of the tasks of the "
+            "waves around the interruption, whose adapters are compared.\n",
+            table(
+                ["method", "tasks", "steps", "CPU seconds", "ms per task", "peak, MB",
+                 "peak of two waves, MB", "same adapters", "on disk, MB"],
+                [
+                    [row["method"], f"{row['tasks']:,}", row["steps"], f"{row['cpu_seconds']:,}",
+                     f"{1000 * row['cpu_seconds'] / row['tasks']:.0f}", f"{row['peak_mb']:.0f}",
+                     f"{row['two_waves']['peak_mb']:.0f}",
+                     f"{row['two_waves']['same_bytes']:,} of {row['two_waves']['tasks']:,}",
+                     f"{row['adapters_mb']:.0f}"]
+                    for row in runs
+                ],
+            ),
+            "Per task, compared with a loop that trains one LoRA of rank 2 after the other, in as "
+            "many steps on one text at a time; each turn has other tasks. `plain` runs all of the "
+            "model in each step, `cached` computes what is below the last layer once.\n",
+            table(
+                ["method", "tasks, in the loops", "ms per task", "plain loop / ours",
+                 "cached loop / ours"],
+                [
+                    [row["method"], f"{row['tasks']}, {row['loop_tasks']}",
+                     f"{1000 * row['seconds_per_task']['ours']:.0f}", shown(row["plain_to_ours"]),
+                     shown(row["cached_to_ours"])]
+                    for row in loops
+                ],
+            ),
+        ]
+    )  # fmt: skip
+
+
+def search(data: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            "## Searching how to adapt\n",
+            "CPU seconds of the search on held-out tasks, compared with adapting all unseen tasks "
+            "once and scoring them, in all steps of the recipe and in the chosen ones. A turn is a "
+            "process of its own. `tower` is the packaged quickstart. `before` tried one candidate "
+            "after the other, each for all steps.\n",
+            table(
+                ["recipe", "shots", "candidates", "tasks held out, unseen", "version", "search, s",
+                 "search / all steps", "search / chosen steps"],
+                [
+                    [row["case"], row["shots"], row["candidates"],
+                     f"{row['held_out']}, {row['unseen']}", row["version"],
+                     f"{row['seconds']['search']:.2f}", shown(row["to_all_steps"]),
+                     f"{shown(row['to_chosen_steps'])}, {row['chosen']['steps']} steps"]
+                    for row in data["rows"]
+                ],
+            ),
+        ]
+    )  # fmt: skip
+
+
 def heads(data: dict[str, Any]) -> str:
     return "\n".join(
         [
@@ -485,6 +548,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory": memory,
     "quantised": quantised,
     "adaptation": adaptation,
+    "many-tasks": many_tasks,
+    "search": search,
     "heads": heads,
     "bank": bank,
     "pipeline": pipeline,

@@ -49,7 +49,7 @@ class Run:
         gradient_checkpointing: Store only the input of each transformer block and recompute the
             rest in the backward pass: less memory, a third more time, the same result.
         tasks_per_wave: Unseen tasks that are adapted at the same time; None for as many as fit,
-            with gradients and optimiser state, into half of the free memory.
+            with gradients and optimiser state, into half of the free memory, at most 1,000.
         patience: A retraining ends after this many validations in a row without a better score.
             An unseen task stops adapting likewise, by its validation examples, and keeps its best
             state; a task without validation examples does not stop. None: all take all steps.

@@ -11,14 +11,8 @@ import torch
 import foretune
 from foretune.errors import DivergedError, UserError
 from foretune.evaluation import adapt_search
-from foretune.evaluation.adapt_search import (
-    at_rates,
-    candidates,
-    halving,
-    num_adaptations,
-    search,
-    validation_method,
-)
+from foretune.evaluation.adapt_candidates import at_rates, candidates, validation_method
+from foretune.evaluation.adapt_search import halving, num_adaptations, search
 from foretune.run import Run
 from foretune.tasks.objectives.classification import Classification
 from foretune.tasks.objectives.regression import Regression
@@ -138,19 +132,20 @@ def signs(num_tasks: int = 4) -> TaskCollection:
 def test_an_accuracy_is_chosen_by_the_loss_and_another_score_by_itself(monkeypatch, tasks, step):
     # By the score the best step is 8, by the loss it is 4; 16 is the worst by both.
     values = {0: (0.5, 1.0), 4: (0.6, 0.2), 8: (0.9, 0.8), 16: (0.4, 2.0)}
-    real = verbs.adapt
+    real = verbs.adapt_variants
 
-    def adapt(model, tasks, *args, score_at, **more):
-        adapted = real(model, tasks, *args, score_at=score_at, **more)
-        for steps, by_task in adapted.path.items():
-            score, loss = values.get(steps, (0.3, 3.0))
-            adapted.path[steps] = dict.fromkeys(by_task, score)
-            if adapted.path_losses:
-                assert adapted.path_losses[steps].keys() == by_task.keys()
-                adapted.path_losses[steps] = dict.fromkeys(by_task, loss)
-        return adapted
+    def adapt(*args, **more):
+        results = real(*args, **more)
+        for adapted in results:
+            for steps, by_task in adapted.path.items():
+                score, loss = values.get(steps, (0.3, 3.0))
+                adapted.path[steps] = dict.fromkeys(by_task, score)
+                if adapted.path_losses:
+                    assert adapted.path_losses[steps].keys() == by_task.keys()
+                    adapted.path_losses[steps] = dict.fromkeys(by_task, loss)
+        return results
 
-    monkeypatch.setattr(verbs, "adapt", adapt)
+    monkeypatch.setattr(verbs, "adapt_variants", adapt)
     result = search(Net(), tasks, candidates(["head"]), RUN, (4,))
     [planned] = result.plan.settings
     assert planned.setting.steps == step
@@ -162,18 +157,20 @@ def test_an_accuracy_is_chosen_by_the_loss_and_another_score_by_itself(monkeypat
 def test_candidates_are_dropped_by_the_loss_too(monkeypatch):
     # The worse half by accuracy is the better one by loss.
     monkeypatch.setattr(adapt_search, "MIN_PART", 2)
-    real = verbs.adapt
+    real = verbs.adapt_variants
 
-    def adapt(model, tasks, method, *args, **more):
-        adapted = real(model, tasks, method, *args, **more)
-        accuracy = method.learning_rate
-        adapted.path = {s: dict.fromkeys(path, accuracy) for s, path in adapted.path.items()}
-        adapted.path_losses = {
-            s: dict.fromkeys(path, 1 + accuracy if s else 2.0) for s, path in adapted.path.items()
-        }
-        return adapted
+    def adapt(model, tasks, methods, *args, **more):
+        results = real(model, tasks, methods, *args, **more)
+        for method, adapted in zip(methods, results, strict=True):
+            accuracy = method.learning_rate
+            adapted.path = {s: dict.fromkeys(path, accuracy) for s, path in adapted.path.items()}
+            adapted.path_losses = {
+                s: dict.fromkeys(path, 1 + accuracy if s else 2.0)
+                for s, path in adapted.path.items()
+            }
+        return results
 
-    monkeypatch.setattr(verbs, "adapt", adapt)
+    monkeypatch.setattr(verbs, "adapt_variants", adapt)
     methods = candidates([{"head": {"search": {"learning_rate": [0.1, 0.2, 0.3, 0.4]}}}])
     result = search(Net(), signs(4), methods, RUN, (4,))
     assert [trial["num_tasks"] for trial in result.trials] == [4, 4, 2, 2]
@@ -209,14 +206,19 @@ def test_of_the_candidates_within_one_standard_error_each_at_its_best_step_the_s
     noise = np.array([0.1, -0.1, 0.1, -0.1])
     values = {3e-3: {8: 0.5 + noise, 4: 0.45 + noise}, 3e-2: {8: 0.51 - noise}}
 
-    def adapt(model, tasks, method, run, *, score_at, **more):
-        by_step = {}
-        for steps in score_at:
-            scores = values[method.learning_rate].get(steps, np.zeros(4)) if steps else np.zeros(4)
-            by_step[steps] = {(f"t{t}", 0): scores[t] for t in range(4) if f"t{t}" in tasks.names}
-        return Adapted({}, {}, {}, {}, {}, path=by_step)
+    def adapt(model, tasks, methods, run, *, score_at, **more):
+        results = []
+        for method in methods:
+            by_step = {}
+            for steps in score_at:
+                scores = values[method.learning_rate].get(steps, np.zeros(4))
+                by_step[steps] = {
+                    (f"t{t}", 0): scores[t] for t in range(4) if f"t{t}" in tasks.names
+                }
+            results.append(Adapted({}, {}, {}, {}, {}, path=by_step))
+        return results
 
-    monkeypatch.setattr(verbs, "adapt", adapt)
+    monkeypatch.setattr(verbs, "adapt_variants", adapt)
     methods = candidates([{"head": {"search": {"learning_rate": [3e-3, 3e-2]}}}])
     [planned] = search(Net(), noisy(4), methods, RUN, (None,)).plan.settings
     assert (planned.setting.method.learning_rate, planned.setting.steps) == (3e-3, 8)
@@ -258,6 +260,91 @@ def test_the_last_quarter_is_tried_on_further_draws():
     assert {trial["draws"] for trial in once.trials} == {1}
 
 
+def with_basis() -> torch.nn.Module:
+    """A net with the basis of a few seen tasks."""
+    model = Net()
+    basis = foretune.fit_basis(model, family(4), foretune.LoRA(learning_rate=0.03, lora=LORA), RUN)
+    foretune.set_basis(model, basis)
+    return model
+
+
+VARIANTS = {
+    "head": [foretune.Head(learning_rate=0.03), foretune.Head(learning_rate=0.003, pull=0.5)],
+    "lora": [foretune.LoRA(learning_rate=rate, lora=LORA) for rate in (0.03, 0.003)],
+    "basis": [foretune.FromBasis(strength=s, free=1.0) for s in (10, 0.3)],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_side_by_side_each_method_gives_what_it_gives_alone(name):
+    methods, model, tasks = VARIANTS[name], with_basis(), family(3, prefix="new", seed=1)
+    options = {"shots": 4, "draws": 2, "score_at": (0, 5, 16)}
+    together = verbs.adapt_variants(model, tasks, methods, RUN, **options)
+    for method, adapted in zip(methods, together, strict=True):
+        alone = foretune.adapt(model, tasks, method, RUN, **options)
+        assert adapted.scores == pytest.approx(alone.scores, rel=1e-4)
+        assert adapted.num_rows == alone.num_rows
+        for step, scores in alone.path.items():
+            assert adapted.path[step] == pytest.approx(scores, rel=1e-4)
+        for key, tensors in alone.tensors.items():
+            for part, value in tensors.items():
+                torch.testing.assert_close(adapted.tensors[key][part], value, rtol=1e-3, atol=1e-5)
+    assert together[0].scores != pytest.approx(together[1].scores, rel=1e-3)
+
+
+def test_candidates_that_differ_in_a_rate_alone_share_their_steps(monkeypatch):
+    calls = []
+    real = verbs.adapt_variants
+
+    def adapt(model, tasks, methods, run, **more):
+        calls.append(([method.learning_rate for method in methods], more["score_at"]))
+        return real(model, tasks, methods, run, **more)
+
+    monkeypatch.setattr(verbs, "adapt_variants", adapt)
+    methods = candidates(["head", {"lora": {"lora": LORA}}])
+    search(Net(), family(8), methods, RUN, (None,))
+    stops = [1, 2, 4, 8, 16]
+    assert calls == [([3e-3, 1e-2, 3e-2], [0, *stops]), ([1e-3, 3e-3, 1e-2], stops)]
+
+
+def test_a_path_goes_no_further_than_to_the_step_after_its_best(monkeypatch):
+    monkeypatch.setattr(adapt_search, "MIN_PART", 2)
+    calls = []
+    real = verbs.adapt_variants
+
+    def adapt(model, tasks, methods, run, **more):
+        results = real(model, tasks, methods, run, **more)
+        calls.append((len(tasks), run.steps))
+        best = {0: 0.5, 1: 0.6, 2: 0.9, 4: 0.8, 8: 0.7, 16: 1.0 if len(tasks) > 2 else 0.1}
+        for adapted in results:
+            adapted.path = {s: dict.fromkeys(path, best[s]) for s, path in adapted.path.items()}
+        return results
+
+    monkeypatch.setattr(verbs, "adapt_variants", adapt)
+    result = search(Net(), family(4), candidates(["head"]), RUN, (4,))
+    assert calls == [(2, 16), (2, 4), (4, 4)]  # a half, the other one, further draws of all
+    assert result.plan.settings[0].setting.steps == 2
+    assert {len(trial["path"]) for trial in result.trials} == {5}
+
+
+def test_a_part_is_collated_once_for_all_scores_along_a_path(monkeypatch):
+    scored = []
+    real = Classification.collate
+
+    def collate(self, rows, slots):
+        scored.append(len(rows))
+        return real(self, rows, slots)
+
+    monkeypatch.setattr(Classification, "collate", collate)
+    tasks, steps = signs(4), (0, 2, 4, 8, 16)
+    options = {"split": "validation", "score_at": steps}
+    adapted = foretune.adapt(Net(), tasks, foretune.Head(learning_rate=0.1), RUN, **options)
+    assert (
+        scored.count(4 * 20) == 1 and len(scored) == 1 + 16
+    )  # the rows that are scored, the steps
+    assert adapted.path_losses[2] != adapted.path_losses[16]
+
+
 def test_halving_tries_every_task_once():
     for num_candidates in (1, 2, 3, 12, 40):
         for num_tasks in (1, 5, 31, 32, 100):
@@ -268,13 +355,13 @@ def test_halving_tries_every_task_once():
 
 def test_nothing_but_training_and_validation_rows_of_the_held_out_tasks_is_read(monkeypatch):
     calls = []
-    real = verbs.adapt
+    real = verbs.adapt_variants
 
     def adapt(model, tasks, *args, **more):
         calls.append((tasks.names, more["split"]))
         return real(model, tasks, *args, **more)
 
-    monkeypatch.setattr(verbs, "adapt", adapt)
+    monkeypatch.setattr(verbs, "adapt_variants", adapt)
     tasks = family(4)
     plain = search(Net(), tasks, candidates(["head"]), RUN, (4,))
     assert all(set(names) <= set(tasks.names) and split == "validation" for names, split in calls)

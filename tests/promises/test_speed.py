@@ -18,6 +18,8 @@ SCRIPTS = [
     ("memory", [], 4),
     ("quantised", [], 4),
     ("adaptation", [], 3),
+    ("many_tasks", ["--methods", "lora"], 2),
+    ("search", ["--cases", "tower"], 2),
     ("bank", [], 2),
     ("heads", [], 2),
     ("rtd", [], 5),

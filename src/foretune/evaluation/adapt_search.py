@@ -6,7 +6,8 @@ adaptation, and *not adapting* is always among the choices.
 
     for each number of shots
         part of the tasks   every candidate adapts to it and is scored at several steps; the better
-                            half, by the best mean along the path, goes on to a larger part
+                            half, by the best mean along the path, goes on to a larger part, each
+                            no further than to the step after its best one
         all tasks           a quarter adapts to further draws of the examples; of these candidates,
                             each at its best step, the simplest that is not worse than the best by
                             more than one standard error of their difference
@@ -16,13 +17,13 @@ the paired difference over tasks, so what is not told apart is decided by simpli
 al., "Classification and Regression Trees", 1984, section 3.4.3: the one-standard-error rule).
 Where the score is an accuracy, the loss selects: a few examples say more by their likelihoods than
 by how many of them are right.
+Candidates that differ in a rate or a strength alone adapt side by side: their steps are shared, and
+what frozen layers make of a text is computed once for all of them.
 Successive halving: Jamieson and Talwalkar, AISTATS 2016, arXiv:1502.07943.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,19 +42,11 @@ from foretune.training import verbs
 from foretune.training.adapt_plan import AdaptPlan, PlannedSetting, Setting
 from foretune.training.adapted_scores import simplest, standard_error
 from foretune.training.loop import Progress
-from foretune.training.methods import AdaptMethod, RetrainMethod
-from foretune.training.outcome import Adapted
+from foretune.training.methods import AdaptMethod
 from foretune.training.process_group import process_group
 from foretune.training.record import counted, metered
 from foretune.training.shots import draw_shots
 
-# What is tried of a method where nothing is set: field → values.
-GRIDS: Mapping[str, Mapping[str, Sequence[Any]]] = {
-    "basis": {"free": (0, 1), "strength": (10.0, 3.0, 1.0, 0.3)},
-    "head": {"learning_rate": (3e-3, 1e-2, 3e-2)},
-    "lora": {"learning_rate": (1e-3, 3e-3, 1e-2)},
-}
-SIMPLEST = ("basis", "head", "lora")  # then all others, in the order in which they are listed
 NUM_STOPS = 5  # stopping steps of a path, each twice the one before; the last is `run.steps`
 MIN_PART = 16  # held-out tasks on which candidates are dropped
 DRAWS = 3  # of each task's examples, for the last quarter of the candidates
@@ -72,7 +65,8 @@ class Search:
         plan: The chosen settings; None for a fixed way to adapt.
         trials: One dict per candidate and number of shots: shots, name, config, num_tasks, draws,
             score, path ({step: mean score}) and, where the loss selects, losses ({step: mean
-            loss}); or, if it diverged, the reason.
+            loss}); or, if it diverged, the reason. Steps that are late for a candidate were scored
+            on fewer tasks.
         cost: seconds, cpu_seconds, peak_memory_mb, tokens and examples of the search.
     """
 
@@ -81,118 +75,6 @@ class Search:
     plan: AdaptPlan | None = None
     trials: list[dict[str, Any]] = field(default_factory=list)
     cost: dict[str, Any] = field(default_factory=dict)
-
-
-Entry = str | Mapping[str, Mapping[str, Any] | None] | AdaptMethod
-
-
-def candidates(
-    methods: Sequence[Entry],
-    learning_rates: Sequence[float] = (),
-    lora: Mapping[str, Any] | None = None,
-) -> list[AdaptMethod]:
-    """The records to choose among, the simplest first: basis, head, LoRA, all others.
-
-    Args:
-        methods: Names of adapt methods, one-key mappings of a name to its fields, or records. A
-            field `search` maps fields to the values to try, as `learning_rate` or `lora.r`; without
-            it those of `GRIDS` that are not set are tried. A record is tried as it is.
-        learning_rates: Learning rates of all methods without one of their own.
-        lora: Fields of `peft.LoraConfig` for all that train one.
-
-    Raises:
-        UserError: An unknown method or field, or a value out of range.
-    """
-    records: list[AdaptMethod] = []
-    for entry in methods:
-        if isinstance(entry, (str, Mapping)):
-            named = {entry: None} if isinstance(entry, str) else entry
-            for name, fields in named.items():
-                records += _grid(name, dict(fields or {}), learning_rates, lora)
-        else:
-            records.append(entry)
-    names = list(dict.fromkeys([*SIMPLEST, *(record.name for record in records)]))
-    return sorted(records, key=lambda record: (names.index(record.name), *_strength(record)))
-
-
-def _grid(
-    name: str,
-    fields: dict[str, Any],
-    learning_rates: Sequence[float],
-    lora: Mapping[str, Any] | None,
-) -> list[Any]:
-    """The records of one entry: all combinations of the values that are tried.
-
-    Raises:
-        UserError: `search` does not map fields to lists of values.
-    """
-    make: Any = entry_point("foretune.methods:make")
-    default = entry_point("foretune.methods:method_class_of")(name, "adapt")()
-    grid = dict(GRIDS.get(name, {}))
-    if learning_rates and name != "basis":
-        grid["learning_rate"] = tuple(learning_rates)
-    searched = fields.pop("search", None) or {}
-    if not isinstance(searched, Mapping) or not all(
-        isinstance(values, (list, tuple)) and values for values in searched.values()
-    ):
-        raise UserError(f"search of {name} maps fields to lists of values, got {searched!r}")
-    grid = {key: values for key, values in grid.items() if key not in fields} | dict(searched)
-    if lora is not None and hasattr(default, "lora"):
-        fields = {"lora": dict(lora), **fields}
-    records = []
-    for values in itertools.product(*grid.values()):
-        changed = dict(fields)
-        for key, value in zip(grid, values, strict=True):
-            outer, _, inner = key.partition(".")
-            if inner:  # a field of a field, such as lora.r
-                mapping = changed.get(outer, getattr(default, outer, None))
-                changed[outer] = {**(mapping or {}), inner: value}
-            else:
-                changed[key] = value
-        records.append(make(name, **changed))
-    return records
-
-
-def at_rates(
-    adapt: AdaptMethod | Sequence[AdaptMethod], learning_rates: Sequence[float]
-) -> AdaptMethod | Sequence[AdaptMethod]:
-    """What `search` takes for a method and learning rates: one rate is fixed, several are tried."""
-    if isinstance(adapt, Sequence) or not learning_rates:
-        return adapt
-    record: Any = adapt
-    rates = sorted(learning_rates)
-    records = [dataclasses.replace(record, learning_rate=rate) for rate in rates]
-    return records if len(records) > 1 else records[0]
-
-
-def _strength(record: Any) -> tuple[float, ...]:
-    """Sorts the records of one method: what leaves the start less freedom comes later."""
-    lora = getattr(record, "lora", None) or {}
-    return (
-        getattr(record, "free", 0) or 0,
-        lora.get("r", 0) or 0,
-        -(getattr(record, "strength", 0) or 0),
-        -(getattr(record, "pull", 0) or 0),
-        record.learning_rate or 0,
-    )
-
-
-def validation_method(methods: Sequence[AdaptMethod], retrain: RetrainMethod) -> AdaptMethod:
-    """The candidate by which a base is validated while it is retrained: one that costs little.
-
-    It is the middle one of the plain method's: of the heads for a base whose tasks differ in their
-    heads alone, else of the LoRA adapters; of the other, or of all, where there are none.
-
-    Args:
-        methods: The candidates, the simplest first.
-        retrain: The retraining method.
-    """
-    names = ("head", "lora") if retrain.only_heads else ("lora", "head")
-    for name in names:
-        plain = [method for method in methods if method.name == name]
-        if plain:
-            return plain[(len(plain) - 1) // 2]
-    return methods[(len(methods) - 1) // 2]
 
 
 def stopping_steps(steps: int) -> list[int]:
@@ -219,7 +101,7 @@ def halving(num_candidates: int, num_tasks: int) -> list[tuple[int, int]]:
 
 
 def num_adaptations(num_candidates: int, num_tasks: int) -> int:
-    """How many adaptations a search makes at one finite number of shots.
+    """How many adaptations a search makes, at most, at one finite number of shots.
 
     >>> num_adaptations(12, 64), num_adaptations(1, 2)
     (768, 6)
@@ -293,7 +175,7 @@ class _Path:
     """A candidate, its steps, its scores and, where they select, losses: step → task → by draw."""
 
     method: AdaptMethod
-    steps: Sequence[int]
+    steps: list[int]
     scores: dict[int, ByTask] = field(default_factory=dict)
     losses: dict[int, ByTask] = field(default_factory=dict)
     reason: str | None = None  # why it diverged
@@ -306,7 +188,13 @@ class _Path:
 
     def best_step(self) -> int:
         """The step with the best mean value, the first of equal ones."""
-        return max(sorted(self.scores), key=lambda step: fmean(self.values(step).values()))
+        return max(self.steps, key=lambda step: fmean(self.values(step).values()))
+
+    def shorten(self) -> None:
+        """Leaves out the steps that are later than the one after the best step."""
+        if self.scores:
+            end = sorted(self.steps).index(self.best_step()) + 2
+            self.steps = sorted(self.steps)[:end]
 
     def best(self) -> float:
         """The best mean value along the path; −∞ before the first score."""
@@ -342,15 +230,17 @@ class _Trying:
         for count, size in halving(len(methods), len(names)):
             part = self.tasks.subset(names[done : done + size])
             remaining = sorted(remaining, key=_Path.best, reverse=True)[:count]
-            for path in (idle, *remaining):
-                self._extend(path, part, shots)
+            for path in remaining:
+                path.shorten()
+            self._extend([idle, *remaining], part, shots)
             if idle.reason is not None:  # the base itself, so no candidate has a finite score
                 raise DivergedError(idle.reason)
             remaining, done = [path for path in remaining if path.reason is None], done + size
         if shots is not None and self.most > self.draws:
             remaining = sorted(remaining, key=_Path.best, reverse=True)[: _quarter(len(methods))]
-            for path in (idle, *remaining):
-                self._extend(path, self.tasks, shots, again=True)
+            for path in remaining:
+                path.shorten()
+            self._extend([idle, *remaining], self.tasks, shots, again=True)
             remaining = [path for path in remaining if path.reason is None]
         self.trials += [_trial(path, shots) for path in paths]
         finalists = [idle, *(path for path in paths if path in remaining)]
@@ -372,49 +262,78 @@ class _Trying:
         return planned, chosen
 
     def _extend(
-        self, path: _Path, part: TaskCollection, shots: int | None, *, again: bool = False
+        self,
+        paths: Sequence[_Path],
+        part: TaskCollection,
+        shots: int | None,
+        *,
+        again: bool = False,
     ) -> None:
-        """Adds the scores of further tasks, or of further draws of all tasks, to a path."""
-        run = Setting(method=path.method, steps=max(path.steps)).run(self.run)
+        """Adds the scores of further tasks, or of further draws of all tasks, to paths."""
+        for alike in _alike(paths):
+            self._extend_alike(alike, part, shots, again)
+
+    def _extend_alike(
+        self, paths: Sequence[_Path], part: TaskCollection, shots: int | None, again: bool
+    ) -> None:
+        steps = sorted({step for path in paths for step in path.steps})
+        run = Setting(method=paths[0].method, steps=steps[-1]).run(self.run)
         draws = 1 if shots is None else self.draws
         if again:
             run, draws = run.replace(seed=(run.seed + 1) % MAX_SEED), self.most - self.draws
+        # The base as it is, a path of step 0, is where any of the others starts.
+        methods = [path.method for path in paths if path.steps != [0]] or [paths[0].method]
         try:
-            adapted = self.adapt(path.method, part, run, shots, draws, path.steps)
+            results = verbs.adapt_variants(
+                self.model,
+                part,
+                methods,
+                run,
+                shots=shots,
+                draws=draws,
+                split="validation",
+                score_at=steps,
+                progress=self.progress,
+            )
         except DivergedError as error:
-            path.reason = str(error)
+            if len(paths) == 1:
+                paths[0].reason = str(error)
+            for path in paths if len(paths) > 1 else ():
+                self._extend_alike([path], part, shots, again)
             return
-        _add(path.scores, adapted.path)
-        _add(path.losses, adapted.path_losses)
-
-    def adapt(
-        self,
-        method: AdaptMethod,
-        tasks: TaskCollection,
-        run: Run,
-        shots: int | None,
-        draws: int,
-        score_at: Sequence[int],
-    ) -> Adapted:
-        """Adapts to the tasks, and scores them on their validation examples."""
-        return verbs.adapt(
-            self.model,
-            tasks,
-            method,
-            run,
-            shots=shots,
-            draws=draws,
-            split="validation",
-            score_at=score_at,
-            progress=self.progress,
-        )
+        for path in paths:
+            adapted = results[methods.index(path.method)] if path.steps != [0] else results[0]
+            _add(path.scores, {step: adapted.path[step] for step in path.steps})
+            losses = adapted.path_losses
+            _add(path.losses, {step: losses[step] for step in path.steps if step in losses})
 
     def fixed(self, method: AdaptMethod, shots: int | None) -> ByTask:
         """The scores of a fixed way to adapt."""
         steps, draws = self.run.steps, 1 if shots is None else self.draws
         scores: dict[int, ByTask] = {}
-        _add(scores, self.adapt(method, self.tasks, self.run, shots, draws, [steps]).path)
+        adapted = verbs.adapt(
+            self.model,
+            self.tasks,
+            method,
+            self.run,
+            shots=shots,
+            draws=draws,
+            split="validation",
+            score_at=[steps],
+            progress=self.progress,
+        )
+        _add(scores, adapted.path)
         return scores[steps]
+
+
+def _alike(paths: Sequence[_Path]) -> list[list[_Path]]:
+    """The paths in groups whose methods can adapt side by side."""
+    groups: dict[str, list[_Path]] = {}
+    for path in paths:
+        method = path.method
+        fields = {k: v for k, v in method.to_dict().items() if k not in method.slot_fields}
+        groups.setdefault(f"{type(method)} {fields}", []).append(path)
+    return list(groups.values())
 
 
 def _add(by_step: dict[int, ByTask], path: Mapping[int, Mapping[tuple[str, int], float]]) -> None:

@@ -19,7 +19,8 @@ from torch import nn
 import foretune
 from foretune.errors import UserError
 from foretune.evaluation import held_out
-from foretune.evaluation.adapt_search import Search, at_rates, search
+from foretune.evaluation.adapt_candidates import at_rates
+from foretune.evaluation.adapt_search import Search, search
 from foretune.evaluation.statistics import pairs_and_means
 from foretune.evaluation.verdict import verdict
 from foretune.files import COMPARISON_FILE, check_file_names, write_whole

@@ -241,7 +241,8 @@ class Auto(RetrainMethod):
         self, base: nn.Module, scored: TaskCollection, seed: int, progress: Any
     ) -> Trial:
         """Adapts a base to held-out tasks at every number of shots, as is best; its scores."""
-        from foretune.evaluation.adapt_search import at_rates, candidates, search
+        from foretune.evaluation.adapt_candidates import at_rates, candidates
+        from foretune.evaluation.adapt_search import search
 
         run = Run(**self.adapt_run).replace(seed=seed, out=None, resume=False, overwrite=False)
         if isinstance(self.adapt, list):

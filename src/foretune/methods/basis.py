@@ -65,6 +65,7 @@ class FromBasis(AdaptMethod):
     name: ClassVar[str] = "basis"
     label: ClassVar[str] = "basis"
     starts_at_base: ClassVar[bool] = False
+    slot_fields: ClassVar[tuple[str, ...]] = ("learning_rate", "strength")
 
     def __post_init__(self) -> None:
         check_at_least("strength", self.strength, 0)

@@ -33,6 +33,7 @@ class Head(AdaptMethod):
 
     name: ClassVar[str] = "head"
     label: ClassVar[str] = "head only"
+    slot_fields: ClassVar[tuple[str, ...]] = ("learning_rate", "pull")
 
     def __post_init__(self) -> None:
         check_positive("learning_rate", self.learning_rate)

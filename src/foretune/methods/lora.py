@@ -52,6 +52,7 @@ class LoRA(AdaptMethod):
 
     name: ClassVar[str] = "lora"
     label: ClassVar[str] = "LoRA"
+    slot_fields: ClassVar[tuple[str, ...]] = ("learning_rate", "pull")
     paper: ClassVar[dict[str, Any] | None] = PAPER
 
     def __post_init__(self) -> None:

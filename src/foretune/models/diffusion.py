@@ -251,7 +251,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 def stacked(rows: Sequence[Mapping[str, Any]], name: str, repeats: int) -> Tensor:
-    """(n · repeats, …) a column of the rows, each row `repeats` times in a row; ints as int64."""
+    """(m, …) a column of n rows, each `repeats` times in a row: m = n · repeats; ints as int64."""
     values = np.stack([np.asarray(row[name]) for row in rows])
     kind = np.int64 if values.dtype.kind in "iub" else np.float32
     return torch.from_numpy(values.astype(kind)).repeat_interleave(repeats, 0)

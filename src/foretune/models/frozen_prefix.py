@@ -215,15 +215,16 @@ class FrozenPrefix:
         for i, key in enumerate(keys):
             if key not in states:
                 by_length.setdefault(self._padded(int(lengths[i])), {})[key] = i
-        for length, missing in sorted(by_length.items()):
-            rows = list(missing.items())
-            together = self._together(length)
-            for start in range(0, len(rows), together):
-                chunk = rows[start : start + together]
-                computed = self._compute(inputs, [i for _, i in chunk], length)
-                for (key, _), row in zip(chunk, computed, strict=True):
-                    states[key] = row
-                    self.cache.put(key, row)
+        with self._unserved() if by_length else contextlib.nullcontext():
+            for length, missing in sorted(by_length.items()):
+                rows = list(missing.items())
+                together = self._together(length)
+                for start in range(0, len(rows), together):
+                    chunk = rows[start : start + together]
+                    computed = self._compute(inputs, [i for _, i in chunk], length)
+                    for (key, _), row in zip(chunk, computed, strict=True):
+                        states[key] = row
+                        self.cache.put(key, row)
         padded = pad_sequence([states[key] for key in keys], batch_first=True)
         return nn.functional.pad(padded, (0, 0, 0, mask.shape[1] - padded.shape[1]))
 
@@ -241,7 +242,7 @@ class FrozenPrefix:
     def _compute(
         self, inputs: Mapping[str, np.ndarray], rows: list[int], length: int
     ) -> list[Tensor]:
-        """(L, d) states of each of these rows, computed by the real blocks.
+        """(L, d) states of each of these rows, computed by the real blocks; called in `_unserved`.
 
         The number of rows in the batch, filled up by repetition, and a row's padding depend on its
         length only, so its states are bitwise independent of which other rows were missing from
@@ -257,7 +258,7 @@ class FrozenPrefix:
         lengths = inputs["attention_mask"].sum(1)[rows]
         served, self._states, self._stop = self._states, None, True
         try:
-            with self._unserved(), route(None):
+            with route(None):
                 output = self._bottom(self._tensors(cut))
                 states = output[0] if isinstance(output, tuple) else output
                 if isinstance(

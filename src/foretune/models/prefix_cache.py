@@ -26,28 +26,49 @@ SKIPPED_CONFIG = frozenset(
 class PrefixCache:
     """The states of texts after a frozen prefix.
 
+    A full cache makes room by dropping states that were not used since `renew`. What is in use
+    stays, and what does not fit is not stored: in passes over the same texts it would only displace
+    what the next pass needs.
+
     Args:
-        max_bytes: Size of the cache; once it is full, new states are not stored.
+        max_bytes: Size of the cache.
     """
 
     def __init__(self, max_bytes: int = 2 * 2**30) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._states: dict[bytes, Tensor] = {}
+        self._states: dict[bytes, Tensor] = {}  # used since `renew`
+        self._earlier: dict[bytes, Tensor] = {}
 
     def __len__(self) -> int:
-        return len(self._states)
+        return len(self._states) + len(self._earlier)
+
+    def renew(self) -> None:
+        """Begins another wave of tasks: drops the states that the last one did not use."""
+        self.num_bytes -= sum(map(_num_bytes, self._earlier.values()))
+        self._earlier, self._states = self._states, {}
 
     def get(self, key: bytes) -> Tensor | None:
         """(L, d) states stored under a key, if any."""
+        states = self._earlier.pop(key, None)
+        if states is not None:
+            self._states[key] = states
         return self._states.get(key)
 
     def put(self, key: bytes, states: Tensor) -> None:
         """Store (L, d) states unless the cache is full."""
-        size = states.numel() * states.element_size()
-        if key not in self._states and self.num_bytes + size <= self.max_bytes:
+        if self.get(key) is not None:
+            return
+        size = _num_bytes(states)
+        while self.num_bytes + size > self.max_bytes and self._earlier:
+            self.num_bytes -= _num_bytes(self._earlier.pop(next(iter(self._earlier))))
+        if self.num_bytes + size <= self.max_bytes:
             self._states[key] = states
             self.num_bytes += size
+
+
+def _num_bytes(states: Tensor) -> int:
+    return states.numel() * states.element_size()
 
 
 _CACHES: OrderedDict[str, PrefixCache] = OrderedDict()
@@ -68,6 +89,12 @@ def prefix_cache(model: nn.Module, first_block: int, outside: Mapping[str, Tenso
     while len(_CACHES) > _MOST_CACHES:
         _CACHES.popitem(last=False)
     return cache
+
+
+def renew_prefix_caches() -> None:
+    """Begins another wave of tasks in all caches, so that they grow with a wave, not with all."""
+    for cache in _CACHES.values():
+        cache.renew()
 
 
 def _fingerprint(model: nn.Module, first_block: int, outside: Mapping[str, Tensor]) -> str:

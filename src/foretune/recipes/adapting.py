@@ -103,7 +103,7 @@ def _add_basis(
 ) -> None:
     """Gives a base without one the basis of adapters to the seen tasks, and saves it beside it."""
     from foretune.adapters.basis_file import basis_of, save_basis, set_basis
-    from foretune.evaluation.adapt_search import candidates
+    from foretune.evaluation.adapt_candidates import candidates
     from foretune.training.fit_basis import fit_basis
     from foretune.training.verbs import objective_of
 
@@ -123,7 +123,7 @@ def _add_basis(
 
 def candidates_of(recipe: Recipe) -> list[Any]:
     """The adapt methods among which held-out tasks choose, the simplest first."""
-    from foretune.evaluation.adapt_search import candidates
+    from foretune.evaluation.adapt_candidates import candidates
 
     items = [{name: fields} for name, fields in adapt_methods(recipe.adapt)]
     return candidates(items, recipe.adapt.rates, recipe.adapt.lora)
@@ -131,7 +131,7 @@ def candidates_of(recipe: Recipe) -> list[Any]:
 
 def held_out_of(setup: Setup, record: Any) -> HeldOut | None:
     """The held-out tasks that a retraining is validated by, with a short way to adapt to them."""
-    from foretune.evaluation.adapt_search import candidates, validation_method
+    from foretune.evaluation.adapt_candidates import candidates, validation_method
     from foretune.evaluation.held_out import num_draws
     from foretune.recipes.entries import adapt_record
     from foretune.training.held_out import HeldOut

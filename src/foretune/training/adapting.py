@@ -16,6 +16,7 @@ from foretune.adapters.fingerprint import base_record
 from foretune.adapters.peft_format import peft_config, peft_tensors
 from foretune.errors import UserError
 from foretune.models.checkpoint import unstored_modules
+from foretune.models.prefix_cache import renew_prefix_caches
 from foretune.models.quantised import quantised_as, refuse_quantised
 from foretune.models.surgery import head_width
 from foretune.processes import base_is_sharded
@@ -51,11 +52,18 @@ from foretune.training.text_limits import TextLimits
 from foretune.training.trained_on import TrainedOn, base_of
 
 V = TypeVar("V")
+# Tasks that are adapted at the same time at most, where nothing else is set: so many keep a machine
+# busy, and what is saved after each wave is not lost when a run is interrupted.
+MOST_PER_WAVE = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptation:
-    """What `adapt` was asked for, beside model and tasks; its arguments by their names."""
+    """What `adapt` was asked for, beside model and tasks; its arguments by their names.
+
+    With `variants`, which differ from `method` in `slot_fields` alone, each draw is adapted by each
+    of them side by side: they are numbered as further draws.
+    """
 
     method: AdaptMethod | AdaptPlan
     run: Run
@@ -66,6 +74,11 @@ class Adaptation:
     progress: Progress | None
     replace: bool = False
     shard: Shard | None = None
+    variants: Sequence[AdaptMethod] = ()
+
+    def variant_of(self, draw: int) -> int:
+        """Which of the variants a draw is adapted by: there are `draws` of each in turn."""
+        return draw // self.draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +125,12 @@ def adapt_in(model: nn.Module, tasks: TaskCollection, how: Adaptation) -> Adapte
     names = tasks.names if how.shard is None else how.shard.names(tasks.names)
     part = [tasks[name] for name in names]
     slots = list(draw_shots(part, objective.kind, how.shots, how.draws, run.seed))
+    if how.variants:  # with the same key, on which all depends that is random
+        slots = [
+            dataclasses.replace(slot, draw=slot.draw + how.draws * i)
+            for i in range(len(how.variants))
+            for slot in slots
+        ]
     task_draws = [(slot.task, slot.draw) for slot in slots]
     saved: dict[TaskDraw, SavedTask] = {}
     changed: dict[TaskDraw, SavedTask] = {}
@@ -154,7 +173,10 @@ def adapt_in(model: nn.Module, tasks: TaskCollection, how: Adaptation) -> Adapte
         result.num_labels = None if is_stored else width
     with torch.random.fork_rng(), metered() as cost, group.raise_together():
         for way in ways:
-            for wave in _waves(group, TaskData(way.slots, objective, limits), way, model):
+            waves = _waves(group, TaskData(way.slots, objective, limits), way, model)
+            for number, wave in enumerate(waves):
+                if number:
+                    renew_prefix_caches()
                 keys = _adapt_wave(model, wave, objective, way, how, result)
                 if out is not None:
                     save_wave(result, keys, out, group)
@@ -217,6 +239,8 @@ def _adapt_wave(
     requires_grad = {p: p.requires_grad for p in base.parameters()}
     torch.manual_seed(run.seed)
     learner: Learner = method.learner(base, objective, data.keys, run)
+    if how.variants:
+        learner.vary([how.variants[how.variant_of(slot.draw)] for slot in data.slots])
     per_task = learner.parameters_per_task
 
     path: dict[int, dict[int, float]] = {}
@@ -312,7 +336,7 @@ def _wave_size(model: nn.Module, objective: Objective, way: Way) -> int:
         p.requires_grad_(trained)
     assert bank is not None  # a method that shares its base trains a bank
     bytes_per_task = 4 * 4 * bank.parameters_per_slot  # float32 value, gradient and two moments
-    return max(1, free_memory(run.device) // 2 // bytes_per_task)
+    return max(1, min(MOST_PER_WAVE, free_memory(run.device) // 2 // bytes_per_task))
 
 
 def _waves(group: ProcessGroup, data: TaskData, way: Way, model: nn.Module) -> Iterator[Partition]:

@@ -93,12 +93,14 @@ class TaskData:
         limits: What the model can read; None if examples are not checked against it.
         max_cached_tokens: Encoded examples are cached up to this many tokens (about 36 bytes
             each); beyond it the oldest are dropped and encoded again when needed.
+        scored_steps: Batches that were scored, by what makes them: most are scored repeatedly.
     """
 
     slots: Sequence[SlotRows]
     objective: Objective
     limits: TextLimits | None = None
     max_cached_tokens: int = 5_000_000
+    scored_steps: dict[Any, list[Step]] = field(default_factory=dict)
     _encoded: OrderedDict[tuple[int, int], dict[str, Any]] = field(default_factory=OrderedDict)
     _cached_tokens: int = 0
 
@@ -254,7 +256,7 @@ class PerTaskSampler(Sampler):
     seed: int
     keys: Sequence[str]
     repeat: int = 1
-    _orders: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
+    _orders: dict[str, tuple[int, np.ndarray]] = field(default_factory=dict)  # by key
 
     @override
     def picks(self, step: int) -> list[Pick]:
@@ -271,11 +273,12 @@ class PerTaskSampler(Sampler):
     def _rows(self, slot: int, position: int, count: int) -> list[int]:
         """The next indices at `position` of the endless stream of the slot's permutations."""
         rows: list[int] = []
+        key = self.keys[slot]  # several slots may hold the same examples
         for epoch, part in _by_epoch(position, count, self.sizes[slot]):
-            order = self._orders.get(slot)
+            order = self._orders.get(key)
             if order is None or order[0] != epoch:
-                rng = np.random.default_rng([self.seed, stable_hash(self.keys[slot]), epoch])
-                order = self._orders[slot] = (epoch, rng.permutation(self.sizes[slot]))
+                rng = np.random.default_rng([self.seed, stable_hash(key), epoch])
+                order = self._orders[key] = (epoch, rng.permutation(self.sizes[slot]))
             rows += order[1][part].tolist()
         return rows
 

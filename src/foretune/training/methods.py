@@ -101,11 +101,14 @@ class AdaptMethod(Method, Protocol):
     Attributes:
         pooled: As `RetrainMethod`; a method that adapts draws from each task separately.
         starts_at_base: Whether a task that has taken 0 steps gets the base's own predictions.
+        slot_fields: Fields in which slots of one bank may differ, so that records that differ in no
+            other fields can adapt side by side (`Learner.vary`).
     """
 
     verb: ClassVar[str] = "adapt"
     pooled: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = True
+    slot_fields: ClassVar[tuple[str, ...]] = ()
 
     def fits(self, model: nn.Module) -> bool:
         """Whether the base has what the method adapts with, beside its weights."""

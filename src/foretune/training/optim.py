@@ -74,7 +74,12 @@ class SlotAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_slots(
-        self, present: Sequence[int], *, grad_scale: float = 1.0, max_norm: float | None = None
+        self,
+        present: Sequence[int],
+        *,
+        grad_scale: float = 1.0,
+        max_norm: float | None = None,
+        rates: Sequence[float] | None = None,
     ) -> None:
         """One update of the slots that are present; clears their gradients.
 
@@ -82,14 +87,16 @@ class SlotAdamW(torch.optim.Optimizer):
             present: Distinct slots, ascending.
             grad_scale: The gradients are multiplied by it first.
             max_norm: Each slot's gradient, over all parameters, is clipped to this norm.
+            rates: The learning rate of every slot; None for that of the parameter groups.
         """
         params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         if max_norm is not None and params:
             _clip(params, present, max_norm / grad_scale)
         for group in self.param_groups:
             moved = [p for p in group["params"] if p.grad is not None]
-            for slots in self._runs(moved, present):
-                self._step_run(moved, slots, group, grad_scale)
+            for slots in self._runs(moved, present, rates):
+                lr = group["lr"] if rates is None else rates[slots.start]
+                self._step_run(moved, slots, {**group, "lr": lr}, grad_scale)
         for p in params:
             if len(present) == len(p):
                 p.grad = None
@@ -103,8 +110,10 @@ class SlotAdamW(torch.optim.Optimizer):
             for value in state.values():
                 value[list(slots)] = 0
 
-    def _runs(self, params: Sequence[Tensor], present: Sequence[int]) -> Iterator[slice]:
-        """Slices of neighbouring slots with equal step counts; the kernel updates views of them."""
+    def _runs(
+        self, params: Sequence[Tensor], present: Sequence[int], rates: Sequence[float] | None
+    ) -> Iterator[slice]:
+        """Slices of neighbours with equal step counts and rates; the kernel updates their views."""
         if not params:
             return
         for p in params:
@@ -122,6 +131,7 @@ class SlotAdamW(torch.optim.Optimizer):
                 ends
                 or present[i] != present[i - 1] + 1
                 or steps[present[i]] != steps[present[start]]
+                or (rates is not None and rates[present[i]] != rates[present[start]])
             ):
                 yield slice(present[start], present[i - 1] + 1)
                 start = i

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import foretune
@@ -18,6 +19,7 @@ from foretune.adapters.basis_file import save_basis
 from foretune.adapters.fingerprint import base_record, fingerprint
 from foretune.adapters.peft_format import peft_config, peft_tensors, write_adapter
 from foretune.files import (
+    ADAPTER_WEIGHTS_FILE,
     BASE_FILE,
     CARD_FILE,
     DEVICES,
@@ -28,9 +30,11 @@ from foretune.files import (
     VERSIONS,
     same_on_disk,
     whole_folder,
+    whole_folders,
     write_whole,
 )
 from foretune.formats import BASE, RUN, stamped
+from foretune.manifest import final_path
 from foretune.models.loading import save_base
 from foretune.models.loading_code import class_name, loading_code
 from foretune.models.surgery import head_labels, name_outputs
@@ -42,6 +46,8 @@ from foretune.training.learners.joint import Learner
 from foretune.training.methods import RetrainMethod
 from foretune.training.record import environment
 from foretune.training.trained_on import TrainedOn
+
+V = TypeVar("V")
 
 # Names in a folder of adapters that are not those of tasks: a folder with `base/` holds a base.
 RESERVED = (RUN_FILE, SCORES_FILE, VERSIONS, "base")
@@ -114,13 +120,13 @@ class Outcome:
         base = base_record(self.model, self.bank.head_names)
         labels = labels_of(self.objective, self.bank.keys)
         names = folder_names((task, 0) for task in self.tasks or self.bank.keys)
-        for slot, task in enumerate(self.bank.keys):
-            with whole_folder(folder / "adapters" / names[task, 0]) as part:
+        places = [folder / "adapters" / names[task, 0] for task in self.bank.keys]
+        with whole_folders(places) as parts:
+            for slot, (task, part) in enumerate(zip(self.bank.keys, parts, strict=True)):
                 write_adapter(part, config, peft_tensors(self.bank, slot), base)
                 _write_labels(part, labels.get(task))
                 if task in self.rows:
-                    place = folder / "adapters" / names[task, 0]
-                    self._trained_on(folder, task).write(part, place)
+                    self._trained_on(folder, task).write(part, places[slot])
 
     def _trained_on(self, folder: Path, task: str) -> TrainedOn:
         return TrainedOn(
@@ -185,6 +191,35 @@ class Outcome:
         )
 
 
+class SavedTensors(Mapping[str, Tensor]):
+    """The tensors of an adapter that was saved, read at each use: many do not fit in memory.
+
+    Args:
+        folder: Its folder, or the folder that will have that name when all have been written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __getitem__(self, name: str) -> Tensor:
+        with self._open() as file:
+            if name not in file.keys():  # noqa: SIM118
+                raise KeyError(name)
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        with self._open() as file:
+            return iter(file.keys())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _open(self) -> Any:
+        folder = self.folder if self.folder.is_dir() else Path(final_path(self.folder))
+        return safe_open(folder / ADAPTER_WEIGHTS_FILE, "pt")
+
+
 @dataclass
 class Adapted:
     """The result of `adapt`.
@@ -192,7 +227,8 @@ class Adapted:
     Args:
         scores: Mean test score per task and draw: {(task, draw): score}.
         num_rows: Number of test examples behind each score.
-        tensors: The adapters, under PEFT's tensor names (methods that train adapters).
+        tensors: The adapters, under PEFT's tensor names (methods that train adapters). Of those
+            that were saved while the call ran, they are read from their folders at each use.
         config: PEFT's adapter_config.json of the adapters.
         models: The adapted models (methods that train the whole model).
         base_fingerprint: What the adapters record of their base, as `base_record`.
@@ -219,7 +255,7 @@ class Adapted:
 
     scores: dict[tuple[str, int], float]
     num_rows: dict[tuple[str, int], int]
-    tensors: dict[tuple[str, int], dict[str, Tensor]]
+    tensors: dict[tuple[str, int], Mapping[str, Tensor]]
     config: dict[str, Any]
     base_fingerprint: dict[str, Any]
     models: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
@@ -242,25 +278,36 @@ class Adapted:
 
     def first_draw(self) -> Adapted:
         """The part of the result of each task's first draw."""
+        return self.part(range(1))
+
+    def part(self, draws: range) -> Adapted:
+        """The part of the result of these draws, which are numbered from 0 on in it."""
+
+        def of(values: Mapping[tuple[str, int], V]) -> dict[tuple[str, int], V]:
+            return {(t, d - draws.start): v for (t, d), v in values.items() if d in draws}
+
         return replace(
             self,
-            scores={key: v for key, v in self.scores.items() if key[1] == 0},
-            num_rows={key: v for key, v in self.num_rows.items() if key[1] == 0},
-            tensors={key: v for key, v in self.tensors.items() if key[1] == 0},
-            models={key: v for key, v in self.models.items() if key[1] == 0},
-            learners={key: v for key, v in self.learners.items() if key[1] == 0},
+            scores=of(self.scores),
+            num_rows=of(self.num_rows),
+            tensors=of(self.tensors),
+            models=of(self.models),
+            learners=of(self.learners),
+            path={step: of(by_draw) for step, by_draw in self.path.items()},
+            path_losses={step: of(by_draw) for step, by_draw in self.path_losses.items()},
         )
 
     def save(self, folder: Path | str) -> Path:
         """Writes a folder per task and draw: `<task>`, or `<task>-draw<k>` after the first draw."""
         folder = Path(folder)
         names = self.folders or folder_names([*self.tensors, *self.models])
-        for (task, draw), tensors in self.tensors.items():
-            with whole_folder(folder / names[task, draw]) as part:
-                config, base = self.records.get((task, draw), (self.config, self.base_fingerprint))
-                write_adapter(part, config, tensors, base)
-                _write_labels(part, self.labels.get(task))
-                self._write_trained_on(part, folder / names[task, draw], (task, draw))
+        keys = list(self.tensors)
+        with whole_folders([folder / names[key] for key in keys]) as parts:
+            for key, part in zip(keys, parts, strict=True):
+                config, base = self.records.get(key, (self.config, self.base_fingerprint))
+                write_adapter(part, config, dict(self.tensors[key]), base)
+                _write_labels(part, self.labels.get(key[0]))
+                self._write_trained_on(part, folder / names[key], key)
         for (task, draw), model in self.models.items():
             labels = self.labels.get(task)
             learner = self.learners.get((task, draw))

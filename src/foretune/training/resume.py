@@ -29,7 +29,7 @@ from foretune.run import Run
 from foretune.tasks.task import Objective, Task
 from foretune.training.adapt_plan import AdaptPlan
 from foretune.training.learners.joint import Learner
-from foretune.training.outcome import Adapted, folder_names, readable_name
+from foretune.training.outcome import Adapted, SavedTensors, folder_names, readable_name
 from foretune.training.process_group import ProcessGroup
 from foretune.training.scores_file import SavedTask, TaskDraw, read_scores, write_scores
 
@@ -246,6 +246,7 @@ def load_finished(
 def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: ProcessGroup) -> None:
     """Writes the adapters of one wave, then adds its scores to this process's scores on disk.
 
+    The result does not hold the adapters any more, but reads them where they were written.
     An adapter that takes the place of an earlier one of its task is its next version; the earlier
     one goes to the folder `versions`.
     """
@@ -254,6 +255,9 @@ def save_wave(result: Adapted, wave: Sequence[TaskDraw], folder: Path, group: Pr
     tensors = {key: result.tensors[key] for key in wave if key in result.tensors}
     models = {key: result.models[key] for key in wave if key in result.models}
     replace(result, tensors=tensors, models=models).save(folder)
+    result.tensors |= {
+        key: SavedTensors(folder.absolute() / result.folders[key]) for key in tensors
+    }
     file = folder / (SCORES_FILE if group.size == 1 else SCORES_OF_RANK.format(group.rank))
     saved = {
         key: SavedTask(

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from foretune.errors import DivergedError
 from foretune.models.packing import packed
 from foretune.tasks.batch import Batch
-from foretune.training.data import Pick, TaskData
+from foretune.training.data import Pick, Step, TaskData
 from foretune.training.process_group import ProcessGroup, pad_with_fillers
 from foretune.training.sharding import reshard
 
 ALONE = ProcessGroup()
+SMALL, OF_SMALL = 256, 1024  # examples of at most so many numbers each are scored so many at once
+STORED_BYTES = 2**26  # of batches that are scored repeatedly
 
 
 def score_slots(
@@ -101,8 +105,7 @@ def _means(
     Raises:
         DivergedError: A value is not finite; the message names task and row.
     """
-    parts = [picks[start : start + batch_size] for start in range(0, len(picks), batch_size)]
-    parts += [[]] * (max(group.gather(len(parts))) - len(parts))
+    steps = _steps(data, split, picks, batch_size, budget, group)
     error: DivergedError | None = None
     was_training = model.training
     model.eval()
@@ -110,9 +113,7 @@ def _means(
     values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     try:
         with packed(model):
-            for part in parts:
-                step = data.step(part, split, train=False, seed=[0], budget=budget)
-                step = pad_with_fillers(step, data, group)
+            for step in steps:
                 measured: dict[str, list[float]] = defaultdict(list)
                 for chunk in step.chunks:
                     for name, of_rows in measure(model, chunk.to(device)).items():
@@ -133,6 +134,42 @@ def _means(
         name: {slot: sum(of_slot) / len(of_slot) for slot, of_slot in by_slot.items()}
         for name, by_slot in values.items()
     }
+
+
+def _steps(
+    data: TaskData,
+    split: str,
+    picks: Sequence[Pick],
+    batch_size: int,
+    budget: int | None,
+    group: ProcessGroup,
+) -> Iterator[Step]:
+    """The batches of these examples; if they are few, as for a validation, they are stored."""
+    key = (split, tuple(picks), batch_size, budget)
+    if key in data.scored_steps:
+        yield from data.scored_steps[key]
+        return
+    if picks and _is_small(data, data.row(picks[0][0], split, picks[0][1])):
+        batch_size = max(batch_size, OF_SMALL)
+    parts = [picks[start : start + batch_size] for start in range(0, len(picks), batch_size)]
+    parts += [[]] * (max(group.gather(len(parts))) - len(parts))
+    stored: list[Step] | None = [] if group.size == 1 else None  # all processes make equal calls
+    num_bytes = 0
+    for part in parts:
+        step = data.step(part, split, train=False, seed=[0], budget=budget)
+        step = pad_with_fillers(step, data, group)
+        inputs = [value for chunk in step.chunks for value in chunk.inputs.values()]
+        num_bytes += sum(value.nbytes for value in inputs if isinstance(value, Tensor))
+        if stored is not None:
+            stored = [*stored, step] if num_bytes <= STORED_BYTES else None
+        yield step
+    if stored is not None:
+        data.scored_steps[key] = stored
+
+
+def _is_small(data: TaskData, row: Mapping[str, Any]) -> bool:
+    """Whether an encoded example is a short vector, or a text whose embedding is cached."""
+    return data.objective.size(row) == 1 and sum(map(np.size, row.values())) <= SMALL
 
 
 def spread(num_rows: int, most: int | None) -> list[int]:

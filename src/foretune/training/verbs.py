@@ -194,6 +194,53 @@ def adapt(
         return adapt_in(model, tasks.with_objective(objective), how)
 
 
+def adapt_variants(
+    model: nn.Module,
+    tasks: TaskCollection,
+    methods: Sequence[AdaptMethod],
+    run: Run,
+    *,
+    shots: int | None = None,
+    draws: int = 1,
+    split: str = "test",
+    score_at: Sequence[int] = (),
+    progress: Progress | None = None,
+) -> list[Adapted]:
+    """Adapts to each task by each of several methods, side by side: the steps are those of one.
+
+    The result of each is that of `adapt`, up to the order of sums.
+
+    Args:
+        model: As for `adapt`, as are all others that are not listed.
+        tasks: Tasks.
+        methods: Records of one method that differ in its `slot_fields` alone.
+        run: Random seed, budget and precision; nothing is saved.
+        shots: Shots.
+        draws: Draws.
+        split: Split.
+        score_at: Steps.
+        progress: Progress.
+
+    Raises:
+        UserError: As `adapt`.
+        DivergedError: A loss or score of any of them is not finite.
+    """
+    check_path(score_at, run)
+    objective = objective_of(tasks).fit(tasks).bind(model)
+    how = Adaptation(
+        method=methods[0],
+        run=run,
+        shots=shots,
+        draws=draws,
+        split=split,
+        score_at=score_at,
+        progress=progress,
+        variants=methods if len(methods) > 1 else (),
+    )
+    adapted = adapt_in(model, tasks.with_objective(objective), how)
+    return [adapted.part(range(i * draws, (i + 1) * draws)) for i in range(len(methods))]
+
+
 def objective_of(tasks: TaskCollection) -> Objective:
     """The collection's objective.
 

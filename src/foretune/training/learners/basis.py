@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +51,16 @@ class BasisLearner(Learner):
         candidates: Tensor | None = None,
     ) -> None:
         super().__init__(model, objective, bank=coefficients.bank, bank_learning_rate=learning_rate)
-        self.coefficients, self.strength = coefficients, strength
+        self.coefficients = coefficients
+        self.strength: float | Tensor = strength  # of all slots, or (slots,)
         self.candidates = candidates
         self.num_rows = torch.zeros(0)
         coefficients.write(range(len(coefficients.z)))
+
+    @override
+    def vary(self, methods: Sequence[Any]) -> None:
+        super().vary(methods)
+        self.strength = torch.tensor([float(method.strength) for method in methods])
 
     @property
     @override
@@ -99,7 +106,10 @@ class BasisLearner(Learner):
         if not slots:
             return
         index = torch.tensor(slots, device=self.num_rows.device)
-        weight = self.strength / (self.num_rows[index] * num_slots)
+        strength = self.strength
+        if isinstance(strength, Tensor):
+            strength = strength.to(index.device)[index]
+        weight = strength / (self.num_rows[index] * num_slots)
         for p in self.coefficients.per_slot:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)

@@ -56,6 +56,7 @@ class Learner:
             so with a bank: tasks share a step, and an adapter belongs to the base as it is.
 
     Attributes:
+        slot_rates: The learning rate of each slot of the bank, where they differ.
         average: Fraction of the updates, at the end, over which the base's weights are averaged.
     """
 
@@ -81,6 +82,7 @@ class Learner:
         self.base = [p for p in model.parameters() if p.requires_grad]
         frozen_statistics = frozen_statistics or bank is not None
         self.frozen_norms = list(batch_norms(model).values()) if frozen_statistics else []
+        self.slot_rates: list[float] | None = None
         self.average = 0.0
         self.mean: list[Tensor] = []
         self.base_optimizer: torch.optim.Optimizer | None = None
@@ -173,6 +175,14 @@ class Learner:
                 weight_decay=run.weight_decay,
             )
 
+    def vary(self, methods: Sequence[Any]) -> None:
+        """Lets slots of the bank differ in the `slot_fields` of their method; before `start`.
+
+        Args:
+            methods: The record of each slot.
+        """
+        self.slot_rates = [method.learning_rate for method in methods]
+
     def settle(self, model: nn.Module) -> None:
         """Puts into the base what the tasks' own parameters leave there; by default nothing.
 
@@ -263,8 +273,12 @@ class Learner:
         if self.bank_optimizer is not None and local_losses:
             for group in self.bank_optimizer.param_groups:
                 group["lr"] = self.bank_rate(rate)
+            rates = self.slot_rates
             self.bank_optimizer.step_slots(
-                sorted(local_losses), grad_scale=steps[-1].num_slots, max_norm=run.max_grad_norm
+                sorted(local_losses),
+                grad_scale=steps[-1].num_slots,
+                max_norm=run.max_grad_norm,
+                rates=None if rates is None else [rate * of_slot for of_slot in rates],
             )
         return losses
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -35,14 +37,19 @@ class PulledLearner(Learner):
         pull: float,
     ) -> None:
         super().__init__(model, objective, bank=bank, bank_learning_rate=learning_rate)
-        self.pull = pull
+        self.pull: float | Tensor = pull  # of all slots, or (slots,)
         self._starts: list[tuple[nn.Parameter, Tensor]] = []
+
+    @override
+    def vary(self, methods: Sequence[Any]) -> None:
+        super().vary(methods)
+        self.pull = torch.tensor([method.pull for method in methods])
 
     @override
     def start(self, run: Run) -> None:
         super().start(run)
         assert self.bank is not None
-        if self.pull:
+        if torch.as_tensor(self.pull).any():
             self._starts = [(p, p.detach().clone()) for p in self.bank.parameters()]
 
     @override
@@ -54,8 +61,12 @@ class PulledLearner(Learner):
     def gradients(self, steps: Sequence[Step], seed: int = 0) -> dict[int, float]:
         losses = self.backward(steps[0])
         present = index_of(sorted(losses))
-        weight = self.pull / steps[0].num_slots  # the gradient is that of the mean over the slots
         for p, start in self._starts:
             if p.grad is not None:  # else it has not moved
-                p.grad[present] += weight * (p.detach()[present] - start[present])
+                moved = p.detach()[present] - start[present]
+                pull = self.pull
+                if isinstance(pull, Tensor):
+                    pull = pull.to(moved)[present].view(-1, *[1] * (moved.dim() - 1))
+                # The gradient is that of the mean over the slots.
+                p.grad[present] += pull / steps[0].num_slots * moved
         return losses
