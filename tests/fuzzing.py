@@ -7,6 +7,7 @@ read is changed, nothing is written beside `--out`, and after a refusal nothing 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import shutil
@@ -188,7 +189,7 @@ def check_command(
 def copied(source: Path, target: Path) -> Path:
     """A fresh copy of a folder; of an earlier one, all that differs by now is replaced."""
     target.mkdir(exist_ok=True)
-    original, earlier = contents(source), contents(target)
+    original, earlier = _original(source), contents(target)
     for name in sorted(earlier, reverse=True):
         if name not in original or original[name] != earlier[name]:
             path = target / name
@@ -199,6 +200,11 @@ def copied(source: Path, target: Path) -> Path:
         elif not (target / name).exists():
             shutil.copy2(source / name, target / name)
     return target
+
+
+@functools.cache
+def _original(source: Path) -> dict[Path, bytes | bool]:
+    return contents(source)
 
 
 def contents(folder: Path) -> dict[Path, bytes | bool]:
