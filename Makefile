@@ -19,7 +19,8 @@ INSTALLED := .venv/installed
 FLAGS ?= --resume
 WORKERS ?= 2
 EXAMPLES ?= 500
-PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+# Each process gets a run of neighbouring tests, so what a file makes for all its tests is made once.
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: setup lock quickstart test test-oldest test-newest fuzz fast check lint types imports docs site format bench-quickstart \
 	bench-evidence bench-speed bench-theory bench-claims architectures release clean

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
-from click.testing import Result
-from typer.testing import CliRunner
+import typer.testing
+from typer.testing import CliRunner, Result
 
 from foretune.cli import app
+
+# Building the commands anew for each call takes longer than most commands that are refused.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 
 def call(*args: object, stdin: str | None = None) -> Result:

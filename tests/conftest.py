@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,3 +19,9 @@ settings.register_profile(
     "fuzz", deadline=None, max_examples=int(os.environ.get("FORETUNE_FUZZ", "0")) or 1
 )
 settings.load_profile("fuzz" if os.environ.get("FORETUNE_FUZZ") else "fixed")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no search for garbage passes over it again."""
+    gc.collect()
+    gc.freeze()

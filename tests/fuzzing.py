@@ -7,6 +7,7 @@ read is changed, nothing is written beside `--out`, and after a refusal nothing 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import shutil
@@ -186,7 +187,29 @@ def check_command(
 
 
 def copied(source: Path, target: Path) -> Path:
-    """A fresh copy of a folder; an earlier one is replaced."""
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target)
+    """A fresh copy of a folder; of an earlier one, all that differs by now is replaced."""
+    target.mkdir(exist_ok=True)
+    original, earlier = _original(source), contents(target)
+    for name in sorted(earlier, reverse=True):
+        if name not in original or original[name] != earlier[name]:
+            path = target / name
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    for name in original:
+        if (source / name).is_dir():
+            (target / name).mkdir(exist_ok=True)
+        elif not (target / name).exists():
+            shutil.copy2(source / name, target / name)
     return target
+
+
+@functools.cache
+def _original(source: Path) -> dict[Path, bytes | bool]:
+    return contents(source)
+
+
+def contents(folder: Path) -> dict[Path, bytes | bool]:
+    """The bytes of each file below a folder; of all else, whether it is a link."""
+    return {
+        path.relative_to(folder): path.read_bytes() if path.is_file() else path.is_symlink()
+        for path in sorted(folder.rglob("*"))
+    }

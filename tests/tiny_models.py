@@ -9,6 +9,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
+from foretune.models.seeding import seed_generators
+
 WORDS = (
     *("a", "b", "c", "d", "e", "f", "g", "h", "the", "cat", "dog", "sat", "on", "mat"),
     *("red", "blue", "green", "one", "two", "three"),
@@ -59,7 +61,7 @@ def tokenizer(*, pad: bool = True, special: bool = True, unknown: bool = True) -
 
 def _seeded(build: Any, config: Any, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_generators(seed)
         return build(config).eval()
 
 
@@ -201,5 +203,5 @@ class Plain(nn.Module):
 def plain(*, channels: int = 3, outputs: int = 4, seed: int = 0) -> Plain:
     """A plain nn.Module with Linear and Conv1d."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_generators(seed)
         return Plain(channels, outputs).eval()

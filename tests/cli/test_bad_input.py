@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from foretune.cli import app
+from command_line import call
 
 GOOD = [
     {"task": f"t{t}", "split": split, "text": f"{word} {i}", "label": word}
@@ -36,7 +35,7 @@ def build():
 
 def run(*changes: str, code: int = 2) -> str:
     """The one line that `foretune run` says about this recipe."""
-    result = CliRunner().invoke(app, ["run", "bad.yaml", *changes])
+    result = call("run", "bad.yaml", *changes)
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
     last = result.stderr.splitlines()[-1]

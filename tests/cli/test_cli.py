@@ -9,19 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import foretune
-from foretune.cli import app
+from command_line import call
 from foretune.methods import METHODS
 from foretune.recipes.schema import load_recipe, packaged_recipes
 from foretune.recipes.templates import TEMPLATES
 
 HEAVY = ("torch", "transformers", "peft", "pandas", "datasets", "accelerate")
-
-
-def call(*args: str) -> Any:
-    return CliRunner().invoke(app, list(args))
 
 
 def the_error(result: Any, code: int = 2) -> str:

@@ -152,7 +152,7 @@ class TestOnnx:
     def test_a_classifier_gives_the_logits_of_each_adapter(
         self, build: Any, tmp_path: Path
     ) -> None:
-        model = build(num_labels=2, seed=1).float()
+        model = build(num_labels=2, num_hidden_layers=2, seed=1).float()
         model.config.pad_token_id = 0
         save_base(model, TOKENIZER, tmp_path / "base")
         rows = [
@@ -183,7 +183,7 @@ class TestOnnx:
 
     @pytest.mark.parametrize("build", [tiny_models.bert, tiny_models.vit])
     def test_a_base_alone(self, build: Any, tmp_path: Path) -> None:
-        model = build(seed=1).float().eval()
+        model = build(num_hidden_layers=2, seed=1).float().eval()
         save_base(
             model, TOKENIZER if model.main_input_name == "input_ids" else None, tmp_path / "b"
         )
@@ -201,7 +201,8 @@ class TestOnnx:
     def test_pairs_of_texts_keep_their_segments(self, tmp_path: Path) -> None:
         from foretune.models.onnx_file import write_onnx
 
-        model = tiny_models.bert(num_labels=2, type_vocab_size=2, initializer_range=0.5).float()
+        sizes = {"num_hidden_layers": 2, "type_vocab_size": 2}
+        model = tiny_models.bert(num_labels=2, initializer_range=0.5, **sizes).float()
         tokenizer = tiny_models.tokenizer()
         tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
         write_onnx(model.eval(), tmp_path, tokenizer)
@@ -217,7 +218,7 @@ class TestOnnx:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("foretune.models.onnx_file._difference", lambda *_: 0.5)
-        save_base(tiny_models.bert().float(), TOKENIZER, tmp_path / "base")
+        save_base(tiny_models.bert(num_hidden_layers=2).float(), TOKENIZER, tmp_path / "base")
         out = tmp_path / "out"
         line = the_error("export", tmp_path / "base", "--format", "onnx", "--out", out)
         assert "the file computes other outputs (by 0.5" in line

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 from torch import nn
-from typer.testing import CliRunner
 
-from foretune.cli import app
+from command_line import call
 from foretune.models.loading import load_module
 from promises.pages import ROOT, blocks, shell_lines
 
@@ -73,7 +72,7 @@ def test_own_data_as_the_readme_tells_it(tmp_path: Path, monkeypatch: pytest.Mon
     for line in lines:
         _, command, *args = shlex.split(line)
         extra = {"run": SMALL, "plan": SMALL, "adapt": ["steps=2"]}.get(command, [])
-        done = CliRunner().invoke(app, [command, *args, *extra])
+        done = call(command, *args, *extra)
         assert done.exit_code == 0, done.output
     assert (tmp_path / "runs/tickets/report.html").is_file()
     assert len((tmp_path / "predicted.csv").read_text().splitlines()) == 1 + len(rows)

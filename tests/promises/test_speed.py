@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from warm import warm
 
 SPEED = Path(__file__).resolve().parents[2] / "benchmarks" / "speed"
 
@@ -29,19 +32,25 @@ SCRIPTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def python():
+    with warm({**os.environ, "PYTHONWARNINGS": "ignore"}) as process:
+        yield process
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "options", "rows"), SCRIPTS)
-def test_a_benchmark_runs(name, options, rows, tmp_path):
-    command = [sys.executable, "-W", "ignore", str(SPEED / f"{name}.py"), "--quick"]
-    command += [*options, "--repeats", "1", "--out", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+def test_a_benchmark_runs(name, options, rows, tmp_path, python):
+    command = [str(SPEED / f"{name}.py"), "--quick", *options]
+    command += ["--repeats", "1", "--out", str(tmp_path)]
+    python.run(command, tmp_path).check_returncode()
     data = json.loads((tmp_path / f"speed-{name.replace('_', '-')}.json").read_text("utf-8"))
     assert len(data["rows"]) == rows
     assert not any("not_run" in row for row in data["rows"])
     if name == "meta_step":
         assert data["rows"][0]["gradient_error"] < 1e-5
-    again = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert again.stdout == ""  # nothing is measured twice
+    again = python.run(command, tmp_path)
+    assert (again.returncode, again.stdout) == (0, "")  # nothing is measured twice
 
 
 @pytest.mark.slow

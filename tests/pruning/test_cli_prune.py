@@ -14,11 +14,10 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 import foretune
 import tiny_models
-from foretune.cli import app
+from command_line import call
 from foretune.pruning import FORMAT, PLAN_FILE
 from foretune.pruning.experts import find_blocks
 from foretune.pruning.folders import task_examples
@@ -42,7 +41,7 @@ def write(name: str, rows: list[dict[str, Any]]) -> None:
 
 
 def run(line: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, ["prune", *line.split()])
+    result = call("prune", *line.split())
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
     if code:

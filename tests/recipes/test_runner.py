@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import foretune
-from foretune.cli import app
+from command_line import call
 from foretune.cli.output import comparison_text
 from foretune.errors import DivergedError, ForetuneError, UserError
 from foretune.recipes.adapting import candidates_of
@@ -45,10 +46,31 @@ SMALL = [
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.chdir(tmp_path)
+    return small_recipe()
+
+
+def small_recipe() -> Recipe:
+    """The recipe, its data and its model in this folder."""
     write_data(Path("data.npz"), [f"t{i}" for i in range(5)])
     Path("my_model.py").write_text(MODEL)
     Path("my.yaml").write_text(template_text("arrays"))
     return load_recipe("my.yaml", SMALL)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder that a run writes, and what it returns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("finished"))
+        recipe = small_recipe()
+        return recipe.folder.absolute(), run_recipe(recipe)
+
+
+@pytest.fixture
+def finished(recipe: Recipe, results: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+    """What the recipe's run returned, with a copy of its folder in place."""
+    shutil.copytree(results[0], recipe.folder)
+    return copy.deepcopy(results[1])
 
 
 def write_data(path: Path, names: list[str]) -> None:
@@ -60,12 +82,8 @@ def write_data(path: Path, names: list[str]) -> None:
     np.savez(path, task=task, x=x.reshape(-1, 4), y=y.reshape(-1))
 
 
-def call(*args: str) -> Any:
-    return CliRunner().invoke(app, list(args))
-
-
-def test_run_writes_all_that_it_promises(recipe: Recipe) -> None:
-    comparison = run_recipe(recipe)
+def test_run_writes_all_that_it_promises(recipe: Recipe, finished: dict[str, Any]) -> None:
+    comparison = finished
     names = {path.name for path in recipe.folder.iterdir()}
     promised = {"comparison.json", "report.html", "config.yaml", "README.md", "run.json", "bases"}
     assert promised <= names
@@ -75,8 +93,8 @@ def test_run_writes_all_that_it_promises(recipe: Recipe) -> None:
     assert comparison["conflict"].keys() & {"advice", "unmeasured"}
 
 
-def test_bases_say_how_they_were_made(recipe: Recipe) -> None:
-    base = run_recipe(recipe)["bases"][2]
+def test_bases_say_how_they_were_made(recipe: Recipe, finished: dict[str, Any]) -> None:
+    base = finished["bases"][2]
     assert base["method"] == "peft-ml"
     assert (recipe.folder / base["path"]).is_dir()
     assert len(base["retrain"]["searched"]) == 2
@@ -89,22 +107,20 @@ def test_bases_say_how_they_were_made(recipe: Recipe) -> None:
 
 
 def test_finished_run_resumes_without_training(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run_recipe(recipe)
-
     def fail(*args: object, **fields: object) -> None:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(foretune, "retrain", fail, raising=False)
     monkeypatch.setattr(foretune, "compare", fail, raising=False)
-    assert run_recipe(recipe, resume=True)["scores"] == first["scores"]
+    assert run_recipe(recipe, resume=True)["scores"] == finished["scores"]
 
 
 def test_interrupted_run_continues_to_the_same_scores(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, results: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed = run_recipe(recipe.model_copy(update={"out": "other"}))
+    undisturbed = results[1]
     with monkeypatch.context() as patch:
 
         def killed(*args: object, **fields: object) -> None:
@@ -116,6 +132,7 @@ def test_interrupted_run_continues_to_the_same_scores(
     assert run_recipe(recipe, resume=True)["scores"] == undisturbed["scores"]
 
 
+@pytest.mark.usefixtures("finished")
 @pytest.mark.parametrize("compares", [True, False])
 def test_rows_that_changed_during_a_run_are_noticed(recipe: Recipe, compares: bool) -> None:
     """Finished stages would be reused, and the comparison would mix two collections."""
@@ -126,7 +143,8 @@ def test_rows_that_changed_during_a_run_are_noticed(recipe: Recipe, compares: bo
         else:
             retrain_one(recipe, "none", Path("one"), **more)
 
-    run()
+    if not compares:
+        run()
     data = dict(np.load("data.npz"))
     np.savez("data.npz", **{**data, "y": 1 - data["y"]})
     with pytest.raises(UserError, match="was started with other rows of task"):
@@ -172,8 +190,8 @@ def test_second_run_into_the_folder_is_refused(recipe: Recipe) -> None:
         run_recipe(recipe)
 
 
+@pytest.mark.usefixtures("finished")
 def test_overwrite_keeps_the_old_run_until_the_new_one_has_data_and_a_model(recipe: Recipe) -> None:
-    run_recipe(recipe)
     for bad in ("tasks.source=none.npz", "model.file=none.py", "model.args={nope: 1}"):
         with pytest.raises(UserError):
             run_recipe(load_recipe("my.yaml", [*SMALL, bad]), overwrite=True)
@@ -412,8 +430,8 @@ def test_the_verbs_chain_through_folders(recipe: Recipe) -> None:
     assert page.is_file()
 
 
+@pytest.mark.usefixtures("finished")
 def test_bases_of_a_run_are_compared_under_names_from_their_paths(recipe: Recipe) -> None:
-    run_recipe(recipe)
     write_data(Path("new.npz"), ["a", "b"])
     bases = [
         str(recipe.folder / "bases" / name / "seed-0" / "base") for name in ("none", "peft-ml")
@@ -427,10 +445,10 @@ def test_bases_of_a_run_are_compared_under_names_from_their_paths(recipe: Recipe
     assert twice.exit_code == 2 and "is given twice" in twice.stderr
 
 
+@pytest.mark.usefixtures("finished")
 def test_code_in_the_readme_of_a_run_loads_its_result(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_recipe(recipe)
     # The card of a run is read where the run was started, that of a base in its folder.
     for card, where in ((recipe.folder, "."), (recipe.folder / "bases/peft-ml/seed-0",) * 2):
         [code] = re.findall("```python\n(.*?)```", Path(card, "README.md").read_text(), re.S)
@@ -449,18 +467,18 @@ def test_code_in_the_readme_of_a_run_loads_its_result(
         (".", "is not a base: .* did you mean .*base"),
     ],
 )
+@pytest.mark.usefixtures("finished")
 def test_error_for_a_folder_that_is_not_a_base_says_what_it_is(
     recipe: Recipe, folder: str, says: str
 ) -> None:
-    run_recipe(recipe)
     task = next((recipe.folder / "adapters" / "peft-ml").iterdir()).name
     path = str(recipe.folder / folder.format(task))
     result = call("adapt", path, "--tasks", "data.npz", "--out", "new")
     assert result.exit_code == 2 and re.search(says, result.stderr), result.stderr
 
 
+@pytest.mark.usefixtures("finished")
 def test_adapting_without_test_rows_says_that_nothing_was_scored(recipe: Recipe) -> None:
-    run_recipe(recipe)
     base = str(recipe.folder / "bases" / "none" / "seed-0" / "base")
     changes = ["steps=2", "tasks.test=0", "tasks.validation=0"]
     shown = call("adapt", base, *changes, "--tasks", "data.npz", "--out", "all").stdout

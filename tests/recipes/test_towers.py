@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from foretune.cli import app
+from command_line import call
 from foretune.errors import UserError
 from foretune.models.loading import load_base
 from foretune.recipes.console import SILENT
@@ -50,10 +48,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.savez(tmp_path / "x.npz", task=task, x=x, y=(x[:, 0, 0] > 0).astype(int))
     np.savez(tmp_path / "y.npz", task=task, x=x, y=x[:, 0, :2])
     return tmp_path
-
-
-def call(*args: str) -> Any:
-    return CliRunner().invoke(app, list(args))
 
 
 def test_run_and_adapt_need_no_trust_for_our_own_folders(place: Path) -> None:

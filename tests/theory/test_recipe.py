@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from foretune.cli import app
+from command_line import call
 from foretune.errors import UserError
 from foretune.recipes.schema import load_any
 from foretune.recipes.yaml_io import parse_yaml
@@ -34,10 +33,6 @@ TINY = ["seeds=1", "retrain_epochs=3", "adapt_epochs=2", "vary={d: [5], T: [2]}"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def call(*args: str) -> Result:
-    return CliRunner().invoke(app, list(args))
 
 
 def refusal(name: str, *overrides: str) -> str:

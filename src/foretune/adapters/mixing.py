@@ -30,6 +30,7 @@ from foretune.models.layout import RowSlots
 from foretune.models.nested import Path, tensors_in, with_tensors
 from foretune.models.routing import current_rows, routed, unpacked
 from foretune.models.row_dims import UnknownRowsError
+from foretune.models.seeding import seed_generators
 from foretune.models.unadaptable import read_without_call
 
 ENTRIES = (
@@ -304,7 +305,7 @@ class _Entry:
             torch.autocast(device.type, enabled=False),
             routed(rows, None),
         ):
-            torch.manual_seed(0)
+            seed_generators(0)
             outputs = tensors_in(self.call(*args, **kwargs))
         return {path: without_padding(x, kwargs) for path, x in outputs.items()}
 

@@ -30,9 +30,10 @@ def check(
     Exit code 1 if one is at fault.
     """
     from foretune.evaluation.wording import counted
-    from foretune.recipes.check import check_adapters
 
     with quiet_stdout(), trusted_code(trust_remote_code):
+        from foretune.recipes.check import check_adapters
+
         result = check_adapters(base, adapters, rows)
     if json:
         emit_json(result)

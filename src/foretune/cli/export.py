@@ -36,9 +36,9 @@ def export(
     json: Json = False,
 ) -> None:
     """Write adapters merged, for llama.cpp, or as ONNX."""
-    from foretune.recipes.export import export_adapters
-
     with quiet_stdout(), trusted_code(trust_remote_code):
+        from foretune.recipes.export import export_adapters
+
         result = export_adapters(base, adapters or [], out, format, overwrite=overwrite)
     if json:
         emit_json(result)

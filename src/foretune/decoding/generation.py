@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from foretune.errors import DivergedError, UserError, did_you_mean
+from foretune.models.seeding import seed_generators
 from foretune.tasks.messages import Message, checked_prompt
 from foretune.tasks.objectives.chat import prompt_text
 from foretune.tasks.objectives.text import plain_ids
@@ -84,7 +85,7 @@ def generate_texts(
     pad, end = pad_id(tokenizer), end_ids(model, tokenizer)
     continuations = []
     with torch.random.fork_rng(devices=_cuda(model)), torch.inference_mode():
-        torch.manual_seed(seed)
+        seed_generators(seed)
         for start in range(0, len(prompts), batch_size):
             chunk = prompts[start : start + batch_size]
             batch = encode(model, tokenizer, chunk, max_new_tokens)

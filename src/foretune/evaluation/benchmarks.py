@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ from foretune.errors import UserError, did_you_mean
 from foretune.evaluation.forgetting import Measured, check_predicts_tokens
 from foretune.models.calls import eval_no_grad
 from foretune.models.routing import routed
+from foretune.models.seeding import seed_generators
 from foretune.tasks.uncounted import uncounted
 
 BATCH = 8  # requests at once
@@ -50,7 +52,7 @@ class Benchmarks:
         self.max_examples = max_examples
         files = [name for name in names if name.endswith(FILES)]
         with _quiet(), uncounted():
-            manager = TaskManager(include_defaults=len(files) < len(names))
+            manager = _manager() if len(files) < len(names) else TaskManager(include_defaults=False)
             for name in names:
                 _check_name(name, manager.all_tasks)
             self._loaded: Any = {}
@@ -114,6 +116,14 @@ class Benchmarks:
                 raise UserError(f"forgetting.benchmarks: lm-eval knows no metric of task {name}")
             measured += of_task
         return measured
+
+
+@functools.cache
+def _manager() -> Any:
+    """lm-eval's, of all its tasks: it reads a thousand files, in seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _load(manager: Any, name: str) -> Any:
@@ -223,7 +233,7 @@ def _fixed_randomness() -> Iterator[None]:
     with torch.random.fork_rng():
         random.seed(0)
         np.random.seed(SEED)
-        torch.manual_seed(SEED)
+        seed_generators(SEED)
         try:
             yield
         finally:

@@ -17,6 +17,7 @@ from foretune.files import write_whole
 from foretune.forecasting.config import ForecastMAEConfig
 from foretune.formats import damage_named, read_json
 from foretune.methods import make, method_class
+from foretune.models.seeding import seed_generators
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import method_and_run
 from foretune.run import Run, check_positive
@@ -131,7 +132,6 @@ def pretrain_folder(
         UserError: The scenes cannot be read or do not fit the sizes, or the folder is in use.
     """
     _check_exist(scenes)
-    import torch
 
     import foretune
     from foretune.forecasting.model import ForecastMAE, save_forecast_mae
@@ -141,7 +141,7 @@ def pretrain_folder(
         sizes = settings.sizes
         objective = foretune.SceneReconstruction(**_steps(sizes))
         tasks = _load(scenes, sizes).with_objective(objective)
-        torch.manual_seed(settings.run.seed)
+        seed_generators(settings.run.seed)
         model = ForecastMAE(sizes)
         with console.bar(f"pretraining on {sum(len(t.train) for t in tasks)} scenes") as progress:
             outcome = foretune.retrain(
@@ -235,7 +235,7 @@ def adapt_folder(
         tasks = _load(scenes, model.sizes).with_objective(foretune.Forecast(**_steps(model.sizes)))
         if method.name == "full":
             with torch.random.fork_rng():
-                torch.manual_seed(run.seed)
+                seed_generators(run.seed)
                 add_head(model, spread=True)  # modes that start equal stay equal
         with console.bar(f"adapting to {len(tasks)} tasks", rounds=len(tasks)) as progress:
             adapted = foretune.adapt(model, tasks, method, run, shots=shots, progress=progress)

@@ -24,6 +24,7 @@ from foretune.models.digests import text_tower
 from foretune.models.environment import variable
 from foretune.models.precision import Precision
 from foretune.models.quantised import load_quantised, prepare_quantised
+from foretune.models.seeding import seed_generators
 from foretune.models.surgery import is_in_head, name_outputs
 from foretune.models.tower_classes import TOWER_TYPES, TOWERS
 from foretune.models.trusted_code import HOW
@@ -203,7 +204,7 @@ def _load(
     # transformers would ask a service on the hub to convert a repository of pickled weights.
     no_conversion = variable("DISABLE_SAFETENSORS_CONVERSION", "1")
     with quiet(), no_conversion, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_generators(seed)
         model, info = auto.from_pretrained(
             where,
             config=config,

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from transformers import Conv1D, PreTrainedConfig, PreTrainedModel
 
 from foretune.errors import UserError
+from foretune.models.seeding import seed_generators
 
 HEADS = ("classifier", "score", "classification_head")  # what transformers calls a task head
 CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
@@ -117,7 +118,7 @@ def reset_head(model: nn.Module, num_labels: int | None, seed: int) -> None:
             "original (with quantize, which leaves heads as they are)"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_generators(seed)
         for module in parts:
             width = num_labels if module is linear[-1] else None
             if isinstance(module, nn.Linear):

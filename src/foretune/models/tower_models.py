@@ -12,6 +12,7 @@ from transformers import AutoModel
 from foretune.errors import UserError
 from foretune.models.calls import dummy_rows, eval_no_grad
 from foretune.models.pretrained import build, load_tokenizer, read_config
+from foretune.models.seeding import seed_generators
 from foretune.models.tower import (
     ArrayTowerConfig,
     DualTower,
@@ -87,7 +88,7 @@ def text_tower_on(
         described.pop(name, None)
     fields = {"encoder": described, "widths": sizes}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_generators(seed)
         if head == "none":
             model: Any = DualTower(DualTowerConfig(**fields), encoder)
         else:
@@ -110,7 +111,7 @@ def array_tower(input_size: int, widths: Sequence[int], outputs: int, seed: int 
     """
     config = ArrayTowerConfig(input_size, check_widths(widths), num_labels=outputs)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_generators(seed)
         return TowerForArrays(config).eval()
 
 

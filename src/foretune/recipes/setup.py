@@ -218,9 +218,11 @@ def load(
     if block.file is not None:
         import torch
 
+        from foretune.models.seeding import seed_generators
+
         with torch.random.fork_rng():
             # Fresh weights must be the same when the run is resumed.
-            torch.manual_seed(0)
+            seed_generators(0)
             model = loading.load_module(block.file, block.factory, **block.args)
         if block.trainable_layers is not None:
             surgery.freeze_lower(model, block.trainable_layers)

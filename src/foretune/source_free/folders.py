@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from foretune.claims import output_folder
 from foretune.errors import DivergedError, UserError
+from foretune.models.seeding import seed_generators
 from foretune.recipes.console import SILENT, Console
 from foretune.recipes.overrides import method_and_run
 from foretune.run import Run, check_int, check_positive
@@ -309,7 +310,7 @@ def _source_model(
             f'model "new" takes windows x of shape (channels, length), got x of shape {shape}'
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_generators(seed)
         return TimeSeriesCNN(shape[0], objective.num_outputs(), **sizes)
 
 

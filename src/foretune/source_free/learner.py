@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from foretune.errors import UserError
 from foretune.models.calls import eval_no_grad
+from foretune.models.seeding import seed_generators
 from foretune.models.surgery import batch_norms, head_modules
 from foretune.run import Run
 from foretune.source_free.core_state import write_core
@@ -283,7 +284,7 @@ def add_imputer(
 def _only_imputer_trains(model: nn.Module, channels: int, seed: int) -> Iterator[None]:
     was_trainable = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
-    torch.manual_seed(seed)
+    seed_generators(seed)
     model.imputer = Imputer(channels)
     try:
         yield

@@ -18,6 +18,7 @@ from foretune.errors import UserError
 from foretune.models.checkpoint import unstored_modules
 from foretune.models.prefix_cache import renew_prefix_caches
 from foretune.models.quantised import quantised_as, refuse_quantised
+from foretune.models.seeding import seed_generators
 from foretune.models.surgery import head_width
 from foretune.processes import base_is_sharded
 from foretune.run import Run
@@ -237,7 +238,7 @@ def _adapt_wave(
     # A base that is sharded is a copy: the next wave, and its record, need the whole one.
     base = copy.deepcopy(model) if wave.sharded or not method.shares_base else model
     requires_grad = {p: p.requires_grad for p in base.parameters()}
-    torch.manual_seed(run.seed)
+    seed_generators(run.seed)
     learner: Learner = method.learner(base, objective, data.keys, run)
     if how.variants:
         learner.vary([how.variants[how.variant_of(slot.draw)] for slot in data.slots])

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from foretune.errors import DivergedError, UserError
+from foretune.models.seeding import seed_generators
 from foretune.run import Run
 from foretune.training.adapted_scores import is_level
 from foretune.training.checkpoint import CheckpointStore
@@ -112,7 +113,7 @@ def fit(
             if validate and _is_over(record, run, learner):
                 break
             seed = run.seed * 1_000_003 + update
-            _seed(seed)
+            seed_generators(seed)
             numbers = batches[update]
             picks = [sampler.picks(number) for number in numbers]
             if stopping is not None:
@@ -248,19 +249,6 @@ def _is_over(record: dict[str, Any], run: Run, learner: Learner) -> bool:
         return False
     since = [entry for entry in record["history"] if entry["step"] > record["peak"]["step"]]
     return len(since) >= run.patience
-
-
-def _seed(seed: int) -> None:
-    """Seeds the generators of the devices in use.
-
-    `torch.manual_seed` also queues a call, with a stack trace, for each kind of device that has not
-    been used: milliseconds per update.
-    """
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
-    if torch.backends.mps.is_available():
-        torch.mps.manual_seed(seed)
 
 
 def schedule(run: Run, done: float) -> float:

@@ -13,6 +13,7 @@ from torch import nn
 from foretune.adapters.basis_file import load_basis, set_basis
 from foretune.errors import DivergedError
 from foretune.manifest import final_path
+from foretune.models.seeding import seed_generators
 from foretune.models.surgery import name_outputs
 from foretune.processes import base_is_sharded
 from foretune.run import Run
@@ -90,7 +91,7 @@ def retrain_in(
         group, data, run.batch_size, run.tasks_per_step, pooled=method.pooled
     )
     with torch.random.fork_rng(), metered() as cost, peer_errors():
-        torch.manual_seed(run.seed)
+        seed_generators(run.seed)
         learner: Learner | None = method.learner(model, objective, partition.local_data.keys, run)
         if finished is None:
             adapted_scores = None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from foretune.adapters.bank import AdapterBank
+from foretune.models.seeding import seed_generators
 from foretune.run import Run
 from foretune.tasks.task import Objective
 from foretune.training.data import PerTaskSampler, Step, TaskData
@@ -142,7 +143,7 @@ class EpisodicLearner(Learner):
                 step = data.step(picks, "train", train=True, seed=[0, i], budget=self.token_budget)
                 steps.append(pad_with_fillers(step, data, self.sharded_over))
             with torch.enable_grad(), torch.random.fork_rng():
-                torch.manual_seed(0)
+                seed_generators(0)
                 self._adapt(steps, sorted(set(steps[0].slots)), seed=0)
             scores |= score_slots(
                 self.model,
