@@ -9,6 +9,7 @@ import typer
 
 from foretune.cli.output import (
     AllowUnverified,
+    DeviceOption,
     DTypeOption,
     Json,
     QuantizeOption,
@@ -20,7 +21,7 @@ from foretune.cli.output import (
 )
 from foretune.models.precision import held_in
 from foretune.models.trusted_code import trusted_code
-from foretune.run import MAX_SEED
+from foretune.run import MAX_SEED, check_device_name
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,6 +55,7 @@ def build(
     ] = False,
     dtype: DTypeOption = "float32",
     quantize: QuantizeOption = None,
+    device: DeviceOption = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     allow_unverified: AllowUnverified = False,
     json: Json = False,
@@ -61,8 +63,9 @@ def build(
     """Run a model on rows and store its states."""
     from foretune.run import check_one_of
 
+    check_device_name("--device", device)
     check_one_of("--key-type", key_type, ("float32", "float16", "bfloat16"))
-    with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize):
+    with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize, device):
         from foretune.decoding.datastore_folders import build_folder
 
         result = build_folder(
@@ -144,6 +147,7 @@ def evaluate(
     ] = 0,
     dtype: DTypeOption = "float32",
     quantize: QuantizeOption = None,
+    device: DeviceOption = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     allow_unverified: AllowUnverified = False,
     json: Json = False,
@@ -151,8 +155,9 @@ def evaluate(
     """Score the store on held-out rows, beside baselines that use the store's rows."""
     from foretune.decoding.prompts import decode_method
 
+    check_device_name("--device", device)
     decode_method("rtd", changes or [])
-    with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize):
+    with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize, device):
         from foretune.cli.progress import StderrConsole
         from foretune.decoding.datastore_folders import evaluate_folder
 

@@ -363,7 +363,11 @@ class EFT(Method):
                 f"{len(names)} tuned models but {len(bases)} untuned: give one, or one for each"
             )
         loaded = [_loaded(base, **options) for base in bases]
-        ups, downs, tokenizers = [], [], [base_tokenizer for _, base_tokenizer in loaded]
+        ups, downs = [], []
+        tokenizers = [
+            (_name_of(base, "untuned"), base_tokenizer)
+            for base, (_, base_tokenizer) in zip(bases, loaded, strict=True)
+        ]
         for k, name in enumerate(names):
             base = loaded[k if len(loaded) > 1 else 0][0] if loaded else None
             if _is_adapter(name) and base is not None:
@@ -371,9 +375,10 @@ class EFT(Method):
                 base = copy.deepcopy(base)
             up, side_tokenizer = _loaded(name, base, **options)
             ups.append(up)
-            tokenizers.append(side_tokenizer)
+            tokenizers.append((_name_of(name, "tuned"), side_tokenizer))
             downs.append(up if base is None or _is_adapter(name) else base)
-        shared = shared_tokens(tokenizer, [t for t in tokenizers if t is not None])
+        present = [(name, side) for name, side in tokenizers if side is not None]
+        shared = shared_tokens(tokenizer, present)
         resources = {"tuned": ups, "untuned": downs if loaded else None, "shared": shared}
         return large, tokenizer, resources
 
@@ -398,6 +403,10 @@ def _loaded(source: Any, base: Any = None, *, allow_unverified: bool) -> tuple[A
         name = Path(source) if _is_adapter(source) else str(source)
         return load_generator(name, base, allow_unverified=allow_unverified)
     return source, None
+
+
+def _name_of(source: Any, kind: str) -> str:
+    return str(source) if isinstance(source, str | PathLike) else f"the {kind} model"
 
 
 def _is_adapter(source: Any) -> bool:
