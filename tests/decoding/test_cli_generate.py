@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import command_line
+import foretune
 import tiny_models
-from foretune import EFT as EFTRecord
 from foretune.adapters.fingerprint import base_record
 from foretune.models.precision import held_in
 
@@ -153,7 +153,7 @@ class TestGenerate:
         plain = told("large", "the cat sat", *EFT)
         assert told("large", "the cat sat", *EFT, "--device", "cpu:0") == plain
         assert told("large", "the cat sat", *EFT, "--dtype", "bfloat16")
-        record = EFTRecord()
+        record = foretune.EFT()
         with held_in("bfloat16", None, "cpu:0"):
             large, _, parts = record.load("large", tuned="adapter", untuned="untuned")
         for model in (large, *parts["tuned"], *parts["untuned"]):
