@@ -112,13 +112,17 @@ def tune(
         f"neighbours {tuned['neighbours']}, temperature {tuned['temperature']:.4g}, "
         f"mix {tuned['mix']:g}, heads {tuned['heads']}"
     )
-    scores = [
-        ["the model alone", tuned["model_alone"]],
-        ["with the store's token counts", tuned["with_counts"]],
-        ["with the store", tuned["log_likelihood"]],
-    ]
-    cells = [[name, f"{score:.3f}"] for name, score in scores]
-    emit(table([f"left out, {tuned['entries']} entries", "log-likelihood per token"], cells))
+    names = {
+        "model_alone": "the model alone",
+        "with_counts": "with the store's token counts",
+        "untuned": "with the store, not tuned",
+        "best": "with the store, the best setting",
+        "score": "with the store, as chosen",
+    }
+    cells = [[v, f"{tuned[k]:.3f}"] for k, v in names.items() if tuned.get(k) is not None]
+    header = [f"left out, {tuned['entries']} entries", tuned["metric"]]
+    emit(table(header, cells))
+    emit("Chosen: the simplest setting within one standard error of the best.")
     if tuned["mix"] == 0:
         emit("The store does not help this model: its weight in the mixture is 0.")
 
@@ -189,4 +193,10 @@ def evaluation_text(result: dict[str, Any]) -> str:
         rows.append([row["method"], score, *error, loss, f"{row['seconds']:.1f}"])
     unit = "rows" if labelled else "tokens"
     footer = f"{result['examples']} {unit}, {result['entries']} entries in the store"
-    return f"{table(header, rows)}\n{footer}"
+    unit = "" if labelled else " nats per token"
+    ahead = [
+        f"{row['method']} by {row['by']:.3f}{unit} (+/- {row['standard_error']:.3f})"
+        for row in result["ahead"]
+    ]
+    verdict = f"Ahead of RTD: {', '.join(ahead)}." if ahead else "No baseline is ahead of RTD."
+    return f"{table(header, rows)}\n{footer}\n{verdict}"

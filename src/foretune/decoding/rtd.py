@@ -254,7 +254,7 @@ def _heaviest(
         {
             "row": int(store.sources[place]),
             "weight": weight,
-            "token": tokenizer.decode([int(store.values[place])]),
+            "token": tokenizer.decode([int(store.next_tokens[place])]),
             **({"reference": store.rows[int(store.sources[place])]} if store.rows else {}),
         }
         for place, weight in heaviest

@@ -17,7 +17,7 @@ from foretune.files import write_whole
 from foretune.formats import damage_named, read_json, read_tensors, stamped
 
 TENSORS_FILE, ROWS_FILE = "store.safetensors", "rows.jsonl"
-FORMAT = "foretune-store-1"  # of store.json
+FORMAT = "foretune-store-2"  # of store.json
 
 
 class ModelFingerprints(TypedDict):
@@ -31,7 +31,7 @@ class Metadata(TypedDict):
     """The fields of store.json that are read back."""
 
     kind: Literal["label", "choice", "completion", "text"]
-    labels: dict[str, int]
+    labels: dict[str, int] | dict[str, list[int]]  # version 1: the first token of each
     model: ModelFingerprints | None
     name: str | None
     lookup: dict[str, Any]
