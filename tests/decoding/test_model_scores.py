@@ -69,9 +69,7 @@ def test_what_labels_have_in_common_does_not_tell_them_apart():
 
 
 def test_a_store_of_long_labels_is_tuned_evaluated_and_saved(tmp_path, monkeypatch):
-    from foretune.decoding import reference_store
-
-    monkeypatch.setattr(reference_store, "SCORED", 9)
+    monkeypatch.setattr(model_scores, "SCORED", 9)
     model = tiny_models.llama()
     store = ReferenceStore.build(model, ROWS, tokenizer=tokenizer())
     assert store.scored.shape == (9,) and store.model_log_probs.shape == (9, 5)

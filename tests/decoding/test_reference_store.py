@@ -494,7 +494,7 @@ def test_bad_stores_are_refused():
         ReferenceStore.build(tiny_models.llama(), LABELLED, tokenizer=None)
 
 
-@pytest.mark.parametrize("model", [tiny_models.bert, tiny_models.t5, tiny_models.plain])
+@pytest.mark.parametrize("model", [tiny_models.t5, tiny_models.plain])
 def test_a_model_that_cannot_continue_a_text_is_refused(model):
     with pytest.raises(UserError, match="is needed, got"):
         built(model())

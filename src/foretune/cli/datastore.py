@@ -1,4 +1,4 @@
-"""`foretune datastore`: build, tune and evaluate a store of references for RTD."""
+"""`foretune datastore`: build, tune, evaluate and query a store of references for RTD."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from foretune.cli.output import (
     quiet_stdout,
     table,
 )
+from foretune.formats import shortened_text
 from foretune.models.precision import held_in
 from foretune.models.trusted_code import trusted_code
 from foretune.run import MAX_SEED, check_device_name
@@ -26,7 +27,7 @@ from foretune.run import MAX_SEED, check_device_name
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Build, tune and evaluate a store of references for RTD.",
+    help="Build, tune, evaluate and query a store of references for RTD.",
 )
 Source = Annotated[str, typer.Option(help="Rows: a file, a folder or a dataset; see docs/data.md.")]
 Task = Annotated[str | None, typer.Option(help="Use only rows of this task.")]
@@ -179,6 +180,57 @@ def evaluate(
             console=StderrConsole(),
         )
     emit_json(result) if json else emit(evaluation_text(result))
+
+
+@app.command()
+def predict(
+    store: Store,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Fields of RTD such as mix=0.5 (foretune show rtd)."
+        ),
+    ] = None,
+    rows: Source = ...,  # type: ignore[assignment]
+    model: Annotated[str | None, typer.Option(help="Model (default: the store's).")] = None,
+    task: Task = None,
+    split: Split = None,
+    references: Annotated[
+        int, typer.Option(min=0, help="With --json: rows of the store to name behind each label.")
+    ] = 3,
+    dtype: DTypeOption = "float32",
+    quantize: QuantizeOption = None,
+    device: DeviceOption = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    allow_unverified: AllowUnverified = False,
+    json: Json = False,
+) -> None:
+    """Label rows by a store of labels, and name the references behind each."""
+    from foretune.decoding.prompts import decode_method
+
+    check_device_name("--device", device)
+    decode_method("rtd", changes or [])
+    with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize, device):
+        from foretune.decoding.datastore_folders import predict_folder
+
+        result = predict_folder(
+            store,
+            rows,
+            changes or [],
+            model=model,
+            task=task,
+            split=split,
+            shown=references,
+            allow_unverified=allow_unverified,
+        )
+    if json:
+        emit_json(result)
+        return
+    cells = [
+        [one["label"], f"{one['probability']:.3f}", shortened_text(str(one["text"]), 60)]
+        for one in result["results"]
+    ]
+    emit(table(["label", "probability", "text"], cells))
 
 
 def evaluation_text(result: dict[str, Any]) -> str:

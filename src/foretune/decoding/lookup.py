@@ -52,6 +52,23 @@ class LookupResult:
     places: Tensor
     weights: Tensor
 
+    def heaviest(self, query: int, most: int) -> list[tuple[int, float]]:
+        """(index, weight) of the entries with the largest weights, averaged over heads.
+
+        Args:
+            query: Index of the state.
+            most: Number of entries.
+        """
+        total: dict[int, float] = {}
+        pairs = zip(
+            self.places[:, query].flatten().tolist(),
+            self.weights[:, query].flatten().tolist(),
+            strict=True,
+        )
+        for place, weight in pairs:
+            total[place] = total.get(place, 0.0) + weight / len(self.places)
+        return sorted(total.items(), key=lambda item: (-item[1], item[0]))[:most]
+
 
 def untuned_lookup(num_entries: int, num_labels: int, heads: int = 1) -> Lookup:
     """How a store is queried that was not tuned.

@@ -1,4 +1,4 @@
-"""States of a causal language model on references, and its log-probabilities of what follows.
+"""States of a model on references, and what a causal language model alone says to them.
 
 The score of a label is the sum of the log-probabilities of its tokens after the prompt; scores are
 normalised over the labels of a store. Labels may share their first tokens: what they have in common
@@ -15,11 +15,45 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from foretune.decoding.encoder_states import encoder_states, is_encoder
 from foretune.decoding.generation import device_of
 from foretune.decoding.output_states import LOGITS, TOKENS, read_states
 from foretune.decoding.references import References
 from foretune.decoding.side_models import bare_model, check_decoder
 from foretune.models.calls import cache_argument
+
+SCORED = 1000  # entries of which the model scores labels that have several tokens
+
+
+def states_of(model: Any, references: References) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What a store is built from: states, and what the model alone gives at some of them.
+
+    Args:
+        model: A causal language model of transformers or peft, or an encoder.
+        references: Texts and places; N places in all.
+
+    Returns:
+        (states (N, d); log-probabilities (N,) of the token that follows, or (S, C) of the labels,
+        None from an encoder; (S,) the entries whose labels are scored, None without).
+
+    Raises:
+        UserError: As `states_and_log_probs`.
+    """
+    if is_encoder(bare_model(model)):
+        return encoder_states(model, references.texts), None, None
+    if not references.has_labels:
+        states, log_probs = states_and_log_probs(model, references)
+        return states, log_probs[:, 0], None
+    count = len(references.texts)
+    spelled = max(map(len, references.labels.values())) > 1
+    scored = drawn_entries(count, SCORED if spelled else count, seed=0)
+    return *states_and_log_probs(model, references, scored.tolist()), scored
+
+
+def drawn_entries(count: int, size: int, seed: int) -> Tensor:
+    """(size,) ascending indices below `count`, drawn without replacement."""
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return drawn[:size].sort().values
 
 
 def states_and_log_probs(

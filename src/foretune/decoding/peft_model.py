@@ -11,10 +11,13 @@ from torch import nn
 
 from foretune.adapters.config_file import read_config
 from foretune.adapters.stored_adapter import StoredAdapter, read_adapter
+from foretune.decoding.encoder_states import is_encoder
 from foretune.errors import ForetuneError, UserError
-from foretune.files import ADAPTER_CONFIG_FILE
-from foretune.models.loading import load_model
+from foretune.files import ADAPTER_CONFIG_FILE, MODULE_FILE
+from foretune.models import pretrained
+from foretune.models.loading import load_model, locate
 from foretune.models.precision import device_around
+from foretune.models.trusted_code import is_trusted
 from foretune.printable import in_one_line
 from foretune.training.loop import check_device
 
@@ -55,6 +58,26 @@ def load_generator(
             _base_of(folder), head="causal-lm", trust_remote_code=trust_remote_code
         )
     model = with_adapter(base, folder, allow_unverified=allow_unverified)
+    return _placed(model, device), tokenizer
+
+
+def load_reader(name: str | Path, *, allow_unverified: bool = False) -> tuple[nn.Module, Any]:
+    """Loads a model whose states go into a store: as `load_generator`, or an encoder as it is.
+
+    Raises:
+        UserError: As `load_generator`.
+    """
+    folder, trusted = Path(name).expanduser(), is_trusted(False)
+    if (folder / ADAPTER_CONFIG_FILE).is_file() or (folder / MODULE_FILE).is_file():
+        return load_generator(name, allow_unverified=allow_unverified)
+    where = locate(str(name))
+    with pretrained.quiet(), pretrained.user_errors(where):
+        config = pretrained.read_config(where, trusted)
+    if not is_encoder(config):
+        return load_generator(name, allow_unverified=allow_unverified)
+    device = device_around()
+    check_device(device)
+    model, tokenizer = load_model(name, trust_remote_code=trusted)
     return _placed(model, device), tokenizer
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from foretune.adapters.fingerprint import base_and_adapter
 from foretune.claims import output_folder
 from foretune.decoding import STORE_FILE
+from foretune.decoding.encoder_states import is_encoder, room_of
 from foretune.decoding.index_folder import store_indices
 from foretune.decoding.lookup import (
     MIXES,
@@ -26,12 +27,13 @@ from foretune.decoding.lookup import (
     mean_distance,
     untuned_lookup,
 )
-from foretune.decoding.model_scores import states_and_log_probs
+from foretune.decoding.model_scores import drawn_entries, states_of
 from foretune.decoding.nearest import ExactIndex, FaissIndex, Index, neighbour_weights, votes
 from foretune.decoding.references import References, read_references
 from foretune.decoding.side_models import bare_model
 from foretune.decoding.store_checks import check_heads, check_store_model, check_tensors
 from foretune.decoding.store_folder import (
+    labels_and_values,
     read_store,
     write_metadata,
     write_store,
@@ -43,7 +45,6 @@ from foretune.run import check_one_of
 
 # In the file. own: model_log_probs; the last two may be absent.
 TENSOR_NAMES = ("keys", "values", "sources", "own", "scored")
-SCORED = 1000  # entries of which the model scores labels that have several tokens
 SAMPLED = 512  # entries whose neighbours determine the automatic temperature
 KEY_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Search = Literal["exact", "faiss"]
@@ -108,6 +109,11 @@ class ReferenceStore:
         return len(self.keys)
 
     @property
+    def is_of_encoder(self) -> bool:
+        """Whether the states are an encoder's, whose labels have no tokens."""
+        return bool(self.labels) and not any(self.labels.values())
+
+    @property
     def next_tokens(self) -> Tensor:
         """(N,) the token that followed each entry; of a label its first one."""
         if not self.labels:
@@ -129,7 +135,7 @@ class ReferenceStore:
 
         Args:
             model: A causal language model of transformers or peft, with the adapter enabled that
-                it will be used with.
+                it will be used with; or an encoder, whose store classifies rows with labels.
             rows: Each `{"prompt", "label"}`, `{"context", "candidates", "answer"}`,
                 `{"prompt", "completion"}` or `{"text"}`; see `read_references`.
             tokenizer: The model's tokenizer.
@@ -142,8 +148,8 @@ class ReferenceStore:
             model for 1,000 entries at most, which takes a call for every label.
 
         Raises:
-            UserError: The model is not a causal language model, a row cannot be read, or states
-                are not finite in `key_type`.
+            UserError: The model is neither a causal language model nor an encoder, a row cannot
+                be read, or states are not finite in `key_type`.
 
         Example:
             store = ReferenceStore.build(model, rows, tokenizer=tokenizer)
@@ -151,9 +157,12 @@ class ReferenceStore:
             store.save("store")
         """
         check_one_of("key_type", key_type, tuple(KEY_TYPES))
-        room = getattr(getattr(bare_model(model), "config", None), "max_position_embeddings", None)
         references = read_references(
-            rows, tokenizer, max_tokens=room, permute_options=permute_options
+            rows,
+            tokenizer,
+            max_tokens=room_of(model),
+            permute_options=permute_options,
+            for_encoder=is_encoder(bare_model(model)),
         )
         return cls.of_references(
             model, references, rows=rows, heads=heads, key_type=KEY_TYPES[key_type]
@@ -174,12 +183,7 @@ class ReferenceStore:
         Raises:
             UserError: States are not finite in `key_type`, or cannot be cut into `heads` slices.
         """
-        values, scored = references.flat_values(), None
-        if references.has_labels:
-            spelled = max(map(len, references.labels.values())) > 1
-            scored = _sample(len(values), SCORED if spelled else len(values), seed=0)
-        chosen = None if scored is None else scored.tolist()
-        states, log_probs = states_and_log_probs(model, references, chosen)
+        states, log_probs, scored = states_of(model, references)
         keys = states.to(key_type)
         if not keys.isfinite().all():
             raise UserError(f"states are not finite in {str(key_type).removeprefix('torch.')}")
@@ -191,8 +195,8 @@ class ReferenceStore:
         check_heads(heads, keys.shape[1])
         return cls(
             keys,
-            values,
-            log_probs if references.has_labels else log_probs[:, 0],
+            references.flat_values(),
+            log_probs,
             torch.tensor(sources),
             scored=scored,
             rows=rows,
@@ -290,7 +294,7 @@ class ReferenceStore:
             return lookup.temperature
         key = (lookup.neighbours, lookup.heads)
         if key not in self._automatic:
-            sample = _sample(len(self), SAMPLED, seed=0)
+            sample = drawn_entries(len(self), SAMPLED, seed=0)
             k = min(lookup.neighbours, len(self))
             squared, _ = self.nearest_in_other_rows(sample, k, lookup.heads)
             self._automatic[key] = mean_distance(squared * lookup.heads)
@@ -341,7 +345,7 @@ class ReferenceStore:
 
     def sampled(self, size: int, seed: int) -> Tensor:
         """(size,) entries, ascending, drawn without replacement; see `scored` if there is one."""
-        return _sample(len(self if self.scored is None else self.scored), size, seed)
+        return drawn_entries(len(self if self.scored is None else self.scored), size, seed)
 
     def check_model(self, model: Any) -> None:
         """Checks that the store was built with this model.
@@ -349,7 +353,8 @@ class ReferenceStore:
         Raises:
             UserError: As `check_store_model`.
         """
-        check_store_model(model, self.model, int(self.next_tokens.max()))
+        largest = None if self.is_of_encoder else int(self.next_tokens.max())
+        check_store_model(model, self.model, largest)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Writes `store.safetensors`, `store.json` and `rows.jsonl` into a new folder.
@@ -378,12 +383,7 @@ class ReferenceStore:
         folder = Path(folder)
         tensors, rows, metadata = read_store(folder)
         with damage_named(folder / STORE_FILE):
-            labels = {k: [v] if isinstance(v, int) else v for k, v in metadata["labels"].items()}
-            values, own = tensors["values"], tensors.get("own")
-            if labels and own is not None and own.ndim == 1:
-                # version 1: values are first tokens, and the model has scored the true label alone
-                order = torch.tensor([tokens[0] for tokens in labels.values()]).sort()
-                values, own = order.indices[torch.searchsorted(order.values, values)], None
+            labels, values, own = labels_and_values(metadata, tensors)
             store = cls(
                 tensors["keys"],
                 values,
@@ -438,9 +438,3 @@ class ReferenceStore:
             for index in self._exact_index(heads, self.keys.device)
         ]
         return torch.stack([h[0] for h in per_head]), torch.stack([h[1] for h in per_head])
-
-
-def _sample(count: int, size: int, seed: int) -> Tensor:
-    """(size,) ascending indices below `count`, drawn without replacement."""
-    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return drawn[:size].sort().values

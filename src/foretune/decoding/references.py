@@ -85,6 +85,7 @@ def read_references(
     max_tokens: int | None = None,
     permute_options: bool = False,
     like: References | None = None,
+    for_encoder: bool = False,
 ) -> References:
     """Tokenises rows, all of one kind.
 
@@ -101,6 +102,8 @@ def read_references(
         permute_options: Make one text per rotation of a row's candidates, so that each letter is
             right equally often.
         like: References whose kind and labels the rows must have.
+        for_encoder: Whether an encoder reads the rows: texts with all special tokens, labels
+            without tokens.
 
     Raises:
         UserError: There are no rows, rows of several kinds, malformed rows, labels of the same
@@ -120,9 +123,18 @@ def read_references(
             )
     if like is not None and like.kind != kind:
         raise UserError(f"rows hold {KINDS[kind]}, but the store was built from {KINDS[like.kind]}")
-    labels = like.labels if like is not None else _label_tokens(rows, kind, tokenizer)
+    if for_encoder and kind != "label":
+        raise UserError(
+            f"rows hold {KINDS[kind]}, but an encoder only classifies: give {KINDS['label']}"
+        )
+    if like is not None:
+        labels = like.labels
+    elif for_encoder:
+        labels = {name: [] for name in sorted({label_text(row["label"]) for row in rows})}
+    else:
+        labels = _label_tokens(rows, kind, tokenizer)
     references = References(kind, dict(labels))
-    spare = max((len(tokens) - 1 for tokens in labels.values()), default=0)
+    spare = max([0, *(len(tokens) - 1 for tokens in labels.values())])
     for i, row in enumerate(rows):
         turns = len(row["candidates"]) if kind == "choice" and permute_options else 1
         for turn in range(turns):
@@ -207,7 +219,10 @@ def _add(
                 f'row {source + 1} has the label "{label}", which is not in the store; it has '
                 f"{', '.join(list(references.labels)[:8])}"
             )
-        ids = prompt_ids(tokenizer, prompt)
+        if references.labels[label]:
+            ids = prompt_ids(tokenizer, prompt)
+        else:
+            ids = list(tokenizer(prompt, verbose=False)["input_ids"])
         references.add(ids, [len(ids) - 1], [list(references.labels).index(label)], source)
 
 

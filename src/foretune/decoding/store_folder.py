@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -77,6 +78,22 @@ def read_store(folder: Path) -> tuple[dict[str, Tensor], list[Any], Metadata]:
             f"{folder / ROWS_FILE} is damaged: it has {len(rows)} rows of {metadata['rows']}"
         )
     return read_tensors(folder / TENSORS_FILE), rows, metadata
+
+
+def labels_and_values(
+    metadata: Metadata, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, list[int]], Tensor, Tensor | None]:
+    """(label → tokens, values (N,), log-probabilities of the model) of a store of either version.
+
+    In version 1 values are the first tokens of labels, and the model has scored the true one alone,
+    which does not help to tune.
+    """
+    labels = {k: [v] if isinstance(v, int) else v for k, v in metadata["labels"].items()}
+    values, own = tensors["values"], tensors.get("own")
+    if labels and own is not None and own.ndim == 1:
+        order = torch.tensor([tokens[0] for tokens in labels.values()]).sort()
+        values, own = order.indices[torch.searchsorted(order.values, values)], None
+    return labels, values, own
 
 
 def _as_text(metadata: Mapping[str, Any]) -> str:

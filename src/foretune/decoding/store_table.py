@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foretune.decoding.classify import states_and_own
+from foretune.decoding.encoder_states import room_of
 from foretune.decoding.logistic import logistic_probe
 from foretune.decoding.lookup import Lookup
 from foretune.decoding.model_scores import states_and_log_probs
 from foretune.decoding.output_states import read_states
 from foretune.decoding.reference_store import ReferenceStore
 from foretune.decoding.references import References, prompt_and_label, read_references
-from foretune.decoding.side_models import bare_model
 from foretune.decoding.store_controls import calibrated, nearest_mean, train_lora
 from foretune.decoding.tuning import error_of
 from foretune.errors import ForetuneError, UserError
@@ -44,6 +45,7 @@ def evaluate_store(
     examples in the prompt, the nearest mean of a label's states, a logistic probe on the store's
     states, LoRA trained on the store's rows, and RTD. Other rows: perplexity, for the model alone,
     the same mixed with the store's token counts, the store's texts in the prompt, LoRA, and RTD.
+    A store of an encoder is compared with what reads the same states: the nearest mean, a probe.
 
     Args:
         model: The model that the store was built with.
@@ -91,10 +93,12 @@ class _Table:
     ) -> None:
         self.model, self.tokenizer, self.store = model, tokenizer, store
         self.lookup, self.seed = lookup, seed
-        self.room = getattr(bare_model(model).config, "max_position_embeddings", None)
+        self.room = room_of(model)
         if not store.rows:
             raise UserError("the store has no rows, which the baselines need; rebuild it")
-        self.train = read_references(store.rows, tokenizer, max_tokens=self.room)
+        self.train = read_references(
+            store.rows, tokenizer, max_tokens=self.room, for_encoder=store.is_of_encoder
+        )
         self.test_rows = rows
         self.test = read_references(rows, tokenizer, max_tokens=self.room, like=self.train)
         self.num_labels = len(self.train.labels)
@@ -104,6 +108,11 @@ class _Table:
 
     def run(self, shots: int, lora_steps: int, progress: Progress | None) -> None:
         """Fills the table, the cheapest baseline first."""
+        if self.store.is_of_encoder:
+            states, own = states_and_own(self.model, self.store, self.test, self.lookup)
+            self.add_readers(states)
+            self.add("RTD", self.store.label_log_probs(states, own, self.lookup), 0.0)
+            return
         states, zero_shot = states_and_log_probs(self.model, self.test)
         states = states.float()
         self.add("zero-shot", zero_shot, 0.0)

@@ -77,12 +77,16 @@ def tune_store(
     if not store.labels:
         assert own is not None
         measure = _log_likelihood(values, answers, own)
-    grid = {
-        "neighbours": sorted(allowed),
-        "multiples": sorted({*multiples, 1.0}),
-        "mixes": sorted({*mixes, start.mix}) if own is not None else [1.0],
-    }
-    trials = list(_trials(squared * start.heads, start, measure, **grid))
+    trials = list(
+        _trials(
+            squared * start.heads,
+            start,
+            measure,
+            sorted(allowed),
+            sorted({*multiples, 1.0}),
+            sorted({*mixes, start.mix}) if own is not None else [1.0],
+        )
+    )
     best, chosen = choose(trials)
     untuned = next(trial for trial in trials if trial.changed == 0)
     alone = next((trial for trial in trials if trial.changed < 0), None)
