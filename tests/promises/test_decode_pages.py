@@ -38,16 +38,25 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for task in SPEAKERS
         for i in range(16)
     ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "speakers.jsonl").write_text(lines, "utf-8")
+    write("speakers.jsonl", rows)
+    tiny_models.bert(num_hidden_layers=1).save_pretrained("encoder")
+    tiny_models.tokenizer().save_pretrained("encoder")
+    for row in rows:
+        row |= {"text": " ".join([row["text"]] * 2), "label": f"{row['task'].lower()} speaks"}
+    write("tickets.jsonl", rows)
     return tmp_path
+
+
+def write(file: str, rows: list[dict[str, Any]]) -> None:
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 def typed(page: Path, here: Path) -> dict[str, Any]:
     """What each command of a page printed; its Python is run afterwards."""
     printed = {}
     for line in shell_lines(page, "foretune"):
-        _, *args = shlex.split(line.replace("speakers.jsonl.gz", "speakers.jsonl"))
+        line = line.replace("speakers.jsonl.gz", "speakers.jsonl").replace("minilm", "encoder")
+        _, *args = shlex.split(line)
         done = call(*args, *SHORT.get(args[0], []))
         assert done.exit_code == 0, (line, done.output)
         printed[line] = done.stdout
@@ -71,3 +80,6 @@ def test_rtd(here: Path) -> None:
     [table] = [text for line, text in printed.items() if "datastore eval romeo" in line]
     assert table.split()[:2] == ["method", "perplexity"]
     assert (here / "romeo" / "store.json").is_file()
+    [predicted] = [text for line, text in printed.items() if "datastore predict" in line]
+    assert predicted.split()[:3] == ["label", "probability", "text"]
+    assert predicted.count(" speaks ") == 8

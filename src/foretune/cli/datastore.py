@@ -227,8 +227,8 @@ def predict(
         emit_json(result)
         return
     cells = [
-        [one["label"], f"{one['probability']:.3f}", shortened_text(str(one["text"]), 60)]
-        for one in result["results"]
+        [row["label"], f"{row['probability']:.3f}", shortened_text(str(row["text"]), 60)]
+        for row in result["results"]
     ]
     emit(table(["label", "probability", "text"], cells))
 

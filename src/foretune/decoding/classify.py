@@ -55,8 +55,8 @@ def classify(
         max_tokens=room_of(model),
         like=like,
     )
-    states, own = states_and_own(model, store, references, lookup)
-    probs = store.label_log_probs(states, own, lookup).exp()
+    states, model_log_p = states_and_model(model, store, references, lookup)
+    probs = store.label_log_probs(states, model_log_p, lookup).exp()
     answer, names = store.label_reference(states, lookup), list(store.labels)
     predictions = []
     for i, row in enumerate(probs):
@@ -76,7 +76,7 @@ def classify(
     return predictions
 
 
-def states_and_own(
+def states_and_model(
     model: Any, store: ReferenceStore, references: References, lookup: Lookup
 ) -> tuple[Tensor, Tensor | None]:
     """States (N, d) of labelled texts, and the model's own log-probabilities of the labels (N, C).
@@ -91,5 +91,5 @@ def states_and_own(
             raise UserError(f"an encoder has no answer of its own: mix must be 1, got {lookup.mix}")
         return encoder_states(model, references.texts), None
     scored: list[int] | None = [] if lookup.mix == 1 else None
-    states, own = states_and_log_probs(model, references, scored)
-    return states.float(), own if scored is None else None
+    states, model_log_p = states_and_log_probs(model, references, scored)
+    return states.float(), model_log_p if scored is None else None

@@ -170,8 +170,8 @@ def predict_folder(
     labelled = classify(loaded, tokenizer, store, selected, lookup=lookup, shown=shown)
     names = ("prompt", "text", "context")
     texts = [next((row[n] for n in names if row.get(n) is not None), "") for row in selected]
-    results = [{"text": text, **one} for text, one in zip(texts, labelled, strict=True)]
-    return {"store": str(folder), "results": results}
+    pairs = zip(texts, labelled, strict=True)
+    return {"store": str(folder), "results": [{"text": text, **row} for text, row in pairs]}
 
 
 def _opened(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -12,14 +12,11 @@ from foretune.decoding.side_models import Side
 from foretune.decoding.token_distributions import UNSEEN, before_cap, is_unseen
 from foretune.errors import UserError
 
-if TYPE_CHECKING:
-    from foretune.decoding.eft import EFT
-
 Combine = Callable[[Tensor, list[Tensor]], Tensor]
 
 
 def sides_of(
-    method: EFT,
+    method: Any,
     tuned: Any,
     untuned: Any,
     shared: Tensor | None = None,
@@ -72,7 +69,7 @@ def listed(item: Any) -> list[Any]:
     return list(item) if isinstance(item, list | tuple) else [item]
 
 
-def _pairs(method: EFT, ups: list[Any], untuned: Any) -> tuple[list[Any], list[tuple[Any, bool]]]:
+def _pairs(method: Any, ups: list[Any], untuned: Any) -> tuple[list[Any], list[tuple[Any, bool]]]:
     """(tuned models, (untuned model, whether to turn its adapter off) for all or for each).
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from foretune.decoding.generation import device_of
 from foretune.decoding.side_models import bare_model
@@ -28,7 +28,7 @@ def is_encoder(model: Any) -> bool:
     """Whether a model, or that of a config, reads texts both ways and does not continue them."""
     config = getattr(model, "config", model)
     return (
-        getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        type(config) in MODEL_FOR_MASKED_LM_MAPPING
         and not getattr(config, "is_encoder_decoder", False)
         and not getattr(config, "is_decoder", False)
     )

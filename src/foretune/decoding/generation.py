@@ -232,17 +232,17 @@ def shared_tokens(tokenizer: Any, others: Sequence[tuple[str, Any]]) -> Tensor |
     """
     if tokenizer is None or not others:
         return None
-    own = _tokens(tokenizer)
-    all_tokens = [own, *(_tokens(vocabulary) for _, vocabulary in others)]
+    of_model = _tokens(tokenizer)
+    all_tokens = [of_model, *(_tokens(vocabulary) for _, vocabulary in others)]
     for (name, _), tokens in zip(others, all_tokens[1:], strict=True):
-        size = min(len(own), len(tokens))
-        different = [i for i in range(size) if own[i] != tokens[i]]
+        size = min(len(of_model), len(tokens))
+        different = [i for i in range(size) if of_model[i] != tokens[i]]
         if len(different) > size / 10:
             i = different[0]
             raise UserError(
                 f"the tokenizers differ: {len(different)} of {size} ids differ (id {i} is "
-                f"{own[i]!r} to the model, {tokens[i]!r} to {name}); log-probabilities are added "
-                "token by token, so all models must share one tokenizer"
+                f"{of_model[i]!r} to the model, {tokens[i]!r} to {name}); log-probabilities are "
+                "added token by token, so all models must share one tokenizer"
             )
     size = min(len(tokens) for tokens in all_tokens)
     same = torch.tensor([len({t[i] for t in all_tokens}) == 1 for i in range(size)])

@@ -92,16 +92,16 @@ def _with_labels(
     labels = list(references.labels.values())
     if max(map(len, labels)) > 1:
         check_decoder(bare_model(model))
-    wanted = list(range(len(references.texts)) if scored is None else scored)
+    chosen = list(range(len(references.texts)) if scored is None else scored)
     firsts = torch.tensor([tokens[0] for tokens in labels])
     states, log_probs, start = [], [], 0
     for batch, logits in read_states(model, references.texts, references.places):
-        rows = [i - start for i in wanted if start <= i < start + len(batch)]
+        rows = [i - start for i in chosen if start <= i < start + len(batch)]
         log_p = torch.log_softmax(logits[rows].float(), -1)
         log_probs.append(log_p[:, firsts.to(log_p.device)].cpu())
         states.append(batch.cpu())
         start += len(batch)
-    texts = [references.texts[i] for i in wanted]
+    texts = [references.texts[i] for i in chosen]
     scores = torch.cat(log_probs) + later_log_probs(model, texts, labels)
     return torch.cat(states), torch.log_softmax(scores, -1)
 

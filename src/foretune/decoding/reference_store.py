@@ -43,7 +43,7 @@ from foretune.errors import UserError
 from foretune.formats import damage_named
 from foretune.run import check_one_of
 
-# In the file. own: model_log_probs; the last two may be absent.
+# In the file; own: model_log_probs. The last two may be absent.
 TENSOR_NAMES = ("keys", "values", "sources", "own", "scored")
 SAMPLED = 512  # entries whose neighbours determine the automatic temperature
 KEY_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -264,19 +264,19 @@ class ReferenceStore:
         values = self.values.to(places.device)[places]
         return LookupResult(votes(weights, values, len(self.labels)).mean(0), places, weights)
 
-    def label_log_probs(self, states: Tensor, own: Tensor | None, lookup: Lookup) -> Tensor:
+    def label_log_probs(self, states: Tensor, model_log_p: Tensor | None, lookup: Lookup) -> Tensor:
         """log(λ r + (1 − λ) p) of the labels, (Q, C).
 
         Args:
             states: (Q, d).
-            own: (Q, C) log p of the model alone, normalised over the labels; None for none, and λ
-                is 1.
+            model_log_p: (Q, C) log p of the model alone, normalised over the labels; None for none,
+                and λ is 1.
             lookup: How to query the store.
         """
         reference = self.label_reference(states, lookup).reference
-        if own is None:
+        if model_log_p is None:
             return reference.log()
-        return ((1 - lookup.mix) * own.exp() + lookup.mix * reference).log()
+        return ((1 - lookup.mix) * model_log_p.exp() + lookup.mix * reference).log()
 
     def _weighted(self, states: Tensor, lookup: Lookup, search: Search) -> tuple[Tensor, Tensor]:
         """(indices, weights) of the nearest entries of states (Q, d), (H, Q, K) each."""
@@ -383,11 +383,11 @@ class ReferenceStore:
         folder = Path(folder)
         tensors, rows, metadata = read_store(folder)
         with damage_named(folder / STORE_FILE):
-            labels, values, own = labels_and_values(metadata, tensors)
+            labels, values, model_log_p = labels_and_values(metadata, tensors)
             store = cls(
                 tensors["keys"],
                 values,
-                own,
+                model_log_p,
                 tensors["sources"],
                 scored=tensors.get("scored"),
                 rows=rows,

@@ -106,40 +106,40 @@ class SideProcessor(LogitsProcessor):
         mask = self.attention_mask.to(ids).repeat_interleave(len(ids) // prompts, 0)
         return torch.cat([mask, torch.ones_like(ids[:, length:])], 1)
 
-    def _keep(self, wanted: Tensor) -> int:
-        """Reduces the caches to what they share with `wanted`, (rows, tokens).
+    def _keep(self, ids: Tensor) -> int:
+        """Reduces the caches to what they share with `ids`, (rows, tokens).
 
         Returns:
             Number of tokens that need not be read again; at least one is always read.
         """
-        before, self._read = self._read, wanted
+        before, self._read = self._read, ids
         if before is not None:
-            common, rows = _longest_prefixes(wanted, before)
-            kept = min(common, wanted.shape[1] - 1)
-            if kept:
+            common, rows = _longest_prefixes(ids, before)
+            shared = min(common, ids.shape[1] - 1)
+            if shared:
                 for cache in self._caches:
-                    cache.crop(kept - before.shape[1])
+                    cache.crop(shared - before.shape[1])
                     if rows is not None:
                         cache.batch_select_indices(rows)
-                return kept
+                return shared
         # Without a config every layer keeps all tokens, sliding windows too, and can be cropped.
         self._caches = [DynamicCache() for _ in self.sides]
         return 0
 
 
-def _longest_prefixes(wanted: Tensor, before: Tensor) -> tuple[int, Tensor | None]:
-    """The rows of `before` that begin most like each row of `wanted`.
+def _longest_prefixes(ids: Tensor, before: Tensor) -> tuple[int, Tensor | None]:
+    """The rows of `before` that begin most like each row of `ids`.
 
     Returns:
         (length of the prefix that all rows have in common with theirs, (rows,) index of theirs;
         None if each has the one at its own place).
     """
-    width = min(before.shape[1], wanted.shape[1])
-    wanted, before = wanted[:, :width], before[:, :width]
-    if torch.equal(wanted, before):
+    width = min(before.shape[1], ids.shape[1])
+    ids, before = ids[:, :width], before[:, :width]
+    if torch.equal(ids, before):
         return width, None
-    lengths = (wanted[:, None] == before[None]).long().cumprod(-1).sum(-1)  # (rows, rows before)
+    lengths = (ids[:, None] == before[None]).long().cumprod(-1).sum(-1)  # (rows, rows before)
     longest, rows = lengths.max(1)
-    if len(wanted) == len(before) and torch.equal(lengths.diagonal(), longest):
+    if len(ids) == len(before) and torch.equal(lengths.diagonal(), longest):
         return int(longest.min()), None
     return int(longest.min()), rows

@@ -37,13 +37,13 @@ def check_tensors(
         UserError: They do not; the message names what is wrong.
     """
     n = len(keys)
-    own = None if model_log_probs is None else tuple(model_log_probs.shape)
+    log_p_shape = None if model_log_probs is None else tuple(model_log_probs.shape)
     counted = None if scored is None else tuple(scored.shape)
-    shapes = [tuple(keys.shape), tuple(values.shape), own, tuple(sources.shape), counted]
+    shapes = [tuple(keys.shape), tuple(values.shape), log_p_shape, tuple(sources.shape), counted]
     if num_labels:
-        fits = own is None if counted is None else own == (*counted, num_labels)
+        fits = log_p_shape is None if counted is None else log_p_shape == (*counted, num_labels)
     else:
-        fits = own == (n,) and counted is None
+        fits = log_p_shape == (n,) and counted is None
     if keys.ndim != 2 or n == 0 or {shapes[1], shapes[3]} != {(n,)} or not fits:
         raise UserError(f"a store needs keys (N, d) and values of them (N,), got {shapes}")
     if any(t is not None and t.is_floating_point() for t in (values, sources, scored)):

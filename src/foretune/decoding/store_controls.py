@@ -80,11 +80,11 @@ def train_lora(
     rank 8, alpha 16, all linear layers but the output layer, AdamW without weight decay, gradients
     clipped to norm 1, a learning rate that falls linearly to zero.
 
-    Results in `benchmarks/results/rtd.json` were made with an earlier training loop that differed
-    in four ways: texts were drawn with replacement (now each is read once per epoch), the loss was
-    the mean over the tokens of a batch (now over its texts, of their tokens' means), the learning
-    rates were compared per token (now per text), and a text that fills all positions of the model
-    was learned whole (now without its last token, a prompt without its first).
+    The speakers in `benchmarks/results/rtd.json` were measured with an earlier training loop that
+    differed in four ways: texts were drawn with replacement (now each is read once per epoch), the
+    loss was the mean over the tokens of a batch (now over its texts, of their tokens' means), the
+    learning rates were compared per token (now per text), and a text that fills all positions of
+    the model was learned whole (now without its last token, a prompt without its first).
 
     Args:
         model: A plain model of transformers.

@@ -89,11 +89,11 @@ def labels_and_values(
     which does not help to tune.
     """
     labels = {k: [v] if isinstance(v, int) else v for k, v in metadata["labels"].items()}
-    values, own = tensors["values"], tensors.get("own")
-    if labels and own is not None and own.ndim == 1:
+    values, model_log_p = tensors["values"], tensors.get("own")
+    if labels and model_log_p is not None and model_log_p.ndim == 1:
         order = torch.tensor([tokens[0] for tokens in labels.values()]).sort()
-        values, own = order.indices[torch.searchsorted(order.values, values)], None
-    return labels, values, own
+        values, model_log_p = order.indices[torch.searchsorted(order.values, values)], None
+    return labels, values, model_log_p
 
 
 def _as_text(metadata: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretune.decoding.classify import states_and_own
+from foretune.decoding.classify import states_and_model
 from foretune.decoding.encoder_states import room_of
 from foretune.decoding.logistic import logistic_probe
 from foretune.decoding.lookup import Lookup
@@ -109,19 +109,19 @@ class _Table:
     def run(self, shots: int, lora_steps: int, progress: Progress | None) -> None:
         """Fills the table, the cheapest baseline first."""
         if self.store.is_of_encoder:
-            states, own = states_and_own(self.model, self.store, self.test, self.lookup)
+            states, model_log_p = states_and_model(self.model, self.store, self.test, self.lookup)
             self.add_readers(states)
-            self.add("RTD", self.store.label_log_probs(states, own, self.lookup), 0.0)
+            self.add("RTD", self.store.label_log_probs(states, model_log_p, self.lookup), 0.0)
             return
         states, zero_shot = states_and_log_probs(self.model, self.test)
         states = states.float()
         self.add("zero-shot", zero_shot, 0.0)
         if self.num_labels:
             with _timed() as spent:
-                own = self.store.model_log_probs
-                if own is None:  # a store of an earlier version
-                    _, own = states_and_log_probs(self.model, self.train)
-            self.add("calibrated", calibrated(zero_shot, own), spent[0])
+                model_log_p = self.store.model_log_probs
+                if model_log_p is None:  # a store of an earlier version
+                    _, model_log_p = states_and_log_probs(self.model, self.train)
+            self.add("calibrated", calibrated(zero_shot, model_log_p), spent[0])
         else:
             counts = torch.bincount(self.store.values, minlength=int(self.answers.max()) + 1)
             prior = counts[self.answers][:, None] / len(self.store)
@@ -182,7 +182,9 @@ class _Table:
                 prefix += f"{prompt}{'' if prompt[-1].isspace() else ' '}{label}\n"
             rows = [_with_prefix(row, self.store.kind, prefix) for row in self.test_rows]
             prompted = read_references(rows, self.tokenizer, like=self.train)
-            if self.room is None or max(len(text) for text in prompted.texts) <= self.room:
+            spelled = max(len(tokens) for tokens in self.train.labels.values())
+            longest = max(len(text) for text in prompted.texts) + spelled - 1
+            if self.room is None or longest <= self.room:
                 return prompted, count
         return self.test, 0
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,6 @@ from foretune.decoding.nearest import neighbour_weights, votes
 from foretune.errors import UserError
 from foretune.tasks.objectives.accuracy import accuracies
 from foretune.training.adapted_scores import simplest, standard_error
-
-if TYPE_CHECKING:
-    from foretune.decoding.reference_store import ReferenceStore
 
 Score = Callable[[Tensor, float], Tensor]  # (weights (H, S, K), λ) → scores (S,)
 
@@ -50,7 +47,7 @@ class Trial:
 
 
 def tune_store(
-    store: ReferenceStore,
+    store: Any,
     *,
     neighbours: Sequence[int],
     multiples: Sequence[float],
@@ -72,11 +69,11 @@ def tune_store(
     allowed = {k for k in neighbours if k <= max(1, len(store) // 2)} | {start.neighbours}
     squared, places = store.nearest_in_other_rows(entries, max(allowed), start.heads)
     values, answers = store.values[places], store.values[entries]
-    own = None if store.model_log_probs is None else store.model_log_probs[predicted].exp()
-    measure = _accuracy(values, answers, own, len(store.labels))
+    model_probs = None if store.model_log_probs is None else store.model_log_probs[predicted].exp()
+    measure = _accuracy(values, answers, model_probs, len(store.labels))
     if not store.labels:
-        assert own is not None
-        measure = _log_likelihood(values, answers, own)
+        assert model_probs is not None
+        measure = _log_likelihood(values, answers, model_probs)
     trials = list(
         _trials(
             squared * start.heads,
@@ -84,7 +81,7 @@ def tune_store(
             measure,
             sorted(allowed),
             sorted({*multiples, 1.0}),
-            sorted({*mixes, start.mix}) if own is not None else [1.0],
+            sorted({*mixes, start.mix}) if model_probs is not None else [1.0],
         )
     )
     best, chosen = choose(trials)
@@ -101,8 +98,8 @@ def tune_store(
         "entries": len(entries),
     }
     if not store.labels:
-        assert own is not None
-        measured |= _with_counts(store, entries, own, mixes)
+        assert model_probs is not None
+        measured |= _with_counts(store, entries, model_probs, mixes)
     return chosen.lookup, measured
 
 
@@ -163,35 +160,38 @@ def _trials(
                 yield Trial(lookup, changed if mix else -1, measure(weights, mix))
 
 
-def _accuracy(values: Tensor, answers: Tensor, own: Tensor | None, num_labels: int) -> Score:
-    """Accuracies of S entries, from labels (H, S, K) of neighbours and probabilities own (S, C)."""
+def _accuracy(
+    values: Tensor, answers: Tensor, model_probs: Tensor | None, num_labels: int
+) -> Score:
+    """Accuracies of S entries, from labels (H, S, K) of neighbours and the model's (S, C)."""
 
     def score(weights: Tensor, mix: float) -> Tensor:
         reference = votes(weights, values[..., : weights.shape[-1]], num_labels).mean(0)
-        probs = reference if own is None else (1 - mix) * own + mix * reference
+        probs = reference if model_probs is None else (1 - mix) * model_probs + mix * reference
         return accuracies(probs, answers).double()
 
     return score
 
 
-def _log_likelihood(values: Tensor, answers: Tensor, own: Tensor) -> Score:
-    """Log-probabilities of S tokens, from tokens (H, S, K) of neighbours and own (S,)."""
+def _log_likelihood(values: Tensor, answers: Tensor, model_probs: Tensor) -> Score:
+    """Log-probabilities of S tokens, from tokens (H, S, K) of neighbours and the model's (S,)."""
     hits = (values == answers[None, :, None]).float()
 
     def score(weights: Tensor, mix: float) -> Tensor:
         reference = (weights * hits[..., : weights.shape[-1]]).sum(-1).mean(0)
-        return ((1 - mix) * own + mix * reference).double().log()
+        return ((1 - mix) * model_probs + mix * reference).double().log()
 
     return score
 
 
 def _with_counts(
-    store: ReferenceStore, entries: Tensor, own: Tensor, mixes: Sequence[float]
+    store: Any, entries: Tensor, model_probs: Tensor, mixes: Sequence[float]
 ) -> dict[str, float]:
     """The score of the store's token counts, mixed in as well as can be, and that λ."""
     counts = torch.bincount(store.values, minlength=int(store.values.max()) + 1)
     frequency = counts[store.values[entries]] / len(store)
     score, mix = max(
-        (float(((1 - mix) * own + mix * frequency).double().log().mean()), mix) for mix in mixes
+        (float(((1 - mix) * model_probs + mix * frequency).double().log().mean()), mix)
+        for mix in mixes
     )
     return {"with_counts": score, "counts_mix": mix}
