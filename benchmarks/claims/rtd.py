@@ -1,6 +1,6 @@
 """RTD beside its rivals: labels that a model knows and does not say, and speakers of Shakespeare.
 
-    python benchmarks/claims/rtd.py [STORIES_FOLDER SPEAKERS_FILE]
+    python benchmarks/claims/rtd.py [STORIES_FOLDER SPEAKERS_FILE [CLINC150_FILE]]
 
 Without arguments the first part alone, which needs no data. It writes `results/rtd.json`; a part or
 seed that is in there is not measured again (`--again` does).
@@ -12,6 +12,11 @@ Llama of two layers learns that; the store and all rivals get 4096 texts with tr
 
 *Speakers.* A trained model of 260,000 parameters (children's stories) reads lines of one speaker;
 STORIES_FOLDER is what `claims/stories260k.py` writes, SPEAKERS_FILE is `speakers.jsonl.gz`.
+
+*Intents.* CLINC150, the 45 intents of three domains, with 10 and 40 references of each, by the
+states of an encoder (MiniLM) and by those of the stories' model, to which many labels begin alike.
+Settings are chosen on the store; test rows are scored once. *By likelihood* is how `tune` chose
+before: the mean log-probability of the true label among entries left out.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,10 +36,13 @@ import transformers
 
 from foretune.decoding.datastore_folders import rows_of
 from foretune.decoding.logistic import logistic_probe
-from foretune.decoding.lookup import Lookup
+from foretune.decoding.lookup import MIXES as TRIED_MIXES
+from foretune.decoding.lookup import MULTIPLES, NEIGHBOURS, Lookup, mean_distance, untuned_lookup
+from foretune.decoding.model_scores import states_and_log_probs
+from foretune.decoding.nearest import neighbour_weights
 from foretune.decoding.reference_store import ReferenceStore
-from foretune.decoding.references import References
-from foretune.decoding.store_controls import calibrated, states_and_log_probs, train_lora
+from foretune.decoding.references import References, read_references
+from foretune.decoding.store_controls import calibrated, nearest_mean, train_lora
 from foretune.decoding.store_table import evaluate_store
 from foretune.models.loading import load_model
 from foretune.training.record import environment
@@ -41,13 +50,18 @@ from foretune.training.record import environment
 RESULT = Path(__file__).resolve().parents[1] / "results" / "rtd.json"
 TOPICS, WORDS, LENGTH = 8, 120, 14
 QUESTION, FIRST = WORDS, WORDS + 1  # token of <q>, of the first label
-LABELS = torch.arange(FIRST, FIRST + TOPICS)
 SIZES = (16, 64, 256, 1024, 4096)
 MIXES = (0.0, 0.1, 0.25, 0.5, 1.0)
 SEEDS = (0, 1, 2)
 STEPS, LORA_STEPS, SHOTS = 500, 300, 8
 SPEAKERS = ("ROMEO", "PETRUCHIO", "QUEEN MARGARET")
 CHARACTERS, SPEAKER_STEPS = 120, 60
+DOMAINS = (  # of each seed
+    ("banking", "travel", "work"),
+    ("credit_cards", "home", "utility"),
+    ("auto_and_commute", "kitchen_and_dining", "small_talk"),
+)
+PER_INTENT, TESTED = (10, 40), {"minilm": 1000, "stories": 400}
 
 
 class Topics:
@@ -80,9 +94,9 @@ class Topics:
 
 def references(words: np.ndarray, topic: np.ndarray) -> References:
     """Texts with `<q>` at their end, and the label that follows."""
-    made = References("label", {str(i): FIRST + i for i in range(TOPICS)})
+    made = References("label", {str(i): [FIRST + i] for i in range(TOPICS)})
     for i, (some, one) in enumerate(zip(words.tolist(), topic.tolist(), strict=True)):
-        made.add([*some, QUESTION], [LENGTH], [FIRST + one], i)
+        made.add([*some, QUESTION], [LENGTH], [one], i)
     return made
 
 
@@ -119,7 +133,7 @@ def pretrained(topics: Topics, seed: int) -> Any:
 def with_shots(test: References, known: References) -> References:
     """Test texts behind the first texts of the store and their labels."""
     pairs = zip(known.texts[:SHOTS], known.values[:SHOTS], strict=True)
-    before = [token for text, value in pairs for token in (*text, *value)]
+    before = [token for text, [topic] in pairs for token in (*text, FIRST + topic)]
     made = References("label", known.labels)
     for i, text in enumerate(test.texts):
         made.add([*before, *text], [len(before) + LENGTH], test.values[i], i)
@@ -145,17 +159,14 @@ def labels(seed: int) -> dict[str, Any]:
     def accuracy(law: torch.Tensor) -> float:
         return float((law.argmax(-1) == right).float().mean())
 
-    states, alone = states_and_log_probs(model, test, LABELS)
-    own = alone.exp()
+    states, alone = states_and_log_probs(model, test)
     began = time.process_time()
     store = ReferenceStore.of_references(model, known)
     build = time.process_time() - began
 
     def rtd(which: ReferenceStore, **fields: Any) -> float:
         lookup = Lookup(**{"neighbours": 32, "mix": 1.0, **fields})
-        said = which.reference(states, lookup, FIRST + TOPICS).reference[:, LABELS]
-        # Among the labels alone, the model's law renormalised: it gives them nearly all anyway.
-        return accuracy((1 - lookup.mix) * own + lookup.mix * said)
+        return accuracy(which.label_log_probs(states, alone, lookup))
 
     began = time.process_time()
     found = store.tune(sample=1000)
@@ -168,7 +179,7 @@ def labels(seed: int) -> dict[str, Any]:
     sizes = []
     for size in SIZES:
         part = ReferenceStore.of_references(model, first_of(known, size))
-        classes = part.values - FIRST
+        classes = part.values
         capped = rtd(part, neighbours=part.lookup.neighbours)
         best = part.tune(sample=1000)
         sizes.append(
@@ -183,14 +194,12 @@ def labels(seed: int) -> dict[str, Any]:
         "seed": seed,
         "methods": {
             "zero-shot": accuracy(alone),
-            "calibrated": accuracy(
-                calibrated(alone, states_and_log_probs(model, known, LABELS)[1])
-            ),
+            "calibrated": accuracy(calibrated(alone, states_and_log_probs(model, known)[1])),
             f"{SHOTS} in the prompt": accuracy(
-                states_and_log_probs(model, with_shots(test, known), LABELS)[1]
+                states_and_log_probs(model, with_shots(test, known))[1]
             ),
             "logistic probe": sizes[-1]["probe"],
-            "LoRA": accuracy(states_and_log_probs(lora, test, LABELS)[1]),
+            "LoRA": accuracy(states_and_log_probs(lora, test)[1]),
             "RTD": rtd(store),
             "RTD, 4 heads": rtd(store, heads=4),
             "RTD, tuned": rtd(store, **tuned),
@@ -222,12 +231,129 @@ def speaker(stories: Path, file: str, name: str, seed: int) -> dict[str, Any]:
     return {"speaker": name, "seed": seed, "tuned": found, **table}
 
 
+def intents(file: str, reader: str, folder: str, seed: int) -> list[dict[str, Any]]:
+    """CLINC150 by the states of a model: a row for each size of the store."""
+    rows = [row for row in rows_of(file) if row["task"] in DOMAINS[seed]]
+    random = np.random.default_rng(seed)
+    order = [rows[i] for i in random.permutation(len(rows))]
+    labels = sorted({row["label"] for row in rows})
+    train = [
+        row
+        for label in labels
+        for row in [r for r in order if r["split"] == "train" and r["label"] == label][:40]
+    ]
+    test = [row for row in order if row["split"] == "test"][: TESTED[reader]]
+    model, tokenizer = load_model(folder, head="none" if reader == "minilm" else "causal-lm")
+    full = ReferenceStore.build(model, train, tokenizer=tokenizer)
+    asked = read_references(
+        test,
+        tokenizer,
+        like=References("label", full.labels),
+        for_encoder=full.is_of_encoder,
+    )
+    right = asked.flat_values()
+    if full.is_of_encoder:
+        states, alone = ReferenceStore.of_references(model, asked).keys, None
+    else:
+        states, alone = states_and_log_probs(model, asked)
+    result = []
+    for count in PER_INTENT:
+        kept = torch.arange(len(train)) % 40 < count
+        part = subset(full, kept)
+
+        def accuracy(log_p: torch.Tensor) -> float:
+            return float((log_p.argmax(-1) == right).float().mean())
+
+        def rtd(lookup: Lookup, store: ReferenceStore = part) -> float:
+            return accuracy(store.label_log_probs(states, alone, lookup))
+
+        before, untuned = by_likelihood(part), part.lookup
+        scores = {"RTD, not tuned": rtd(untuned), "RTD, by likelihood": rtd(before)}
+        tuned = part.tune()
+        scores["RTD, tuned"] = rtd(part.lookup)
+        for name, read in (
+            ("nearest class mean", nearest_mean),
+            ("logistic probe", logistic_probe),
+        ):
+            scores[name] = accuracy(read(part.keys, part.values, states, len(labels)))
+        if alone is not None:
+            scores |= {
+                "zero-shot": accuracy(alone),
+                "calibrated": accuracy(calibrated(alone, full.model_log_probs)),
+            }
+        result.append(
+            {
+                "model": reader,
+                "seed": seed,
+                "per_label": count,
+                "labels": len(labels),
+                "tested": len(test),
+                "scores": scores,
+                "neighbours": {
+                    "RTD, not tuned": untuned.neighbours,
+                    "RTD, by likelihood": before.neighbours,
+                    "RTD, tuned": tuned["neighbours"],
+                },
+                "tuned": tuned,
+            }
+        )
+    return result
+
+
+def subset(store: ReferenceStore, kept: torch.Tensor) -> ReferenceStore:
+    """The entries of a store of labels where `kept` (N,) is true, not tuned."""
+    scored, model_log_probs = store.scored, store.model_log_probs
+    if scored is not None and model_log_probs is not None:
+        stays = kept[scored]
+        model_log_probs = model_log_probs[stays]
+        scored = (kept.cumsum(0) - 1)[scored[stays]]
+    count = int(kept.sum())
+    return ReferenceStore(
+        store.keys[kept],
+        store.values[kept],
+        model_log_probs,
+        torch.arange(count),
+        scored=scored,
+        kind="label",
+        labels=store.labels,
+        lookup=untuned_lookup(count, len(store.labels)),
+    )
+
+
+def by_likelihood(store: ReferenceStore) -> Lookup:
+    """The setting under which entries that are left out have the highest mean log-probability.
+
+    Of an encoder, which has no answer of its own, the labels are then equally probable.
+    """
+    entries = torch.arange(len(store)) if store.scored is None else store.scored
+    entries = entries[store.sampled(2000, 0)]
+    chance = torch.full((len(entries),), 1 / len(store.labels))
+    if store.model_log_probs is not None:
+        own = store.model_log_probs[store.sampled(2000, 0)].exp()
+        chance = own.gather(1, store.values[entries][:, None])[:, 0]
+    counts = [k for k in NEIGHBOURS if k <= len(store) // 2]
+    squared, places = store.nearest_in_other_rows(entries, counts[-1], 1)
+    hits = (store.values[places] == store.values[entries][None, :, None]).float()
+    best = (-float("inf"), Lookup())
+    for k in counts:
+        automatic = mean_distance(squared[..., :k])
+        for multiple in MULTIPLES:
+            weights = neighbour_weights(squared[..., :k], automatic * multiple)
+            said = (weights * hits[..., :k]).sum(-1).mean(0)
+            for mix in TRIED_MIXES:
+                score = float(((1 - mix) * chance + mix * said).double().log().mean())
+                if score > best[0]:
+                    chosen = Lookup(neighbours=k, temperature=automatic * multiple, mix=mix)
+                    best = (score, chosen)
+    return best[1]
+
+
 def measure(arguments: list[str]) -> None:
     """Runs what is not in the result yet."""
     torch.set_num_threads(1)
     again = "--again" in arguments
     paths = [argument for argument in arguments if argument != "--again"]
-    result: dict[str, Any] = {"claim": "rtd", "labels": [], "speakers": []}
+    result: dict[str, Any] = {"claim": "rtd", "labels": [], "speakers": [], "intents": []}
     if RESULT.is_file() and not again:
         result = json.loads(RESULT.read_text("utf-8"))
     for seed in SEEDS:
@@ -235,7 +361,15 @@ def measure(arguments: list[str]) -> None:
             result["labels"].append(labels(seed))
             save(result)
             print(json.dumps(result["labels"][-1]["methods"]), flush=True)
-    for seed, name in enumerate(SPEAKERS if paths else ()):
+    result.setdefault("intents", [])
+    for reader in TESTED if len(paths) > 2 else ():
+        folder = paths[0] if reader == "stories" else reader
+        for seed in SEEDS:
+            if all((run["model"], run["seed"]) != (reader, seed) for run in result["intents"]):
+                result["intents"] += intents(paths[2], reader, folder, seed)
+                save(result)
+                print(json.dumps(result["intents"][-1]), flush=True)
+    for seed, name in enumerate(SPEAKERS if len(paths) > 1 else ()):
         if all(run["speaker"] != name for run in result["speakers"]):
             result["speakers"].append(speaker(Path(paths[0]), paths[1], name, seed))
             save(result)
@@ -292,6 +426,22 @@ def mix_table(result: dict[str, Any]) -> str:
     return grid(["mix (λ)", "accuracy, %"], rows)
 
 
+def intents_table(result: dict[str, Any], reader: str) -> str:
+    """Every method on the intents, by references of each."""
+    runs = [run for run in result["intents"] if run["model"] == reader]
+    rows = []
+    for name in runs[0]["scores"]:
+        cells = []
+        for count in PER_INTENT:
+            part = [run for run in runs if run["per_label"] == count]
+            cell = points([run["scores"][name] for run in part])
+            used = ", ".join(str(run["neighbours"].get(name, "")) for run in part)
+            cells += [cell, used.strip(", ")]
+        rows.append([name, *cells])
+    head = [part for count in PER_INTENT for part in (f"{count} of each intent", "K")]
+    return grid(["method", *head], rows)
+
+
 def marks(result: dict[str, Any]) -> list[tuple[str, float, bool]]:
     """(what should hold, the figure, whether it does), on the means over seeds."""
     runs = result["labels"]
@@ -342,6 +492,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "mix": mix_table,
     "marks": marks_table,
     "speakers": speakers_table,
+    "minilm": partial(intents_table, reader="minilm"),
+    "stories": partial(intents_table, reader="stories"),
 }
 
 

@@ -101,11 +101,8 @@ class Run:
         check_fraction("warmup", self.warmup)
         check_one_of("schedule", self.schedule, ("linear", "cosine", "constant"))
         check_bool("gradient_checkpointing", self.gradient_checkpointing)
-        is_device = isinstance(self.device, str) and re.fullmatch(DEVICE, self.device)
-        if self.device is not None and not is_device:
-            raise UserError(
-                f"device must be cpu, cuda, cuda:1, mps or the like, got {self.device!r}"
-            )
+        if self.device is not None:
+            check_device_name("device", self.device)
         check_one_of("optimizer", self.optimizer, ("adamw", "adamw-8bit"))
         check_one_of("precision", self.precision, ("fp32", "bf16"))
 
@@ -154,6 +151,16 @@ def check_at_least(name: str, value: Any, least: float) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
         raise UserError(f"{name} must be a number not below {least:g}, got {value!r}")
+
+
+def check_device_name(name: str, value: Any) -> None:
+    """Checks that a value names a device, whether or not it is there.
+
+    Raises:
+        UserError: It does not.
+    """
+    if not isinstance(value, str) or not re.fullmatch(DEVICE, value):
+        raise UserError(f"{name} must be cpu, cuda, cuda:1, mps or the like, got {value!r}")
 
 
 def check_int(name: str, value: Any, least: int, *, optional: bool = False) -> None:

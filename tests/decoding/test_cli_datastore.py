@@ -98,7 +98,8 @@ def test_eval_of_labels_has_every_control(place):
     table = the_json("datastore", "eval", place / "of-labels", *rows, "--lora-steps", 3)
     methods = [row["method"] for row in table["rows"]]
     assert methods == [
-        *("zero-shot", "calibrated", "8 in the prompt", "logistic probe", "LoRA", "RTD")
+        *("zero-shot", "calibrated", "8 in the prompt", "nearest class mean"),
+        *("logistic probe", "LoRA", "RTD"),
     ]
     assert table["metric"] == "accuracy" and table["examples"] == len(LABELLED) // 3
     assert all(0 <= row["score"] <= 1 for row in table["rows"])
@@ -116,12 +117,13 @@ def test_eval_of_texts_is_in_perplexity(place):
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["method", "perplexity", "log-loss", "seconds"]
-    assert [line.split("  ")[0] for line in lines[1:-1]] == [
+    assert [line.split("  ")[0] for line in lines[1:-2]] == [
         *("zero-shot", "token counts", "texts in the prompt", "LoRA", "RTD")
     ]
     # The rows are those of the store, so the nearest entry is the answer itself.
-    assert lines[-2].split()[1] == "1.000"
-    assert lines[-1] == "66 tokens, 66 entries in the store"
+    assert lines[-3].split()[1] == "1.000"
+    assert lines[-2] == "66 tokens, 66 entries in the store"
+    assert lines[-1] == "No baseline is ahead of RTD."
 
 
 def test_generate_reads_the_store_and_names_what_stands_behind_each_token(place):

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 import command_line
+import foretune
 import tiny_models
 from foretune.adapters.fingerprint import base_record
+from foretune.models.precision import held_in
 
 HEAVY = ("torch", "transformers", "peft")
 
@@ -147,6 +149,16 @@ class TestGenerate:
         assert f"{picture} exists: use --overwrite" in the_error(*args, "--out", str(picture))
         assert call(*args, "--out", str(picture), "--overwrite").exit_code == 0
 
+    def test_models_run_where_and_in_what_they_are_told_to(self) -> None:
+        plain = told("large", "the cat sat", *EFT)
+        assert told("large", "the cat sat", *EFT, "--device", "cpu:0") == plain
+        assert told("large", "the cat sat", *EFT, "--dtype", "bfloat16")
+        record = foretune.EFT()
+        with held_in("bfloat16", None, "cpu:0"):
+            large, _, parts = record.load("large", tuned="adapter", untuned="untuned")
+        for model in (large, *parts["tuned"], *parts["untuned"]):
+            assert next(model.parameters()).dtype == torch.bfloat16
+
     def test_warnings_are_one_line(self, tmp_path: Path) -> None:
         narrow = tiny_models.llama(seed=3, vocab_size=20, num_hidden_layers=1)
         narrow.save_pretrained(tmp_path / "narrow")
@@ -180,6 +192,8 @@ class TestGenerate:
             (("large", "--prompts", "nowhere.txt"), "no file nowhere.txt with prompts"),
             (("large", "--prompts", "p.txt", *EFT, "--tuned-prompts", "one.txt"), "but 1 tuned_pr"),
             (("large", "a dog", "--speculative"), "need --method eft"),
+            (("large", "a dog", "--device", "gpu"), "--device must be cpu, cuda, cuda:1"),
+            (("large", "a dog", "--device", "cuda:99"), "device=cuda:99 is not available"),
             (
                 ("large", "a dog", "--temperature", "0"),
                 "--temperature must be a number from 0.000001 on, got 0",

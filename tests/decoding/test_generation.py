@@ -169,14 +169,18 @@ class Words:
 def test_ids_are_shared_where_all_tokenizers_have_one_word() -> None:
     words = [f"w{i}" for i in range(30)]
     one = Words(*words)
-    assert shared_tokens(one, []) is None
-    assert shared_tokens(one, [Words(*words)]) is None
-    changed = shared_tokens(one, [Words(*words[:4], "odd", *words[5:]), one])
+
+    def shared(*others: Words) -> Any:
+        return shared_tokens(one, [("small", other) for other in others])
+
+    assert shared() is None
+    assert shared(Words(*words)) is None
+    changed = shared(Words(*words[:4], "odd", *words[5:]), one)
     assert changed is not None and (~changed).nonzero().ravel().tolist() == [4]
-    longer = shared_tokens(one, [Words(*words, "more")])
+    longer = shared(Words(*words, "more"))
     assert longer is not None and longer.shape == (30,) and bool(longer.all())
-    with pytest.raises(UserError, match="4 of 30 ids differ"):
-        shared_tokens(one, [Words("a", "b", "c", "d", *words[4:])])
+    with pytest.raises(UserError, match=r"4 of 30 ids differ \(id 0 is 'w0' .*, 'a' to small\)"):
+        shared(Words("a", "b", "c", "d", *words[4:]))
 
 
 CHAT = (

@@ -58,8 +58,8 @@ def test_test_rows_take_the_labels_of_the_store():
         ([{**CHOICE, "answer": 3}], "answer must be from 0 to 2, got 3"),
         ([{**CHOICE, "answer": "a"}], "answer must be from 0 to 2, got 'a'"),
         (
-            [{"prompt": "a", "label": "red cat"}, {"prompt": "a", "label": "red dog"}],
-            'labels "red cat" and "red dog" begin with the same token',
+            [{"prompt": "a", "label": "xx"}, {"prompt": "a", "label": "yy"}],
+            'labels "xx" and "yy" are the same tokens to this tokenizer',
         ),
     ],
 )
@@ -71,6 +71,35 @@ def test_bad_rows_are_named(rows, message):
 def test_a_prompt_that_is_too_long_is_named():
     with pytest.raises(UserError, match="row 1 has 5 tokens, but the model reads at most 4"):
         read({"prompt": "a b c d e", "label": "red"}, max_tokens=4)
+
+
+LABELS = ("red cat", "red dog", "blue")
+
+
+def test_labels_may_begin_alike_and_all_their_tokens_count():
+    rows = [{"prompt": "the", "label": label} for label in LABELS]
+    found, words = read(*rows), tiny_models.tokenizer(special=False)
+    assert found.labels == {label: words(label)["input_ids"] for label in sorted(LABELS)}
+    assert found.values == [[1], [2], [0]]
+    spelled = found.spelled()
+    assert spelled.texts[0] == words("the red")["input_ids"]
+    assert spelled.values[0] == words("red cat")["input_ids"] and spelled.places[0] == [0, 1]
+
+
+def test_a_label_that_another_begins_with_ends_with_the_end_of_text():
+    rows = [{"prompt": "the", "label": label} for label in (*LABELS, "red")]
+    words = tiny_models.tokenizer(special=False)
+    assert all(ids[-1] == words.eos_token_id for ids in read(*rows).labels.values())
+    words.eos_token = None
+    with pytest.raises(UserError, match='label "red cat" begins with label "red", and the token'):
+        read_references(rows, words)
+
+
+def test_a_prompt_leaves_room_for_the_longest_label():
+    rows = [{"prompt": "a b c", "label": label} for label in LABELS]
+    read(*rows, max_tokens=4)
+    with pytest.raises(UserError, match="row 1 has 4 tokens, but the model reads at most 3"):
+        read(*rows, max_tokens=3)
 
 
 def test_whole_numbers_are_labels():

@@ -9,12 +9,13 @@ import torch
 
 import tiny_models
 from foretune.decoding.lookup import Lookup
+from foretune.decoding.model_scores import states_and_log_probs
 from foretune.decoding.reference_store import ReferenceStore
 from foretune.decoding.references import read_references
 from foretune.decoding.store_controls import (
     ReferenceLM,
     calibrated,
-    states_and_log_probs,
+    nearest_mean,
     train_lora,
 )
 from foretune.decoding.store_table import evaluate_store
@@ -37,7 +38,7 @@ def test_accuracy_of_the_model_alone_is_counted_by_hand():
     model = tiny_models.llama()
     store = ReferenceStore.build(model, ROWS[::2], tokenizer=tokenizer())
     table = by_method(evaluate_store(model, tokenizer(), store, ROWS[1::2], lora_steps=0, shots=0))
-    ids = torch.tensor([store.labels["blue"], store.labels["red"]])
+    ids = torch.tensor([*store.labels["blue"], *store.labels["red"]])
     right, losses = [], []
     for row in ROWS[1::2]:
         logits = (
@@ -52,7 +53,9 @@ def test_accuracy_of_the_model_alone_is_counted_by_hand():
     assert table["zero-shot"]["log_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     # The state holds the colour, so whatever reads it gets it right.
     assert table["logistic probe"]["score"] > 0.9
-    assert list(table) == ["zero-shot", "calibrated", "logistic probe", "RTD"]
+    assert list(table) == [
+        *("zero-shot", "calibrated", "nearest class mean", "logistic probe", "RTD")
+    ]
 
 
 def test_perplexity_is_that_of_the_tokens_that_follow():
@@ -84,17 +87,40 @@ def test_calibration_takes_away_what_the_model_prefers():
     torch.testing.assert_close(log_p.exp(), torch.tensor([[0.5, 0.5]]))
 
 
+def test_the_nearest_mean_is_that_of_the_states_of_a_class():
+    states = torch.tensor([[0.0, 0.0], [2.0, 0.0], [8.0, 0.0], [10.0, 0.0]])
+    log_p = nearest_mean(states, torch.tensor([0, 0, 2, 2]), torch.tensor([[3.0, 0.0]]), 3)
+    wanted = torch.tensor([[-4.0, -torch.inf, -36.0]])  # the mean squared distance to a mean is 1
+    torch.testing.assert_close(log_p, torch.log_softmax(wanted, -1))
+
+
+def test_baselines_that_are_ahead_are_named_with_the_error_of_the_difference():
+    model = tiny_models.llama()
+    store = ReferenceStore.build(model, [*ROWS[:6], *ROWS[-4:]], tokenizer=tokenizer())
+    worst = Lookup(neighbours=len(store), temperature=1e9)  # the most frequent label
+    found = evaluate_store(
+        model, tokenizer(), store, ROWS[6:-4], lookup=worst, lora_steps=0, shots=0
+    )
+    table, ahead = by_method(found), {row["method"]: row for row in found["ahead"]}
+    assert table["RTD"]["score"] < 0.9
+    assert "logistic probe" in ahead and "RTD" not in ahead
+    for method, row in ahead.items():
+        assert row["by"] == pytest.approx(table[method]["score"] - table["RTD"]["score"])
+        assert 0 <= row["standard_error"] < 0.3
+
+
 def test_lora_learns_the_rows_and_leaves_the_model_alone():
     model = tiny_models.llama(initializer_range=0.3)
     known = read_references(ROWS, tokenizer())
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
     adapted = train_lora(model, known, steps=20, seed=0, rates=(2e-2,))
+    known = known.spelled()
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert (
-        states_and_log_probs(adapted, known, None)[1].mean()
-        > states_and_log_probs(model, known, None)[1].mean() + 0.5
+        states_and_log_probs(adapted, known)[1].mean()
+        > states_and_log_probs(model, known)[1].mean() + 0.5
     )
 
 
@@ -119,15 +145,22 @@ def test_lora_has_the_rank_and_modules_it_states_and_follows_the_seed():
 COMPLETIONS = [{"prompt": f"the {w}", "completion": f"sat on {w}"} for w in WORDS]
 
 
-@pytest.mark.parametrize("rows", [ROWS, TEXTS, COMPLETIONS], ids=["label", "text", "completion"])
+LONG_LABELS = [{"prompt": f"the {w}", "label": f"red {w} cat"} for w in WORDS]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [ROWS, LONG_LABELS, TEXTS, COMPLETIONS],
+    ids=["label", "long label", "text", "completion"],
+)
 def test_the_loss_of_lora_is_the_mean_over_the_values_of_each_text(rows):
-    model, references = tiny_models.llama(), read_references(rows, tokenizer())
+    model, references = tiny_models.llama(), read_references(rows, tokenizer()).spelled()
     objective = ReferenceLM(max_tokens=64)
     pairs = zip(references.texts, references.values, strict=True)
     encoded = [objective.encode({"text": t, "values": v}, "references") for t, v in pairs]
     with torch.no_grad():
         losses = objective.losses(model, objective.collate(encoded, [0] * len(encoded)))
-    log_p = states_and_log_probs(model, references, None)[1][:, 0].split(
+    log_p = states_and_log_probs(model, references)[1][:, 0].split(
         [len(v) for v in references.values]
     )
     torch.testing.assert_close(losses, torch.stack([-part.mean() for part in log_p]))

@@ -310,7 +310,7 @@ def test_steer(wheel: Path, tmp_path: Path) -> None:
     assert (tmp_path / "frontier.svg").is_file()
     scores = the(printed, "datastore eval").splitlines()
     assert scores[0].split()[:2] == ["method", "perplexity"]
-    assert [line.split("  ")[0] for line in scores[1:-1]] == [
+    assert [line.split("  ")[0] for line in scores[1:-2]] == [
         *("zero-shot", "token counts", "texts in the prompt", "LoRA", "RTD")
     ]
     [result] = json.loads(printed[-1][1])["results"]

@@ -1,4 +1,4 @@
-"""`foretune datastore`: build, tune and evaluate a store of references for RTD."""
+"""`foretune datastore`: build, tune, evaluate and query a store of references for RTD."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from foretune.cli.output import (
     AllowUnverified,
+    DeviceOption,
     DTypeOption,
     Json,
     QuantizeOption,
@@ -18,14 +19,15 @@ from foretune.cli.output import (
     quiet_stdout,
     table,
 )
+from foretune.formats import shortened_text
 from foretune.models.precision import held_in
 from foretune.models.trusted_code import trusted_code
-from foretune.run import MAX_SEED
+from foretune.run import MAX_SEED, check_device_name
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Build, tune and evaluate a store of references for RTD.",
+    help="Build, tune, evaluate and query a store of references for RTD.",
 )
 Source = Annotated[str, typer.Option(help="Rows: a file, a folder or a dataset; see docs/data.md.")]
 Task = Annotated[str | None, typer.Option(help="Use only rows of this task.")]
@@ -54,6 +56,7 @@ def build(
     ] = False,
     dtype: DTypeOption = "float32",
     quantize: QuantizeOption = None,
+    device: DeviceOption = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     allow_unverified: AllowUnverified = False,
     json: Json = False,
@@ -61,8 +64,9 @@ def build(
     """Run a model on rows and store its states."""
     from foretune.run import check_one_of
 
+    check_device_name("--device", device)
     check_one_of("--key-type", key_type, ("float32", "float16", "bfloat16"))
-    with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize):
+    with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize, device):
         from foretune.decoding.datastore_folders import build_folder
 
         result = build_folder(
@@ -109,13 +113,17 @@ def tune(
         f"neighbours {tuned['neighbours']}, temperature {tuned['temperature']:.4g}, "
         f"mix {tuned['mix']:g}, heads {tuned['heads']}"
     )
-    scores = [
-        ["the model alone", tuned["model_alone"]],
-        ["with the store's token counts", tuned["with_counts"]],
-        ["with the store", tuned["log_likelihood"]],
-    ]
-    cells = [[name, f"{score:.3f}"] for name, score in scores]
-    emit(table([f"left out, {tuned['entries']} entries", "log-likelihood per token"], cells))
+    names = {
+        "model_alone": "the model alone",
+        "with_counts": "with the store's token counts",
+        "untuned": "with the store, not tuned",
+        "best": "with the store, the best setting",
+        "score": "with the store, as chosen",
+    }
+    cells = [[v, f"{tuned[k]:.3f}"] for k, v in names.items() if tuned.get(k) is not None]
+    header = [f"left out, {tuned['entries']} entries", tuned["metric"]]
+    emit(table(header, cells))
+    emit("Chosen: the simplest setting within one standard error of the best.")
     if tuned["mix"] == 0:
         emit("The store does not help this model: its weight in the mixture is 0.")
 
@@ -144,6 +152,7 @@ def evaluate(
     ] = 0,
     dtype: DTypeOption = "float32",
     quantize: QuantizeOption = None,
+    device: DeviceOption = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     allow_unverified: AllowUnverified = False,
     json: Json = False,
@@ -151,8 +160,9 @@ def evaluate(
     """Score the store on held-out rows, beside baselines that use the store's rows."""
     from foretune.decoding.prompts import decode_method
 
+    check_device_name("--device", device)
     decode_method("rtd", changes or [])
-    with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize):
+    with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize, device):
         from foretune.cli.progress import StderrConsole
         from foretune.decoding.datastore_folders import evaluate_folder
 
@@ -172,6 +182,57 @@ def evaluate(
     emit_json(result) if json else emit(evaluation_text(result))
 
 
+@app.command()
+def predict(
+    store: Store,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Fields of RTD such as mix=0.5 (foretune show rtd)."
+        ),
+    ] = None,
+    rows: Source = ...,  # type: ignore[assignment]
+    model: Annotated[str | None, typer.Option(help="Model (default: the store's).")] = None,
+    task: Task = None,
+    split: Split = None,
+    references: Annotated[
+        int, typer.Option(min=0, help="With --json: rows of the store to name behind each label.")
+    ] = 3,
+    dtype: DTypeOption = "float32",
+    quantize: QuantizeOption = None,
+    device: DeviceOption = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    allow_unverified: AllowUnverified = False,
+    json: Json = False,
+) -> None:
+    """Label rows by a store of labels, and name the references behind each."""
+    from foretune.decoding.prompts import decode_method
+
+    check_device_name("--device", device)
+    decode_method("rtd", changes or [])
+    with quiet_stdout(), trusted_code(trust_remote_code), held_in(dtype, quantize, device):
+        from foretune.decoding.datastore_folders import predict_folder
+
+        result = predict_folder(
+            store,
+            rows,
+            changes or [],
+            model=model,
+            task=task,
+            split=split,
+            shown=references,
+            allow_unverified=allow_unverified,
+        )
+    if json:
+        emit_json(result)
+        return
+    cells = [
+        [row["label"], f"{row['probability']:.3f}", shortened_text(str(row["text"]), 60)]
+        for row in result["results"]
+    ]
+    emit(table(["label", "probability", "text"], cells))
+
+
 def evaluation_text(result: dict[str, Any]) -> str:
     """The table of `eval`, for a terminal."""
     labelled = result["metric"] == "accuracy"
@@ -184,4 +245,10 @@ def evaluation_text(result: dict[str, Any]) -> str:
         rows.append([row["method"], score, *error, loss, f"{row['seconds']:.1f}"])
     unit = "rows" if labelled else "tokens"
     footer = f"{result['examples']} {unit}, {result['entries']} entries in the store"
-    return f"{table(header, rows)}\n{footer}"
+    unit = "" if labelled else " nats per token"
+    ahead = [
+        f"{row['method']} by {row['by']:.3f}{unit} (+/- {row['standard_error']:.3f})"
+        for row in result["ahead"]
+    ]
+    verdict = f"Ahead of RTD: {', '.join(ahead)}." if ahead else "No baseline is ahead of RTD."
+    return f"{table(header, rows)}\n{footer}\n{verdict}"

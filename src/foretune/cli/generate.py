@@ -15,6 +15,7 @@ import typer
 from foretune.claims import claim_file
 from foretune.cli.output import (
     AllowUnverified,
+    DeviceOption,
     DTypeOption,
     Json,
     QuantizeOption,
@@ -27,7 +28,7 @@ from foretune.cli.output import (
 from foretune.errors import UserError
 from foretune.models.precision import held_in
 from foretune.models.trusted_code import trusted_code
-from foretune.run import MAX_SEED
+from foretune.run import MAX_SEED, check_device_name
 
 
 def generate(
@@ -97,6 +98,7 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the --out file.")] = False,
     dtype: DTypeOption = "float32",
     quantize: QuantizeOption = None,
+    device: DeviceOption = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     allow_unverified: AllowUnverified = False,
     json: Json = False,
@@ -109,13 +111,14 @@ def generate(
     resources = check_resources(
         method, {"tuned": tuned, "untuned": untuned, "store": None if store is None else str(store)}
     )
+    check_device_name("--device", device)
     betas = _betas(beta_sweep, method)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
     options |= _sampling(sample, temperature, beams)
     sources = [model, prompts, tuned_prompts, untuned_prompts, store, oracle]
     reads = [str(read) for read in (*sources, *(tuned or ()), *(untuned or ())) if read is not None]
     _check_figure(out, betas, oracle, overwrite, reads)
-    loading = held_in(dtype, quantize)
+    loading = held_in(dtype, quantize, device)
     with quiet_stdout(), trusted_code(trust_remote_code), loading, _warnings_as_lines():
         from foretune.decoding.generation import as_chat, read_prompts
 

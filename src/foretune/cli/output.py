@@ -58,6 +58,9 @@ QuantizeOption = Annotated[
         "trained or used; needs bitsandbytes.",
     ),
 ]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1, mps.")
+]
 
 
 def emit(value: Any) -> None:

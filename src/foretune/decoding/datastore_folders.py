@@ -60,7 +60,7 @@ def build_folder(
     Returns:
         JSON-able: out, kind, rows, entries, hidden_size, labels, megabytes, seconds.
     """
-    from foretune.decoding.peft_model import load_generator
+    from foretune.decoding.peft_model import load_reader
     from foretune.decoding.reference_store import ReferenceStore
 
     overwrite = options.pop("overwrite")
@@ -68,7 +68,7 @@ def build_folder(
     reads: list[Path | str] = [model, rows]
     with output_folder(out, "datastore", overwrite=overwrite, at_once=True, reads=reads) as folder:
         selected = rows_of(rows, task=task, split=split)
-        loaded, tokenizer = load_generator(model, allow_unverified=allow_unverified)
+        loaded, tokenizer = load_reader(model, allow_unverified=allow_unverified)
         began = time.perf_counter()
         store = ReferenceStore.build(loaded, selected, tokenizer=tokenizer, **options)
         seconds = time.perf_counter() - began
@@ -127,17 +127,10 @@ def evaluate_folder(
         UserError: The folder is not a store, its model is unknown or a different one, or the rows
             are of another kind than the store's.
     """
-    record = decode_method("rtd", changes)
-    from foretune.decoding.peft_model import load_generator
-    from foretune.decoding.reference_store import ReferenceStore
     from foretune.decoding.store_table import evaluate_store
 
-    store = ReferenceStore.load(folder)
     selected = rows_of(rows, task=task, split=split)
-    name = model if model is not None else store.name
-    if name is None:
-        raise UserError(f"{folder} does not name the model that it was built with: give --model")
-    loaded, tokenizer = load_generator(name, allow_unverified=allow_unverified)
+    store, loaded, tokenizer, record = _opened(folder, changes, model, allow_unverified)
     with console.bar("training LoRA, a baseline", rounds=3) as progress:
         return evaluate_store(
             loaded,
@@ -148,3 +141,54 @@ def evaluate_folder(
             progress=progress,
             **options,
         )
+
+
+def predict_folder(
+    folder: Path,
+    rows: str,
+    changes: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    task: str | None = None,
+    split: str | None = None,
+    shown: int = 3,
+    allow_unverified: bool = False,
+) -> dict[str, Any]:
+    """The labels of rows by a store; the arguments are those of `evaluate_folder` and `classify`.
+
+    Returns:
+        JSON-able: store, and results, each with the row's `text` and what `classify` returns.
+
+    Raises:
+        UserError: As `evaluate_folder`, or the store has no labels.
+    """
+    from foretune.decoding.classify import classify
+
+    selected = rows_of(rows, task=task, split=split)
+    store, loaded, tokenizer, record = _opened(folder, changes, model, allow_unverified)
+    lookup = record.lookup(store)
+    labelled = classify(loaded, tokenizer, store, selected, lookup=lookup, shown=shown)
+    names = ("prompt", "text", "context")
+    texts = [next((row[n] for n in names if row.get(n) is not None), "") for row in selected]
+    pairs = zip(texts, labelled, strict=True)
+    return {"store": str(folder), "results": [{"text": text, **row} for text, row in pairs]}
+
+
+def _opened(
+    folder: Path, changes: Sequence[str], model: str | None, allow_unverified: bool
+) -> tuple[Any, Any, Any, Any]:
+    """(store, its model, the tokenizer, the record of RTD).
+
+    Raises:
+        UserError: The folder is not a store, or its model is unknown.
+    """
+    record = decode_method("rtd", changes)
+    from foretune.decoding.peft_model import load_reader
+    from foretune.decoding.reference_store import ReferenceStore
+
+    store = ReferenceStore.load(folder)
+    name = model if model is not None else store.name
+    if name is None:
+        raise UserError(f"{folder} does not name the model that it was built with: give --model")
+    loaded, tokenizer = load_reader(name, allow_unverified=allow_unverified)
+    return store, loaded, tokenizer, record

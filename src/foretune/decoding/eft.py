@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
 
     from foretune.decoding.generation import Generated, Prompt
     from foretune.decoding.side_models import SideModels
+    from foretune.decoding.side_processor import SideProcessor
 
 PAPER = {
     "title": "An Emulator for Fine-Tuning Large Language Models using Small Language Models",
@@ -197,38 +197,54 @@ class EFT(Method):
             with EFT(beta=0.5).steer(large, tuned=small_tuned, untuned=small):
                 large.generate(ids, max_new_tokens=20, num_beams=4)
         """
-        from foretune.decoding.side_models import Side, run_beside
-        from foretune.decoding.token_distributions import UNSEEN, before_cap, is_unseen
+        from foretune.decoding.eft_sides import sides_of
+        from foretune.decoding.side_models import run_beside
 
-        ups, downs = self._pairs(tuned, untuned)
         prompts = dict(prompts or {})
         if set(prompts) - {"tuned", "untuned"}:
             raise UserError(f"prompts takes tuned and untuned, got {', '.join(prompts)}")
         if prompts and prompt_length is None:
             raise UserError("prompts of the side models need the model's prompt_length")
-        sides = [Side(model=up, prompt=prompts.get("tuned")) for up in ups]
-        sides += [
-            Side(model=down, adapter_off=off, prompt=prompts.get("untuned")) for down, off in downs
-        ]
-        caps = [_soft_cap(side.bare) if self.uncap else None for side in sides]
-        warned = False
-
-        def combine(base: Tensor, logits: list[Tensor]) -> Tensor:
-            nonlocal warned
-            uncapped = [before_cap(x, cap) for x, cap in zip(logits, caps, strict=True)]
-            high, low = uncapped[: len(ups)], uncapped[len(ups) :]
-            if not warned and self.delta_clip is None and is_unseen(high, low):
-                warned = True
-                warnings.warn(
-                    "the tuned model prefers a token to which the untuned model gives a "
-                    f"probability below {UNSEEN:g}, which is unreliable: the large model may never "
-                    "emit it, or always; delta_clip=10 bounds the difference",
-                    stacklevel=2,
-                )
-            return self.combine(base, high, low, shared)
-
+        sides, combine = sides_of(self, tuned, untuned, shared, prompts)
         with run_beside(model, sides, combine, prompt_length) as beside:
             yield beside
+
+    def processor(
+        self,
+        *,
+        tuned: Any,
+        untuned: Any = None,
+        attention_mask: Tensor | None,
+        shared: Tensor | None = None,
+    ) -> SideProcessor:
+        """EFT for a list of logits processors, where the model itself is to be left alone.
+
+        The same distribution as inside `steer`, whatever processors follow; those that `generate`
+        puts before it (a repetition penalty) act on the model's own scores. With an
+        `assistant_model` the draft is steered as well, which changes no output.
+
+        Args:
+            tuned: A fine-tuned model, or several.
+            untuned: The model that they were tuned from, or one per tuned model; None if each is a
+                `PeftModel`.
+            attention_mask: (prompts, tokens) that `generate` is given, which a processor does not
+                see; None where no prompt is padded.
+            shared: (ids,) bool, the ids that mean the same token to all models; None for all.
+
+        Returns:
+            A processor for one batch of prompts.
+
+        Raises:
+            UserError: A side model is no decoder, or the numbers of models do not match.
+
+        Example:
+            processor = EFT().processor(tuned=tuned, untuned=small, attention_mask=None)
+            large.generate(ids, logits_processor=[processor], num_beams=4)
+        """
+        from foretune.decoding.eft_sides import sides_of
+        from foretune.decoding.side_processor import SideProcessor
+
+        return SideProcessor(*sides_of(self, tuned, untuned, shared), attention_mask)
 
     def decode(
         self,
@@ -270,6 +286,7 @@ class EFT(Method):
         Raises:
             UserError: The tuned model is missing, or models or tokenizers do not fit together.
         """
+        from foretune.decoding.eft_sides import listed
         from foretune.decoding.generation import check_options, encode, generate_texts
         from foretune.decoding.side_models import bare_model
 
@@ -292,7 +309,7 @@ class EFT(Method):
             allow_unverified=allow_unverified,
         )
         if speculative:
-            drafter = bare_model(_listed(resources["tuned"])[0])
+            drafter = bare_model(listed(resources["tuned"])[0])
             _check_drafter(drafter, bare_model(large))
             options["assistant_model"], batch_size = drafter, 1
         if getattr(bare_model(large), "generation_config", None) is not None:
@@ -329,6 +346,7 @@ class EFT(Method):
             UserError: The tuned model is missing, the numbers of models do not match, or the
                 tokenizers differ.
         """
+        from foretune.decoding.eft_sides import listed
         from foretune.decoding.generation import shared_tokens
 
         if tuned is None:
@@ -339,13 +357,17 @@ class EFT(Method):
         options = {"allow_unverified": allow_unverified}
         large, own_tokenizer = _loaded(model, **options)
         tokenizer = tokenizer if tokenizer is not None else own_tokenizer
-        names, bases = _listed(tuned), [] if untuned is None else _listed(untuned)
+        names, bases = listed(tuned), [] if untuned is None else listed(untuned)
         if len(bases) not in (0, 1, len(names)):
             raise UserError(
                 f"{len(names)} tuned models but {len(bases)} untuned: give one, or one for each"
             )
         loaded = [_loaded(base, **options) for base in bases]
-        ups, downs, tokenizers = [], [], [base_tokenizer for _, base_tokenizer in loaded]
+        ups, downs = [], []
+        tokenizers = [
+            (_name_of(base, "untuned"), base_tokenizer)
+            for base, (_, base_tokenizer) in zip(bases, loaded, strict=True)
+        ]
         for k, name in enumerate(names):
             base = loaded[k if len(loaded) > 1 else 0][0] if loaded else None
             if _is_adapter(name) and base is not None:
@@ -353,49 +375,15 @@ class EFT(Method):
                 base = copy.deepcopy(base)
             up, side_tokenizer = _loaded(name, base, **options)
             ups.append(up)
-            tokenizers.append(side_tokenizer)
+            tokenizers.append((_name_of(name, "tuned"), side_tokenizer))
             downs.append(up if base is None or _is_adapter(name) else base)
-        shared = shared_tokens(tokenizer, [t for t in tokenizers if t is not None])
+        present = [(name, side) for name, side in tokenizers if side is not None]
+        shared = shared_tokens(tokenizer, present)
         resources = {"tuned": ups, "untuned": downs if loaded else None, "shared": shared}
         return large, tokenizer, resources
 
     def _weights(self, count: int) -> tuple[float, ...]:
         return (1 / count,) * count if self.weights is None else self.weights
-
-    def _pairs(self, tuned: Any, untuned: Any) -> tuple[list[Any], list[tuple[Any, bool]]]:
-        """(tuned models, (untuned model, whether to turn its adapter off) for all or for each).
-
-        Raises:
-            UserError: The untuned model is missing, or the numbers do not match.
-        """
-        ups = _listed(tuned)
-        downs = ups if untuned is None else _listed(untuned)
-        if len(downs) not in (1, len(ups)):
-            raise UserError(
-                f"{len(ups)} tuned models but {len(downs)} untuned: give one, or one for each"
-            )
-        if self.weights is not None and len(self.weights) != len(ups):
-            raise UserError(f"{len(self.weights)} weights for {len(ups)} tuned models")
-        if len(downs) > 1 and all(down is downs[0] for down in downs):
-            downs = downs[:1]
-        # A tuned PeftModel as the untuned model, or the base inside it (into which peft has
-        # injected the adapter), means that model without its adapter.
-        adapted = [up for up in ups if hasattr(up, "disable_adapter")]
-        pairs = []
-        for down in downs:
-            wrappers = [up for up in adapted if down is up or down is up.get_base_model()]
-            pairs.append((wrappers[0], True) if wrappers else (down, False))
-        if untuned is None and not all(off for _, off in pairs):
-            raise UserError(
-                "untuned is missing: give the model that the tuned model was tuned from; only a "
-                "PeftModel needs none"
-            )
-        return ups, pairs
-
-
-def _soft_cap(model: Any) -> float | None:
-    cap: float | None = getattr(model.config, "final_logit_softcapping", None)
-    return cap
 
 
 def _check_drafter(drafter: Any, large: Any) -> None:
@@ -417,12 +405,12 @@ def _loaded(source: Any, base: Any = None, *, allow_unverified: bool) -> tuple[A
     return source, None
 
 
+def _name_of(source: Any, kind: str) -> str:
+    return str(source) if isinstance(source, str | PathLike) else f"the {kind} model"
+
+
 def _is_adapter(source: Any) -> bool:
     return isinstance(source, str | PathLike) and (Path(source) / ADAPTER_CONFIG_FILE).is_file()
-
-
-def _listed(item: Any) -> list[Any]:
-    return list(item) if isinstance(item, list | tuple) else [item]
 
 
 def _finite(name: str, value: Any) -> None:

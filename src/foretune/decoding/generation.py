@@ -218,29 +218,35 @@ def check_options(options: dict[str, Any]) -> None:
             raise UserError(f'generate has no option "{name}".{did_you_mean(name, names)}')
 
 
-def shared_tokens(tokenizer: Any, others: Sequence[Any]) -> Tensor | None:
+def shared_tokens(tokenizer: Any, others: Sequence[tuple[str, Any]]) -> Tensor | None:
     """The ids that mean the same token to all tokenizers.
 
     Args:
         tokenizer: Tokenizer of the model that decodes.
-        others: Tokenizers of its side models.
+        others: (name, tokenizer) of its side models.
 
     Returns:
         (ids,) bool; None if that is all ids, or if a tokenizer is missing.
 
     Raises:
-        UserError: More than a tenth of the common ids differ.
+        UserError: More than a tenth of the ids that one has in common with the model differ.
     """
     if tokenizer is None or not others:
         return None
-    all_tokens = [_tokens(vocabulary) for vocabulary in (tokenizer, *others)]
+    of_model = _tokens(tokenizer)
+    all_tokens = [of_model, *(_tokens(vocabulary) for _, vocabulary in others)]
+    for (name, _), tokens in zip(others, all_tokens[1:], strict=True):
+        size = min(len(of_model), len(tokens))
+        different = [i for i in range(size) if of_model[i] != tokens[i]]
+        if len(different) > size / 10:
+            i = different[0]
+            raise UserError(
+                f"the tokenizers differ: {len(different)} of {size} ids differ (id {i} is "
+                f"{of_model[i]!r} to the model, {tokens[i]!r} to {name}); log-probabilities are "
+                "added token by token, so all models must share one tokenizer"
+            )
     size = min(len(tokens) for tokens in all_tokens)
     same = torch.tensor([len({t[i] for t in all_tokens}) == 1 for i in range(size)])
-    if not same.float().mean() >= 0.9:
-        raise UserError(
-            f"the tokenizers differ: {int((~same).sum())} of {size} ids differ; all models must "
-            "share one tokenizer"
-        )
     return None if bool(same.all()) and len({len(t) for t in all_tokens}) == 1 else same
 
 

@@ -1,15 +1,14 @@
-"""`Lookup`: how a store is queried, and the choice of one by leave-one-row-out likelihood."""
+"""How a store is queried, and what it returns."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from foretune.decoding.nearest import neighbour_weights
 from foretune.run import check_fraction, check_int, check_positive
 
+NEIGHBOURS_AT_FIRST = 32
 NEIGHBOURS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MULTIPLES = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the automatic temperature
 MIXES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
@@ -39,51 +38,60 @@ class Lookup:
         check_int("heads", self.heads, 1)
 
 
-def best_lookup(
-    squared: Tensor,
-    hits: Tensor,
-    model_probs: Tensor,
-    *,
-    neighbours: Sequence[int],
-    multiples: Sequence[float],
-    mixes: Sequence[float],
-) -> tuple[float, Lookup]:
-    """The lookup with the highest mean log-probability of the entries' tokens.
+@dataclass(frozen=True)
+class LookupResult:
+    """What a store returns for Q states.
 
     Args:
-        squared: (H, S, K) squared distances of S entries to their nearest entries, ascending.
-        hits: (H, S, K) 1.0 where such an entry carries the right token, else 0.0.
-        model_probs: (S,) probability of the right token under the model alone.
-        neighbours: Values of K to try.
-        multiples: Values of T to try, as multiples of the automatic temperature.
-        mixes: Values of λ to try.
-
-    Returns:
-        (mean log-probability, lookup).
+        reference: (Q, V) next-token distribution r, or (Q, C) over labels.
+        places: (H, Q, K) indices of the retrieved entries, per head.
+        weights: (H, Q, K) weight of each; they sum to 1 over K.
     """
-    heads = len(squared)
-    best: tuple[float, Lookup] | None = None
-    for k in neighbours:
-        automatic = mean_distance(squared[..., :k] * heads)
-        for multiple in multiples:
-            weights = neighbour_weights(squared[..., :k] * heads, automatic * multiple)
-            store_probs = (weights * hits[..., :k]).sum(-1).mean(0)
-            for mix in mixes:
-                score = mean_log((1 - mix) * model_probs + mix * store_probs)
-                if best is None or score > best[0]:
-                    temperature = automatic * multiple
-                    lookup = Lookup(neighbours=k, temperature=temperature, mix=mix, heads=heads)
-                    best = (score, lookup)
-    assert best is not None
-    return best
+
+    reference: Tensor
+    places: Tensor
+    weights: Tensor
+
+    def heaviest(self, query: int, most: int) -> list[tuple[int, float]]:
+        """(index, weight) of the entries with the largest weights, averaged over heads.
+
+        Args:
+            query: Index of the state.
+            most: Number of entries.
+        """
+        total: dict[int, float] = {}
+        pairs = zip(
+            self.places[:, query].flatten().tolist(),
+            self.weights[:, query].flatten().tolist(),
+            strict=True,
+        )
+        for place, weight in pairs:
+            total[place] = total.get(place, 0.0) + weight / len(self.places)
+        return sorted(total.items(), key=lambda item: (-item[1], item[0]))[:most]
+
+
+def untuned_lookup(num_entries: int, num_labels: int, heads: int = 1) -> Lookup:
+    """How a store is queried that was not tuned.
+
+    As many neighbours as the authors retrieve, fewer in a small store of labels: K near half of
+    such a store mixes in other labels. With labels the store alone answers, as in the authors'
+    code; for running text its weight is a quarter.
+
+    Args:
+        num_entries: Entries of the store.
+        num_labels: Its labels; 0 for running text.
+        heads: Slices of a state that are looked up separately.
+
+    >>> untuned_lookup(40, 4).neighbours, untuned_lookup(40, 0).mix
+    (5, 0.25)
+    """
+    most = max(1, num_entries // (2 * num_labels)) if num_labels else num_entries
+    return Lookup(
+        neighbours=min(NEIGHBOURS_AT_FIRST, most), mix=1.0 if num_labels else 0.25, heads=heads
+    )
 
 
 def mean_distance(squared: Tensor) -> float:
     """The mean of the finite distances, of any shape; above 0 even if all entries are equal."""
     finite = squared[squared.isfinite()]
     return max(float(finite.double().mean()) if len(finite) else 1.0, 1e-12)
-
-
-def mean_log(probs: Tensor) -> float:
-    """The mean log of probabilities of any shape."""
-    return float(probs.double().log().mean())

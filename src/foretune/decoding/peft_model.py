@@ -11,10 +11,15 @@ from torch import nn
 
 from foretune.adapters.config_file import read_config
 from foretune.adapters.stored_adapter import StoredAdapter, read_adapter
+from foretune.decoding.encoder_states import is_encoder
 from foretune.errors import ForetuneError, UserError
-from foretune.files import ADAPTER_CONFIG_FILE
-from foretune.models.loading import load_model
+from foretune.files import ADAPTER_CONFIG_FILE, MODULE_FILE
+from foretune.models import pretrained
+from foretune.models.loading import load_model, locate
+from foretune.models.precision import device_around
+from foretune.models.trusted_code import is_trusted
 from foretune.printable import in_one_line
+from foretune.training.loop import check_device
 
 
 def load_generator(
@@ -25,6 +30,8 @@ def load_generator(
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Loads a causal language model, or a base with the adapter of a PEFT folder.
+
+    It is placed on the device that `held_in` names, by default the CPU.
 
     Args:
         name: A model folder, a hub id, or a PEFT folder.
@@ -37,17 +44,54 @@ def load_generator(
         whose `disable_adapter()` restores the base.
 
     Raises:
-        UserError: The model does not exist, or as `with_adapter`.
+        UserError: The model does not exist, the device is not available or has too little memory,
+            or as `with_adapter`.
     """
-    folder = Path(name).expanduser()
+    folder, device = Path(name).expanduser(), device_around()
+    check_device(device)
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
-        return load_model(name, head="causal-lm", trust_remote_code=trust_remote_code)
+        model, tokenizer = load_model(name, head="causal-lm", trust_remote_code=trust_remote_code)
+        return _placed(model, device), tokenizer
     tokenizer = None
     if base is None:
         base, tokenizer = load_model(
             _base_of(folder), head="causal-lm", trust_remote_code=trust_remote_code
         )
-    return with_adapter(base, folder, allow_unverified=allow_unverified), tokenizer
+    model = with_adapter(base, folder, allow_unverified=allow_unverified)
+    return _placed(model, device), tokenizer
+
+
+def load_reader(name: str | Path, *, allow_unverified: bool = False) -> tuple[nn.Module, Any]:
+    """Loads a model whose states go into a store: as `load_generator`, or an encoder as it is.
+
+    Raises:
+        UserError: As `load_generator`.
+    """
+    folder, trusted = Path(name).expanduser(), is_trusted(False)
+    if (folder / ADAPTER_CONFIG_FILE).is_file() or (folder / MODULE_FILE).is_file():
+        return load_generator(name, allow_unverified=allow_unverified)
+    where = locate(str(name))
+    with pretrained.quiet(), pretrained.user_errors(where):
+        config = pretrained.read_config(where, trusted)
+    if not is_encoder(config):
+        return load_generator(name, allow_unverified=allow_unverified)
+    device = device_around()
+    check_device(device)
+    model, tokenizer = load_model(name, trust_remote_code=trusted)
+    return _placed(model, device), tokenizer
+
+
+def _placed(model: nn.Module, device: str) -> nn.Module:
+    """The model, moved to a device.
+
+    Raises:
+        UserError: It cannot be moved there.
+    """
+    try:
+        return model.to(device)
+    except (RuntimeError, ValueError) as error:  # too little memory, or layers that cannot move
+        reason = in_one_line(str(error))[:200]
+        raise UserError(f"the model cannot be placed on {device}: {reason}") from error
 
 
 def with_adapter(base: nn.Module, folder: Path, *, allow_unverified: bool = False) -> nn.Module:

@@ -1,4 +1,4 @@
-"""`ReferenceStore`: a model's last hidden states on reference texts, and the token after each.
+"""`ReferenceStore`: a model's last hidden states on reference texts, and what followed each.
 
 Like an adapter, a store belongs to one base (and one adapter on it); it records their fingerprints.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,62 +16,54 @@ from torch import Tensor
 from foretune.adapters.fingerprint import base_and_adapter
 from foretune.claims import output_folder
 from foretune.decoding import STORE_FILE
+from foretune.decoding.encoder_states import is_encoder, room_of
 from foretune.decoding.index_folder import store_indices
 from foretune.decoding.lookup import (
     MIXES,
     MULTIPLES,
     NEIGHBOURS,
     Lookup,
-    best_lookup,
+    LookupResult,
     mean_distance,
-    mean_log,
+    untuned_lookup,
 )
+from foretune.decoding.model_scores import drawn_entries, states_of
 from foretune.decoding.nearest import ExactIndex, FaissIndex, Index, neighbour_weights, votes
-from foretune.decoding.output_states import read_states
 from foretune.decoding.references import References, read_references
 from foretune.decoding.side_models import bare_model
-from foretune.decoding.store_checks import check_heads, check_tensors
+from foretune.decoding.store_checks import check_heads, check_store_model, check_tensors
 from foretune.decoding.store_folder import (
+    labels_and_values,
     read_store,
     write_metadata,
     write_store,
 )
+from foretune.decoding.tuning import tune_store
 from foretune.errors import UserError
 from foretune.formats import damage_named
 from foretune.run import check_one_of
 
-TENSOR_NAMES = ("keys", "values", "own", "sources")  # in the file; own: model_log_probs
+# In the file; own: model_log_probs. The last two may be absent.
+TENSOR_NAMES = ("keys", "values", "sources", "own", "scored")
 SAMPLED = 512  # entries whose neighbours determine the automatic temperature
 KEY_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Search = Literal["exact", "faiss"]
 
 
-@dataclass(frozen=True)
-class LookupResult:
-    """What a store returns for Q states.
-
-    Args:
-        reference: (Q, V) next-token distribution r.
-        places: (H, Q, K) indices of the retrieved entries, per head.
-        weights: (H, Q, K) weight of each; they sum to 1 over K.
-    """
-
-    reference: Tensor
-    places: Tensor
-    weights: Tensor
-
-
 class ReferenceStore:
-    """A model's states on reference texts, and the tokens that followed them.
+    """A model's states on reference texts, and the tokens or labels that followed them.
 
     Args:
         keys: (N, d) states.
-        values: (N,) the token that followed each.
-        model_log_probs: (N,) log-probability of that token under the model alone.
+        values: (N,) the token that followed each, or the index of the label that did.
+        model_log_probs: What the model alone gives: (N,) log-probability of the token that followed
+            each entry; with labels (S, C) of all labels, normalised, for the entries `scored`; None
+            where it is not known.
         sources: (N,) the row that each entry comes from, counted from 0.
+        scored: (S,) entries whose labels the model has scored; None without labels.
         rows: The rows themselves, so that an answer can be traced.
         kind: What rows hold: "label", "choice", "completion" or "text".
-        labels: Label → token; empty for running text.
+        labels: Label → its tokens; empty for running text.
         model: Fingerprints of the base and its adapter; see `base_and_adapter`.
         name: Folder or hub id of the model; None if unknown.
         lookup: How the store is queried by default.
@@ -83,26 +74,31 @@ class ReferenceStore:
         self,
         keys: Tensor,
         values: Tensor,
-        model_log_probs: Tensor,
+        model_log_probs: Tensor | None,
         sources: Tensor,
         *,
+        scored: Tensor | None = None,
         rows: Sequence[Mapping[str, Any]] = (),
         kind: str = "text",
-        labels: Mapping[str, int] | None = None,
+        labels: Mapping[str, Sequence[int]] | None = None,
         model: Mapping[str, Any] | None = None,
         name: str | None = None,
         lookup: Lookup | None = None,
         tuned: Mapping[str, Any] | None = None,
     ) -> None:
         self.keys, self.values, self.sources = keys, values, sources
-        self.model_log_probs = model_log_probs
+        self.model_log_probs, self.scored = model_log_probs, scored
         self.rows = [dict(row) for row in rows]
-        self.kind, self.labels = kind, dict(labels or {})
+        self.kind, self.labels = kind, {k: list(v) for k, v in (labels or {}).items()}
         self.model = dict(model) if model is not None else None
         self.name = name
         self.tuned = dict(tuned) if tuned is not None else None
         self.lookup = lookup or Lookup()
-        check_tensors(*_tensors(self), num_rows=len(self.rows))
+        check_tensors(
+            *(keys, values, model_log_probs, sources, scored),
+            num_rows=len(self.rows),
+            num_labels=len(self.labels),
+        )
         check_heads(self.lookup.heads, keys.shape[1])
         self.folder: Path | None = None  # where it is saved
         self._exact: dict[tuple[int, str], list[ExactIndex]] = {}
@@ -111,6 +107,18 @@ class ReferenceStore:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def is_of_encoder(self) -> bool:
+        """Whether the states are an encoder's, whose labels have no tokens."""
+        return bool(self.labels) and not any(self.labels.values())
+
+    @property
+    def next_tokens(self) -> Tensor:
+        """(N,) the token that followed each entry; of a label its first one."""
+        if not self.labels:
+            return self.values
+        return torch.tensor([tokens[0] for tokens in self.labels.values()])[self.values]
 
     @classmethod
     def build(
@@ -127,7 +135,7 @@ class ReferenceStore:
 
         Args:
             model: A causal language model of transformers or peft, with the adapter enabled that
-                it will be used with.
+                it will be used with; or an encoder, whose store classifies rows with labels.
             rows: Each `{"prompt", "label"}`, `{"context", "candidates", "answer"}`,
                 `{"prompt", "completion"}` or `{"text"}`; see `read_references`.
             tokenizer: The model's tokenizer.
@@ -136,13 +144,12 @@ class ReferenceStore:
             key_type: "float32", "float16" or "bfloat16"; distances are always float32.
 
         Returns:
-            The store, not tuned. Its lookup retrieves as many neighbours as the authors do, fewer
-            in a small store. With labels the store alone answers, as in the authors' code; for
-            running text its weight is a quarter.
+            The store, not tuned; see `untuned_lookup`. Labels of several tokens are scored by the
+            model for 1,000 entries at most, which takes a call for every label.
 
         Raises:
-            UserError: The model is not a causal language model, a row cannot be read, or states
-                are not finite in `key_type`.
+            UserError: The model is neither a causal language model nor an encoder, a row cannot
+                be read, or states are not finite in `key_type`.
 
         Example:
             store = ReferenceStore.build(model, rows, tokenizer=tokenizer)
@@ -150,9 +157,12 @@ class ReferenceStore:
             store.save("store")
         """
         check_one_of("key_type", key_type, tuple(KEY_TYPES))
-        room = getattr(getattr(bare_model(model), "config", None), "max_position_embeddings", None)
         references = read_references(
-            rows, tokenizer, max_tokens=room, permute_options=permute_options
+            rows,
+            tokenizer,
+            max_tokens=room_of(model),
+            permute_options=permute_options,
+            for_encoder=is_encoder(bare_model(model)),
         )
         return cls.of_references(
             model, references, rows=rows, heads=heads, key_type=KEY_TYPES[key_type]
@@ -173,15 +183,8 @@ class ReferenceStore:
         Raises:
             UserError: States are not finite in `key_type`, or cannot be cut into `heads` slices.
         """
-        values = references.flat_values()
-        states, log_probs, start = [], [], 0
-        for batch, logits in read_states(model, references.texts, references.places):
-            next_tokens = values[start : start + len(batch)].to(logits.device)
-            start += len(batch)
-            log_p = torch.log_softmax(logits.float(), -1)
-            log_probs.append(log_p.gather(1, next_tokens[:, None])[:, 0].cpu())
-            states.append(batch.to(key_type).cpu())
-        keys = torch.cat(states)
+        states, log_probs, scored = states_of(model, references)
+        keys = states.to(key_type)
         if not keys.isfinite().all():
             raise UserError(f"states are not finite in {str(key_type).removeprefix('torch.')}")
         sources = [
@@ -190,24 +193,17 @@ class ReferenceStore:
             for _ in text_values
         ]
         check_heads(heads, keys.shape[1])
-        max_neighbours = len(keys)
-        if references.has_labels:
-            # K near half of a small store mixes in other labels.
-            max_neighbours = max(1, len(keys) // (2 * len(references.labels)))
         return cls(
             keys,
-            values,
-            torch.cat(log_probs),
+            references.flat_values(),
+            log_probs,
             torch.tensor(sources),
+            scored=scored,
             rows=rows,
             kind=references.kind,
             labels=references.labels,
             model=base_and_adapter(model),
-            lookup=Lookup(
-                neighbours=min(32, max_neighbours),
-                mix=1.0 if references.has_labels else 0.25,
-                heads=heads,
-            ),
+            lookup=untuned_lookup(len(keys), len(references.labels), heads),
         )
 
     def search(
@@ -247,11 +243,46 @@ class ReferenceStore:
             size: V, the size of the vocabulary.
             search: "exact" or "faiss".
         """
+        places, weights = self._weighted(states, lookup, search)
+        values = self.next_tokens.to(places.device)[places]
+        return LookupResult(votes(weights, values, size).mean(0), places, weights)
+
+    def label_reference(
+        self, states: Tensor, lookup: Lookup, search: Search = "exact"
+    ) -> LookupResult:
+        """The distribution of the labels of the nearest entries.
+
+        Args:
+            states: (Q, d).
+            lookup: How to query the store.
+            search: "exact" or "faiss".
+
+        Returns:
+            Its `reference` is (Q, C), over labels.
+        """
+        places, weights = self._weighted(states, lookup, search)
+        values = self.values.to(places.device)[places]
+        return LookupResult(votes(weights, values, len(self.labels)).mean(0), places, weights)
+
+    def label_log_probs(self, states: Tensor, model_log_p: Tensor | None, lookup: Lookup) -> Tensor:
+        """log(λ r + (1 − λ) p) of the labels, (Q, C).
+
+        Args:
+            states: (Q, d).
+            model_log_p: (Q, C) log p of the model alone, normalised over the labels; None for none,
+                and λ is 1.
+            lookup: How to query the store.
+        """
+        reference = self.label_reference(states, lookup).reference
+        if model_log_p is None:
+            return reference.log()
+        return ((1 - lookup.mix) * model_log_p.exp() + lookup.mix * reference).log()
+
+    def _weighted(self, states: Tensor, lookup: Lookup, search: Search) -> tuple[Tensor, Tensor]:
+        """(indices, weights) of the nearest entries of states (Q, d), (H, Q, K) each."""
         squared, places = self.search(states, lookup, search)
         # A slice's distance is about 1/H of the full state's; times H it fits its temperature.
-        weights = neighbour_weights(squared * lookup.heads, self.temperature(lookup))
-        values = self.values.to(places.device)[places]
-        return LookupResult(votes(weights, values, size).mean(0), places, weights)
+        return places, neighbour_weights(squared * lookup.heads, self.temperature(lookup))
 
     def temperature(self, lookup: Lookup) -> float:
         """T of a lookup.
@@ -263,9 +294,9 @@ class ReferenceStore:
             return lookup.temperature
         key = (lookup.neighbours, lookup.heads)
         if key not in self._automatic:
-            sample = _sample(len(self), SAMPLED, seed=0)
+            sample = drawn_entries(len(self), SAMPLED, seed=0)
             k = min(lookup.neighbours, len(self))
-            squared, _ = self._nearest_in_other_rows(sample, k, lookup.heads)
+            squared, _ = self.nearest_in_other_rows(sample, k, lookup.heads)
             self._automatic[key] = mean_distance(squared * lookup.heads)
         return self._automatic[key]
 
@@ -280,80 +311,50 @@ class ReferenceStore:
     ) -> dict[str, Any]:
         """Chooses K, T and λ by leaving out one row at a time.
 
-        The token of each entry is predicted from the entries of other rows, mixed with the model's
-        own distribution; the highest mean log-probability wins. λ = 0 is among the choices: the
-        store is then of no use.
+        Each entry is predicted from the entries of other rows, mixed with the model's own
+        distribution. What counts is what `eval` prints: with labels the accuracy, else the mean
+        log-probability of the token. The simplest setting wins that is within one standard error
+        of the best; the model alone (λ = 0) and the setting of a store that was not tuned are
+        among them.
 
         Args:
             neighbours: Values of K to try, as far as they are at most half of the store.
             multiples: Values of T to try, as multiples of the automatic temperature.
-            mixes: Values of λ to try.
+            mixes: Values of λ to try; 1 alone where the model's own distribution is not known.
             sample: Number of entries to predict; all if there are fewer.
             seed: Random seed of that sample.
 
         Returns:
-            The chosen lookup's fields, its mean log-probability, that of the model alone and that
-            of the store's token counts mixed in. Also kept in `tuned` and `lookup`.
+            The chosen lookup's fields, the `metric`, its mean `score` over the entries with its
+            `standard_error`, and the scores of the `best` setting, of the `untuned` one and of the
+            model alone (`model_alone`); for running text that of the store's token counts mixed in
+            (`with_counts`). Also kept in `tuned` and `lookup`.
 
         Raises:
             UserError: The store has only one row.
         """
-        if int(self.sources.unique().numel()) < 2:
-            raise UserError("a store of one row cannot be tuned; build it from two or more")
-        heads = self.lookup.heads
-        entries = _sample(len(self), sample, seed)
-        model_probs, tokens = self.model_log_probs[entries].exp(), self.values[entries]
-        candidates = sorted({k for k in neighbours if k <= max(1, len(self) // 2)})
-        squared, places = self._nearest_in_other_rows(entries, candidates[-1], heads)
-        hits = (self.values[places] == tokens[None, :, None]).float()
-        score, self.lookup = best_lookup(
-            squared, hits, model_probs, neighbours=candidates, multiples=multiples, mixes=mixes
+        self.lookup, self.tuned = tune_store(
+            self,
+            neighbours=neighbours,
+            multiples=multiples,
+            mixes=mixes,
+            sample=sample,
+            seed=seed,
         )
-        counts = torch.bincount(self.values, minlength=int(self.values.max()) + 1)
-        frequency = counts[tokens] / len(self)
-        counts_score, counts_mix = max(
-            (mean_log((1 - mix) * model_probs + mix * frequency), mix) for mix in mixes
-        )
-        self.tuned = {
-            **dataclasses.asdict(self.lookup),
-            "log_likelihood": score,
-            "model_alone": mean_log(model_probs),
-            "with_counts": counts_score,
-            "counts_mix": counts_mix,
-            "entries": len(entries),
-        }
         return dict(self.tuned)
+
+    def sampled(self, size: int, seed: int) -> Tensor:
+        """(size,) entries, ascending, drawn without replacement; see `scored` if there is one."""
+        return drawn_entries(len(self if self.scored is None else self.scored), size, seed)
 
     def check_model(self, model: Any) -> None:
         """Checks that the store was built with this model.
 
         Raises:
-            UserError: The fingerprint of the base or of the adapter differs, or the store names a
-                token that the model does not have.
+            UserError: As `check_store_model`.
         """
-        vocabulary = getattr(getattr(bare_model(model), "config", None), "vocab_size", None)
-        largest = int(self.values.max())
-        if isinstance(vocabulary, int) and largest >= vocabulary:
-            raise UserError(
-                f"the store names token {largest} of a model with {vocabulary} tokens; rebuild it"
-            )
-        if self.model is None:
-            return
-        actual = base_and_adapter(model)
-        if actual["base"] != self.model["base"]:
-            raise UserError(
-                f"the store was built with another base (fingerprint {str(self.model['base'])[:12]}"
-                f", this model has {str(actual['base'])[:12]}); rebuild it with this model"
-            )
-        if actual["adapter"] != self.model["adapter"]:
-            expected, present = (
-                "no adapter" if digest is None else f"an adapter (fingerprint {digest[:12]})"
-                for digest in (self.model["adapter"], actual["adapter"])
-            )
-            raise UserError(
-                f"the store was built with {expected}, this model has {present}; rebuild it, or "
-                "load the model as it was"
-            )
+        largest = None if self.is_of_encoder else int(self.next_tokens.max())
+        check_store_model(model, self.model, largest)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Writes `store.safetensors`, `store.json` and `rows.jsonl` into a new folder.
@@ -361,7 +362,9 @@ class ReferenceStore:
         Raises:
             UserError: The folder is not empty, and is not a store or `overwrite` is false.
         """
-        tensors = {n: t.contiguous() for n, t in zip(TENSOR_NAMES, _tensors(self), strict=True)}
+        parts = (self.keys, self.values, self.sources, self.model_log_probs, self.scored)
+        named = zip(TENSOR_NAMES, parts, strict=True)
+        tensors = {name: tensor.contiguous() for name, tensor in named if tensor is not None}
         with output_folder(Path(folder), "datastore", overwrite=overwrite, at_once=True) as part:
             write_store(part, tensors, self.rows, self._metadata())
         self.folder = Path(folder)
@@ -380,11 +383,16 @@ class ReferenceStore:
         folder = Path(folder)
         tensors, rows, metadata = read_store(folder)
         with damage_named(folder / STORE_FILE):
+            labels, values, model_log_p = labels_and_values(metadata, tensors)
             store = cls(
-                *(tensors[name] for name in TENSOR_NAMES),
+                tensors["keys"],
+                values,
+                model_log_p,
+                tensors["sources"],
+                scored=tensors.get("scored"),
                 rows=rows,
                 kind=metadata["kind"],
-                labels=metadata["labels"],
+                labels=labels,
                 model=metadata["model"],
                 name=metadata["name"],
                 lookup=Lookup(**metadata["lookup"]),
@@ -423,21 +431,10 @@ class ReferenceStore:
             self._exact[key] = [ExactIndex(part, sources) for part in keys.chunk(heads, dim=1)]
         return self._exact[key]
 
-    def _nearest_in_other_rows(self, entries: Tensor, k: int, heads: int) -> tuple[Tensor, Tensor]:
+    def nearest_in_other_rows(self, entries: Tensor, k: int, heads: int) -> tuple[Tensor, Tensor]:
         """(squared distances, indices) of their nearest entries from other rows, (H, S, K) each."""
         per_head = [
             index.search(index.keys[entries], k, self.sources[entries])
             for index in self._exact_index(heads, self.keys.device)
         ]
         return torch.stack([h[0] for h in per_head]), torch.stack([h[1] for h in per_head])
-
-
-def _tensors(store: ReferenceStore) -> tuple[Tensor, ...]:
-    """The tensors of a store in the order of `TENSOR_NAMES`."""
-    return store.keys, store.values, store.model_log_probs, store.sources
-
-
-def _sample(count: int, size: int, seed: int) -> Tensor:
-    """(size,) ascending indices below `count`, drawn without replacement."""
-    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return drawn[:size].sort().values

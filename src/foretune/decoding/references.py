@@ -35,15 +35,16 @@ class References:
 
     Args:
         kind: "label", "choice", "completion" or "text".
-        labels: Label → the id of its first token; empty for running text and completions.
+        labels: Label → the ids of its tokens; empty for running text and completions.
         texts: Token ids of each text.
         places: Positions of each text that count: the last ones, without a gap.
-        values: The token that follows each of these positions.
+        values: The token that follows each of these positions; of kinds with labels, the index of
+            the label that follows the text.
         sources: The row that each text comes from, counted from 0.
     """
 
     kind: str
-    labels: dict[str, int]
+    labels: dict[str, list[int]]
     texts: list[list[int]] = field(default_factory=list)
     places: list[list[int]] = field(default_factory=list)
     values: list[list[int]] = field(default_factory=list)
@@ -57,6 +58,17 @@ class References:
     def flat_values(self) -> Tensor:
         """(N,) the values of all texts, concatenated."""
         return torch.tensor([value for values in self.values for value in values])
+
+    def spelled(self) -> References:
+        """The same texts with every token of their labels as values, for a loss on tokens."""
+        if not self.has_labels:
+            return self
+        tokens = list(self.labels.values())
+        written = References("completion", {})
+        for text, [label], source in zip(self.texts, self.values, self.sources, strict=True):
+            places = range(len(text) - 1, len(text) + len(tokens[label]) - 1)
+            written.add([*text, *tokens[label][:-1]], list(places), tokens[label], source)
+        return written
 
     def add(self, text: list[int], places: list[int], values: list[int], source: int) -> None:
         """Appends one text."""
@@ -73,11 +85,12 @@ def read_references(
     max_tokens: int | None = None,
     permute_options: bool = False,
     like: References | None = None,
+    for_encoder: bool = False,
 ) -> References:
     """Tokenises rows, all of one kind.
 
-    What counts in a row with `prompt` (or `text`) and `label`: the first token of the label, after
-    the prompt. With `context`, `candidates` and `answer`: the letter of the right candidate. With
+    What counts in a row with `prompt` (or `text`) and `label`: the label, after the prompt.
+    With `context`, `candidates` and `answer`: the letter of the right candidate. With
     `prompt` and `completion`: every token of the completion and the end-of-text token. With
     `messages`: every token of the last assistant's turn. With `text`:
     every token but the first; texts longer than `max_tokens` are split.
@@ -89,10 +102,12 @@ def read_references(
         permute_options: Make one text per rotation of a row's candidates, so that each letter is
             right equally often.
         like: References whose kind and labels the rows must have.
+        for_encoder: Whether an encoder reads the rows: texts with all special tokens, labels
+            without tokens.
 
     Raises:
-        UserError: There are no rows, rows of several kinds, malformed rows, labels that begin with
-            the same token, or a prompt that is too long; the message names the row.
+        UserError: There are no rows, rows of several kinds, malformed rows, labels of the same
+            tokens, or a prompt that is too long; the message names the row.
     """
     if not rows:
         raise UserError("no rows to read references from; give at least one")
@@ -108,18 +123,28 @@ def read_references(
             )
     if like is not None and like.kind != kind:
         raise UserError(f"rows hold {KINDS[kind]}, but the store was built from {KINDS[like.kind]}")
-    labels = like.labels if like is not None else _label_ids(rows, kind, tokenizer)
+    if for_encoder and kind != "label":
+        raise UserError(
+            f"rows hold {KINDS[kind]}, but an encoder only classifies: give {KINDS['label']}"
+        )
+    if like is not None:
+        labels = like.labels
+    elif for_encoder:
+        labels = {name: [] for name in sorted({label_text(row["label"]) for row in rows})}
+    else:
+        labels = _label_tokens(rows, kind, tokenizer)
     references = References(kind, dict(labels))
+    spare = max([0, *(len(tokens) - 1 for tokens in labels.values())])
     for i, row in enumerate(rows):
         turns = len(row["candidates"]) if kind == "choice" and permute_options else 1
         for turn in range(turns):
             start = len(references.texts)
             _add(references, row, i, tokenizer, max_tokens, turn)
             longest = max((len(text) for text in references.texts[start:]), default=0)
-            if max_tokens is not None and longest > max_tokens:
+            if max_tokens is not None and longest > max_tokens - spare:
                 raise UserError(
-                    f"row {i + 1} has {longest} tokens, but the model reads at most {max_tokens}; "
-                    "shorten it"
+                    f"row {i + 1} has {longest + spare} tokens, but the model reads at most "
+                    f"{max_tokens}; shorten it"
                 )
     if not any(references.values):
         raise UserError("a text needs two tokens or more, one to predict from the other")
@@ -194,8 +219,11 @@ def _add(
                 f'row {source + 1} has the label "{label}", which is not in the store; it has '
                 f"{', '.join(list(references.labels)[:8])}"
             )
-        ids = prompt_ids(tokenizer, prompt)
-        references.add(ids, [len(ids) - 1], [references.labels[label]], source)
+        if references.labels[label]:
+            ids = prompt_ids(tokenizer, prompt)
+        else:
+            ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+        references.add(ids, [len(ids) - 1], [list(references.labels).index(label)], source)
 
 
 def _kind(row: Mapping[str, Any], place: int) -> str:
@@ -248,11 +276,14 @@ def _check_choice(row: Mapping[str, Any], place: int) -> None:
         )
 
 
-def _label_ids(rows: Sequence[Mapping[str, Any]], kind: str, tokenizer: Any) -> dict[str, int]:
-    """Label → the id of its first token, in alphabetical order.
+def _label_tokens(
+    rows: Sequence[Mapping[str, Any]], kind: str, tokenizer: Any
+) -> dict[str, list[int]]:
+    """Label → the ids of its tokens, in alphabetical order.
 
     Raises:
-        UserError: Two labels begin with the same token.
+        UserError: Two labels are the same tokens, or one begins with the whole of another and the
+            tokenizer has no end-of-text token to tell them apart.
     """
     if kind == "label":
         names = {label_text(row["label"]): _prompt(row) for row in rows}
@@ -261,19 +292,29 @@ def _label_ids(rows: Sequence[Mapping[str, Any]], kind: str, tokenizer: Any) -> 
         names = dict.fromkeys(LETTERS[:num_letters], "Answer:")
     else:
         return {}
-    labels = {name: _first_token(tokenizer, name, names[name]) for name in sorted(names)}
-    by_token = sorted(labels.items(), key=lambda item: item[1])
-    for (label, token), (next_label, next_token) in pairwise(by_token):
-        if token == next_token:
+    labels = {name: _tokens_after(tokenizer, name, names[name]) for name in sorted(names)}
+    by_tokens = sorted(labels.items(), key=lambda item: item[1])
+    begun = False
+    for (label, tokens), (next_label, next_tokens) in pairwise(by_tokens):
+        if tokens == next_tokens:
             raise UserError(
-                f'labels "{label}" and "{next_label}" begin with the same token, and only the '
-                "first token of a label is looked up: rename one of them"
+                f'labels "{label}" and "{next_label}" are the same tokens to this tokenizer: '
+                "rename one of them"
             )
-    return labels
+        if next_tokens[: len(tokens)] == tokens:
+            begun = True
+            if tokenizer.eos_token_id is None:
+                raise UserError(
+                    f'label "{next_label}" begins with label "{label}", and the tokenizer has no '
+                    "end-of-text token to tell where a label ends: rename one of them"
+                )
+    # Otherwise the shorter of the two would always be the more probable one.
+    end = [tokenizer.eos_token_id] if begun else []
+    return {label: [*tokens, *end] for label, tokens in labels.items()}
 
 
-def _first_token(tokenizer: Any, label: str, prompt: str) -> int:
-    """The first token of a label after a prompt, from which a space separates it.
+def _tokens_after(tokenizer: Any, label: str, prompt: str) -> list[int]:
+    """The tokens of a label after a prompt, from which a space separates it.
 
     Raises:
         UserError: The label has no token.
@@ -284,4 +325,4 @@ def _first_token(tokenizer: Any, label: str, prompt: str) -> int:
         ids = plain_ids(tokenizer, [label])[0]
     if not ids:
         raise UserError(f'label "{label}" has no token')
-    return ids[0]
+    return ids

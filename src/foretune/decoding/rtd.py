@@ -234,38 +234,34 @@ class RTD(Method):
                     "text": tokenizer.decode([token]),
                     "own": float(model_probs[i, token]),
                     "reference": float(answer.reference[i, token]),
-                    "neighbours": _heaviest(
-                        store, tokenizer, answer.places[:, i], answer.weights[:, i], shown
-                    ),
+                    "neighbours": [
+                        {
+                            "row": int(store.sources[place]),
+                            "weight": weight,
+                            "token": tokenizer.decode([int(store.next_tokens[place])]),
+                            **(
+                                {"reference": store.rows[int(store.sources[place])]}
+                                if store.rows
+                                else {}
+                            ),
+                        }
+                        for place, weight in answer.heaviest(i, shown)
+                    ],
                 }
             )
         return tokens
 
 
-def _heaviest(
-    store: ReferenceStore, tokenizer: Any, places: Tensor, weights: Tensor, shown: int
-) -> list[dict[str, Any]]:
-    """The entries behind one token with the largest weights, averaged over heads."""
-    total: dict[int, float] = {}
-    for place, weight in zip(places.flatten().tolist(), weights.flatten().tolist(), strict=True):
-        total[place] = total.get(place, 0.0) + weight / len(places)
-    heaviest = sorted(total.items(), key=lambda item: (-item[1], item[0]))[:shown]
-    return [
-        {
-            "row": int(store.sources[place]),
-            "weight": weight,
-            "token": tokenizer.decode([int(store.values[place])]),
-            **({"reference": store.rows[int(store.sources[place])]} if store.rows else {}),
-        }
-        for place, weight in heaviest
-    ]
-
-
 def _store(store: Any) -> ReferenceStore:
     from foretune.decoding.reference_store import ReferenceStore
 
-    if isinstance(store, ReferenceStore):
-        return store
     if isinstance(store, str | PathLike):
-        return ReferenceStore.load(store)  # type: ignore[arg-type]
-    raise UserError(f"store must be a ReferenceStore or its folder, got {type(store).__name__}")
+        store = ReferenceStore.load(store)  # type: ignore[arg-type]
+    if not isinstance(store, ReferenceStore):
+        raise UserError(f"store must be a ReferenceStore or its folder, got {type(store).__name__}")
+    if store.is_of_encoder:
+        raise UserError(
+            "this store is of an encoder, which continues no text: foretune datastore predict "
+            "STORE --rows FILE gives the labels of rows"
+        )
+    return store

@@ -15,7 +15,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class SideModels:
     forwards: int = 0
     side_forwards: int = 0
     _busy: bool = False
-    _warned: bool = False
+    _warned: set[Side] = field(default_factory=set)
 
     def before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Names all arguments, and makes the cache carry the sides' caches along.
@@ -144,21 +144,8 @@ class SideModels:
         past = 0 if main is None else main.get_seq_length() - ids.shape[1]
         inputs = self._inputs(side, kwargs, past, num_positions)
         _check_length(cache, past, 0 if side.prompt is None else self._offset(side))
-        takes = inspect.signature(side.bare.forward).parameters
-        inputs["input_ids"] = self._readable(side, inputs["input_ids"])
-        device = next(side.bare.parameters()).device
-        inputs = {
-            k: None if v is None else v.to(device)
-            for k, v in inputs.items()
-            if k in takes or k != "position_ids"
-        }
-        cache_options = {str(cache_argument(side.bare)): cache, "use_cache": cache is not None}
-        keep = {"logits_to_keep": num_positions} if "logits_to_keep" in takes else {}
         self.side_forwards += 1
-        off = side.model.disable_adapter() if side.adapter_off else contextlib.nullcontext()
-        with off:
-            out = side.bare(**inputs, **keep, **cache_options)
-        return out.logits[:, -num_positions:]
+        return run_side(side, inputs, cache, num_positions, self._warned)
 
     def _inputs(
         self, side: Side, kwargs: dict[str, Any], past: int, num_positions: int
@@ -172,7 +159,7 @@ class SideModels:
         if side.prompt is None:
             positions = kwargs.get("position_ids")
             if positions is None and mask is not None:
-                positions = _positions(mask, ids.shape[1])
+                positions = positions_of(mask, ids.shape[1])
             return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         length, rows = self.prompt_length or 0, ids.shape[0]
         if past == 0 and not num_positions - 1 <= ids.shape[1] - length:
@@ -191,29 +178,61 @@ class SideModels:
         return {
             "input_ids": ids,
             "attention_mask": mask,
-            "position_ids": _positions(mask, ids.shape[1]),
+            "position_ids": positions_of(mask, ids.shape[1]),
         }
 
     def _offset(self, side: Side) -> int:
         assert side.prompt is not None
         return side.prompt["input_ids"].shape[1] - (self.prompt_length or 0)
 
-    def _readable(self, side: Side, ids: Any) -> Any:
-        """The ids (rows, tokens), with end-of-text in place of ids that a side does not have."""
-        vocabulary = side.bare.get_input_embeddings().weight.shape[0]
-        unknown = ids >= vocabulary
-        if not bool(unknown.any()):
-            return ids
-        end = side.bare.config.eos_token_id
-        end = end[0] if isinstance(end, list) and end else end
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"a side model has {vocabulary} tokens and cannot read token "
-                f"{int(ids[unknown][0])}: it reads end-of-text instead",
-                stacklevel=2,
-            )
-        return ids.masked_fill(unknown, end if isinstance(end, int) and end < vocabulary else 0)
+
+def run_side(
+    side: Side,
+    inputs: Mapping[str, Tensor | None],
+    cache: Any,
+    num_positions: int,
+    warned: set[Side],
+) -> Tensor:
+    """The logits of one side at the last positions, (rows, num_positions, V).
+
+    Args:
+        side: The side model.
+        inputs: `input_ids` (rows, new tokens), `attention_mask` (rows, all tokens) and
+            `position_ids` (rows, new tokens).
+        cache: Its KV cache, which is filled; None for none.
+        num_positions: Number of positions whose logits are wanted.
+        warned: Sides that have been warned of ids that they do not have; added to.
+    """
+    takes = inspect.signature(side.bare.forward).parameters
+    device = next(side.bare.parameters()).device
+    read = {k: v for k, v in inputs.items() if k in takes or k != "position_ids"}
+    read["input_ids"] = _readable(side, inputs["input_ids"], warned)
+    read = {k: None if v is None else v.to(device) for k, v in read.items()}
+    cache_options = {str(cache_argument(side.bare)): cache, "use_cache": cache is not None}
+    keep = {"logits_to_keep": num_positions} if "logits_to_keep" in takes else {}
+    off = side.model.disable_adapter() if side.adapter_off else contextlib.nullcontext()
+    with off:
+        out = side.bare(**read, **keep, **cache_options)
+    logits: Tensor = out.logits[:, -num_positions:]
+    return logits
+
+
+def _readable(side: Side, ids: Any, warned: set[Side]) -> Any:
+    """The ids (rows, tokens), with end-of-text in place of ids that a side does not have."""
+    vocabulary = side.bare.get_input_embeddings().weight.shape[0]
+    unknown = ids >= vocabulary
+    if not bool(unknown.any()):
+        return ids
+    end = side.bare.config.eos_token_id
+    end = end[0] if isinstance(end, list) and end else end
+    if side not in warned:
+        warned.add(side)
+        warnings.warn(
+            f"a side model has {vocabulary} tokens and cannot read token "
+            f"{int(ids[unknown][0])}: it reads end-of-text instead",
+            stacklevel=2,
+        )
+    return ids.masked_fill(unknown, end if isinstance(end, int) and end < vocabulary else 0)
 
 
 @contextlib.contextmanager
@@ -243,7 +262,7 @@ def run_beside(
         check_decoder(bare_model(decoder))
     target = bare_model(model)
     beside = SideModels(target, sides, combine, prompt_length)
-    with _evaluating([target, *(side.bare for side in sides)]):
+    with evaluating([target, *(side.bare for side in sides)]):
         first = target.register_forward_pre_hook(beside.before, with_kwargs=True)
         second = target.register_forward_hook(beside.after, with_kwargs=True)
         try:
@@ -359,13 +378,13 @@ def _check_arguments(kwargs: Mapping[str, Any]) -> None:
         raise UserError("the attention_mask of a steered model must have shape (rows, tokens)")
 
 
-def _positions(mask: Tensor, last: int) -> Tensor:
+def positions_of(mask: Tensor, last: int) -> Tensor:
     """(rows, last) positions of the last tokens, counted without padding."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -last:]
 
 
 @contextlib.contextmanager
-def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
+def evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
     """Eval mode inside; restores modes and requires_grad (which peft changes) afterwards."""
     modules = {m: m.training for model in models for m in model.modules()}
     trainable = {p: p.requires_grad for model in models for p in model.parameters()}

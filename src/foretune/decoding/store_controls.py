@@ -1,4 +1,4 @@
-"""Baselines for a store of references that use the same rows: calibration and LoRA."""
+"""Baselines for a store of references that use the same rows: calibration, class means, LoRA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from foretune.decoding.generation import device_of
-from foretune.decoding.output_states import read_states
 from foretune.decoding.peft_model import with_adapter
 from foretune.decoding.references import References
 from foretune.methods.lora import LoRA
@@ -29,34 +28,6 @@ RANK, BATCH = 8, 16
 RATES = (1e-3, 4e-3)  # learning rates to try
 
 
-def states_and_log_probs(
-    model: Any, references: References, labels: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """States and log-probabilities of a model at the places of references.
-
-    Args:
-        model: A causal language model.
-        references: Texts and places; N places in all.
-        labels: (C,) ids of the labels, for log-probabilities normalised over them; None for the
-            log-probability of the token that follows.
-
-    Returns:
-        (states (N, d), log-probabilities (N, C) or (N, 1)), float32 on the CPU.
-    """
-    values = references.flat_values()
-    states, log_probs, start = [], [], 0
-    for batch, logits in read_states(model, references.texts, references.places):
-        if labels is not None:
-            log_p = torch.log_softmax(logits[:, labels.to(logits.device)].float(), -1)
-        else:
-            next_tokens = values[start : start + len(batch), None].to(logits.device)
-            log_p = torch.log_softmax(logits.float(), -1).gather(1, next_tokens)
-        start += len(batch)
-        states.append(batch.float().cpu())
-        log_probs.append(log_p.cpu())
-    return torch.cat(states), torch.cat(log_probs)
-
-
 def calibrated(log_p: Tensor, reference_log_p: Tensor) -> Tensor:
     """Log-probabilities divided by their mean over other prompts, whose labels are not used.
 
@@ -69,6 +40,28 @@ def calibrated(log_p: Tensor, reference_log_p: Tensor) -> Tensor:
     """
     prior = reference_log_p.logsumexp(0) - torch.tensor(float(len(reference_log_p))).log()
     return torch.log_softmax(log_p - prior, -1)
+
+
+def nearest_mean(states: Tensor, classes: Tensor, queries: Tensor, size: int) -> Tensor:
+    """Class log-probabilities by the distance to the mean state of each class.
+
+    log p ∝ −d / T with squared distances d, and T the mean one of the states to their own class's.
+
+    Args:
+        states: (n, d) states.
+        classes: (n,) their classes, from 0 to `size` − 1; a class without states gets none.
+        queries: (m, d) states to classify.
+        size: Number of classes.
+
+    Returns:
+        (m, size) log-probabilities, float32.
+    """
+    x = states.float()
+    counts = torch.bincount(classes, minlength=size)
+    means = torch.zeros(size, x.shape[1]).index_add_(0, classes, x) / counts.clamp(min=1)[:, None]
+    spread = (x - means[classes]).square().sum(-1).mean().clamp(min=1e-12)
+    squared = torch.cdist(queries.float(), means).square()
+    return torch.log_softmax(-(squared / spread).masked_fill(counts == 0, torch.inf), -1)
 
 
 def train_lora(
@@ -87,15 +80,15 @@ def train_lora(
     rank 8, alpha 16, all linear layers but the output layer, AdamW without weight decay, gradients
     clipped to norm 1, a learning rate that falls linearly to zero.
 
-    Results in `benchmarks/results/rtd.json` were made with an earlier training loop that differed
-    in four ways: texts were drawn with replacement (now each is read once per epoch), the loss was
-    the mean over the tokens of a batch (now over its texts, of their tokens' means), the learning
-    rates were compared per token (now per text), and a text that fills all positions of the model
-    was learned whole (now without its last token, a prompt without its first).
+    The speakers in `benchmarks/results/rtd.json` were measured with an earlier training loop that
+    differed in four ways: texts were drawn with replacement (now each is read once per epoch), the
+    loss was the mean over the tokens of a batch (now over its texts, of their tokens' means), the
+    learning rates were compared per token (now per text), and a text that fills all positions of
+    the model was learned whole (now without its last token, a prompt without its first).
 
     Args:
         model: A plain model of transformers.
-        references: Texts to learn; only the values count in the loss.
+        references: Texts to learn; only the values count in the loss, of labels all tokens.
         steps: Batches of 16 texts per training run.
         seed: Random seed of the adapter and the batches.
         rates: Learning rates to try.
@@ -104,6 +97,7 @@ def train_lora(
     Returns:
         A `PeftModel` in eval mode; `model` is not changed.
     """
+    references = references.spelled()
     texts = range(len(references.texts))
     held_out, rest = texts[::5], [i for i in texts if i % 5]
     rate = rates[0]

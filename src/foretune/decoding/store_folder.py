@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -17,7 +18,7 @@ from foretune.files import write_whole
 from foretune.formats import damage_named, read_json, read_tensors, stamped
 
 TENSORS_FILE, ROWS_FILE = "store.safetensors", "rows.jsonl"
-FORMAT = "foretune-store-1"  # of store.json
+FORMAT = "foretune-store-2"  # of store.json
 
 
 class ModelFingerprints(TypedDict):
@@ -31,7 +32,7 @@ class Metadata(TypedDict):
     """The fields of store.json that are read back."""
 
     kind: Literal["label", "choice", "completion", "text"]
-    labels: dict[str, int]
+    labels: dict[str, int] | dict[str, list[int]]  # version 1: the first token of each
     model: ModelFingerprints | None
     name: str | None
     lookup: dict[str, Any]
@@ -77,6 +78,22 @@ def read_store(folder: Path) -> tuple[dict[str, Tensor], list[Any], Metadata]:
             f"{folder / ROWS_FILE} is damaged: it has {len(rows)} rows of {metadata['rows']}"
         )
     return read_tensors(folder / TENSORS_FILE), rows, metadata
+
+
+def labels_and_values(
+    metadata: Metadata, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, list[int]], Tensor, Tensor | None]:
+    """(label → tokens, values (N,), log-probabilities of the model) of a store of either version.
+
+    In version 1 values are the first tokens of labels, and the model has scored the true one alone,
+    which does not help to tune.
+    """
+    labels = {k: [v] if isinstance(v, int) else v for k, v in metadata["labels"].items()}
+    values, model_log_p = tensors["values"], tensors.get("own")
+    if labels and model_log_p is not None and model_log_p.ndim == 1:
+        order = torch.tensor([tokens[0] for tokens in labels.values()]).sort()
+        values, model_log_p = order.indices[torch.searchsorted(order.values, values)], None
+    return labels, values, model_log_p
 
 
 def _as_text(metadata: Mapping[str, Any]) -> str:

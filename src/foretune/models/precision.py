@@ -1,4 +1,4 @@
-"""How the weights of a base are held: their dtype, and whether linear layers are quantised."""
+"""How the weights of a base are held: dtype, device, and whether linear layers are quantised."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Precision:
         dtype: Dtype of the weights that are not quantised, and of the computation; "auto" for that
             of the checkpoint.
         quantize: How linear layers are held; None for `dtype` as well.
+        device: Where a model that generates or fills a store is placed.
 
     Raises:
         UserError: There is no such quantisation.
@@ -33,6 +34,7 @@ class Precision:
 
     dtype: torch.dtype | str = "float32"
     quantize: str | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.quantize is not None and self.quantize not in KINDS:
@@ -54,9 +56,9 @@ _AROUND: ContextVar[Precision | None] = ContextVar("precision", default=None)
 
 
 @contextlib.contextmanager
-def held_in(dtype: DType, quantize: Quantize | None) -> Iterator[None]:
+def held_in(dtype: DType, quantize: Quantize | None, device: str = "cpu") -> Iterator[None]:
     """Inside the block models are loaded like this, unless a call says otherwise."""
-    token = _AROUND.set(Precision(dtype, quantize))
+    token = _AROUND.set(Precision(dtype, quantize, device))
     try:
         yield
     finally:
@@ -67,3 +69,8 @@ def precision_of(dtype: torch.dtype | str | None, quantize: str | None) -> Preci
     """How a call loads a model; what it leaves None is as `held_in` says, by default float32."""
     around = _AROUND.get() or Precision()
     return Precision(around.dtype if dtype is None else dtype, quantize or around.quantize)
+
+
+def device_around() -> str:
+    """The device that `held_in` names, by default the CPU."""
+    return (_AROUND.get() or Precision()).device
