@@ -21,11 +21,13 @@ Deviations:
     - An expert without a change in a layer is never chosen there. The authors' code builds its gate
       from the singular vectors of a zero matrix, so its choice is arbitrary.
     - A layer where only the bias changed has experts too (the authors' code drops them).
-    - A LoRA expert is decomposed exactly through its factors, without forming B A.
+    - A LoRA expert is decomposed exactly through its factors, without forming B A; a change of a
+      large layer by a randomised SVD (`foretune.linalg.low_rank`).
     - Output embeddings (lm_head) and task heads get no experts: heads are kept per task.
     - Besides the paper's gate there is one from a few activations, and besides routing by token
-      there are routing by sequence and by task: on LoRA experts the paper's gate did worse than
-      plain averaging in our measurements.
+      there are routing by sequence and by task. Which is best, held-out rows tell
+      (`foretune.fusion.comparison`): on LoRA experts the paper's gate did worse than plain
+      averaging in our measurements.
 Silent in the paper:
     - Padding: it counts neither in routing by sequence nor in `usage`.
 """
@@ -76,6 +78,8 @@ class SMILE(Method):
             (directions in which a task's inputs stand out; needs `samples`).
         routing: "token" (the paper's), "sequence" (one choice per sequence and layer), or "task"
             (your choice, by `set_task`).
+        routing_use_diff: Whether the gate's directions are those of the change (the paper's); False
+            takes those of the fine-tuned weight itself, an option of the authors' code.
         rest: Parameters outside the fused layers (embeddings, norms, convolutions): "base" keeps
             the base's, "average" takes the mean of the models.
         target_modules: Layers to fuse, by the end of their names or by pattern (`*.attention.*`);
@@ -89,6 +93,7 @@ class SMILE(Method):
     top_k: int = 1
     gate: Literal["weights", "activations"] = "weights"
     routing: Literal["token", "sequence", "task"] = "token"
+    routing_use_diff: bool = True
     rest: Literal["base", "average"] = "base"
     target_modules: Sequence[str] | None = None
     exclude_modules: Sequence[str] = ()
@@ -105,6 +110,12 @@ class SMILE(Method):
         check_one_of("gate", self.gate, ("weights", "activations"))
         check_one_of("routing", self.routing, ("token", "sequence", "task"))
         check_one_of("rest", self.rest, ("base", "average"))
+        if not isinstance(self.routing_use_diff, bool):
+            raise UserError(
+                f"routing_use_diff must be true or false, got {self.routing_use_diff!r}"
+            )
+        if not self.routing_use_diff and self.gate != "weights":
+            raise UserError("routing_use_diff=false chooses the weights of gate=weights")
         for field in ("target_modules", "exclude_modules"):
             value = getattr(self, field)
             if value is None and field == "target_modules":
@@ -224,13 +235,6 @@ class SMILE(Method):
 
     def _notes(self, experts: Sequence[Finetuned], left_out: Sequence[str]) -> list[str]:
         notes = []
-        lora = [e.name for e in experts if e.low_rank]
-        if lora and self.gate == "weights" and self.routing != "task":
-            notes.append(
-                f"{', '.join(lora)}: LoRA. On LoRA experts the gate from weights did worse than "
-                "plain averaging in our measurements; try gate=activations with routing=sequence, "
-                "or routing=task"
-            )
         if left_out and self.rest == "base":
             notes.append(
                 f"{len(left_out)} parameters outside the fused layers differ and stay as in the "
@@ -294,6 +298,9 @@ class SMILE(Method):
         padded = [zeros if f is None else f for f in triplets]
         down = _stack([vh for _, _, vh in padded], self.k)
         up = _stack([(u * s).T for u, s, _ in padded], self.k).transpose(1, 2)
+        directions = [vh for _, _, vh in padded]
+        if not self.routing_use_diff:
+            directions = [self._weight_directions(name, layer, e).cpu() for e in experts]
         shift = None
         if any(b is not None for b in biases):
             shift = torch.stack([torch.zeros(size_out) if b is None else b.cpu() for b in biases])
@@ -301,7 +308,7 @@ class SMILE(Method):
             layer,
             up=(up @ down if self.k is None else up).to(**placement).contiguous(),
             down=None if self.k is None else down.to(**placement),
-            gate=_stack([vh for _, _, vh in padded], self.gate_k).to(**placement),
+            gate=_stack(directions, self.gate_k).to(**placement),
             offset=None,
             shift=None if shift is None else shift.to(**placement),
             present=torch.tensor(
@@ -317,25 +324,38 @@ class SMILE(Method):
         self, name: str, layer: Any, expert: Finetuned
     ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, float | None]:
         """An expert's leading singular triplets, and the share of energy in the first k."""
+        import torch
         from transformers import Conv1D
 
         from foretune.linalg.low_rank import svd_of_product, truncated_svd
 
+        rank = None if self.k is None else max(self.k, self.gate_k)
         pair = expert.pair(f"{name}.weight")
         if pair is not None:
             factors = svd_of_product(pair.up, pair.down)
-            if not bool(factors[1].any()):
+            total = torch.linalg.vector_norm(factors[1], dtype=torch.float64).square()
+            if not total:
                 return None, None
         else:
             change = expert.change(f"{name}.weight", layer.weight)
             if change is None:
                 return None, None
-            factors = truncated_svd(change.T if isinstance(layer, Conv1D) else change, None)
-        energy = factors[1].square()
-        energy_kept = float(energy[: self.k].sum() / energy.sum())
-        rank = None if self.k is None else max(self.k, self.gate_k)
+            factors = truncated_svd(change.T if isinstance(layer, Conv1D) else change, rank)
+            total = torch.linalg.vector_norm(change, dtype=torch.float64).square()
+        energy = factors[1][: self.k].double().square().sum()
         u, s, vh = (factor.cpu() for factor in factors)
-        return (u[:, :rank].clone(), s[:rank].clone(), vh[:rank].clone()), energy_kept
+        factors = u[:, :rank].clone(), s[:rank].clone(), vh[:rank].clone()
+        return factors, min(1.0, float(energy / total))
+
+    def _weight_directions(self, name: str, layer: Any, expert: Finetuned) -> Tensor:
+        """The leading right singular vectors of a model's weight itself, (gate_k, in)."""
+        from transformers import Conv1D
+
+        from foretune.linalg.low_rank import truncated_svd
+
+        weight, change = layer.weight.float(), expert.change(f"{name}.weight", layer.weight)
+        weight = weight if change is None else weight + change
+        return truncated_svd(weight.T if isinstance(layer, Conv1D) else weight, self.gate_k)[2]
 
     def _check_model(self, model: nn.Module) -> None:
         config = getattr(model, "config", None)
