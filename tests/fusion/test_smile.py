@@ -679,7 +679,7 @@ def test_folders_fuse_like_models_and_the_result_loads_bit_for_bit(
     assert loaded.method == method.to_dict() and loaded.names == list(NAMES)
     assert loaded.report == fused.report
     again = loaded.save(tmp_path / "again")
-    for name in ("experts.safetensors", "model.safetensors", "fused.json"):
+    for name in ("experts.safetensors", "base/model.safetensors", "fused.json"):
         assert (again / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
@@ -692,8 +692,55 @@ def test_saving_leaves_the_model_as_it_was_and_the_base_loads_alone(tmp_path: Pa
     before = output(fused.model, batch)
     fused.save(tmp_path / "out")
     assert torch.equal(output(fused.model, batch), before)
-    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out" / "base").eval()
     assert torch.equal(output(plain, batch), output(model, batch))
+
+
+@pytest.mark.parametrize("method", [SMILE(), foretune.Average()], ids=lambda m: m.name)
+def test_stock_transformers_never_takes_a_fused_folder_for_its_base(
+    method: Any, tmp_path: Path
+) -> None:
+    import transformers
+
+    base = tiny_models.bert(num_labels=3)
+    folder = foretune.fuse(base, heads_apart(base), method).save(tmp_path / "out")
+    for trusted in (False, True):
+        for load in (
+            transformers.AutoConfig,
+            transformers.AutoModel,
+            transformers.AutoModelForSequenceClassification,
+        ):
+            with pytest.raises(ValueError, match=r"load it with foretune.load_fused\(FOLDER\)"):
+                load.from_pretrained(folder, trust_remote_code=trusted)
+    with pytest.raises(OSError, match="no file named model"):
+        transformers.BertForSequenceClassification.from_pretrained(folder)
+    with pytest.raises(UserError, match="out is a fused model: load it with foretune"):
+        foretune.load_model(folder)
+    with pytest.raises(UserError, match="out is a fused model: load it with foretune"):
+        foretune.fuse(folder, heads_apart(base), method)
+
+
+def heads_apart(base: nn.Module) -> dict[str, Any]:
+    """Fine-tuned copies with a head of their own."""
+    return {name: nudged(base, seed) for seed, name in enumerate("ab", 1)}
+
+
+@pytest.mark.parametrize("method", [SMILE(k=4), foretune.Average()], ids=lambda m: m.name)
+def test_folders_of_version_1_are_read(method: Any, tmp_path: Path) -> None:
+    """They had the base's files, with the first task's head, in the folder itself."""
+    base = tiny_models.bert(num_labels=3)
+    fused = foretune.fuse(base, heads_apart(base), method)
+    folder = fused.save(tmp_path / "out")
+    for file in (folder / "base").iterdir():
+        file.replace(folder / file.name)
+    (folder / "base").rmdir()
+    record = json.loads((folder / "fused.json").read_text())
+    (folder / "fused.json").write_text(json.dumps({**record, "format": "foretune-fused-1"}))
+    loaded = foretune.load_fused(folder)
+    for task in "ab":
+        batch = {"input_ids": ids()}
+        loaded.set_task(task), fused.set_task(task)
+        assert torch.equal(output(loaded.model, batch), output(fused.model, batch))
 
 
 def test_saving_replaces_a_fused_model_and_nothing_else(tmp_path: Path) -> None:

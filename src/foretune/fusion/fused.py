@@ -18,8 +18,9 @@ from typing_extensions import TypedDict
 
 from foretune.claims import output_folder
 from foretune.errors import UserError
+from foretune.files import CONFIG_FILE, FUSED_BASE
 from foretune.formats import damage_named, read_json, read_tensors
-from foretune.fusion import FORMAT, RECORD_FILE
+from foretune.fusion import FORMAT, MODEL_TYPE, RECORD_FILE
 from foretune.fusion.mixture import (
     LowRankExperts,
     Routing,
@@ -114,19 +115,24 @@ class Fused:
             yield counts
 
     def save(self, folder: str | Path) -> Path:
-        """Write a model folder, with experts, heads and `fused.json` beside the base's files.
+        """Write a folder that `load_fused` reads.
 
-        The folder is written completely or not at all, and replaces an earlier fused model.
-        `load_fused` reads it, and transformers too where there are neither experts nor heads per
-        task (an average).
+        It is written completely or not at all, and replaces an earlier fused model. With neither
+        experts nor heads per task (an average) it is a model folder of transformers. Otherwise it
+        holds experts and heads, the model beneath them in `base/`, and a `config.json` that
+        transformers refuses: loaded without foretune the model would answer as its base.
 
         Raises:
             UserError: The folder holds something other than a fused model.
         """
         folder = Path(folder)
         with output_folder(folder, "fuse", overwrite=True, at_once=True) as part:
+            is_plain = not self.heads and not expert_layers(self.model)
             with _without_experts(self):
-                save_base(self.model, self.tokenizer, part)
+                save_base(self.model, self.tokenizer, part if is_plain else part / FUSED_BASE)
+            if not is_plain:
+                refusal = json.dumps({"model_type": MODEL_TYPE}, indent=1) + "\n"
+                (part / CONFIG_FILE).write_text(refusal, "utf-8")
             _save_tensors(part / EXPERTS_FILE, self._expert_tensors())
             _save_tensors(part / HEADS_FILE, self._head_tensors())
             (part / RECORD_FILE).write_text(json.dumps(self._record(), indent=1) + "\n", "utf-8")
@@ -189,7 +195,9 @@ def load_fused(folder: str | Path) -> Fused:
             f"{folder} holds no fused model: it has no {RECORD_FILE}; foretune fuse makes one"
         )
     record = read_json(folder / RECORD_FILE, FusedRecord, FORMAT)
-    model, tokenizer = load_base(folder, dtype="auto")
+    # Version 1 had the base's files in the folder itself.
+    base = folder / FUSED_BASE if (folder / FUSED_BASE).is_dir() else folder
+    model, tokenizer = load_base(base, dtype="auto")
     routing = Routing(
         record["names"], record["granularity"], record["top_k"], causal=record["causal"]
     )
