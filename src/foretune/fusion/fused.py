@@ -21,6 +21,7 @@ from foretune.errors import UserError
 from foretune.files import CONFIG_FILE, FUSED_BASE
 from foretune.formats import damage_named, read_json, read_tensors
 from foretune.fusion import FORMAT, MODEL_TYPE, RECORD_FILE
+from foretune.fusion.finetuned import Source
 from foretune.fusion.mixture import (
     LowRankExperts,
     Routing,
@@ -35,7 +36,7 @@ from foretune.models.loading import load_base, save_base
 
 EXPERTS_FILE, HEADS_FILE = "experts.safetensors", "heads.safetensors"
 # Part of a layer's name in the file → attribute.
-PARTS = {name: name for name in ("up", "down", "gate", "offset", "present")} | {"bias": "shift"}
+PARTS = {n: n for n in ("up", "down", "gate", "offset", "present", "energy")} | {"bias": "shift"}
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Fused:
         for head in self.heads.values():
             head.selected = self.routing.index(str(task))
         if isinstance(task, str) and self.heads:
-            self._relabel(task)
+            self.relabel(task)
         if self.routing.granularity == "task":
             self.routing.choose(task)
         return self
@@ -103,6 +104,53 @@ class Fused:
             UserError: There is no such expert.
         """
         self.routing.choose(tasks)
+        return self
+
+    def add_expert(
+        self,
+        name: str,
+        source: Source,
+        samples: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        allow_unverified: bool = False,
+    ) -> Fused:
+        """Add one more fine-tuned model, as if SMILE had fused it with the others.
+
+        Args:
+            name: Name of the new task.
+            source: A model, a folder, a PEFT model or a PEFT folder, as for `foretune.fuse`.
+            samples: For gate="activations": texts or batches of every task, the new one included.
+            allow_unverified: Whether to take an adapter that does not record its base.
+
+        Returns:
+            This object.
+
+        Raises:
+            UserError: The name is taken, the model does not fit, or the models were merged.
+        """
+        from foretune.fusion.membership import add_expert
+
+        add_expert(self, name, source, samples, allow_unverified=allow_unverified)
+        return self
+
+    def remove_expert(self, name: str, samples: Mapping[str, Sequence[Any]] | None = None) -> Fused:
+        """Remove one fine-tuned model, as if SMILE had fused the others alone.
+
+        The report's `left_out` still names what only this model changed.
+
+        Args:
+            name: Name of its task.
+            samples: For gate="activations": texts or batches of every other task.
+
+        Returns:
+            This object.
+
+        Raises:
+            UserError: There is no such expert, it is the only one, or the models were merged.
+        """
+        from foretune.fusion.membership import remove_expert
+
+        remove_expert(self, name, samples)
         return self
 
     @contextmanager
@@ -128,7 +176,7 @@ class Fused:
         folder = Path(folder)
         with output_folder(folder, "fuse", overwrite=True, at_once=True) as part:
             is_plain = not self.heads and not expert_layers(self.model)
-            with _without_experts(self):
+            with without_experts(self):
                 save_base(self.model, self.tokenizer, part if is_plain else part / FUSED_BASE)
             if not is_plain:
                 refusal = json.dumps({"model_type": MODEL_TYPE}, indent=1) + "\n"
@@ -166,14 +214,14 @@ class Fused:
 
     def _head_tensors(self) -> dict[str, Tensor]:
         return {
-            f"{name}|{i}|{key}": value.detach().cpu().contiguous().clone()
+            f"{name}|{which}|{key}": value.detach().cpu().contiguous().clone()
             for name, module in self.heads.items()
-            for i, head in enumerate(module.heads)
+            for which, head in (*enumerate(module.heads), ("base", module.base_head[0]))
             for key, value in head.state_dict().items()
         }
 
-    def _relabel(self, task: str) -> None:
-        """Set the task's classes in the model's config, which its loss and pipelines read."""
+    def relabel(self, task: str) -> None:
+        """Sets the task's classes in the model's config, which its loss and pipelines read."""
         config: Any = getattr(self.model, "config", None)
         names = self.labels.get(task)
         if config is None or not names:
@@ -261,7 +309,10 @@ def _replace_layers(model: nn.Module, record: FusedRecord, routing: Routing, fol
         if len(states) != num_experts or not all(states):
             raise ValueError(f"{HEADS_FILE} has not {num_experts} heads for {name}")
         copies = [head_with(first_head, state) for state in states]
-        replace_module(model, name, TaskHeads(copies, routing, first_head))
+        prefix = f"{name}|base|"  # version 1 did not have it
+        base_state = {k.removeprefix(prefix): v for k, v in heads.items() if k.startswith(prefix)}
+        base_head = head_with(first_head, base_state)
+        replace_module(model, name, TaskHeads(copies, routing, base_head))
 
 
 def watch_mask(model: nn.Module, routing: Routing) -> None:
@@ -292,19 +343,20 @@ def _widths(head: nn.Module) -> list[list[int]]:
 
 
 @contextmanager
-def _without_experts(fused: Fused) -> Iterator[None]:
-    """Inside the block the model is its base with the first task's head."""
+def without_experts(fused: Fused, *, base_heads: bool = False) -> Iterator[None]:
+    """Inside the block the model is its base, with the first task's head or the base's own."""
     model, layers, heads = fused.model, expert_layers(fused.model), fused.heads
     selected = next(iter(heads.values())).selected if heads else None
     for name, layer in layers.items():
         replace_module(model, name, layer.base)
     for name, module in heads.items():
         # transformers resizes a head on loading, by the config; a plain module cannot.
-        resizable = hasattr(model, "config")
-        replace_module(model, name, module.heads[0] if resizable else module.base_head[0])
+        first = hasattr(model, "config") and not base_heads
+        base_head = module.base_head[0].to(next(module.parameters()).device)
+        replace_module(model, name, module.heads[0] if first else base_head)
     try:
         if heads:
-            fused._relabel(fused.names[0])
+            fused.relabel(fused.names[0])
         yield
     finally:
         for name, layer in layers.items():
@@ -312,7 +364,7 @@ def _without_experts(fused: Fused) -> Iterator[None]:
         for name, module in heads.items():
             replace_module(model, name, module)
         if heads and selected is not None:
-            fused._relabel(fused.names[selected])
+            fused.relabel(fused.names[selected])
 
 
 def _save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:

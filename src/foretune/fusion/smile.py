@@ -205,30 +205,28 @@ class SMILE(Method):
         Raises:
             UserError: No linear layer differs from the base.
         """
-        from foretune.fusion.mixture import replace_module
+        from foretune.fusion.mixture import energy_kept, expert_layers, replace_module
         from foretune.fusion.rest import change_rest, tensor_names
 
         names = tensor_names(model)
-        energy_kept: dict[str, float] = {}
         handled: set[str] = set()
         for name, layer in self._layers(model, heads).items():
             fused = self._fused_layer(name, layer, experts, routing)
             handled |= {f"{name}.{key}" for key, _ in layer.named_parameters()}
             if fused is not None:
-                new_layer, energy_kept[name] = fused
-                replace_module(model, name, new_layer)
+                replace_module(model, name, fused)
         for name in (name for name in names if _inside(name, self.exclude_modules)):
             handled.add(name)
             for expert in experts:
                 expert.skip(name)
         rest = [name for name in names if name not in handled and not heads.hold(name)]
         left_out = change_rest(model, experts, rest, average=self.rest == "average")
-        if not energy_kept and not heads.changed:
+        num_layers = len(expert_layers(model))
+        if not num_layers and not heads.changed:
             raise UserError(_nothing_fused(left_out))
-        energies = list(energy_kept.values())
         return {
-            "layers": len(energies),
-            "energy_kept": sum(energies) / len(energies) if energies else 1.0,
+            "layers": num_layers,
+            "energy_kept": energy_kept(model),
             "left_out": left_out,
             "notes": self._notes(experts, left_out),
         }
@@ -273,8 +271,8 @@ class SMILE(Method):
 
     def _fused_layer(
         self, name: str, layer: Any, experts: Sequence[Finetuned], routing: Routing
-    ) -> tuple[nn.Module, float] | None:
-        """(layer with experts, share of the changes' energy that they keep); None if unchanged."""
+    ) -> nn.Module | None:
+        """The layer with experts; None if no model changes it."""
         import torch
 
         from foretune.fusion.mixture import LowRankExperts
@@ -298,27 +296,25 @@ class SMILE(Method):
         padded = [zeros if f is None else f for f in triplets]
         down = _stack([vh for _, _, vh in padded], self.k)
         up = _stack([(u * s).T for u, s, _ in padded], self.k).transpose(1, 2)
+        present = [f is not None or b is not None for f, b in zip(triplets, biases, strict=True)]
         directions = [vh for _, _, vh in padded]
         if not self.routing_use_diff:
-            directions = [self._weight_directions(name, layer, e).cpu() for e in experts]
+            for i in (i for i, is_present in enumerate(present) if is_present):
+                directions[i] = self._weight_directions(name, layer, experts[i]).cpu()
         shift = None
         if any(b is not None for b in biases):
             shift = torch.stack([torch.zeros(size_out) if b is None else b.cpu() for b in biases])
-        new_layer = LowRankExperts(
+        return LowRankExperts(
             layer,
             up=(up @ down if self.k is None else up).to(**placement).contiguous(),
             down=None if self.k is None else down.to(**placement),
             gate=_stack(directions, self.gate_k).to(**placement),
             offset=None,
             shift=None if shift is None else shift.to(**placement),
-            present=torch.tensor(
-                [f is not None or b is not None for f, b in zip(triplets, biases, strict=True)],
-                device=weight.device,
-            ),
+            present=torch.tensor(present, device=weight.device),
             routing=routing,
+            energy=torch.tensor([-1.0 if e is None else e for e in energies], device=weight.device),
         )
-        shares = [e for e in energies if e is not None]
-        return new_layer, sum(shares) / len(shares) if shares else 1.0
 
     def _factors(
         self, name: str, layer: Any, expert: Finetuned
