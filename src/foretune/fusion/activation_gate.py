@@ -13,6 +13,7 @@ from foretune.fusion.fused import Fused
 from foretune.fusion.mixture import LowRankExperts, expert_layers, observe
 from foretune.linalg.low_rank import leading_directions
 
+RIDGE = 0.1  # as a share of the mean energy per direction
 BATCH_SIZE = 8  # texts per forward pass
 MAX_TOKENS = 4096  # tokens per task and layer whose inputs are recorded
 MIN_TOKENS = 256  # of a model so large that all its layers' inputs would not fit in MEMORY

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from foretune.errors import UserError
-from foretune.fusion.activation_gate import set_gates
+from foretune.fusion.activation_gate import RIDGE, set_gates
 from foretune.fusion.advice import name_of
 from foretune.fusion.average import Average
 from foretune.fusion.finetuned import Source
@@ -25,7 +25,7 @@ from foretune.fusion.fused import Fused
 from foretune.fusion.merging import merge
 from foretune.fusion.sample_rows import Samples
 from foretune.fusion.scoring import Batches, HeldOut, Measure, row_scores
-from foretune.fusion.smile import RIDGE, SMILE
+from foretune.fusion.smile import SMILE
 from foretune.fusion.task_arithmetic import TaskArithmetic
 from foretune.fusion.ties import TIES
 from foretune.methods import make
@@ -74,18 +74,18 @@ class Comparison:
     @property
     def best(self) -> Candidate:
         """The fusion of the highest mean; among equals the simplest."""
-        return self.choose(told=self.own_heads)[0]
+        return self.choose(is_named=self.own_heads)[0]
 
     @property
     def chosen(self) -> Candidate:
         """The simplest fusion that is within one standard error of the best."""
-        return self.choose(told=self.own_heads)[1]
+        return self.choose(is_named=self.own_heads)[1]
 
-    def choose(self, *, told: bool) -> tuple[Candidate, Candidate]:
+    def choose(self, *, is_named: bool) -> tuple[Candidate, Candidate]:
         """(the fusion of the highest mean, the simplest within one standard error of it).
 
         Args:
-            told: Whether every request names its task, so that routing=task is possible.
+            is_named: Whether every request names its task, so that routing=task is possible.
         """
         # Told the task, experts need no gate: simpler than with one, though not than a merge.
         places = {None: 0, "task": 1, "token": 2, "sequence": 2}
@@ -93,7 +93,7 @@ class Comparison:
             (
                 c
                 for c in self.candidates
-                if c.method is not None and (told or c.method.get("routing") != "task")
+                if c.method is not None and (is_named or c.method.get("routing") != "task")
             ),
             key=lambda c: places[(c.method or {}).get("routing")],
         )
@@ -106,8 +106,8 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types, without the scores of single rows."""
-        best, chosen = self.choose(told=self.own_heads)
-        untold = self.choose(told=False)
+        best, chosen = self.choose(is_named=self.own_heads)
+        untold = self.choose(is_named=False)
         return {
             "measure": self.measure,
             "held_out_rows": {task: len(rows) for task, rows in best.scores.items()},
@@ -267,9 +267,9 @@ def _smile(
         return Candidate(name, record.to_dict(), _scores(fused, batches))
 
     yield from (measured("weights", routing) for routing in by_gate)
-    told = measured("weights", "task")
+    by_task = measured("weights", "task")
     if not is_two_stacks:  # whose decoder has no input for a text alone
         fused.routing.granularity = "token"
         set_gates(fused, samples.gate, method.gate_k, RIDGE)
         yield from (measured("activations", routing) for routing in by_gate)
-    yield told
+    yield by_task

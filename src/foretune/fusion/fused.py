@@ -32,6 +32,7 @@ from foretune.fusion.mixture import (
     replace_module,
 )
 from foretune.fusion.verification import verify_on_first_call
+from foretune.methods import make
 from foretune.models.loading import load_base, save_base
 
 EXPERTS_FILE, HEADS_FILE = "experts.safetensors", "heads.safetensors"
@@ -128,9 +129,8 @@ class Fused:
         Raises:
             UserError: The name is taken, the model does not fit, or the models were merged.
         """
-        from foretune.fusion.membership import add_expert
-
-        add_expert(self, name, source, samples, allow_unverified=allow_unverified)
+        options = {"samples": samples, "allow_unverified": allow_unverified}
+        self._record_with_experts().add_expert(self, name, source, **options)
         return self
 
     def remove_expert(self, name: str, samples: Mapping[str, Sequence[Any]] | None = None) -> Fused:
@@ -148,9 +148,7 @@ class Fused:
         Raises:
             UserError: There is no such expert, it is the only one, or the models were merged.
         """
-        from foretune.fusion.membership import remove_expert
-
-        remove_expert(self, name, samples)
+        self._record_with_experts().remove_expert(self, name, samples=samples)
         return self
 
     @contextmanager
@@ -185,6 +183,19 @@ class Fused:
             _save_tensors(part / HEADS_FILE, self._head_tensors())
             (part / RECORD_FILE).write_text(json.dumps(self._record(), indent=1) + "\n", "utf-8")
         return folder
+
+    def _record_with_experts(self) -> Any:
+        """The method's record.
+
+        Raises:
+            UserError: It has no experts.
+        """
+        method = make(**self.method)
+        if not hasattr(method, "add_expert"):
+            raise UserError(
+                f"{method.name} merges the models into one set of weights: fuse anew instead"
+            )
+        return method
 
     def _record(self) -> dict[str, Any]:
         return {

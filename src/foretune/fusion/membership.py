@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretune.errors import UserError
-from foretune.fusion.activation_gate import set_gates
+from foretune.fusion.activation_gate import RIDGE, set_gates
 from foretune.fusion.finetuned import Finetuned, Source
 from foretune.fusion.fused import Fused, without_experts
 from foretune.fusion.heads import are_equal, head_names, labels_of
@@ -24,15 +24,14 @@ from foretune.fusion.mixture import (
     replace_module,
 )
 from foretune.fusion.skeleton import open_finetuned
-from foretune.fusion.smile import RIDGE, SMILE
 from foretune.fusion.verification import verify_on_first_call
-from foretune.methods import make
 
 Samples = Mapping[str, Sequence[Any]]
 
 
 def add_expert(
     fused: Fused,
+    method: Any,
     name: str,
     source: Source,
     samples: Samples | None = None,
@@ -43,6 +42,7 @@ def add_expert(
 
     Args:
         fused: The fused model.
+        method: Any's record, by which it was fused.
         name: Name of the new task.
         source: A model, a folder, a PEFT model or a PEFT folder, as for `foretune.fuse`.
         samples: For gate="activations": texts or batches of every task, the new one included.
@@ -51,7 +51,7 @@ def add_expert(
     Raises:
         UserError: The name is taken, the model does not fit, or this fusion cannot be changed.
     """
-    method = _method_of(fused)
+    _check_rest(method)
     if name in fused.names:
         raise UserError(f'there is an expert "{name}" already; remove_expert("{name}") removes it')
     _check_samples(method, samples, [*fused.names, name])
@@ -71,20 +71,21 @@ def add_expert(
         verify_on_first_call(fused.model, fused.routing, fused.report)
 
 
-def remove_expert(fused: Fused, name: str, samples: Samples | None = None) -> None:
+def remove_expert(fused: Fused, method: Any, name: str, samples: Samples | None = None) -> None:
     """Remove one fine-tuned model from a model that SMILE fused, in place.
 
     The report's `left_out` still names what only this model changed.
 
     Args:
         fused: The fused model.
+        method: Any's record, by which it was fused.
         name: Name of its task.
         samples: For gate="activations": texts or batches of every other task.
 
     Raises:
         UserError: There is no such expert, it is the only one, or this fusion cannot be changed.
     """
-    method = _method_of(fused)
+    _check_rest(method)
     index = fused.routing.index(name)
     others = [i for i in range(len(fused.names)) if i != index]
     if not others:
@@ -103,22 +104,12 @@ def remove_expert(fused: Fused, name: str, samples: Samples | None = None) -> No
     _finish(fused, method, samples)
 
 
-def _method_of(fused: Fused) -> SMILE:
-    """The record of a fusion whose experts can be changed.
-
-    Raises:
-        UserError: It has none, or mixes what cannot be told apart.
-    """
-    name = fused.method["name"]
-    if name != "smile":
-        raise UserError(f"{name} merges the models into one set of weights: fuse anew instead")
-    if fused.method["rest"] == "average":
+def _check_rest(method: Any) -> None:
+    if method.rest == "average":
         raise UserError("rest=average merges the models' other parameters: fuse anew instead")
-    method: SMILE = make(**fused.method)
-    return method
 
 
-def _check_samples(method: SMILE, samples: Samples | None, names: Sequence[str]) -> None:
+def _check_samples(method: Any, samples: Samples | None, names: Sequence[str]) -> None:
     if method.gate == "weights":
         if samples is not None:
             raise UserError("samples are for gate=activations; gate=weights takes none")
@@ -135,7 +126,7 @@ def _rename(fused: Fused, names: Sequence[str]) -> None:
     fused.names, fused.routing.names = list(names), list(names)
 
 
-def _finish(fused: Fused, method: SMILE, samples: Samples | None) -> None:
+def _finish(fused: Fused, method: Any, samples: Samples | None) -> None:
     """Gates of the present experts, and the report's figures."""
     fused.routing.weights = None
     if samples is not None:
@@ -161,9 +152,9 @@ def _add_layers(fused: Fused, alone: Fused) -> None:
         before = _parts(old[name]) if name in old else _absent(example, len(fused.names))
         after = _parts(new[name]) if name in new else _absent(example, 1)
         sides = ((before, after, len(fused.names)), (after, before, 1))
-        for side, other, num in sides:
-            if side["shift"] is None and other["shift"] is not None:
-                side["shift"] = other["shift"].new_zeros(num, other["shift"].shape[1])
+        for side, beside, num in sides:
+            if side["shift"] is None and beside["shift"] is not None:
+                side["shift"] = beside["shift"].new_zeros(num, beside["shift"].shape[1])
         device = example.present.device
         parts = {key: _joined(key, before[key], after[key], device) for key in before}
         joined = LowRankExperts(base, **parts, routing=fused.routing)  # type: ignore[arg-type]
@@ -272,9 +263,9 @@ def _remove_head(fused: Fused, index: int, others: Sequence[int]) -> None:
         del head.heads[index]
     first = [module.heads[0].state_dict() for module in fused.heads.values()]
     if all(
-        are_equal(state, other.state_dict())
+        are_equal(state, head.state_dict())
         for state, module in zip(first, fused.heads.values(), strict=True)
-        for other in module.heads
+        for head in module.heads
     ):
         fused.relabel(fused.names[others[0]])
         fused.labels.clear()

@@ -63,7 +63,6 @@ PAPER = {
     "venue": "arXiv",
     "arxiv": "2408.10174",
 }
-RIDGE = 0.1  # ridge of gate=activations, as a share of the mean energy per direction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,11 +190,23 @@ class SMILE(Method):
             batch = next(batches(fused.tokenizer, next(iter(samples.values()))))
         verify(model, routing, report, batch)
         if samples is not None and self.gate == "activations":
-            from foretune.fusion.activation_gate import set_gates
+            from foretune.fusion.activation_gate import RIDGE, set_gates
 
             set_gates(fused, samples, self.gate_k, RIDGE)
         report["extra_parameters"] = sum(p.numel() for p in model.parameters()) - total
         return fused
+
+    def add_expert(self, fused: Fused, name: str, source: Source, **options: Any) -> None:
+        """Add a model to one that this method fused; see `Fused.add_expert`."""
+        from foretune.fusion.membership import add_expert
+
+        add_expert(fused, self, name, source, **options)
+
+    def remove_expert(self, fused: Fused, name: str, **options: Any) -> None:
+        """Remove a model from one that this method fused; see `Fused.remove_expert`."""
+        from foretune.fusion.membership import remove_expert
+
+        remove_expert(fused, self, name, **options)
 
     def _fuse_all(
         self, model: nn.Module, experts: Sequence[Finetuned], heads: Heads, routing: Routing
