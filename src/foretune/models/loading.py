@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from typing_extensions import TypedDict
 
 from foretune.errors import UserError, did_you_mean
-from foretune.files import CONFIG_FILE, FUSED, MODULE_FILE, PIPELINE_FILE, WEIGHTS_FILE
+from foretune.files import CONFIG_FILE, MODULE_FILE, PIPELINE_FILE, WEIGHTS_FILE
 from foretune.formats import MODULE, read_json, stamped
 from foretune.models import diffusion
 from foretune.models.base_record import check_fingerprint, restore
@@ -241,8 +241,6 @@ def locate(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         files = sorted(p.name for p in path.iterdir())
-        if set(files) >= FUSED:
-            raise UserError(f"{path} is a fused model: load it with foretune.load_fused")
         if not {CONFIG_FILE, MODULE_FILE, PIPELINE_FILE} & set(files):
             shown = ", ".join(files[:8]) + (" …" if len(files) > 8 else "")
             raise UserError(
