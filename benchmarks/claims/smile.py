@@ -26,6 +26,7 @@ from typing import Any
 RESULT = Path(__file__).resolve().parents[1] / "results" / "smile.json"
 DOMAINS = ("banking", "credit_cards", "travel", "work")
 SHOTS, SAMPLES, STEPS, ROWS, BLOCKS = 10, 15, 100, 60, 1
+COUNTS = {"train": SHOTS * 15, "test": ROWS}
 RATES = {"full": 1e-3, "lora": 5e-3}
 GATES, RANKS = (1, 16, 64, 384), (4, 32, 384)
 SIZES_7B = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)} | {
@@ -42,15 +43,28 @@ PAPERS = {"full": "token k=32 gate_k=16", "lora": "token k=8 gate_k=8"}  # the p
 
 
 class Given:
-    """MiniLM's upper blocks under a fresh head, and the rows as its lower blocks leave them."""
+    """MiniLM's upper blocks under a fresh head, and the rows as its lower blocks leave them.
 
-    def __init__(self, data: str) -> None:
+    Args:
+        data: clinc150.jsonl.gz.
+        counts: Split → rows of each domain.
+        num_blocks: How many of the blocks are upper ones.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        counts: Mapping[str, int] = COUNTS,
+        num_blocks: int = BLOCKS,
+    ) -> None:
         from torch import nn
 
         import foretune
 
         class Passed(nn.Module):
             """In the place of the embeddings: the lower blocks' output comes in."""
+
+            word_embeddings = None  # there is no vocabulary
 
             def forward(self, inputs_embeds: Any = None, **_: Any) -> Any:
                 return inputs_embeds
@@ -61,15 +75,17 @@ class Given:
         self.model = whole
         bert, keep = whole.bert, {}
         blocks = bert.encoder.layer
-        bert.encoder.layer = blocks[:-BLOCKS]
+        bert.encoder.layer = blocks[:-num_blocks]
+        self.texts: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
         for task in tasks.subset(DOMAINS):
             labels = sorted({row["label"] for row in task.train})
-            for split, count in (("train", SHOTS * 15), ("test", ROWS)):
+            for split, count in counts.items():
                 rows = balanced(list(task.split(split)), count)
+                self.texts[task.name, split] = rows
                 keep[task.name, split] = list(self._passed(bert, tokenizer, rows, labels))
         self.rows = keep
-        bert.encoder.layer, bert.embeddings = blocks[-BLOCKS:], Passed()
-        whole.config.num_hidden_layers = BLOCKS
+        bert.encoder.layer, bert.embeddings = blocks[-num_blocks:], Passed()
+        whole.config.num_hidden_layers = num_blocks
         self.state = copy.deepcopy(whole.state_dict())
         self.parameters = sum(p.numel() for p in whole.parameters())
 
@@ -448,8 +464,8 @@ def cost_table(result: Mapping[str, Any]) -> str:
             f"{plan['extra_full_k64_gate8'] / 1e9:.2f} B parameters at k=64, gate_k=8 and "
             f"{plan['extra_lora_k16_gate8'] / 1e9:.2f} B for LoRAs of rank 16; one layer takes "
             f"{plan['lora_layer_seconds']:.3f} s on one core from a LoRA (4096 × 14336) and "
-            f"{plan['full_layer_seconds']:.0f} s (1024 × 4096) to "
-            f"{plan['square_layer_seconds']:.0f} s (4096 × 4096) from a full checkpoint; the "
+            f"{plan['full_layer_seconds']:.1f} s (1024 × 4096) to "
+            f"{plan['square_layer_seconds']:.1f} s (4096 × 4096) from a full checkpoint; the "
             f"largest layer in float32 is {plan['largest_layer_float32_gb']:.2f} GB.",
         ]
     )

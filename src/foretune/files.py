@@ -26,6 +26,9 @@ REPORT_FILE = "report.html"
 SCORES_TABLE = "scores.csv"  # all scores of a comparison
 CARD_FILE = "README.md"
 LABELS_FILE = "labels.json"  # beside an adapter: the labels of its head
+FUSED_FILE = "fused.json"  # in the folder of a fused model
+FUSED_BASE = "base"  # folder in it: the model beneath experts and heads
+FUSED = {FUSED_FILE, FUSED_BASE}  # what a folder holds that only `load_fused` reads
 TRAINED_ON_FILE = "trained_on.json"  # beside an adapter: its rows' digest, how it was trained
 SPARSE_FILE = "sparse_delta.safetensors"  # the changes that SaRA makes for a task
 # Names that transformers and peft give.

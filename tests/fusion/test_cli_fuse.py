@@ -33,8 +33,14 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for seed, name in enumerate(("one", "two")):
         saved(linears(base, seed), tmp_path / name)
     saved(adapted(base, 5, ["query"], modules_to_save=["classifier"]), tmp_path / "lora")
-    rows = [{"task": t, "text": w} for t, w in (("one", "the cat"), ("two", "red dog"))]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows * 3))
+    words = {"one": "the cat sat on a mat", "two": "red dog blue one two three"}
+    rows = [
+        {"task": task, "text": f"{a} {b}", "label": f"LABEL_{len(a) % 3}"}
+        for task, text in words.items()
+        for a in text.split()
+        for b in text.split()
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return tmp_path
 
 
@@ -67,13 +73,13 @@ def test_static_merge_is_a_plain_folder(folders: Path, method: str) -> None:
     assert torch.equal(output(plain, batch), output(foretune.load_fused("out").model, batch))
 
 
-def test_loras_bring_their_heads_and_a_warning(folders: Path) -> None:
+def test_loras_bring_their_heads(folders: Path) -> None:
     loras = ("smile", "base", "one=one", "lora=lora", "--out", "out")
     assert "lora does not record which base" in the_error(*loras)
     result = call(*loras, "--allow-unverified")
     assert "Note: lora does not record its base" in result.stdout
     assert "Each task keeps its own head: choose one with set_task(NAME)" in result.stdout
-    assert "Note: lora: LoRA. On LoRA experts the gate from weights did worse" in result.stdout
+    assert "Note: nothing was measured." in result.stdout
 
 
 def test_samples_make_the_gate(folders: Path) -> None:
@@ -82,6 +88,47 @@ def test_samples_make_the_gate(folders: Path) -> None:
     assert result.exit_code == 0, result.output
     layer = foretune.load_fused("out").model.bert.encoder.layer[0].attention.self.query
     assert layer.gate.shape == (2, 2, 16) and layer.offset.shape == (2, 2)
+
+
+def test_samples_measure_every_fusion_and_the_advice_follows_from_the_table(folders: Path) -> None:
+    command = ["task-arithmetic", "base", "one=one", "two=two", "scale=5", "--samples"]
+    result = call(*command, "rows.jsonl", "--out", "out")
+    assert result.exit_code == 0, result.output
+    shown = result.stdout.splitlines()
+    assert shown[0] == "Measured on held-out rows (18 of one, 18 of two), which made no gate:"
+    assert shown[1].split() == ["accuracy,", "%", "one", "two", "mean"]
+    measured = foretune.load_fused("out").report["measured"]
+    means = {c["name"]: c["mean"] for c in measured["candidates"]}
+    assert list(means) == [
+        *("base", "separate models", "average", "task-arithmetic", "ties"),
+        *(
+            f"smile gate={gate} routing={routing}"
+            for gate in ("weights", "activations")
+            for routing in ("token", "sequence")
+        ),
+        "smile routing=task",
+    ]
+    for line, mean in zip(shown[2:], means.values(), strict=False):
+        assert line.split()[-1] == f"{100 * mean:.1f}"
+    assert shown[12].startswith(f"Best: {measured['best']}.")
+    assert result.stderr.splitlines()[:2] == ["measuring base", "measuring separate models"]
+
+
+def test_auto_takes_the_best_by_held_out_rows_and_records_what_was_measured(folders: Path) -> None:
+    assert "fuse auto takes the best fusion by held-out rows, and there are none" in the_error(
+        "auto", "base", "one=one", "two=two", "--out", "out"
+    )
+    assert 'auto has no field "k"' in the_error("auto", "base", "one=one", "k=2", "--out", "out")
+    command = ["auto", "base", "one=one", "two=two", "--samples", "rows.jsonl", "--out", "out"]
+    result = command_line.the_json("fuse", *command)
+    chosen = result["measured"]["chosen"]
+    [record] = [c["method"] for c in result["measured"]["candidates"] if c["name"] == chosen]
+    assert result["method"] == record == foretune.load_fused("out").method
+    again = command_line.the_json("fuse", *command, "--overwrite")
+    assert again["measured"] == result["measured"]
+    # the same rows by the seed: what is saved is what was measured
+    other = command_line.the_json("fuse", *command, "--overwrite", "--seed", "1")
+    assert other["measured"] != result["measured"]
 
 
 def test_full_folder_is_refused_and_replaced_only_if_it_is_ours(folders: Path) -> None:
@@ -127,7 +174,6 @@ def test_nothing_is_left_behind_by_a_failure(folders: Path) -> None:
             ["smile", "base", "one=one", "gate=activations"],
             "needs samples of every task; none for one",
         ),
-        (["ties", "base", "one=one", "--samples", "rows.jsonl"], "--samples is for smile"),
         (
             ["smile", "base", "three=one", "gate=activations", "--samples", "rows.jsonl"],
             "rows.jsonl has no rows of task three; its tasks: one, two",

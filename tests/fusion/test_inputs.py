@@ -19,7 +19,16 @@ import foretune
 import tiny_models
 from foretune import SMILE, TIES, Average, TaskArithmetic, UserError
 from foretune.fusion.finetuned import Finetuned, check_all_used
-from fusion.fused_models import adapted, ids, linears, nudged, output, saved, text_input
+from fusion.fused_models import (
+    adapted,
+    ids,
+    image_input,
+    linears,
+    nudged,
+    output,
+    saved,
+    text_input,
+)
 
 IDENTITIES = [
     Average(),
@@ -395,3 +404,16 @@ def test_tensor_that_nothing_used_is_refused() -> None:
         check_all_used([expert])
     expert.value("y", value)
     check_all_used([expert])
+
+
+@pytest.mark.parametrize("method", [SMILE(k=64), foretune.Average()], ids=lambda m: m.name)
+def test_a_pair_of_towers_is_fused(method: Any) -> None:
+    """transformers cannot say what the input embeddings of CLIP are."""
+    base = tiny_models.clip()
+    tuned = linears(base, 1)
+    fused = foretune.fuse(base, {"a": tuned}, method)
+    batch = {"input_ids": ids(), "pixel_values": image_input()["pixel_values"]}
+    with torch.no_grad():
+        expected, actual = tuned(**batch), fused.model(**batch)
+    torch.testing.assert_close(actual.text_embeds, expected.text_embeds, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual.image_embeds, expected.image_embeds, rtol=1e-4, atol=1e-4)

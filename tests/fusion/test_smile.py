@@ -83,14 +83,23 @@ def test_gate_as_wide_as_the_input_sees_only_the_norm() -> None:
     torch.testing.assert_close(logits, x.norm(dim=-1, keepdim=True).expand(-1, 3))
 
 
-def _reference(layer: nn.Linear, tuned: list[nn.Linear], x, gate_k: int, k: int | None, top_k: int):
+def _reference(
+    layer: nn.Linear,
+    tuned: list[nn.Linear],
+    x,
+    gate_k: int,
+    k: int | None,
+    top_k: int,
+    use_diff: bool = True,
+):
     """The paper's layer, one token and one expert at a time."""
     said = []
     for token in x:
         energy, answers = [], []
         for one in tuned:
             u, s, vh = torch.linalg.svd(one.weight - layer.weight, full_matrices=False)
-            energy.append((vh[:gate_k] @ token).norm())
+            directions = vh if use_diff else torch.linalg.svd(one.weight, full_matrices=False)[2]
+            energy.append((directions[:gate_k] @ token).norm())
             low = (u[:, :k] * s[:k]) @ vh[:k]
             answers.append(low @ token + one.bias - layer.bias)
         p = torch.stack(energy).softmax(0)
@@ -110,6 +119,25 @@ def test_layer_equals_the_formula_written_out(gate_k: int, k: int | None, top_k:
     x = torch.randn(30, 24)
     expected = _reference(model[0], [m[0] for m in finetuned.values()], x, gate_k, k, top_k)
     torch.testing.assert_close(_layer(fused)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_gate_of_the_weights_themselves_is_the_authors_option(kind: str) -> None:
+    model = _one_layer(size=24, out=20)
+    if kind == "full":
+        finetuned = tuned(model)
+        layers = [m[0] for m in finetuned.values()]
+    else:
+        finetuned = {n: adapted(model, i, ["0"], r=3) for i, n in enumerate(NAMES, 1)}
+        layers = [copy.deepcopy(m).merge_and_unload()[0] for m in finetuned.values()]
+    method = SMILE(gate_k=4, k=8, routing_use_diff=False)
+    fused = foretune.fuse(model, finetuned, method)
+    x = torch.randn(30, 24)
+    expected = _reference(model[0], layers, x, 4, 8, 1, use_diff=False)
+    torch.testing.assert_close(_layer(fused)(x), expected, rtol=1e-4, atol=1e-4)
+    other = foretune.fuse(model, finetuned, SMILE(gate_k=4, k=8))
+    assert not torch.equal(_layer(other).gate, _layer(fused).gate)
+    assert torch.equal(_layer(other).up, _layer(fused).up)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -412,11 +440,10 @@ def test_gate_from_texts_needs_a_tokenizer_and_every_task() -> None:
     assert fused.routing.weights is None
 
 
-def test_lora_experts_behind_the_gate_from_weights_are_warned_of() -> None:
+def test_advice_needs_measurements() -> None:
     base = tiny_models.bert()
     loras = {n: adapted(base, i, ["query"]) for i, n in enumerate("ab")}
-    [note] = foretune.fuse(base, loras, SMILE()).report["notes"]
-    assert "worse than plain averaging" in note and "or routing=task" in note
+    assert foretune.fuse(base, loras, SMILE()).report["notes"] == []
 
 
 # --- heads and the rest -------------------------------------------------------------------------
@@ -605,6 +632,11 @@ def test_more_than_plain_lora_is_refused(tmp_path: Path) -> None:
         ({"gate": "data"}, "gate must be one of weights, activations; got 'data'"),
         ({"routing": "expert"}, "routing must be one of token, sequence, task"),
         ({"rest": "mean"}, "rest must be one of base, average"),
+        ({"routing_use_diff": 1}, "routing_use_diff must be true or false, got 1"),
+        (
+            {"routing_use_diff": False, "gate": "activations"},
+            "routing_use_diff=false chooses the weights of gate=weights",
+        ),
         ({"target_modules": "query"}, "target_modules must be a list of module names"),
         ({"exclude_modules": None}, "exclude_modules must be a list of module names"),
     ],
@@ -647,7 +679,7 @@ def test_folders_fuse_like_models_and_the_result_loads_bit_for_bit(
     assert loaded.method == method.to_dict() and loaded.names == list(NAMES)
     assert loaded.report == fused.report
     again = loaded.save(tmp_path / "again")
-    for name in ("experts.safetensors", "model.safetensors", "fused.json"):
+    for name in ("experts.safetensors", "base/model.safetensors", "fused.json"):
         assert (again / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
@@ -660,8 +692,55 @@ def test_saving_leaves_the_model_as_it_was_and_the_base_loads_alone(tmp_path: Pa
     before = output(fused.model, batch)
     fused.save(tmp_path / "out")
     assert torch.equal(output(fused.model, batch), before)
-    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out" / "base").eval()
     assert torch.equal(output(plain, batch), output(model, batch))
+
+
+@pytest.mark.parametrize("method", [SMILE(), foretune.Average()], ids=lambda m: m.name)
+def test_stock_transformers_never_takes_a_fused_folder_for_its_base(
+    method: Any, tmp_path: Path
+) -> None:
+    import transformers
+
+    base = tiny_models.bert(num_labels=3)
+    folder = foretune.fuse(base, heads_apart(base), method).save(tmp_path / "out")
+    for trusted in (False, True):
+        for load in (
+            transformers.AutoConfig,
+            transformers.AutoModel,
+            transformers.AutoModelForSequenceClassification,
+        ):
+            with pytest.raises(ValueError, match=r"load it with foretune.load_fused\(FOLDER\)"):
+                load.from_pretrained(folder, trust_remote_code=trusted)
+    with pytest.raises(OSError, match="no file named model"):
+        transformers.BertForSequenceClassification.from_pretrained(folder)
+    with pytest.raises(UserError, match="out is a fused model: load it with foretune"):
+        foretune.load_model(folder)
+    with pytest.raises(UserError, match="out is a fused model: load it with foretune"):
+        foretune.fuse(folder, heads_apart(base), method)
+
+
+def heads_apart(base: nn.Module) -> dict[str, Any]:
+    """Fine-tuned copies with a head of their own."""
+    return {name: nudged(base, seed) for seed, name in enumerate("ab", 1)}
+
+
+@pytest.mark.parametrize("method", [SMILE(k=4), foretune.Average()], ids=lambda m: m.name)
+def test_folders_of_version_1_are_read(method: Any, tmp_path: Path) -> None:
+    """They had the base's files, with the first task's head, in the folder itself."""
+    base = tiny_models.bert(num_labels=3)
+    fused = foretune.fuse(base, heads_apart(base), method)
+    folder = fused.save(tmp_path / "out")
+    for file in (folder / "base").iterdir():
+        file.replace(folder / file.name)
+    (folder / "base").rmdir()
+    record = json.loads((folder / "fused.json").read_text())
+    (folder / "fused.json").write_text(json.dumps({**record, "format": "foretune-fused-1"}))
+    loaded = foretune.load_fused(folder)
+    for task in "ab":
+        batch = {"input_ids": ids()}
+        loaded.set_task(task), fused.set_task(task)
+        assert torch.equal(output(loaded.model, batch), output(fused.model, batch))
 
 
 def test_saving_replaces_a_fused_model_and_nothing_else(tmp_path: Path) -> None:

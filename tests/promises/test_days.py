@@ -243,7 +243,7 @@ def test_fuse_and_prune(wheel: Path, tmp_path: Path) -> None:
     settings = "--objective classification method=lora learning_rate=0.01 steps=2"
     after = """
 assert logits.shape == (1, 3)
-for name in ("averaged", "ties", "fused", "routed"):
+for name in ("best", "averaged", "fused", "routed"):
     fused = foretune.load_fused(name)
     for task in ("shop", "bank"):
         assert fused.set_task(task).model(**inputs).logits.shape == (1, 3), name
@@ -252,7 +252,10 @@ from transformers import AutoModelForCausalLM
 assert AutoModelForCausalLM.from_pretrained("small")(inputs["input_ids"]).logits.shape[0] == 1
 """
     printed = day.run(f"foretune adapt base --tasks labelled.jsonl {settings}", after)
-    for method in ("average", "ties", "smile base shop=adapters/shop bank=adapters/bank --out"):
+    auto = the(printed, "fuse auto")
+    assert "Measured on held-out rows (8 of shop, 8 of bank), which made no gate:" in auto
+    assert "\neach task's own model " in auto and "\nBest: " in auto
+    for method in ("average", "smile base shop=adapters/shop bank=adapters/bank --out"):
         assert "parameters more than the base, " in the(printed, f"fuse {method}")
     smile = [text for line, text in printed if line.startswith("foretune fuse smile")]
     assert all("layers have experts, which keep " in text for text in smile)

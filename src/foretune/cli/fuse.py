@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,12 +14,18 @@ from foretune.cli.output import (
     emit,
     emit_json,
     quiet_stdout,
+    table,
 )
 from foretune.models.trusted_code import trusted_code
 
 
 def fuse(
-    method: Annotated[str, typer.Argument(help="smile, average, task-arithmetic or ties.")],
+    method: Annotated[
+        str,
+        typer.Argument(
+            help="smile, average, task-arithmetic or ties; auto: the best of them on --samples."
+        ),
+    ],
     base: Annotated[
         str,
         typer.Argument(
@@ -35,11 +41,17 @@ def fuse(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the fused model.")],
     samples: Annotated[
-        Path | None, typer.Option(help="File of rows with task and text, for gate=activations.")
+        Path | None,
+        typer.Option(
+            help="File of rows with task and text, and label for classifiers: a part makes the "
+            "gate of gate=activations, the others measure every fusion. Drawn at random over "
+            "labels; rows of a split test are left alone."
+        ),
     ] = None,
     num_samples: Annotated[
-        int, typer.Option(min=1, help="Texts per task read from --samples.")
-    ] = 16,
+        int, typer.Option(min=1, help="Rows per task of --samples that make the gate, at most.")
+    ] = 64,
+    seed: Annotated[int, typer.Option(help="Seed by which rows of --samples are drawn.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier fused model in --out.")
     ] = False,
@@ -52,20 +64,27 @@ def fuse(
 
     request = parse_request(method, arguments)
     with quiet_stdout(), trusted_code(trust_remote_code):
+        from foretune.cli.progress import StderrConsole
+
+        console = StderrConsole()
         result = fuse_folders(
             base,
             request,
             out,
             samples=samples,
             num_samples=num_samples,
+            seed=seed,
             overwrite=overwrite,
             allow_unverified=allow_unverified,
+            progress=lambda name: console.say(f"measuring {name}"),
         )
     if json:
         emit_json(result)
         return
-    settings = settings_of(result["method"])
-    emit(f"Fused {', '.join(result['names'])} by {method}{f' ({settings})' if settings else ''}")
+    if "measured" in result:
+        _emit_measured(result, chosen=request.method is None)
+    name, settings = result["method"]["name"], settings_of(result["method"])
+    emit(f"Fused {', '.join(result['names'])} by {name}{f' ({settings})' if settings else ''}")
     if "layers" in result:
         energy = f"{100 * result['energy_kept']:.1f} %"
         emit(f"{result['layers']} layers have experts, which keep {energy} of the changes' energy")
@@ -75,4 +94,22 @@ def fuse(
         emit("Each task keeps its own head: choose one with set_task(NAME)")
     for note in result["notes"]:
         emit(f"Note: {note}")
+    if "measured" not in result:
+        emit(
+            "Note: nothing was measured. Rows of each task tell whether these models are best "
+            "routed or averaged: --samples FILE, and fuse auto takes the best"
+        )
     emit(f"Model: {result['out']}")
+
+
+def _emit_measured(result: dict[str, Any], *, chosen: bool) -> None:
+    """The table of what was measured, and what follows from it."""
+    from foretune.fusion.advice import advice, held_out_text, name_of, table_of
+
+    measured = result["measured"]
+    emit(held_out_text(measured))
+    emit(table(*table_of(measured)))
+    for line in advice(measured, None if chosen else name_of(result["method"])):
+        emit(line)
+    for note in measured["notes"]:
+        emit(f"Note: {note}")

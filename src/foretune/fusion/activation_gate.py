@@ -13,8 +13,11 @@ from foretune.fusion.fused import Fused
 from foretune.fusion.mixture import LowRankExperts, expert_layers, observe
 from foretune.linalg.low_rank import leading_directions
 
+RIDGE = 0.1  # as a share of the mean energy per direction
 BATCH_SIZE = 8  # texts per forward pass
-MAX_TOKENS = 256  # tokens per task and layer whose inputs are recorded
+MAX_TOKENS = 4096  # tokens per task and layer whose inputs are recorded
+MIN_TOKENS = 256  # of a model so large that all its layers' inputs would not fit in MEMORY
+MEMORY = 2**31  # bytes of recorded inputs
 
 
 def set_gates(fused: Fused, samples: Mapping[str, Sequence[Any]], rank: int, ridge: float) -> None:
@@ -29,7 +32,10 @@ def set_gates(fused: Fused, samples: Mapping[str, Sequence[Any]], rank: int, rid
     Raises:
         UserError: Texts without a tokenizer.
     """
-    recorders = {task: _InputRecorder() for task in fused.names}
+    widths = sum(layer.gate.shape[-1] for layer in expert_layers(fused.model).values())
+    fitting = MEMORY // (4 * max(1, widths) * len(fused.names))
+    limit = min(MAX_TOKENS, max(MIN_TOKENS, fitting))
+    recorders = {task: _InputRecorder(limit) for task in fused.names}
     for task, recorder in recorders.items():
         fused.set_task(task).set_experts(task)
         with torch.no_grad(), observe(fused.model, recorder):
@@ -64,17 +70,26 @@ def batches(tokenizer: Any, samples: Sequence[Any]) -> Iterator[Mapping[str, Any
 
 
 class _InputRecorder:
-    """Records the first inputs of each layer, without padding."""
+    """Records inputs of each layer, without padding; of more than `limit` tokens a random part."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self.inputs: dict[str, Tensor] = {}
+        self.keys: dict[str, Tensor] = {}  # a random number per token: the smallest ones stay
+        self.generators: dict[str, torch.Generator] = {}
 
     def __call__(self, name: str, layer: LowRankExperts, x: Tensor, p: Tensor) -> None:
         tokens = layer.routing.tokens(x)
         new = (x.reshape(-1, x.shape[-1]) if tokens is None else x[tokens]).float().cpu()
-        earlier = self.inputs.get(name)
-        joined = new if earlier is None else torch.cat([earlier, new])
-        self.inputs[name] = joined[:MAX_TOKENS]
+        if name not in self.inputs:
+            self.inputs[name], self.keys[name] = new[:0], torch.empty(0)
+            self.generators[name] = torch.Generator().manual_seed(0)
+        keys = torch.rand(len(new), generator=self.generators[name])
+        keys, rows = torch.cat([self.keys[name], keys]), torch.cat([self.inputs[name], new])
+        if len(keys) > self.limit:
+            keys, order = keys.topk(self.limit, largest=False)
+            rows = rows[order]
+        self.inputs[name], self.keys[name] = rows, keys
 
     def inputs_of(self, name: str) -> Tensor:
         """Recorded inputs of a layer, (tokens, in).

@@ -1,12 +1,12 @@
-"""`foretune fuse` on folders: read settings and samples, fuse, save."""
+"""`foretune fuse` on folders: read settings and samples, measure, fuse, save."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foretune.claims import output_folder
 from foretune.errors import UserError, did_you_mean
@@ -14,7 +14,12 @@ from foretune.methods import make, method_class_of
 from foretune.recipes.overrides import Setting
 from foretune.verbs import FuseMethod
 
+if TYPE_CHECKING:
+    from foretune.fusion.comparison import Comparison
+    from foretune.fusion.sample_rows import Samples
+
 ARGUMENT_FORM = "NAME=FOLDER or KEY=VALUE"
+AUTO = "auto"  # in place of a method: the best by held-out rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +27,11 @@ class Request:
     """A parsed command line.
 
     Args:
-        method: The method's record.
+        method: The method's record; None for `auto`.
         finetuned: Task → folder of its fine-tuned model.
     """
 
-    method: FuseMethod[Any]
+    method: FuseMethod[Any] | None
     finetuned: dict[str, Path]
 
 
@@ -37,7 +42,8 @@ def parse_request(name: str, arguments: Sequence[str]) -> Request:
         UserError: No fuse method of that name, an argument without `=`, a name given twice, or
             neither a field nor a folder.
     """
-    fields = [f.name for f in dataclasses.fields(method_class_of(name, "fuse"))]
+    is_auto = name == AUTO
+    fields = [] if is_auto else [f.name for f in dataclasses.fields(method_class_of(name, "fuse"))]
     settings: dict[str, Any] = {}
     finetuned: dict[str, Path] = {}
     for argument in arguments:
@@ -59,36 +65,7 @@ def parse_request(name: str, arguments: Sequence[str]) -> Request:
             )
     if not finetuned:
         raise UserError("nothing to fuse: give NAME=FOLDER of at least one fine-tuned model")
-    return Request(make(name, **settings), finetuned)
-
-
-def read_samples(file: Path, names: Sequence[str], limit: int) -> dict[str, list[str]]:
-    """The first `limit` texts of each task in a file of rows with `task` and `text`.
-
-    Raises:
-        UserError: A row without a text, or a task without rows.
-    """
-    from foretune.tasks.readers import read_rows
-
-    texts: dict[str, list[str]] = {name: [] for name in names}
-    tasks: set[str] = set()
-    for row in read_rows(str(file)):
-        task, text = row.fields.get("task"), row.fields.get("text")
-        tasks.add(str(task))
-        if task not in texts or len(texts[task]) == limit:
-            continue
-        if not isinstance(text, str):
-            raise UserError(
-                f'{row.place}: samples need "task" and "text", got {", ".join(row.fields)}'
-            )
-        texts[task].append(text)
-    missing = [name for name in names if not texts[name]]
-    if missing:
-        raise UserError(
-            f"{file} has no rows of task {', '.join(missing)}; its tasks: "
-            f"{', '.join(sorted(tasks)[:8])}"
-        )
-    return texts
+    return Request(None if is_auto else make(name, **settings), finetuned)
 
 
 def fuse_folders(
@@ -97,40 +74,57 @@ def fuse_folders(
     out: Path,
     *,
     samples: Path | None = None,
-    num_samples: int = 16,
+    num_samples: int = 64,
+    seed: int = 0,
     overwrite: bool = False,
     allow_unverified: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Fuse the models of some folders and save the result.
+    """Fuse the models of folders and save the result; with samples, measure every fusion first.
 
     Args:
         base: A model's folder, a GGUF file, "minilm" or "smollm2".
         request: See `parse_request`.
         out: Folder of the fused model.
-        samples: For gate=activations: a file of rows with `task` and `text`.
-        num_samples: Texts per task read from `samples`.
+        samples: A file of rows with `task` and `text`, and `label` for classifiers: a part makes
+            the gate of gate=activations, the others measure.
+        num_samples: Texts per task that make the gate, at most.
+        seed: Seed by which rows are drawn.
         overwrite: Replace a fused model in `out`.
         allow_unverified: Whether to take adapters that do not record their base.
+        progress: Called with the name of each fusion before it is measured.
 
     Returns:
-        out, method, names, own_heads, seconds, and the fields of the method's report.
+        out, method, names, own_heads, seconds, and the fields of the method's report, with samples
+        also `measured` (`Comparison.to_dict`).
 
     Raises:
-        UserError: `out` may not be written, samples for a method that takes none, or an error of
-            `foretune.fuse`.
+        UserError: `out` may not be written, `auto` without samples, or an error of `foretune.fuse`.
     """
     import foretune
 
     options: dict[str, Any] = {"allow_unverified": allow_unverified}
-    if samples is not None and request.method.name != "smile":
-        raise UserError(f"--samples is for smile; {request.method.name} takes none")
+    if request.method is None and samples is None:
+        raise UserError(
+            "fuse auto takes the best fusion by held-out rows, and there are none: give --samples, "
+            "a file of rows with task and text (and label for classifiers)"
+        )
     reads: list[Path | str] = [base, *request.finetuned.values()]
     reads += [] if samples is None else [samples]
     with output_folder(out, "fuse", overwrite=overwrite, at_once=True, reads=reads) as folder:
-        if samples is not None:
-            options["samples"] = read_samples(samples, list(request.finetuned), num_samples)
         start = time.perf_counter()
-        fused = foretune.fuse(base, request.finetuned, request.method, **options)
+        method, measured = request.method, None
+        if samples is not None:
+            from foretune.fusion.sample_rows import read_samples
+
+            rows = read_samples(samples, list(request.finetuned), num_samples, seed)
+            measured, method = _measure(base, request, rows, progress, options)
+            if getattr(method, "gate", None) == "activations":
+                options["samples"] = rows.gate
+        assert method is not None
+        fused = foretune.fuse(base, request.finetuned, method, **options)
+        if measured is not None:
+            fused.report["measured"] = measured.to_dict()
         fused.save(folder)
     return {
         "out": str(out),
@@ -140,6 +134,22 @@ def fuse_folders(
         "seconds": time.perf_counter() - start,
         **fused.report,
     }
+
+
+def _measure(
+    base: str,
+    request: Request,
+    rows: Samples,
+    progress: Callable[[str], None] | None,
+    options: Mapping[str, Any],
+) -> tuple[Comparison, FuseMethod[Any]]:
+    """What was measured, and the method that was asked for or chosen."""
+    from foretune.fusion.comparison import compare_fusions, method_of
+
+    measured = compare_fusions(
+        base, request.finetuned, rows, request.method, progress=progress, **options
+    )
+    return measured, request.method or method_of(measured.chosen)
 
 
 def settings_of(method: Mapping[str, Any]) -> str:

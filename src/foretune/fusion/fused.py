@@ -18,8 +18,10 @@ from typing_extensions import TypedDict
 
 from foretune.claims import output_folder
 from foretune.errors import UserError
+from foretune.files import CONFIG_FILE, FUSED_BASE
 from foretune.formats import damage_named, read_json, read_tensors
-from foretune.fusion import FORMAT, RECORD_FILE
+from foretune.fusion import FORMAT, MODEL_TYPE, RECORD_FILE
+from foretune.fusion.finetuned import Source
 from foretune.fusion.mixture import (
     LowRankExperts,
     Routing,
@@ -30,11 +32,12 @@ from foretune.fusion.mixture import (
     replace_module,
 )
 from foretune.fusion.verification import verify_on_first_call
+from foretune.methods import make
 from foretune.models.loading import load_base, save_base
 
 EXPERTS_FILE, HEADS_FILE = "experts.safetensors", "heads.safetensors"
 # Part of a layer's name in the file → attribute.
-PARTS = {name: name for name in ("up", "down", "gate", "offset", "present")} | {"bias": "shift"}
+PARTS = {n: n for n in ("up", "down", "gate", "offset", "present", "energy")} | {"bias": "shift"}
 
 
 @dataclass
@@ -87,7 +90,7 @@ class Fused:
         for head in self.heads.values():
             head.selected = self.routing.index(str(task))
         if isinstance(task, str) and self.heads:
-            self._relabel(task)
+            self.relabel(task)
         if self.routing.granularity == "task":
             self.routing.choose(task)
         return self
@@ -104,6 +107,50 @@ class Fused:
         self.routing.choose(tasks)
         return self
 
+    def add_expert(
+        self,
+        name: str,
+        source: Source,
+        samples: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        allow_unverified: bool = False,
+    ) -> Fused:
+        """Add one more fine-tuned model, as if SMILE had fused it with the others.
+
+        Args:
+            name: Name of the new task.
+            source: A model, a folder, a PEFT model or a PEFT folder, as for `foretune.fuse`.
+            samples: For gate="activations": texts or batches of every task, the new one included.
+            allow_unverified: Whether to take an adapter that does not record its base.
+
+        Returns:
+            This object.
+
+        Raises:
+            UserError: The name is taken, the model does not fit, or the models were merged.
+        """
+        options = {"samples": samples, "allow_unverified": allow_unverified}
+        self._record_with_experts().add_expert(self, name, source, **options)
+        return self
+
+    def remove_expert(self, name: str, samples: Mapping[str, Sequence[Any]] | None = None) -> Fused:
+        """Remove one fine-tuned model, as if SMILE had fused the others alone.
+
+        The report's `left_out` still names what only this model changed.
+
+        Args:
+            name: Name of its task.
+            samples: For gate="activations": texts or batches of every other task.
+
+        Returns:
+            This object.
+
+        Raises:
+            UserError: There is no such expert, it is the only one, or the models were merged.
+        """
+        self._record_with_experts().remove_expert(self, name, samples=samples)
+        return self
+
     @contextmanager
     def usage(self) -> Iterator[Usage]:
         """Count which experts are chosen inside the `with` block.
@@ -114,23 +161,41 @@ class Fused:
             yield counts
 
     def save(self, folder: str | Path) -> Path:
-        """Write a model folder, with experts, heads and `fused.json` beside the base's files.
+        """Write a folder that `load_fused` reads.
 
-        The folder is written completely or not at all, and replaces an earlier fused model.
-        `load_fused` reads it, and transformers too where there are neither experts nor heads per
-        task (an average).
+        It is written completely or not at all, and replaces an earlier fused model. With neither
+        experts nor heads per task (an average) it is a model folder of transformers. Otherwise it
+        holds experts and heads, the model beneath them in `base/`, and a `config.json` that
+        transformers refuses: loaded without foretune the model would answer as its base.
 
         Raises:
             UserError: The folder holds something other than a fused model.
         """
         folder = Path(folder)
         with output_folder(folder, "fuse", overwrite=True, at_once=True) as part:
-            with _without_experts(self):
-                save_base(self.model, self.tokenizer, part)
+            is_plain = not self.heads and not expert_layers(self.model)
+            with without_experts(self):
+                save_base(self.model, self.tokenizer, part if is_plain else part / FUSED_BASE)
+            if not is_plain:
+                refusal = json.dumps({"model_type": MODEL_TYPE}, indent=1) + "\n"
+                (part / CONFIG_FILE).write_text(refusal, "utf-8")
             _save_tensors(part / EXPERTS_FILE, self._expert_tensors())
             _save_tensors(part / HEADS_FILE, self._head_tensors())
             (part / RECORD_FILE).write_text(json.dumps(self._record(), indent=1) + "\n", "utf-8")
         return folder
+
+    def _record_with_experts(self) -> Any:
+        """The method's record.
+
+        Raises:
+            UserError: It has no experts.
+        """
+        method = make(**self.method)
+        if not hasattr(method, "add_expert"):
+            raise UserError(
+                f"{method.name} merges the models into one set of weights: fuse anew instead"
+            )
+        return method
 
     def _record(self) -> dict[str, Any]:
         return {
@@ -160,14 +225,14 @@ class Fused:
 
     def _head_tensors(self) -> dict[str, Tensor]:
         return {
-            f"{name}|{i}|{key}": value.detach().cpu().contiguous().clone()
+            f"{name}|{which}|{key}": value.detach().cpu().contiguous().clone()
             for name, module in self.heads.items()
-            for i, head in enumerate(module.heads)
+            for which, head in (*enumerate(module.heads), ("base", module.base_head[0]))
             for key, value in head.state_dict().items()
         }
 
-    def _relabel(self, task: str) -> None:
-        """Set the task's classes in the model's config, which its loss and pipelines read."""
+    def relabel(self, task: str) -> None:
+        """Sets the task's classes in the model's config, which its loss and pipelines read."""
         config: Any = getattr(self.model, "config", None)
         names = self.labels.get(task)
         if config is None or not names:
@@ -189,7 +254,9 @@ def load_fused(folder: str | Path) -> Fused:
             f"{folder} holds no fused model: it has no {RECORD_FILE}; foretune fuse makes one"
         )
     record = read_json(folder / RECORD_FILE, FusedRecord, FORMAT)
-    model, tokenizer = load_base(folder, dtype="auto")
+    # Version 1 had the base's files in the folder itself.
+    base = folder / FUSED_BASE if (folder / FUSED_BASE).is_dir() else folder
+    model, tokenizer = load_base(base, dtype="auto")
     routing = Routing(
         record["names"], record["granularity"], record["top_k"], causal=record["causal"]
     )
@@ -253,7 +320,10 @@ def _replace_layers(model: nn.Module, record: FusedRecord, routing: Routing, fol
         if len(states) != num_experts or not all(states):
             raise ValueError(f"{HEADS_FILE} has not {num_experts} heads for {name}")
         copies = [head_with(first_head, state) for state in states]
-        replace_module(model, name, TaskHeads(copies, routing, first_head))
+        prefix = f"{name}|base|"  # version 1 did not have it
+        base_state = {k.removeprefix(prefix): v for k, v in heads.items() if k.startswith(prefix)}
+        base_head = head_with(first_head, base_state)
+        replace_module(model, name, TaskHeads(copies, routing, base_head))
 
 
 def watch_mask(model: nn.Module, routing: Routing) -> None:
@@ -284,19 +354,20 @@ def _widths(head: nn.Module) -> list[list[int]]:
 
 
 @contextmanager
-def _without_experts(fused: Fused) -> Iterator[None]:
-    """Inside the block the model is its base with the first task's head."""
+def without_experts(fused: Fused, *, base_heads: bool = False) -> Iterator[None]:
+    """Inside the block the model is its base, with the first task's head or the base's own."""
     model, layers, heads = fused.model, expert_layers(fused.model), fused.heads
     selected = next(iter(heads.values())).selected if heads else None
     for name, layer in layers.items():
         replace_module(model, name, layer.base)
     for name, module in heads.items():
         # transformers resizes a head on loading, by the config; a plain module cannot.
-        resizable = hasattr(model, "config")
-        replace_module(model, name, module.heads[0] if resizable else module.base_head[0])
+        first = hasattr(model, "config") and not base_heads
+        base_head = module.base_head[0].to(next(module.parameters()).device)
+        replace_module(model, name, module.heads[0] if first else base_head)
     try:
         if heads:
-            fused._relabel(fused.names[0])
+            fused.relabel(fused.names[0])
         yield
     finally:
         for name, layer in layers.items():
@@ -304,7 +375,7 @@ def _without_experts(fused: Fused) -> Iterator[None]:
         for name, module in heads.items():
             replace_module(model, name, module)
         if heads and selected is not None:
-            fused._relabel(fused.names[selected])
+            fused.relabel(fused.names[selected])
 
 
 def _save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,7 +36,7 @@ class Heads:
 
 def keep_heads(model: nn.Module, experts: Sequence[Finetuned], routing: Routing) -> Heads:
     """Give a model the head of every task, in place; a single head where all are equal."""
-    heads = Heads(_head_names(model, experts))
+    heads = Heads(head_names(model, experts))
     differ = False
     states: dict[str, list[dict[str, Tensor]]] = {}
     for name in heads.names:
@@ -46,8 +46,8 @@ def keep_heads(model: nn.Module, experts: Sequence[Finetuned], routing: Routing)
             for expert in experts
         ]
         first, *rest = states[name]
-        differ |= any(not _equal(first, state) for state in rest)
-        heads.changed |= any(not _equal(base_state, state) for state in states[name])
+        differ |= any(not are_equal(first, state) for state in rest)
+        heads.changed |= any(not are_equal(base_state, state) for state in states[name])
     for name, task_states in states.items():
         base_head = model.get_submodule(name)
         copies = [head_with(base_head, state) for state in task_states]
@@ -55,14 +55,25 @@ def keep_heads(model: nn.Module, experts: Sequence[Finetuned], routing: Routing)
         replace_module(model, name, new_head)
     if differ:
         for expert, state in zip(experts, next(reversed(states.values())), strict=True):
-            width = _width(state)
-            heads.labels[expert.name] = {i: f"LABEL_{i}" for i in range(width)}
-            if len(expert.labels) <= width:  # a head may be wider than its task has labels
-                heads.labels[expert.name] |= expert.labels
+            heads.labels[expert.name] = labels_of(expert, state)
     return heads
 
 
-def _head_names(model: nn.Module, experts: Sequence[Finetuned]) -> list[str]:
+def labels_of(expert: Finetuned, state: Mapping[str, Tensor]) -> dict[int, str]:
+    """The names of a task's classes by number; LABEL_0, … where the model does not name them.
+
+    Args:
+        expert: The task's model.
+        state: Parameters of its head; the last one has a row or entry per class.
+    """
+    width = len(list(state.values())[-1])
+    labels = {i: f"LABEL_{i}" for i in range(width)}
+    if len(expert.labels) <= width:  # a head may be wider than its task has labels
+        labels |= expert.labels
+    return labels
+
+
+def head_names(model: nn.Module, experts: Sequence[Finetuned]) -> list[str]:
     """The modules that each task has its own copy of.
 
     A model that declares no head has one if an adapter brings a copy of its last layer.
@@ -76,9 +87,6 @@ def _head_names(model: nn.Module, experts: Sequence[Finetuned]) -> list[str]:
     return names if any(c.startswith(f"{name}.") for name in names for c in copies) else []
 
 
-def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+def are_equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether two heads have the same parameters, bit for bit."""
     return all(v.shape == b[k].shape and torch.equal(v, b[k]) for k, v in a.items())
-
-
-def _width(state: dict[str, Tensor]) -> int:
-    return len(list(state.values())[-1])

@@ -112,6 +112,8 @@ class LowRankExperts(nn.Module):
         shift: (T, out), the changes of the bias; None where no expert changes it.
         present: (T,), False for an expert without a change in this layer, which is never chosen.
         routing: Shared by the layers of a model.
+        energy: (T,), the share of the energy of its change that an expert holds; below 0 for one
+            that does not change the weight. None where it is unknown.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class LowRankExperts(nn.Module):
         shift: Tensor | None,
         present: Tensor,
         routing: Routing,
+        energy: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.base = base
@@ -135,6 +138,8 @@ class LowRankExperts(nn.Module):
         self.shift = None if shift is None else nn.Parameter(shift)
         self.present: Tensor
         self.register_buffer("present", present)
+        self.energy: Tensor | None
+        self.register_buffer("energy", energy)
         self.routing = routing
         self.observers: list[Any] = []
         self.poisoned = False  # see `foretune.fusion.verification`
@@ -319,6 +324,15 @@ def count_usage(model: nn.Module, names: Sequence[str]) -> Iterator[Usage]:
 def expert_layers(model: nn.Module) -> dict[str, LowRankExperts]:
     """The layers with experts, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LowRankExperts)}
+
+
+def energy_kept(model: nn.Module) -> float:
+    """The share of the changes' energy that the experts hold, averaged over the layers."""
+    shares = []
+    for layer in expert_layers(model).values():
+        energies = [] if layer.energy is None else [e for e in layer.energy.tolist() if e >= 0]
+        shares.append(sum(energies) / len(energies) if energies else 1.0)
+    return sum(shares) / len(shares) if shares else 1.0
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

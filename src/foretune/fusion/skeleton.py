@@ -109,7 +109,10 @@ def _vocabulary(skeleton: nn.Module) -> frozenset[str]:
     """Names of the parameters whose rows are tokens."""
     if not isinstance(skeleton, transformers.PreTrainedModel):
         return frozenset()
-    embeddings = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    try:
+        embeddings = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    except NotImplementedError:  # a pair of towers, such as CLIP
+        return frozenset()
     rows = {id(getattr(module, "weight", None)) for module in embeddings if module is not None}
     named = skeleton.named_parameters(remove_duplicate=False)
     return frozenset(name for name, parameter in named if id(parameter) in rows)

@@ -21,11 +21,13 @@ Deviations:
     - An expert without a change in a layer is never chosen there. The authors' code builds its gate
       from the singular vectors of a zero matrix, so its choice is arbitrary.
     - A layer where only the bias changed has experts too (the authors' code drops them).
-    - A LoRA expert is decomposed exactly through its factors, without forming B A.
+    - A LoRA expert is decomposed exactly through its factors, without forming B A; a change of a
+      large layer by a randomised SVD (`foretune.linalg.low_rank`).
     - Output embeddings (lm_head) and task heads get no experts: heads are kept per task.
     - Besides the paper's gate there is one from a few activations, and besides routing by token
-      there are routing by sequence and by task: on LoRA experts the paper's gate did worse than
-      plain averaging in our measurements.
+      there are routing by sequence and by task. Which is best, held-out rows tell
+      (`foretune.fusion.comparison`): on LoRA experts the paper's gate did worse than plain
+      averaging in our measurements.
 Silent in the paper:
     - Padding: it counts neither in routing by sequence nor in `usage`.
 """
@@ -61,7 +63,6 @@ PAPER = {
     "venue": "arXiv",
     "arxiv": "2408.10174",
 }
-RIDGE = 0.1  # ridge of gate=activations, as a share of the mean energy per direction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,8 @@ class SMILE(Method):
             (directions in which a task's inputs stand out; needs `samples`).
         routing: "token" (the paper's), "sequence" (one choice per sequence and layer), or "task"
             (your choice, by `set_task`).
+        routing_use_diff: Whether the gate's directions are those of the change (the paper's); False
+            takes those of the fine-tuned weight itself, an option of the authors' code.
         rest: Parameters outside the fused layers (embeddings, norms, convolutions): "base" keeps
             the base's, "average" takes the mean of the models.
         target_modules: Layers to fuse, by the end of their names or by pattern (`*.attention.*`);
@@ -89,6 +92,7 @@ class SMILE(Method):
     top_k: int = 1
     gate: Literal["weights", "activations"] = "weights"
     routing: Literal["token", "sequence", "task"] = "token"
+    routing_use_diff: bool = True
     rest: Literal["base", "average"] = "base"
     target_modules: Sequence[str] | None = None
     exclude_modules: Sequence[str] = ()
@@ -105,6 +109,12 @@ class SMILE(Method):
         check_one_of("gate", self.gate, ("weights", "activations"))
         check_one_of("routing", self.routing, ("token", "sequence", "task"))
         check_one_of("rest", self.rest, ("base", "average"))
+        if not isinstance(self.routing_use_diff, bool):
+            raise UserError(
+                f"routing_use_diff must be true or false, got {self.routing_use_diff!r}"
+            )
+        if not self.routing_use_diff and self.gate != "weights":
+            raise UserError("routing_use_diff=false chooses the weights of gate=weights")
         for field in ("target_modules", "exclude_modules"):
             value = getattr(self, field)
             if value is None and field == "target_modules":
@@ -180,11 +190,23 @@ class SMILE(Method):
             batch = next(batches(fused.tokenizer, next(iter(samples.values()))))
         verify(model, routing, report, batch)
         if samples is not None and self.gate == "activations":
-            from foretune.fusion.activation_gate import set_gates
+            from foretune.fusion.activation_gate import RIDGE, set_gates
 
             set_gates(fused, samples, self.gate_k, RIDGE)
         report["extra_parameters"] = sum(p.numel() for p in model.parameters()) - total
         return fused
+
+    def add_expert(self, fused: Fused, name: str, source: Source, **options: Any) -> None:
+        """Add a model to one that this method fused; see `Fused.add_expert`."""
+        from foretune.fusion.membership import add_expert
+
+        add_expert(fused, self, name, source, **options)
+
+    def remove_expert(self, fused: Fused, name: str, **options: Any) -> None:
+        """Remove a model from one that this method fused; see `Fused.remove_expert`."""
+        from foretune.fusion.membership import remove_expert
+
+        remove_expert(fused, self, name, **options)
 
     def _fuse_all(
         self, model: nn.Module, experts: Sequence[Finetuned], heads: Heads, routing: Routing
@@ -194,43 +216,34 @@ class SMILE(Method):
         Raises:
             UserError: No linear layer differs from the base.
         """
-        from foretune.fusion.mixture import replace_module
+        from foretune.fusion.mixture import energy_kept, expert_layers, replace_module
         from foretune.fusion.rest import change_rest, tensor_names
 
         names = tensor_names(model)
-        energy_kept: dict[str, float] = {}
         handled: set[str] = set()
         for name, layer in self._layers(model, heads).items():
             fused = self._fused_layer(name, layer, experts, routing)
             handled |= {f"{name}.{key}" for key, _ in layer.named_parameters()}
             if fused is not None:
-                new_layer, energy_kept[name] = fused
-                replace_module(model, name, new_layer)
+                replace_module(model, name, fused)
         for name in (name for name in names if _inside(name, self.exclude_modules)):
             handled.add(name)
             for expert in experts:
                 expert.skip(name)
         rest = [name for name in names if name not in handled and not heads.hold(name)]
         left_out = change_rest(model, experts, rest, average=self.rest == "average")
-        if not energy_kept and not heads.changed:
+        num_layers = len(expert_layers(model))
+        if not num_layers and not heads.changed:
             raise UserError(_nothing_fused(left_out))
-        energies = list(energy_kept.values())
         return {
-            "layers": len(energies),
-            "energy_kept": sum(energies) / len(energies) if energies else 1.0,
+            "layers": num_layers,
+            "energy_kept": energy_kept(model),
             "left_out": left_out,
             "notes": self._notes(experts, left_out),
         }
 
     def _notes(self, experts: Sequence[Finetuned], left_out: Sequence[str]) -> list[str]:
         notes = []
-        lora = [e.name for e in experts if e.low_rank]
-        if lora and self.gate == "weights" and self.routing != "task":
-            notes.append(
-                f"{', '.join(lora)}: LoRA. On LoRA experts the gate from weights did worse than "
-                "plain averaging in our measurements; try gate=activations with routing=sequence, "
-                "or routing=task"
-            )
         if left_out and self.rest == "base":
             notes.append(
                 f"{len(left_out)} parameters outside the fused layers differ and stay as in the "
@@ -269,8 +282,8 @@ class SMILE(Method):
 
     def _fused_layer(
         self, name: str, layer: Any, experts: Sequence[Finetuned], routing: Routing
-    ) -> tuple[nn.Module, float] | None:
-        """(layer with experts, share of the changes' energy that they keep); None if unchanged."""
+    ) -> nn.Module | None:
+        """The layer with experts; None if no model changes it."""
         import torch
 
         from foretune.fusion.mixture import LowRankExperts
@@ -294,48 +307,62 @@ class SMILE(Method):
         padded = [zeros if f is None else f for f in triplets]
         down = _stack([vh for _, _, vh in padded], self.k)
         up = _stack([(u * s).T for u, s, _ in padded], self.k).transpose(1, 2)
+        present = [f is not None or b is not None for f, b in zip(triplets, biases, strict=True)]
+        directions = [vh for _, _, vh in padded]
+        if not self.routing_use_diff:
+            for i in (i for i, is_present in enumerate(present) if is_present):
+                directions[i] = self._weight_directions(name, layer, experts[i]).cpu()
         shift = None
         if any(b is not None for b in biases):
             shift = torch.stack([torch.zeros(size_out) if b is None else b.cpu() for b in biases])
-        new_layer = LowRankExperts(
+        return LowRankExperts(
             layer,
             up=(up @ down if self.k is None else up).to(**placement).contiguous(),
             down=None if self.k is None else down.to(**placement),
-            gate=_stack([vh for _, _, vh in padded], self.gate_k).to(**placement),
+            gate=_stack(directions, self.gate_k).to(**placement),
             offset=None,
             shift=None if shift is None else shift.to(**placement),
-            present=torch.tensor(
-                [f is not None or b is not None for f, b in zip(triplets, biases, strict=True)],
-                device=weight.device,
-            ),
+            present=torch.tensor(present, device=weight.device),
             routing=routing,
+            energy=torch.tensor([-1.0 if e is None else e for e in energies], device=weight.device),
         )
-        shares = [e for e in energies if e is not None]
-        return new_layer, sum(shares) / len(shares) if shares else 1.0
 
     def _factors(
         self, name: str, layer: Any, expert: Finetuned
     ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, float | None]:
         """An expert's leading singular triplets, and the share of energy in the first k."""
+        import torch
         from transformers import Conv1D
 
         from foretune.linalg.low_rank import svd_of_product, truncated_svd
 
+        rank = None if self.k is None else max(self.k, self.gate_k)
         pair = expert.pair(f"{name}.weight")
         if pair is not None:
             factors = svd_of_product(pair.up, pair.down)
-            if not bool(factors[1].any()):
+            total = torch.linalg.vector_norm(factors[1], dtype=torch.float64).square()
+            if not total:
                 return None, None
         else:
             change = expert.change(f"{name}.weight", layer.weight)
             if change is None:
                 return None, None
-            factors = truncated_svd(change.T if isinstance(layer, Conv1D) else change, None)
-        energy = factors[1].square()
-        energy_kept = float(energy[: self.k].sum() / energy.sum())
-        rank = None if self.k is None else max(self.k, self.gate_k)
+            factors = truncated_svd(change.T if isinstance(layer, Conv1D) else change, rank)
+            total = torch.linalg.vector_norm(change, dtype=torch.float64).square()
+        energy = factors[1][: self.k].double().square().sum()
         u, s, vh = (factor.cpu() for factor in factors)
-        return (u[:, :rank].clone(), s[:rank].clone(), vh[:rank].clone()), energy_kept
+        factors = u[:, :rank].clone(), s[:rank].clone(), vh[:rank].clone()
+        return factors, min(1.0, float(energy / total))
+
+    def _weight_directions(self, name: str, layer: Any, expert: Finetuned) -> Tensor:
+        """The leading right singular vectors of a model's weight itself, (gate_k, in)."""
+        from transformers import Conv1D
+
+        from foretune.linalg.low_rank import truncated_svd
+
+        weight, change = layer.weight.float(), expert.change(f"{name}.weight", layer.weight)
+        weight = weight if change is None else weight + change
+        return truncated_svd(weight.T if isinstance(layer, Conv1D) else weight, self.gate_k)[2]
 
     def _check_model(self, model: nn.Module) -> None:
         config = getattr(model, "config", None)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from foretune.entry_points import entry_point
 from foretune.errors import UserError
-from foretune.files import CONFIG_FILE, TOKENIZER_CONFIG_FILE
+from foretune.files import CONFIG_FILE, FUSED, TOKENIZER_CONFIG_FILE
 from foretune.formats import shortened
 from foretune.models.base_record import check_fingerprint
 from foretune.models.checkpoint import check_files, check_fit, check_numbers, how_to_convert
@@ -108,6 +108,8 @@ def read_config(where: str, trusted: bool) -> Any:
     Raises:
         UserError: The files are not acceptable, or the config asks for code that may not be run.
     """
+    if all((Path(where) / name).exists() for name in FUSED):
+        raise UserError(f"{where} is a fused model: load it with foretune.load_fused")
     check_files(where)
     fields, _ = transformers.PreTrainedConfig.get_config_dict(where)
     _check_counts(where, fields)
