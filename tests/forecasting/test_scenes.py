@@ -300,9 +300,9 @@ def test_wrong_files_are_refused(tmp_path):
         (tmp_path / name).write_bytes(b"rubbish")
         with pytest.raises(UserError, match=r"is damaged|cannot read"):
             load_scenes(tmp_path / name, **LOAD)
-    (tmp_path / "s.csv").write_text("")
+    (tmp_path / "s.xyz").write_text("")
     with pytest.raises(UserError, match=r"scenes must be \.npz, \.parquet"):
-        load_scenes(tmp_path / "s.csv", **LOAD)
+        load_scenes(tmp_path / "s.xyz", **LOAD)
     np.savez(tmp_path / "a.npz", task=np.array(["t"]))
     with pytest.raises(UserError, match="lacks agents; it has task"):
         load_scenes(tmp_path / "a.npz", **LOAD)

@@ -77,7 +77,7 @@ def stretched(x: np.ndarray, length: int) -> np.ndarray:
 
     Each new step is the mean of the signal, taken as linear between samples, over the time that the
     step lasts where there are fewer of them (so that what is too fast for them averages out), and
-    its value in the middle of that time otherwise.
+    its value in the middle of that time otherwise. It is constant beyond its first and last sample.
 
     Args:
         x: (channels, steps).
@@ -87,7 +87,7 @@ def stretched(x: np.ndarray, length: int) -> np.ndarray:
         (channels, length), float32.
 
     >>> stretched(np.array([[0.0, 2.0, 4.0, 6.0]]), 2).tolist()
-    [[1.0, 5.0]]
+    [[1.125, 4.875]]
     """
     steps = x.shape[-1]
     fine = max(round(8 * steps / length), 1) if length < steps else 1
