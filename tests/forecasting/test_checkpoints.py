@@ -137,4 +137,6 @@ def test_bad_csv_files_are_one_line(tmp_path: Path) -> None:
         "id,t,x,y\n1,0,1,1\n1,1,far,2\n"
     )
     assert "has no rows" in refused("id,t,x,y\n")
+    assert "holds 2 recordings, a, b" in refused("scene,id,t,x,y\na,1,0,1,1\nb,1,1,1,1\n")
+    assert "two positions at one time" in refused("id,t,x,y\n1,0,1,1\n1,0,2,2\n")
     assert "is not finite" in refused("id,t,x,y\n1,0,nan,1\n")

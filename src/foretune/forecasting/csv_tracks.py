@@ -16,10 +16,11 @@ from foretune.errors import UserError
 # What is read → names that its column may have, the likelier first, without case, spaces and _.
 COLUMNS = {
     "time": ("frame", "frame_id", "timestep", "timestamp", "timestamp_ms", "time", "t", "step"),
-    "id": ("id", "track_id", "agent_id", "object_id", "vehicle_id", "pedestrian_id", "trackid"),
-    "x": ("x", "position_x", "pos_x", "x_center", "center_x", "x_m", "local_x", "utm_x"),
-    "y": ("y", "position_y", "pos_y", "y_center", "center_y", "y_m", "local_y", "utm_y"),
+    "id": ("track_id", "agent_id", "object_id", "vehicle_id", "pedestrian_id", "id"),
+    "x": ("x", "position_x", "pos_x", "x_center", "center_x", "x_m", "utm_x"),
+    "y": ("y", "position_y", "pos_y", "y_center", "center_y", "y_m", "utm_y"),
 }
+RECORDINGS = ("recordingid", "recording", "sceneid", "scene", "scenarioid", "sequenceid")
 
 
 def read_csv_points(file: Path) -> np.ndarray:
@@ -36,11 +37,16 @@ def read_csv_points(file: Path) -> np.ndarray:
     try:
         with opener(file, "rt", encoding="utf-8-sig", newline="") as lines:
             rows = csv.reader(lines)
-            places = _places(file, next(rows, []))
+            header = next(rows, [])
+            places = _places(file, header)
+            recording = next((i for i, n in enumerate(header) if _plain(n) in RECORDINGS), None)
+            recordings: set[str] = set()
             for number, row in enumerate(rows, 2):
                 cells = [row[place].strip() if place < len(row) else "" for place in places]
                 if not any(row) or "" in cells[2:]:
                     continue
+                if recording is not None and recording < len(row):
+                    recordings.add(row[recording])
                 time, name, x, y = cells
                 track = tracks.setdefault(name, float(len(tracks)))
                 try:
@@ -54,7 +60,14 @@ def read_csv_points(file: Path) -> np.ndarray:
         raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from error
     if not points:
         raise UserError(f"{file} has no rows")
+    if len(recordings) > 1:
+        raise UserError(
+            f"{file} holds {len(recordings)} recordings, {', '.join(sorted(recordings)[:3])}, "
+            "and a file is one of them: write a file for each"
+        )
     array = np.array(points)
+    if len(np.unique(array[:, :2], axis=0)) < len(array):
+        raise UserError(f"{file}: a track has two positions at one time; a file is one recording")
     if not np.isfinite(array).all():
         raise UserError(f"{file} holds a time or position that is not finite")
     array[:, 0] = _steps(array)
