@@ -171,6 +171,20 @@ def test_what_a_denoiser_needs_is_asked_for() -> None:
     foretune.adapt(Two(), tasks(rows(4, (1, 8, 8), **columns)), foretune.Full(), RUN)
 
 
+def test_conditions_that_cannot_be_stacked_are_one_line() -> None:
+    lengths = iter(range(4, 20))
+    ragged = rows(4, (4, 8, 8), encoder_hidden_states=lambda rng: np.ones((next(lengths), WIDTH)))
+    with pytest.raises(UserError, match="encoder_hidden_states must be numbers of one shape"):
+        foretune.adapt(conditional(), tasks(ragged), METHOD, RUN)
+    some = rows(3, (4, 8, 8), encoder_hidden_states=states, class_labels=lambda rng: 1)
+    del some[1]["class_labels"]
+    with pytest.raises(UserError, match="only some rows have class_labels"):
+        foretune.adapt(conditional(), tasks(some), METHOD, RUN)
+    words = rows(4, (4, 8, 8), encoder_hidden_states=lambda rng: "a cat")
+    with pytest.raises(UserError, match="encoder_hidden_states must be numbers of one shape"):
+        foretune.adapt(conditional(), tasks(words), METHOD, RUN)
+
+
 def test_class_labels_are_whole_numbers() -> None:
     torch.manual_seed(0)
     model = diffusers.DiTTransformer2DModel(

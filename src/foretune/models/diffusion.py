@@ -251,7 +251,15 @@ def _in_one_line(error: Exception) -> str:
 
 
 def stacked(rows: Sequence[Mapping[str, Any]], name: str, repeats: int) -> Tensor:
-    """(m, …) a column of n rows, each `repeats` times in a row: m = n · repeats; ints as int64."""
-    values = np.stack([np.asarray(row[name]) for row in rows])
+    """(m, …) a column of n rows, each `repeats` times in a row: m = n · repeats; ints as int64.
+
+    Raises:
+        UserError: The rows differ in shape, or hold no numbers.
+    """
+    cells = [np.asarray(row[name]) for row in rows]
+    if len({cell.shape for cell in cells}) > 1 or any(c.dtype.kind not in "iubf" for c in cells):
+        shown = " and ".join(sorted({f"{cell.dtype} {cell.shape}" for cell in cells})[:3])
+        raise UserError(f"{name} must be numbers of one shape in all rows, got {shown}")
+    values = np.stack(cells)
     kind = np.int64 if values.dtype.kind in "iub" else np.float32
     return torch.from_numpy(values.astype(kind)).repeat_interleave(repeats, 0)

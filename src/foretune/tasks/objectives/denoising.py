@@ -65,6 +65,7 @@ class Denoising(Objective):
         score_draws: Number of timesteps at which an example is scored.
         prediction: What the model predicts: "epsilon" (the noise), "v_prediction" or "flow".
         columns: The columns that all examples have, learnt by `fit`.
+        partial: Those that only some of them have, learnt by `fit`.
         inputs: Those that the model takes, learnt by `bind`.
         pipeline: Folder of the model's pipeline, learnt by `bind`; None for none.
         channels: Number of channels that the model reads, learnt by `bind`.
@@ -75,6 +76,7 @@ class Denoising(Objective):
     score_draws: int = 4
     prediction: Literal["epsilon", "v_prediction", "flow"] = "epsilon"
     columns: tuple[str, ...] = field(default=(), repr=False, metadata=LEARNT)
+    partial: tuple[str, ...] = field(default=(), repr=False, metadata=LEARNT)
     inputs: tuple[str, ...] = field(default=(), repr=False, metadata=LEARNT)
     pipeline: str | None = field(default=None, repr=False, metadata=LEARNT)
     channels: int | None = field(default=None, repr=False, metadata=LEARNT)
@@ -96,8 +98,15 @@ class Denoising(Objective):
         rows = [row for task in tasks for split in SPLITS for row in task.split(split)]
         shared = set.intersection(*(set(row) for row in rows)) if rows else set()
         self.scheduler()
-        columns = tuple(sorted(shared - {"x"}))
-        return dataclasses.replace(self, columns=columns, inputs=(), pipeline=None, channels=None)
+        partial = {name for row in rows for name in row} - shared
+        return dataclasses.replace(
+            self,
+            columns=tuple(sorted(shared - {"x"})),
+            partial=tuple(sorted(partial)),
+            inputs=(),
+            pipeline=None,
+            channels=None,
+        )
 
     @override
     def bind(self, model: nn.Module) -> Self:
@@ -116,6 +125,12 @@ class Denoising(Objective):
                 columns.add(CONDITION)
             changes |= _settings_of(around.schedule)
         changes["inputs"] = diffusion.check_arguments(model, columns)
+        for name in diffusion.check_arguments(model, {*columns, *self.partial}):
+            if name not in columns:
+                raise UserError(
+                    f"only some rows have {name}, which {type(model).__name__} takes: give it to "
+                    "all of them or to none"
+                )
         return dataclasses.replace(self, **changes)
 
     @override
