@@ -38,6 +38,26 @@ def live_slots(monkeypatch) -> list[int]:
     return alive
 
 
+def test_the_parameters_of_a_saved_wave_are_freed_without_a_search_for_cycles(
+    tmp_path, monkeypatch
+):
+    parameters, real = weakref.WeakSet(), AdapterBank.__init__
+
+    def watched(self, model, keys, **options):
+        assert not parameters  # those of the waves before
+        real(self, model, keys, **options)
+        parameters.update(self.parameters())
+
+    monkeypatch.setattr(AdapterBank, "__init__", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        foretune.adapt(Net(), family(4), LORA, RUN.replace(tasks_per_wave=2, out=tmp_path / "out"))
+        assert not parameters
+    finally:
+        gc.enable()
+
+
 def test_no_more_slots_are_alive_than_a_wave_has_and_adapters_are_read_from_disk(
     tmp_path, monkeypatch
 ):

@@ -172,8 +172,9 @@ class _Entry:
     def __init__(
         self, calls: MixedCalls, call: Call, args: Any, kwargs: Any, rows: RowSlots
     ) -> None:
-        self.calls, self.call = calls, call
-        self.name = type(calls.model).__name__
+        # Not the calls themselves: a cycle would keep the bank until Python looks for cycles.
+        self.model, self.parts, self.modules = calls.model, calls.parts, calls.modules
+        self.call, self.name = call, type(calls.model).__name__
         self.obstacle: str | None = None
         self._input_dims = _input_dims((args, kwargs), len(rows.slots))
         self._output_dims: dict[tuple[Path, int], int] = {}
@@ -201,7 +202,7 @@ class _Entry:
         Raises:
             UserError: The model cannot be called with part of the rows.
         """
-        heads = [p for p in self.calls.parts.values() if isinstance(p, HeadCopies) and p.inner]
+        heads = [p for p in self.parts.values() if isinstance(p, HeadCopies) and p.inner]
         if heads:
             with contextlib.suppress(UserError):
                 if self._try_mixed(args, kwargs, num_rows) is None:
@@ -218,7 +219,7 @@ class _Entry:
         must be much nearer to its own task's output than to the other task's.
         """
         halves = (torch.bfloat16, torch.float16)
-        rounds = any(p.dtype in halves for p in self.calls.model.parameters())
+        rounds = any(p.dtype in halves for p in self.model.parameters())
         reason: str | None = None
         for strength in STRENGTHS if rounds else STRENGTHS[:1]:
             reason = self._try_strength(strength, args, kwargs, num_rows, rounds)
@@ -259,7 +260,7 @@ class _Entry:
                     return str(error)
                 if not self._agrees(mixed, outputs[1:], order, owners, tolerance):
                     return MIXES
-        for name, part in self.calls.parts.items():
+        for name, part in self.parts.items():
             for dims, probed in zip(part.row_dims, stand_ins[name].row_dims, strict=True):
                 dims.learnt |= probed.learnt
         return None
@@ -268,11 +269,11 @@ class _Entry:
     def _random_adapters(self, strength: float) -> Iterator[dict[str, Part]]:
         """Inside the block, random adapters of two slots stand in for those of the bank."""
         generator = torch.Generator().manual_seed(0)
-        modules, parts = self.calls.modules, self.calls.parts
         stand_ins = {
-            name: part.stand_in(modules[name], generator, strength) for name, part in parts.items()
+            name: part.stand_in(self.modules[name], generator, strength)
+            for name, part in self.parts.items()
         }
-        with replaced_by({part: stand_ins[name] for name, part in parts.items()}):
+        with replaced_by({part: stand_ins[name] for name, part in self.parts.items()}):
             yield stand_ins
 
     def _rows_of(
@@ -297,10 +298,10 @@ class _Entry:
     def _outputs(self, call: Any, slots: Sequence[int] | None) -> dict[Path, Tensor]:
         args, kwargs = call
         rows = None if slots is None else RowSlots(tuple(slots))
-        device = next(self.calls.model.parameters()).device
+        device = next(self.model.parameters()).device
         devices = [device] if device.type == "cuda" else []
         with (
-            eval_no_grad(self.calls.model),
+            eval_no_grad(self.model),
             torch.random.fork_rng(devices=devices),
             torch.autocast(device.type, enabled=False),
             routed(rows, None),
