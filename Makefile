@@ -128,6 +128,8 @@ bench-speed: setup
 	$(SPEED)/meta_step.py
 	$(SPEED)/meta_step.py --threads 2 --cells minilm:10x1x64,minilm:50x1x64,minilm:10x4x128
 	$(SPEED)/meta_step.py --precision bf16 --cells minilm:10x1x64,minilm:50x1x64
+	$(SPEED)/bound.py
+	$(SPEED)/bound.py --threads 2 --cells minilm:10x1x64,minilm:50x1x64
 	$(SPEED)/ragged.py --data "$(DATA)"
 	$(SPEED)/memory.py --repeats 3
 	$(SPEED)/adaptation.py

@@ -141,6 +141,32 @@ def meta_step(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def bound(data: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            "## What the adapters of a step must cost\n",
+            "`same products` is the floor with its linear layers multiplied by the library that "
+            "foretune takes for adapted ones ([why](design.md)). The `limit` adds "
+            "to it the longer of two times: the adapters' operations at the rate of a linear "
+            "layer's three products, and the bytes that they must move (activations, factors, "
+            "their gradients and AdamW's moments) at the rate of a copy of 256 MB. Rates are "
+            "measured in the same turns.\n",
+            table(
+                ["model", "tasks × examples × length", "threads", "ours / floor",
+                 "ours / same products", "limit / same products", "ours / limit",
+                 "adapters, Gflop", "adapters, GB", "layer, Gflop/s", "copy, GB/s"],
+                [
+                    [row["model"], cell(row), row["threads"], shown(row["to_floor"]),
+                     shown(row["to_same_products"]), shown(row["limit_to_same_products"]),
+                     shown(row["to_limit"]), row["adapters_gflop"], row["adapters_gb"],
+                     row["gflop_per_second"], row["gb_per_second"]]
+                    for row in sorted(data["rows"], key=lambda r: (r["threads"], r["tokens"]))
+                ],
+            ),
+        ]
+    )  # fmt: skip
+
+
 def memory(data: dict[str, Any]) -> str:
     cells: dict[tuple, dict[str, float]] = {}
     for row in data["rows"]:
@@ -173,12 +199,13 @@ def ragged(data: dict[str, Any]) -> str:
             "inside unmodified Hugging Face models; attention stays within each example. `fill` is "
             "the share of positions that are tokens when the whole batch is padded.\n",
             table(
-                ["model", "tasks × examples", "fill", "ours / packed floor", "ours / padded floor",
+                ["model", "tasks × examples", "fill", "ours / packed floor",
+                 "ours / packed floor with the same products", "ours / padded floor",
                  "peft loop / ours"],
                 [
                     [row["model"], f"{row['tasks']} × {row['batch']}", row["fill"],
-                     shown(row["to_packed_floor"]), shown(row["to_padded_floor"]),
-                     shown(row["peft_to_ours"])]
+                     shown(row["to_packed_floor"]), shown(row.get("to_same_products")),
+                     shown(row["to_padded_floor"]), shown(row["peft_to_ours"])]
                     for row in data["rows"]
                 ],
             ),
@@ -544,6 +571,7 @@ def gpu(data: dict[str, Any]) -> str:
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "meta-step": meta_step,
+    "bound": bound,
     "ragged": ragged,
     "memory": memory,
     "quantised": quantised,

@@ -4,6 +4,7 @@ python benchmarks/speed/ragged.py --data PATH          # ConvAI2's rows, see ben
 
     padded floor    a plain full fine-tuning step on one padded batch
     packed floor    the same step without padding and without adapters, by foretune
+    same products   the packed floor with its layers multiplied by the library that ours uses
     ours            PEFT-ML's joint step without padding
     peft            set_adapter task by task; each task is padded to its own longest row
 """
@@ -55,14 +56,20 @@ def measure(
     lengths = [len(row["ids"]) for rows in tasks for row in rows]
     systems.LORA["target_modules"] = LLAMA if size == "llama" else systems.TARGETS
     packed_floor = systems.learner(model_of(size), num_tasks, adapters=False)
+    model = systems.in_our_products(model_of(size))
+    same_products = systems.learner(model, num_tasks, adapters=False)
     ours = systems.learner(model_of(size), num_tasks, lora=systems.LORA)
     step = systems.joint_step(tasks, ours.model)
     variants = {
         "padded floor": systems.floor(model_of(size), tasks),
         "peft": systems.peft_loop(systems.peft_model(model_of(size), num_tasks), tasks),
     }
-    with systems.ready(packed_floor, ours) as (plain, joint):
-        variants |= {"packed floor": lambda: plain(step), "ours": lambda: joint(step)}
+    with systems.ready(packed_floor, same_products, ours) as (plain, same, joint):
+        variants |= {
+            "packed floor": lambda: plain(step),
+            "same products": lambda: same(step),
+            "ours": lambda: joint(step),
+        }
         times = timing.interleaved(variants, options.repeats)
     return {
         "rows": len(lengths),
@@ -72,6 +79,7 @@ def measure(
         "repeats": options.repeats,
         "seconds": timing.seconds(times),
         "to_packed_floor": timing.ratio(times, "ours", "packed floor"),
+        "to_same_products": timing.ratio(times, "ours", "same products"),
         "to_padded_floor": timing.ratio(times, "ours", "padded floor"),
         "peft_to_ours": timing.ratio(times, "peft", "ours"),
     }

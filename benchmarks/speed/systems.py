@@ -11,6 +11,7 @@ authors  the same adapters, one task after the other, each with an optimiser ste
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from foretune.adapters.bank import AdapterBank
+from foretune.models import products
 from foretune.models.routing import route
 from foretune.run import Run
 from foretune.tasks.batch import Batch
@@ -147,6 +149,35 @@ def floor(
         optimizer.zero_grad()
 
     return step
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer by the products that foretune's adapted layers use."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return products.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x, weight), gy = ctx.saved_tensors, grads[0].contiguous()
+        gbias = gy.sum(0) if ctx.needs_input_grad[2] else None
+        return products.linear(gy, weight.T), products.weight_gradient(gy, x), gbias
+
+
+def in_our_products(model: nn.Module) -> nn.Module:
+    """The model with every linear layer that foretune would adapt by foretune's own products."""
+    for name, module in model.named_modules():
+        adapted = name.rpartition(".")[2] in LORA["target_modules"] and "pooler" not in name
+        if isinstance(module, nn.Linear) and adapted:
+            module.forward = functools.partial(_by_rows, module)
+    return model
+
+
+def _by_rows(module: nn.Linear, x: Tensor) -> Tensor:
+    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), module.weight, module.bias)
+    return y.view(*x.shape[:-1], -1)
 
 
 def learner(

@@ -166,6 +166,12 @@ def _dummy() -> bool:
     return isinstance(DUMMY_TARGET_MODULES, str)
 
 
+def _linear_pointwise() -> bool:
+    x, weight = torch.ones(3, 4), torch.ones(2, 4)
+    y = torch.ops.mkldnn._linear_pointwise(x, weight, torch.ones(2), "none", [], "")
+    return bool((y == 5).all())
+
+
 STILL: dict[str, Callable[[], bool]] = {
     "_attn_implementation": _implementation,
     "_is_stateful": _stateful,
@@ -195,6 +201,7 @@ STILL: dict[str, Callable[[], bool]] = {
     "torch._subclasses.fake_tensor.FakeTensorMode": lambda: _takes(
         "torch._subclasses.fake_tensor.FakeTensorMode", "allow_non_fake_inputs"
     ),
+    "_linear_pointwise": _linear_pointwise,
     "_base": lambda: (base := torch.ones(2, 3)).T._base is base,
     **{
         name: lambda name=name: bool(getattr(torch.ops.aten, name).default)

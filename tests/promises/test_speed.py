@@ -17,6 +17,7 @@ SPEED = Path(__file__).resolve().parents[2] / "benchmarks" / "speed"
 # script, options, rows that it writes
 SCRIPTS = [
     ("meta_step", [], 1),
+    ("bound", [], 1),
     ("ragged", [], 1),
     ("memory", [], 4),
     ("quantised", [], 4),

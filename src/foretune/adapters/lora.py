@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foretune.models.layout import RowSlots
+from foretune.models.products import linear, weight_gradient
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class _LoRALinear(torch.autograd.Function):
         layout: Layout,
     ) -> Tensor:
         h = shrink(x, select_present(a, layout, x.dtype), layout)
-        y = x.new_zeros(len(x), bt.shape[2]) if weight is None else F.linear(x, weight, bias)
+        y = x.new_zeros(len(x), bt.shape[2]) if weight is None else linear(x, weight, bias)
         add_expanded_(y, h, select_present(bt, layout, x.dtype), layout, scale)
         ctx.save_for_backward(x, weight, h)
         # Not saved as the others are: recomputation would return copies, whose .grad is lost.
@@ -192,14 +193,14 @@ class _LoRALinear(torch.autograd.Function):
         if need_x or need_a:
             gh = shrink(gy, select_present(bt, layout, x.dtype), layout).mul_(scale)
             if need_x:
-                gx = torch.zeros_like(x) if weight is None else gy @ weight
+                gx = torch.zeros_like(x) if weight is None else linear(gy, weight.T)
                 add_expanded_(gx, gh, select_present(a, layout, x.dtype), layout, 1.0)
             if need_a:
                 ga = stacked_grad(a, outer(gh, x, layout), layout)
         if need_b:
             gb = stacked_grad(bt, outer(h, gy, layout).mul_(scale), layout)
         if need_w:
-            gw = gy.T @ x
+            gw = weight_gradient(gy, x)
         if need_bias:
             gbias = gy.sum(0)
         return gx, gw, gbias, ga, gb, None, None

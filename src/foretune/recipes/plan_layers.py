@@ -243,7 +243,7 @@ def _step(
         number=number,
         length=length,
         state_bytes=GRADIENT_BYTES + MOMENT_BYTES[run.optimizer] + inner,
-        rate=matrix_rate(learner.model, number * length, device, run.precision),
+        rate=matrix_rate(learner, number * length, device, run.precision),
         update_seconds=update_seconds(device),
         recomputed=run.gradient_checkpointing,
     )

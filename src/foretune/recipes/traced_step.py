@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from foretune.errors import UserError
+from foretune.models.products import linear, weight_gradient
 from foretune.models.routing import route
 from foretune.models.surgery import block_list
 from foretune.run import Run
@@ -205,27 +206,41 @@ def _naming_block(blocks: dict[str, nn.Module], current: list[str]) -> Iterator[
             handle.remove()
 
 
-def matrix_rate(model: nn.Module, rows: int, device: str, precision: str) -> float:
+def matrix_rate(learner: Learner, rows: int, device: str, precision: str) -> float:
     """Operations per second of the three products of a linear layer: forward, and two backward.
 
     The layer is as wide as the widest in the model's blocks.
 
     Args:
-        model: The model.
+        learner: The model, and the bank: adapted layers may be multiplied by another library.
         rows: Tokens.
         device: Where the products run.
         precision: "fp32" or "bf16".
     """
-    shapes = [
-        p.shape for block in blocks_of(model).values() for p in block.parameters() if p.dim() == 2
-    ]
-    outputs, inputs = max(shapes, key=math.prod)
+    weights = {
+        f"{name}.{part}".removesuffix(".weight"): p.shape
+        for name, block in blocks_of(learner.model).items()
+        for part, p in block.named_parameters()
+        if p.dim() == 2
+    }
+    outputs, inputs = max(weights.values(), key=math.prod)
     rows = min(math.ceil(rows / SAME_ROWS) * SAME_ROWS, MOST_ROWS)
-    return _matrix_rate(rows, inputs, outputs, device, precision)
+    adapted = set() if learner.bank is None else {*learner.bank.layer_names}
+    sizes = [0, 0]  # of weights that are not adapted, and of those that are
+    for name, shape in weights.items():
+        sizes[name in adapted] += math.prod(shape)
+    seconds = sum(
+        size / sum(sizes) / _matrix_rate(rows, inputs, outputs, device, precision, bool(i))
+        for i, size in enumerate(sizes)
+        if size
+    )
+    return 1 / seconds
 
 
 @cache
-def _matrix_rate(rows: int, inputs: int, outputs: int, device: str, precision: str) -> float:
+def _matrix_rate(
+    rows: int, inputs: int, outputs: int, device: str, precision: str, adapted: bool
+) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     def ones(height: int, width: int) -> Tensor:
@@ -234,9 +249,14 @@ def _matrix_rate(rows: int, inputs: int, outputs: int, device: str, precision: s
     x, gradient, weight = ones(rows, inputs), ones(rows, outputs), ones(outputs, inputs)
 
     def products() -> None:
-        F.linear(x, weight)
-        gradient @ weight
-        gradient.T @ x
+        if adapted:
+            linear(x, weight)
+            linear(gradient, weight.T)
+            weight_gradient(gradient, x)
+        else:
+            F.linear(x, weight)
+            gradient @ weight
+            gradient.T @ x
 
     return 6.0 * rows * inputs * outputs / _seconds(products, device)
 
