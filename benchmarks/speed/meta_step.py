@@ -75,6 +75,9 @@ def measure(
     ours = systems.learner(systems.encoder(size), num_tasks, precision=precision)
     step = systems.joint_step(tasks, ours.model)
     variants = {"floor": systems.floor(systems.encoder(size), tasks, precision)}
+    if precision == "fp32":
+        same = systems.in_our_products(systems.encoder(size))
+        variants["same products"] = systems.floor(same, tasks)
     error = None
     loops = num_tasks * batch * length <= (options.max_loop_tokens or MOST_LOOPS[size])
     if loops:
@@ -91,6 +94,9 @@ def measure(
         "repeats": options.repeats,
         "seconds": timing.seconds(times),
         "to_floor": {k: timing.ratio(times, k, "floor") for k in times if k != "floor"},
+        "to_same_products": (
+            timing.ratio(times, "ours", "same products") if precision == "fp32" else None
+        ),
         "peft_to_ours": timing.ratio(times, "peft", "ours") if loops else None,
         "gradient_error": error,
     }
