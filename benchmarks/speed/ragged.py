@@ -32,7 +32,9 @@ def main() -> None:
     parser = timing.parser(__doc__)
     parser.add_argument("--data", help="JSONL (.gz) with context, response and task")
     parser.add_argument(
-        "--cells", default="minilm:texts:50x8,minilm:pairs:50x4,minilm:pairs:10x16,llama:pairs:50x4"
+        "--cells",
+        default="minilm:texts:50x8,minilm:texts:10x8,minilm:pairs:50x4,minilm:pairs:10x16,"
+        "llama:pairs:50x4",
     )
     options = parser.parse_args()
     timing.begin(options)
