@@ -9,6 +9,7 @@ from torch import nn
 
 import tiny_models
 from foretune.models import frozen_prefix as fp
+from foretune.models.reading import metered_reading
 from foretune.models.surgery import block_list, freeze_lower
 
 BUILDERS = {
@@ -77,6 +78,24 @@ def test_lower_blocks_do_not_run_again_for_known_rows():
         assert not calls
         model(**ragged(lengths=(3, 9, 20, 2)))
         assert len(calls) == 1
+
+
+def test_what_is_read_is_counted_and_timed():
+    model = tiny_models.bert()
+    freeze_lower(model, 1)
+    with fp.FrozenPrefix(model, 3), metered_reading() as reading:
+        for asked in (4, 8):
+            model(**ragged(seed=7))
+            assert reading.asked == asked
+        computed, seconds = reading.computed, reading.seconds
+        assert computed >= 4 and seconds > 0
+        with metered_reading() as inner:
+            model(**ragged(seed=7))
+        assert (inner.asked, inner.computed, inner.seconds) == (4, 0, 0.0)
+        assert (reading.computed, reading.seconds) == (computed, seconds)
+    assert reading.seconds_per_text() == seconds / computed
+    model(**ragged(seed=7))
+    assert reading.asked == 8
 
 
 def test_only_the_head_moves_means_no_block_runs():

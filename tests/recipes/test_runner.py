@@ -18,6 +18,7 @@ import foretune
 from command_line import call
 from foretune.cli.output import comparison_text
 from foretune.errors import DivergedError, ForetuneError, UserError
+from foretune.models.reading import Reading
 from foretune.recipes.adapting import candidates_of
 from foretune.recipes.plan import Plan, plan_recipe
 from foretune.recipes.runner import find_entry, retrain_one, run_recipe
@@ -358,29 +359,24 @@ def test_the_plan_of_auto_counts_its_trials(
     assert auto.adapt.seconds - standard.adapt.seconds == pytest.approx(steps * 2 * 6 / 2)
 
 
-def test_the_plan_counts_a_frozen_part_once_for_each_row(
+def test_the_plan_counts_what_frozen_layers_read_once_for_each_row(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At one second per step, and four where its rows are new to the frozen part."""
+    """At one second per step, and 0.1 for each text that is new to frozen layers."""
     changes = [*SMALL, "retrain.methods=[{standard: {learning_rate: 1e-3}}]"]
     monkeypatch.setattr(Stopwatch, "seconds_per_update", lambda self: 1.0)
     monkeypatch.setattr("foretune.recipes.plan.FORWARD_SHARE", 0.0)
     trained = plan_recipe(load_recipe("my.yaml", changes)).retrain[0].seconds
-    watches: list[Stopwatch] = []
-
-    def seconds(watch: Stopwatch) -> float:
-        if watch not in watches:
-            watches.append(watch)
-        return 4.0 if len(watches) % 2 else 1.0  # the first watch of a method sees new rows
-
-    monkeypatch.setattr(Stopwatch, "seconds_per_update", seconds)
-    monkeypatch.setattr("foretune.recipes.timing._keeps_states", lambda setup: True)
+    run = load_recipe("my.yaml", changes).retrain_run()
+    monkeypatch.setattr(Reading, "seconds_per_text", lambda self: 0.1)
+    plan = plan_recipe(load_recipe("my.yaml", changes))
+    assert plan.retrain[0].seconds == trained
+    # Two texts for each row of an update.
+    texts = 2 * min(run.tasks_per_step or len(plan.seen), len(plan.seen)) * run.batch_size
+    monkeypatch.setattr(Stopwatch, "texts_per_update", lambda self: texts)
     plan = plan_recipe(load_recipe("my.yaml", changes))
     rows = sum(splits["train"] + splits["validation"] for splits in plan.seen.values())
-    run = load_recipe("my.yaml", changes).retrain_run()
-    together = min(run.tasks_per_step or len(plan.seen), len(plan.seen))
-    once = plan.retrain[0].seconds - trained
-    assert once == pytest.approx(3.0 / (together * run.batch_size) * rows)
+    assert plan.retrain[0].seconds - trained == pytest.approx(2 * 0.1 * rows)
 
 
 @pytest.mark.parametrize("item", ["5", "{standard: 5}", "{standard: {learning_rates: 0.1}}"])

@@ -49,6 +49,7 @@ from foretune.training.shots import draw_shots
 
 NUM_STOPS = 5  # stopping steps of a path, each twice the one before; the last is `run.steps`
 MIN_PART = 16  # held-out tasks on which candidates are dropped
+LATER_SHARE = 0.5  # of a path's steps are left after the first part, on average (benchmarks/LOG.md)
 DRAWS = 3  # of each task's examples, for the last quarter of the candidates
 
 ByTask = dict[str, list[float]]  # one score per draw
@@ -100,15 +101,27 @@ def halving(num_candidates: int, num_tasks: int) -> list[tuple[int, int]]:
     return [(n, end - start) for n, start, end in zip(counts, starts, ends, strict=True)]
 
 
-def num_adaptations(num_candidates: int, num_tasks: int) -> int:
-    """How many adaptations a search makes, at most, at one finite number of shots.
+def num_adaptations(num_candidates: int, num_tasks: int, shots: int | None = 1) -> int:
+    """How many adaptations a search makes, at most, at one number of shots; None: of all rows.
 
-    >>> num_adaptations(12, 64), num_adaptations(1, 2)
-    (768, 6)
+    >>> num_adaptations(12, 64), num_adaptations(12, 64, None), num_adaptations(1, 2)
+    (768, 384, 6)
     """
-    draws = held_out.num_draws(num_tasks)
+    draws = 1 if shots is None else held_out.num_draws(num_tasks)
     tried = sum(count * size for count, size in halving(num_candidates, num_tasks))
-    return draws * tried + max(0, DRAWS - draws) * _quarter(num_candidates) * num_tasks
+    again = 0 if shots is None else max(0, DRAWS - draws)
+    return draws * tried + again * _quarter(num_candidates) * num_tasks
+
+
+def expected_adaptations(num_candidates: int, num_tasks: int, shots: int | None = 1) -> float:
+    """The full paths that a search's adaptations amount to, most of which end before `run.steps`.
+
+    >>> expected_adaptations(12, 64), expected_adaptations(12, 64, None)
+    (480.0, 288.0)
+    """
+    first = num_candidates * halving(num_candidates, num_tasks)[0][1]
+    first *= 1 if shots is None else held_out.num_draws(num_tasks)
+    return first + LATER_SHARE * (num_adaptations(num_candidates, num_tasks, shots) - first)
 
 
 def _quarter(num_candidates: int) -> int:

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from foretune.models.calls import agree, dummy_rows, eval_no_grad, replaced_forward
 from foretune.models.prefix_cache import PrefixCache, prefix_cache
 from foretune.models.prefix_reads import recorded_reads
+from foretune.models.reading import note_asked, note_computed
 from foretune.models.routing import route, routed
 from foretune.models.surgery import block_list, first_moving_block, skips_blocks
 
@@ -196,6 +197,7 @@ class FrozenPrefix:
         self._states = None
         inputs = _token_inputs(args, kwargs)
         if inputs is not None and not getattr(_config(self.model), "output_hidden_states", False):
+            note_asked(len(inputs["input_ids"]))
             self._states = self._look_up(inputs)
 
     def _after(self, *_: Any) -> None:
@@ -257,8 +259,9 @@ class FrozenPrefix:
         cut["input_ids"] = np.where(cut["attention_mask"] > 0, cut["input_ids"], fill or 0)
         lengths = inputs["attention_mask"].sum(1)[rows]
         served, self._states, self._stop = self._states, None, True
+        device = next(self.model.parameters()).device
         try:
-            with route(None):
+            with route(None), note_computed(together, device):
                 output = self._bottom(self._tensors(cut))
                 states = output[0] if isinstance(output, tuple) else output
                 if isinstance(

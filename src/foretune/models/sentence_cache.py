@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from foretune.models.digests import digest, text_tower
+from foretune.models.reading import note_asked, note_computed
 from foretune.models.tower import TextTower
 
 ROWS = 16  # texts are embedded in batches of this many …
@@ -59,6 +60,7 @@ class SentenceCache:
 
     def embeddings(self, numbers: np.ndarray) -> Tensor:
         """(n, d) embeddings of the texts with these numbers (n,); new texts are embedded now."""
+        note_asked(len(numbers))
         new = [n for n in np.unique(numbers).tolist() if n in self._new] if self._new else []
         if new:
             self._embed_new(new)
@@ -100,7 +102,11 @@ class SentenceCache:
             ids[i, : len(row)] = row
             mask[i] = np.arange(length) < len(row)
         device = next(self.tower.encoder.parameters()).device
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+            note_computed(ROWS, device),
+        ):
             vectors = self.tower.embed(
                 torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
             )

@@ -17,7 +17,7 @@ from foretune.recipes.entries import MethodEntry, adapt_record, takes_rate
 from foretune.recipes.plan_notes import plan_notes
 from foretune.recipes.schema import Recipe
 from foretune.recipes.setup import Setup, set_up
-from foretune.recipes.timing import Stopwatch, evenly, time_steps
+from foretune.recipes.timing import Stopwatch, evenly, rows_read, time_steps
 from foretune.run import Run
 from foretune.tasks.leakage import Leak, SharedInputs, find_overlaps
 from foretune.tasks.summary import describe
@@ -181,17 +181,17 @@ def _drawn(setup: Setup, unseen: TaskCollection) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """A step of full size, timed or planned: time, its first time on new rows, and memory."""
+    """A step of full size, timed or planned: time and memory, and what reading a row takes."""
 
     seconds: float
-    new_rows_seconds: float
+    row_seconds: float
     parameters: dict[str, int]
     peak_memory_mb: float | None
     layers: LayerPlan | None = None
 
 
 def _retrain_cost(setup: Setup, entry: MethodEntry, is_first: bool, processes: int) -> Cost:
-    """The cost of retraining, of which the first bears that of a frozen part reading each row."""
+    """The cost of retraining, of which the first bears that of frozen layers reading each row."""
     full_run = setup.recipe.retrain_run()
     if not takes_rate(entry.method):  # it trains nothing
         return Cost(name=entry.name, parameters={}, step_seconds=None, seconds=0.0)
@@ -203,8 +203,11 @@ def _retrain_cost(setup: Setup, entry: MethodEntry, is_first: bool, processes: i
         timed = _timed_retraining(setup, record, full_run, together)
     step = timed.seconds
     per_row = step / (together * full_run.batch_size)
-    rows = sum(len(task.split(split)) for task in setup.seen for split in ("train", "validation"))
-    once = timed.new_rows_seconds / (together * full_run.batch_size) * rows
+    once = 0.0
+    if is_first and timed.row_seconds:
+        once = timed.row_seconds * len(
+            rows_read(setup.recipe.objective.kind, setup.seen, ("train", "validation"))
+        )
     seconds = 0.0
     for steps in _retrainings(setup.recipe, entry):
         validations = _validations(full_run.eval_every, steps)
@@ -213,7 +216,7 @@ def _retrain_cost(setup: Setup, entry: MethodEntry, is_first: bool, processes: i
         name=entry.name,
         parameters=timed.parameters,
         step_seconds=step,
-        seconds=once * is_first + setup.recipe.seeds * seconds,
+        seconds=once + setup.recipe.seeds * seconds,
         peak_memory_mb=timed.peak_memory_mb,
         layers=timed.layers,
     )
@@ -229,11 +232,11 @@ def _timed_retraining(setup: Setup, record: Any, full_run: Run, together: int) -
             setup.model, tasks, record, run, tokenizer=setup.tokenizer, progress=watch
         )
 
-    timing = time_steps(train, setup, setup.seen, together, full_run.batch_size)
+    timing = time_steps(train, setup.seen, together, full_run.batch_size)
     per_step = timing.watch.updates / (episode * timing.watch.planned)
     return _Step(
         seconds=timing.seconds * per_step,
-        new_rows_seconds=timing.new_rows_seconds * per_step,
+        row_seconds=timing.row_seconds * per_step,
         parameters=_parameters(timing.outcome.model, timing.outcome.bank),
         peak_memory_mb=timing.outcome.cost.get("peak_memory_mb"),
     )
@@ -261,7 +264,7 @@ def _planned_step(
     plan = plan_layers(learner, tasks, record, run, processes)
     return _Step(
         seconds=plan.seconds * factor,
-        new_rows_seconds=0.0,
+        row_seconds=0.0,
         parameters=parameters,
         peak_memory_mb=plan.memory_mb,
         layers=plan,
@@ -340,15 +343,17 @@ def _adapt_cost(setup: Setup, unseen: TaskCollection, processes: int) -> Cost:
         timed = _planned_adaptation(setup, unseen, record, full_run, processes)
     else:
         timed = _timed_adaptation(setup, unseen, record, full_run)
-    step, once = timed.seconds, timed.new_rows_seconds / full_run.batch_size
-    once *= sum(len(t.train) + len(t.test) for t in unseen)
-    once /= len(unseen)  # a step has a batch of each task
+    step, once = timed.seconds, 0.0
+    if timed.row_seconds:
+        kind = recipe.objective.kind
+        read = rows_read(kind, setup.seen, ("train", "validation"))
+        once = timed.row_seconds * len(rows_read(kind, unseen, ("train", "test")) - read)
     bases = len(recipe.entries) * recipe.seeds
     comparisons = bases * len(block.shots) * block.draws
     adaptations: float = comparisons * len(unseen)
     rows: float = (comparisons + bases) * sum(len(task.test) for task in unseen)
     for number, held_out in _searches(setup):
-        searched = number * len(block.shots) * _tried(recipe, len(held_out))
+        searched = number * sum(_tried(recipe, len(held_out), k) for k in block.row_counts)
         adaptations += searched
         rows += searched * NUM_STOPS * sum(map(len, held_out)) / len(held_out)
     fits = sum(not entry.record().keeps_adapters for entry in recipe.entries) * recipe.seeds
@@ -373,14 +378,14 @@ def _timed_adaptation(setup: Setup, unseen: TaskCollection, record: Any, full_ru
         run = full_run.replace(steps=updates, eval_every=0)
         return foretune.adapt(setup.model, part, record, run, progress=watch)
 
-    timing = time_steps(train, setup, unseen, len(unseen), full_run.batch_size)
+    timing = time_steps(train, unseen, len(unseen), full_run.batch_size)
     parameters = int(timing.outcome.cost.get("trainable_parameters") or 0)
     peak = timing.outcome.cost.get("peak_memory_mb")
     if peak is not None:  # the adapters that were left out, with gradients and optimiser state
         peak += (len(unseen) - timing.num_tasks) * parameters * STATE_BYTES / 2**20
     return _Step(
         seconds=timing.seconds,
-        new_rows_seconds=timing.new_rows_seconds,
+        row_seconds=timing.row_seconds,
         parameters={"adapter": parameters},
         peak_memory_mb=peak,
     )
@@ -414,14 +419,14 @@ def _searches(setup: Setup) -> Iterator[tuple[float, list[Sequence[Any]]]]:
         yield recipe.seeds * sum(_remaining_shares(auto)) * len(auto.candidates), tasks
 
 
-def _tried(recipe: Recipe, num_tasks: int) -> int:
-    """How often one search adapts to a task at one number of shots."""
-    from foretune.evaluation.adapt_search import num_adaptations
+def _tried(recipe: Recipe, num_tasks: int, shots: int | None) -> float:
+    """How often one search adapts to a task at one number of shots, in full steps."""
+    from foretune.evaluation.adapt_search import expected_adaptations
     from foretune.evaluation.held_out import num_draws
 
     if not recipe.adapt.searches:
-        return num_draws(num_tasks) * num_tasks
-    return num_adaptations(len(candidates_of(recipe)), num_tasks)
+        return (1 if shots is None else num_draws(num_tasks)) * num_tasks
+    return expected_adaptations(len(candidates_of(recipe)), num_tasks, shots)
 
 
 def _validations(eval_every: int | None, steps: int) -> int:

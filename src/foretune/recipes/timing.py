@@ -6,11 +6,14 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from foretune.recipes.setup import Setup
+from foretune.models.reading import Reading, metered_reading
+from foretune.tasks.drawn_rows import undrawn
+from foretune.tasks.leakage import content
+from foretune.tasks.rows import CLASSES
 from foretune.tasks.task import Task, TaskCollection
 
 TIMED_STEPS = 2
@@ -31,65 +34,60 @@ class Timing:
         outcome: The result of the steps.
         watch: The watch that timed them.
         num_tasks: Tasks in each of them.
-        seconds: Time of an update of full size, on rows that a frozen part has read before.
-        new_rows_seconds: What it takes longer on rows that are new to a frozen part.
+        seconds: Time of an update of full size, on rows that frozen layers have read before.
+        row_seconds: Time that frozen layers take to read a row for the first time; 0 without them.
     """
 
     outcome: Any
     watch: Stopwatch
     num_tasks: int
     seconds: float
-    new_rows_seconds: float
+    row_seconds: float
 
 
-def time_steps(
-    train: Train, setup: Setup, tasks: TaskCollection, tasks_per_step: int, batch_size: int
-) -> Timing:
+def time_steps(train: Train, tasks: TaskCollection, tasks_per_step: int, batch_size: int) -> Timing:
     """Times a few updates.
 
     Updates on few tasks say how long one of full size takes: in proportion to its tasks, once they
-    take long enough for what does not grow with them to be a small part.
+    take long enough for what does not grow with them to be a small part. What frozen layers take to
+    read a row is not part of an update, as they read it once in a run.
 
     Args:
         train: Makes updates on some tasks of a collection (its number of tasks per update, then of
             updates) and calls the watch after each; the same rows each time.
-        setup: The model.
         tasks: The tasks.
         tasks_per_step: Tasks in an update of full size.
         batch_size: Rows per task in an update.
     """
-    keeps_states = _keeps_states(setup)
-    trimmed = _trimmed(
-        tasks, batch_size * (1 + (TIMED_STEPS if keeps_states else MOST_TIMED_STEPS))
-    )
+    trimmed = _trimmed(tasks, batch_size * (1 + MOST_TIMED_STEPS))
     num_tasks = 1
+    with metered_reading() as reading:
 
-    def timed(steps: int) -> tuple[Any, Stopwatch]:
-        watch = Stopwatch(1 + steps)
-        return train(trimmed, num_tasks, watch.planned, watch), watch
+        def timed(steps: int) -> tuple[Any, Stopwatch]:
+            watch = Stopwatch(1 + steps, reading)
+            return train(trimmed, num_tasks, watch.planned, watch), watch
 
-    outcome, watch, frozen = None, Stopwatch(0), 0.0
-    while outcome is None or (num_tasks < tasks_per_step and watch.seconds_per_update() < QUICK_S):
-        num_tasks = min(num_tasks * GROWTH, tasks_per_step)
-        if keeps_states:
-            # What lower blocks make of a row is kept, so that an update on rows that were read
-            # before is what a run consists of.
-            frozen = timed(TIMED_STEPS)[1].seconds_per_update()
-        outcome, watch = timed(TIMED_STEPS)
-        frozen -= watch.seconds_per_update()
-    factor = tasks_per_step / num_tasks
-    seconds = watch.seconds_per_update()
-    if seconds < QUICK_S:
-        again = max(TIMED_STEPS, min(MOST_TIMED_STEPS, round(1 / max(seconds, 1e-3))))
-        if keeps_states:
-            timed(again)
-        outcome, watch = timed(again)
+        outcome, watch = None, Stopwatch(0)
+        while outcome is None or (
+            num_tasks < tasks_per_step and watch.seconds_per_update() < QUICK_S
+        ):
+            num_tasks = min(num_tasks * GROWTH, tasks_per_step)
+            outcome, watch = timed(TIMED_STEPS)
+        factor = tasks_per_step / num_tasks
+        seconds = watch.seconds_per_update()
+        if seconds < QUICK_S:
+            read = reading.seconds / (1 + TIMED_STEPS)
+            again = min(MOST_TIMED_STEPS, round(1 / max(seconds + read, 1e-3)))
+            if again > TIMED_STEPS:
+                outcome, watch = timed(again)
     return Timing(
         outcome=outcome,
         watch=watch,
         num_tasks=num_tasks,
         seconds=watch.seconds_per_update() * factor,
-        new_rows_seconds=max(0.0, frozen) * factor,
+        row_seconds=reading.seconds_per_text()
+        * watch.texts_per_update()
+        / (num_tasks * batch_size),
     )
 
 
@@ -98,22 +96,34 @@ class Stopwatch:
 
     Args:
         planned: Updates that are asked for; a method may make another number of them.
+        reading: What frozen layers read meanwhile, whose time does not count.
     """
 
-    def __init__(self, planned: int) -> None:
+    def __init__(self, planned: int, reading: Reading | None = None) -> None:
         self.planned = planned
+        self.reading = reading or Reading()
         self.ticks: list[float] = []
+        self.texts: list[int] = []
         self.updates = 0
 
     def __call__(self, update: int, updates: int, figures: dict[str, Any]) -> None:
         """Records the end of an update and the total number of updates."""
-        self.ticks.append(time.perf_counter())
+        self.ticks.append(time.perf_counter() - self.reading.seconds)
+        self.texts.append(self.reading.asked)
         self.updates = updates
 
     def seconds_per_update(self) -> float:
         """Median time of an update in seconds."""
-        intervals = [end - start for start, end in itertools.pairwise(self.ticks)]
-        return statistics.median(intervals) if intervals else 0.0
+        return _median_step(self.ticks)
+
+    def texts_per_update(self) -> float:
+        """Median number of texts that frozen layers are asked for in an update."""
+        return _median_step(self.texts)
+
+
+def _median_step(values: Sequence[float]) -> float:
+    steps = [end - start for start, end in itertools.pairwise(values)]
+    return statistics.median(steps) if steps else 0.0
 
 
 def evenly(tasks: TaskCollection, number: int) -> tuple[Task, ...]:
@@ -122,10 +132,15 @@ def evenly(tasks: TaskCollection, number: int) -> tuple[Task, ...]:
     return tuple(listed[i * len(listed) // number] for i in range(number))
 
 
-def _keeps_states(setup: Setup) -> bool:
-    """Whether lower blocks, or an encoder, are frozen, so that a row goes through them once."""
-    model = setup.recipe.model
-    return model.trainable_layers is not None or (model.tower is not None and bool(model.name))
+def rows_read(kind: str, tasks: TaskCollection, splits: Sequence[str]) -> set[int]:
+    """Digests of what frozen layers read of the rows: once where only labels differ."""
+    has_labels = kind in CLASSES
+    return {
+        content(row)[0 if has_labels else 1]
+        for task in tasks
+        for split in splits
+        for row in undrawn(task.split(split))
+    }
 
 
 def _trimmed(tasks: TaskCollection, rows: int) -> TaskCollection:
