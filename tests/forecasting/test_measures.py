@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from forecasting.tiny_scenes import STEPS
+from foretune.forecasting.displacement import min_fde
 from foretune.forecasting.junctions import junctions
 from foretune.forecasting.measures import (
     brier_min_fde,
@@ -15,7 +16,6 @@ from foretune.forecasting.measures import (
     forecast_rows,
     measures,
     min_ade,
-    min_fde,
     missed,
 )
 from foretune.forecasting.objective import Forecast

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,6 +56,7 @@ def pretrain(
     if json:
         emit_json(result)
         return
+    _emit_notes(result)
     num_tasks, loss = result["tasks"], result["validation_loss"]
     validation = "" if loss is None else f", validation loss {loss:.3f}"
     emit(
@@ -101,11 +102,22 @@ def adapt(
     shots: Annotated[
         int | None, typer.Option(min=1, help="Training scenes per task (default: all).")
     ] = None,
+    best_of: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Judge a forecaster by the best of its K likeliest futures (default: of all); "
+            "1 where a single forecast is used.",
+        ),
+    ] = None,
     seed: Seed = 0,
     overwrite: Replace = False,
     json: Json = False,
 ) -> None:
-    """Adapt a pretrained model to each task of the scenes."""
+    """Adapt a pretrained model to each task, if it beats constant velocity on held-out scenes.
+
+    Without steps=N, a task trains until its held-out scenes get no better.
+    """
     from foretune.forecasting.folders import adapt_settings
 
     record, run = adapt_settings(method, changes or [], seed)
@@ -120,16 +132,29 @@ def adapt(
             scenes,
             out,
             shots=shots,
+            best_of=best_of,
             overwrite=overwrite,
             console=StderrConsole(),
         )
     if json:
         emit_json(result)
         return
-    rows = [[task, f"{score:.2f}"] for task, score in result["minFDE"].items()]
-    if rows:
-        emit(table(["task", "minFDE (m)"], rows))
+    rows = [
+        [task, *(_metres(held[k]) for k in ("minFDE", "constant_velocity")), held["chosen"]]
+        for task, held in result["held_out"].items()
+    ]
+    emit(table(["task, held-out scenes", "minFDE (m)", "constant velocity", "chosen"], rows))
+    _emit_notes(result)
     emit(f"{result['out']}: {result['cost']['trainable_parameters']:,} trained parameters per task")
+
+
+def _emit_notes(result: dict[str, Any]) -> None:
+    for note in result["notes"]:
+        emit(note)
+
+
+def _metres(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 @app.command("eval")
@@ -162,7 +187,7 @@ def evaluate(
 
     check_one_of("--split", split, ("train", "validation", "test"))
     with quiet_stdout():
-        from foretune.forecasting.folders import evaluate_folder
+        from foretune.forecasting.evaluating import evaluate_folder
 
         result = evaluate_folder(
             model,
@@ -179,5 +204,6 @@ def evaluate(
     rows = result["rows"]
     cells = [[f"{v:.2f}" if isinstance(v, float) else v for v in row.values()] for row in rows]
     emit(table(list(rows[0]), cells))
+    _emit_notes(result)
     if result["page"] is not None:
         emit(f"Pictures: {result['page']}")

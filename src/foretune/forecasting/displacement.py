@@ -24,3 +24,18 @@ def displacements(trajectories: Tensor, truth: Tensor, valid: Tensor) -> tuple[T
     last = torch.where(valid, step, -1).amax(-1)
     final = distance.gather(-1, last[:, None, None].expand(*distance.shape[:2], 1)).squeeze(-1)
     return average, final
+
+
+def min_fde(
+    traj: Tensor, scores: Tensor, truth: Tensor, valid: Tensor, k: int | None = None
+) -> Tensor:
+    """(n,) smallest final displacement in m among the k likeliest modes (None: all)."""
+    return displacements(likeliest(traj, scores, k), truth, valid)[1].amin(1)
+
+
+def likeliest(traj: Tensor, scores: Tensor, k: int | None) -> Tensor:
+    """(n, k, F, 2) the k modes of traj (n, K, F, 2) with the highest scores; None for all."""
+    if k is None or k >= traj.shape[1]:
+        return traj
+    chosen = scores.topk(k, dim=1).indices
+    return traj.gather(1, chosen[..., None, None].expand(-1, -1, *traj.shape[2:]))

@@ -1,21 +1,17 @@
-"""The work of `foretune forecast`: pretrain, adapt and evaluate forecasters stored as folders."""
+"""The work of `foretune forecast`: pretrain and adapt forecasters stored as folders."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import TypedDict
-
-from foretune.claims import claim_file, output_folder
+from foretune.claims import output_folder
 from foretune.errors import UserError, did_you_mean
-from foretune.files import write_whole
 from foretune.forecasting.config import ForecastMAEConfig
-from foretune.formats import damage_named, read_json
 from foretune.methods import make, method_class
 from foretune.models.seeding import seed_generators
 from foretune.recipes.console import SILENT, Console
@@ -29,17 +25,13 @@ FORWARD_SHARE = 1 / 3  # of the time of a forward and backward pass, approximate
 # Scenes are padded to the one with the most agents; a step of many tasks at once takes gigabytes.
 TOKENS_AT_ONCE = 2048
 ADAPT_METHODS = ("forecast-peft", "full")
+# Without `steps`, training ends when the held-out scenes have not got better five times in a row.
+UNTIL_CONVERGED = {"schedule": "constant", "patience": 5}
+PRETRAIN_UNTIL = {"steps": 10_000, "eval_every": 200, "warmup": 0.01, **UNTIL_CONVERGED}
+ADAPT_UNTIL = {"steps": 2_000, "eval_every": 50, "warmup": 0.02, **UNTIL_CONVERGED}
 RUN_FIELDS = tuple(
     f.name for f in dataclasses.fields(Run) if f.name not in ("seed", "out", "resume", "overwrite")
 )
-
-
-class Adaptation(TypedDict):
-    """The fields of `SUMMARY` that are read back."""
-
-    base: str
-    method: dict[str, Any]
-    folders: dict[str, str]  # by task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +46,8 @@ class PretrainSettings:
 def pretrain_settings(changes: Sequence[str], seed: int) -> PretrainSettings:
     """Check the settings of `foretune forecast pretrain`, without importing torch.
 
-    Where they do not say how many scenes each validation scores, these take at most a tenth of the
+    Without a number of steps, pretraining ends when the held-out scenes get no better. Where the
+    settings do not say how many scenes each validation scores, these take at most a tenth of the
     time, and are 32 of each task at most.
 
     Args:
@@ -72,6 +65,7 @@ def pretrain_settings(changes: Sequence[str], seed: int) -> PretrainSettings:
         "schedule": "cosine",
         "batch_size": 32,
         "token_budget": TOKENS_AT_ONCE,
+        **({} if "steps" in run else PRETRAIN_UNTIL),
     }
     checked = Run(**(defaults | run), seed=seed)
     if "eval_rows" not in run and checked.eval_every != 0:
@@ -83,6 +77,8 @@ def pretrain_settings(changes: Sequence[str], seed: int) -> PretrainSettings:
 
 def adapt_settings(name: str, changes: Sequence[str], seed: int) -> tuple[Any, Run]:
     """Check the settings of `foretune forecast adapt`, without importing torch.
+
+    Without a number of steps, a task ends when its held-out scenes get no better.
 
     Args:
         name: Name of the method.
@@ -104,8 +100,10 @@ def adapt_settings(name: str, changes: Sequence[str], seed: int) -> tuple[Any, R
     fields, run = method_and_run(changes, name, field_names, RUN_FIELDS)
     if name == "full":
         fields = {"learning_rate": 1e-3, **fields}
-    run = {"schedule": "cosine", "batch_size": 16, "weight_decay": 1e-4, **run}
-    return make(name, **fields), Run(**run, seed=seed)
+    defaults: dict[str, Any] = {"schedule": "cosine", "batch_size": 16, "weight_decay": 1e-4}
+    if "steps" not in run:
+        defaults |= {"eval_rows": 128, **ADAPT_UNTIL}
+    return make(name, **fields), Run(**(defaults | run), seed=seed)
 
 
 def pretrain_folder(
@@ -126,21 +124,25 @@ def pretrain_folder(
         console: Receives progress.
 
     Returns:
-        The folder, counts of tasks, scenes and parameters, the validation loss and the cost.
+        The folder, counts of tasks, scenes and parameters, the steps taken, the validation loss and
+        the cost.
 
     Raises:
         UserError: The scenes cannot be read or do not fit the sizes, or the folder is in use.
     """
-    _check_exist(scenes)
+    check_exist(scenes)
 
     import foretune
+    from foretune.forecasting.choosing import with_held_out
     from foretune.forecasting.model import ForecastMAE, save_forecast_mae
 
     kind = "forecast-pretrain"
     with output_folder(out, kind, overwrite=overwrite, at_once=True, reads=[scenes]) as folder:
         sizes = settings.sizes
-        objective = foretune.SceneReconstruction(**_steps(sizes))
-        tasks = _load(scenes, sizes).with_objective(objective)
+        objective = foretune.SceneReconstruction(**steps_of(sizes))
+        tasks = load_for(scenes, sizes).with_objective(objective)
+        if not any(task.validation for task in tasks):
+            tasks = with_held_out(tasks)
         seed_generators(settings.run.seed)
         model = ForecastMAE(sizes)
         with console.bar(f"pretraining on {sum(len(t.train) for t in tasks)} scenes") as progress:
@@ -153,10 +155,13 @@ def pretrain_folder(
             )
         pretrained: Any = outcome.model
         save_forecast_mae(pretrained, folder)
+    steps = outcome.history[-1]["step"] if outcome.history else settings.run.steps
     return {
         "out": str(out),
         "tasks": len(tasks),
         "scenes": sum(len(task.train) for task in tasks),
+        "steps": steps,
+        "notes": _notes_on_steps({"the model": steps}, settings.run),
         "validation_loss": None if outcome.validation_score is None else -outcome.validation_score,
         "parameters": sum(p.numel() for p in outcome.model.parameters()),
         "cost": outcome.cost,
@@ -198,10 +203,13 @@ def adapt_folder(
     out: Path,
     *,
     shots: int | None = None,
+    best_of: int | None = None,
     overwrite: bool = False,
     console: Console = SILENT,
 ) -> dict[str, Any]:
-    """Adapt a pretrained model to each task and save the results as one folder per task.
+    """Adapt a pretrained model to each task, choose, and save the results as one folder per task.
+
+    For each task its forecaster or constant velocity is chosen, by scenes that are held out.
 
     Args:
         base: Folder of the pretrained model.
@@ -210,19 +218,22 @@ def adapt_folder(
         scenes: A file or a folder of scenes.
         out: Folder of the task folders.
         shots: Training scenes per task; None for all.
+        best_of: A forecaster is judged by the best of so many of its likeliest modes; None for all.
         overwrite: Replace adapted forecasters already in the folder.
         console: Receives progress.
 
     Returns:
-        The folder, the minFDE of each task in m and the cost.
+        The folder, the minFDE of each task's test scenes in m, what was measured on its held-out
+        scenes, the steps it took, the largest number of steps and the cost.
 
     Raises:
         UserError: The base or the scenes cannot be read or do not fit, or the folder is in use.
     """
-    _check_exist(base, scenes)
+    check_exist(base, scenes)
     import torch
 
     import foretune
+    from foretune.forecasting.choosing import FORECASTER, choose, with_held_out
     from foretune.forecasting.forecasters import add_head, load_forecast_mae
     from foretune.forecasting.model import save_forecast_mae
     from foretune.training.outcome import folder_names
@@ -232,7 +243,8 @@ def adapt_folder(
         out, "forecast-adapt", overwrite=overwrite, at_once=True, reads=reads
     ) as part:
         model = load_forecast_mae(base)
-        tasks = _load(scenes, model.sizes).with_objective(foretune.Forecast(**_steps(model.sizes)))
+        objective = foretune.Forecast(**steps_of(model.sizes), best_of=best_of)
+        tasks = with_held_out(load_for(scenes, model.sizes).with_objective(objective))
         if method.name == "full":
             with torch.random.fork_rng():
                 seed_generators(run.seed)
@@ -241,11 +253,19 @@ def adapt_folder(
             adapted = foretune.adapt(model, tasks, method, run, shots=shots, progress=progress)
         names = folder_names((task.name, 0) for task in tasks)
         folders = {task.name: names[task.name, 0] for task in tasks}
+        held_out = {
+            task.name: dataclasses.asdict(
+                choose(adapted.models[task.name, 0], task.validation, objective)
+            )
+            for task in tasks
+        }
         summary = {
             "format": FORMAT,
             "base": str(base.resolve()),
             "method": method.to_dict(),
             "folders": folders,
+            "best_of": best_of,
+            "held_out": held_out,
             "cost": adapted.cost,
         }
         for name, folder in folders.items():
@@ -257,125 +277,43 @@ def adapt_folder(
                 adapted.learners[name, 0].write(part / folder, None)
         (part / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     scores = {task: -score for (task, _), score in adapted.scores.items()}
-    return {"out": str(out), "minFDE": scores, "cost": adapted.cost}
-
-
-def evaluate_folder(
-    folder: Path,
-    scenes: Path,
-    *,
-    split: str = "test",
-    base: Path | None = None,
-    page: Path | None = None,
-    pictures: int = 4,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Evaluate adapted forecasters, each on its own task, against constant velocity.
-
-    Args:
-        folder: Folder of `adapt_folder`, or of a model with a forecaster, which is evaluated on
-            all tasks.
-        scenes: A file or a folder of scenes.
-        split: "train", "validation" or "test".
-        base: Folder of the pretrained model; None takes the one recorded in `folder`.
-        page: HTML file for the table and pictures; None for none.
-        pictures: Number of scenes per task to draw.
-        overwrite: Replace the page.
-
-    Returns:
-        "rows", the metrics of each model and task, and "page", its path or None.
-
-    Raises:
-        UserError: The page exists, a model or the scenes cannot be read, or no task has both a
-            model and scenes.
-    """
-    _check_exist(folder, scenes)
-    import foretune
-    from foretune.forecasting.measures import forecast_rows, measures
-    from foretune.forecasting.report import forecast_page, scene_figure
-    from foretune.forecasting.scenes import in_focal_frame
-
-    if page is not None:
-        claim_file(page, overwrite=overwrite, reads=[folder, scenes])
-    models = _AdaptedModels(folder, base)
-    objective = foretune.Forecast(**_steps(models.sizes))
-    tasks = _load(scenes, models.sizes)
-    objective = objective.fit(tasks)
-    rows, figures = [], []
-    for task in tasks:
-        examples = task.split(split)
-        model = models.model_of(task.name)
-        if model is None or not examples:
-            continue
-        forecasts = forecast_rows(model, examples, objective)
-        cell = {"task": task.name, "scenes": len(examples)}
-        metrics = measures(forecasts)
-        rows.append({"model": folder.name, **cell, **metrics})
-        baseline = measures(forecast_rows(None, examples, objective))
-        # Constant velocity has a single mode: its best of K is its only one.
-        baseline_keys = {
-            key: key if key in baseline else key.rstrip("0123456789") + "1" for key in metrics
-        }
-        rows.append(
-            {"model": "constant velocity", **cell}
-            | {key: baseline[baseline_key] for key, baseline_key in baseline_keys.items()}
+    steps = {name: adapted.stopped.get((name, 0), run.steps) for name in folders}
+    straight = [name for name, choice in held_out.items() if choice["chosen"] != FORECASTER]
+    notes = _notes_on_steps(steps, run)
+    if straight:
+        notes.append(
+            f"Constant velocity is taken for {', '.join(straight)}: on held-out scenes the "
+            "forecaster is not clearly ahead."
         )
-        for i in range(min(pictures, len(examples))):
-            scene = in_focal_frame(examples[i], models.sizes.history_steps, models.sizes.radius)
-            trajectories, probabilities = forecasts[0][i], forecasts[1][i].softmax(0)
-            svg = scene_figure(scene, trajectories.numpy(), probabilities.numpy())
-            figures.append((f"{task.name}, {split} scene {i + 1}", svg))
-    if not rows:
-        raise UserError(
-            f"{scenes} has no {split} scenes of the tasks that {folder} was adapted to "
-            f"({', '.join(models.names)})"
+    return {
+        "out": str(out),
+        "minFDE": scores,
+        "held_out": held_out,
+        "steps": steps,
+        "notes": notes,
+        "cost": adapted.cost,
+    }
+
+
+def _notes_on_steps(steps: Mapping[str, int], run: Run) -> list[str]:
+    """Whether training ended by held-out scenes, or went on to its largest number of steps."""
+    if not run.patience:
+        return []
+    stopped = sorted(taken for taken in steps.values() if taken < run.steps)
+    notes = []
+    if stopped:
+        taken = " to ".join(f"{number:,}" for number in dict.fromkeys((stopped[0], stopped[-1])))
+        notes.append(f"Training ended after {taken} steps: held-out scenes got no better.")
+    if len(stopped) < len(steps):
+        names = ", ".join(name for name, taken in steps.items() if taken == run.steps)
+        notes.append(
+            f"Not converged after {run.steps:,} steps: {names}. Try steps={2 * run.steps} "
+            f"patience={run.patience} schedule=constant."
         )
-    if page is not None:
-        write_whole(page, forecast_page(rows, figures, f"Forecasts of {folder.name}"))
-    return {"rows": rows, "page": None if page is None else str(page)}
+    return notes
 
 
-class _AdaptedModels:
-    """The models of a folder's tasks, each loaded on request."""
-
-    def __init__(self, folder: Path, base: Path | None) -> None:
-        from foretune.forecasting.forecasters import load_forecast_mae
-
-        self.folder, self.single = folder, None
-        summary = folder / SUMMARY
-        if not summary.is_file():
-            self.single = load_forecast_mae(folder)
-            if self.single.forecaster is None:
-                self.single.forecast({})  # raises: the model has no forecaster
-            self.names, self.sizes = ["all tasks"], self.single.sizes
-            return
-        adaptation = read_json(summary, Adaptation, FORMAT)
-        self.folders = adaptation["folders"]
-        with damage_named(summary):
-            self.method = make(**adaptation["method"])
-        base_folder = base or Path(adaptation["base"])
-        if not base_folder.is_dir():
-            raise UserError(f"the base model is not at {base_folder}: pass its folder by --base")
-        self.names = list(self.folders)
-        self.base = load_forecast_mae(base_folder)
-        self.sizes = self.base.sizes
-
-    def model_of(self, task: str) -> Any:
-        """The task's model; None if the folder has none."""
-        from foretune.forecasting.forecast_peft import load_adapted
-        from foretune.forecasting.forecasters import load_forecast_mae
-
-        if self.single is not None:
-            return self.single
-        if task not in self.folders:
-            return None
-        task_folder = self.folder / self.folders[task]
-        if self.method.name == "full":
-            return load_forecast_mae(task_folder)
-        return load_adapted(task_folder, self.base)
-
-
-def _check_exist(*paths: Path) -> None:
+def check_exist(*paths: Path) -> None:
     """Check that files or folders exist, before torch is imported: a mistyped path fails at once.
 
     Raises:
@@ -386,7 +324,7 @@ def _check_exist(*paths: Path) -> None:
             raise UserError(f"no such file or folder: {path}")
 
 
-def _steps(sizes: ForecastMAEConfig) -> dict[str, Any]:
+def steps_of(sizes: ForecastMAEConfig) -> dict[str, Any]:
     """The fields that the objectives share with a model's sizes."""
     return {
         "history_steps": sizes.history_steps,
@@ -395,7 +333,7 @@ def _steps(sizes: ForecastMAEConfig) -> dict[str, Any]:
     }
 
 
-def _load(scenes: Path, sizes: ForecastMAEConfig) -> Any:
+def load_for(scenes: Path, sizes: ForecastMAEConfig) -> Any:
     """The scenes as a collection without an objective."""
     from foretune.forecasting.readers import load_scenes
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from foretune.errors import DivergedError
-from foretune.forecasting.displacement import displacements
+from foretune.forecasting.displacement import displacements, likeliest, min_fde
 from foretune.tasks.task import Objective
 
 MISSED_M = 2.0
@@ -27,14 +27,7 @@ def min_ade(
     traj: Tensor, scores: Tensor, truth: Tensor, valid: Tensor, k: int | None = None
 ) -> Tensor:
     """(n,) smallest average displacement in m among the k likeliest modes (None: all)."""
-    return displacements(_likeliest(traj, scores, k), truth, valid)[0].amin(1)
-
-
-def min_fde(
-    traj: Tensor, scores: Tensor, truth: Tensor, valid: Tensor, k: int | None = None
-) -> Tensor:
-    """(n,) smallest final displacement in m among the k likeliest modes (None: all)."""
-    return displacements(_likeliest(traj, scores, k), truth, valid)[1].amin(1)
+    return displacements(likeliest(traj, scores, k), truth, valid)[0].amin(1)
 
 
 def missed(
@@ -61,13 +54,6 @@ def constant_velocity(history: Tensor, steps: int) -> Tensor:
     """
     ahead = torch.arange(1, steps + 1, device=history.device)
     return (history[:, -1, :2][:, None] * ahead[:, None])[:, None]
-
-
-def _likeliest(traj: Tensor, scores: Tensor, k: int | None) -> Tensor:
-    if k is None or k >= traj.shape[1]:
-        return traj
-    chosen = scores.topk(k, dim=1).indices
-    return traj.gather(1, chosen[..., None, None].expand(-1, -1, *traj.shape[2:]))
 
 
 def measures(forecasts: ForecastsAndTruth) -> dict[str, float]:

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from foretune.forecasting.batch import SceneObjective
-from foretune.forecasting.displacement import displacements
+from foretune.forecasting.displacement import displacements, min_fde
 from foretune.models.routing import route
-from foretune.run import check_positive
+from foretune.run import check_int, check_positive
 from foretune.tasks.batch import Batch
 
 
@@ -24,7 +24,7 @@ class Forecast(SceneObjective):
     The loss is `regression` times the smooth L1 distance of the winner, plus the cross-entropy of
     the modes' scores against it (arXiv:2407.19564, section 3.4), plus the smooth L1 distance of
     the other agents if the model forecasts them. The score is the negative of the smallest final
-    displacement over all modes, in metres.
+    displacement over the modes that count, in metres.
 
     Args:
         history_steps: Observed steps of a scene.
@@ -32,9 +32,12 @@ class Forecast(SceneObjective):
         radius: Agents and lanes farther than this from the focal agent, in metres, are left out;
             None keeps all.
         regression: Weight of the distance relative to the cross-entropy.
+        best_of: The score is the best of so many of the likeliest modes; None for all. 1 for a
+            single forecast.
     """
 
     regression: float = 10.0
+    best_of: int | None = None
 
     kind: ClassVar[str] = "forecast"
     metric: ClassVar[str] = "negative minFDE"
@@ -42,6 +45,7 @@ class Forecast(SceneObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("regression", self.regression)
+        check_int("best_of", self.best_of, 1, optional=True)
 
     @override
     def losses(self, model: Any, batch: Batch) -> Tensor:
@@ -65,11 +69,11 @@ class Forecast(SceneObjective):
 
     @override
     def scores(self, model: Any, batch: Batch) -> Tensor:
-        """(n,) negative minFDE over all modes, in m."""
+        """(n,) negative minFDE over the modes that count, in m."""
         with route(batch.slots):
             forecasts = model(batch.inputs)
-        _, final = displacements(forecasts.trajectories.float(), *focal_future(batch))
-        return -final.amin(1)
+        modes, truth = forecasts.trajectories.float(), focal_future(batch)
+        return -min_fde(modes, forecasts.scores, *truth, k=self.best_of)
 
     @override
     def to_dict(self) -> dict[str, Any]:
