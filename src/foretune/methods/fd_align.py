@@ -151,6 +151,8 @@ class FDAlign(AdaptMethod):
                 f"fd-align embeds the labels' names and needs the objective prompts, got "
                 f"{objective.kind}"
             )
+        # A slot's key is its task's name, followed by #draw from the second draw on.
+        trained = {_task_of(key, objective.embedded) for key in keys}
         prototypes = {
             task: representatives(
                 spurious_prototypes(embedded),
@@ -159,6 +161,7 @@ class FDAlign(AdaptMethod):
                 seed=run.seed,
             )
             for task, embedded in objective.embedded.items()
+            if task in trained
         }
         bank = None
         if self.lora is not None:
@@ -166,7 +169,6 @@ class FDAlign(AdaptMethod):
         return FDAlignLearner(
             model,
             objective,
-            # A slot's key is its task's name, followed by #draw from the second draw on.
             prototypes=[prototypes[_task_of(key, prototypes)] for key in keys],
             weight=self.weight,
             direction=self.direction,

@@ -124,7 +124,10 @@ def examples_of(question: Question, kind: str, objective: Any) -> Iterator[dict[
     """
     row = question.row
     fields: dict[str, Any] = {k: v for k, v in row.fields.items() if v is not None}
-    reads = READS.get(kind, ("x",) if "x" in fields and "text" not in fields else ("text",))
+    is_image = kind == "prompts" and "image" in fields and "text" not in fields
+    of_array = ("image",) if is_image else ("x",)
+    is_text = "text" in fields or not {"x", *of_array} & fields.keys()
+    reads = READS.get(kind, ("text",) if is_text else of_array)
     missing = [name for name in reads if name not in fields]
     if missing:
         names = "text or x" if kind in CLASSES else " and ".join(missing)
@@ -134,7 +137,7 @@ def examples_of(question: Question, kind: str, objective: Any) -> Iterator[dict[
         )
     if kind in CLASSES:
         label = objective.labels[str(question.adapter)][0]
-        fields |= {"label": label} if "text" in fields else {"y": label}
+        fields |= {"label": label} if is_image or "text" in fields else {"y": label}
     elif kind == "regression":
         fields["y"] = 0.0
     elif kind == "choice":

@@ -27,6 +27,7 @@ from foretune.tasks.file_formats import (
     short,
     suffix_of,
 )
+from foretune.tasks.image_folder import image_files, image_rows
 from foretune.tasks.split_names import LEFT_OUT, SplitNames
 from foretune.tasks.uncounted import uncounted
 
@@ -40,7 +41,7 @@ class Row(NamedTuple):
 
     Attributes:
         file: The file or dataset.
-        unit: "line" or "row".
+        unit: "line", "row" or "image".
         number: Number of the line or row, from 1.
         fields: The row's columns.
         split: The split that the file's or folder's name or the HF dataset says, if any.
@@ -111,6 +112,10 @@ def _read_folder(folder: Path, splits: SplitNames) -> Iterator[Row]:
         return _read_dataset(str(folder), splits, saved_to_disk=True)
     if has_dataset_card(folder):
         return _read_dataset(str(folder), splits)
+    images = image_files(folder)
+    if images and not any(suffix_of(path) for path in folder.rglob("*") if path.is_file()):
+        rows = enumerate(image_rows(folder, images, splits), start=1)
+        return (Row(str(folder), "image", n, fields, split) for n, (split, fields) in rows)
     return (row for file in data_files(folder, splits) for row in _read_file(file))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from foretune.errors import UserError, did_you_mean
@@ -20,7 +21,7 @@ NEEDS = {
     "preference": "prompt with chosen and rejected",
     "denoising": "x",
     "regression": "x with y",
-    "prompts": "text with label, or x with y",
+    "prompts": "text with label, image with label, or x with y",
     "unlabelled": "x",
 }
 CLASSES = ("classification", "prompts")  # kinds whose examples have one label each
@@ -106,6 +107,12 @@ def example_of(row: Row, kind: str, drop: tuple[str, ...]) -> dict[str, Any]:
             if isinstance(value := readable(row, field), str):
                 check_unicode(value, f"{row.place}, {field}")
         checked_pair(example, row.place)
+    elif kind == "prompts" and "image" in example and "text" not in example:
+        _need(example, ("image", "label"), row, kind)
+        _check_text(example["image"], "image", row)
+        _check_label(example["label"], "label", row)
+        if row.unit != "image":  # a file in a table is named from where the table is
+            example["image"] = str(Path(row.file).parent / example["image"])
     elif kind in CLASSES and ("text" in example or not {"x", "y"} & example.keys()):
         _need(example, ("text", "label"), row, kind)
         _check_text(example["text"], "text", row)

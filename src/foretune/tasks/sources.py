@@ -12,6 +12,7 @@ from typing import Any, Literal
 from foretune.errors import UserError, did_you_mean
 from foretune.run import check_at_least, check_one_of, check_seed
 from foretune.tasks.candidates import draw_candidates
+from foretune.tasks.episodes import Episodes, draw_episodes
 from foretune.tasks.example import SPLITS
 from foretune.tasks.labels import label_of
 from foretune.tasks.messages import check_message_names, with_message_names
@@ -67,7 +68,10 @@ class Source:
             "tool".
         splits: Names of splits: name in the source → "train", "validation" or "test", or None to
             leave its rows out. The usual names need no entry.
-        seed: Random seed of the draws of tasks, splits and train examples.
+        episodes: N-way K-shot episodes in place of the unseen tasks (of all tasks, without any
+            unseen): `number` (100) of `ways` (5) classes with `shots` (1) training and `queries`
+            (15) test examples each; None for the tasks as they are.
+        seed: Random seed of the draws of tasks, splits, episodes and train examples.
 
     Raises:
         UserError: A value is out of range; the message names it.
@@ -90,6 +94,7 @@ class Source:
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     messages: dict[str, Any] = dataclasses.field(default_factory=dict)
     splits: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    episodes: dict[str, int] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -133,6 +138,8 @@ class Source:
             raise UserError(f'columns renames two columns to "{repeated[0]}"')
         check_message_names(self.messages)
         check_renames(self.splits)
+        if self.episodes is not None:
+            Episodes.of(self.episodes)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields; `Source(**source.to_dict())` restores the source."""
@@ -334,11 +341,14 @@ def _check_group(source: Source, columns: list[str]) -> None:
 def _finish(
     tasks: TaskCollection, source: Source, kind: str, unseen: bool = False
 ) -> TaskCollection:
-    """Carve missing splits, limit the size of train and draw candidates.
+    """Draw episodes; or carve missing splits, limit the size of train and draw candidates.
 
     Raises:
-        UserError: A task lacks train examples, or an unseen task test examples.
+        UserError: A task lacks train examples, or an unseen task test examples; or its classes are
+            too small for episodes.
     """
+    if source.episodes is not None and (unseen or source.unseen is None):
+        return draw_episodes(tasks, Episodes.of(source.episodes), source.seed, kind=kind)
     finished = []
     for task in tasks:
         task = carve(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -29,9 +30,11 @@ from foretune.models.dual_encoder import (
     temperature_of,
     text_embeddings,
 )
+from foretune.models.image_input import ImageInput, check_image, image_input, read_image
 from foretune.models.routing import route
 from foretune.run import check_at_least
 from foretune.tasks.batch import Batch
+from foretune.tasks.example import SPLITS, row_name
 from foretune.tasks.labels import label_places, label_text, shown
 from foretune.tasks.objectives import text
 from foretune.tasks.objectives.accuracy import accuracies
@@ -43,7 +46,10 @@ from foretune.tasks.task import TaskCollection
 
 @dataclass(frozen=True)
 class PromptClassification(Classification):
-    """A label for an image (`x`, `y`) or a text (`text`, `label`), by the labels' names.
+    """A label for an image (`image` or `x`) or a text (`text`), by the labels' names.
+
+    `image` is the path of a file, with its `label`; it is read as the model reads pictures, when it
+    is needed. `x` with `y` is an array that is normalised already. `text` has a `label`.
 
     There is no head: an input is compared to a class by the cosine of its embedding and that of
     prompts with the class's name, so labels must be words; `_` in them is read as a space.
@@ -59,6 +65,7 @@ class PromptClassification(Classification):
         labels: The labels of each task, learnt by `fit`.
         space: Not used.
         embedded: (templates, labels, d) embeddings of the prompts of each task, made by `bind`.
+        images: How the model reads pictures, learnt by `bind`.
     """
 
     _: KW_ONLY
@@ -66,6 +73,10 @@ class PromptClassification(Classification):
     temperature: float | None = None
     embedded: Mapping[str, Tensor] = field(
         default_factory=dict, repr=False, hash=False, compare=False, metadata=LEARNT
+    )
+
+    images: ImageInput | None = field(
+        default=None, repr=False, hash=False, compare=False, metadata=LEARNT
     )
 
     kind: ClassVar[str] = "prompts"
@@ -98,14 +109,16 @@ class PromptClassification(Classification):
     @override
     def fit(self, tasks: TaskCollection) -> Self:
         """Learns each task's labels from its training examples; discards what `bind` made."""
-        if not any("text" in row for task in tasks for row in task.train):
+        if any("image" in row for task in tasks for row in task.train):
+            _check_images(tasks)
+        elif not any("text" in row for task in tasks for row in task.train):
             check_arrays(tasks, ("x",))
         labels = {task.name: self._task_labels(task) for task in tasks}
         return dataclasses.replace(self, labels=labels, space=None, embedded={})
 
     @override
     def _label_of(self, row: Mapping[str, Any], where: Callable[[], str]) -> Any:
-        name = "label" if "text" in row else "y"
+        name = "label" if "text" in row or "image" in row else "y"
         value = row.get(name)
         value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
         if not isinstance(value, str) or not value.strip():
@@ -122,15 +135,24 @@ class PromptClassification(Classification):
             model: The model before it is adapted; it is not changed.
         """
         templates = self.templates or (IMAGES if has_towers(model) else TEXTS)
-        embedded: dict[str, Tensor] = {}
-        for task, labels in self.labels.items():
-            names = [str(label).replace("_", " ") for label in labels]
-            prompts = [template.replace("{}", name) for template in templates for name in names]
-            vectors = text_embeddings(model, self.tokenizer, prompts)
-            embedded[task] = vectors.view(len(templates), len(names), -1)
+        # Many tasks may have classes in common: each is embedded once.
+        names = [*dict.fromkeys(label for labels in self.labels.values() for label in labels)]
+        words = [str(name).replace("_", " ") for name in names]
+        prompts = [template.replace("{}", word) for template in templates for word in words]
+        vectors = text_embeddings(model, self.tokenizer, prompts)
+        vectors = vectors.view(len(templates), len(names), -1)
+        places = {name: i for i, name in enumerate(names)}
+        embedded = {
+            task: vectors[:, [places[label] for label in labels]]
+            for task, labels in self.labels.items()
+        }
         temperature = temperature_of(model) if self.temperature is None else self.temperature
         return dataclasses.replace(
-            self, templates=templates, temperature=temperature, embedded=embedded
+            self,
+            templates=templates,
+            temperature=temperature,
+            embedded=embedded,
+            images=image_input(model) if has_towers(model) else None,
         )
 
     @override
@@ -149,6 +171,8 @@ class PromptClassification(Classification):
         if label_text(label) not in places:
             raise UserError(f"{where}: label {label!r} is not one of {shown(labels)}")
         encoded: dict[str, Any] = {"label": places[label_text(label)], "task": task}
+        if "image" in example:
+            return {**encoded, "image": str(example["image"])}
         if "text" not in example:
             return {**encoded, "x": np.asarray(example["x"], dtype=np.float32)}
         single = text.single_template(self.tokenizer)
@@ -158,8 +182,21 @@ class PromptClassification(Classification):
 
     @override
     def collate(self, rows: Sequence[Mapping[str, Any]], slots: Sequence[int]) -> Batch:
+        """As `Objective.collate`; images are read here.
+
+        Raises:
+            UserError: An image is damaged, or the objective is bound to no model that reads images.
+        """
         inputs = {"label": torch.tensor([row["label"] for row in rows])}
         extra = {"tasks": tuple(row["task"] for row in rows)}
+        if "image" in rows[0]:
+            if self.images is None:
+                raise UserError(
+                    "image files need a model with an image tower whose input size is known "
+                    "(CLIP, SigLIP), and objective.bind(model)"
+                )
+            inputs["x"] = stack([read_image(row["image"], self.images) for row in rows])
+            return Batch(inputs, tuple(slots), len(rows), extra)
         if "x" in rows[0]:
             inputs["x"] = stack([row["x"] for row in rows])
             return Batch(inputs, tuple(slots), len(rows), extra)
@@ -214,3 +251,18 @@ class PromptClassification(Classification):
         templates = None if self.templates is None else list(self.templates)
         fields = {k: v for k, v in super().to_dict().items() if k != "space"}
         return {**fields, "templates": templates, "temperature": self.temperature}
+
+
+def _check_images(tasks: TaskCollection) -> None:
+    """Check that the images of all rows are there.
+
+    Raises:
+        UserError: A row has none, or its file is missing or no picture.
+    """
+    for task in tasks:
+        for split in SPLITS:
+            for i, row in enumerate(task.split(split)):
+                where = row_name(task.name, split, i, row)
+                if not isinstance(row.get("image"), (str, Path)):
+                    raise UserError(f'{where}: "image" is missing; the row has {", ".join(row)}')
+                check_image(str(row["image"]), where)
