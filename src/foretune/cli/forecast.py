@@ -201,7 +201,7 @@ def evaluate(
     if json:
         emit_json(result)
         return
-    rows = result["rows"]
+    rows = [{k: v for k, v in row.items() if k != "chosen"} for row in result["rows"]]
     cells = [[f"{v:.2f}" if isinstance(v, float) else v for v in row.values()] for row in rows]
     emit(table(list(rows[0]), cells))
     _emit_notes(result)

@@ -147,7 +147,16 @@ def compare(
         cost: dict[str, Any] = {}
         way: Any = plan or ways
         for k in shots:
-            adapted = verbs.adapt(model, unseen, way, run, shots=k, draws=draws, progress=progress)
+            adapted = verbs.adapt(
+                model,
+                unseen,
+                way,
+                run,
+                shots=k,
+                draws=draws,
+                scores_only=keep is None or k != shots[-1],
+                progress=progress,
+            )
             drawn = draw_shots(unseen, objective.kind, k, draws, run.seed)
             num_train = {(slot.task, slot.draw): len(slot.train) for slot in drawn}
             scores += [

@@ -47,7 +47,8 @@ def evaluate_folder(
         overwrite: Replace the page.
 
     Returns:
-        "rows", the metrics of each model and task; "notes", where constant velocity is ahead; and
+        "rows", the metrics of each model and task; "notes", what was chosen and where constant
+        velocity is ahead; and
         "page", its path or None.
 
     Raises:
@@ -105,9 +106,19 @@ def evaluate_folder(
         )
     if page is not None:
         write_whole(page, forecast_page(rows, figures, f"Forecasts of {folder.name}"))
+    metrics_of: dict[str, list[str]] = {}  # by the tasks, several metrics often being alike
+    for key, names in behind.items():
+        metrics_of.setdefault(", ".join(names), []).append(key)
+    taken: dict[str, list[str]] = {}  # tasks by what was chosen for them
+    for task_name, what in models.chosen.items():
+        taken.setdefault(what, []).append(task_name)
     notes = [
-        f"Constant velocity is ahead by {key} on {', '.join(names)}."
-        for key, names in behind.items()
+        f"Chosen on held-out scenes: {what} for {', '.join(names)}."
+        for what, names in taken.items()
+    ]
+    notes += [
+        f"Constant velocity is ahead by {', '.join(keys)} on {names}."
+        for names, keys in metrics_of.items()
     ]
     return {"rows": rows, "notes": notes, "page": None if page is None else str(page)}
 

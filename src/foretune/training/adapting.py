@@ -74,6 +74,7 @@ class Adaptation:
     score_at: Sequence[int]
     progress: Progress | None
     replace: bool = False
+    scores_only: bool = False
     shard: Shard | None = None
     variants: Sequence[AdaptMethod] = ()
 
@@ -297,8 +298,9 @@ def _adapt_wave(
             result.records[key] = (result.config, result.base_fingerprint)
     else:
         learner.stop()
-        result.models[keys[0]] = base
-        result.learners[keys[0]] = learner
+        if not how.scores_only:
+            result.models[keys[0]] = base
+            result.learners[keys[0]] = learner
     for slot, key in enumerate(keys):
         result.trained_on[key] = TrainedOn(
             task=key[0],

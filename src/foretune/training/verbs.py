@@ -124,6 +124,7 @@ def adapt(
     split: str = "test",
     score_at: Sequence[int] = (),
     replace: bool = False,
+    scores_only: bool = False,
     shard: tuple[int, int] | None = None,
     progress: Progress | None = None,
 ) -> Adapted:
@@ -151,6 +152,8 @@ def adapt(
             run of s steps.
         replace: With `run.resume`: tasks in the folder whose examples have changed are adapted
             again, and the earlier adapter goes to the folder `versions`; False refuses them.
+        scores_only: Whole models that were adapted are dropped once they are scored, so that
+            memory holds one of them at a time; without effect where `run.out` keeps them.
         shard: (K, N) adapts every N-th task by name, from the K-th on: one of N jobs that need no
             communication. The result of a task is as without it, up to the order of sums.
         progress: Called with (update, num_updates, figures) after every update, wave by wave.
@@ -189,6 +192,7 @@ def adapt(
             score_at=score_at,
             progress=progress,
             replace=replace,
+            scores_only=scores_only and run.out is None,
             shard=None if shard is None else Shard(*shard).checked(),
         )
         return adapt_in(model, tasks.with_objective(objective), how)
