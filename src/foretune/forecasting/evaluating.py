@@ -109,12 +109,12 @@ def evaluate_folder(
     metrics_of: dict[str, list[str]] = {}  # by the tasks, several metrics often being alike
     for key, names in behind.items():
         metrics_of.setdefault(", ".join(names), []).append(key)
-    taken: dict[str, list[str]] = {}  # tasks by what was chosen for them
+    tasks_by_choice: dict[str, list[str]] = {}  # tasks by what was chosen for them
     for task_name, what in models.chosen.items():
-        taken.setdefault(what, []).append(task_name)
+        tasks_by_choice.setdefault(what, []).append(task_name)
     notes = [
         f"Chosen on held-out scenes: {what} for {', '.join(names)}."
-        for what, names in taken.items()
+        for what, names in tasks_by_choice.items()
     ]
     notes += [
         f"Constant velocity is ahead by {', '.join(keys)} on {names}."

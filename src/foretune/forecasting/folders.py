@@ -299,13 +299,13 @@ def _notes_on_steps(steps: Mapping[str, int], run: Run) -> list[str]:
     """Whether training ended by held-out scenes, or went on to its largest number of steps."""
     if not run.patience:
         return []
-    stopped = sorted(taken for taken in steps.values() if taken < run.steps)
+    stopped = sorted(number for number in steps.values() if number < run.steps)
     notes = []
     if stopped:
-        taken = " to ".join(f"{number:,}" for number in dict.fromkeys((stopped[0], stopped[-1])))
-        notes.append(f"Training ended after {taken} steps: held-out scenes got no better.")
+        shown = " to ".join(f"{number:,}" for number in dict.fromkeys((stopped[0], stopped[-1])))
+        notes.append(f"Training ended after {shown} steps: held-out scenes got no better.")
     if len(stopped) < len(steps):
-        names = ", ".join(name for name, taken in steps.items() if taken == run.steps)
+        names = ", ".join(name for name, number in steps.items() if number == run.steps)
         notes.append(
             f"Not converged after {run.steps:,} steps: {names}. Try steps={2 * run.steps} "
             f"patience={run.patience} schedule=constant."

@@ -58,15 +58,15 @@ def image_input(model: nn.Module) -> ImageInput | None:
     size = getattr(getattr(config, "vision_config", None), "image_size", None)
     if not isinstance(size, int):
         return None
-    found = _preprocessor(getattr(model, "name_or_path", None))
+    settings = _preprocessor(getattr(model, "name_or_path", None))
     squared = "siglip" in getattr(config, "model_type", "")
-    crops = found.get("do_center_crop", not squared)
-    resized = found.get("size", size)
+    crops = settings.get("do_center_crop", not squared)
+    resized = settings.get("size", size)
     edge = resized.get("shortest_edge", size) if isinstance(resized, dict) else resized
     return ImageInput(
         size,
-        tuple(found.get("image_mean", HALF if squared else CLIP_MEAN)),
-        tuple(found.get("image_std", HALF if squared else CLIP_STD)),
+        tuple(settings.get("image_mean", HALF if squared else CLIP_MEAN)),
+        tuple(settings.get("image_std", HALF if squared else CLIP_STD)),
         edge=edge if crops else None,
     )
 
@@ -107,7 +107,7 @@ def read_image(path: str, how: ImageInput) -> np.ndarray:
         try:
             picture = opened.convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:
-            raise _unreadable(path, "an example", error) from error
+            raise UserError(_unreadable(path, "an example", error)) from error
     edge = (how.size, how.size)
     if how.edge is not None:
         factor = how.edge / min(picture.size)
@@ -130,9 +130,9 @@ def _opened(path: str, where: str) -> Any:
     try:
         return Image.open(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, where, error) from error
+        raise UserError(_unreadable(path, where, error)) from error
 
 
-def _unreadable(path: str, where: str, error: Exception) -> UserError:
+def _unreadable(path: str, where: str, error: Exception) -> str:
     reason = "no such file" if isinstance(error, FileNotFoundError) else in_one_line(str(error))
-    return UserError(f"{where}: cannot read the image {path}: {reason}; mend or remove it")
+    return f"{where}: cannot read the image {path}: {reason}; mend or remove it"

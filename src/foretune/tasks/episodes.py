@@ -81,11 +81,11 @@ def draw_episodes(
             f"{' and '.join(CLASSES)}"
         )
     pools = [_Pool.of(task, how) for task in tasks]
-    made = [
+    drawn = [
         pools[number % len(pools)].episode(f"episode {number + 1}", how, [seed, number])
         for number in range(how.number)
     ]
-    return TaskCollection(tuple(made), tasks.objective)
+    return TaskCollection(tuple(drawn), tasks.objective)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class _Pool:
 
 
 def _by_class(rows: Sequence[Any]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = defaultdict(list)
+    places: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
-        found[label_of(row)].append(i)
-    return found
+        places[label_of(row)].append(i)
+    return places

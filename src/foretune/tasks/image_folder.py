@@ -48,10 +48,12 @@ def image_rows(
                 f"or {folder}/train/CLASS/{file.name}"
             )
         named = {part: splits.split_in(part, str(file)) for part in above}
-        found = {split for split in named.values() if split is not None}
-        if len(found) > 1:
-            raise UserError(f"{file} lies in folders of two splits, {' and '.join(sorted(found))}")
-        split = next(iter(found), None)
+        of_splits = {split for split in named.values() if split is not None}
+        if len(of_splits) > 1:
+            raise UserError(
+                f"{file} lies in folders of two splits, {' and '.join(sorted(of_splits))}"
+            )
+        split = next(iter(of_splits), None)
         if split == LEFT_OUT:
             continue
         task = "/".join(part for part in above if named[part] is None) or folder.resolve().name
