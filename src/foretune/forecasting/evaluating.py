@@ -81,7 +81,8 @@ def evaluate_folder(
         metrics, baseline = measures(forecasts), measures(straight)
         # Constant velocity has a single mode: its best of K is its only one.
         baseline = {
-            key: baseline.get(key, baseline.get(key.rstrip("0123456789") + "1")) for key in metrics
+            key: baseline[key if key in baseline else key.rstrip("0123456789") + "1"]
+            for key in metrics
         }
         chosen = models.chosen.get(task.name)
         for name, what, values in (
