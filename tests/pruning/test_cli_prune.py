@@ -19,7 +19,7 @@ import foretune
 import tiny_models
 from command_line import call
 from foretune.pruning import FORMAT, PLAN_FILE
-from foretune.pruning.experts import find_blocks
+from foretune.pruning.experts import count_experts, find_blocks
 from foretune.pruning.folders import task_examples
 from format_checks import assert_versions, newer
 from fuzzing import check_command, copied, damaged
@@ -103,6 +103,16 @@ def test_every_method_is_compared_before_anything_is_saved(place: Path) -> None:
     assert "Nothing saved: no --out." in text and ("Lowest loss:" in text or "uncurl" in text)
 
 
+def test_by_score_blocks_end_with_different_numbers_and_foretune_loads_them(place: Path) -> None:
+    line = "frequency mix experts=3 budget=score --rows task.jsonl --compare --json --out small"
+    result = json.loads(run(line).stdout)
+    assert all(sum(entry["experts"]) == 6 for entry in result["scored"][1:])
+    counts = result["size"]["after"]["experts"]
+    assert len(set(counts)) == 2 and result["loads_with"] == "foretune"
+    model, _ = foretune.load_model("small", head="causal-lm")
+    assert count_experts(model) == counts
+
+
 def test_the_model_is_saved_as_it_was_scored_after_recovery(place: Path) -> None:
     line = "frequency mix experts=4 --rows task.jsonl --recover 8 --learning-rate 0.01 --json --out"
     result = json.loads(run(f"{line} small").stdout)
@@ -144,6 +154,8 @@ def test_rows_are_cut_by_split_and_task(place: Path) -> None:
         ("uncurl mix experts=1 --rows task.jsonl --out x", "experts must be from 2 to 8, got 1"),
         ("uncurl mix experts=9 --rows task.jsonl --out x", "from 2 to 8, got 9"),
         ("uncurl mix experts=[4,4,4] --rows task.jsonl --out x", "3 numbers, the model has 2"),
+        ("reap mix experts=[3,5] budget=score --rows task.jsonl --out x", "needs one number"),
+        ("reap mix budget=layer --rows task.jsonl --out x", "budget must be one of equal, score"),
         ("uncurl mix expert=4 --rows task.jsonl --out x", 'Did you mean "experts"?'),
         ("uncurl mix experts --rows task.jsonl --out x", "must read KEY=VALUE"),
         ("uncurl mix router=rows --rows task.jsonl --out x", "router must be one of mean"),

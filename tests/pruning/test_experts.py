@@ -14,12 +14,12 @@ from peft import LoraConfig, get_peft_model
 
 import tiny_models
 from foretune.errors import UserError
+from foretune.pruning.budgets import counts_of
 from foretune.pruning.experts import find_blocks
 from foretune.pruning.plan import (
     BlockPlan,
     Plan,
     apply_plan,
-    counts_of,
     highest,
     keep,
     loads_in_transformers,
@@ -297,6 +297,31 @@ def test_experts_that_read_other_vectors_than_their_router_are_measured_on_them(
     np.testing.assert_allclose(found.output_sum, expected, rtol=1e-4, atol=1e-3)
 
 
+def test_where_weights_scale_what_experts_read_the_block_is_the_sum_of_experts_on_that() -> None:
+    """Llama 4: Σ f(g·x); REAP weighs ‖f(x)‖ by g, as the authors' code does."""
+    model = eager("llama4")
+    block = find_blocks(model)[0]
+    assert block.scales_inputs and block.normalises == "chosen" and block.top_k == 1
+    x = torch.randn(10, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), Collector([block], outputs=True) as collector:
+        output, logits = block.block(x[None])
+    scores, best = logits.sigmoid().max(-1)
+    with torch.no_grad():
+        routed = [
+            block.output(int(e), g * row[None]) for e, g, row in zip(best, scores, x, strict=True)
+        ]
+        expected = torch.cat(routed) + block.block.shared_expert(x)
+        norms = torch.stack([block.output(e, x).norm(dim=-1) for e in ALL])
+    torch.testing.assert_close(output, expected)
+    one_hot = np.eye(8)[best]
+    found = collector.statistics[block.name]
+    assert found.activation is not None
+    np.testing.assert_array_equal(found.frequency, one_hot.sum(0))
+    for kind, weights in {"router": logits.sigmoid(), "softmax": logits.softmax(-1)}.items():
+        expected_sum = (weights.numpy() * one_hot * norms.T.numpy()).sum(0)
+        np.testing.assert_allclose(found.activation[kind], expected_sum, rtol=1e-4, atol=1e-6)
+
+
 def test_correlation_is_that_of_numpy_and_knows_constant_columns() -> None:
     rng = np.random.default_rng(0)
     h = rng.normal(size=(50, 3))
@@ -398,3 +423,39 @@ def test_half_of_the_experts_is_the_default_and_a_list_is_one_for_each_block() -
     blocks = find_blocks(eager("mixtral"))
     assert counts_of(None, blocks, grouped=True) == [4, 4]
     assert counts_of((3, 8), blocks, grouped=True) == [3, 8]
+
+
+# --- budgets by score -----------------------------------------------------------------------------
+
+
+def test_by_score_the_best_of_all_blocks_are_kept() -> None:
+    """Two best of each block, which a token needs, then the largest shares wherever they are."""
+    rng = np.random.default_rng(0)
+    blocks = find_blocks(eager("mixtral", num_hidden_layers=3))
+    scores = {block.name: 10.0**i * rng.pareto(1, 8) for i, block in enumerate(blocks)}
+    shares = [np.sort(s / s.sum())[::-1] for s in scores.values()]
+    least = np.sort(np.concatenate([share[2:] for share in shares]))[::-1][15 - 6 - 1]
+    expected = [2 + int((share[2:] >= least).sum()) for share in shares]
+    given = counts_of(5, blocks, grouped=True, budget="score", scores=scores)
+    assert given == expected and sum(given) == 15 and len(set(given)) > 1
+
+
+def test_by_score_the_groups_of_a_router_stay_equal() -> None:
+    blocks = find_blocks(eager("deepseek-v3", num_hidden_layers=3))
+    scores = {blocks[0].name: np.eye(8)[0] + 0.01, blocks[1].name: np.ones(8)}
+    assert counts_of(6, blocks, grouped=True, budget="score", scores=scores) == [4, 8]
+    blocks = find_blocks(eager("deepseek-v3", num_hidden_layers=3))[:1]
+    assert counts_of(6, blocks, grouped=True, budget="score", scores=scores) == [6]
+
+
+def test_by_score_an_even_block_gets_as_many_as_another() -> None:
+    blocks = find_blocks(eager("mixtral"))
+    even = {block.name: np.ones(8) for block in blocks}
+    assert sum(counts_of(None, blocks, grouped=True, budget="score", scores=even)) == 8
+    nothing = {block.name: np.zeros(8) for block in blocks}
+    assert sum(counts_of(8, blocks, grouped=True, budget="score", scores=nothing)) == 16
+
+
+def test_a_list_and_a_budget_by_score_contradict_each_other() -> None:
+    with pytest.raises(UserError, match="budget=score needs one number, the mean over blocks"):
+        counts_of((3, 5), find_blocks(eager("mixtral")), grouped=True, budget="score")

@@ -55,6 +55,12 @@ NEMOTRON = {
     "layers_block_type": ["attention", "moe"],
     "head_dim": 8,
 }
+LLAMA4 = {
+    "num_local_experts": 8,
+    "num_experts_per_tok": 1,
+    "head_dim": 8,
+    "intermediate_size_mlp": INNER,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 8}),
     "qwen2-moe": ("Qwen2Moe", {"num_experts": 8, "shared_expert_intermediate_size": 8}),
@@ -71,13 +77,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan": ("HunYuanMoEV1", {"num_experts": 8, "moe_topk": 2, "head_dim": 8}),
     "gemma4": ("Gemma4", {**GEMMA4, "layer_types": ATTENTION}),
     "nemotron-h": ("NemotronH", NEMOTRON),
+    # its weights multiply what the experts read, and its router says so in a pair
+    "llama4": ("Llama4", LLAMA4),
 }
 # The softmax of these runs over all experts, and the weights of those chosen are not scaled up.
 OVER_ALL = ("qwen2-moe", "olmoe", "switch")
 
 
 def mixture(family: str, *, seed: int = 0, **changes: Any) -> Any:
-    """A model of that family with 8 experts, of which a token is given to 2 (to 1 in Switch)."""
+    """A model of that family with 8 experts; a token is given to 2 of them (1 in Switch, Llama 4)."""
     if family == "switch":
         return switch(seed=seed, **changes)
     name, own = FAMILIES[family]
@@ -86,7 +94,7 @@ def mixture(family: str, *, seed: int = 0, **changes: Any) -> Any:
         fields.pop("moe_intermediate_size")
     if family == "ernie":
         fields.pop("num_experts_per_tok")
-    if family == "minimax-m2":
+    if family in ("minimax-m2", "llama4"):
         fields.pop("moe_intermediate_size")
     config_class = getattr(transformers, f"{name}TextConfig", None)
     config = (config_class or getattr(transformers, f"{name}Config"))(**fields)

@@ -3,7 +3,8 @@
     fused       `experts.gate_up_proj` (E, 2I, H) and `experts.down_proj` (E, H, I), or transposed,
                 gate and up concatenated or interleaved, with or without biases: most mixtures of
                 transformers 5 (Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss, …); without a gate
-                `experts.up_proj` (E, I, H) (Nemotron-H)
+                `experts.up_proj` (E, I, H) (Nemotron-H); called with all tokens once for each
+                expert, multiplied by its weight for them (Llama 4)
     modules     `experts` is a ModuleDict or ModuleList of networks with one hidden layer (Switch)
 
 Blocks are recognised by their attributes, not by their class, and routers by their output
@@ -60,6 +61,11 @@ class ExpertBlock:
         return is_fused(self.experts)
 
     @property
+    def scales_inputs(self) -> bool:
+        """Whether a token's weight multiplies what its experts read, not what they answer."""
+        return self.fused and scales_inputs(self.experts)
+
+    @property
     def num_experts(self) -> int:
         """Number of experts, E."""
         return _count(self.experts)
@@ -87,6 +93,8 @@ class ExpertBlock:
         """Output of one expert, (N, H) → (N, H), computed by the model's own code."""
         if not self.fused:
             return _networks(self.experts)[expert](x)
+        if self.scales_inputs:
+            return _scaled_output(self.experts, expert, x)
         chosen = torch.full((len(x), 1), expert, device=x.device)
         return self.experts(x, chosen, torch.ones_like(chosen, dtype=x.dtype))
 
@@ -128,7 +136,35 @@ def is_fused(experts: nn.Module) -> bool:
 
 def has_gate(experts: nn.Module) -> bool:
     """Whether a hidden unit of fused experts is a product of two, gate and up."""
-    return hasattr(experts, "is_transposed") and _all_3d(experts, "gate_up_proj", "down_proj")
+    recorded = hasattr(experts, "is_transposed")
+    return (recorded and _all_3d(experts, "gate_up_proj", "down_proj")) or scales_inputs(experts)
+
+
+@torch.no_grad()
+def scales_inputs(experts: Any) -> bool:
+    """Whether experts are those of Llama 4, which read a token for each of them, (E · N, H).
+
+    Their layout is not recorded; it is what makes them compute what `_scaled_output` does.
+    """
+    if hasattr(experts, "is_transposed") or not _all_3d(experts, "gate_up_proj", "down_proj"):
+        return False
+    joint, down = experts.gate_up_proj, experts.down_proj
+    if not hasattr(experts, "act_fn") or joint.shape[1:] != (down.shape[2], 2 * down.shape[1]):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(joint), joint.shape[1], generator=generator).to(joint)
+    try:
+        answered = experts(x)
+    except (RuntimeError, TypeError, IndexError, ValueError):
+        return False
+    expected = torch.cat([_scaled_output(experts, e, x[e : e + 1]) for e in range(len(x))])
+    return answered.shape == x.shape and torch.allclose(answered, expected, rtol=1e-2, atol=1e-3)
+
+
+def _scaled_output(experts: Any, expert: int, x: Tensor) -> Tensor:
+    gate, up = (x @ experts.gate_up_proj[expert]).chunk(2, -1)
+    answered: Tensor = (up * experts.act_fn(gate)) @ experts.down_proj[expert]
+    return answered
 
 
 def _all_3d(experts: nn.Module, *names: str) -> bool:
@@ -190,7 +226,7 @@ def _read_fused(experts: Any) -> tuple[Tensor, Tensor]:
         down = experts.down_proj.detach().transpose(1, 2)  # (E, I, H)
         return torch.cat([experts.up_proj.detach(), down], -1), down.new_zeros(len(down), 0)
     joint, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
-    if experts.is_transposed:
+    if _is_transposed(experts):
         joint = joint.transpose(1, 2)  # (E, 2I, H)
     else:
         down = down.transpose(1, 2)  # (E, I, H)
@@ -210,11 +246,11 @@ def _write_fused(experts: Any, units: Tensor, rest: Tensor) -> None:
         set_tensor(experts, "up_proj", up)
         set_tensor(experts, "down_proj", down.transpose(1, 2))
         return
-    hidden = experts.gate_up_proj.shape[1 if experts.is_transposed else 2]
+    hidden = experts.gate_up_proj.shape[1 if _is_transposed(experts) else 2]
     has_bias = isinstance(getattr(experts, "gate_up_proj_bias", None), Tensor)
     gate, up, down, *biases = units.split([hidden] * 3 + [1] * 2 * has_bias, -1)
     joint = _joined(gate, up, experts)
-    transposed = experts.is_transposed
+    transposed = _is_transposed(experts)
     set_tensor(experts, "gate_up_proj", joint.transpose(1, 2) if transposed else joint)
     set_tensor(experts, "down_proj", down if transposed else down.transpose(1, 2))
     if has_bias:
@@ -224,15 +260,19 @@ def _write_fused(experts: Any, units: Tensor, rest: Tensor) -> None:
         set_tensor(experts, "down_proj_bias", rest)
 
 
+def _is_transposed(experts: Any) -> bool:
+    return bool(getattr(experts, "is_transposed", True))  # Llama 4 does not record it
+
+
 def _halves(joint: Tensor, experts: Any) -> list[Tensor]:
     """(E, 2I, ·) → gate and up, each (E, I, ·)."""
-    if experts.is_concatenated:
+    if getattr(experts, "is_concatenated", True):
         return list(joint.chunk(2, 1))
     return [joint[:, ::2], joint[:, 1::2]]
 
 
 def _joined(gate: Tensor, up: Tensor, experts: Any) -> Tensor:
-    if experts.is_concatenated:
+    if getattr(experts, "is_concatenated", True):
         return torch.cat([gate, up], 1)
     return torch.stack([gate, up], 2).flatten(1, 2)
 

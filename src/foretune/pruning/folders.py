@@ -20,7 +20,12 @@ from foretune.tasks.rows import example_of, split_of
 if TYPE_CHECKING:
     from torch import nn
 
-SHARED_FIELDS = ("experts", "keep_denominator", "router")  # which compared methods have in common
+SHARED_FIELDS = (
+    "experts",
+    "budget",
+    "keep_denominator",
+    "router",
+)  # which compared methods have in common
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +132,13 @@ def prune_folder(
             )
             folder = claim.enter_context(place)
         examples = task_examples(rows, task)
+        from foretune.pruning.budgets import counts_of
         from foretune.pruning.experts import find_blocks
-        from foretune.pruning.plan import counts_of
         from foretune.pruning.prune import collect_statistics, load_if_path, prune_with
 
         original, tokenizer = load_if_path(model, None)
         blocks = find_blocks(original)
-        counts_of(method.experts, blocks, grouped=not method.keeps_router)
+        counts_of(method.experts, blocks, grouped=not method.keeps_router, budget=method.budget)
         methods = [method, *(_controls(method) if compare else [])]
         sizes: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens}
         scorer = Scorer(examples, tokenizer, recover, learning_rate, sizes)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from foretune.pruning.method import ExpertPruning
-from foretune.run import check_bool, check_ints
+from foretune.run import check_bool, check_ints, check_one_of
 
 if TYPE_CHECKING:
+    from foretune.pruning.budgets import Budget
     from foretune.pruning.experts import ExpertBlock
     from foretune.pruning.plan import Plan
     from foretune.pruning.statistics import ExpertStatistics
@@ -28,12 +29,16 @@ class Frequency(ExpertPruning):
     Args:
         experts: Number of experts each block keeps: one number, a list with one per block, or None
             for half of them.
+        budget: "equal" for `experts` in every block; "score" for as many on average, for which the
+            experts of all blocks compete by how often they are chosen. Only foretune loads blocks
+            of different sizes.
         keep_denominator: For routers whose softmax runs over all experts (Qwen2-MoE, OLMoE,
             Switch): still count the dropped experts in it, so that the weights of the kept ones do
             not grow. Only foretune loads such a model.
     """
 
     experts: int | Sequence[int] | None = None
+    budget: Budget = "equal"
     keep_denominator: bool = False
 
     name: ClassVar[str] = "frequency"
@@ -41,6 +46,7 @@ class Frequency(ExpertPruning):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", check_ints("experts", self.experts))
+        check_one_of("budget", self.budget, ("equal", "score"))
         check_bool("keep_denominator", self.keep_denominator)
 
     def plan(
@@ -50,4 +56,10 @@ class Frequency(ExpertPruning):
         from foretune.pruning.plan import keep_highest
 
         scores = {name: block.frequency for name, block in statistics.items()}
-        return keep_highest(blocks, self.experts, scores, keep_denominator=self.keep_denominator)
+        return keep_highest(
+            blocks,
+            self.experts,
+            scores,
+            budget=self.budget,
+            keep_denominator=self.keep_denominator,
+        )

@@ -31,6 +31,7 @@ from foretune.pruning.method import ExpertPruning
 from foretune.run import check_bool, check_ints, check_one_of
 
 if TYPE_CHECKING:
+    from foretune.pruning.budgets import Budget
     from foretune.pruning.experts import ExpertBlock
     from foretune.pruning.plan import Plan
     from foretune.pruning.statistics import ExpertStatistics
@@ -52,6 +53,9 @@ class HCSMoE(ExpertPruning):
     Args:
         experts: Number of experts each block ends with: one number, a list with one per block, or
             None for half of them.
+        budget: "equal" for `experts` in every block; "score" for as many on average, for which the
+            experts of all blocks compete by how often they are chosen. Only foretune loads blocks
+            of different sizes.
         router: Router row of a cluster: the "mean" of its members' rows, that of the "dominant"
             member, or "remap" to keep the router unchanged and map a choice of any member to the
             cluster (only foretune loads such a model).
@@ -59,6 +63,7 @@ class HCSMoE(ExpertPruning):
     """
 
     experts: int | Sequence[int] | None = None
+    budget: Budget = "equal"
     router: Literal["mean", "dominant", "remap"] = "mean"
     align: bool = False
 
@@ -69,6 +74,7 @@ class HCSMoE(ExpertPruning):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", check_ints("experts", self.experts))
+        check_one_of("budget", self.budget, ("equal", "score"))
         check_one_of("router", self.router, ("mean", "dominant", "remap"))
         check_bool("align", self.align)
 
@@ -91,5 +97,12 @@ class HCSMoE(ExpertPruning):
 
         weights = {name: block.frequency.tolist() for name, block in statistics.items()}
         return merge_clusters(
-            blocks, self.experts, cluster, weights, router=self.router, align=self.align
+            blocks,
+            self.experts,
+            cluster,
+            weights,
+            budget=self.budget,
+            frequency={name: block.frequency for name, block in statistics.items()},
+            router=self.router,
+            align=self.align,
         )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from foretune.pruning.budgets import Budget
     from foretune.pruning.experts import ExpertBlock
     from foretune.pruning.plan import Plan
     from foretune.pruning.pruned import Pruned
@@ -31,6 +32,11 @@ class ExpertPruning(Method, Protocol):
     @property
     def experts(self) -> int | Sequence[int] | None:
         """Experts each block ends with: one number, one per block, or None for half of them."""
+
+    @property
+    def budget(self) -> Budget:
+        """Whether every block ends with `experts`, or as many on average by their scores."""
+        ...
 
     @property
     def keeps_router(self) -> bool:

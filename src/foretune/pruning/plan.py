@@ -24,6 +24,7 @@ from foretune.files import CONFIG_FILE
 from foretune.formats import damage_named, load_tensors, read_json
 from foretune.pruning import FORMAT, PLAN_FILE
 from foretune.pruning.alignment import merge_networks
+from foretune.pruning.budgets import Budget, counts_of
 from foretune.pruning.experts import (
     COUNTS,
     ExpertBlock,
@@ -153,6 +154,7 @@ def keep_highest(
     experts: Any,
     scores: Mapping[str, np.ndarray],
     *,
+    budget: Budget,
     keep_denominator: bool,
 ) -> Plan:
     """The plan that keeps the experts with the highest scores in each block.
@@ -161,15 +163,17 @@ def keep_highest(
         blocks: The model's blocks of experts.
         experts: Number of experts; see `counts_of`.
         scores: Block name → (E,) scores of its experts.
+        budget: See `counts_of`.
         keep_denominator: See `BlockPlan`.
     """
+    counts = counts_of(experts, blocks, grouped=True, budget=budget, scores=scores)
     return {
         block.name: keep(
             highest(scores[block.name], count, block.num_groups),
             block.num_experts,
             keep_denominator=keep_denominator,
         )
-        for block, count in zip(blocks, counts_of(experts, blocks, grouped=True), strict=True)
+        for block, count in zip(blocks, counts, strict=True)
     }
 
 
@@ -179,6 +183,8 @@ def merge_clusters(
     cluster: Callable[[str, list[int], int], list[int]],
     weights: Mapping[str, Sequence[float]],
     *,
+    budget: Budget,
+    frequency: Mapping[str, np.ndarray],
     router: RouterForm,
     align: bool,
 ) -> Plan:
@@ -192,12 +198,15 @@ def merge_clusters(
         experts: Number of experts; see `counts_of`.
         cluster: Maps (block name, experts to cluster, number of clusters) to the experts' labels.
         weights: Block name → weights of its experts.
+        budget: See `counts_of`.
+        frequency: Block name → (E,), the scores of budget "score".
         router: See `BlockPlan`.
         align: See `BlockPlan`.
     """
     grouped = router != "remap"
+    counts = counts_of(experts, blocks, grouped=grouped, budget=budget, scores=frequency)
     plan = {}
-    for block, count in zip(blocks, counts_of(experts, blocks, grouped=grouped), strict=True):
+    for block, count in zip(blocks, counts, strict=True):
         num_groups = block.num_groups if grouped else 1
         size, per_group = block.num_experts // num_groups, count // num_groups
         labels = []
@@ -206,50 +215,6 @@ def merge_clusters(
             labels += [g * per_group + label for label in cluster(block.name, members, per_group)]
         plan[block.name] = merge(labels, weights[block.name], router=router, align=align)
     return plan
-
-
-def counts_of(experts: Any, blocks: Sequence[ExpertBlock], *, grouped: bool) -> list[int]:
-    """Number of experts that each block ends with.
-
-    Args:
-        experts: One number, one per block, or None for half of them.
-        blocks: The model's blocks of experts.
-        grouped: Whether the groups of the router must stay equal in size.
-
-    Raises:
-        UserError: More experts than there are, fewer than each token is routed to, a list of the
-            wrong length, or a number that cannot be split into the groups of the router.
-    """
-    if isinstance(experts, int) or experts is None:
-        counts = [block.num_experts // 2 if experts is None else experts for block in blocks]
-    elif len(experts) == len(blocks):
-        counts = list(experts)
-    else:
-        raise UserError(
-            f"experts has {len(experts)} numbers, the model has {len(blocks)} blocks of experts "
-            f"({blocks[0].name} … {blocks[-1].name}): give one number, or one per block"
-        )
-    for count, block in zip(counts, blocks, strict=True):
-        _check_count(count, block, grouped)
-    return counts
-
-
-def _check_count(count: int, block: ExpertBlock, grouped: bool) -> None:
-    if not block.top_k <= count <= block.num_experts:
-        raise UserError(
-            f"{block.name} has {block.num_experts} experts and routes each token to {block.top_k}: "
-            f"experts must be from {block.top_k} to {block.num_experts}, got {count}"
-        )
-    groups = block.num_groups
-    if grouped and groups > 1:
-        chosen = int(getattr(block.router, "topk_group", groups))
-        # The router ranks groups by the sum of their two best experts.
-        if count % groups or count // groups < 2 or chosen * count // groups < block.top_k:
-            raise UserError(
-                f"{block.name} routes within {groups} groups: experts must be a multiple of "
-                f"{groups}, at least two per group and {block.top_k} in {chosen} groups, "
-                f"got {count}"
-            )
 
 
 @torch.no_grad()

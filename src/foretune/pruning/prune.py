@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from foretune.errors import UserError
 from foretune.models.loading import load_model
 from foretune.models.quantised import refuse_quantised
+from foretune.pruning.budgets import counts_of
 from foretune.pruning.experts import ExpertBlock, find_blocks
-from foretune.pruning.plan import (
-    apply_plan,
-    counts_of,
-)
+from foretune.pruning.plan import apply_plan
 from foretune.pruning.pruned import Pruned
 from foretune.pruning.statistics import Collector, ExpertStatistics
 from foretune.tasks.batch import Batch
@@ -54,7 +52,7 @@ def prune_mixture(
     """
     original, tokenizer = load_if_path(model, tokenizer)
     blocks = find_blocks(original)
-    counts_of(method.experts, blocks, grouped=not method.keeps_router)
+    counts_of(method.experts, blocks, grouped=not method.keeps_router, budget=method.budget)
     started = time.perf_counter()
     statistics = collect_statistics(
         original,

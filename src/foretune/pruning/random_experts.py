@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from foretune.pruning.method import ExpertPruning
-from foretune.run import check_bool, check_ints, check_seed
+from foretune.run import check_bool, check_ints, check_one_of, check_seed
 
 if TYPE_CHECKING:
+    from foretune.pruning.budgets import Budget
     from foretune.pruning.experts import ExpertBlock
     from foretune.pruning.plan import Plan
     from foretune.pruning.statistics import ExpertStatistics
@@ -22,6 +23,8 @@ class RandomExperts(ExpertPruning):
     Args:
         experts: Number of experts each block keeps: one number, a list with one per block, or None
             for half of them.
+        budget: "equal" for `experts` in every block; "score" for as many on average, for which the
+            experts of all blocks compete at random. Only foretune loads blocks of different sizes.
         keep_denominator: For routers whose softmax runs over all experts (Qwen2-MoE, OLMoE,
             Switch): still count the dropped experts in it, so that the weights of the kept ones do
             not grow. Only foretune loads such a model.
@@ -29,6 +32,7 @@ class RandomExperts(ExpertPruning):
     """
 
     experts: int | Sequence[int] | None = None
+    budget: Budget = "equal"
     keep_denominator: bool = False
     seed: int = 0
 
@@ -37,6 +41,7 @@ class RandomExperts(ExpertPruning):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", check_ints("experts", self.experts))
+        check_one_of("budget", self.budget, ("equal", "score"))
         check_bool("keep_denominator", self.keep_denominator)
         check_seed("seed", self.seed)
 
@@ -50,4 +55,10 @@ class RandomExperts(ExpertPruning):
 
         rng = np.random.default_rng(self.seed)
         scores = {block.name: rng.random(block.num_experts) for block in blocks}
-        return keep_highest(blocks, self.experts, scores, keep_denominator=self.keep_denominator)
+        return keep_highest(
+            blocks,
+            self.experts,
+            scores,
+            budget=self.budget,
+            keep_denominator=self.keep_denominator,
+        )

@@ -30,6 +30,7 @@ from foretune.pruning.method import ExpertPruning
 from foretune.run import check_bool, check_ints, check_one_of
 
 if TYPE_CHECKING:
+    from foretune.pruning.budgets import Budget
     from foretune.pruning.experts import ExpertBlock
     from foretune.pruning.plan import Plan
     from foretune.pruning.statistics import ExpertStatistics
@@ -51,6 +52,9 @@ class REAP(ExpertPruning):
     Args:
         experts: Number of experts each block keeps: one number, a list with one per block, or None
             for half of them.
+        budget: "equal" for `experts` in every block; "score" for as many on average, for which the
+            experts of all blocks compete by their share of their block's S. Only foretune loads
+            blocks of different sizes.
         keep_denominator: For routers whose softmax runs over all experts (Qwen2-MoE, OLMoE,
             Switch): still count the dropped experts in it, so that the weights of the kept ones do
             not grow. Only foretune loads such a model.
@@ -61,6 +65,7 @@ class REAP(ExpertPruning):
     """
 
     experts: int | Sequence[int] | None = None
+    budget: Budget = "equal"
     keep_denominator: bool = False
     weigh: Literal["softmax", "router"] = "softmax"
     renormalise: bool = False
@@ -72,6 +77,7 @@ class REAP(ExpertPruning):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", check_ints("experts", self.experts))
+        check_one_of("budget", self.budget, ("equal", "score"))
         check_bool("keep_denominator", self.keep_denominator)
         check_one_of("weigh", self.weigh, ("softmax", "router"))
         check_bool("renormalise", self.renormalise)
@@ -83,7 +89,13 @@ class REAP(ExpertPruning):
         from foretune.pruning.plan import keep_highest
 
         scores = {name: self.score(block) for name, block in statistics.items()}
-        return keep_highest(blocks, self.experts, scores, keep_denominator=self.keep_denominator)
+        return keep_highest(
+            blocks,
+            self.experts,
+            scores,
+            budget=self.budget,
+            keep_denominator=self.keep_denominator,
+        )
 
     def score(self, block: ExpertStatistics) -> Any:
         """S of a block's experts, (E,)."""

@@ -88,6 +88,8 @@ def arguments_of(block: nn.Module, router: nn.Module) -> dict[str, Any]:
 
 def parse_router_output(output: Any) -> RouterOutput | None:
     """A router's output in one form for all architectures; None for an unsupported one."""
+    if isinstance(output, tuple) and len(output) == 2:
+        return _dense_sigmoids(*output)
     if not (isinstance(output, tuple) and len(output) == 3):
         return None
     first, second, third = output
@@ -100,6 +102,18 @@ def parse_router_output(output: Any) -> RouterOutput | None:
         dropped = chosen.sum(-1, keepdim=True) == 0
         return RouterOutput(logits, second.flatten(0, -2), indices.masked_fill(dropped, -1))
     return None
+
+
+def _dense_sigmoids(scores: Tensor, logits: Tensor) -> RouterOutput | None:
+    """Scores (N, E), the sigmoid of the largest logits and zero elsewhere (Llama 4)."""
+    if scores.dim() != 2 or scores.shape != logits.shape or not scores.is_floating_point():
+        return None
+    top_k = int((scores > 0).sum(-1).max())
+    indices = logits.topk(top_k).indices
+    chosen, sigmoids = scores.gather(1, indices), logits.float().sigmoid().gather(1, indices)
+    if not top_k or bool((chosen.float() - sigmoids).abs().max() > 1e-2):
+        return None
+    return RouterOutput(logits, chosen, indices)
 
 
 def _logits(first: Tensor) -> Tensor:
@@ -150,7 +164,10 @@ def probe(block: nn.Module, router: Any, num_experts: int) -> Probe | None:
 def _normalises(output: RouterOutput) -> Literal["chosen", "all"]:
     routed = (output.indices >= 0).all(-1)
     chosen = output.indices.clamp(min=0)
-    probabilities = output.logits.float().softmax(-1).gather(-1, chosen)
+    logits = output.logits.float()
+    if bool((output.scores.float() - logits.sigmoid().gather(-1, chosen)).abs().max() < 1e-3):
+        return "chosen"
+    probabilities = logits.softmax(-1).gather(-1, chosen)
     ratio = (output.scores.float() / probabilities)[routed]
     # The softmax over all experts may be scaled by a constant (DeepSeek).
     over_all = bool(ratio.max() - ratio.min() < 0.02 * ratio.mean())
@@ -176,10 +193,20 @@ class RemappedRouter(nn.Module):
         self.num_experts = max(group_of) + 1
         self.register_buffer("group_of", torch.tensor(group_of, device=_device(router)))
 
-    def forward(self, *args: Any, **extra: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The router's output, its choices (N, k), or one-hot (…, E), mapped to clusters."""
-        first, second, third = self.router(*args, **extra)
+    def forward(self, *args: Any, **extra: Any) -> tuple[Tensor, ...]:
+        """The router's output, its choices (N, k), or one-hot (…, E), mapped to clusters.
+
+        Where it is scores and logits, both (N, E), the scores of a cluster are added: (N, K). That
+        is exact for merged copies where a token goes to one expert, as in every Llama 4.
+        """
         group_of: Any = self.group_of
+        output = self.router(*args, **extra)
+        if len(output) == 2:
+            scores, logits = output
+            return scores.new_zeros(len(scores), self.num_experts).index_add(
+                1, group_of, scores
+            ), logits
+        first, second, third = output
         if not third.is_floating_point():
             return first, second, group_of[third]
         routed = first.sum(-1, keepdim=True)  # 0 where the token exceeds the capacity

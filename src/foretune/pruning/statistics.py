@@ -104,15 +104,17 @@ class Collector:
         """Hooks that count a block's tokens: by what the router says, and what the experts read.
 
         The two may read different vectors (Gemma 4 normalises each anew). A list of networks is not
-        called as one module, so there the router's input is taken for that of the experts.
+        called as one module, and Llama 4's experts read every token multiplied by each weight, so
+        there the router's input is taken for that of the experts.
         """
+        apart = block.fused and not block.scales_inputs
         in_decoder = "decoder" in block.name.split(".")
         routings: list[RouterOutput] = []
 
         def routed(module: Any, args: Any, output: Any) -> None:
             routing = parse_router_output(output)
             assert routing is not None  # checked by `find_blocks`
-            if block.fused:
+            if apart:
                 routings[:] = [routing]
             else:
                 count(args[0], routing)
@@ -136,7 +138,7 @@ class Collector:
             _add(self.statistics[block.name], block, x, routing)
 
         handles = [block.router.register_forward_hook(routed)]
-        if block.fused:
+        if apart:
             handles.append(block.experts.register_forward_pre_hook(read, with_kwargs=True))
         return handles
 

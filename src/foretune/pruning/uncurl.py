@@ -42,6 +42,7 @@ from foretune.pruning.method import ExpertPruning
 from foretune.run import check_bool, check_ints, check_one_of
 
 if TYPE_CHECKING:
+    from foretune.pruning.budgets import Budget
     from foretune.pruning.experts import ExpertBlock
     from foretune.pruning.plan import Plan
     from foretune.pruning.statistics import ExpertStatistics
@@ -64,6 +65,9 @@ class UNCURL(ExpertPruning):
     Args:
         experts: Number of experts each block ends with: one number, a list with one per block, or
             None for half of them.
+        budget: "equal" for `experts` in every block; "score" for as many on average, for which the
+            experts of all blocks compete by how often they are chosen. Only foretune loads blocks
+            of different sizes.
         grouping: "spectral" clustering on the similarity of router logits, or "dominant": the
             most used experts are cores, and every other expert joins the most similar core.
         centred: Centre the columns of logits before their cosine.
@@ -75,6 +79,7 @@ class UNCURL(ExpertPruning):
     """
 
     experts: int | Sequence[int] | None = None
+    budget: Budget = "equal"
     grouping: Literal["spectral", "dominant"] = "spectral"
     centred: bool = True
     align: bool = True
@@ -87,6 +92,7 @@ class UNCURL(ExpertPruning):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", check_ints("experts", self.experts))
+        check_one_of("budget", self.budget, ("equal", "score"))
         check_one_of("grouping", self.grouping, ("spectral", "dominant"))
         check_one_of("weights", self.weights, ("frequency", "uniform"))
         check_one_of("router", self.router, ("mean", "dominant", "remap"))
@@ -120,7 +126,14 @@ class UNCURL(ExpertPruning):
             for name, block in statistics.items()
         }
         return merge_clusters(
-            blocks, self.experts, cluster, weights, router=self.router, align=self.align
+            blocks,
+            self.experts,
+            cluster,
+            weights,
+            budget=self.budget,
+            frequency={name: block.frequency for name, block in statistics.items()},
+            router=self.router,
+            align=self.align,
         )
 
 
