@@ -85,7 +85,7 @@ OVER_ALL = ("qwen2-moe", "olmoe", "switch")
 
 
 def mixture(family: str, *, seed: int = 0, **changes: Any) -> Any:
-    """A model of that family with 8 experts; a token is given to 2 of them (1 in Switch, Llama 4)."""
+    """A model of that family with 8 experts; each token goes to 2 (Switch, Llama 4: 1)."""
     if family == "switch":
         return switch(seed=seed, **changes)
     name, own = FAMILIES[family]
