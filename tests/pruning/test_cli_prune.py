@@ -173,6 +173,9 @@ def test_rows_are_cut_by_split_and_task(place: Path) -> None:
         ("uncurl mix --rows task.jsonl --out mix --overwrite", "which the command reads"),
         ("uncurl mix --rows task.jsonl --out task.jsonl", "is a file; --out needs a folder"),
         ("uncurl mix --rows task.jsonl --out x --learning-rate 0", "must be a number above 0"),
+        ("uncurl mix --rows task.jsonl --out x --low-memory --recover 1", "leave --compare and"),
+        ("uncurl mix router=remap --rows task.jsonl --out x --low-memory", "plain folders only"),
+        ("reap mix budget=score --rows task.jsonl --out x --low-memory", "plain folders only"),
         ("uncurl mix --rows task.jsonl --out x --recover -1", "Invalid value for '--recover'"),
     ],
 )

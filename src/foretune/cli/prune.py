@@ -36,6 +36,10 @@ def prune(
     max_tokens: Annotated[
         int, typer.Option(min=2, help="Maximum length of an example; longer ones are truncated.")
     ] = 256,
+    low_memory: Annotated[
+        bool,
+        typer.Option("--low-memory", help="For a model larger than memory: block by block, slow."),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier pruned model in --out.")
     ] = False,
@@ -63,6 +67,7 @@ def prune(
             learning_rate=learning_rate,
             batch_size=batch_size,
             max_tokens=max_tokens,
+            low_memory=low_memory,
             overwrite=overwrite,
             console=StderrConsole(),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,7 @@ def prune_folder(
     learning_rate: float = 1e-4,
     batch_size: int = 8,
     max_tokens: int = 256,
+    low_memory: bool = False,
     overwrite: bool = False,
     console: Console = SILENT,
 ) -> dict[str, Any]:
@@ -116,6 +118,7 @@ def prune_folder(
         learning_rate: Learning rate of these steps.
         batch_size: Examples per batch.
         max_tokens: Maximum length of an example; longer ones are truncated.
+        low_memory: Map the model from its files, prune and write it block by block.
         overwrite: Replace a pruned model in `out`.
         console: Reports progress.
 
@@ -124,6 +127,8 @@ def prune_folder(
         recover_steps, and scored: one entry for the input model ("as given") and per method, with
         parameters, experts, loss, tokens_per_s and, after fine-tuning, loss_recovered.
     """
+    if low_memory:
+        check_low_memory(method, compare, recover)
     with contextlib.ExitStack() as claim:
         folder = None
         if out is not None:
@@ -136,7 +141,15 @@ def prune_folder(
         from foretune.pruning.experts import find_blocks
         from foretune.pruning.prune import collect_statistics, load_if_path, prune_with
 
-        original, tokenizer = load_if_path(model, None)
+        options: dict[str, Any] = {}
+        if low_memory:
+            from foretune.pruning.low_memory import Spill, load_mapped, save_mapped
+
+            scratch = Path(claim.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+            original, tokenizer = load_mapped(model, scratch)
+            options = {"in_place": True, "after_block": Spill(scratch)}
+        else:
+            original, tokenizer = load_if_path(model, None)
         blocks = find_blocks(original)
         counts_of(method.experts, blocks, grouped=not method.keeps_router, budget=method.budget)
         methods = [method, *(_controls(method) if compare else [])]
@@ -155,7 +168,7 @@ def prune_folder(
         chosen: Any = None
         for candidate in methods:
             console.say(f"pruning and scoring: {candidate.name}")
-            pruned = prune_with(original, statistics, candidate, tokenizer=tokenizer)
+            pruned = prune_with(original, statistics, candidate, tokenizer=tokenizer, **options)
             figures, tuned = scorer.score(pruned.model)
             scored.append({"method": candidate.name, "loads_with": pruned.loads_with, **figures})
             if candidate is method:
@@ -165,7 +178,9 @@ def prune_folder(
             "recover_steps": recover,
             "scored": scored,
         }
-        if folder is not None:
+        if folder is not None and low_memory:
+            save_mapped(chosen, folder, scratch)
+        elif folder is not None:
             chosen.save(folder)
     return {
         "method": method.to_dict(),
@@ -175,6 +190,31 @@ def prune_folder(
         "size": chosen.size,
         **chosen.scores,
     }
+
+
+def check_low_memory(method: ExpertPruning, compare: bool, recover: int) -> None:
+    """Checks that a method can be applied block by block.
+
+    Raises:
+        UserError: The folder would not be plain, or the command does more than to prune.
+    """
+    if compare or recover:
+        raise UserError(
+            "--low-memory prunes by one method and trains nothing: leave --compare and "
+            "--recover out"
+        )
+    fields = method.to_dict()
+    plain = isinstance(method.experts, int) or method.experts is None
+    if (
+        not plain
+        or method.budget == "score"
+        or method.keeps_router
+        or fields.get("keep_denominator")
+    ):
+        raise UserError(
+            "--low-memory writes plain folders only: leave router=remap, keep_denominator=true, "
+            "budget=score and a list of experts out"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

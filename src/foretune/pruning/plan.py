@@ -218,12 +218,15 @@ def merge_clusters(
 
 
 @torch.no_grad()
-def apply_plan(model: nn.Module, plan: Plan) -> None:
-    """Prune the model in place."""
+def apply_plan(
+    model: nn.Module, plan: Plan, after_block: Callable[[ExpertBlock], None] = lambda _: None
+) -> None:
+    """Prune the model in place, and call `after_block` with each block when it is."""
     blocks = {block.name: block for block in find_blocks(model)}
     before = {block.num_experts for block in blocks.values()}
     for name, block_plan in plan.items():
         _apply(blocks[name], block_plan)
+        after_block(blocks[name])
     after = {block_plan.router_rows for block_plan in plan.values()}
     if len(before) == len(after) == 1:
         # The model counts experts too, for its load-balancing loss.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -81,15 +81,19 @@ def prune_with(
     *,
     tokenizer: Any = None,
     in_place: bool = False,
+    after_block: Callable[[ExpertBlock], None] = lambda _: None,
 ) -> Pruned:
-    """Prune a copy of the model, or the model in place, by statistics collected earlier."""
+    """Prune a copy of the model, or the model in place, by statistics collected earlier.
+
+    `after_block` is called with each block that has been pruned.
+    """
     started = time.perf_counter()
     refuse_quantised(model, "pruning", "prune the original")
     blocks = find_blocks(model)
     plan = method.plan(blocks, statistics)
     before = _size(model, blocks)
     smaller = model if in_place else copy.deepcopy(model)
-    apply_plan(smaller, plan)
+    apply_plan(smaller, plan, after_block)
     after = {
         "parameters": sum(p.numel() for p in smaller.parameters()),
         "experts": [len(block.groups) for block in plan.values()],

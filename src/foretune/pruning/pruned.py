@@ -83,7 +83,7 @@ class Pruned:
                 save_for_foretune(self.model, part)
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(part)
-            (part / PLAN_FILE).write_text(json.dumps(self.record(), indent=1) + "\n", "utf-8")
+            (part / PLAN_FILE).write_text(plan_text(self), "utf-8")
             self._check_saved(part)
         return folder
 
@@ -109,10 +109,23 @@ class Pruned:
             raise ForetuneError(
                 f"the pruned model is not saved, because it does not load again: {reason}"
             ) from error
-        state = loaded.state_dict()
-        for name, tensor in self.model.state_dict().items():
-            same = name in state and torch.equal(state[name].cpu(), tensor.cpu())
-            if not same:
-                raise ForetuneError(
-                    f"the pruned model is not saved: {name} is not the same when it is loaded again"
-                )
+        check_same(self.model, loaded)
+
+
+def plan_text(pruned: Pruned) -> str:
+    """The text of experts.json."""
+    return json.dumps(pruned.record(), indent=1) + "\n"
+
+
+def check_same(model: nn.Module, loaded: nn.Module) -> None:
+    """Checks that a model is the one that was saved, bit for bit.
+
+    Raises:
+        ForetuneError: A tensor differs or is missing.
+    """
+    state = loaded.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name not in state or not torch.equal(state[name].cpu(), tensor.cpu()):
+            raise ForetuneError(
+                f"the pruned model is not saved: {name} is not the same when it is loaded again"
+            )
