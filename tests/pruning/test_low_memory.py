@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,9 @@ def prune(line: str, code: int = 0) -> Any:
     return result
 
 
-def mixture_in(folder: str, family: str, **changes: Any) -> None:
+def mixture_in(folder: str, family: str, max_shard_size: str = "20KB", **changes: Any) -> None:
     model = tiny_mixtures.mixture(family, **changes)
-    model.save_pretrained(folder, max_shard_size="20KB")
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     tiny_models.tokenizer().save_pretrained(folder)
     rows = [json.dumps(row) for row in tiny_mixtures.rows(count=20)]
     Path("task.jsonl").write_text("\n".join(rows))
@@ -50,3 +53,52 @@ def test_the_folder_is_the_one_that_is_made_in_memory(
     assert {"experts.json", "tokenizer.json", "config.json"} <= files
     assert not [path for path in Path("mapped").iterdir() if path.is_dir()]
     assert not list(tmp_path.glob(".unfinished*"))
+
+
+PEAK = """
+import sys, threading, time
+import torch, transformers, foretune
+from foretune.pruning.folders import prune_folder
+
+def held():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+def watch():
+    while True:
+        peak[0] = max(peak[0], held())
+        time.sleep(0.002)
+
+torch.set_num_threads(1)
+low_memory = sys.argv[1] == "low"
+prune_folder(foretune.UNCURL(), "tiny", "task.jsonl", "warm" + sys.argv[1], low_memory=low_memory)
+before = held()
+peak = [before]
+threading.Thread(target=watch, daemon=True).start()
+prune_folder(foretune.UNCURL(), "mix", "task.jsonl", sys.argv[1], low_memory=low_memory)
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_the_whole_checkpoint_is_never_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that is not a mapped file, of 16 blocks of 6 MiB."""
+    monkeypatch.chdir(tmp_path)
+    mixture_in("tiny", "mixtral")
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "head_dim": 32}
+    mixture_in("mix", "mixtral", **sizes, num_hidden_layers=16, max_shard_size="20MB")
+    checkpoint = sum(path.stat().st_size for path in Path("mix").glob("*.safetensors")) / 2**20
+    peaks = {}
+    for way in ("low", "all"):
+        command = [sys.executable, "-c", PEAK, way]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        env["MALLOC_MMAP_THRESHOLD_"] = "262144"  # glibc keeps freed blocks of some MiB otherwise
+        done = subprocess.run(command, check=True, env=env, capture_output=True, text=True)
+        peaks[way] = float(done.stdout.split()[-1])
+    print(
+        f"checkpoint {checkpoint:.0f} MiB, in memory {peaks['all']:.0f}, mapped {peaks['low']:.0f}"
+    )
+    assert peaks["low"] < 0.4 * checkpoint < checkpoint < peaks["all"]
