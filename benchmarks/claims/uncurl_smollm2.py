@@ -192,8 +192,19 @@ def point_routers(model: Any, states: dict[str, Tensor], seed: int) -> None:
 # --- training and scoring -------------------------------------------------------------------------
 
 
-def train(model: Any, rows: list[tuple[Tensor, Tensor]], steps: int, rate: float, seed: int) -> Any:
-    """AdamW on rows (states, ids) in random order; the rate rises for 5 steps, then falls."""
+def train(
+    model: Any,
+    rows: list[tuple[Tensor, Tensor]],
+    steps: int,
+    rate: float,
+    seed: int,
+    *,
+    balanced: bool,
+) -> Any:
+    """AdamW on rows (states, ids) in random order; the rate rises for 5 steps, then falls.
+
+    `balanced` adds the family's loss that balances experts, which needs blocks of one size.
+    """
     model.model.embed_tokens.requires_grad_(False)
     model.model.norm.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -209,7 +220,7 @@ def train(model: Any, rows: list[tuple[Tensor, Tensor]], steps: int, rate: float
             group["lr"] = rate * min(1, (step + 1) / 5) * (1 - step / steps)
         picked = [rows[int(i)] for i in order[step * BATCH : (step + 1) * BATCH]]
         states, ids = (torch.stack(column) for column in zip(*picked, strict=True))
-        loss = model(inputs_embeds=states, labels=ids, output_router_logits=True).loss
+        loss = model(inputs_embeds=states, labels=ids, output_router_logits=balanced).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -316,7 +327,7 @@ def mixture(data: dict[str, Any], seed: int, work: Path) -> Any:
     rows = [
         row for kind in KINDS for row in zip(data["states"][kind], data["ids"][kind], strict=True)
     ]
-    train(model, rows, STEPS, RATE, seed)
+    train(model, rows, STEPS, RATE, seed, balanced=True)
     torch.save(model.state_dict(), path)
     return model
 
@@ -352,7 +363,7 @@ def measure(data: dict[str, Any], work: Path, result: dict[str, Any]) -> None:
                 row["experts"] = pruned.size["after"]["experts"]
                 row["largest"] = max(len(g) for plan in pruned.plan.values() for g in plan.groups)
             row["before"] = perplexity(model, *test)
-            train(model, task, RECOVER, RECOVER_RATE, seed)
+            train(model, task, RECOVER, RECOVER_RATE, seed, balanced=False)
             row["after"] = perplexity(model, *test)
             result["rows"].append(row)
             print(row, flush=True)

@@ -220,6 +220,13 @@ def test_the_loss_that_balances_experts_counts_the_smaller_number() -> None:
         assert torch.isfinite(output.aux_loss)
 
 
+def test_blocks_of_different_sizes_ask_for_no_loss_that_balances_experts() -> None:
+    model = eager("mixtral", output_router_logits=True)
+    kept = iter((3, 5))
+    model = pruned(model, lambda _: keep(range(next(kept)), 8))
+    assert torch.isfinite(model(input_ids=IDS, labels=IDS).loss)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_frequencies_sum_to_the_experts_given_to_each_token(family: str) -> None:
     model = eager(family)

@@ -233,6 +233,11 @@ def apply_plan(
         _recount(model, before.pop(), after.pop())
     if is_uniform(plan):
         set_config(model, len(next(iter(plan.values())).groups))
+    else:  # the loss that balances experts takes one number for all blocks
+        config: Any = model.config
+        for part in (config, config.get_text_config()):
+            if getattr(part, "output_router_logits", False):
+                part.output_router_logits = False
 
 
 def _recount(model: nn.Module, before: int, after: int) -> None:
