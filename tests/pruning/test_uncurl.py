@@ -266,7 +266,12 @@ def test_the_list_of_experts_is_beside_the_model(tmp_path: Path) -> None:
     about = json.loads((pruned.save(tmp_path / "x") / "experts.json").read_text())
     block = about["blocks"]["model.layers.0.mlp"]
     assert block["num_experts"] == 8 and len(block["groups"]) == 3 and len(block["dropped"]) == 5
-    assert about["method"] == {"name": "frequency", "experts": 3, "keep_denominator": False}
+    assert about["method"] == {
+        "name": "frequency",
+        "experts": 3,
+        "budget": "equal",
+        "keep_denominator": False,
+    }
     assert about["size"]["before"]["experts"] == [8, 8]
     saved = sum(p.numel() for p in pruned.model.parameters())
     assert about["size"]["after"]["parameters"] == saved

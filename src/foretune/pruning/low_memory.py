@@ -64,7 +64,11 @@ def load_mapped(name: str, scratch: Path) -> tuple[Any, Any]:
 
 
 def _places(model: nn.Module) -> dict[str, str]:
-    """Every block on the disk, and all that is outside the list of blocks in memory."""
+    """Every block on the disk, and all that is outside the list of blocks in memory.
+
+    Raises:
+        UserError: The model has no single list of blocks.
+    """
     named = block_list(model)
     if named is None:
         raise UserError(f"--low-memory needs one list of blocks, {type(model).__name__} has not")
