@@ -9,8 +9,9 @@ About 25 minutes of one core. It writes `results/eft_smollm2.json`; models lie i
 *Models.* Large: SmolLM2-135M-Instruct, 30 layers. Small: 8 of these layers with its embeddings,
 trained to give the large model's distribution, KL(large ‖ small), on conversations of half of the
 personas of ConvAI2. Both are tuned by `foretune.adapt` alike: LoRA of rank 16 on all linear layers,
-40 batches of 8 conversations of a quarter of the personas, of which the last turn is learnt. Rates
-and steps were not searched for, neither here nor in distilling.
+20 batches of 8 conversations of a quarter of the personas, of which the last turn is learnt. Rates
+and steps were not searched for, neither here nor in distilling. Products are in bfloat16, but for
+the texts that are drawn.
 
 *Figures.* People's replies of the last quarter of the personas, token by token after what was
 really said: nats per token of the replies (lower is better), KL of a model from the large base and
@@ -56,9 +57,9 @@ SEEDS = (0, 1, 2)
 LAYERS = (0, 1, 2, 8, 15, 22, 28, 29)  # that the small model keeps
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 DRAWN_BETAS = (0.5, 1.0, 1.5)
-RATE, STEPS, BATCH, MAX_TOKENS = 1e-3, 40, 8, 96
-DISTIL_STEPS, DISTIL_RATE = 80, 1e-3
-VALIDATION, TESTED, PROMPTS, NEW_TOKENS = 30, 90, 8, 16
+RATE, STEPS, BATCH, MAX_TOKENS = 1e-3, 20, 8, 96
+DISTIL_RATE, DISTIL_STEPS, DISTIL_BATCH = 1e-3, 80, 4
+VALIDATION, TESTED, PROMPTS, NEW_TOKENS = 24, 72, 4, 12
 NAME = "chat"  # of the single task
 CHUNK = 256  # tokens whose distributions are compared at once
 
@@ -110,7 +111,7 @@ def distilled(large: Any, tokenizer: Any, rows: Sequence[Row], folder: Path) -> 
     moved = [p for p in small.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(moved, lr=DISTIL_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 20) * (1 - step / DISTIL_STEPS)
+        optimizer, lambda step: min(1.0, (step + 1) / 10) * (1 - step / DISTIL_STEPS)
     )
     teacher = copy.deepcopy(large).to(torch.bfloat16)
     objective = CausalLM(tokenizer, max_tokens=128)
@@ -120,7 +121,7 @@ def distilled(large: Any, tokenizer: Any, rows: Sequence[Row], folder: Path) -> 
     began, losses, tokens = time.process_time(), [], 0
     small.train()
     for step in range(DISTIL_STEPS):
-        batch = [texts[i] for i in order[step * BATCH : (step + 1) * BATCH]]
+        batch = [texts[i] for i in order[step * DISTIL_BATCH : (step + 1) * DISTIL_BATCH]]
         longest = max(map(len, batch))
         ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in batch])
         real = torch.tensor([[*[True] * len(t), *[False] * (longest - len(t))] for t in batch])
@@ -185,7 +186,8 @@ def logits_of(model: Any, tokenizer: Any, rows: Sequence[Row]) -> Logits:
     for row in rows:
         encoded = objective.encode(row, NAME)
         ids, [(start, stop)] = torch.tensor([encoded["input_ids"]]), encoded["learnt"]
-        logits = model(input_ids=ids[:, : stop - 1]).logits[0, start - 1 :]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids[:, : stop - 1]).logits[0, start - 1 :]
         found.append((logits.float(), ids[0, start:stop]))
     return found
 
@@ -198,11 +200,14 @@ def chunks(parts: Mapping[str, Logits]) -> Iterator[tuple[dict[str, Tensor], Ten
         yield {n: torch.cat([x for x, _ in parts[n][start : start + 16]]) for n in names}, said
 
 
-def figures(parts: Mapping[str, Logits]) -> dict[str, dict[str, float]]:
+def figures(
+    parts: Mapping[str, Logits], betas: Sequence[float] = BETAS
+) -> dict[str, dict[str, float]]:
     """Nats, KL and reward per token of every model, and of EFT by beta.
 
     Args:
         parts: Logits of "large", "small", "small tuned" and perhaps "large tuned".
+        betas: Those of EFT.
     """
     totals: dict[str, Tensor] = {}
     count = 0
@@ -217,7 +222,7 @@ def figures(parts: Mapping[str, Logits]) -> dict[str, dict[str, float]]:
         }
         if "large tuned" in logits:
             laws["large truly tuned"] = torch.log_softmax(logits["large tuned"], -1)
-        for beta in BETAS:
+        for beta in betas:
             laws[f"EFT, beta {beta:g}"] = EFT(beta=beta).combine(logits["large"], *sides)
         for name, log_p in laws.items():
             p = log_p.exp()
@@ -236,45 +241,61 @@ def figures(parts: Mapping[str, Logits]) -> dict[str, dict[str, float]]:
     }
 
 
-def measured(
-    large: Any,
-    tokenizer: Any,
-    rows: Mapping[str, list[Row]],
-    bases: Mapping[str, Mapping[str, Logits]],
-    seed: int,
-) -> dict[str, Any]:
-    """One seed: tunes both sizes and measures them, and EFT."""
-    folders = {size: WORK / f"{size}-{seed}" for size in ("small", "large")}
-    small, _ = foretune.load_model(WORK / "small", head="causal-lm")
-    for size, model in {"small": small, "large": large}.items():
-        tune(model, tokenizer, rows["tune"], seed, folders[size])
-    after = {
-        "small tuned": with_adapter(small, folders["small"] / NAME),
-        "large tuned": with_adapter(copy.deepcopy(large), folders["large"] / NAME),
-    }
-    on = {
-        use: figures(
-            {**bases[use], **{n: logits_of(m, tokenizer, rows[use]) for n, m in after.items()}}
+class Seed:
+    """One seed: its adapters, and what is measured with them."""
+
+    def __init__(
+        self,
+        models: Mapping[str, Any],
+        tokenizer: Any,
+        rows: Mapping[str, list[Row]],
+        bases: Mapping[str, Mapping[str, Logits]],
+        seed: int,
+    ) -> None:
+        self.models, self.tokenizer, self.rows = models, tokenizer, rows
+        self.bases, self.seed = bases, seed
+
+    def adapter(self, size: str) -> Path:
+        """The adapter of this size, which is trained unless it is there."""
+        folder = WORK / f"{size}-{self.seed}"
+        tune(self.models[size], self.tokenizer, self.rows["tune"], self.seed, folder)
+        return folder / NAME
+
+    def logits(self, size: str, use: str) -> Logits:
+        """Those of the tuned model of this size."""
+        model = with_adapter(copy.deepcopy(self.models[size]), self.adapter(size))
+        return logits_of(model, self.tokenizer, self.rows[use])
+
+    def replies(self) -> dict[str, Any]:
+        """EFT, its side models and the large base, and the beta that validation rows choose."""
+        on = {
+            use: figures({**self.bases[use], "small tuned": self.logits("small", use)})
+            for use in ("validation", "test")
+        }
+        beta = min(BETAS, key=lambda beta: on["validation"][f"EFT, beta {beta:g}"]["nats"])
+        return {"beta": beta, **on}
+
+    def ceiling(self) -> dict[str, Any]:
+        """The large model, tuned itself."""
+        after = {f"{size} tuned": self.logits(size, "test") for size in self.models}
+        return {"ceiling": figures({**self.bases["test"], **after}, ())["large truly tuned"]}
+
+    def frontier(self) -> dict[str, Any]:
+        """Reward and KL on what the models say themselves."""
+        rows = sweep(
+            "smollm2",
+            [row["messages"][:-1] for row in self.rows["test"][:PROMPTS]],
+            EFT(),
+            DRAWN_BETAS,
+            {"tuned": str(self.adapter("small")), "untuned": str(WORK / "small")},
+            str(self.adapter("large")),
+            max_new_tokens=NEW_TOKENS,
+            batch_size=PROMPTS,
+            do_sample=True,
+            top_k=0,
+            seed=self.seed,
         )
-        for use in ("validation", "test")
-    }
-    chosen = min(BETAS, key=lambda beta: on["validation"][f"EFT, beta {beta:g}"]["nats"])
-    frontier = sweep(
-        "smollm2",
-        [row["messages"][:-1] for row in rows["test"][:PROMPTS]],
-        EFT(),
-        DRAWN_BETAS,
-        {"tuned": str(folders["small"] / NAME), "untuned": str(WORK / "small")},
-        str(folders["large"] / NAME),
-        max_new_tokens=NEW_TOKENS,
-        batch_size=PROMPTS,
-        do_sample=True,
-        top_k=0,
-        seed=seed,
-    )
-    for row in frontier:
-        row["texts"] = row["texts"][:3]
-    return {"seed": seed, "beta": chosen, **on, "frontier": frontier}
+        return {"frontier": [{**row, "texts": row["texts"][:3]} for row in rows]}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -291,18 +312,22 @@ def main(arguments: Sequence[str]) -> None:
     result["rows"] = {use: len(part) for use, part in rows.items()}
     small, _ = foretune.load_model(WORK / "small", head="causal-lm")
     save(result)
+    models = {"small": small, "large": large}
     bases = {
-        use: {
-            "large": logits_of(large, tokenizer, rows[use]),
-            "small": logits_of(small, tokenizer, rows[use]),
-        }
+        use: {size: logits_of(model, tokenizer, rows[use]) for size, model in models.items()}
         for use in ("validation", "test")
     }
-    for seed in SEEDS:
-        if all(run["seed"] != seed for run in result["seeds"]):
-            result["seeds"].append(measured(large, tokenizer, rows, bases, seed))
+    parts = {"beta": Seed.replies, "ceiling": Seed.ceiling, "frontier": Seed.frontier}
+    for part, measure in parts.items():
+        for seed in SEEDS:
+            if all(run["seed"] != seed for run in result["seeds"]):
+                result["seeds"].append({"seed": seed})
+            [run] = [run for run in result["seeds"] if run["seed"] == seed]
+            if part in run:
+                continue
+            run |= measure(Seed(models, tokenizer, rows, bases, seed))
             save(result)
-            print(json.dumps(result["seeds"][-1]["test"]), flush=True)
+            print(part, json.dumps(run), flush=True)
 
 
 def save(result: dict[str, Any]) -> None:
@@ -325,22 +350,25 @@ def replies_table(result: dict[str, Any]) -> str:
     seeds = result["seeds"]
     chosen = ", ".join(f"{run['beta']:g}" for run in seeds)
     eft = [name for name in seeds[0]["test"] if name.startswith("EFT") and name != "EFT, beta 0"]
-    names = ["large base", "small base", "small tuned alone", *eft, "chosen", "large truly tuned"]
-    rows = []
-    for name in names:
-        which = [f"EFT, beta {r['beta']:g}" if name == "chosen" else name for r in seeds]
-        cells = [
-            spread([r["test"][w][key] for r, w in zip(seeds, which, strict=True)])
-            for key in ("nats", "kl", "reward")
-        ]
-        label = f"EFT, beta chosen ({chosen})" if name == "chosen" else name
-        rows.append([label, *cells])
+    cells = {
+        name: [run["test"][name] for run in seeds]
+        for name in ("large base", "small base", "small tuned alone", *eft)
+    }
+    cells[f"EFT, beta chosen ({chosen})"] = [r["test"][f"EFT, beta {r['beta']:g}"] for r in seeds]
+    ceilings = [run["ceiling"] for run in seeds if "ceiling" in run]
+    if ceilings:
+        few = "" if len(ceilings) == len(seeds) else f", {len(ceilings)} of {len(seeds)} seeds"
+        cells[f"large truly tuned{few}"] = ceilings
+    rows = [
+        [name, *(spread([cell[key] for cell in runs]) for key in ("nats", "kl", "reward"))]
+        for name, runs in cells.items()
+    ]
     return grid(["model", "nats per token of replies", "KL from the large base", "reward"], rows)
 
 
 def frontier_table(result: dict[str, Any]) -> str:
     """Reward and KL on the models' own texts, and the first reply of the first seed."""
-    seeds = result["seeds"]
+    seeds = [run for run in result["seeds"] if "frontier" in run]
     rows = []
     for place, row in enumerate(seeds[0]["frontier"]):
         name = row["who"] if not row["beta"] else f"EFT, beta {row['beta']:g}"

@@ -104,12 +104,15 @@ def test_references_are_as_many_of_each_intent(
         for i in range(count)
     ]
     file = str(write(tmp_path / "rows.jsonl.gz", rows))
-    train, test = claims[1].drawn(file, ("banking",), 0)
+    train, test = claims[1].drawn(file, "banking", 0)
     labels = [row["label"] for row in train]
-    assert {label: labels.count(label) for label in labels} == {"banking 0": 10, "banking 1": 10}
+    assert {label: labels.count(label) for label in labels} == {
+        "bank banking 0": 10,
+        "bank banking 1": 10,
+    }
     assert {row["split"] for row in train} == {"train"}
     assert len(test) == 30
     assert {(row["task"], row["split"]) for row in test} == {("banking", "test")}
     assert [row["text"] for row in train] != [
-        row["text"] for row in claims[1].drawn(file, ("banking",), 1)[0]
+        row["text"] for row in claims[1].drawn(file, "banking", 1)[0]
     ]
