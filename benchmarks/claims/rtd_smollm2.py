@@ -35,8 +35,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from claims.rtd import grid, points
 
-import foretune
-from foretune import LoRA, Run
 from foretune.decoding.classify import states_and_model
 from foretune.decoding.datastore_folders import rows_of
 from foretune.decoding.lookup import Lookup
@@ -46,8 +44,6 @@ from foretune.decoding.references import References, read_references
 from foretune.decoding.store_controls import train_lora
 from foretune.decoding.store_table import evaluate_store
 from foretune.models.loading import load_model
-from foretune.tasks.objectives.classification import Classification
-from foretune.tasks.task import Task, TaskCollection
 from foretune.training.record import environment
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "rtd_smollm2.json"
@@ -56,7 +52,6 @@ BANK = "banking"
 OTHERS = ("travel", "home", "kitchen_and_dining")  # of each seed
 PER_INTENT, TESTED = 10, 90
 KINDS, LORA_STEPS = ("bank", "others"), 15
-ENCODER_RATES, ENCODER_STEPS = (3e-3, 1e-2), 100
 READERS = {"minilm": "none", "smollm2": "causal-lm"}  # and the head of each
 
 
@@ -119,29 +114,6 @@ def measured(
         "tuned": tuned,
         "cpu_seconds": {"store": build, "tuning": tuning},
     }
-
-
-def encoder_lora(train: list[dict[str, Any]], test: list[dict[str, Any]], seed: int) -> float:
-    """Accuracy of MiniLM with LoRA and a head, the rate chosen on every fifth reference."""
-    model, tokenizer = load_model("minilm", head="classification", num_labels=30)  # or fewer
-
-    def accuracy(rate: float, rows: list[dict[str, Any]], asked: list[dict[str, Any]]) -> float:
-        task = Task("intents", train=rows, test=asked)
-        adapted = foretune.adapt(
-            model,
-            TaskCollection((task,), Classification(tokenizer)),
-            LoRA(
-                learning_rate=rate,
-                lora={"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
-            ),
-            Run(seed=seed, steps=ENCODER_STEPS, batch_size=16, device="cpu"),
-        )
-        [score] = adapted.scores.values()
-        return float(score)
-
-    rest = [row for i, row in enumerate(train) if i % 5]
-    held_out = {rate: accuracy(rate, rest, train[::5]) for rate in ENCODER_RATES}
-    return accuracy(max(held_out, key=lambda rate: held_out[rate]), train, test)
 
 
 def with_lora(
