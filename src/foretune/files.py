@@ -34,6 +34,7 @@ SPARSE_FILE = "sparse_delta.safetensors"  # the changes that SaRA makes for a ta
 # Names that transformers and peft give.
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX_FILE = "model.safetensors.index.json"  # which of several files has a tensor
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"

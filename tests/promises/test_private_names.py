@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.state import AcceleratorState
 from peft import LoraConfig
 
@@ -172,6 +173,11 @@ def _linear_pointwise() -> bool:
     return bool((y == 5).all())
 
 
+def _hooked() -> bool:
+    layer = add_hook_to_module(torch.nn.Linear(2, 2), ModelHook())
+    return isinstance(layer._hf_hook, ModelHook)
+
+
 STILL: dict[str, Callable[[], bool]] = {
     "_attn_implementation": _implementation,
     "_is_stateful": _stateful,
@@ -202,6 +208,10 @@ STILL: dict[str, Callable[[], bool]] = {
         "torch._subclasses.fake_tensor.FakeTensorMode", "allow_non_fake_inputs"
     ),
     "_linear_pointwise": _linear_pointwise,
+    "_hf_hook": _hooked,
+    "accelerate.hooks.remove_hook_from_module": lambda: _takes(
+        "accelerate.hooks.remove_hook_from_module", "recurse"
+    ),
     "_base": lambda: (base := torch.ones(2, 3)).T._base is base,
     **{
         name: lambda name=name: bool(getattr(torch.ops.aten, name).default)

@@ -19,6 +19,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from foretune.errors import UserError
+from foretune.files import WEIGHTS_FILE, WEIGHTS_INDEX_FILE
 from foretune.models.loading import load_model, locate
 from foretune.models.pretrained import quiet, user_errors
 from foretune.models.surgery import block_list
@@ -139,7 +140,7 @@ def save_mapped(pruned: Pruned, folder: Path, scratch: Path) -> None:
         shard = SHARD.format(i, len(groups))
         with tempfile.TemporaryDirectory(dir=scratch) as part, quiet():
             model.save_pretrained(part, state_dict=group, max_shard_size="1000TB")
-            shutil.move(Path(part, "model.safetensors"), folder / shard)
+            shutil.move(Path(part, WEIGHTS_FILE), folder / shard)
             if i == len(groups):
                 for file in Path(part).iterdir():
                     shutil.move(file, folder / file.name)
@@ -147,7 +148,7 @@ def save_mapped(pruned: Pruned, folder: Path, scratch: Path) -> None:
             places |= dict.fromkeys(opened.keys(), shard)
         total += (folder / shard).stat().st_size
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    (folder / WEIGHTS_INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
     if pruned.tokenizer is not None:
         pruned.tokenizer.save_pretrained(folder)
     (folder / PLAN_FILE).write_text(plan_text(pruned), "utf-8")
