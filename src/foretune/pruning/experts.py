@@ -14,6 +14,7 @@ Blocks are recognised by their attributes, not by their class, and routers by th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -55,12 +56,12 @@ class ExpertBlock:
         """The module that routes tokens to experts."""
         return getattr(self.block, self.router_name)
 
-    @property
+    @cached_property
     def fused(self) -> bool:
         """Whether the experts are stored in one tensor per weight, see `is_fused`."""
         return is_fused(self.experts)
 
-    @property
+    @cached_property  # it is found out by calling the experts
     def scales_inputs(self) -> bool:
         """Whether a token's weight multiplies what its experts read, not what they answer."""
         return self.fused and scales_inputs(self.experts)
